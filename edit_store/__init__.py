@@ -1,0 +1,29 @@
+"""Edit bundles and the versioned store that holds them. Needs neither torch nor vLLM."""
+
+from edit_store.base_model import identify
+from edit_store.bundle import BaseModelRef, Bundle, Manifest, Measurement, Provenance
+from edit_store.edits import KINDS, Edit, LowRank, Offset, Scale, SubspaceFilter
+from edit_store.sites import Site, Widths
+from edit_store.store import EditStore, Published, TagEntry
+from edit_store.verify import check
+
+__all__ = [
+    "KINDS",
+    "BaseModelRef",
+    "Bundle",
+    "Edit",
+    "EditStore",
+    "LowRank",
+    "Manifest",
+    "Measurement",
+    "Offset",
+    "Provenance",
+    "Published",
+    "Scale",
+    "Site",
+    "SubspaceFilter",
+    "TagEntry",
+    "Widths",
+    "check",
+    "identify",
+]

@@ -1,0 +1,108 @@
+"""A folder as a store backend: durable, atomic, safe across processes and fork. Standard library only.
+
+An object becomes visible by one hard link of a fully written and synced file, which fails if the name is taken: that is
+create-if-absent on every local file system. Rename would overwrite, and an exclusive open would show half a file.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from edit_store.backends.protocol import AlreadyExists
+from edit_store.errors import StoreUnavailable
+
+STAGING = ".staging"
+
+
+class LocalFolder:
+    """Objects as files below `root`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+        self.url = str(self.root)
+
+    def get(self, key: str) -> bytes:
+        with self._trouble(key):
+            return self._path(key).read_bytes()
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        with self._trouble(key), self._path(key).open("rb") as file:
+            file.seek(start)
+            return file.read(length)
+
+    def put(self, key: str, data: bytes) -> None:
+        try:
+            self.create(key, data)
+        except AlreadyExists:
+            return
+
+    def create(self, key: str, data: bytes) -> None:
+        target = self._path(key)
+        staged = self.root / STAGING / f"{os.getpid()}-{secrets.token_hex(8)}"
+        with self._trouble(key):
+            _make_folders(staged.parent)
+            _make_folders(target.parent)
+            try:
+                with staged.open("xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                try:
+                    os.link(staged, target)
+                except FileExistsError:
+                    raise AlreadyExists(key) from None
+            finally:
+                staged.unlink(missing_ok=True)
+            _sync_folder(target.parent)
+
+    def list(self, prefix: str) -> Iterator[str]:
+        folder = self._path(prefix)
+        with self._trouble(prefix):
+            if not folder.is_dir():
+                return
+            for path in folder.rglob("*"):
+                if path.is_file():
+                    yield path.relative_to(self.root).as_posix()
+
+    def delete(self, key: str) -> None:
+        with self._trouble(key):
+            self._path(key).unlink(missing_ok=True)
+            _sync_folder(self._path(key).parent)
+
+    def _path(self, key: str) -> Path:
+        parts = PurePosixPath(key).parts
+        if not parts or key.startswith("/") or ".." in parts:
+            raise ValueError(f"not a store key: {key!r}")
+        return self.root.joinpath(*parts)
+
+    @contextmanager
+    def _trouble(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise KeyError(key) from None
+        except OSError as error:
+            raise StoreUnavailable(f"store {self.url}: {key}: {error.strerror or error}") from error
+
+
+def _make_folders(folder: Path) -> None:
+    """Create `folder` and sync each new parent entry, so that a crash cannot forget the way to a synced file."""
+    missing = []
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for new in reversed(missing):
+        new.mkdir(exist_ok=True)
+        _sync_folder(new.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

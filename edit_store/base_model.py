@@ -1,0 +1,97 @@
+"""Identity and sizes of a base model on disk: digests of its weight files and config.
+
+Hashing gigabytes takes a while, so digests are remembered per file by path, size and modification time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from edit_store.bundle import BaseModelRef
+from edit_store.errors import UnsupportedHost
+from edit_store.sites import Widths
+
+Progress = Callable[[int], None]
+_CHUNK = 1 << 22
+CONFIG_FILE = "config.json"
+
+
+def default_cache() -> Path:
+    """Folder for remembered digests, in the usual cache place of the user."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-edits"
+
+
+def identify(folder: Path, *, name: str | None = None, cache: Path | None = None, progress: Progress | None = None) -> BaseModelRef:
+    """Read what model lies in `folder`. `progress` is called with the number of bytes just hashed."""
+    config_path = folder / CONFIG_FILE
+    weights = sorted(folder.glob("*.safetensors"))
+    if not config_path.is_file() or not weights:
+        raise UnsupportedHost(
+            f"expected config.json and *.safetensors in {folder}, found {'a' if config_path.is_file() else 'no'} config "
+            f"and {len(weights)} weight file(s). Name a folder with a safetensors checkpoint"
+        )
+    config = json.loads(config_path.read_bytes())
+    memo = _Memo((cache or default_cache()) / "file-digests.json")
+    files = {path.name: memo.digest(path, progress) for path in [config_path, *weights]}
+    memo.save()
+    return BaseModelRef(
+        name=name or str(config.get("_name_or_path") or folder.name),
+        architecture=(config.get("architectures") or ["unknown"])[0],
+        widths=widths_of(config),
+        files=files,
+    )
+
+
+def widths_of(config: dict[str, Any]) -> Widths:
+    """Sizes from a Hugging Face config; text sizes where a config nests them."""
+    config = config.get("text_config", config)
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    return Widths(
+        layers=config["num_hidden_layers"],
+        hidden=hidden,
+        mlp=config["intermediate_size"],
+        heads=heads,
+        head_dim=config.get("head_dim") or hidden // heads,
+    )
+
+
+class _Memo:
+    """Remembered digests: {path: [size, mtime_ns, sha256]}. A lost or broken memo only costs hashing again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._known: dict[str, list[Any]] = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            self._known = {}
+
+    def digest(self, path: Path, progress: Progress | None) -> str:
+        status = path.stat()
+        key, stamp = str(path.resolve()), [status.st_size, status.st_mtime_ns]
+        known = self._known.get(key)
+        if known is not None and known[:2] == stamp:
+            if progress is not None:
+                progress(status.st_size)
+            return str(known[2])
+        hasher = hashlib.sha256()
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                hasher.update(chunk)
+                if progress is not None:
+                    progress(len(chunk))
+        self._known[key] = [*stamp, hasher.hexdigest()]
+        return hasher.hexdigest()
+
+    def save(self) -> None:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
+            temporary.write_text(json.dumps(self._known))
+            temporary.replace(self._path)
+        except OSError:
+            return  # a read-only home only means hashing again next time

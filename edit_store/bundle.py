@@ -1,0 +1,192 @@
+"""A bundle: a frozen manifest beside one safetensors file. Its version is the digest of the manifest.
+
+    polite/
+      manifest.json       canonical JSON (RFC 8785); sha256 of these bytes is the version
+      edits.safetensors   float32 tensors, named `<site>/<kind>/<field>`; its sha256 stands in the manifest
+
+No torch, no vLLM. Nothing here executes what it reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import rfc8785
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.numpy import save
+
+from edit_store.edits import AnyEdit, Edit, Tensors
+from edit_store.errors import BundleRefused, Reason
+from edit_store.sites import Widths
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+TENSORS_FILE = "edits.safetensors"
+MAX_MANIFEST_BYTES = 1 << 20
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?$")]
+
+
+def sha256(data: bytes) -> str:
+    """Hex digest of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """RFC 8785 bytes of a JSON value: one value has one spelling, so one digest."""
+    return rfc8785.dumps(value)
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BaseModelRef(_Record):
+    """The one model a bundle was made for. Its identity is the digests of its files, never its name."""
+
+    name: str
+    architecture: str
+    widths: Widths
+    files: dict[str, Digest] = Field(min_length=1)
+
+
+class BlobRef(_Record):
+    """A stored blob by content."""
+
+    sha256: Digest
+    size: int = Field(gt=0)
+
+
+class Measurement(_Record):
+    """One figure the author measured: `base` and `edited` are the same metric before and after."""
+
+    metric: str
+    base: float
+    edited: float
+    n: int = Field(gt=0)
+
+
+class Provenance(_Record):
+    """Who or what made the edits, and from what."""
+
+    tool: str
+    method: str
+    source: str = ""
+    parameters: dict[str, str] = Field(default_factory=dict)
+
+
+class Manifest(_Record):
+    """Everything a bundle is, apart from its numbers."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: Name
+    description: str = ""
+    label: str = ""
+    created_at: datetime
+    base: BaseModelRef
+    edits: tuple[AnyEdit, ...] = Field(min_length=1)
+    tensors: BlobRef
+    provenance: Provenance
+    measurements: tuple[Measurement, ...] = ()
+
+    def to_bytes(self) -> bytes:
+        """The canonical bytes whose digest is the version."""
+        return canonical_json(self.model_dump(mode="json"))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, what: str = "manifest") -> Manifest:
+        """Parse stored bytes. BundleRefused lists every broken field; bytes that are not canonical are refused too."""
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise BundleRefused(what, [Reason("too_large", f"{len(data)} bytes, at most {MAX_MANIFEST_BYTES} allowed")])
+        try:
+            manifest = cls.model_validate(json.loads(data))
+        except ValidationError as error:
+            raise BundleRefused(what, [_reason(problem) for problem in error.errors()]) from None
+        except (ValueError, RecursionError) as error:
+            raise BundleRefused(what, [Reason("not_json", f"expected JSON, found: {error}")]) from None
+        if manifest.to_bytes() != data:
+            raise BundleRefused(what, [Reason("not_canonical", "expected canonical JSON (RFC 8785); publish it again")])
+        return manifest
+
+
+def _reason(problem: Any) -> Reason:
+    where = ".".join(str(part) for part in problem["loc"])
+    code = {"extra_forbidden": "unknown_field", "union_tag_invalid": "unknown_kind"}.get(problem["type"], "manifest")
+    if "unknown site" in problem["msg"]:
+        code = "unknown_site"
+    return Reason(code, f"{where}: {problem['msg']}")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A manifest with the bytes of its tensor file. `verify.check` says whether they keep every rule."""
+
+    manifest: Manifest
+    tensor_bytes: bytes = field(repr=False)
+
+    @property
+    def version(self) -> str:
+        """The bundle's identity: sha256 of the canonical manifest."""
+        return sha256(self.manifest.to_bytes())
+
+    @classmethod
+    def create(
+        cls,
+        name: str,
+        base: BaseModelRef,
+        edits: Iterable[tuple[Edit, Mapping[str, Any]]],
+        provenance: Provenance,
+        *,
+        description: str = "",
+        label: str = "",
+        measurements: Iterable[Measurement] = (),
+        created_at: datetime | None = None,
+    ) -> Bundle:
+        """Make a bundle from edits, each with its arrays by field name. It is not checked here: see `verify.check`."""
+        import numpy as np
+
+        pairs = list(edits)
+        tensors: Tensors = {}
+        for edit, fields in pairs:
+            for field_name, array in fields.items():
+                tensors[edit.tensor_name(field_name)] = np.ascontiguousarray(array, dtype=np.float32)
+        tensor_bytes = save(tensors, metadata={"format": "vllm-edits", "bundle": name})
+        manifest = Manifest(
+            name=name,
+            description=description,
+            label=label,
+            created_at=created_at or datetime.now(UTC).replace(microsecond=0),
+            base=base,
+            edits=tuple(edit for edit, _ in pairs),
+            tensors=BlobRef(sha256=sha256(tensor_bytes), size=len(tensor_bytes)),
+            provenance=provenance,
+            measurements=tuple(measurements),
+        )
+        return cls(manifest, tensor_bytes)
+
+    def save(self, folder: Path) -> None:
+        """Write the two files into `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / TENSORS_FILE).write_bytes(self.tensor_bytes)
+        (folder / MANIFEST_FILE).write_bytes(self.manifest.to_bytes())
+
+    @classmethod
+    def load(cls, folder: Path) -> Bundle:
+        """Read the two files from `folder`, unchecked apart from the manifest's own form."""
+        from edit_store.tensor_file import MAX_TENSOR_FILE_BYTES
+
+        for name, limit in ((MANIFEST_FILE, MAX_MANIFEST_BYTES), (TENSORS_FILE, MAX_TENSOR_FILE_BYTES)):
+            path = folder / name
+            if not path.is_file():
+                raise BundleRefused(str(folder), [Reason("missing_file", f"expected {name} in {folder}, found none")])
+            if path.stat().st_size > limit:
+                raise BundleRefused(str(folder), [Reason("too_large", f"{name} is over {limit} bytes")])
+        manifest = Manifest.from_bytes((folder / MANIFEST_FILE).read_bytes(), str(folder / MANIFEST_FILE))
+        return cls(manifest, (folder / TENSORS_FILE).read_bytes())

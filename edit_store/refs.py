@@ -1,0 +1,46 @@
+"""Names people write: `polite`, `polite@prod`, `polite@4f1c9a`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from edit_store.errors import NotFound
+
+DEFAULT_TAG = "prod"
+MIN_PREFIX = 6
+_NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
+_PREFIX = re.compile(rf"[0-9a-f]{{{MIN_PREFIX},64}}")
+
+
+def is_name(text: str) -> bool:
+    """Whether `text` can name a bundle or a tag."""
+    return _NAME.fullmatch(text) is not None
+
+
+def is_version_prefix(text: str) -> bool:
+    """Whether `text` reads as an abbreviated digest. A tag may not look like one."""
+    return _PREFIX.fullmatch(text) is not None
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A parsed reference: a bundle name with a tag or an abbreviated version."""
+
+    name: str
+    selector: str = DEFAULT_TAG
+
+    @classmethod
+    def parse(cls, text: str, default_tag: str = DEFAULT_TAG) -> Ref:
+        """Split `name[@selector]`; NotFound when it cannot name anything."""
+        name, at, selector = text.partition("@")
+        if not is_name(name) or (at and not is_name(selector)):
+            raise NotFound(f"{text!r} names no variant: expected name, name@tag or name@version in lower case")
+        return cls(name, selector or default_tag)
+
+    @property
+    def is_version(self) -> bool:
+        return is_version_prefix(self.selector)
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.selector}"

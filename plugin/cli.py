@@ -1,0 +1,104 @@
+"""The `vllm-edits` command: the store's commands, and `serve` and `status` for servers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+
+from edit_store.cli import JsonOption, StoreOption, app, console, explained, show
+from edit_store.errors import EditsError, SettingsError
+from edit_store.store import EditStore
+from server_config.settings import KEY, read_settings
+
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command(context_settings=_PASSED_ON)
+@explained
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="the base model: a folder or a repository name")],
+    store: StoreOption,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="one more setting, e.g. --set slots=32 (JSON values allowed)")
+    ] = None,
+) -> None:
+    """Start `vllm serve MODEL` with the plugin. Every other flag is handed on to vLLM."""
+    settings = {"store": store, **dict(_assignment(text) for text in setting or [])}
+    read_settings({KEY: settings})
+    EditStore(store)
+    flags = list(context.args)
+    _require_free_port(flags)
+    command = shutil.which("vllm", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    if command is None:
+        raise EditsError("no `vllm` command beside this Python; install vLLM 0.26 to 0.33")
+    plugins = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
+    environment = {**os.environ, "VLLM_PLUGINS": ",".join(dict.fromkeys([*plugins, "edits"]))}
+    arguments = ["serve", model, "--load-format", "edits", "--additional-config", json.dumps({KEY: settings}), *flags]
+    os.execve(command, [command, *arguments], environment)  # noqa: S606  the user asked for this very command
+
+
+@app.command()
+@explained
+def status(
+    url: Annotated[str, typer.Option("--url", help="address of the server")] = "http://127.0.0.1:8000",
+    api_key: Annotated[str, typer.Option("--api-key", envvar="VLLM_API_KEY", help="the server's API key, if it has one")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """What a running server serves: variants, versions, slots, requests in flight, the last swap."""
+    try:
+        answer = httpx.get(f"{url}/v1/edits", headers={"Authorization": f"Bearer {api_key}"} if api_key else {}, timeout=10)
+    except httpx.HTTPError as error:
+        raise EditsError(f"no answer from {url}: {error}. Is the server up? Name it with --url") from None
+    if answer.status_code != httpx.codes.OK:
+        raise EditsError(f"{url}/v1/edits answered {answer.status_code}: {answer.text[:200]}")
+    found: dict[str, Any] = answer.json()
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    rows = [{**row, "digits": row["version"][:12], "resident": "yes" if row["resident"] else "paged out"} for row in found["variants"]]
+    columns = {"name": "variant", "tag": "tag", "digits": "version", "sequence": "#", "resident": "on device", "in_flight": "in flight"}
+    show(rows, columns, as_json=False)
+    slots, swap = found["slots"], found["last_swap"]
+    console.print(f"base {', '.join(found['base']['names'])}, {found['base']['in_flight']} in flight; slots {slots['used']} of {slots['total']}")
+    console.print(f"store {found['store']['url']}, read {found['store']['head_age_seconds']:.1f} s ago")
+    if swap:
+        phases = ", ".join(f"{phase} {seconds * 1000:.0f} ms" for phase, seconds in swap["seconds"].items())
+        console.print(f"last swap {swap['variant']}@{swap['tag']} to {swap['to_version'][:12]} at {swap['at']}: {swap['error'] or phases or 'nothing to install'}")
+    for refused in found["refused"]:
+        console.print(f"[red]refused[/red] {refused['name']}@{refused['tag']}: {refused['error']}")
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise SettingsError(f"--set {text}: expected name=value")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _require_free_port(flags: list[str]) -> None:
+    """Refuse a taken port before minutes of loading, not after."""
+    words = [part for flag in flags for part in flag.split("=", 1)]
+    port = words[words.index("--port") + 1] if "--port" in words[:-1] else "8000"
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", int(port)))
+        except (OSError, ValueError) as error:
+            raise EditsError(f"port {port} cannot be used: {error}. Choose another with --port") from None
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()

@@ -1,0 +1,39 @@
+"""Each kind of edit, applied to a batch of tokens that each belong to their own slot. Plain torch, so it fuses.
+
+Shapes: T tokens, S slots, K rank, I and O input and output width, H heads. `slots` is [T]. Slot 0 is the base model: its
+tensors are zeros (ones for a factor), so its tokens come out bit for bit as they went in. Gathering by slot costs the
+same for any number of slots; the arithmetic is in float32 because a long dot product in bfloat16 is not worth serving.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def scale(z: Tensor, factor: Tensor, slots: Tensor) -> Tensor:
+    """z[t, h, :] * factor[slots[t], h].   z: [T, H * head_dim], factor: [S, H]"""
+    heads = factor.shape[1]
+    scaled = z.unflatten(-1, (heads, -1)).float() * factor[slots].float().unsqueeze(-1)
+    return scaled.flatten(-2).to(z.dtype)
+
+
+def low_rank(x: Tensor, y: Tensor, read: Tensor, write: Tensor, slots: Tensor) -> Tensor:
+    """y[t] + sum_k write[s, k] (read[s, k] . x[t]),  s = slots[t].   x: [T, I], y: [T, O], read: [S, K, I], write: [S, K, O]"""
+    strength = (read[slots].float() * x.float().unsqueeze(1)).sum(-1, keepdim=True)
+    return (y.float() + (write[slots].float() * strength).sum(1)).to(y.dtype)
+
+
+def subspace_filter(hidden: Tensor, stream: Tensor, basis: Tensor, shift: Tensor, slots: Tensor) -> Tensor:
+    """hidden[t] - sum_k basis[s, k] (basis[s, k] . stream[t] - shift[s, k]),  s = slots[t].
+
+    stream: [T, I] the whole residual stream in float32, of which `hidden` is the half that takes the change
+    basis: [S, K, I] orthonormal rows, shift: [S, K] = basis @ mean
+    """
+    directions = basis[slots].float()
+    excess = (directions * stream.unsqueeze(1)).sum(-1) - shift[slots]
+    return (hidden.float() - (directions * excess.unsqueeze(-1)).sum(1)).to(hidden.dtype)
+
+
+def offset(hidden: Tensor, vector: Tensor, slots: Tensor) -> Tensor:
+    """hidden[t] + vector[slots[t]].   hidden: [T, I], vector: [S, I]"""
+    return (hidden.float() + vector[slots].float()).to(hidden.dtype)

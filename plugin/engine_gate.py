@@ -1,0 +1,108 @@
+"""The one door to the engine: writes on each request which slot it may use, and salts its prefix cache.
+
+It stands in for the engine client in every HTTP handler of vLLM, and passes everything else through. Whatever a caller
+put in place of the claim is overwritten here, for every endpoint alike.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
+from typing import Any
+
+from plugin.claim import CLAIM, cache_salt
+from plugin.lease import CURRENT_LEASE, Usage
+
+
+class EngineGate:
+    """An engine client whose `generate` serves the version of the current lease."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    async def generate(self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        """vLLM's generate, for one version. The lease is held until the engine has let go of the request."""
+        lease = CURRENT_LEASE.get()
+        version = lease.choice.version if lease is not None else None
+        claim = [lease.slot, version] if lease is not None and version is not None else None
+        outputs = self._engine.generate(
+            salted(prompt, version), claimed(sampling_params, claim), request_id, *args, **kwargs
+        )
+        if lease is None:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    yield output
+            return
+        with lease.hold():
+            watch = _Watch(lease.usage, deltas=getattr(sampling_params.output_kind, "name", "") == "DELTA")
+            # Closing the inner generator awaits the abort, so the slot is not released before the engine knows.
+            async with aclosing(outputs):
+                async for output in outputs:
+                    watch.see(output)
+                    yield output
+
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        """Pooling has no edited form: refused for a variant, untouched for the base."""
+        lease = CURRENT_LEASE.get()
+        if lease is not None and lease.choice.version is not None:
+            raise ValueError(f"{lease.choice.requested!r} is an edited variant; pooling is served by the base model only")
+        return self._engine.encode(*args, **kwargs)
+
+
+def claimed(sampling_params: Any, claim: list[Any] | None) -> Any:
+    """A copy of the sampling parameters that carries `claim`, or none at all for the base."""
+    arguments = {key: value for key, value in (sampling_params.extra_args or {}).items() if key != CLAIM}
+    if claim is not None:
+        arguments[CLAIM] = claim
+    marked = sampling_params.clone()
+    marked.extra_args = arguments or None
+    return marked
+
+
+def salted(prompt: Any, version: str | None) -> Any:
+    """A copy of the prompt whose prefix-cache blocks belong to `version` alone.
+
+    A base prompt without a salt is left as it is. A prompt of a form that cannot carry a salt is refused.
+    """
+    if isinstance(prompt, str):
+        prompt = {"prompt": prompt}
+    elif isinstance(prompt, list):
+        prompt = {"prompt_token_ids": prompt}
+    if isinstance(prompt, Mapping):
+        salt = cache_salt(version, prompt.get("cache_salt"))
+        return prompt if salt is None else {**prompt, "cache_salt": salt}
+    if version is None and not hasattr(prompt, "cache_salt"):
+        return prompt
+    raise TypeError(f"a prompt of type {type(prompt).__name__} cannot be kept apart in the prefix cache; send text or tokens")
+
+
+class _Watch:
+    """Adds what one engine request reports to its lease's usage."""
+
+    def __init__(self, usage: Usage, *, deltas: bool) -> None:
+        self._usage = usage
+        self._deltas = deltas
+        self._prompt_counted = False
+        self._lengths: dict[int, int] = {}
+        usage.engine_requests += 1
+
+    def see(self, output: Any) -> None:
+        usage, new_tokens = self._usage, 0
+        if not self._prompt_counted:
+            usage.prompt_tokens += len(output.prompt_token_ids or ())
+            self._prompt_counted = True
+        for completion in output.outputs:
+            length, seen = len(completion.token_ids), self._lengths.get(completion.index, 0)
+            new_tokens += length if self._deltas else length - seen
+            self._lengths[completion.index] = length
+            usage.aborted = usage.aborted or completion.finish_reason == "abort"
+        if new_tokens:
+            usage.output_tokens += new_tokens
+            # The engine's own stamps are exact where it delivers the whole answer at once; both clocks are monotonic.
+            first = getattr(output.metrics, "first_token_ts", 0) or time.monotonic()
+            usage.first_token = min(usage.first_token or first, first)
+            usage.last_token = getattr(output.metrics, "last_token_ts", 0) or time.monotonic()

@@ -1,0 +1,150 @@
+"""Reads which variant a request names, holds its version for as long as the request lives, and says so in the answer.
+
+Pure ASGI, so streaming is untouched and the lease's context variable reaches vLLM's handlers. The body is passed on
+byte for byte. Any POST with a JSON body is looked at, whatever its path: an unknown name never reaches vLLM.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from edit_store.errors import AmbiguousVersion, EditsError, NotFound
+from plugin.lease import CURRENT_LEASE, Lease
+from plugin.metrics import Metrics
+from plugin.reconcile import Reconciler
+
+Scope = dict[str, Any]
+VARIANT_HEADER, VERSION_HEADER = b"x-edits-variant", b"x-edits-version"
+_ANTHROPIC_PATH = "/v1/messages"
+
+
+class _Named(msgspec.Struct):
+    """The one field of a request body that is looked at."""
+
+    model: str | None = None
+
+
+class VariantMiddleware:
+    """ASGI middleware; `serving` gives the reconciler and the metrics once the server is up."""
+
+    def __init__(self, app: Any, serving: Callable[[], tuple[Reconciler, Metrics]]) -> None:
+        self._app = app
+        self._serving = serving
+
+    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or not _is_json(scope):
+            await self._app(scope, receive, send)
+            return
+        reconciler, metrics = self._serving()
+        arrived = time.monotonic()
+        body, replay = await _buffered(receive)
+        try:
+            lease = await reconciler.lease(_model_named_in(body))
+        except EditsError as error:
+            metrics.requests.labels(*metrics.labels("unknown", None), "rejected").inc()
+            await _answer_error(scope["path"], error, reconciler.refusal(_model_named_in(body)), send)
+            return
+        lease.usage.started = arrived
+        await self._serve(lease, metrics, scope, replay, send)
+
+    async def _serve(self, lease: Lease, metrics: Metrics, scope: Scope, receive: Any, send: Any) -> None:
+        status, finished = 0, False
+
+        async def send_with_headers(message: dict[str, Any]) -> None:
+            nonlocal status, finished
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {**message, "headers": [*message["headers"], *_headers(lease)]}
+            await send(message)
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                finished = True
+
+        token = CURRENT_LEASE.set(lease)
+        try:
+            with lease.hold():
+                await self._app(scope, receive, send_with_headers)
+        finally:
+            CURRENT_LEASE.reset(token)
+            _record(lease, metrics, status, finished)
+
+
+def _record(lease: Lease, metrics: Metrics, status: int, finished: bool) -> None:
+    """Count a request when it has ended, if the engine saw it or it was turned away."""
+    usage, now = lease.usage, time.monotonic()
+    labels = metrics.labels(lease.choice.variant, lease.choice.version)
+    if not usage.engine_requests:
+        if status >= 400:
+            metrics.requests.labels(*labels, "rejected" if status < 500 else "error").inc()
+        return
+    outcome = "aborted" if usage.aborted or not finished else "error" if status >= 500 or not status else "ok"
+    metrics.requests.labels(*labels, outcome).inc()
+    metrics.tokens.labels(*labels, "prompt").inc(usage.prompt_tokens)
+    metrics.tokens.labels(*labels, "generation").inc(usage.output_tokens)
+    metrics.request_seconds.labels(labels[0]).observe(now - usage.started)
+    if usage.first_token is not None and usage.last_token is not None:
+        metrics.time_to_first_token_seconds.labels(labels[0]).observe(max(0.0, usage.first_token - usage.started))
+        if usage.output_tokens > 1:
+            mean = (usage.last_token - usage.first_token) / (usage.output_tokens - 1)
+            metrics.time_per_output_token_seconds.labels(labels[0]).observe(mean)
+
+
+def _headers(lease: Lease) -> list[tuple[bytes, bytes]]:
+    choice = lease.choice
+    return [(VARIANT_HEADER, choice.variant.encode()), (VERSION_HEADER, (choice.version or "base").encode())]
+
+
+def _is_json(scope: Scope) -> bool:
+    """vLLM takes a body as JSON when its type says so or says nothing."""
+    kinds = [value for name, value in scope["headers"] if name == b"content-type"]
+    return not kinds or b"json" in kinds[-1].lower()
+
+
+def _model_named_in(body: bytes) -> str:
+    """The `model` of a JSON body, or '' when there is none; a body that is not JSON is vLLM's to refuse."""
+    try:
+        return msgspec.json.decode(body, type=_Named).model or ""
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return ""
+
+
+async def _buffered(receive: Any) -> tuple[bytes, Any]:
+    """The whole body, and a `receive` that gives it again and then goes on listening for a disconnect."""
+    chunks, more, disconnected = [], True, None
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            disconnected = message
+            break
+        chunks.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    body = b"".join(chunks)
+    pending = [disconnected] if disconnected else [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Any:
+        return pending.pop() if pending else await receive()
+
+    return body, replay
+
+
+async def _answer_error(path: str, error: EditsError, refusal: str, send: Any) -> None:
+    """An error in the form of the endpoint that was asked: OpenAI's, or Anthropic's below /v1/messages."""
+    if isinstance(error, NotFound | AmbiguousVersion):
+        status, kind, message = 404, "NotFoundError", str(error)
+        if refusal:
+            status, kind, message = 503, "ServiceUnavailableError", f"This variant cannot be served: {refusal}"
+    else:
+        status, kind, message = 503, "ServiceUnavailableError", str(error)
+    content: dict[str, Any]
+    if path.startswith(_ANTHROPIC_PATH):
+        content = {"type": "error", "error": {"type": kind, "message": message}}
+    else:
+        content = {"error": {"message": message, "type": kind, "param": "model", "code": status}}
+    data = json.dumps(content).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": data})

@@ -1,0 +1,52 @@
+"""One request's hold on one version, from its arrival to the end of its last engine request.
+
+The lease travels in a context variable from the HTTP middleware to the engine gate, so every endpoint of vLLM is covered
+by one rule: what reaches the engine without a lease is served by the base model, and cannot name a variant.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from plugin.variants import Choice
+
+CURRENT_LEASE: ContextVar[Lease | None] = ContextVar("vllm_edits_lease", default=None)
+
+
+@dataclass
+class Usage:
+    """What the engine said about a request; times are monotonic seconds."""
+
+    started: float = field(default_factory=time.monotonic)
+    first_token: float | None = None
+    last_token: float | None = None
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    engine_requests: int = 0
+    aborted: bool = False
+
+
+@dataclass
+class Lease:
+    """A version in use. While anybody holds it, its slot is not cleared and not given to another version."""
+
+    choice: Choice
+    slot: int
+    on_release: Callable[[Lease], None]
+    usage: Usage = field(default_factory=Usage)
+    _holders: int = 0
+
+    @contextmanager
+    def hold(self) -> Iterator[Lease]:
+        """Keep the version in its slot; the last holder to leave releases it."""
+        self._holders += 1
+        try:
+            yield self
+        finally:
+            self._holders -= 1
+            if self._holders == 0:
+                self.on_release(self)

@@ -1,0 +1,104 @@
+"""Every metric the plugin exports, declared once. The README's table is checked against METRICS.
+
+Only the API process exports. Names start with `vllm_edits_`: vLLM unregisters everything that starts with `vllm:`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+
+PREFIX = "vllm_edits_"
+OTHER = "other"
+
+Seconds = tuple[float, ...]
+
+# The edges of vLLM's own latency histograms, so that panels line up; a test compares them with vLLM's.
+REQUEST: Seconds = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+FIRST_TOKEN: Seconds = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
+)  # fmt: skip
+PER_TOKEN: Seconds = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80,
+)  # fmt: skip
+PHASE: Seconds = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One series: `edges` are a histogram's buckets; `across_processes` joins the gauges of several."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
+    edges: Seconds = ()
+    across_processes: Literal["mostrecent", "livesum"] = "mostrecent"
+
+
+METRICS = (
+    Metric("requests", "counter", "Requests by how they ended: ok, aborted, error, rejected.", ("variant", "version", "outcome")),
+    Metric("tokens", "counter", "Tokens by kind: prompt, generation.", ("variant", "version", "kind")),
+    Metric("request_seconds", "histogram", "Whole request, from its arrival to its last byte.", ("variant",), REQUEST),
+    Metric("time_to_first_token_seconds", "histogram", "From arrival to the first token.", ("variant",), FIRST_TOKEN),
+    Metric("time_per_output_token_seconds", "histogram", "Mean time between output tokens of a request.", ("variant",), PER_TOKEN),
+    Metric("requests_in_flight", "gauge", "Requests being answered.", ("variant",), across_processes="livesum"),
+    Metric("slots_total", "gauge", "Versions that fit on the device at once."),
+    Metric("slots_used", "gauge", "Versions on the device."),
+    Metric("installs", "counter", "Versions installed on every worker: ok, refused, error.", ("result",)),
+    Metric("swaps", "counter", "Promotions and rollbacks followed: ok, refused, error.", ("result",)),
+    Metric("swap_seconds", "histogram", "Swap time by phase: fetch, verify, install, drain.", ("phase",), PHASE),
+    Metric("store_head_age_seconds", "gauge", "Time since the store's heads were last read."),
+    Metric("store_errors", "counter", "Looks at the store that failed."),
+    Metric("bundles_rejected", "counter", "Reasons bundles were refused for.", ("reason",)),
+    Metric("variant_info", "gauge", "1 for the version a variant serves, 0 for one it served before.", ("variant", "version")),
+)
+
+
+class Metrics:
+    """The metrics, as attributes of their short names, in one registry."""
+
+    requests: Counter
+    tokens: Counter
+    request_seconds: Histogram
+    time_to_first_token_seconds: Histogram
+    time_per_output_token_seconds: Histogram
+    requests_in_flight: Gauge
+    slots_total: Gauge
+    slots_used: Gauge
+    installs: Counter
+    swaps: Counter
+    swap_seconds: Histogram
+    store_head_age_seconds: Gauge
+    store_errors: Counter
+    bundles_rejected: Counter
+    variant_info: Gauge
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY, *, label_limit: int = 256) -> None:
+        self._label_limit = label_limit
+        self._pairs: set[tuple[str, str]] = set()
+        for metric in METRICS:
+            name = PREFIX + metric.name
+            made: Counter | Gauge | Histogram
+            if metric.kind == "counter":
+                made = Counter(name, metric.help, metric.labels, registry=registry)
+            elif metric.kind == "gauge":
+                made = Gauge(name, metric.help, metric.labels, registry=registry, multiprocess_mode=metric.across_processes)
+            else:
+                made = Histogram(name, metric.help, metric.labels, registry=registry, buckets=metric.edges)
+            setattr(self, metric.name, made)
+
+    def labels(self, variant: str, version: str | None) -> tuple[str, str]:
+        """Label values for a variant and its version (12 digits; empty for the base), bounded in number.
+
+        The first `label_limit` pairs keep their names; later ones are counted as `other`, so that no stream of
+        promotions can fill a Prometheus.
+        """
+        pair = variant, (version or "")[:12]
+        if pair not in self._pairs:
+            if len(self._pairs) >= self._label_limit:
+                return OTHER, OTHER
+            self._pairs.add(pair)
+        return pair

@@ -1,0 +1,334 @@
+"""Store heads to installed versions: the story of a swap, and the lending of slots to requests.
+
+A swap goes: fetch, verify, install into a free slot on every worker, compare what the workers hold, switch the name,
+and clear the old slot when its last request has ended. Everything before the switch can fail without a client seeing it.
+This object and `Residency` are the API process's only state. All methods run on one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+from edit_store import verify
+from edit_store.bundle import BaseModelRef
+from edit_store.errors import BundleRefused, EditsError, InstallRefused, Reason
+from edit_store.store import EditStore, TagEntry
+from plugin.lease import Lease
+from plugin.metrics import Metrics
+from plugin.reservation import Reservation
+from plugin.residency import Residency
+from plugin.variants import Choice, VariantTable, VersionWanted
+
+logger = logging.getLogger("vllm.edits")
+
+_STAGING_POLL_SECONDS = 0.01
+
+
+class Workers(Protocol):
+    """Every worker of the engine at once. Each answers plain data; an answer with 'error' is a refusal."""
+
+    async def call(self, method: str, *args: Any) -> list[dict[str, Any]]:
+        """Call a method of `EditsWorker` on all workers, between two steps of the engine."""
+
+
+@dataclass
+class Swap:
+    """One attempt to follow a tag. Seconds by phase; `error` is empty when the name was switched."""
+
+    variant: str
+    tag: str
+    from_version: str | None
+    to_version: str
+    at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
+    seconds: dict[str, float] = field(default_factory=dict)
+    error: str = ""
+
+    @contextmanager
+    def phase(self, name: str, metrics: Metrics) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - start, 6)
+        metrics.swap_seconds.labels(name).observe(self.seconds[name])
+
+
+class Reconciler:
+    """Keeps what is served equal to what the store promotes."""
+
+    def __init__(
+        self,
+        store: EditStore,
+        workers: Workers,
+        metrics: Metrics,
+        *,
+        base: BaseModelRef,
+        base_names: tuple[str, ...],
+        reservation: Reservation,
+        slots: int,
+        default_tag: str,
+    ) -> None:
+        self.store = store
+        self.table = VariantTable(base_names, default_tag)
+        self.residency = Residency(slots)
+        self.last_swap: Swap | None = None
+        self.last_error = ""
+        self.heads_read_at: float | None = None
+        self._workers = workers
+        self._metrics = metrics
+        self._base = base
+        self._reservation = reservation
+        self._heads: dict[tuple[str, str], TagEntry] = {}
+        self._refused: dict[tuple[str, str], tuple[int, str]] = {}
+        self._in_flight: Counter[tuple[str, str | None]] = Counter()
+        self._syncing = asyncio.Lock()
+        self._installing = asyncio.Lock()
+        self._slot_released = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        metrics.slots_total.set(slots)
+
+    # -- following the store ---------------------------------------------------------------------------------------
+
+    async def follow(self, poll_seconds: float) -> None:
+        """Sync for ever. A store that cannot be read leaves everything serving; the next look tries again."""
+        while True:
+            await asyncio.sleep(poll_seconds)
+            try:
+                await self.sync()
+            except Exception:  # the loop must outlive any fault of one look
+                logger.exception("sync failed; what is installed keeps serving")
+                self._metrics.store_errors.inc()
+            self._metrics.store_head_age_seconds.set(self._head_age())
+
+    async def sync(self, *, retry_refused: bool = False) -> list[Swap]:
+        """Read the store's heads once and follow every tag that moved. Returns the swaps that were tried."""
+        async with self._syncing:
+            try:
+                heads = await asyncio.to_thread(self.store.heads)
+            except EditsError as error:
+                self.last_error = str(error)
+                self._metrics.store_errors.inc()
+                logger.warning("store cannot be read, serving what is installed: %s", error)
+                return []
+            self.heads_read_at = time.monotonic()
+            self._metrics.store_head_age_seconds.set(0)
+            swaps = []
+            for name, tags in heads.items():
+                for tag, entry in tags.items():
+                    known = self._heads.get((name, tag))
+                    refused = self._refused.get((name, tag))
+                    if known is not None and known.sequence == entry.sequence:
+                        continue
+                    if refused is not None and refused[0] == entry.sequence and not retry_refused:
+                        continue
+                    swaps.append(await self._follow_tag(entry))
+            return swaps
+
+    async def _follow_tag(self, entry: TagEntry) -> Swap:
+        key = entry.name, entry.tag
+        old = self.table.promoted.get(entry.name, {}).get(entry.tag)
+        swap = self.last_swap = Swap(entry.name, entry.tag, old, entry.version)
+        try:
+            if entry.version != old:
+                await self._bring_in(swap)
+        except EditsError as error:
+            swap.error = self.last_error = str(error)
+            self._refused[key] = entry.sequence, swap.error
+            reasons = error.reasons if isinstance(error, BundleRefused) else (Reason("error", str(error)),)
+            for reason in reasons:
+                self._metrics.bundles_rejected.labels(reason.code).inc()
+            self._metrics.swaps.labels("refused" if isinstance(error, BundleRefused) else "error").inc()
+            logger.error("swap refused variant=%s@%s serving=%s: %s", *key, (old or "nothing")[:12], error)
+            return swap
+        self._switch(entry)
+        self._refused.pop(key, None)
+        self._metrics.swaps.labels("ok").inc()
+        logger.info("swap committed variant=%s@%s version=%s seconds=%s", *key, entry.version[:12], swap.seconds)
+        return swap
+
+    async def _bring_in(self, swap: Swap) -> None:
+        """Everything before the switch: nothing here is visible to clients."""
+        with swap.phase("fetch", self._metrics):
+            bundle = await asyncio.to_thread(self.store.bundle, swap.to_version)
+        with swap.phase("verify", self._metrics):
+            await asyncio.to_thread(verify.check, bundle, self._base)
+            if missing := self._reservation.missing(bundle.manifest.edits):
+                raise InstallRefused(f"version {swap.to_version[:12]} of {swap.variant!r}", missing)
+        # At start there may be more variants than slots: those beyond are paged in by the first request.
+        if swap.from_version is not None or self.residency.used < self.residency.slots:
+            with swap.phase("install", self._metrics):
+                await self._make_resident(swap.to_version)
+
+    def _switch(self, entry: TagEntry) -> None:
+        """The commit point on this server: one reference is replaced."""
+        promoted = {name: dict(tags) for name, tags in self.table.promoted.items()}
+        old = promoted.setdefault(entry.name, {}).get(entry.tag)
+        promoted[entry.name][entry.tag] = entry.version
+        self.table = replace(self.table, promoted=promoted)
+        self._heads[entry.name, entry.tag] = entry
+        self.residency.restore(entry.version)
+        if old is not None and old != entry.version:
+            self._metrics.variant_info.labels(*self._metrics.labels(entry.name, old)).set(0)
+            if old not in self.table.versions():
+                self.residency.retire(old)
+                self._sweep()
+        self._metrics.variant_info.labels(*self._metrics.labels(entry.name, entry.version)).set(1)
+
+    # -- lending slots ---------------------------------------------------------------------------------------------
+
+    async def lease(self, model: str) -> Lease:
+        """A slot for a request that names `model`; waits while all slots are in use.
+
+        NotFound for a name that is not served; InstallRefused when the version cannot be brought in.
+        """
+        found = self.table.resolve(model)
+        if isinstance(found, VersionWanted):
+            version = await asyncio.to_thread(self.store.resolve, str(found.ref))
+            found = Choice(model, found.ref.name, version)
+        if found.version is None:
+            slot = 0
+        else:
+            slot = await self._acquire(found.version)
+        self._in_flight[found.variant, found.version] += 1
+        self._metrics.requests_in_flight.labels(self._metrics.labels(found.variant, found.version)[0]).inc()
+        return Lease(found, slot, self._release)
+
+    def _release(self, lease: Lease) -> None:
+        variant, version = lease.choice.variant, lease.choice.version
+        self._in_flight[variant, version] -= 1
+        if not self._in_flight[variant, version]:
+            del self._in_flight[variant, version]
+        self._metrics.requests_in_flight.labels(self._metrics.labels(variant, version)[0]).dec()
+        if version is not None:
+            self.residency.release(version)
+            self._slot_released.set()
+            self._sweep()
+
+    async def _acquire(self, version: str) -> int:
+        if not self.residency.is_resident(version):
+            return await self._make_resident(version, acquire=True)
+        return self.residency.acquire(version)
+
+    async def _make_resident(self, version: str, *, acquire: bool = False) -> int:
+        """Install a version on every worker, one install at a time; waits for a slot. Returns its slot."""
+        async with self._installing:
+            if not self.residency.is_resident(version):
+                while (plan := self.residency.plan(version)) is None:
+                    self._slot_released.clear()
+                    await self._slot_released.wait()
+                try:
+                    if plan.evicted is not None:
+                        await self._all("edits_clear", plan.slot, plan.evicted)
+                    await self._install(plan.slot, version)
+                except BaseException as failure:
+                    await self._undo(plan.slot, version)
+                    self._metrics.installs.labels("refused" if isinstance(failure, BundleRefused) else "error").inc()
+                    raise
+                self.residency.commit(version)
+                self._metrics.installs.labels("ok").inc()
+                self._count_slots()
+            return self.residency.acquire(version) if acquire else self.residency.residents()[version].slot
+
+    async def _install(self, slot: int, version: str) -> None:
+        await self._all("edits_stage", version)
+        while any("pending" in answer for answer in await self._all("edits_staged", version)):
+            await asyncio.sleep(_STAGING_POLL_SECONDS)
+        digests = {answer["digest"] for answer in await self._all("edits_install", slot, version)}
+        if len(digests) != 1:
+            raise EditsError(f"workers disagree on what version {version[:12]} is: {sorted(digests)}")
+
+    async def _undo(self, slot: int, version: str) -> None:
+        """Take a version that was not committed out of every worker. A slot that cannot be cleared is not used again."""
+        try:
+            await self._workers.call("edits_clear", slot, version)
+        except Exception:
+            logger.exception("slot %d could not be cleared and stays out of use", slot)
+        else:
+            self.residency.abandon(version)
+
+    async def _all(self, method: str, *args: Any) -> list[dict[str, Any]]:
+        """Call every worker; the first refusal is raised with all its reasons."""
+        answers = await self._workers.call(method, *args)
+        for answer in answers:
+            if "error" in answer:
+                reasons = [Reason(code, message) for code, message in answer.get("reasons", ())]
+                raise InstallRefused("install", reasons) if reasons else EditsError(f"a worker failed at {method}: {answer['error']}")
+        return answers
+
+    def _sweep(self) -> None:
+        """Clear the slots of retired versions that nobody uses any more, in the background."""
+        for version in self.residency.leaving():
+            slot = self.residency.remove(version)
+            task = asyncio.get_running_loop().create_task(self._drain(slot, version))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _drain(self, slot: int, version: str) -> None:
+        # Calls and requests reach the engine in order: the aborts and steps of the last user are behind this call.
+        try:
+            await self._all("edits_clear", slot, version)
+        except Exception:
+            logger.exception("slot %d of retired version %s could not be cleared and stays out of use", slot, version[:12])
+            return
+        self.residency.give_back(slot)
+        self._count_slots()
+        self._slot_released.set()
+        logger.info("drained version=%s slot=%d", version[:12], slot)
+
+    async def settle(self) -> None:
+        """Wait until no retired version is being cleared."""
+        while self._tasks:
+            await asyncio.gather(*self._tasks)
+
+    # -- telling -----------------------------------------------------------------------------------------------------
+
+    def status(self) -> Mapping[str, Any]:
+        """What `GET /v1/edits` answers."""
+        return {
+            "base": {"names": list(self.table.base_names), "in_flight": self._in_flight["base", None]},
+            "variants": [
+                {
+                    "name": name,
+                    "tag": tag,
+                    "version": version,
+                    "sequence": self._heads[name, tag].sequence,
+                    "resident": self.residency.is_resident(version),
+                    "in_flight": self._in_flight[name, version],
+                    "refused": self._refused.get((name, tag), (0, ""))[1],
+                }
+                for name, tags in sorted(self.table.promoted.items())
+                for tag, version in sorted(tags.items())
+            ],
+            "refused": [
+                {"name": name, "tag": tag, "sequence": sequence, "error": error}
+                for (name, tag), (sequence, error) in sorted(self._refused.items())
+            ],
+            "slots": {
+                "total": self.residency.slots,
+                "used": self.residency.used,
+                "held": [
+                    {"slot": resident.slot, "version": version, "users": resident.users, "retired": resident.retired}
+                    for version, resident in self.residency.residents().items()
+                ],
+            },
+            "last_swap": asdict(self.last_swap) if self.last_swap else None,
+            "last_error": self.last_error,
+            "store": {"url": self.store.url, "head_age_seconds": round(self._head_age(), 3)},
+        }
+
+    def refusal(self, model: str) -> str:
+        """Why a promoted variant is not served at all, or ''."""
+        name, _, tag = model.partition("@")
+        return self._refused.get((name, tag or self.table.default_tag), (0, ""))[1]
+
+    def _head_age(self) -> float:
+        return time.monotonic() - self.heads_read_at if self.heads_read_at is not None else float("inf")
+
+    def _count_slots(self) -> None:
+        self._metrics.slots_used.set(self.residency.used)

@@ -1,0 +1,47 @@
+"""The model list as clients see it: the base model and every variant.
+
+Stands in for vLLM's own list in every handler. A variant's name is accepted only from a request that holds a lease on
+it, so a path that the middleware does not cover answers 404 rather than with the base model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from plugin.lease import CURRENT_LEASE
+from plugin.variants import VariantTable
+
+
+class ServedModels:
+    """vLLM's list of served models, with the variants of `table` added."""
+
+    def __init__(self, models: Any, table: Callable[[], VariantTable]) -> None:
+        self._models = models
+        self._table = table
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._models, name)
+
+    def is_base_model(self, model_name: str) -> bool:
+        """Whether vLLM may go on with a request of this name."""
+        lease = CURRENT_LEASE.get()
+        return self._models.is_base_model(model_name) or (lease is not None and lease.choice.requested == model_name)
+
+    def model_name(self, lora_request: Any = None) -> str:
+        """The name that answers carry: what the client asked for."""
+        lease = CURRENT_LEASE.get()
+        if lora_request is None and lease is not None and lease.choice.version is not None:
+            return lease.choice.requested
+        return str(self._models.model_name(lora_request))
+
+    async def show_available_models(self) -> Any:
+        """`GET /v1/models`: base models first, then each variant with its version as `root` and the base as `parent`."""
+        listed = await self._models.show_available_models()
+        base, table = listed.data[0], self._table()
+        for name in table.names():
+            variant, _, tag = name.partition("@")
+            version = table.promoted[variant][tag or table.default_tag]
+            card = {"id": name, "root": f"{variant}@{version}", "parent": base.id}
+            listed.data.append(base.model_copy(update=card))
+        return listed

@@ -1,0 +1,68 @@
+"""What the names in a request's `model` field mean. Pure and frozen: a swap makes a new table and replaces the old one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from edit_store.errors import NotFound, nearest
+from edit_store.refs import Ref
+
+BASE = "base"
+"""Name of the unedited model in metrics and headers."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a request asked for. `version` is None for the base model."""
+
+    requested: str
+    variant: str
+    version: str | None
+
+
+@dataclass(frozen=True)
+class VersionWanted:
+    """A request named a version by its digest; the store must say which one that is."""
+
+    ref: Ref
+
+
+@dataclass(frozen=True)
+class VariantTable:
+    """Names of the base model, and the promoted version of every tag of every variant."""
+
+    base_names: tuple[str, ...]
+    default_tag: str
+    promoted: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def resolve(self, model: str) -> Choice | VersionWanted:
+        """Look a name up. NotFound lists what is served and the nearest names."""
+        if not model or model in self.base_names:
+            return Choice(model or self.base_names[0], BASE, None)
+        try:
+            ref = Ref.parse(model, self.default_tag)
+        except NotFound:
+            raise self._unknown(model) from None
+        tags = self.promoted.get(ref.name)
+        if tags is None or (ref.selector not in tags and not ref.is_version):
+            raise self._unknown(model)
+        if ref.selector in tags:
+            return Choice(model, ref.name, tags[ref.selector])
+        return VersionWanted(ref)
+
+    def names(self) -> list[str]:
+        """Every name a client may send, versions by digest apart: `polite` for the default tag, `polite@<tag>` for others."""
+        return [
+            name if tag == self.default_tag else f"{name}@{tag}"
+            for name, tags in sorted(self.promoted.items())
+            for tag in sorted(tags)
+        ]
+
+    def versions(self) -> set[str]:
+        """Every promoted version."""
+        return {version for tags in self.promoted.values() for version in tags.values()}
+
+    def _unknown(self, model: str) -> NotFound:
+        served = [*self.base_names, *self.names()]
+        return NotFound(f"The model `{model}` does not exist. Served: {', '.join(served)}.{nearest(model, served)}")

@@ -1,0 +1,55 @@
+"""Which vLLM this plugin supports, and what it refuses to run with. Checked before anything is served."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import vllm
+from packaging.version import Version
+
+from edit_store.errors import UnsupportedHost
+
+LOAD_FORMAT = "edits"
+PLUGIN_NAME = "edits"
+
+SUPPORTED_VLLM = (Version("0.26"), Version("0.34"))
+"""From the first version with every seam up to, not including, the first not yet looked at."""
+
+
+def check_version() -> None:
+    """UnsupportedHost outside the supported range."""
+    low, high = SUPPORTED_VLLM
+    found = Version(vllm.__version__)
+    if not low <= Version(found.base_version) < high:
+        raise UnsupportedHost(f"vllm-edits supports vLLM {low} up to (not including) {high}, found {found}. Install one of these")
+
+
+def check_config(config: Any) -> None:
+    """UnsupportedHost, with all reasons, for ways of running that are not proven exact yet."""
+    parallel, reasons = config.parallel_config, []
+    for name, size in (
+        ("tensor parallel", parallel.tensor_parallel_size),
+        ("pipeline parallel", parallel.pipeline_parallel_size),
+        ("data parallel", parallel.data_parallel_size),
+    ):
+        if size > 1:
+            reasons.append(f"{name} size {size}; start with 1")
+    if config.lora_config is not None:
+        reasons.append("LoRA beside edits; start without --enable-lora")
+    if config.speculative_config is not None:
+        reasons.append("speculative decoding; start without --speculative-config")
+    if config.quant_config is not None:
+        reasons.append(f"a quantised base model ({type(config.quant_config).__name__}); serve an unquantised checkpoint")
+    if reasons:
+        raise UnsupportedHost("edits are not proven exact with: " + "; ".join(reasons))
+
+
+def need(owner: Any, *path: str) -> Any:
+    """Follow attributes from `owner`; UnsupportedHost names the seam that this vLLM no longer has."""
+    found = owner
+    for index, name in enumerate(path):
+        if not hasattr(found, name):
+            seam = ".".join((type(owner).__name__, *path[: index + 1]))
+            raise UnsupportedHost(f"vLLM {vllm.__version__} has no {seam}, which edits lean on. Use a supported version")
+        found = getattr(found, name)
+    return found

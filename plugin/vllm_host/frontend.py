@@ -1,0 +1,150 @@
+"""The API server's side: attach to the workers, open the store, and put the gate and the names before vLLM's handlers."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import vllm
+
+from edit_store.bundle import BaseModelRef
+from edit_store.errors import UnsupportedHost
+from edit_store.store import EditStore
+from plugin.engine_gate import EngineGate
+from plugin.http.middleware import VariantMiddleware
+from plugin.http.routes import router
+from plugin.metrics import Metrics
+from plugin.reconcile import Reconciler, Workers
+from plugin.reservation import Reservation
+from plugin.served_models import ServedModels
+from plugin.variants import VariantTable
+from plugin.vllm_host import compat
+from server_config.settings import EditSettings, Reserve, read_settings
+
+logger = logging.getLogger("vllm.edits")
+
+
+class EngineWorkers:
+    """`Workers` over the engine client's collective call."""
+
+    def __init__(self, engine_client: Any) -> None:
+        self._engine = engine_client
+
+    async def call(self, method: str, *args: Any) -> list[dict[str, Any]]:
+        answers: list[dict[str, Any]] = await self._engine.collective_rpc(method, args=args)
+        return answers
+
+
+class EditsEndpoints:
+    """vLLM's `EndpointPlugin`, one per API server process. Its parts exist once `init_state` has run."""
+
+    name = "edits"
+    required_tasks: tuple[str, ...] | None = ("generate",)
+
+    def __init__(self) -> None:
+        self._reconciler: Reconciler | None = None
+        self._metrics: Metrics | None = None
+        self._settings: EditSettings | None = None
+        self._following: asyncio.Task[None] | None = None
+
+    def attach_router(self, app: Any) -> None:
+        """Called while vLLM builds its app."""
+        app.add_middleware(VariantMiddleware, serving=lambda: (self._core(), self._metrics))
+        app.include_router(router(self._core, lambda: self._settings.admin_token_file if self._settings else None))
+
+    def _core(self) -> Reconciler:
+        if self._reconciler is None:
+            raise UnsupportedHost("edits are not attached to an engine yet")
+        return self._reconciler
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        """Everything that must hold before the first request; an exception here ends the start."""
+        compat.check_version()
+        config = engine_client.vllm_config
+        if config.load_config.load_format != compat.LOAD_FORMAT:
+            raise UnsupportedHost(
+                f"VLLM_PLUGINS names edits, but the model was loaded with --load-format {config.load_config.load_format}. "
+                f"Start with --load-format {compat.LOAD_FORMAT}, or without edits in VLLM_PLUGINS"
+            )
+        settings = self._settings = read_settings(config.additional_config)
+        models = compat.need(state, "openai_serving_models")
+        workers = EngineWorkers(engine_client)
+        self._metrics = Metrics()
+        base_names = tuple(path.name for path in models.base_model_paths)
+        self._reconciler, description = await start(workers, settings, self._metrics, base_names)
+        put_before_handlers(state, engine_client, models, lambda: self._core().table)
+        self._following = asyncio.create_task(self._reconciler.follow(settings.poll_seconds))
+        logger.info("%s; %s", versions(config), description)
+
+
+async def start(
+    workers: Workers, settings: EditSettings, metrics: Metrics, base_names: tuple[str, ...]
+) -> tuple[Reconciler, str]:
+    """Attach to every worker, open the store and install what it promotes. Also returns a line that says what is reserved."""
+    answers = await workers.call("edits_attach")
+    for answer in answers:
+        if "error" in answer:
+            raise UnsupportedHost(f"a worker cannot serve edits: {answer['error']}")
+    if any(answer != answers[0] for answer in answers):
+        raise UnsupportedHost(
+            "workers reserved different rooms (the store changed while they started?). Start again, or set edits.reserve"
+        )
+    described = answers[0]
+    base = BaseModelRef.model_validate(described["base"])
+    reservation = Reservation.from_settings([Reserve(**item) for item in described["reserve"]], base.widths)
+    reconciler = Reconciler(
+        await asyncio.to_thread(EditStore, settings.store),
+        workers,
+        metrics,
+        base=base,
+        base_names=base_names,
+        reservation=reservation,
+        slots=described["slots"],
+        default_tag=settings.default_tag,
+    )
+    await reconciler.sync()
+    sites, mebibytes = len(reservation.sites()), described["bytes"] / 2**20
+    return reconciler, (
+        f"runner {described['runner']}, {len(answers)} worker(s), {described['slots']} slots, {sites} sites, "
+        f"{mebibytes:.1f} MiB reserved: {reservation}"
+    )
+
+
+def versions(config: Any) -> str:
+    """What runs: versions, and whether the graph is compiled."""
+    mode = getattr(config.compilation_config.mode, "name", config.compilation_config.mode)
+    return f"vllm-edits {importlib.metadata.version('vllm-edits')} on vLLM {vllm.__version__}, compilation {mode}"
+
+
+def put_before_handlers(state: Any, engine: Any, models: Any, table: Callable[[], VariantTable]) -> None:
+    """Replace the engine client and the model list by the gate and the served models, wherever a handler holds them.
+
+    A handler that kept the engine itself would serve the base model for a variant, so one that is missed ends the start.
+    """
+    replacements = {id(engine): EngineGate(engine), id(models): ServedModels(models, table)}
+    holders = [state._state, *(vars(handler) for handler in _handlers(state))]
+    replaced = 0
+    for attributes in holders:
+        for name, value in list(attributes.items()):
+            if id(value) in replacements:
+                attributes[name] = replacements[id(value)]
+                replaced += 1
+    if not replaced or any(id(value) in replacements for holder in holders for value in holder.values()):
+        raise UnsupportedHost("vLLM's HTTP handlers hold the engine in a way edits do not know. Use a supported version")
+
+
+def _handlers(state: Any) -> Iterator[Any]:
+    """Every object of vLLM's HTTP layer that can be reached from the app's state."""
+    seen: set[int] = set()
+    waiting = list(state._state.values())
+    while waiting:
+        found = waiting.pop()
+        if id(found) in seen or not type(found).__module__.startswith("vllm.entrypoints"):
+            continue
+        seen.add(id(found))
+        if hasattr(found, "__dict__"):
+            yield found
+            waiting.extend(vars(found).values())

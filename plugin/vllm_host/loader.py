@@ -1,0 +1,145 @@
+"""The load format `edits`: loads the base model with vLLM's own loader, then makes its sites editable.
+
+vLLM refuses to start on an unknown load format, so without this plugin nothing is served by mistake.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from vllm import envs
+from vllm.config import ModelConfig, VllmConfig
+from vllm.config.load import LoadConfig
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.utils.import_utils import resolve_obj_by_qualname
+
+from edit_store.base_model import identify
+from edit_store.bundle import BaseModelRef
+from edit_store.errors import UnsupportedHost
+from edit_store.store import EditStore
+from plugin.edited_model import EditedModel
+from plugin.reservation import Reservation
+from plugin.vllm_host import compat
+from plugin.vllm_host.architectures import anchors
+from plugin.vllm_host.runner_v2 import use_edits_model_state
+from plugin.vllm_host.worker import EditsWorker, Staging
+from server_config.settings import KEY, EditSettings, read_settings
+
+logger = logging.getLogger("vllm.edits")
+
+
+class EditsModelLoader(BaseModelLoader):
+    """Delegates everything about weights to the loader of `edits.inner_load_format`."""
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        super().__init__(load_config)
+        self._inner: BaseModelLoader | None = None
+
+    def _loader(self, settings: EditSettings) -> BaseModelLoader:
+        if self._inner is None:
+            self._inner = get_model_loader(
+                dataclasses.replace(self.load_config, load_format=settings.inner_load_format)
+            )
+        return self._inner
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        self._require_inner().download_model(model_config)
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        self._require_inner().load_weights(model, model_config)
+
+    def _require_inner(self) -> BaseModelLoader:
+        if self._inner is None:
+            raise UnsupportedHost("load format `edits` was asked for weights before it loaded a model")
+        return self._inner
+
+    def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
+        """Load the base model and reserve the slot tensors. Any doubt ends the start here, with the reason."""
+        compat.check_version()
+        if envs.VLLM_PLUGINS is None or compat.PLUGIN_NAME not in envs.VLLM_PLUGINS:
+            raise UnsupportedHost(
+                f"load format `edits` needs VLLM_PLUGINS to name {compat.PLUGIN_NAME!r}, found {envs.VLLM_PLUGINS}. Without it vLLM "
+                "does not load the plugin's HTTP side. Start with: VLLM_PLUGINS=edits (comma-separated, no spaces)"
+            )
+        settings = read_settings(vllm_config.additional_config)
+        compat.check_config(vllm_config)
+        model = self._loader(settings).load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        base = identify(model_folder(model_config), name=model_config.model)
+        reservation = reserve(settings, base)
+        # The compiled graph depends on what is reserved, so the resolved reservation must be in the compile cache's key.
+        vllm_config.additional_config[KEY] = {
+            **vllm_config.additional_config[KEY],
+            "reserve": reservation.to_settings(),
+        }
+        vllm_config.additional_config["edits_plugin_version"] = importlib.metadata.version("vllm-edits")
+        edited = EditedModel(
+            anchors(model, base.architecture, base.widths),
+            reservation,
+            slots=settings.slots,
+            max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+            dtype=model_config.dtype,
+            device=next(model.parameters()).device,
+        )
+        EditsWorker.extend(resolve_obj_by_qualname(vllm_config.parallel_config.worker_cls))
+        model.loaded_edits = LoadedEdits(edited, base, settings)
+        use_edits_model_state(model, model.loaded_edits)
+        return model
+
+
+@dataclass
+class LoadedEdits:
+    """What a worker needs to find again on its model. Not a module, so it is not part of the model's tree."""
+
+    edited: EditedModel
+    base: BaseModelRef
+    settings: EditSettings
+    staged: dict[str, Staging] = field(default_factory=dict)
+    runner: str = "V1"
+    """Which model runner feeds the token slots; the V2 runner's state says so when it is built."""
+
+
+def reserve(settings: EditSettings, base: BaseModelRef) -> Reservation:
+    """What the settings say, or what the store promotes for this model now, or everything for an empty store."""
+    if settings.reserve is not None:
+        return Reservation.from_settings(settings.reserve, base.widths)
+    store = EditStore(settings.store)
+    manifests = [store.manifest(entry.version) for tags in store.heads().values() for entry in tags.values()]
+    edits = [edit for manifest in manifests if manifest.base.files == base.files for edit in manifest.edits]
+    if edits:
+        return Reservation.for_edits(edits)
+    logger.warning(
+        "store %s promotes nothing for this model: room is reserved for every kind at every site, which costs a little "
+        "on every step. Promote first, or set edits.reserve",
+        settings.store,
+    )
+    return Reservation.for_everything(base.widths)
+
+
+def model_folder(model_config: ModelConfig) -> Path:
+    """Where the base model's files lie: the folder named, or the local snapshot of the repository named."""
+    folder = Path(model_config.model)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "config.json"]
+    return Path(
+        snapshot_download(
+            model_config.model, revision=model_config.revision, local_files_only=True, allow_patterns=patterns
+        )
+    )
+
+
+def edits_of(model: Any) -> LoadedEdits:
+    """The edits of a model that this loader loaded."""
+    loaded = getattr(model, "loaded_edits", None)
+    if not isinstance(loaded, LoadedEdits):
+        raise UnsupportedHost("this model was not loaded with --load-format edits")
+    return loaded

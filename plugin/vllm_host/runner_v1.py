@@ -1,0 +1,49 @@
+"""Token slots for vLLM's V1 model runner (all of CPU): filled just before each forward pass of the whole model.
+
+The outer model is called from Python on every step, so a forward pre-hook sees each batch. Full CUDA graphs replay
+without calling it: there the V2 runner is needed, and V1 is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from edit_store.errors import UnsupportedHost
+from plugin.claim import CLAIM
+from plugin.edited_model import EditedModel
+from plugin.vllm_host.compat import need
+
+
+def attach(runner: Any, edited: EditedModel) -> None:
+    """Fill `edited`'s token slots before every forward pass of `runner`'s model. Attaching twice is harmless."""
+    batch = need(runner, "input_batch")
+    need(batch, "req_ids")
+    need(batch, "num_reqs")
+    need(runner, "requests")
+    need(runner, "query_start_loc", "np")
+    model = runner.get_model()
+    if not isinstance(runner.model, nn.Module):
+        raise UnsupportedHost(
+            "the V1 model runner replays full CUDA graphs without calling the model, so edits cannot follow the batch. "
+            "Start with VLLM_USE_V2_MODEL_RUNNER=1, or with --compilation-config '{\"cudagraph_mode\": \"PIECEWISE\"}'"
+        )
+    if getattr(model, "edits_attached", False):
+        return
+    model.edits_attached = True
+
+    def fill_token_slots(_module: nn.Module, _args: Any) -> None:
+        batch = runner.input_batch
+        count = batch.num_reqs
+        claims = [_claim(runner.requests[request_id]) for request_id in batch.req_ids[:count]]
+        edited.set_token_slots(claims, np.diff(runner.query_start_loc.np[: count + 1]))
+
+    model.register_forward_pre_hook(fill_token_slots)
+
+
+def _claim(request: Any) -> Any:
+    """What a request may use, written by the engine gate; None for the base model."""
+    sampling = request.sampling_params
+    return sampling.extra_args.get(CLAIM) if sampling is not None and sampling.extra_args else None

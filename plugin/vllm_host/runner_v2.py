@@ -1,0 +1,58 @@
+"""Token slots for vLLM's V2 model runner (GPUs): a ModelState that follows requests and prepares each step.
+
+V2 asks the model which ModelState it wants, tells it of every request added and removed, and calls `prepare_inputs`
+before each step, graph replay or not. The token slots keep their address, so replayed graphs read the new contents.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+
+from plugin.claim import CLAIM
+
+if TYPE_CHECKING:
+    from plugin.vllm_host.loader import LoadedEdits
+
+
+def use_edits_model_state(model: nn.Module, loaded: LoadedEdits) -> None:
+    """Make the V2 runner keep the state it would have kept for this model, with token slots added."""
+    if hasattr(model, "get_model_state_cls"):
+        state_class = _with_token_slots(model.get_model_state_cls(), loaded)
+    else:
+        try:
+            from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+        except ImportError:  # this build has no V2 runner: V1 attaches later
+            return
+        state_class = _with_token_slots(DefaultModelState, loaded)
+    model.get_model_state_cls = lambda: state_class  # type: ignore[assignment]
+
+
+def _with_token_slots(base: Any, loaded: LoadedEdits) -> type:
+    class EditsModelState(base):  # type: ignore[misc]
+        """A model state that also says, before each step, which slot every token belongs to."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._claims: dict[str, Any] = {}
+            loaded.runner = "V2"
+
+        def add_request(self, req_index: int, new_req_data: Any) -> None:
+            super().add_request(req_index, new_req_data)
+            sampling = new_req_data.sampling_params
+            arguments = sampling.extra_args if sampling is not None else None
+            self._claims[new_req_data.req_id] = (arguments or {}).get(CLAIM)
+
+        def remove_request(self, req_id: str) -> None:
+            super().remove_request(req_id)
+            self._claims.pop(req_id, None)
+
+        def prepare_inputs(self, input_batch: Any, req_states: Any) -> Any:
+            # A request the state was never told of is a broken seam: KeyError stops the step, the base is not served.
+            claims = [self._claims[request_id] for request_id in input_batch.req_ids]
+            loaded.edited.set_token_slots(claims, np.asarray(input_batch.num_scheduled_tokens))
+            return super().prepare_inputs(input_batch, req_states)
+
+    return EditsModelState

@@ -1,0 +1,68 @@
+"""Every setting of the server: name, type, default and one line of help. The README's table is checked against this.
+
+Settings travel as `--additional-config '{"edits": {...}}'`, so every process of the engine sees the same ones, and they
+are part of the key of vLLM's compile cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from edit_store.edits import MAX_RANK
+from edit_store.errors import SettingsError, nearest
+
+KEY = "edits"
+
+
+class Reserve(BaseModel):
+    """Room for one kind of edit at the sites that match a pattern."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["scale", "low_rank", "subspace_filter", "offset"] = Field(description="kind of edit")
+    site: str = Field(description="site or pattern, e.g. layers.*.mlp.out or layers.3.resid")
+    rank: int = Field(default=1, ge=1, le=MAX_RANK, description="largest rank an edit there may have")
+
+
+class EditSettings(BaseModel):
+    """What an operator can set."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    store: str = Field(min_length=1, description="the edit store: a folder, or a URL of a supported backend")
+    slots: int = Field(default=16, ge=1, le=4096, description="versions held on the device at once; more are paged in on demand")
+    reserve: tuple[Reserve, ...] | None = Field(
+        default=None,
+        description="kinds, sites and ranks to keep room for; by default what the store promotes when the server starts",
+    )
+    default_tag: str = Field(default="prod", pattern=r"^[a-z0-9][a-z0-9._-]*$", description="tag that a bare variant name means")
+    poll_seconds: float = Field(default=2.0, ge=0.05, le=3600, description="how often the store is looked at for promotions")
+    admin_token_file: str | None = Field(
+        default=None, description="file with the token that changes over HTTP must send; without it they are refused"
+    )
+    inner_load_format: str = Field(default="auto", description="vLLM load format that reads the base model's weights")
+
+
+def read_settings(additional_config: object) -> EditSettings:
+    """Settings out of vLLM's additional config. SettingsError lists every unknown or impossible one."""
+    if not isinstance(additional_config, Mapping) or not isinstance(additional_config.get(KEY), Mapping):
+        raise SettingsError(
+            f"expected settings under {KEY!r} in --additional-config, found {additional_config!r}. "
+            """Start with: --additional-config '{"edits": {"store": "/path/to/store"}}'"""
+        )
+    try:
+        return EditSettings.model_validate(additional_config[KEY])
+    except ValidationError as error:
+        raise SettingsError("\n".join(["settings are refused:", *map(_explain, error.errors())])) from None
+
+
+def _explain(problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] != "extra_forbidden":
+        return f"  - {KEY}.{where}: {problem['msg']}, found {problem.get('input')!r}"
+    known = Reserve.model_fields if problem["loc"][0] == "reserve" else EditSettings.model_fields
+    name = str(problem["loc"][-1])
+    return f"  - {KEY}.{where}: unknown setting.{nearest(name, known) or ' Known: ' + ', '.join(known) + '.'}"
