@@ -26,14 +26,16 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-edits"
 
 
-def identify(folder: Path, *, name: str | None = None, cache: Path | None = None, progress: Progress | None = None) -> BaseModelRef:
+def identify(
+    folder: Path, *, name: str | None = None, cache: Path | None = None, progress: Progress | None = None
+) -> BaseModelRef:
     """Read what model lies in `folder`. `progress` is called with the number of bytes just hashed."""
     config_path = folder / CONFIG_FILE
     weights = sorted(folder.glob("*.safetensors"))
     if not config_path.is_file() or not weights:
         raise UnsupportedHost(
-            f"expected config.json and *.safetensors in {folder}, found {'a' if config_path.is_file() else 'no'} config "
-            f"and {len(weights)} weight file(s). Name a folder with a safetensors checkpoint"
+            f"expected config.json and *.safetensors in {folder}, found {len(weights)} weight file(s) and "
+            f"{'a' if config_path.is_file() else 'no'} config. Name a folder with a safetensors checkpoint"
         )
     config = json.loads(config_path.read_bytes())
     memo = _Memo((cache or default_cache()) / "file-digests.json")

@@ -25,7 +25,7 @@ from edit_store.edits import AnyEdit, Edit, Tensors
 from edit_store.errors import BundleRefused, Reason
 from edit_store.sites import Widths
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 MANIFEST_FILE = "manifest.json"
 TENSORS_FILE = "edits.safetensors"
 MAX_MANIFEST_BYTES = 1 << 20
@@ -61,7 +61,14 @@ class BlobRef(_Record):
     """A stored blob by content."""
 
     sha256: Digest
-    size: int = Field(gt=0)
+    size: int = Field(ge=0)
+
+    @classmethod
+    def of(cls, data: bytes) -> BlobRef:
+        return cls(sha256=sha256(data), size=len(data))
+
+    def __str__(self) -> str:
+        return f"{self.size} bytes {self.sha256[:12]}"
 
 
 class Measurement(_Record):
@@ -165,7 +172,7 @@ class Bundle:
             created_at=created_at or datetime.now(UTC).replace(microsecond=0),
             base=base,
             edits=tuple(edit for edit, _ in pairs),
-            tensors=BlobRef(sha256=sha256(tensor_bytes), size=len(tensor_bytes)),
+            tensors=BlobRef.of(tensor_bytes),
             provenance=provenance,
             measurements=tuple(measurements),
         )

@@ -1,4 +1,4 @@
-"""The store's commands: init, publish, list, history, inspect, promote, rollback. `plugin.cli` adds serve and status."""
+"""The store's commands. `plugin.cli` adds those that need a server."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ app = typer.Typer(
 console = Console()
 
 StoreOption = Annotated[
-    str, typer.Option("--store", envvar="VLLM_EDITS_STORE", help="the edit store: a folder, or a URL", show_default=False)
+    str,
+    typer.Option("--store", envvar="VLLM_EDITS_STORE", help="the edit store: a folder, or a URL", show_default=False),
 ]
 TagOption = Annotated[str, typer.Option("--tag", help="the history to append to")]
 ReasonOption = Annotated[str, typer.Option("--reason", help="why, for the history")]
@@ -106,7 +107,9 @@ def list_versions(
         for record in target.versions(each):
             tags = [tag for tag, entry in promoted.items() if entry.version == record.version]
             rows.append({**record.model_dump(mode="json"), "digits": record.version[:12], "tags": " ".join(tags)})
-    show(rows, {"name": "name", "digits": "version", "label": "label", "tags": "promoted as", "at": "published"}, as_json)
+    show(
+        rows, {"name": "name", "digits": "version", "label": "label", "tags": "promoted as", "at": "published"}, as_json
+    )
 
 
 @app.command()
@@ -121,7 +124,14 @@ def history(
     target = EditStore(store)
     target.versions(name)
     rows = [{**entry.model_dump(mode="json"), "digits": entry.version[:12]} for entry in target.history(name, tag)]
-    columns = {"sequence": "#", "operation": "operation", "digits": "version", "at": "when", "actor": "who", "reason": "why"}
+    columns = {
+        "sequence": "#",
+        "operation": "operation",
+        "digits": "version",
+        "at": "when",
+        "actor": "who",
+        "reason": "why",
+    }
     show(rows, columns, as_json)
 
 

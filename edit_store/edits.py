@@ -83,14 +83,14 @@ class LowRank(_Edit):
 
     @staticmethod
     def apply(x: Array, y: Array, *, read: Array, write: Array) -> Array:
-        return y + (x @ read.T) @ write
+        return np.asarray(y + (x @ read.T) @ write, dtype=np.float32)
 
 
 class Scale(_Edit):
     """z[head] *= factor[head].
 
     factor: [heads]  one number per query head; 1 leaves the head alone, 0 removes its contribution
-    Ablation by contribution (Ships/Sahara, arXiv 2410.13708): the head's output, not its weights, so GQA is no obstacle.
+    Ablation by contribution (Ships/Sahara, arXiv 2410.13708): the head's output, not its weights; GQA does not matter.
     """
 
     points: ClassVar[tuple[str, ...]] = ("attn.z",)
@@ -131,7 +131,7 @@ class SubspaceFilter(_Edit):
 
     @staticmethod
     def apply(x: Array, *, basis: Array, mean: Array) -> Array:
-        return x - ((x - mean) @ basis.T) @ basis
+        return np.asarray(x - ((x - mean) @ basis.T) @ basis, dtype=np.float32)
 
 
 class Offset(_Edit):
@@ -158,7 +158,7 @@ class Offset(_Edit):
 
 Edit = LowRank | Scale | SubspaceFilter | Offset
 AnyEdit = Annotated[Edit, Field(discriminator="kind")]
-KINDS: dict[str, type[LowRank] | type[Scale] | type[SubspaceFilter] | type[Offset]] = {
+KINDS: dict[str, type[Edit]] = {
     "scale": Scale,
     "low_rank": LowRank,
     "subspace_filter": SubspaceFilter,

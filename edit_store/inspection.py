@@ -19,7 +19,7 @@ _DOWN_PROJECTION = "model.layers.{layer}.mlp.down_proj.weight"
 
 @dataclass(frozen=True)
 class EditSummary:
-    """One edit. `norm` is in the unit of its kind; `relative` compares it with the weight it changes, if there is one."""
+    """One edit. `norm` is in the unit of its kind; `relative` compares it with the weight it changes, if any."""
 
     site: str
     kind: str
@@ -52,15 +52,34 @@ def _summary(edit: Edit, tensors: Tensors, model: Path | None) -> EditSummary:
 
     if isinstance(edit, LowRank):
         norm = _low_rank_norm(tensor("read"), tensor("write"))
-        weight = None if model is None else _weight_norm(model, _DOWN_PROJECTION.format(layer=Site.parse(edit.site).layer))
-        return EditSummary(edit.site, edit.kind, edit.rank, norm, "Frobenius norm of the change of W", norm / weight if weight else None)
+        weight = (
+            None if model is None else _weight_norm(model, _DOWN_PROJECTION.format(layer=Site.parse(edit.site).layer))
+        )
+        return EditSummary(
+            edit.site,
+            edit.kind,
+            edit.rank,
+            norm,
+            "Frobenius norm of the change of W",
+            norm / weight if weight else None,
+        )
     if isinstance(edit, Scale):
         changed = tensor("factor") != 1
-        return EditSummary(edit.site, edit.kind, 1, float(changed.sum()), f"heads changed: {np.flatnonzero(changed).tolist()}")
+        return EditSummary(
+            edit.site, edit.kind, 1, float(changed.sum()), f"heads changed: {np.flatnonzero(changed).tolist()}"
+        )
     if isinstance(edit, SubspaceFilter):
-        return EditSummary(edit.site, edit.kind, edit.rank, float(np.linalg.norm(tensor("basis") @ tensor("mean"))), "mean inside the subspace")
+        return EditSummary(
+            edit.site,
+            edit.kind,
+            edit.rank,
+            float(np.linalg.norm(tensor("basis") @ tensor("mean"))),
+            "mean inside the subspace",
+        )
     assert isinstance(edit, Offset)  # noqa: S101  the union has no other member
-    return EditSummary(edit.site, edit.kind, 1, float(np.linalg.norm(tensor("vector"))), "vector added to the residual stream")
+    return EditSummary(
+        edit.site, edit.kind, 1, float(np.linalg.norm(tensor("vector"))), "vector added to the residual stream"
+    )
 
 
 def _low_rank_norm(read: Any, write: Any) -> float:

@@ -17,7 +17,7 @@ import json
 import secrets
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -88,7 +88,8 @@ class EditStore:
         except KeyError:
             if not create:
                 raise StoreUnavailable(
-                    f"no edit store at {self.url}: expected {FORMAT_KEY}. Create one with: vllm-edits init --store {self.url}"
+                    f"no edit store at {self.url}: expected {FORMAT_KEY}. "
+                    f"Create one with: vllm-edits init --store {self.url}"
                 ) from None
             found = {"format": FORMAT, "version": FORMAT_VERSION}
             self._backend.put(FORMAT_KEY, canonical_json(found))
@@ -96,7 +97,8 @@ class EditStore:
             raise StoreCorrupt(f"store {self.url}: {FORMAT_KEY} is not JSON: {error}") from error
         if found != {"format": FORMAT, "version": FORMAT_VERSION}:
             raise StoreUnavailable(
-                f"store {self.url}: expected format {FORMAT} version {FORMAT_VERSION}, found {found}. Use a matching vllm-edits"
+                f"store {self.url}: expected format {FORMAT} version {FORMAT_VERSION}, found {found}. "
+                "Use a matching vllm-edits"
             )
 
     # -- bundles ---------------------------------------------------------------------------------------------------
@@ -107,9 +109,7 @@ class EditStore:
         manifest, version = bundle.manifest, bundle.version
         self._backend.put(_blob_key(manifest.tensors.sha256), bundle.tensor_bytes)
         self._backend.put(_manifest_key(version), manifest.to_bytes())
-        record = Published(
-            name=manifest.name, version=version, label=manifest.label, actor=actor or _user(), at=_now()
-        )
+        record = Published(name=manifest.name, version=version, label=manifest.label, actor=actor or _user(), at=_now())
         self._backend.put(_version_key(manifest.name, version), canonical_json(record.model_dump(mode="json")))
         return version
 
@@ -117,7 +117,9 @@ class EditStore:
         """The manifest of a version, its digest checked."""
         data = self._get(_manifest_key(version), f"version {version[:12]}")
         if sha256(data) != version:
-            raise StoreCorrupt(f"manifest of version {version[:12]} has digest {sha256(data)[:12]}; restore it from a copy")
+            raise StoreCorrupt(
+                f"manifest of version {version[:12]} has digest {sha256(data)[:12]}; restore it from a copy"
+            )
         return Manifest.from_bytes(data, f"manifest of version {version[:12]}")
 
     def bundle(self, version: str) -> Bundle:
@@ -147,18 +149,24 @@ class EditStore:
         """All entries of a tag, oldest first, their chain checked."""
         entries: list[TagEntry] = []
         previous: str | None = None
-        for sequence in sorted(int(key.rsplit("/", 1)[1].removesuffix(".json")) for key in self._backend.list(f"tags/{name}/{tag}/")):
+        for sequence in sorted(
+            int(key.rsplit("/", 1)[1].removesuffix(".json")) for key in self._backend.list(f"tags/{name}/{tag}/")
+        ):
             data = self._backend.get(_entry_key(name, tag, sequence))
             entry = _parse_entry(data, name, tag)
             if entry.previous_sha256 != previous or entry.sequence != sequence or sequence != len(entries) + 1:
-                raise StoreCorrupt(f"history of {name}@{tag} is broken at entry {sequence}: it does not follow the one before")
+                raise StoreCorrupt(
+                    f"history of {name}@{tag} is broken at entry {sequence}: it does not follow the one before"
+                )
             entries.append(entry)
             previous = sha256(data)
         return entries
 
     def head(self, name: str, tag: str = DEFAULT_TAG) -> TagEntry | None:
         """What is promoted, or None for a tag without history."""
-        sequences = [int(key.rsplit("/", 1)[1].removesuffix(".json")) for key in self._backend.list(f"tags/{name}/{tag}/")]
+        sequences = [
+            int(key.rsplit("/", 1)[1].removesuffix(".json")) for key in self._backend.list(f"tags/{name}/{tag}/")
+        ]
         return _parse_entry(self._backend.get(_entry_key(name, tag, max(sequences))), name, tag) if sequences else None
 
     def heads(self) -> Heads:
@@ -177,7 +185,9 @@ class EditStore:
         if ref.is_version:
             matches = [record.version for record in self.versions(ref.name) if record.version.startswith(ref.selector)]
             if len(matches) > 1:
-                raise AmbiguousVersion(f"{ref} fits {len(matches)} versions: {', '.join(match[:16] for match in matches)}")
+                raise AmbiguousVersion(
+                    f"{ref} fits {len(matches)} versions: {', '.join(match[:16] for match in matches)}"
+                )
             if not matches:
                 raise NotFound(f"{ref.name!r} has no version {ref.selector}. See: vllm-edits history {ref.name}")
             return matches[0]
@@ -199,27 +209,25 @@ class EditStore:
         name = Ref.parse(reference).name
         version = self.resolve(reference)
         verify.check(self.bundle(version))
-        return self._append(name, tag, version, "promote", reason, actor)
+        return self._append(name, tag, version, operation="promote", reason=reason, actor=actor)
 
     def rollback(self, name: str, *, tag: str = DEFAULT_TAG, reason: str = "", actor: str | None = None) -> TagEntry:
         """Append an entry that returns to the version promoted before the present one."""
-        history = self.history(name, tag)
-        earlier = [entry.version for entry in history if history and entry.version != history[-1].version]
-        if not earlier:
+        version = _before_last(self.history(name, tag))
+        if version is None:
             raise NotFound(f"{name}@{tag} has no earlier version to return to")
-        return self._append(name, tag, _before_last(history), "rollback", reason, actor)
+        return self._append(name, tag, version, operation="rollback", reason=reason, actor=actor)
 
-    def _append(self, name: str, tag: str, version: str, operation: Literal["promote", "rollback"], reason: str, actor: str | None) -> TagEntry:
+    def _append(self, name: str, tag: str, version: str, **change: Any) -> TagEntry:
         head = self.head(name, tag)
+        change["actor"] = change["actor"] or _user()
         entry = TagEntry(
             name=name,
             tag=tag,
             sequence=head.sequence + 1 if head else 1,
             previous_sha256=sha256(head.to_bytes()) if head else None,
             version=version,
-            operation=operation,
-            actor=actor or _user(),
-            reason=reason,
+            **change,
             at=_now(),
             nonce=secrets.token_hex(8),
         )
@@ -227,7 +235,7 @@ class EditStore:
             self._backend.create(_entry_key(name, tag, entry.sequence), entry.to_bytes())
         except AlreadyExists:
             raise Conflict(
-                f"{name}@{tag} was changed by somebody else while you {operation}d it; look at "
+                f"{name}@{tag} was changed by somebody else meanwhile; look at "
                 f"`vllm-edits history {name} --tag {tag}` and decide again"
             ) from None
         return entry
@@ -239,7 +247,7 @@ class EditStore:
             raise NotFound(f"{what} is not in store {self.url}") from None
 
 
-def _before_last(history: list[TagEntry]) -> str:
+def _before_last(history: list[TagEntry]) -> str | None:
     """The version to return to. A rollback undoes one promotion; a second one goes further back, not forth."""
     stack: list[str] = []
     for entry in history:
@@ -247,9 +255,7 @@ def _before_last(history: list[TagEntry]) -> str:
             stack.pop()
         elif not stack or stack[-1] != entry.version:
             stack.append(entry.version)
-    if len(stack) < 2:
-        raise NotFound(f"{history[-1].name}@{history[-1].tag} has no earlier version to return to")
-    return stack[-2]
+    return stack[-2] if len(stack) > 1 else None
 
 
 def _parse_entry(data: bytes, name: str, tag: str) -> TagEntry:

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 
 from edit_store import tensor_file
-from edit_store.bundle import BaseModelRef, Bundle, sha256
+from edit_store.bundle import BaseModelRef, BlobRef, Bundle
 from edit_store.edits import Edit, SubspaceFilter, Tensors
 from edit_store.errors import BundleRefused, Reason
 from edit_store.sites import Site, Widths
@@ -20,12 +20,9 @@ def check(bundle: Bundle, base: BaseModelRef | None = None) -> Tensors:
     manifest, reasons = bundle.manifest, []
     if base is not None:
         reasons += base_mismatch(manifest.base, base)
-    found = BundleBytes(len(bundle.tensor_bytes), sha256(bundle.tensor_bytes))
-    if found != BundleBytes(manifest.tensors.size, manifest.tensors.sha256):
-        reasons.append(
-            Reason("digest", f"tensor file is {found}, the manifest names {manifest.tensors.size} bytes "
-                             f"{manifest.tensors.sha256[:12]}: truncated or replaced")
-        )  # fmt: skip
+    named, found = manifest.tensors, BlobRef.of(bundle.tensor_bytes)
+    if found != named:
+        reasons.append(Reason("digest", f"tensor file is {found}, the manifest names {named}: truncated or replaced"))
     tensors, broken = tensor_file.read(bundle.tensor_bytes)
     reasons += broken
     reasons += _edit_rules(manifest.edits, manifest.base.widths)
@@ -34,16 +31,6 @@ def check(bundle: Bundle, base: BaseModelRef | None = None) -> Tensors:
     if reasons:
         raise BundleRefused(f"bundle {manifest.name!r} {bundle.version[:12]}", reasons)
     return tensors
-
-
-class BundleBytes(tuple[int, str]):
-    """Size and digest of a tensor file, comparable and printable."""
-
-    def __new__(cls, size: int, digest: str) -> BundleBytes:
-        return super().__new__(cls, (size, digest))
-
-    def __str__(self) -> str:
-        return f"{self[0]} bytes {self[1][:12]}"
 
 
 def base_mismatch(built_for: BaseModelRef, served: BaseModelRef) -> list[Reason]:
@@ -76,19 +63,24 @@ def _edit_rules(edits: tuple[Edit, ...], widths: Widths) -> list[Reason]:
 
 def _tensor_rules(edits: tuple[Edit, ...], widths: Widths, tensors: Tensors) -> list[Reason]:
     reasons = []
-    expected = {
-        edit.tensor_name(field): shape for edit in edits for field, shape in edit.shapes(widths).items()
-    }
+    expected = {edit.tensor_name(field): shape for edit in edits for field, shape in edit.shapes(widths).items()}
     for name, shape in expected.items():
         if name not in tensors:
             reasons.append(Reason("missing_tensor", f"tensor {name} of shape {list(shape)} is missing"))
         elif tensors[name].shape != shape:
             reasons.append(Reason("shape", f"tensor {name}: expected {list(shape)}, found {list(tensors[name].shape)}"))
-    reasons += [Reason("unknown_tensor", f"tensor {name} belongs to no edit") for name in sorted(tensors.keys() - expected.keys())]
+    reasons += [
+        Reason("unknown_tensor", f"tensor {name} belongs to no edit")
+        for name in sorted(tensors.keys() - expected.keys())
+    ]
     for edit in edits:
         basis = tensors.get(edit.tensor_name("basis")) if isinstance(edit, SubspaceFilter) else None
         if basis is not None and basis.ndim == 2 and np.isfinite(basis).all():
             error = float(np.abs(basis @ basis.T - np.eye(len(basis), dtype=np.float32)).max())
             if error > ORTHONORMAL_TOLERANCE:
-                reasons.append(Reason("not_orthonormal", f"{edit.tensor_name('basis')}: rows must be orthonormal, off by {error:.1e}"))
+                reasons.append(
+                    Reason(
+                        "not_orthonormal", f"{edit.tensor_name('basis')}: rows must be orthonormal, off by {error:.1e}"
+                    )
+                )
     return reasons

@@ -50,12 +50,16 @@ def serve(
 @explained
 def status(
     url: Annotated[str, typer.Option("--url", help="address of the server")] = "http://127.0.0.1:8000",
-    api_key: Annotated[str, typer.Option("--api-key", envvar="VLLM_API_KEY", help="the server's API key, if it has one")] = "",
+    api_key: Annotated[
+        str, typer.Option("--api-key", envvar="VLLM_API_KEY", help="the server's API key, if it has one")
+    ] = "",
     as_json: JsonOption = False,
 ) -> None:
     """What a running server serves: variants, versions, slots, requests in flight, the last swap."""
     try:
-        answer = httpx.get(f"{url}/v1/edits", headers={"Authorization": f"Bearer {api_key}"} if api_key else {}, timeout=10)
+        answer = httpx.get(
+            f"{url}/v1/edits", headers={"Authorization": f"Bearer {api_key}"} if api_key else {}, timeout=10
+        )
     except httpx.HTTPError as error:
         raise EditsError(f"no answer from {url}: {error}. Is the server up? Name it with --url") from None
     if answer.status_code != httpx.codes.OK:
@@ -64,17 +68,35 @@ def status(
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
-    rows = [{**row, "digits": row["version"][:12], "resident": "yes" if row["resident"] else "paged out"} for row in found["variants"]]
-    columns = {"name": "variant", "tag": "tag", "digits": "version", "sequence": "#", "resident": "on device", "in_flight": "in flight"}
+    _show_status(found)
+
+
+def _show_status(found: dict[str, Any]) -> None:
+    rows = [
+        {**row, "digits": row["version"][:12], "resident": "yes" if row["resident"] else "paged out"}
+        for row in found["variants"]
+    ]
+    columns = {
+        "name": "variant", "tag": "tag", "digits": "version", "sequence": "#", "resident": "on device",
+        "in_flight": "in flight",
+    }  # fmt: skip
     show(rows, columns, as_json=False)
-    slots, swap = found["slots"], found["last_swap"]
-    console.print(f"base {', '.join(found['base']['names'])}, {found['base']['in_flight']} in flight; slots {slots['used']} of {slots['total']}")
-    console.print(f"store {found['store']['url']}, read {found['store']['head_age_seconds']:.1f} s ago")
+    base, slots, swap, store = found["base"], found["slots"], found["last_swap"], found["store"]
+    console.print(f"base {', '.join(base['names'])}, {base['in_flight']} in flight")
+    console.print(f"slots {slots['used']} of {slots['total']}; store {store['url']}, read {_age(store)}")
     if swap:
         phases = ", ".join(f"{phase} {seconds * 1000:.0f} ms" for phase, seconds in swap["seconds"].items())
-        console.print(f"last swap {swap['variant']}@{swap['tag']} to {swap['to_version'][:12]} at {swap['at']}: {swap['error'] or phases or 'nothing to install'}")
+        ended = swap["error"] or phases or "nothing to install"
+        console.print(
+            f"last swap {swap['variant']}@{swap['tag']} to {swap['to_version'][:12]} at {swap['at']}: {ended}"
+        )
     for refused in found["refused"]:
         console.print(f"[red]refused[/red] {refused['name']}@{refused['tag']}: {refused['error']}")
+
+
+def _age(store: dict[str, Any]) -> str:
+    seconds = store["head_age_seconds"]
+    return "never" if seconds is None else f"{seconds:.1f} s ago"
 
 
 def _assignment(text: str) -> tuple[str, Any]:

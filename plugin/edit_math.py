@@ -1,8 +1,8 @@
 """Each kind of edit, applied to a batch of tokens that each belong to their own slot. Plain torch, so it fuses.
 
-Shapes: T tokens, S slots, K rank, I and O input and output width, H heads. `slots` is [T]. Slot 0 is the base model: its
-tensors are zeros (ones for a factor), so its tokens come out bit for bit as they went in. Gathering by slot costs the
-same for any number of slots; the arithmetic is in float32 because a long dot product in bfloat16 is not worth serving.
+Shapes: T tokens, S slots, K rank, I and O input and output width, H heads; `slots` is [T]. Slot 0 is the base model:
+its tensors are zeros (ones for a factor), so its tokens come out bit for bit as they went in. Gathering by slot costs
+the same for any number of slots; the arithmetic is in float32 because a long dot product in bfloat16 loses too much.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from torch import Tensor
 
 def scale(z: Tensor, factor: Tensor, slots: Tensor) -> Tensor:
     """z[t, h, :] * factor[slots[t], h].   z: [T, H * head_dim], factor: [S, H]"""
-    heads = factor.shape[1]
-    scaled = z.unflatten(-1, (heads, -1)).float() * factor[slots].float().unsqueeze(-1)
-    return scaled.flatten(-2).to(z.dtype)
+    by_head = z.reshape(z.shape[0], factor.shape[1], -1)
+    return (by_head.float() * factor[slots].float().unsqueeze(-1)).to(z.dtype).reshape(z.shape)
 
 
 def low_rank(x: Tensor, y: Tensor, read: Tensor, write: Tensor, slots: Tensor) -> Tensor:
-    """y[t] + sum_k write[s, k] (read[s, k] . x[t]),  s = slots[t].   x: [T, I], y: [T, O], read: [S, K, I], write: [S, K, O]"""
+    """y[t] + sum_k write[s, k] (read[s, k] . x[t]),  s = slots[t].
+
+    x: [T, I], y: [T, O], read: [S, K, I], write: [S, K, O]
+    """
     strength = (read[slots].float() * x.float().unsqueeze(1)).sum(-1, keepdim=True)
     return (y.float() + (write[slots].float() * strength).sum(1)).to(y.dtype)
 

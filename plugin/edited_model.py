@@ -18,7 +18,7 @@ from edit_store.bundle import Manifest
 from edit_store.edits import KINDS, Tensors
 from edit_store.errors import InstallRefused
 from edit_store.sites import Site
-from plugin.edited_site import SLOT_TENSORS, ModuleEdits, Sizes, edited_layer, edited_linear
+from plugin.edited_site import SLOT_TENSORS, ModuleEdits, Sizes, SlotTensors, edited_layer, edited_linear
 from plugin.reservation import Reservation
 
 BASE_SLOT = 0
@@ -60,7 +60,7 @@ class EditedModel:
         self.held: dict[int, str] = {}
         self._pinned = device.type == "cuda"
         self._all_base = True
-        self._places: dict[tuple[str, Site], nn.Module] = {}
+        self._places: dict[tuple[str, Site], SlotTensors] = {}
         for site in reservation.sites():
             anchor = anchors[site]
             edits = self._edits_of(anchor)
@@ -78,7 +78,7 @@ class EditedModel:
         if not isinstance(edits, ModuleEdits):
             edits = ModuleEdits(self.token_slots)
             anchor.module.edits = edits
-            make = edited_layer if anchor.is_layer else edited_linear
+            make: Any = edited_layer if anchor.is_layer else edited_linear
             anchor.module.__class__ = make(type(anchor.module))
         return edits
 
@@ -130,14 +130,14 @@ class EditedModel:
     # -- the step --------------------------------------------------------------------------------------------------
 
     def slot_of(self, claim: Any) -> int:
-        """The slot a request may use. `claim` is None for the base, or [slot, version]; a false claim stops the step."""
+        """The slot a request may use; `claim` is None (the base) or [slot, version]. A false one stops the step."""
         if claim is None:
             return BASE_SLOT
         slot, version = claim
         if self.held.get(slot) != version:
             raise RuntimeError(
-                f"a request claims version {version[:12]} in slot {slot}, which holds {self.held.get(slot, 'nothing')[:12]}: "
-                "refusing to answer it with other edits"
+                f"a request claims version {version[:12]} in slot {slot}, which holds "
+                f"{self.held.get(slot, 'nothing')[:12]}: refusing to answer it with other edits"
             )
         return int(slot)
 

@@ -8,7 +8,7 @@ reloading are untouched. Slot tensors live in a child module named `edits` and n
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,37 +27,54 @@ class Sizes:
     heads: int
 
 
-class ScaleSlots(nn.Module):
-    """factor: [S, heads], ones in the base slot."""
+class SlotTensors(nn.Module):
+    """The tensors of one kind at one site, a row for each slot; `neutral` fills a row that changes nothing."""
+
+    neutral = 0.0
+
+    def reset(self, slot: int) -> None:
+        """Make a slot's edit the identity."""
+        for buffer in self.buffers():
+            buffer[slot] = self.neutral
+
+    def fill(self, slot: int, fields: Mapping[str, Tensor]) -> None:
+        """Write an edit's numbers into a neutral slot; ranks the edit does not use stay neutral."""
+        raise NotImplementedError
+
+    def _keep(self, name: str, *shape: int, **made: Any) -> None:
+        self.register_buffer(name, torch.full(shape, self.neutral, **made), persistent=False)
+
+
+class ScaleSlots(SlotTensors):
+    """factor: [S, heads]."""
+
+    neutral = 1.0
+    factor: Tensor
 
     def __init__(self, slots: int, rank: int, sizes: Sizes, **made: Any) -> None:
         super().__init__()
-        self.register_buffer("factor", torch.ones(slots, sizes.heads, **made), persistent=False)
+        self._keep("factor", slots, sizes.heads, **made)
 
     def forward(self, z: Tensor, slots: Tensor) -> Tensor:
         return edit_math.scale(z, self.factor, slots)
-
-    def reset(self, slot: int) -> None:
-        self.factor[slot] = 1
 
     def fill(self, slot: int, fields: Mapping[str, Tensor]) -> None:
         self.factor[slot] = fields["factor"]
 
 
-class LowRankSlots(nn.Module):
-    """read: [S, rank, reads], write: [S, rank, writes]; ranks an edit does not use stay zero."""
+class LowRankSlots(SlotTensors):
+    """read: [S, rank, reads], write: [S, rank, writes]."""
+
+    read: Tensor
+    write: Tensor
 
     def __init__(self, slots: int, rank: int, sizes: Sizes, **made: Any) -> None:
         super().__init__()
-        self.register_buffer("read", torch.zeros(slots, rank, sizes.reads, **made), persistent=False)
-        self.register_buffer("write", torch.zeros(slots, rank, sizes.writes, **made), persistent=False)
+        self._keep("read", slots, rank, sizes.reads, **made)
+        self._keep("write", slots, rank, sizes.writes, **made)
 
     def forward(self, x: Tensor, y: Tensor, slots: Tensor) -> Tensor:
         return edit_math.low_rank(x, y, self.read, self.write, slots)
-
-    def reset(self, slot: int) -> None:
-        self.read[slot] = 0
-        self.write[slot] = 0
 
     def fill(self, slot: int, fields: Mapping[str, Tensor]) -> None:
         rank = fields["read"].shape[0]
@@ -65,45 +82,43 @@ class LowRankSlots(nn.Module):
         self.write[slot, :rank] = fields["write"]
 
 
-class SubspaceFilterSlots(nn.Module):
+class SubspaceFilterSlots(SlotTensors):
     """basis: [S, rank, hidden], shift: [S, rank] = basis @ mean, kept in float32."""
+
+    basis: Tensor
+    shift: Tensor
 
     def __init__(self, slots: int, rank: int, sizes: Sizes, **made: Any) -> None:
         super().__init__()
-        self.register_buffer("basis", torch.zeros(slots, rank, sizes.writes, **made), persistent=False)
-        self.register_buffer("shift", torch.zeros(slots, rank, **{**made, "dtype": torch.float32}), persistent=False)
+        self._keep("basis", slots, rank, sizes.writes, **made)
+        self._keep("shift", slots, rank, **{**made, "dtype": torch.float32})
 
     def forward(self, hidden: Tensor, stream: Tensor, slots: Tensor) -> Tensor:
         return edit_math.subspace_filter(hidden, stream, self.basis, self.shift, slots)
 
-    def reset(self, slot: int) -> None:
-        self.basis[slot] = 0
-        self.shift[slot] = 0
-
     def fill(self, slot: int, fields: Mapping[str, Tensor]) -> None:
         rank = fields["basis"].shape[0]
         self.basis[slot, :rank] = fields["basis"]
-        self.shift[slot, :rank] = fields["basis"].float() @ fields["mean"].float()
+        self.shift[slot, :rank] = fields["basis"] @ fields["mean"]
 
 
-class OffsetSlots(nn.Module):
+class OffsetSlots(SlotTensors):
     """vector: [S, hidden]."""
+
+    vector: Tensor
 
     def __init__(self, slots: int, rank: int, sizes: Sizes, **made: Any) -> None:
         super().__init__()
-        self.register_buffer("vector", torch.zeros(slots, sizes.writes, **made), persistent=False)
+        self._keep("vector", slots, sizes.writes, **made)
 
     def forward(self, hidden: Tensor, slots: Tensor) -> Tensor:
         return edit_math.offset(hidden, self.vector, slots)
-
-    def reset(self, slot: int) -> None:
-        self.vector[slot] = 0
 
     def fill(self, slot: int, fields: Mapping[str, Tensor]) -> None:
         self.vector[slot] = fields["vector"]
 
 
-SLOT_TENSORS: dict[str, type[ScaleSlots] | type[LowRankSlots] | type[SubspaceFilterSlots] | type[OffsetSlots]] = {
+SLOT_TENSORS: dict[str, Callable[..., SlotTensors]] = {
     "scale": ScaleSlots,
     "low_rank": LowRankSlots,
     "subspace_filter": SubspaceFilterSlots,
@@ -116,6 +131,8 @@ class ModuleEdits(nn.Module):
 
     A kind that is not reserved here is None: the compiler never sees it.
     """
+
+    token_slots: Tensor
 
     def __init__(self, token_slots: Tensor) -> None:
         super().__init__()
@@ -144,10 +161,10 @@ class ModuleEdits(nn.Module):
 
 
 @functools.cache
-def edited_linear(cls: type[nn.Module]) -> type[nn.Module]:
+def edited_linear(cls: Any) -> type[nn.Module]:
     """A subclass of a linear layer of vLLM (input -> output, or (output, bias)) with edits around it."""
 
-    class EditedLinear(cls):  # type: ignore[misc, valid-type]
+    class EditedLinear(cls):  # type: ignore[misc]
         def forward(self, x: Tensor) -> Any:
             x = self.edits.around_linear(x)
             outputs = super().forward(x)
@@ -159,10 +176,10 @@ def edited_linear(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 @functools.cache
-def edited_layer(cls: type[nn.Module]) -> type[nn.Module]:
+def edited_layer(cls: Any) -> type[nn.Module]:
     """A subclass of a decoder layer of vLLM that returns the residual stream as two halves (hidden, residual)."""
 
-    class EditedLayer(cls):  # type: ignore[misc, valid-type]
+    class EditedLayer(cls):  # type: ignore[misc]
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             hidden, residual = super().forward(*args, **kwargs)
             return self.edits.after_layer(hidden, residual), residual
@@ -170,6 +187,6 @@ def edited_layer(cls: type[nn.Module]) -> type[nn.Module]:
     return _named(EditedLayer, cls)
 
 
-def _named(edited: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
+def _named(edited: type[nn.Module], original: Any) -> type[nn.Module]:
     edited.__name__ = edited.__qualname__ = f"Edited{original.__name__}"
     return edited

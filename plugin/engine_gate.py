@@ -7,26 +7,33 @@ put in place of the claim is overwritten here, for every endpoint alike.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any
 
 from plugin.claim import CLAIM, cache_salt
-from plugin.lease import CURRENT_LEASE, Usage
+from plugin.lease import CURRENT_LEASE, Lease, Usage
+from plugin.variants import Choice
 
 
 class EngineGate:
     """An engine client whose `generate` serves the version of the current lease."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, renew: Callable[[Choice], Awaitable[Lease]]) -> None:
         self._engine = engine
+        self._renew = renew
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    async def generate(self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+    async def generate(
+        self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
+    ) -> AsyncIterator[Any]:
         """vLLM's generate, for one version. The lease is held until the engine has let go of the request."""
         lease = CURRENT_LEASE.get()
+        if lease is not None and lease.released:
+            # Work that outlives its HTTP request (a background response) still runs on the version it began with.
+            lease = await self._renew(lease.choice)
         version = lease.choice.version if lease is not None else None
         claim = [lease.slot, version] if lease is not None and version is not None else None
         outputs = self._engine.generate(
@@ -49,7 +56,9 @@ class EngineGate:
         """Pooling has no edited form: refused for a variant, untouched for the base."""
         lease = CURRENT_LEASE.get()
         if lease is not None and lease.choice.version is not None:
-            raise ValueError(f"{lease.choice.requested!r} is an edited variant; pooling is served by the base model only")
+            raise ValueError(
+                f"{lease.choice.requested!r} is an edited variant; pooling is served by the base model only"
+            )
         return self._engine.encode(*args, **kwargs)
 
 
@@ -77,7 +86,9 @@ def salted(prompt: Any, version: str | None) -> Any:
         return prompt if salt is None else {**prompt, "cache_salt": salt}
     if version is None and not hasattr(prompt, "cache_salt"):
         return prompt
-    raise TypeError(f"a prompt of type {type(prompt).__name__} cannot be kept apart in the prefix cache; send text or tokens")
+    raise TypeError(
+        f"a prompt of type {type(prompt).__name__} cannot be kept apart in the prefix cache; send text or tokens"
+    )
 
 
 class _Watch:

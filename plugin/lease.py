@@ -1,7 +1,7 @@
 """One request's hold on one version, from its arrival to the end of its last engine request.
 
-The lease travels in a context variable from the HTTP middleware to the engine gate, so every endpoint of vLLM is covered
-by one rule: what reaches the engine without a lease is served by the base model, and cannot name a variant.
+The lease travels in a context variable from the HTTP middleware to the engine gate, so every endpoint of vLLM is
+covered by one rule: what reaches the engine without a lease is served by the base model, and cannot name a variant.
 """
 
 from __future__ import annotations
@@ -38,15 +38,19 @@ class Lease:
     slot: int
     on_release: Callable[[Lease], None]
     usage: Usage = field(default_factory=Usage)
+    released: bool = False
     _holders: int = 0
 
     @contextmanager
     def hold(self) -> Iterator[Lease]:
-        """Keep the version in its slot; the last holder to leave releases it."""
+        """Keep the version in its slot; the last holder to leave releases it, for good."""
+        if self.released:
+            raise RuntimeError(f"the lease on {self.choice.requested!r} has ended; its slot may hold another version")
         self._holders += 1
         try:
             yield self
         finally:
             self._holders -= 1
             if self._holders == 0:
+                self.released = True
                 self.on_release(self)

@@ -39,11 +39,22 @@ class Metric:
 
 
 METRICS = (
-    Metric("requests", "counter", "Requests by how they ended: ok, aborted, error, rejected.", ("variant", "version", "outcome")),
+    Metric(
+        "requests",
+        "counter",
+        "Requests by how they ended: ok, aborted, error, rejected.",
+        ("variant", "version", "outcome"),
+    ),
     Metric("tokens", "counter", "Tokens by kind: prompt, generation.", ("variant", "version", "kind")),
     Metric("request_seconds", "histogram", "Whole request, from its arrival to its last byte.", ("variant",), REQUEST),
     Metric("time_to_first_token_seconds", "histogram", "From arrival to the first token.", ("variant",), FIRST_TOKEN),
-    Metric("time_per_output_token_seconds", "histogram", "Mean time between output tokens of a request.", ("variant",), PER_TOKEN),
+    Metric(
+        "time_per_output_token_seconds",
+        "histogram",
+        "Mean time between output tokens of a request.",
+        ("variant",),
+        PER_TOKEN,
+    ),
     Metric("requests_in_flight", "gauge", "Requests being answered.", ("variant",), across_processes="livesum"),
     Metric("slots_total", "gauge", "Versions that fit on the device at once."),
     Metric("slots_used", "gauge", "Versions on the device."),
@@ -53,7 +64,12 @@ METRICS = (
     Metric("store_head_age_seconds", "gauge", "Time since the store's heads were last read."),
     Metric("store_errors", "counter", "Looks at the store that failed."),
     Metric("bundles_rejected", "counter", "Reasons bundles were refused for.", ("reason",)),
-    Metric("variant_info", "gauge", "1 for the version a variant serves, 0 for one it served before.", ("variant", "version")),
+    Metric(
+        "variant_info",
+        "gauge",
+        "1 for the version a variant serves, 0 for one it served before.",
+        ("variant", "version"),
+    ),
 )
 
 
@@ -85,7 +101,9 @@ class Metrics:
             if metric.kind == "counter":
                 made = Counter(name, metric.help, metric.labels, registry=registry)
             elif metric.kind == "gauge":
-                made = Gauge(name, metric.help, metric.labels, registry=registry, multiprocess_mode=metric.across_processes)
+                made = Gauge(
+                    name, metric.help, metric.labels, registry=registry, multiprocess_mode=metric.across_processes
+                )
             else:
                 made = Histogram(name, metric.help, metric.labels, registry=registry, buckets=metric.edges)
             setattr(self, metric.name, made)

@@ -46,16 +46,25 @@ class Variants:
         await self.reconciler.sync(retry_refused=True)
         await self.reconciler.settle()
 
-    def generate(self, variant: str | None | Sequence[str | None], prompts: Sequence[Any], sampling_params: Any, **options: Any) -> list[Any]:
+    def generate(
+        self, variant: str | Sequence[str | None] | None, prompts: Sequence[Any], sampling_params: Any, **options: Any
+    ) -> list[Any]:
         """`LLM.generate` with a variant (None for the base) for all prompts, or one for each, mixed in one batch."""
         names = [variant] * len(prompts) if variant is None or isinstance(variant, str) else list(variant)
         if len(names) != len(prompts):
             raise ValueError(f"expected one variant for each of {len(prompts)} prompts, found {len(names)}")
         params = sampling_params if isinstance(sampling_params, Sequence) else [sampling_params] * len(prompts)
-        leases = [self._loop.run_until_complete(self.reconciler.lease(name or "base")) for name in names]
+        distinct, slots = len(set(names) - {None}), self.reconciler.residency.slots
+        if distinct > slots:
+            raise ValueError(
+                f"{distinct} variants in one batch need as many slots, found {slots}. "
+                "Split the batch, or raise edits.slots"
+            )
         with ExitStack() as held:
-            for lease in leases:
-                held.enter_context(lease.hold())
+            leases = [
+                held.enter_context(self._loop.run_until_complete(self.reconciler.lease(name or "base")).hold())
+                for name in names
+            ]
             outputs: list[Any] = self._llm.generate(
                 [salted(prompt, lease.choice.version) for prompt, lease in zip(prompts, leases, strict=True)],
                 [claimed(each, _claim(lease)) for each, lease in zip(params, leases, strict=True)],

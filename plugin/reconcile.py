@@ -1,7 +1,7 @@
 """Store heads to installed versions: the story of a swap, and the lending of slots to requests.
 
 A swap goes: fetch, verify, install into a free slot on every worker, compare what the workers hold, switch the name,
-and clear the old slot when its last request has ended. Everything before the switch can fail without a client seeing it.
+and clear the old slot when its last request has ended. All before the switch can fail without a client seeing it.
 This object and `Residency` are the API process's only state. All methods run on one event loop.
 """
 
@@ -104,7 +104,7 @@ class Reconciler:
             except Exception:  # the loop must outlive any fault of one look
                 logger.exception("sync failed; what is installed keeps serving")
                 self._metrics.store_errors.inc()
-            self._metrics.store_head_age_seconds.set(self._head_age())
+            self._metrics.store_head_age_seconds.set(self._head_age() or 0)
 
     async def sync(self, *, retry_refused: bool = False) -> list[Swap]:
         """Read the store's heads once and follow every tag that moved. Returns the swaps that were tried."""
@@ -144,7 +144,9 @@ class Reconciler:
             for reason in reasons:
                 self._metrics.bundles_rejected.labels(reason.code).inc()
             self._metrics.swaps.labels("refused" if isinstance(error, BundleRefused) else "error").inc()
-            logger.error("swap refused variant=%s@%s serving=%s: %s", *key, (old or "nothing")[:12], error)
+            logger.error(  # noqa: TRY400  a refusal is told by its reasons, a traceback adds nothing
+                "swap refused variant=%s@%s serving=%s: %s", *key, (old or "nothing")[:12], error
+            )
             return swap
         self._switch(entry)
         self._refused.pop(key, None)
@@ -191,13 +193,14 @@ class Reconciler:
         if isinstance(found, VersionWanted):
             version = await asyncio.to_thread(self.store.resolve, str(found.ref))
             found = Choice(model, found.ref.name, version)
-        if found.version is None:
-            slot = 0
-        else:
-            slot = await self._acquire(found.version)
-        self._in_flight[found.variant, found.version] += 1
-        self._metrics.requests_in_flight.labels(self._metrics.labels(found.variant, found.version)[0]).inc()
-        return Lease(found, slot, self._release)
+        return await self.renew(found)
+
+    async def renew(self, choice: Choice) -> Lease:
+        """A slot for a choice already made: the same version, whatever its name means by now."""
+        slot = 0 if choice.version is None else await self._acquire(choice.version)
+        self._in_flight[choice.variant, choice.version] += 1
+        self._metrics.requests_in_flight.labels(self._metrics.labels(choice.variant, choice.version)[0]).inc()
+        return Lease(choice, slot, self._release)
 
     def _release(self, lease: Lease) -> None:
         variant, version = lease.choice.variant, lease.choice.version
@@ -237,14 +240,15 @@ class Reconciler:
 
     async def _install(self, slot: int, version: str) -> None:
         await self._all("edits_stage", version)
-        while any("pending" in answer for answer in await self._all("edits_staged", version)):
+        # Workers read the bundle in threads of their own processes: there is nothing here to wait on but their word.
+        while any("pending" in answer for answer in await self._all("edits_staged", version)):  # noqa: ASYNC110
             await asyncio.sleep(_STAGING_POLL_SECONDS)
         digests = {answer["digest"] for answer in await self._all("edits_install", slot, version)}
         if len(digests) != 1:
             raise EditsError(f"workers disagree on what version {version[:12]} is: {sorted(digests)}")
 
     async def _undo(self, slot: int, version: str) -> None:
-        """Take a version that was not committed out of every worker. A slot that cannot be cleared is not used again."""
+        """Take an uncommitted version out of every worker. A slot that cannot be cleared is not used again."""
         try:
             await self._workers.call("edits_clear", slot, version)
         except Exception:
@@ -258,7 +262,11 @@ class Reconciler:
         for answer in answers:
             if "error" in answer:
                 reasons = [Reason(code, message) for code, message in answer.get("reasons", ())]
-                raise InstallRefused("install", reasons) if reasons else EditsError(f"a worker failed at {method}: {answer['error']}")
+                raise (
+                    InstallRefused("install", reasons)
+                    if reasons
+                    else EditsError(f"a worker failed at {method}: {answer['error']}")
+                )
         return answers
 
     def _sweep(self) -> None:
@@ -274,7 +282,9 @@ class Reconciler:
         try:
             await self._all("edits_clear", slot, version)
         except Exception:
-            logger.exception("slot %d of retired version %s could not be cleared and stays out of use", slot, version[:12])
+            logger.exception(
+                "slot %d of retired version %s could not be cleared and stays out of use", slot, version[:12]
+            )
             return
         self.residency.give_back(slot)
         self._count_slots()
@@ -319,7 +329,7 @@ class Reconciler:
             },
             "last_swap": asdict(self.last_swap) if self.last_swap else None,
             "last_error": self.last_error,
-            "store": {"url": self.store.url, "head_age_seconds": round(self._head_age(), 3)},
+            "store": {"url": self.store.url, "head_age_seconds": self._head_age()},
         }
 
     def refusal(self, model: str) -> str:
@@ -327,8 +337,9 @@ class Reconciler:
         name, _, tag = model.partition("@")
         return self._refused.get((name, tag or self.table.default_tag), (0, ""))[1]
 
-    def _head_age(self) -> float:
-        return time.monotonic() - self.heads_read_at if self.heads_read_at is not None else float("inf")
+    def _head_age(self) -> float | None:
+        """Seconds since the store's heads were read, None before the first time."""
+        return None if self.heads_read_at is None else round(time.monotonic() - self.heads_read_at, 3)
 
     def _count_slots(self) -> None:
         self._metrics.slots_used.set(self.residency.used)

@@ -81,8 +81,8 @@ class Reservation:
             reasons.append(
                 Reason(
                     "capacity",
-                    f"{edit.kind} of rank {edit.capacity} at {edit.site}: {found}. Add {wish} to edits.reserve and restart, "
-                    "or restart with edits.reserve unset to make room for what is promoted",
+                    f"{edit.kind} of rank {edit.capacity} at {edit.site}: {found}. Add {wish} to edits.reserve "
+                    "and restart, or restart with edits.reserve unset to make room for what is promoted",
                 )
             )
         return reasons

@@ -36,7 +36,7 @@ class ServedModels:
         return str(self._models.model_name(lora_request))
 
     async def show_available_models(self) -> Any:
-        """`GET /v1/models`: base models first, then each variant with its version as `root` and the base as `parent`."""
+        """`GET /v1/models`: base models, then each variant with its version as `root` and the base as `parent`."""
         listed = await self._models.show_available_models()
         base, table = listed.data[0], self._table()
         for name in table.names():

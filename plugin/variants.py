@@ -1,4 +1,4 @@
-"""What the names in a request's `model` field mean. Pure and frozen: a swap makes a new table and replaces the old one."""
+"""What the names in a request's `model` field mean. Pure and frozen: a swap replaces the whole table by a new one."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class VariantTable:
         return VersionWanted(ref)
 
     def names(self) -> list[str]:
-        """Every name a client may send, versions by digest apart: `polite` for the default tag, `polite@<tag>` for others."""
+        """Every name a client may send, versions by digest apart: `polite`, and `polite@<tag>` for other tags."""
         return [
             name if tag == self.default_tag else f"{name}@{tag}"
             for name, tags in sorted(self.promoted.items())

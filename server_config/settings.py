@@ -33,13 +33,19 @@ class EditSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     store: str = Field(min_length=1, description="the edit store: a folder, or a URL of a supported backend")
-    slots: int = Field(default=16, ge=1, le=4096, description="versions held on the device at once; more are paged in on demand")
+    slots: int = Field(
+        default=16, ge=1, le=4096, description="versions held on the device at once; more are paged in on demand"
+    )
     reserve: tuple[Reserve, ...] | None = Field(
         default=None,
-        description="kinds, sites and ranks to keep room for; by default what the store promotes when the server starts",
+        description="kinds, sites and ranks to keep room for; by default what the store promotes at the start",
     )
-    default_tag: str = Field(default="prod", pattern=r"^[a-z0-9][a-z0-9._-]*$", description="tag that a bare variant name means")
-    poll_seconds: float = Field(default=2.0, ge=0.05, le=3600, description="how often the store is looked at for promotions")
+    default_tag: str = Field(
+        default="prod", pattern=r"^[a-z0-9][a-z0-9._-]*$", description="tag that a bare variant name means"
+    )
+    poll_seconds: float = Field(
+        default=2.0, ge=0.05, le=3600, description="how often the store is looked at for promotions"
+    )
     admin_token_file: str | None = Field(
         default=None, description="file with the token that changes over HTTP must send; without it they are refused"
     )

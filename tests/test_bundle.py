@@ -66,7 +66,12 @@ def test_the_version_changes_with_any_number_and_any_field() -> None:
     assert len({made.version, nudged.version, renamed.version}) == 3
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers(1 - 2**53, 2**53 - 1) | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers(1 - 2**53, 2**53 - 1) | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+)
 def test_canonical_json_has_one_spelling_per_value(value: Any) -> None:
     """Parsing canonical bytes and writing them again gives the same bytes, so a digest names a value."""
     data = canonical_json(value)
@@ -190,7 +195,10 @@ def test_no_mutation_of_the_tensor_file_is_accepted(data: st.DataObject) -> None
         {"a": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 8]}},
         {"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}},
         {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}},
-        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}},
+        {
+            "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+            "b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+        },
         {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], "code": "x"}},
         {"a": []},
         [],

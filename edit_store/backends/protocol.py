@@ -10,12 +10,12 @@ from urllib.parse import urlsplit
 from edit_store.errors import StoreUnavailable
 
 
-class AlreadyExists(Exception):  # noqa: N818  an answer, not an error: somebody else created the object first
-    """`create` found an object at that key."""
+class AlreadyExists(Exception):
+    """`create` found an object at that key. An answer, not an error: somebody else was first."""
 
 
 class Backend(Protocol):
-    """Objects by key. Keys are relative, '/'-separated paths; a missing key is KeyError; trouble is StoreUnavailable."""
+    """Objects by key: relative paths with '/'. A missing key is KeyError; trouble is StoreUnavailable."""
 
     url: str
 
@@ -48,4 +48,6 @@ def open_backend(url: str) -> Backend:
         return LocalFolder(Path(parts.path if parts.scheme else url))
     if parts.scheme == "memory":
         return Memory.shared(url)
-    raise StoreUnavailable(f"cannot open store {url!r}: expected a folder, file:// or memory://, found {parts.scheme}://")
+    raise StoreUnavailable(
+        f"cannot open store {url!r}: expected a folder, file:// or memory://, found {parts.scheme}://"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -50,7 +51,8 @@ def anchors(model: nn.Module, architecture: str, widths: Widths) -> dict[Site, A
         )
     found: dict[Site, Anchor] = {}
     try:
-        for number, layer in enumerate(model.get_submodule(layout.layers)):  # type: ignore[arg-type]
+        layers: Any = model.get_submodule(layout.layers)
+        for number, layer in enumerate(layers):
             for point, path in layout.owners.items():
                 module = layer.get_submodule(path)
                 reads = widths.of({"attn.out": "attn.z", "mlp.out": "mlp.h"}.get(point, point))

@@ -21,7 +21,9 @@ def check_version() -> None:
     low, high = SUPPORTED_VLLM
     found = Version(vllm.__version__)
     if not low <= Version(found.base_version) < high:
-        raise UnsupportedHost(f"vllm-edits supports vLLM {low} up to (not including) {high}, found {found}. Install one of these")
+        raise UnsupportedHost(
+            f"vllm-edits supports vLLM {low} up to (not including) {high}, found {found}. Install one of these"
+        )
 
 
 def check_config(config: Any) -> None:
@@ -39,7 +41,9 @@ def check_config(config: Any) -> None:
     if config.speculative_config is not None:
         reasons.append("speculative decoding; start without --speculative-config")
     if config.quant_config is not None:
-        reasons.append(f"a quantised base model ({type(config.quant_config).__name__}); serve an unquantised checkpoint")
+        reasons.append(
+            f"a quantised base model ({type(config.quant_config).__name__}); serve an unquantised checkpoint"
+        )
     if reasons:
         raise UnsupportedHost("edits are not proven exact with: " + "; ".join(reasons))
 
@@ -50,6 +54,8 @@ def need(owner: Any, *path: str) -> Any:
     for index, name in enumerate(path):
         if not hasattr(found, name):
             seam = ".".join((type(owner).__name__, *path[: index + 1]))
-            raise UnsupportedHost(f"vLLM {vllm.__version__} has no {seam}, which edits lean on. Use a supported version")
+            raise UnsupportedHost(
+                f"vLLM {vllm.__version__} has no {seam}, which edits lean on. Use a supported version"
+            )
         found = getattr(found, name)
     return found

@@ -1,11 +1,11 @@
-"""The API server's side: attach to the workers, open the store, and put the gate and the names before vLLM's handlers."""
+"""The API server's side: attach to the workers, open the store, put gate and names before vLLM's handlers."""
 
 from __future__ import annotations
 
 import asyncio
 import importlib.metadata
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import vllm
@@ -20,7 +20,6 @@ from plugin.metrics import Metrics
 from plugin.reconcile import Reconciler, Workers
 from plugin.reservation import Reservation
 from plugin.served_models import ServedModels
-from plugin.variants import VariantTable
 from plugin.vllm_host import compat
 from server_config.settings import EditSettings, Reserve, read_settings
 
@@ -64,9 +63,10 @@ class EditsEndpoints:
         """Everything that must hold before the first request; an exception here ends the start."""
         compat.check_version()
         config = engine_client.vllm_config
-        if config.load_config.load_format != compat.LOAD_FORMAT:
+        load_format = config.load_config.load_format
+        if load_format != compat.LOAD_FORMAT:
             raise UnsupportedHost(
-                f"VLLM_PLUGINS names edits, but the model was loaded with --load-format {config.load_config.load_format}. "
+                f"VLLM_PLUGINS names edits, but the model was loaded with --load-format {load_format}. "
                 f"Start with --load-format {compat.LOAD_FORMAT}, or without edits in VLLM_PLUGINS"
             )
         settings = self._settings = read_settings(config.additional_config)
@@ -75,7 +75,8 @@ class EditsEndpoints:
         self._metrics = Metrics()
         base_names = tuple(path.name for path in models.base_model_paths)
         self._reconciler, description = await start(workers, settings, self._metrics, base_names)
-        put_before_handlers(state, engine_client, models, lambda: self._core().table)
+        gate = EngineGate(engine_client, self._reconciler.renew)
+        put_before_handlers(state, {engine_client: gate, models: ServedModels(models, lambda: self._core().table)})
         self._following = asyncio.create_task(self._reconciler.follow(settings.poll_seconds))
         logger.info("%s; %s", versions(config), description)
 
@@ -83,14 +84,14 @@ class EditsEndpoints:
 async def start(
     workers: Workers, settings: EditSettings, metrics: Metrics, base_names: tuple[str, ...]
 ) -> tuple[Reconciler, str]:
-    """Attach to every worker, open the store and install what it promotes. Also returns a line that says what is reserved."""
+    """Attach to every worker, open the store, install what it promotes. Also returns a line on what is reserved."""
     answers = await workers.call("edits_attach")
     for answer in answers:
         if "error" in answer:
             raise UnsupportedHost(f"a worker cannot serve edits: {answer['error']}")
     if any(answer != answers[0] for answer in answers):
         raise UnsupportedHost(
-            "workers reserved different rooms (the store changed while they started?). Start again, or set edits.reserve"
+            "workers reserved different room (did the store change while they started?). Start again, or set reserve"
         )
     described = answers[0]
     base = BaseModelRef.model_validate(described["base"])
@@ -119,27 +120,31 @@ def versions(config: Any) -> str:
     return f"vllm-edits {importlib.metadata.version('vllm-edits')} on vLLM {vllm.__version__}, compilation {mode}"
 
 
-def put_before_handlers(state: Any, engine: Any, models: Any, table: Callable[[], VariantTable]) -> None:
-    """Replace the engine client and the model list by the gate and the served models, wherever a handler holds them.
+def put_before_handlers(state: Any, stand_ins: dict[Any, Any]) -> None:
+    """Put each stand-in (the gate, the served models) where a handler of vLLM holds the original.
 
-    A handler that kept the engine itself would serve the base model for a variant, so one that is missed ends the start.
+    A handler that kept the engine itself would serve the base model for a variant: one that is missed ends the start.
     """
-    replacements = {id(engine): EngineGate(engine), id(models): ServedModels(models, table)}
-    holders = [state._state, *(vars(handler) for handler in _handlers(state))]
+    replacements = {id(original): stand_in for original, stand_in in stand_ins.items()}
+    holders = [vars(state)["_state"], *(vars(handler) for handler in _handlers(state))]
     replaced = 0
     for attributes in holders:
         for name, value in list(attributes.items()):
             if id(value) in replacements:
                 attributes[name] = replacements[id(value)]
                 replaced += 1
-    if not replaced or any(id(value) in replacements for holder in holders for value in holder.values()):
-        raise UnsupportedHost("vLLM's HTTP handlers hold the engine in a way edits do not know. Use a supported version")
+    if replaced < len(replacements) or any(
+        id(value) in replacements for holder in holders for value in holder.values()
+    ):
+        raise UnsupportedHost(
+            "vLLM's HTTP handlers hold the engine in a way edits do not know. Use a supported version"
+        )
 
 
 def _handlers(state: Any) -> Iterator[Any]:
     """Every object of vLLM's HTTP layer that can be reached from the app's state."""
     seen: set[int] = set()
-    waiting = list(state._state.values())
+    waiting = list(vars(state)["_state"].values())
     while waiting:
         found = waiting.pop()
         if id(found) in seen or not type(found).__module__.startswith("vllm.entrypoints"):

@@ -35,7 +35,7 @@ from server_config.settings import KEY, EditSettings, read_settings
 logger = logging.getLogger("vllm.edits")
 
 
-class EditsModelLoader(BaseModelLoader):
+class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
     """Delegates everything about weights to the loader of `edits.inner_load_format`."""
 
     def __init__(self, load_config: LoadConfig) -> None:
@@ -60,20 +60,22 @@ class EditsModelLoader(BaseModelLoader):
             raise UnsupportedHost("load format `edits` was asked for weights before it loaded a model")
         return self._inner
 
-    def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
+    def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> Any:
         """Load the base model and reserve the slot tensors. Any doubt ends the start here, with the reason."""
         compat.check_version()
         if envs.VLLM_PLUGINS is None or compat.PLUGIN_NAME not in envs.VLLM_PLUGINS:
             raise UnsupportedHost(
-                f"load format `edits` needs VLLM_PLUGINS to name {compat.PLUGIN_NAME!r}, found {envs.VLLM_PLUGINS}. Without it vLLM "
-                "does not load the plugin's HTTP side. Start with: VLLM_PLUGINS=edits (comma-separated, no spaces)"
+                f"load format `edits` needs VLLM_PLUGINS to name {compat.PLUGIN_NAME!r}, found {envs.VLLM_PLUGINS}: "
+                "without it vLLM does not load the plugin's HTTP side. Start with VLLM_PLUGINS=edits (no spaces)"
             )
         settings = read_settings(vllm_config.additional_config)
         compat.check_config(vllm_config)
-        model = self._loader(settings).load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        model: Any = self._loader(settings).load_model(
+            vllm_config=vllm_config, model_config=model_config, prefix=prefix
+        )
         base = identify(model_folder(model_config), name=model_config.model)
         reservation = reserve(settings, base)
-        # The compiled graph depends on what is reserved, so the resolved reservation must be in the compile cache's key.
+        # The compiled graph depends on what is reserved, so that must be in the compile cache's key.
         vllm_config.additional_config[KEY] = {
             **vllm_config.additional_config[KEY],
             "reserve": reservation.to_settings(),

@@ -28,7 +28,7 @@ def attach(runner: Any, edited: EditedModel) -> None:
     if not isinstance(runner.model, nn.Module):
         raise UnsupportedHost(
             "the V1 model runner replays full CUDA graphs without calling the model, so edits cannot follow the batch. "
-            "Start with VLLM_USE_V2_MODEL_RUNNER=1, or with --compilation-config '{\"cudagraph_mode\": \"PIECEWISE\"}'"
+            'Start with VLLM_USE_V2_MODEL_RUNNER=1, or with --compilation-config \'{"cudagraph_mode": "PIECEWISE"}\''
         )
     if getattr(model, "edits_attached", False):
         return

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import nn
 
 from plugin.claim import CLAIM
 
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from plugin.vllm_host.loader import LoadedEdits
 
 
-def use_edits_model_state(model: nn.Module, loaded: LoadedEdits) -> None:
+def use_edits_model_state(model: Any, loaded: LoadedEdits) -> None:
     """Make the V2 runner keep the state it would have kept for this model, with token slots added."""
     if hasattr(model, "get_model_state_cls"):
         state_class = _with_token_slots(model.get_model_state_cls(), loaded)
@@ -27,7 +26,7 @@ def use_edits_model_state(model: nn.Module, loaded: LoadedEdits) -> None:
         except ImportError:  # this build has no V2 runner: V1 attaches later
             return
         state_class = _with_token_slots(DefaultModelState, loaded)
-    model.get_model_state_cls = lambda: state_class  # type: ignore[assignment]
+    model.get_model_state_cls = lambda: state_class
 
 
 def _with_token_slots(base: Any, loaded: LoadedEdits) -> type:

@@ -118,6 +118,6 @@ def _answer(act: Any) -> Answer:
         return {"error": str(refusal), "reasons": [[reason.code, reason.message] for reason in refusal.reasons]}
     except EditsError as error:
         return {"error": str(error)}
-    except Exception:  # the API process decides what to do with it; a worker must not die of a bad version
+    except Exception:  # noqa: BLE001  the API process decides; a worker must not die of a bad version
         return {"error": traceback.format_exc()}
     return answer

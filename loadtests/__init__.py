@@ -1,0 +1,1 @@
+"""Numbers, and correctness under load, against a real server."""

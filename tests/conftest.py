@@ -1,0 +1,113 @@
+"""Models and bundles that tests share."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from demo.model import ensure_model
+from edit_store import (
+    BaseModelRef,
+    Bundle,
+    EditStore,
+    LowRank,
+    Offset,
+    Provenance,
+    Scale,
+    SubspaceFilter,
+    Widths,
+    identify,
+)
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+Pairs = list[tuple[Any, dict[str, np.ndarray]]]
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, converted once."""
+    return ensure_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A four-layer Llama with random weights and SmolLM2's tokenizer: it compiles in seconds."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny-model")
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+        initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(smollm2 / name, folder / name)
+    return folder
+
+
+def random_pairs(kind: str, layer: int, widths: Widths, seed: int, strength: float = 0.3) -> Pairs:
+    """One edit of a kind with random numbers, about `strength` of the activations it meets."""
+    generator = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> np.ndarray:
+        return generator.normal(size=shape).astype(np.float32)
+
+    if kind == "low_rank":
+        edit = LowRank(site=f"layers.{layer}.mlp.out", reads=f"layers.{layer}.mlp.h", rank=2)
+        return [(edit, {"read": normal(2, widths.mlp) * strength, "write": normal(2, widths.hidden) * strength})]
+    if kind == "scale":
+        return [(Scale(site=f"layers.{layer}.attn.z"), {"factor": generator.uniform(-1, 2, widths.heads)})]
+    if kind == "subspace_filter":
+        basis = np.linalg.qr(normal(widths.hidden, 3))[0].T
+        edit = SubspaceFilter(site=f"layers.{layer}.resid", rank=3)
+        return [(edit, {"basis": basis, "mean": normal(widths.hidden) * strength})]
+    return [(Offset(site=f"layers.{layer}.resid"), {"vector": normal(widths.hidden) * strength})]
+
+
+KINDS = ("low_rank", "scale", "subspace_filter", "offset")
+
+
+def random_bundle(name: str, base: BaseModelRef, seed: int, *, strength: float = 0.3, label: str = "") -> Bundle:
+    """A bundle with one edit of every kind at different layers."""
+    pairs = [
+        pair
+        for number, kind in enumerate(KINDS)
+        for pair in random_pairs(kind, number % base.widths.layers, base.widths, seed * 10 + number, strength)
+    ]
+    return bundle_of(name, base, pairs, label)
+
+
+def bundle_of(name: str, base: BaseModelRef, pairs: Pairs, label: str = "") -> Bundle:
+    """A bundle of given edits, made at a fixed time: the same numbers are the same version."""
+    created = datetime(2026, 1, 1, tzinfo=UTC)
+    return Bundle.create(name, base, pairs, Provenance(tool="tests", method="random"), label=label, created_at=created)
+
+
+@pytest.fixture
+def new_store(tmp_path: Path) -> Iterator[Callable[[], EditStore]]:
+    """Makes empty stores."""
+    count = iter(range(100))
+    yield lambda: EditStore(str(tmp_path / f"store-{next(count)}"), create=True)
+
+
+def publish(store: EditStore, bundle: Bundle, tag: str | None = "prod") -> str:
+    """Publish and, unless `tag` is None, promote; returns the version."""
+    version = store.publish(bundle)
+    if tag is not None:
+        store.promote(f"{bundle.manifest.name}@{version}", tag=tag)
+    return version
+
+
+def base_of(model: Path) -> BaseModelRef:
+    return identify(model)

@@ -1,0 +1,105 @@
+"""Real servers, one of a kind for the whole session: a start costs a minute or two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from edit_store import BaseModelRef, Bundle, EditStore
+from loadtests.server import Server
+from tests.conftest import KINDS, base_of, bundle_of, publish, random_bundle, random_pairs
+
+
+@dataclass
+class Serving:
+    """A running server with its store."""
+
+    server: Server
+    store: EditStore
+    base: BaseModelRef
+    model: Path
+    bundles: dict[str, Bundle]
+
+    @property
+    def url(self) -> str:
+        return self.server.url
+
+    def sync(self) -> dict[str, Any]:
+        answer = httpx.post(f"{self.url}/v1/edits/sync", timeout=60)
+        answer.raise_for_status()
+        return dict(answer.json())
+
+    def status(self) -> dict[str, Any]:
+        return dict(httpx.get(f"{self.url}/v1/edits", timeout=10).json())
+
+    def metrics(self) -> str:
+        return httpx.get(f"{self.url}/metrics", timeout=10).text
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of a metric's series that carry these labels."""
+        total = 0.0
+        for line in self.metrics().splitlines():
+            if line.startswith((f"{name}{{", f"{name} ")) and all(
+                f'{key}="{value}"' in line for key, value in labels.items()
+            ):
+                total += float(line.rsplit(" ", 1)[1])
+        return total
+
+
+def kind_bundle(kind: str, base: BaseModelRef, strength: float) -> Bundle:
+    """A bundle of one kind at an early, a middle and a late layer."""
+    name = kind.replace("_", "-")
+    layers = (1, base.widths.layers // 2, base.widths.layers - 1)
+    pairs = [pair for layer in layers for pair in random_pairs(kind, layer, base.widths, seed=layer, strength=strength)]
+    return bundle_of(name, base, pairs)
+
+
+def variants_of_every_kind(base: BaseModelRef, strength: float) -> dict[str, Bundle]:
+    """One variant for each kind, and one with all kinds."""
+    made = {kind.replace("_", "-"): kind_bundle(kind, base, strength) for kind in KINDS}
+    return {**made, "all-kinds": random_bundle("all-kinds", base, seed=5, strength=strength)}
+
+
+def serve(
+    model: Path, folder: Path, bundles: list[Bundle], *flags: str, settings: dict[str, Any] | None = None
+) -> Serving:
+    store = EditStore(str(folder / "store"), create=True)
+    for bundle in bundles:
+        publish(store, bundle)
+    server = Server.with_edits(
+        model, folder / "store", folder / "server.log", *flags, settings={"poll_seconds": 3600, **(settings or {})}
+    )
+    return Serving(server.start(), store, base_of(model), model, {each.manifest.name: each for each in bundles})
+
+
+@pytest.fixture(scope="session", params=["float32", "bfloat16"])
+def exact_server(
+    request: pytest.FixtureRequest, smollm2: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Serving]]:
+    """SmolLM2 with a variant of every kind, compiled, in either dtype."""
+    dtype: str = request.param
+    bundles = list(variants_of_every_kind(base_of(smollm2), strength=0.1).values())
+    flags = ("--dtype", dtype, "--max-model-len", "1024")
+    serving = serve(smollm2, tmp_path_factory.mktemp(f"exact-{dtype}"), bundles, *flags)
+    yield dtype, serving
+    serving.server.stop()
+
+
+@pytest.fixture(scope="session")
+def small_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """A tiny model in float32 with two slots, little KV cache and small steps: everything is scarce."""
+    base = base_of(tiny_model)
+    bundles = [random_bundle(f"variant-{seed}", base, seed) for seed in range(6)]
+    token_file = tmp_path_factory.mktemp("secrets") / "admin-token"
+    token_file.write_text("let-me-in\n")
+    flags = ("--dtype", "float32", "--max-model-len", "640", "--max-num-batched-tokens", "96", "--block-size", "32",
+             "--num-gpu-blocks-override", "48", "--max-num-seqs", "16")  # fmt: skip
+    folder = tmp_path_factory.mktemp("small")
+    serving = serve(tiny_model, folder, bundles, *flags, settings={"slots": 2, "admin_token_file": token_file})
+    yield serving
+    serving.server.stop()

@@ -1,0 +1,51 @@
+"""Run by test_start.py in a process of its own: variants through `vllm.LLM`, and a worker that refuses."""
+
+from __future__ import annotations
+
+import sys
+
+from edit_store import EditStore
+from edit_store.errors import InstallRefused, Reason
+from plugin.offline import Variants
+
+
+def main(model: str, store_folder: str, second: str) -> None:
+    from vllm import LLM, SamplingParams
+
+    settings = {"edits": {"store": store_folder}}
+    llm = LLM(model, load_format="edits", additional_config=settings, dtype="float32", max_model_len=512, seed=0)
+    variants, store = Variants(llm), EditStore(store_folder)
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+
+    def texts(names: list[str | None]) -> list[str]:
+        outputs = variants.generate(names, ["One two three"] * len(names), params, use_tqdm=False)
+        return [output.outputs[0].text for output in outputs]
+
+    base, loud, again = texts([None, "loud", None])
+    assert base == again != loud
+    assert texts(["loud"]) == [loud]
+
+    edited = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model().loaded_edits.edited
+    prepare = edited.prepare
+
+    def refuse(*args: object) -> None:
+        raise InstallRefused("install", [Reason("test", "this worker refuses")])
+
+    edited.prepare = refuse
+    store.promote(f"loud@{second}")
+    variants.sync()
+    assert variants.reconciler.last_swap is not None
+    assert "this worker refuses" in variants.reconciler.last_swap.error
+    assert texts(["loud", None]) == [loud, base]
+
+    edited.prepare = prepare
+    variants.sync()
+    assert not variants.reconciler.last_swap.error
+    swapped, still = texts(["loud", None])
+    assert swapped not in (loud, base)
+    assert still == base
+    print("the story holds")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,219 @@
+"""A real server on which everything is scarce: two slots for six variants, little KV cache, short steps."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from edit_store import Bundle, Offset
+from loadtests.client import complete
+from tests.conftest import bundle_of, publish, random_bundle
+from tests.engine.conftest import Serving
+
+pytestmark = pytest.mark.vllm
+
+VARIANTS = [f"variant-{seed}" for seed in range(6)]
+
+
+def ask(serving: Serving, model: str, prompt: str, tokens: int = 12, **options: Any) -> tuple[str, str]:
+    """Version and text of one answer."""
+    answer = complete(serving.url, model, prompt, tokens, ignore_eos=True, **options)
+    return answer["headers"]["x-edits-version"], answer["choices"][0]["text"]
+
+
+def at_once(serving: Serving, asked: list[tuple[str, str]], tokens: int = 12) -> list[tuple[str, str]]:
+    with ThreadPoolExecutor(len(asked)) as pool:
+        return list(pool.map(lambda pair: ask(serving, *pair, tokens), asked))
+
+
+def test_more_variants_than_slots_are_all_served(small_server: Serving) -> None:
+    """Six variants and the base at once through two slots: requests wait for a slot, none fails, all are right."""
+    asked = [(name, prompt) for prompt in ("One two three", "Red green blue") for name in [*VARIANTS, "base"]]
+    solo = [ask(small_server, *pair) for pair in asked]
+    together = at_once(small_server, asked)
+    assert together == solo
+    assert len({text for _, text in solo}) > len(VARIANTS)  # positive control: variants differ
+    for (name, _), (version, _) in zip(asked, together, strict=True):
+        assert version == ("base" if name == "base" else small_server.store.resolve(name))
+    assert small_server.metric("vllm_edits_slots_total") == 2
+    assert small_server.metric("vllm_edits_slots_used") <= 2
+    assert small_server.metric("vllm_edits_installs_total", result="ok") > 2
+
+
+def test_preemption_and_chunked_prefill_change_nothing(small_server: Serving) -> None:
+    """Long prompts through short steps and a small KV cache: requests are chunked, evicted and computed again, and
+    every one answers as it does alone."""
+    prompts = [f"Chapter {number}. " + "The sea, the hills and the road between them. " * 30 for number in range(6)]
+    asked = [(("base", "variant-0", "variant-1")[number % 3], prompt) for number, prompt in enumerate(prompts)]
+    solo = [ask(small_server, *pair, 150) for pair in asked]
+    before = small_server.metric("vllm:num_preemptions_total")
+    assert at_once(small_server, asked, 150) == solo
+    assert small_server.metric("vllm:num_preemptions_total") > before  # positive control: it did happen
+    assert len({text for _, text in solo}) == len(prompts)
+
+
+def test_a_version_can_be_named_by_its_beginning_or_by_a_tag(small_server: Serving) -> None:
+    version = publish(small_server.store, random_bundle("variant-0", small_server.base, seed=77), tag="staging")
+    small_server.sync()
+    assert ask(small_server, f"variant-0@{version[:8]}", "One two three")[0] == version
+    assert ask(small_server, "variant-0@staging", "One two three")[0] == version
+    assert ask(small_server, "variant-0@prod", "One two three")[0] == small_server.store.resolve("variant-0")
+    listed = {card["id"]: card for card in httpx.get(f"{small_server.url}/v1/models").json()["data"]}
+    assert set(listed) == {"base", *VARIANTS, "variant-0@staging"}
+    assert listed["variant-0"]["parent"] == "base"
+    assert listed["variant-0"]["root"] == f"variant-0@{small_server.store.resolve('variant-0')}"
+
+
+def test_unknown_names_are_vllms_own_404(small_server: Serving) -> None:
+    """The error has the very form of vLLM's own (seen at a path the plugin does not touch), with the nearest names."""
+    body = {"model": "variant-00", "prompt": "x"}
+    ours = httpx.post(f"{small_server.url}/v1/completions", json=body)
+    assert ours.status_code == 404
+    assert "Did you mean 'variant-0'" in ours.json()["error"]["message"]
+    assert set(ours.json()["error"]) == {"message", "type", "param", "code"}
+    assert ours.json()["error"]["type"] == "NotFoundError"
+    assert ours.json()["error"]["param"] == "model"
+    for gone in ("variant-0@nosuchtag", "variant-0@123456789a", "Variant 0"):
+        assert httpx.post(f"{small_server.url}/v1/completions", json={**body, "model": gone}).status_code == 404
+
+
+def refused(serving: Serving, bundle: Bundle, code: str) -> None:
+    """Promote `bundle` over variant-2 behind the store's back, and see it refused while the old version serves."""
+    store, old = serving.store, serving.store.resolve("variant-2")
+    before = ask(serving, "variant-2", "One two three")
+    counted = serving.metric("vllm_edits_bundles_rejected_total", reason=code)
+    version = bundle.version
+    backend = store._backend
+    backend.put(f"manifests/sha256/{version[:2]}/{version}.json", bundle.manifest.to_bytes())
+    blob = bundle.manifest.tensors.sha256
+    backend.put(f"blobs/sha256/{blob[:2]}/{blob}", bundle.tensor_bytes)
+    store._append("variant-2", "prod", version, operation="promote", reason="test", actor=None)
+    try:
+        answer = serving.sync()
+        assert code in answer["swaps"][0]["error"], answer
+        assert ask(serving, "variant-2", "One two three") == before
+        assert before[0] == old
+        assert serving.metric("vllm_edits_bundles_rejected_total", reason=code) == counted + 1
+        entry = next(row for row in serving.status()["refused"] if row["name"] == "variant-2")
+        assert code in entry["error"]
+    finally:
+        store.rollback("variant-2")
+        serving.sync()
+    assert not [row for row in serving.status()["refused"] if row["name"] == "variant-2"]
+
+
+def test_a_bundle_for_another_model_is_refused_and_the_old_one_serves(small_server: Serving) -> None:
+    other = small_server.base.model_copy(update={"name": "other", "files": {"model.safetensors": "0" * 64}})
+    refused(small_server, random_bundle("variant-2", other, seed=1), "base_model")
+
+
+def test_a_bundle_that_was_tampered_with_is_refused_and_the_old_one_serves(small_server: Serving) -> None:
+    good = random_bundle("variant-2", small_server.base, seed=3)
+    cut = Bundle(good.manifest, good.tensor_bytes[:-4])
+    refused(small_server, cut, "digest")
+
+
+def test_a_bundle_with_nan_is_refused_and_the_old_one_serves(small_server: Serving) -> None:
+    vector = {"vector": [float("nan")] * small_server.base.widths.hidden}
+    refused(
+        small_server, bundle_of("variant-2", small_server.base, [(Offset(site="layers.3.resid"), vector)]), "not_finite"
+    )
+
+
+def test_a_bundle_without_reserved_room_is_refused_and_names_the_setting(small_server: Serving) -> None:
+    vector = {"vector": [0.5] * small_server.base.widths.hidden}
+    bundle = bundle_of("variant-2", small_server.base, [(Offset(site="layers.0.resid"), vector)])
+    refused(small_server, bundle, "capacity")
+    assert "edits.reserve" in small_server.server.log_text()
+
+
+def test_promoting_over_http_needs_the_admin_token(small_server: Serving) -> None:
+    """PUT appends to the store and follows at once; without the token nothing changes."""
+    version = publish(small_server.store, random_bundle("variant-5", small_server.base, seed=91), tag=None)
+    url, old = f"{small_server.url}/v1/edits/variant-5", small_server.store.resolve("variant-5")
+    for headers in ({}, {"x-edits-admin-token": "wrong"}):
+        assert httpx.put(url, json={"version": version}, headers=headers).status_code == 401
+    assert small_server.store.resolve("variant-5") == old
+    token = {"x-edits-admin-token": "let-me-in"}
+    answer = httpx.put(url, json={"version": version[:10], "reason": "better"}, headers=token, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["entry"]["reason"] == "better"
+    assert ask(small_server, "variant-5", "One two three")[0] == version
+    assert httpx.post(f"{url}/rollback", json={}, headers=token, timeout=60).status_code == 200
+    assert ask(small_server, "variant-5", "One two three")[0] == old
+
+
+def test_a_store_that_is_down_leaves_the_server_serving(small_server: Serving) -> None:
+    """Variants on the device go on; the failure is told and counted; the server recovers by itself."""
+    before = ask(small_server, "variant-3", "One two three")
+    errors = small_server.metric("vllm_edits_store_errors_total")
+    root = small_server.store._backend.root  # type: ignore[attr-defined]
+    hidden = root.with_name("store-away")
+    root.rename(hidden)
+    try:
+        assert small_server.sync()["swaps"] == []
+        assert ask(small_server, "variant-3", "One two three") == before
+        assert small_server.metric("vllm_edits_store_errors_total") > errors
+    finally:
+        hidden.rename(root)
+    small_server.sync()
+    assert small_server.metric("vllm_edits_store_head_age_seconds") < 5
+
+
+def test_metrics_equal_what_the_client_counted(small_server: Serving) -> None:
+    name = "variant-4"
+    labels = {"variant": name, "version": small_server.store.resolve(name)[:12]}
+    counted = {
+        kind: small_server.metric("vllm_edits_tokens_total", kind=kind, **labels) for kind in ("prompt", "generation")
+    }
+    requests = small_server.metric("vllm_edits_requests_total", outcome="ok", **labels)
+    sent = [complete(small_server.url, name, "One two three", tokens, ignore_eos=True)["usage"] for tokens in (3, 5, 9)]
+    assert small_server.metric("vllm_edits_requests_total", outcome="ok", **labels) == requests + 3
+    for kind, field in (("prompt", "prompt_tokens"), ("generation", "completion_tokens")):
+        total = sum(usage[field] for usage in sent)
+        assert small_server.metric("vllm_edits_tokens_total", kind=kind, **labels) == counted[kind] + total
+    assert small_server.metric("vllm_edits_time_to_first_token_seconds_count", variant=name) >= 3
+    assert small_server.metric("vllm_edits_requests_in_flight") == 0
+
+
+def test_every_way_of_asking_works_on_a_variant(small_server: Serving) -> None:
+    """Chat, completions, responses and messages, streaming and not, with logprobs, stop strings, tools, structured
+    output and n > 1: each answers with the variant's version in its headers and the variant's name as its model."""
+    name = "variant-1"
+    version = small_server.store.resolve(name)
+    chat = {"model": name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 6}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "integer", "maximum": 9}}, "required": ["x"]}}}  # fmt: skip
+    schema = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}}}  # fmt: skip
+    asked = {
+        "chat": ("/v1/chat/completions", {**chat, "logprobs": True, "top_logprobs": 2}),
+        "n": ("/v1/chat/completions", {**chat, "n": 3, "temperature": 1.0, "seed": 1}),
+        "tools": (
+            "/v1/chat/completions",
+            {**chat, "max_tokens": 60, "tools": [tool], "tool_choice": {"type": "function", "function": {"name": "f"}}},
+        ),
+        "structured": ("/v1/chat/completions", {**chat, "max_tokens": 60, "response_format": schema}),
+        "completion": ("/v1/completions", {"model": name, "prompt": ["One", "Two"], "max_tokens": 4}),
+        "responses": ("/v1/responses", {"model": name, "input": "Hello", "max_output_tokens": 6}),
+        "messages": ("/v1/messages", chat),
+        "stream chat": ("/v1/chat/completions", {**chat, "stream": True}),
+        "stream completion": ("/v1/completions", {"model": name, "prompt": "One", "max_tokens": 4, "stream": True}),
+        "stream responses": (
+            "/v1/responses",
+            {"model": name, "input": "Hello", "max_output_tokens": 6, "stream": True},
+        ),
+        "stream messages": ("/v1/messages", {**chat, "stream": True}),
+    }
+    for what, (path, body) in asked.items():
+        answer = httpx.post(f"{small_server.url}{path}", json=body, timeout=120)
+        assert answer.status_code == 200, (what, answer.text)
+        assert answer.headers["x-edits-variant"] == name, what
+        assert answer.headers["x-edits-version"] == version, what
+        assert f'"model":"{name}"' in answer.text.replace('"model": ', '"model":'), what
+    stopped = complete(small_server.url, name, "One two three", 40, ignore_eos=True)["choices"][0]["text"]
+    stop = stopped[len(stopped) // 2 : len(stopped) // 2 + 4]
+    again = complete(small_server.url, name, "One two three", 40, ignore_eos=True, stop=[stop])["choices"][0]
+    assert again["finish_reason"] == "stop"
+    assert again["text"] == stopped[: stopped.index(stop)]
