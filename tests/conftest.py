@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -67,7 +66,7 @@ def random_pairs(kind: str, layer: int, widths: Widths, seed: int, strength: flo
         edit = LowRank(site=f"layers.{layer}.mlp.out", reads=f"layers.{layer}.mlp.h", rank=2)
         return [(edit, {"read": normal(2, widths.mlp) * strength, "write": normal(2, widths.hidden) * strength})]
     if kind == "scale":
-        return [(Scale(site=f"layers.{layer}.attn.z"), {"factor": generator.uniform(-1, 2, widths.heads)})]
+        return [(Scale(site=f"layers.{layer}.attn.z"), {"factor": generator.uniform(0, 1.5, widths.heads)})]
     if kind == "subspace_filter":
         basis = np.linalg.qr(normal(widths.hidden, 3))[0].T
         edit = SubspaceFilter(site=f"layers.{layer}.resid", rank=3)
@@ -92,13 +91,6 @@ def bundle_of(name: str, base: BaseModelRef, pairs: Pairs, label: str = "") -> B
     """A bundle of given edits, made at a fixed time: the same numbers are the same version."""
     created = datetime(2026, 1, 1, tzinfo=UTC)
     return Bundle.create(name, base, pairs, Provenance(tool="tests", method="random"), label=label, created_at=created)
-
-
-@pytest.fixture
-def new_store(tmp_path: Path) -> Iterator[Callable[[], EditStore]]:
-    """Makes empty stores."""
-    count = iter(range(100))
-    yield lambda: EditStore(str(tmp_path / f"store-{next(count)}"), create=True)
 
 
 def publish(store: EditStore, bundle: Bundle, tag: str | None = "prod") -> str:

@@ -28,7 +28,7 @@ def main(model: str, store_folder: str, second: str) -> None:
     edited = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model().loaded_edits.edited
     prepare = edited.prepare
 
-    def refuse(*args: object) -> None:
+    def refuse(*_: object) -> None:
         raise InstallRefused("install", [Reason("test", "this worker refuses")])
 
     edited.prepare = refuse
@@ -44,7 +44,7 @@ def main(model: str, store_folder: str, second: str) -> None:
     swapped, still = texts(["loud", None])
     assert swapped not in (loud, base)
     assert still == base
-    print("the story holds")
+    sys.stdout.write("the story holds\n")
 
 
 if __name__ == "__main__":

@@ -185,8 +185,14 @@ def test_every_way_of_asking_works_on_a_variant(small_server: Serving) -> None:
     name = "variant-1"
     version = small_server.store.resolve(name)
     chat = {"model": name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 6}
-    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "integer", "maximum": 9}}, "required": ["x"]}}}  # fmt: skip
-    schema = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}}}  # fmt: skip
+    flag = {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    tool = {"type": "function", "function": {"name": "f", "parameters": flag}}
+    schema = {"type": "json_schema", "json_schema": {"name": "s", "schema": flag}}
     asked = {
         "chat": ("/v1/chat/completions", {**chat, "logprobs": True, "top_logprobs": 2}),
         "n": ("/v1/chat/completions", {**chat, "n": 3, "temperature": 1.0, "seed": 1}),

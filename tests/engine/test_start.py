@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -81,15 +82,13 @@ def test_an_unknown_setting_and_a_missing_store_are_refused_at_start(tiny_model:
 
 
 def test_offline_python_serves_variants_and_survives_a_worker_that_refuses(tiny_model: Path, tmp_path: Path) -> None:
-    """`LLM.generate` with a variant named, mixed in one batch; a worker that refuses an install leaves the old version."""
+    """`LLM.generate` with variants mixed in one batch; a worker that refuses an install leaves the old version."""
     store = EditStore(str(tmp_path / "store"), create=True)
     base = base_of(tiny_model)
     publish(store, random_bundle("loud", base, seed=1))
     second = publish(store, random_bundle("loud", base, seed=2), tag=None)
     script = Path(__file__).with_name("offline_story.py")
     environment = {**CPU_ENVIRONMENT, "VLLM_PLUGINS": "edits", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    import os
-
     ran = subprocess.run(
         [sys.executable, str(script), str(tiny_model), str(tmp_path / "store"), second],
         env={**os.environ, **environment}, capture_output=True, text=True, timeout=400, check=False,
