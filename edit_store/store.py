@@ -170,7 +170,8 @@ class EditStore:
         return _parse_entry(self._backend.get(_entry_key(name, tag, max(sequences))), name, tag) if sequences else None
 
     def heads(self) -> Heads:
-        """What every tag of every name promotes now."""
+        """What every tag of every name promotes now. StoreUnavailable when the store is gone: gone is not empty."""
+        self._check_format(create=False)
         pairs = sorted({tuple(key.split("/")[1:3]) for key in self._backend.list("tags/")})
         heads: dict[str, dict[str, TagEntry]] = {}
         for name, tag in pairs:

@@ -98,7 +98,8 @@ def small_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     token_file = tmp_path_factory.mktemp("secrets") / "admin-token"
     token_file.write_text("let-me-in\n")
     flags = ("--dtype", "float32", "--max-model-len", "640", "--max-num-batched-tokens", "96", "--block-size", "32",
-             "--num-gpu-blocks-override", "48", "--max-num-seqs", "16")  # fmt: skip
+             "--num-gpu-blocks-override", "48", "--max-num-seqs", "16",
+             "--enable-auto-tool-choice", "--tool-call-parser", "hermes")  # fmt: skip
     folder = tmp_path_factory.mktemp("small")
     serving = serve(tiny_model, folder, bundles, *flags, settings={"slots": 2, "admin_token_file": token_file})
     yield serving

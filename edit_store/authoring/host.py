@@ -1,0 +1,228 @@
+"""A Hugging Face model on the author's side: what passes through its sites, and the same model edited by formula.
+
+Plain forward hooks, one formula a kind, nothing fused and no slots: `edited` is also the oracle that the served engine
+is tested against. It fits models laid out like Llama (`model.model.layers[n].self_attn.o_proj`, `.mlp.down_proj`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from operator import add
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from edit_store.base_model import widths_of
+from edit_store.edits import KINDS, Array, Edit, LowRank, Offset, Scale, SubspaceFilter
+from edit_store.sites import Site, Widths
+
+Edits = list[tuple[Edit, dict[str, Array]]]
+"""What every authoring method returns: edits, each with its tensors by field name."""
+
+BATCH = 32  # texts in one forward pass; more is no faster on a few cores
+_PLACES = {
+    "attn.z": ("self_attn.o_proj", "input"),
+    "attn.out": ("self_attn.o_proj", "output"),
+    "mlp.h": ("mlp.down_proj", "input"),
+    "mlp.out": ("mlp.down_proj", "output"),
+    "resid": ("", "output"),
+}
+"""Where each point is inside a decoder layer: a module, and which side of it."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model says to a prompt: its greedy `text`, and the probabilities of the likeliest `first` tokens."""
+
+    text: str
+    first: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Host:
+    """A base model in float32 with its tokenizer. Inside `edited`, every method sees the edited model."""
+
+    model: Any
+    tokenizer: Any
+
+    @classmethod
+    def load(cls, folder: Path) -> Host:
+        """Read a checkpoint folder; nothing is fetched."""
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        return cls(model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(folder, local_files_only=True))
+
+    @property
+    def widths(self) -> Widths:
+        """The sizes that decide the shapes of edits."""
+        return widths_of(self.model.config.to_dict())
+
+    @torch.inference_mode()
+    def activations(self, texts: Sequence[str], sites: Iterable[str]) -> dict[str, list[Tensor]]:
+        """What passes each site, per text `[tokens, width]`. Layers above the last site are not computed."""
+        seen: dict[str, list[Tensor]] = {site: [] for site in sites}
+        last = max(Site.parse(site).layer for site in seen)
+        for batch in _batches(texts):
+            ids, lengths = self._tokens(batch)
+            with _recording(self.model, seen) as recorded, _layers(self.model, self.model.model.layers[: last + 1]):
+                self.model.model(ids, use_cache=False)
+            for site, rows in seen.items():
+                rows += [row[:length] for row, length in zip(recorded[site], lengths, strict=True)]
+        return seen
+
+    def mean_activation(self, texts: Sequence[str], site: str) -> Tensor:
+        """Mean over all tokens `[width]` but the first of each text: an attention sink, alike in all texts."""
+        return torch.cat([rows[1:] for rows in self.activations(texts, [site])[site]]).mean(0)
+
+    @torch.inference_mode()
+    def next_token(self, texts: Sequence[str]) -> Tensor:
+        """Log-probabilities of the token after each text, `[texts, vocabulary]`."""
+        rows = []
+        for batch in _batches(texts):
+            ids, lengths = self._tokens(batch)
+            states = self.model.model(ids, use_cache=False).last_hidden_state
+            rows.append(self.model.lm_head(states[torch.arange(len(ids)), lengths - 1]).log_softmax(-1))
+        return torch.cat(rows)
+
+    @torch.inference_mode()
+    def likelihood(self, prompts: Sequence[str], answers: Sequence[str]) -> Tensor:
+        """Mean log-probability per token of each answer after its prompt, `[prompts]`. An answer brings its space."""
+        ids, ends = self._tokens(list(map(add, prompts, answers)))
+        _, starts = self._tokens(prompts)
+        states = self.model.model(ids, use_cache=False).last_hidden_state
+        rows = []
+        for row, state, start, end in zip(ids, states, starts, ends, strict=True):
+            predicted = self.model.lm_head(state[start - 1 : end - 1]).log_softmax(-1)
+            rows.append(predicted.gather(1, row[start:end, None]).mean())
+        return torch.stack(rows)
+
+    @contextmanager
+    def replaying(self, prompts: Sequence[str], answers: Sequence[str], *, below: int) -> Iterator[None]:
+        """Inside, the `likelihood` of these answers takes what the layers `below` made of them from one run before."""
+        if below == 0:
+            yield
+            return
+        ids, _ = self._tokens(list(map(add, prompts, answers)))
+        site = f"layers.{below - 1}.resid"
+        layers = self.model.model.layers
+        with torch.inference_mode(), _recording(self.model, [site]) as recorded, _layers(self.model, layers[:below]):
+            self.model.model(ids, use_cache=False)
+        with _layers(self.model, nn.ModuleList([_Replay(recorded[site])] * below + list(layers[below:]))):
+            yield
+
+    @torch.inference_mode()
+    def answers(self, prompts: Sequence[str], tokens: int) -> list[Answer]:
+        """Greedy continuation of each prompt by `tokens` tokens."""
+        answers = []
+        for batch in _batches(prompts):
+            inputs = self.tokenizer(list(batch), return_tensors="pt", padding=True, padding_side="left")
+            made = self.model.generate(
+                **inputs, max_new_tokens=tokens, do_sample=False, return_dict_in_generate=True, output_logits=True
+            )
+            new = made.sequences[:, inputs["input_ids"].shape[1] :]
+            texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+            likeliest = made.logits[0].softmax(-1).topk(20)
+            for text, probabilities, ids in zip(texts, *likeliest, strict=True):
+                words = self.tokenizer.batch_decode(ids[:, None])
+                answers.append(Answer(text, dict(zip(words, probabilities.tolist(), strict=True))))
+        return answers
+
+    def _tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids `[texts, longest]`, padded on the right where causal attention never looks, and their lengths."""
+        ids = [torch.tensor(self.tokenizer(text)["input_ids"]) for text in texts]
+        return nn.utils.rnn.pad_sequence(ids, batch_first=True), torch.tensor([len(row) for row in ids])
+
+
+@contextmanager
+def edited(model: Any, edits: Iterable[tuple[Edit, Mapping[str, Any]]]) -> Iterator[None]:
+    """Inside, `model` computes with these edits at every token; afterwards it is the base model again.
+
+    Each edit is computed in float32, or the model's dtype if that is wider, and rounds its result to the model's dtype.
+    Kinds that meet at one site apply in the order of `edits.KINDS`.
+    """
+    order = list(KINDS)
+    with ExitStack() as hooks:
+        for edit, fields in sorted(edits, key=lambda pair: order.index(pair[0].kind)):
+            tensors = {name: torch.as_tensor(array, dtype=torch.float32) for name, array in fields.items()}
+            hooks.callback(_attach(model, edit, tensors).remove)
+        yield
+
+
+def _attach(model: Any, edit: Edit, tensors: dict[str, Tensor]) -> Any:
+    module, side = _place(model, edit.site)
+    if side == "input":
+        return module.register_forward_pre_hook(lambda _, inputs: _apply(edit, tensors, inputs[0], inputs[0]))
+    return module.register_forward_hook(lambda _, inputs, output: _apply(edit, tensors, inputs[0], output))
+
+
+def _apply(edit: Edit, tensors: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """`y` `[..., width]` after one edit; `x` is the input of the module whose output is `y`."""
+    wide = torch.promote_types(y.dtype, torch.float32)
+    x, edited = x.to(wide), y.to(wide)
+    tensors = {name: tensor.to(wide) for name, tensor in tensors.items()}
+    match edit:
+        case Scale():
+            factor = tensors["factor"]
+            edited = edited * factor.repeat_interleave(edited.shape[-1] // len(factor))
+        case LowRank():
+            edited = edited + (x @ tensors["read"].T) @ tensors["write"]
+        case SubspaceFilter():
+            edited = edited - ((edited - tensors["mean"]) @ tensors["basis"].T) @ tensors["basis"]
+        case Offset():
+            edited = edited + tensors["vector"]
+    return edited.to(y.dtype)
+
+
+def _place(model: Any, site: str) -> tuple[nn.Module, str]:
+    where = Site.parse(site)
+    module, side = _PLACES[where.point]
+    return model.model.layers[where.layer].get_submodule(module), side
+
+
+@contextmanager
+def _recording(model: Any, sites: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """What passed each site in the last forward pass, under the site's name."""
+    recorded: dict[str, Tensor] = {}
+
+    def recorder(site: str, side: str) -> Any:
+        def record(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            recorded[site] = inputs[0] if side == "input" else output
+
+        return record
+
+    with ExitStack() as hooks:
+        for site in sites:
+            module, side = _place(model, site)
+            hooks.callback(module.register_forward_hook(recorder(site, side)).remove)
+        yield recorded
+
+
+class _Replay(nn.Module):
+    """Stands in for a decoder layer: answers what one of them answered before."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        return self.states
+
+
+@contextmanager
+def _layers(model: Any, layers: nn.ModuleList) -> Iterator[None]:
+    """Inside, the model has these decoder layers instead of its own."""
+    own = model.model.layers
+    model.model.layers = layers
+    try:
+        yield
+    finally:
+        model.model.layers = own
+
+
+def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    for start in range(0, len(texts), BATCH):
+        yield texts[start : start + BATCH]

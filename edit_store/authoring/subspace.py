@@ -1,0 +1,38 @@
+"""A filter for what tells two kinds of text apart: affine concept erasure with an orthogonal projection.
+
+    x <- x - V^T V (x - mean)
+
+mean  [hidden]        mean of the wanted texts, where the filtered coordinates are moved to
+V     [rank, hidden]  leading right singular vectors of (mean of each unwanted text - mean), less their part along the
+                      attention sink; with rank 1 nearly the difference of the two class means
+
+LEACE (arXiv 2306.03819) erases with an oblique projection that also whitens. The orthogonal one needs no covariance,
+and moves unwanted texts to the wanted side instead of both to the middle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from edit_store.authoring.host import Edits, Host
+from edit_store.edits import SubspaceFilter
+
+
+def filter_contrast(
+    host: Host, unwanted: Sequence[str], wanted: Sequence[str], *, layers: Sequence[int], rank: int = 1
+) -> Edits:
+    """Move what separates `unwanted` from `wanted` texts to the wanted side, after each of `layers`."""
+    edits: Edits = []
+    for layer in layers:
+        site = f"layers.{layer}.resid"
+        mean = host.mean_activation(wanted, site)
+        differences = torch.stack([host.mean_activation([text], site) for text in unwanted]) - mean
+        # The first token of any text has a state hundreds of times longer than others, and attention rests on it:
+        # moving its share of the filtered directions would break every text, so they are made orthogonal to it.
+        sink = torch.stack([rows[0] for rows in host.activations(wanted, [site])[site]]).mean(0) - mean
+        differences -= torch.outer(differences @ sink, sink) / (sink @ sink)
+        basis = torch.linalg.svd(differences, full_matrices=False).Vh[:rank]
+        edits.append((SubspaceFilter(site=site, rank=rank), {"basis": basis.numpy(), "mean": mean.numpy()}))
+    return edits

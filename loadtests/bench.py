@@ -1,0 +1,181 @@
+"""How fast edited variants are served, and what a swap costs: `make bench`, or `python -m loadtests.bench --help`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from dataclasses import asdict
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from demo.model import ensure_model
+from loadtests.bench_inputs import Inputs
+from loadtests.bench_report import show, summarise_swaps, summarise_throughput
+from loadtests.bench_sides import SideFailed
+from loadtests.bench_swap import SwapFailed, SwapPlan, measure_swaps
+from loadtests.bench_throughput import ThroughputPlan, measure_throughput
+from loadtests.server import ServerFailed
+
+RESULTS = Path(__file__).parent / "results"
+WORK = Path(".cache/bench")  # always the same paths: the store's is part of the compile cache's key
+BUSY = 0.5  # one-minute load above which something else is running
+console = Console(stderr=True, highlight=False)
+app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+class Part(StrEnum):
+    """What to measure."""
+
+    ALL = "all"
+    THROUGHPUT = "throughput"
+    SWAPS = "swaps"
+
+
+@app.command()
+def main(
+    *,
+    part: Annotated[Part, typer.Option("--only", help="measure one part alone")] = Part.ALL,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="few rounds, no noise floor, nothing written: does the bench itself work?")
+    ] = False,
+    rounds: Annotated[int, typer.Option(min=3, help="rounds that count; each runs every side once")] = 24,
+    swaps: Annotated[int, typer.Option(min=3, help="swaps to measure")] = 15,
+    concurrency: Annotated[int, typer.Option(min=1, max=16, help="requests that run together")] = 8,
+    threads: Annotated[
+        int, typer.Option(min=0, help="cores of each engine; 0: all but one, as vLLM's own server takes on a CPU")
+    ] = 0,
+    everywhere: Annotated[
+        bool, typer.Option("--everywhere", help="edit with all four kinds at every layer, not as the demo does")
+    ] = False,
+    model: Annotated[
+        Path | None, typer.Option(help="checkpoint folder of the demo's model [default: converted if need be]")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="file to write [default: loadtests/results/<date>-<device>.json]")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the record instead of the tables")] = False,
+) -> None:
+    """Measure what the plugin costs, side by side in one run, and what a hot swap does to running requests.
+
+    [bold]Throughput.[/bold] Engines stay loaded side by side and take turns: vLLM without the plugin, the same again
+    (the noise floor), with the plugin (first no request edited, then every request on a different variant), and vLLM's
+    LoRA with the same rank-one redirection. What counts is the ratio between sides within a round.
+
+    [bold]Swaps.[/bold] A real server, running streams, a promotion in the store: time to the first answer on the new
+    version, and the longest time between two tokens with and without a swap.
+
+    A missed target is shown and written, and does not fail the run. Nothing else should run on the machine meanwhile.
+    """
+    throughput = ThroughputPlan(
+        rounds=3 if quick else rounds,
+        concurrency=concurrency,
+        decode_tokens=24 if quick else 64,
+        threads=threads or max(1, len(os.sched_getaffinity(0)) - 1),
+        noise_floor=not quick,
+    )
+    swapping = SwapPlan(swaps=3 if quick else swaps)
+    load = os.getloadavg()[0]
+    if load > BUSY:
+        console.print(f"[yellow]The machine is busy (load {load:.1f}): the figures will be noisy.[/yellow]")
+    record: dict[str, Any] = {**about(), "load_at_start": round(load, 2), "parameters": {}, "summary": {}}
+    try:
+        with _progress() as progress:
+            inputs = _prepare(model or ensure_model(), progress, everywhere=everywhere)
+            record["edits"] = inputs.described()
+            if part != Part.SWAPS:
+                record["parameters"]["throughput"] = asdict(throughput)
+                record["rounds"] = measure_throughput(throughput, inputs, progress)
+                record["summary"]["throughput"] = summarise_throughput(record["rounds"])
+            if part != Part.THROUGHPUT:
+                record["parameters"]["swaps"] = asdict(swapping)
+                measured = measure_swaps(swapping, inputs, progress)
+                record["swaps"] = [asdict(swap) for swap in measured]
+                record["summary"]["swaps"] = summarise_swaps(measured)
+    except (SideFailed, ServerFailed, SwapFailed) as failure:
+        console.print("[red]Not measured.[/red]")
+        console.print(str(failure), markup=False)
+        raise typer.Exit(1) from None
+    if as_json:
+        typer.echo(json.dumps(record, indent=2))
+    else:
+        show(record["summary"], Console(highlight=False))
+    if output is not None or not quick:
+        path = output or free_path(RESULTS, record)
+        path.write_text(json.dumps(record, indent=1) + "\n")
+        console.print(f"written: {path}")
+
+
+def _progress() -> Progress:
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    return Progress(*columns, console=console, transient=True)
+
+
+def _prepare(model: Path, progress: Progress, *, everywhere: bool) -> Inputs:
+    task = progress.add_task("the model's digests", total=None)
+
+    def say(step: str) -> None:
+        progress.update(task, description=step)
+
+    inputs = Inputs.prepare(model, WORK, everywhere=everywhere, say=say)
+    progress.remove_task(task)
+    return inputs
+
+
+# -- the record --------------------------------------------------------------------------------------------------------
+
+
+def about() -> dict[str, Any]:
+    """When, on what device and with which versions."""
+    packages = ("vllm-edits", "vllm", "torch", "numpy")
+    return {
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": _device(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in packages},
+            "commit": _output("git", "describe", "--always", "--dirty"),
+        },
+    }
+
+
+def _device() -> dict[str, Any]:
+    gpu = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
+    found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    cores = len(os.sched_getaffinity(0))
+    cpu = found[1] if found else platform.machine()
+    memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
+    return {"name": gpu[0] if gpu else f"{cpu} {cores} cores", "cpu": cpu, "cores": cores, "memory_gib": memory}
+
+
+def _output(*command: str) -> str:
+    """What a command prints, '' when it is not there or fails."""
+    path = shutil.which(command[0])
+    if path is None:
+        return ""
+    return subprocess.run([path, *command[1:]], capture_output=True, text=True, check=False).stdout.strip()
+
+
+def free_path(folder: Path, record: dict[str, Any]) -> Path:
+    """`<date>-<device>.json`, numbered from the second run of a day on: no run overwrites another."""
+    device = re.sub(r"[^a-z0-9]+", "-", record["device"]["name"].lower()).strip("-")
+    stem, number = f"{record['at'][:10]}-{device}", 1
+    path = folder / f"{stem}.json"
+    while path.exists():
+        number += 1
+        path = folder / f"{stem}-{number}.json"
+    return path
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,89 @@
+"""One side of the benchmark: a `vllm.LLM` in a process of its own. `bench_sides` starts it; not to be run by hand.
+
+Line by line on standard input and output, as JSON: first what to load, then one batch a line.
+
+    {"engine": {arguments of LLM}, "adapters": [folders]}             -> {"ready": true}
+    {"prompts": [[ids]], "names": [variant, null, ...], "tokens": n}  -> {"requests": [RequestTimes]}
+
+The engine runs in this very process (VLLM_ENABLE_V1_MULTIPROCESSING=0), so a side that waits for its next line is at
+rest, and the stamps are taken where the steps are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, TextIO
+
+from loadtests.bench_report import RequestTimes
+
+Generate = Callable[[list[str | None], list[Any], Any], list[Any]]
+
+
+def main() -> None:
+    """Serve batches until standard input ends."""
+    answers = _own_stdout()
+    generate = _load(json.loads(sys.stdin.readline()))
+    _answer(answers, {"ready": True})
+    for line in sys.stdin:
+        batch = json.loads(line)
+        _answer(answers, {"requests": [asdict(times) for times in _run(generate, batch)]})
+
+
+def _own_stdout() -> TextIO:
+    """The channel to the parent; whatever vLLM prints goes to the log with the errors."""
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return channel
+
+
+def _answer(answers: TextIO, answer: dict[str, Any]) -> None:
+    print(json.dumps(answer), file=answers, flush=True)
+
+
+def _load(wanted: dict[str, Any]) -> Generate:
+    from vllm import LLM
+    from vllm.lora.request import LoRARequest
+
+    from plugin.offline import Variants
+
+    llm = LLM(**wanted["engine"], disable_log_stats=False)  # the stamps are part of its statistics
+    if "additional_config" in wanted["engine"]:
+        variants = Variants(llm)
+        return lambda names, prompts, params: variants.generate(names, prompts, params, use_tqdm=False)
+    adapters = {
+        name: LoRARequest(name, number, folder) for number, (name, folder) in enumerate(wanted["adapters"].items(), 1)
+    }
+
+    def generate(names: list[str | None], prompts: list[Any], params: Any) -> list[Any]:
+        chosen = [adapters[name] if name else None for name in names]
+        outputs: list[Any] = llm.generate(prompts, params, use_tqdm=False, lora_request=chosen if any(chosen) else None)
+        return outputs
+
+    return generate
+
+
+def _run(generate: Generate, batch: dict[str, Any]) -> list[RequestTimes]:
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=batch["tokens"], ignore_eos=True, detokenize=False)
+    outputs = generate(batch["names"], [{"prompt_token_ids": ids} for ids in batch["prompts"]], params)
+    if any(output.num_cached_tokens for output in outputs):
+        raise RuntimeError("the prefix cache knew a prompt: this batch does not measure what it should")
+    return [
+        RequestTimes(
+            scheduled=output.metrics.scheduled_ts,
+            first_token=output.metrics.first_token_ts,
+            last_token=output.metrics.last_token_ts,
+            prompt_tokens=len(output.prompt_token_ids),
+            output_tokens=len(output.outputs[0].token_ids),
+        )
+        for output in outputs
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""What the benchmark serves: versions of the demo's edits in a store, its redirection as LoRA adapters, prompts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from safetensors.numpy import save_file
+
+import demo.prompts
+import edit_store.authoring
+from demo.bundles import EXHIBITS
+from edit_store import (
+    KINDS,
+    BaseModelRef,
+    Bundle,
+    Edit,
+    EditStore,
+    LowRank,
+    Offset,
+    Provenance,
+    Scale,
+    SubspaceFilter,
+    Widths,
+    check,
+    identify,
+)
+from edit_store.authoring.host import Edits, Host
+from edit_store.bundle import MANIFEST_FILE, canonical_json, sha256
+from edit_store.edits import Array
+from edit_store.sites import Site
+
+MADE_AT = datetime(2026, 1, 1, tzinfo=UTC)  # one moment for all: the same numbers are the same version in every run
+PROVENANCE = Provenance(tool="loadtests.bench", method="the demo's edits at some strength")
+FIRST_ORDINARY_TOKEN = 100
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One model, one set of edits, and a folder for everything made of them."""
+
+    model: Path
+    base: BaseModelRef
+    edits: Edits
+    folder: Path
+
+    @classmethod
+    def prepare(cls, model: Path, folder: Path, *, everywhere: bool, say: Callable[[str], None]) -> Self:
+        """Compute the demo's edits, or draw small ones for every kind at every layer. `say` is told each step."""
+        folder.mkdir(parents=True, exist_ok=True)
+        base = identify(model)
+        edits = edits_everywhere(base.widths) if everywhere else demo_edits(model, base, folder / "edits", say)
+        return cls(model.resolve(), base, edits, folder.resolve())
+
+    def described(self) -> list[str]:
+        """Kind and site of every edit."""
+        return sorted(f"{edit.kind} at {edit.site}" for edit, _ in self.edits)
+
+    def version(self, name: str, strength: float) -> Bundle:
+        """The edits at a strength between 0 and 1: as much work, other numbers."""
+        return Bundle.create(name, self.base, weakened(self.edits, strength), PROVENANCE, created_at=MADE_AT)
+
+    def make_store(self, folder: str, count: int) -> tuple[list[str], Path]:
+        """A new store that promotes `count` variants, no two alike. Returns their names and its folder."""
+        path = self.folder / folder
+        shutil.rmtree(path, ignore_errors=True)
+        store = EditStore(str(path), create=True)
+        names = [f"variant-{number:02}" for number in range(count)]
+        for name, strength in zip(names, strengths(count), strict=True):
+            store.promote(f"{name}@{store.publish(self.version(name, strength))}")
+        return names, path
+
+    @property
+    def lora_rank(self) -> int:
+        """What LoRA must make room for; vLLM knows 1 and then multiples of 8."""
+        rank = max(edit.rank for edit, _ in self.edits if isinstance(edit, LowRank))
+        return 1 if rank == 1 else 8 * -(-rank // 8)
+
+    def make_adapters(self, count: int) -> dict[str, str]:
+        """The low-rank edits as LoRA adapters in PEFT's format: W_down + write read^T is B A. Folders by name."""
+        adapters = {}
+        for number, strength in enumerate(strengths(count)):
+            tensors, rank = {}, 0
+            for edit, fields in weakened(self.edits, strength):
+                if isinstance(edit, LowRank):
+                    module = f"base_model.model.model.layers.{Site.parse(edit.site).layer}.mlp.down_proj"
+                    tensors[f"{module}.lora_A.weight"] = fields["read"]
+                    tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(fields["write"].T)
+                    rank = max(rank, edit.rank)
+            config = {
+                "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": self.base.name, "r": rank,
+                "lora_alpha": rank, "target_modules": ["down_proj"], "bias": "none",
+            }  # fmt: skip
+            folder = self.folder / "adapters" / f"adapter-{number:02}"
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, folder / "adapter_model.safetensors")
+            (folder / "adapter_config.json").write_text(json.dumps(config))
+            adapters[folder.name] = str(folder)
+        return adapters
+
+    def random_prompts(self, seed: Sequence[int], requests: int, tokens: int) -> list[list[int]]:
+        """Prompts that no other seed gives, so that a prefix cache never knows their beginning."""
+        config = json.loads((self.model / "config.json").read_bytes())
+        random = np.random.default_rng(seed)
+        ids: list[list[int]] = random.integers(
+            FIRST_ORDINARY_TOKEN, config["vocab_size"], size=(requests, tokens)
+        ).tolist()
+        return ids
+
+
+def demo_edits(model: Path, base: BaseModelRef, kept: Path, say: Callable[[str], None]) -> Edits:
+    """All edits of the demo together: each kind, at every layer it touches there.
+
+    Computing them takes minutes, so they are kept in `kept` for as long as neither the model nor their code changes.
+    """
+    folder = kept / _digest_of_authoring(base)
+    if (folder / MANIFEST_FILE).is_file():
+        bundle = Bundle.load(folder)
+    else:
+        say("loading the model")
+        host, found = Host.load(model), {}
+        for exhibit in {exhibit.name: exhibit for exhibit in EXHIBITS}.values():  # one version of each variant
+            say(f"computing the demo's edits: {exhibit.name}")
+            found.update({(edit.site, edit.kind): (edit, fields) for edit, fields in exhibit.make(host)})
+        bundle = Bundle.create("demo-edits", base, found.values(), PROVENANCE, created_at=MADE_AT)
+        bundle.save(folder)
+    numbers = check(bundle, base)
+    return [
+        (edit, {field: numbers[edit.tensor_name(field)] for field in edit.shapes(base.widths)})
+        for edit in bundle.manifest.edits
+    ]
+
+
+def _digest_of_authoring(base: BaseModelRef) -> str:
+    """What the demo's edits follow from: the model, the prompts, the methods."""
+    sources = [Path(demo.bundles.__file__), Path(demo.prompts.__file__)]
+    sources += sorted(Path(edit_store.authoring.__file__).parent.glob("*.py"))
+    return sha256(canonical_json(base.files) + b"".join(source.read_bytes() for source in sources))
+
+
+def edits_everywhere(widths: Widths) -> Edits:
+    """Every kind wherever it can stand, rank 1, with numbers too small to derail the model."""
+    random = np.random.default_rng(0)
+
+    def small(*shape: int) -> Array:
+        return np.asarray(random.normal(size=shape) * 0.01, dtype=np.float32)
+
+    edits: Edits = []
+    for layer in range(widths.layers):
+        for kind in KINDS.values():
+            site = str(Site(layer, kind.points[0]))
+            if kind is LowRank:
+                edit: Edit = LowRank(site=site, reads=str(Site(layer, "mlp.h")), rank=1)
+            elif kind is SubspaceFilter:
+                edit = SubspaceFilter(site=site, rank=1)
+            else:
+                edit = Scale(site=site) if kind is Scale else Offset(site=site)
+            fields = {name: small(*shape) for name, shape in edit.shapes(widths).items()}
+            if kind is Scale:
+                fields["factor"] = 1 + fields["factor"]
+            if kind is SubspaceFilter:
+                fields["basis"] = fields["basis"] / np.linalg.norm(fields["basis"])
+            edits.append((edit, fields))
+    return edits
+
+
+def weakened(edits: Edits, strength: float) -> Edits:
+    """The same edits at a strength between 0 (none) and 1 (as they are)."""
+    return [(edit, _weakened(edit, fields, strength)) for edit, fields in edits]
+
+
+def _weakened(edit: Edit, fields: dict[str, Array], strength: float) -> dict[str, Array]:
+    if isinstance(edit, LowRank):
+        return {**fields, "write": fields["write"] * strength}
+    if isinstance(edit, Scale):
+        return {"factor": 1 - (1 - fields["factor"]) * strength}
+    if isinstance(edit, SubspaceFilter):
+        return {**fields, "mean": fields["mean"] * strength}
+    return {"vector": fields["vector"] * strength}
+
+
+def strengths(count: int) -> list[float]:
+    """That many distinct strengths."""
+    return [float(strength) for strength in np.linspace(0.5, 1, count)]

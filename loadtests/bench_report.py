@@ -1,0 +1,225 @@
+"""The benchmark's figures: computed from what was timed, held against the targets, and told. Pure but for `show`.
+
+Machines drift and neighbours interfere, so sides are compared within a round, seconds apart, and the median of these
+ratios counts. Its 95 % interval comes from resampling the rounds; a verdict that the interval does not carry says so.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+SIDES = {
+    "plain": "vLLM without the plugin",
+    "plain_again": "the same once more: the noise floor",
+    "plugin": "plugin on, no edited request",
+    "edited": "every request on a different variant",
+    "lora": "vLLM's own LoRA, rank 1, one adapter per request",
+}
+PHASES = ("decode", "prefill")
+
+Round = Mapping[str, Mapping[str, float]]
+"""Tokens per second by side, then phase."""
+
+
+@dataclass(frozen=True)
+class RequestTimes:
+    """The engine's own stamps of one request, in seconds on one clock."""
+
+    scheduled: float
+    first_token: float
+    last_token: float
+    prompt_tokens: int
+    output_tokens: int
+
+
+def decode_rate(requests: Sequence[RequestTimes]) -> float:
+    """Tokens per second after the first ones, over requests whose first tokens came out of one step."""
+    first = {request.first_token for request in requests}
+    if len(first) != 1:
+        raise ValueError(f"expected one step to prefill all {len(requests)} requests, found {len(first)}")
+    tokens = sum(request.output_tokens - 1 for request in requests)
+    return tokens / (max(request.last_token for request in requests) - first.pop())
+
+
+def prefill_rate(requests: Sequence[RequestTimes]) -> float:
+    """Prompt tokens per second, from the first request scheduled to the last first token."""
+    seconds = max(request.first_token for request in requests) - min(request.scheduled for request in requests)
+    return sum(request.prompt_tokens for request in requests) / seconds
+
+
+@dataclass(frozen=True)
+class Figure:
+    """The median of some samples, with the interval that holds it with 95 % confidence, and the samples' range."""
+
+    median: float
+    low: float
+    high: float
+    smallest: float
+    largest: float
+    n: int
+
+    @classmethod
+    def of(cls, samples: Iterable[float]) -> Figure:
+        values = np.asarray(list(samples), dtype=float)
+        resampled = np.random.default_rng(0).choice(values, size=(4000, len(values)))
+        low, high = np.quantile(np.median(resampled, axis=1), (0.025, 0.975))
+        return cls(
+            float(np.median(values)), float(low), float(high), float(values.min()), float(values.max()), len(values)
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One side's rate over another's, round by round; `target` is the least that is asked for, if anything is."""
+
+    over: str
+    under: str
+    phase: str
+    target: float | None = None
+
+    def of(self, rounds: Sequence[Round]) -> Figure:
+        return Figure.of(each[self.over][self.phase] / each[self.under][self.phase] for each in rounds)
+
+
+COMPARISONS = (
+    Comparison("plain_again", "plain", "decode"),
+    Comparison("plain_again", "plain", "prefill"),
+    Comparison("plugin", "plain", "decode", 0.99),
+    Comparison("plugin", "plain", "prefill", 0.99),
+    Comparison("edited", "plain", "decode", 0.97),
+    Comparison("edited", "plain", "prefill", 0.95),
+    Comparison("edited", "lora", "decode", 3.0),
+    Comparison("edited", "lora", "prefill"),
+)
+
+
+def verdict(figure: Figure, target: float | None, *, at_most: bool = False) -> str:
+    """'met' or 'missed', and 'within noise' when the interval reaches over the target; '' without one."""
+    if target is None:
+        return ""
+    sign = -1 if at_most else 1
+    ends = [sign * (end - target) >= 0 for end in (figure.low, figure.high)]
+    word = "met" if sign * (figure.median - target) >= 0 else "missed"
+    return word if ends[0] == ends[1] else f"{word}, within noise"
+
+
+def summarise_throughput(rounds: Sequence[Round]) -> dict[str, Any]:
+    """Rates by side and phase, and every comparison whose sides ran."""
+    sides = [side for side in SIDES if side in rounds[0]]
+    return {
+        "tokens_per_second": {
+            side: {phase: asdict(Figure.of(each[side][phase] for each in rounds)) for phase in PHASES} for side in sides
+        },
+        "ratios": [
+            {**asdict(compared), **asdict(figure), "verdict": verdict(figure, compared.target)}
+            for compared in COMPARISONS
+            if {compared.over, compared.under} <= set(sides)
+            for figure in [compared.of(rounds)]
+        ],
+    }
+
+
+# -- swaps -------------------------------------------------------------------------------------------------------------
+
+
+def gaps_within(token_times: Sequence[Sequence[float]], begin: float, end: float) -> list[float]:
+    """Every time between two tokens of one stream that ended in [begin, end]."""
+    return [later - earlier for times in token_times for earlier, later in pairwise(times) if begin <= later <= end]
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One swap under load, in seconds. The calm window has the same length and the same requests, but no swap."""
+
+    promote: float
+    """appending to the store"""
+    sync: float
+    """POST /v1/edits/sync: everything until the name is switched"""
+    first_answer: float
+    """from before the promotion to the first token on the new version"""
+    phases: dict[str, float]
+    """the server's own account of the sync"""
+    stall: float
+    """longest time between two tokens that any running stream saw in the swap's window"""
+    calm_stall: float
+    """the same in the calm window"""
+    step: float
+    """median time between two tokens in the calm window"""
+
+
+def summarise_swaps(swaps: Sequence[Swap]) -> dict[str, Any]:
+    """Medians of every figure, and the stall's target: at most one ordinary step more than without a swap."""
+    extra = Figure.of(swap.stall - swap.calm_stall for swap in swaps)
+    step = statistics.median(swap.step for swap in swaps)
+    timed = ("promote", "sync", "first_answer", "stall", "calm_stall", "step")
+    return {
+        "seconds": {name: asdict(Figure.of(getattr(swap, name) for swap in swaps)) for name in timed},
+        "phases": {name: asdict(Figure.of(swap.phases[name] for swap in swaps)) for name in swaps[0].phases},
+        "extra_stall": {**asdict(extra), "target": step, "verdict": verdict(extra, step, at_most=True)},
+    }
+
+
+# -- telling -----------------------------------------------------------------------------------------------------------
+
+
+def show(summary: Mapping[str, Any], console: Console) -> None:
+    """Print a run's summary as tables."""
+    if "throughput" in summary:
+        _show_rates(summary["throughput"], console)
+        _show_ratios(summary["throughput"]["ratios"], console)
+    if "swaps" in summary:
+        _show_swaps(summary["swaps"], console)
+
+
+def _show_rates(throughput: Mapping[str, Any], console: Console) -> None:
+    table = Table("side", "", *(f"{phase} tok/s" for phase in PHASES), title="Throughput: median (range)")
+    for side, rates in throughput["tokens_per_second"].items():
+        cells = (
+            f"{rate['median']:.0f} ({rate['smallest']:.0f}–{rate['largest']:.0f})"
+            for rate in (rates[phase] for phase in PHASES)
+        )
+        table.add_row(side, SIDES[side], *cells)
+    console.print(table)
+
+
+def _show_ratios(ratios: Sequence[Mapping[str, Any]], console: Console) -> None:
+    table = Table("", "", "ratio", "95 %", "target", "", title="Medians of the ratios within a round")
+    for row in ratios:
+        target = f"≥ {row['target']:g}" if row["target"] is not None else ""
+        interval = f"{row['low']:.3f}–{row['high']:.3f}"
+        compared = f"{row['over']} / {row['under']}"
+        table.add_row(compared, row["phase"], f"{row['median']:.3f}", interval, target, _coloured(row["verdict"]))
+    console.print(table)
+
+
+def _show_swaps(swaps: Mapping[str, Any], console: Console) -> None:
+    seconds, extra = swaps["seconds"], swaps["extra_stall"]
+    table = Table("", "median", "range", "target", "", title=f"{extra['n']} swaps under load, in milliseconds")
+
+    def add(label: str, row: Mapping[str, Any], target: str = "", word: str = "") -> None:
+        spread = f"{row['smallest'] * 1000:.1f}–{row['largest'] * 1000:.1f}"
+        table.add_row(label, f"{row['median'] * 1000:.1f}", spread, target, _coloured(word))
+
+    add("promote to first answer on the new version", seconds["first_answer"])
+    add("  append to the store", seconds["promote"])
+    add("  sync: until the name is switched", seconds["sync"])
+    for phase, row in swaps["phases"].items():
+        add(f"    {phase}", row)
+    add("median time between two tokens", seconds["step"])
+    add("longest time between two tokens, no swap", seconds["calm_stall"])
+    add("longest time between two tokens, swap", seconds["stall"])
+    add("  how much longer with a swap", extra, f"≤ {extra['target'] * 1000:.1f}", extra["verdict"])
+    console.print(table)
+
+
+def _coloured(word: str) -> str:
+    colour = {"met": "green", "missed": "red"}.get(word.partition(",")[0])
+    return f"[{colour}]{word}[/{colour}]" if colour else word

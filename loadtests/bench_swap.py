@@ -1,0 +1,176 @@
+"""Swaps under load against a real server: how soon the new version answers, and how long running streams stand still.
+
+Each swap is measured in a window of fixed length, and beside it a calm window with the same requests and no swap, in
+alternating order. In both, streams run from before to after, a short request on the variant is in flight at the start
+(so in the swap's window the old version's slot is drained too) and one request asks the variant for one token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from rich.progress import Progress
+
+from edit_store import EditStore
+from loadtests.bench_inputs import Inputs, strengths
+from loadtests.bench_report import Swap, gaps_within
+from loadtests.server import Server
+
+VARIANTS = 8
+WINDOW_SECONDS = 2.0
+SETTLED_TOKENS = 16  # tokens that every stream must have before a window opens
+SHORT_TOKENS = 16
+HEAD_START_SECONDS = 0.1
+STREAM_TOKENS = 1800
+MAX_MODEL_LEN = 2048
+PROMPT = "Write down everything you know about the sea, the mountains and the rivers of your country."
+
+
+class SwapFailed(Exception):
+    """The server did not do what is to be measured."""
+
+
+@dataclass(frozen=True)
+class _Answered:
+    version: str
+    at: float
+
+
+@dataclass(frozen=True)
+class SwapPlan:
+    """What shapes the figures; written beside them."""
+
+    swaps: int
+    streams: int = 6
+    window_seconds: float = WINDOW_SECONDS
+
+
+def measure_swaps(plan: SwapPlan, inputs: Inputs, progress: Progress) -> list[Swap]:
+    """Start a server, and swap one of its variants to a version after another while the base and others stream."""
+    (name, *others), folder = inputs.make_store("swap-store", VARIANTS)
+    store = EditStore(str(folder))
+    versions = [store.publish(inputs.version(name, strength / 2)) for strength in strengths(plan.swaps)]
+    models = ["base", *others][: plan.streams]
+    flags = ("--dtype", "bfloat16", "--max-model-len", str(MAX_MODEL_LEN))
+    server = Server.with_edits(
+        inputs.model, folder, inputs.folder / "server.log", *flags, settings={"poll_seconds": 3600}
+    )
+    starting = progress.add_task("starting a server (a first start compiles for minutes)", total=None)
+    with server:
+        progress.remove_task(starting)
+        task = progress.add_task("swaps", total=len(versions))
+        return asyncio.run(_measure(server.url, store, name, versions, models, done=lambda: progress.advance(task)))
+
+
+async def _measure(
+    url: str, store: EditStore, name: str, versions: Sequence[str], models: Sequence[str], *, done: Callable[[], None]
+) -> list[Swap]:
+    swaps = []
+    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+        for number, version in enumerate(versions):
+            async with _streaming(client, models) as token_times:
+                swapped: dict[str, Any] = {}
+                for swapping in (True, False) if number % 2 else (False, True):
+                    if swapping:
+                        begin, swapped = await _swap_window(client, store, name, version)
+                        stall = max(gaps_within(token_times, begin, begin + WINDOW_SECONDS))
+                    else:
+                        begin = await _calm_window(client, name)
+                        calm = gaps_within(token_times, begin, begin + WINDOW_SECONDS)
+            swaps.append(Swap(**swapped, stall=stall, calm_stall=max(calm), step=statistics.median(calm)))
+            done()
+    return swaps
+
+
+async def _calm_window(client: httpx.AsyncClient, name: str) -> float:
+    short = await _in_flight(client, name)
+    begin = time.monotonic()
+    await _ask(client, name, 1)
+    await short
+    await _until(begin + WINDOW_SECONDS)
+    return begin
+
+
+async def _swap_window(
+    client: httpx.AsyncClient, store: EditStore, name: str, version: str
+) -> tuple[float, dict[str, Any]]:
+    """The window's begin, and what was timed of the swap in it."""
+    short = await _in_flight(client, name)
+    begin = time.monotonic()
+    await asyncio.to_thread(store.promote, f"{name}@{version}")
+    promoted = time.monotonic()
+    (await client.post("/v1/edits/sync")).raise_for_status()
+    synced = time.monotonic()
+    first, before = await _ask(client, name, 1), await short
+    status = (await client.get("/v1/edits")).raise_for_status().json()
+    await _until(begin + WINDOW_SECONDS)
+    if first.version != version or before.version == version:
+        raise SwapFailed(
+            f"expected the request before the swap on the old version and the one after it on {version[:12]}, found "
+            f"{before.version[:12]} and {first.version[:12]}. {status['last_error']}"
+        )
+    return begin, {
+        "promote": promoted - begin,
+        "sync": synced - promoted,
+        "first_answer": first.at - begin,
+        "phases": status["last_swap"]["seconds"],
+    }
+
+
+async def _in_flight(client: httpx.AsyncClient, name: str) -> asyncio.Task[_Answered]:
+    """A short request that the engine is working on by now."""
+    task = asyncio.create_task(_ask(client, name, SHORT_TOKENS))
+    await asyncio.sleep(HEAD_START_SECONDS)
+    return task
+
+
+async def _until(moment: float) -> None:
+    if (left := moment - time.monotonic()) <= 0:
+        raise SwapFailed(f"the window of {WINDOW_SECONDS} s was over {-left:.1f} s before everything in it had ended")
+    await asyncio.sleep(left)
+
+
+async def _ask(client: httpx.AsyncClient, model: str, tokens: int) -> _Answered:
+    body = {"model": model, "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    response = (await client.post("/v1/completions", json=body)).raise_for_status()
+    return _Answered(response.headers["x-edits-version"], time.monotonic())
+
+
+@asynccontextmanager
+async def _streaming(client: httpx.AsyncClient, models: Sequence[str]) -> AsyncIterator[list[list[float]]]:
+    """A running stream of each model, and when each of its tokens came. Their end inside the block is an error."""
+    token_times: list[list[float]] = [[] for _ in models]
+    async with asyncio.TaskGroup() as group:
+        tasks = [
+            group.create_task(_stream(client, model, times)) for model, times in zip(models, token_times, strict=True)
+        ]
+        while any(len(times) < SETTLED_TOKENS for times in token_times):  # noqa: ASYNC110  the server decides when
+            await asyncio.sleep(0.05)
+        yield token_times
+        for task in tasks:
+            task.cancel()
+
+
+async def _stream(client: httpx.AsyncClient, model: str, token_times: list[float]) -> None:
+    """Note when each chunk comes, also one whose text is empty because its token ends inside a character."""
+    body = {
+        "model": model, "prompt": PROMPT, "max_tokens": STREAM_TOKENS, "temperature": 0, "ignore_eos": True,
+        "stream": True,
+    }  # fmt: skip
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        if response.is_error:
+            raise SwapFailed(f"a stream of {model} was answered {response.status_code}: {await response.aread()!r}")
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                token_times.append(time.monotonic())
+                if json.loads(line.removeprefix("data: ")).get("error"):
+                    raise SwapFailed(f"a stream of {model} failed: {line}")
+    raise SwapFailed(f"a stream of {model} ended inside a window: it needs more than {STREAM_TOKENS} tokens")

@@ -1,0 +1,298 @@
+"""Fakes that implement the real seams: a model of vLLM's shapes, the engine's workers, a store that can go away."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Iterator
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+from prometheus_client import CollectorRegistry
+from torch import Tensor, nn
+
+from edit_store import BaseModelRef, Bundle, EditStore, Offset, Provenance, TagEntry, Widths, check
+from edit_store.backends import Backend
+from edit_store.errors import BundleRefused, EditsError, StoreUnavailable
+from plugin.edited_model import EditedModel, Prepared
+from plugin.lease import Lease
+from plugin.metrics import PREFIX, Metrics
+from plugin.reconcile import Reconciler
+from plugin.reservation import Reservation
+from plugin.residency import Resident
+from plugin.vllm_host.architectures import anchors
+from tests.conftest import publish
+
+WIDTHS = Widths(layers=3, hidden=8, mlp=16, heads=2, head_dim=4)
+BASE = BaseModelRef(name="tiny", architecture="LlamaForCausalLM", widths=WIDTHS, files={"model.safetensors": "a" * 64})
+MAX_TOKENS = 32
+SLOTS = 3
+
+Answer = dict[str, Any]
+
+
+class Projection(nn.Module):
+    """A linear layer that answers as vLLM's do: (output, bias)."""
+
+    def __init__(self, reads: int, writes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(writes, reads) / reads**0.5, requires_grad=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return x @ self.weight.T, None
+
+
+class TinyLayer(nn.Module):
+    """A decoder layer with the residual stream in two halves. Attention is token-wise: nothing here mixes tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn: Any = nn.Module()
+        self.mlp: Any = nn.Module()
+        self.self_attn.o_proj = Projection(WIDTHS.hidden, WIDTHS.hidden)
+        self.mlp.up_proj = Projection(WIDTHS.hidden, WIDTHS.mlp)
+        self.mlp.down_proj = Projection(WIDTHS.mlp, WIDTHS.hidden)
+
+    def forward(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        stream = hidden + residual
+        residual = stream + self.self_attn.o_proj(stream.tanh())[0]
+        output: Tensor = self.mlp.down_proj(self.mlp.up_proj(residual)[0].relu())[0]
+        return output, residual
+
+
+class TinyModel(nn.Module):
+    """Laid out like vLLM's Llama, so that the real table of architectures finds its sites."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.model: Any = nn.Module()
+        self.model.layers = nn.ModuleList(TinyLayer() for _ in range(WIDTHS.layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, residual = x, torch.zeros_like(x)
+        for layer in self.model.layers:
+            hidden, residual = layer(hidden, residual)
+        return hidden + residual
+
+
+def edited_model(
+    model: TinyModel, reservation: Reservation, *, slots: int, dtype: torch.dtype = torch.float32
+) -> EditedModel:
+    """The real thing on a tiny model."""
+    sites = anchors(model, BASE.architecture, WIDTHS)
+    cpu = torch.device("cpu")
+    return EditedModel(sites, reservation, slots=slots, max_tokens=MAX_TOKENS, dtype=dtype, device=cpu)
+
+
+class FakeWorker:
+    """`EditsWorker` without vLLM: the same answers, around a real EditedModel."""
+
+    def __init__(self, store: EditStore, reservation: Reservation, slots: int, staging_ready: asyncio.Event) -> None:
+        self.edited = edited_model(TinyModel(), reservation, slots=slots)
+        self._store = store
+        self._staging_ready = staging_ready
+        self._staged: dict[str, Prepared | None] = {}
+
+    def edits_stage(self, version: str) -> Answer:
+        self._staged.setdefault(version, None)
+        return {}
+
+    def edits_staged(self, version: str) -> Answer:
+        if version not in self._staged:
+            return {"error": f"version {version[:12]} was never staged"}
+        if not self._staging_ready.is_set():
+            return {"pending": True}
+
+        def prepare() -> Answer:
+            bundle = self._store.bundle(version)
+            self._staged[version] = self.edited.prepare(version, bundle.manifest, check(bundle, BASE))
+            return {}
+
+        return answered(prepare)
+
+    def edits_install(self, slot: int, version: str) -> Answer:
+        def install() -> Answer:
+            prepared = self._staged.pop(version)
+            assert prepared is not None, "installed before it was staged"
+            return {"digest": self.edited.install(slot, prepared)}
+
+        return answered(install)
+
+    def edits_clear(self, slot: int | None, version: str) -> Answer:
+        def clear() -> Answer:
+            self._staged.pop(version, None)
+            if slot is not None:
+                self.edited.clear(slot)
+            return {}
+
+        return answered(clear)
+
+
+def answered(act: Callable[[], Answer]) -> Answer:
+    """A refusal is an answer too, as in `plugin.vllm_host.worker`."""
+    try:
+        return act()
+    except BundleRefused as refusal:
+        return {"error": str(refusal), "reasons": [[reason.code, reason.message] for reason in refusal.reasons]}
+    except EditsError as error:
+        return {"error": str(error)}
+    except Exception as error:  # noqa: BLE001  a worker must not die of a bad version
+        return {"error": repr(error)}
+
+
+def as_told(_number: int, act: Callable[[], Answer]) -> Answer:
+    return act()
+
+
+class FakeWorkers:
+    """`Workers`: every call reaches all workers, and calls are carried out one after the other, as the engine does.
+
+    `overrides[method]` is asked instead of the worker, with its number and the real act: it may refuse before or after,
+    lie, or raise. While `staging_ready` is cleared, staging takes its time.
+    """
+
+    def __init__(self, store: EditStore, reservation: Reservation, *, slots: int, count: int = 2) -> None:
+        self.staging_ready = asyncio.Event()
+        self.staging_ready.set()
+        self.workers = [FakeWorker(store, reservation, slots, self.staging_ready) for _ in range(count)]
+        self.overrides: dict[str, Callable[[int, Callable[[], Answer]], Answer]] = {}
+        self.calls: list[tuple[Any, ...]] = []
+        self._engine = asyncio.Lock()
+
+    async def call(self, method: str, *args: Any) -> list[Answer]:
+        async with self._engine:
+            await asyncio.sleep(0)
+            self.calls.append((method, *args))
+            acts = [functools.partial(getattr(worker, method), *args) for worker in self.workers]
+            override = self.overrides.get(method, as_told)
+            return [override(number, act) for number, act in enumerate(acts)]
+
+    def step(self, *leases: Lease) -> None:
+        """One step of the engine with a token for each lease; raises when a claim is false on any worker."""
+        claims = [None if lease.choice.version is None else [lease.slot, lease.choice.version] for lease in leases]
+        for worker in self.workers:
+            assert [worker.edited.slot_of(claim) for claim in claims] == [lease.slot for lease in leases]
+
+    @property
+    def held(self) -> dict[int, str]:
+        """Version by slot; all workers hold the same."""
+        first, *others = (worker.edited.held for worker in self.workers)
+        assert all(other == first for other in others)
+        return dict(first)
+
+
+class FlakyBackend:
+    """A backend that can be cut off: while `down` is a prefix, keys below it cannot be reached ('' for all)."""
+
+    def __init__(self, inner: Backend) -> None:
+        self.inner = inner
+        self.url = inner.url
+        self.down: str | None = None
+
+    def _reach(self, key: str) -> None:
+        if self.down is not None and key.startswith(self.down):
+            raise StoreUnavailable(f"store {self.url}: {key}: the network is down")
+
+    def get(self, key: str) -> bytes:
+        self._reach(key)
+        return self.inner.get(key)
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        self._reach(key)
+        return self.inner.get_range(key, start, length)
+
+    def put(self, key: str, data: bytes) -> None:
+        self._reach(key)
+        self.inner.put(key, data)
+
+    def create(self, key: str, data: bytes) -> None:
+        self._reach(key)
+        self.inner.create(key, data)
+
+    def list(self, prefix: str) -> Iterator[str]:
+        self._reach(prefix)
+        return self.inner.list(prefix)
+
+    def delete(self, key: str) -> None:
+        self._reach(key)
+        self.inner.delete(key)
+
+
+class Overtaken(EditStore):
+    """A store object that somebody else overtakes once, just before or just after it reads the head it appends to."""
+
+    overtake: Callable[[], Any] | None = None
+    before = False
+
+    def head(self, name: str, tag: str = "prod") -> TagEntry | None:
+        overtake, self.overtake = self.overtake, None
+        if overtake is not None and self.before:
+            overtake()
+        head = super().head(name, tag)
+        if overtake is not None and not self.before:
+            overtake()
+        return head
+
+
+seeds = count()
+
+
+def version_of(name: str, base: BaseModelRef = BASE, edit: Any = None) -> Bundle:
+    """A new version of a variant: random numbers of one edit."""
+    edit = edit or Offset(site="layers.1.resid")
+    numbers = np.random.default_rng(next(seeds))
+    fields = {field: numbers.normal(size=shape) for field, shape in edit.shapes(WIDTHS).items()}
+    return Bundle.create(name, base, [(edit, fields)], Provenance(tool="tests", method="random"))
+
+
+class Server:
+    """One API process over two fake workers and a store in memory that can be cut off."""
+
+    def __init__(self, url: str, slots: int = SLOTS) -> None:
+        self.store = EditStore(url, create=True)
+        self.backend = FlakyBackend(self.store._backend)
+        self.store._backend = self.backend
+        reservation = Reservation.for_edits([Offset(site="layers.1.resid")])
+        self.workers = FakeWorkers(self.store, reservation, slots=slots)
+        self.registry = CollectorRegistry()
+        self.metrics = Metrics(self.registry)
+        self.core = Reconciler(
+            self.store,
+            self.workers,
+            self.metrics,
+            base=BASE,
+            base_names=("tiny", "small"),
+            reservation=reservation,
+            slots=slots,
+            default_tag="prod",
+        )
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.registry.get_sample_value(PREFIX + name, labels) or 0.0
+
+    async def promote(self, *bundles: Bundle, tag: str = "prod") -> list[str]:
+        """Publish, promote and follow; returns the versions."""
+        versions = [publish(self.store, bundle, tag) for bundle in bundles]
+        await self.core.sync()
+        await self.core.settle()
+        return versions
+
+    async def ask(self, model: str) -> str | None:
+        """A whole request of one step; returns the version that answered."""
+        lease = await self.core.lease(model)
+        with lease.hold():
+            self.workers.step(lease)
+        await self.core.settle()
+        return lease.choice.version
+
+    def residents(self) -> dict[str, Resident]:
+        return self.core.residency.residents()
+
+    def check(self) -> None:
+        """Workers hold what the API process believes, the gauge says so, and no slot is lost."""
+        assert self.workers.held == {one.slot: version for version, one in self.residents().items()}
+        assert self.core.residency.used == len(self.residents()) == self.metric("slots_used")
+        assert len(self.core.residency._free) == self.core.residency.slots - len(self.residents())

@@ -1,0 +1,386 @@
+"""A model with edits in its slots: what it computes, what a slot holds, and which slot each token reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edit_store import Bundle, LowRank, Offset, Provenance, Scale, Site, SubspaceFilter, check
+from edit_store.edits import KINDS, Array
+from edit_store.errors import InstallRefused, UnsupportedHost
+from plugin.edited_model import EditedModel
+from plugin.edited_site import ModuleEdits, edited_linear
+from plugin.reservation import Reservation
+from plugin.vllm_host.architectures import anchors
+from tests.conftest import Pairs, random_bundle, random_pairs
+from tests.fakes import BASE, MAX_TOKENS, WIDTHS, Projection, TinyLayer, TinyModel, edited_model
+
+SLOTS = 3
+TOKENS = 12
+
+
+def bundle_of(pairs: Pairs, name: str = "polite") -> Bundle:
+    return Bundle.create(name, BASE, pairs, Provenance(tool="tests", method="random"))
+
+
+def crowded(seed: int) -> Bundle:
+    """Every kind at every layer, filter and offset at the same site."""
+    return bundle_of(
+        [
+            pair
+            for layer in range(WIDTHS.layers)
+            for number, kind in enumerate(KINDS)
+            for pair in random_pairs(kind, layer, WIDTHS, seed=seed * 100 + layer * 10 + number, strength=0.5)
+        ]
+    )
+
+
+def reservation_of(*bundles: Bundle) -> Reservation:
+    return Reservation.for_edits(edit for bundle in bundles for edit in bundle.manifest.edits)
+
+
+def install(edited: EditedModel, slot: int, bundle: Bundle) -> str:
+    return edited.install(slot, edited.prepare(bundle.version, bundle.manifest, check(bundle)))
+
+
+def use_slots(edited: EditedModel, slots: list[int]) -> None:
+    """One request of one token for each slot."""
+    edited.set_token_slots([[slot, edited.held[slot]] if slot else None for slot in slots], np.ones(len(slots), int))
+
+
+@pytest.fixture
+def inputs() -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(TOKENS, WIDTHS.hidden)
+
+
+def by_formula(model: TinyModel, x: Tensor, bundle: Bundle | None) -> Array:
+    """The tiny model in numpy, edited by the formulas of `edit_store.edits`."""
+    tensors = check(bundle) if bundle else {}
+    edits: dict[tuple[str, str], Any] = (
+        {(edit.kind, edit.site): edit for edit in bundle.manifest.edits} if bundle else {}
+    )
+
+    def fields(kind: str, site: str) -> dict[str, Array]:
+        edit = edits.get((kind, site))
+        return {name: tensors[edit.tensor_name(name)] for name in edit.shapes(WIDTHS)} if edit else {}
+
+    stream = x.numpy()
+    for number, layer in enumerate(model.model.layers):
+        site = f"layers.{number}"
+        z = np.tanh(stream)
+        if found := fields("scale", f"{site}.attn.z"):
+            z = Scale.apply(z, **found)
+        stream = stream + z @ layer.self_attn.o_proj.weight.numpy().T
+        h = np.maximum(stream @ layer.mlp.up_proj.weight.numpy().T, 0)
+        y = h @ layer.mlp.down_proj.weight.numpy().T
+        if found := fields("low_rank", f"{site}.mlp.out"):
+            y = LowRank.apply(h, y, **found)
+        stream = stream + y
+        if found := fields("subspace_filter", f"{site}.resid"):
+            stream = SubspaceFilter.apply(stream, **found)
+        if found := fields("offset", f"{site}.resid"):
+            stream = Offset.apply(stream, **found)
+    return stream
+
+
+def test_every_token_is_computed_by_its_own_versions_formulas(inputs: Tensor) -> None:
+    """A batch of the base and three versions, each with every kind at every layer; all differ from the base."""
+    bundles: dict[int, Bundle | None] = {0: None, **{slot: crowded(slot) for slot in (1, 2, 3)}}
+    model = TinyModel()
+    formula = {slot: by_formula(model, inputs, bundle) for slot, bundle in bundles.items()}
+    edited = edited_model(model, reservation_of(*filter(None, bundles.values())), slots=SLOTS)
+    for slot, bundle in bundles.items():
+        if bundle is not None:
+            install(edited, slot, bundle)
+    slots = [token % 4 for token in range(TOKENS)]
+    use_slots(edited, slots)
+    served = model(inputs).numpy()
+    for token, slot in enumerate(slots):
+        np.testing.assert_allclose(served[token], formula[slot][token], rtol=1e-4, atol=1e-4)
+        assert slot == 0 or np.abs(served[token] - formula[0][token]).max() > 0.1
+
+
+def test_at_one_site_the_filter_comes_before_the_offset(inputs: Tensor) -> None:
+    """The offset survives in the filtered directions; the other way round it would be removed (negative control)."""
+    basis, vector = np.eye(8, dtype=np.float32)[:1], np.full(8, 3.0, dtype=np.float32)
+    mean = np.zeros(8, dtype=np.float32)
+    pairs: Pairs = [
+        (Offset(site="layers.2.resid"), {"vector": vector}),
+        (SubspaceFilter(site="layers.2.resid", rank=1), {"basis": basis, "mean": mean}),
+    ]
+    model, bundle = TinyModel(), bundle_of(pairs)
+    edited = edited_model(model, reservation_of(bundle), slots=1)
+    install(edited, 1, bundle)
+    use_slots(edited, [1] * TOKENS)
+    served = model(inputs)
+    torch.testing.assert_close(served[:, 0], torch.full((TOKENS,), 3.0), rtol=0, atol=1e-5)
+    assert not np.allclose(SubspaceFilter.apply(served.numpy(), basis=basis, mean=mean), served.numpy(), atol=1)
+
+
+def test_base_tokens_are_bit_identical_to_the_model_without_edits(inputs: Tensor) -> None:
+    """In any company: alone, and with batch mates that are edited at every site."""
+    plain, model, bundle = TinyModel(), TinyModel(), crowded(1)
+    expected = plain(inputs)
+    edited = edited_model(model, reservation_of(bundle), slots=SLOTS)
+    assert torch.equal(model(inputs), expected)
+    install(edited, 2, bundle)
+    assert torch.equal(model(inputs), expected)
+    slots = torch.tensor([0, 2, 0, 2] * 3)
+    use_slots(edited, slots.tolist())
+    served = model(inputs)
+    assert torch.equal(served[slots == 0], expected[slots == 0])
+    assert not torch.isclose(served[slots == 2], expected[slots == 2]).all(-1).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_clearing_a_slot_restores_the_identity_bit_for_bit(dtype: torch.dtype) -> None:
+    """Every buffer is again what it was before the install; while installed it was not (positive control)."""
+    model, bundle = TinyModel().to(dtype), crowded(1)
+    edited = edited_model(model, reservation_of(bundle), slots=SLOTS, dtype=dtype)
+    x = torch.randn(4, WIDTHS.hidden, dtype=dtype)
+    slots, before, never_used = torch.full((4,), 2), model(x), edited.digest(2)
+    install(edited, 2, bundle)
+    edited.token_slots[:4] = slots
+    assert not torch.equal(model(x), before)
+    edited.clear(2)
+    assert torch.equal(model(x), before)
+    assert edited.digest(2) == never_used
+    assert edited.held == {}
+
+
+def test_bfloat16_slots_hold_the_rounded_numbers(inputs: Tensor) -> None:
+    """Bundles are float32 and cast at install: the served edit is the formula's within bfloat16 rounding."""
+    model, plain, bundle = TinyModel(), TinyModel(), random_bundle("polite", BASE, seed=3)
+    expected = torch.from_numpy(by_formula(plain, inputs, bundle))
+    edited = edited_model(model.to(torch.bfloat16), reservation_of(bundle), slots=1, dtype=torch.bfloat16)
+    install(edited, 1, bundle)
+    use_slots(edited, [1] * TOKENS)
+    served = model(inputs.bfloat16()).float()
+    noise = (
+        (plain.to(torch.bfloat16)(inputs.bfloat16()).float() - torch.from_numpy(by_formula(TinyModel(), inputs, None)))
+        .abs()
+        .max()
+    )
+    assert (served - expected).abs().max() < 3 * noise
+
+
+# -- slots -------------------------------------------------------------------------------------------------------------
+
+
+def test_equal_contents_have_equal_digests_and_different_ones_different() -> None:
+    """Two workers that hold the same agree; another version, another number or another slot's past do not matter."""
+    first, second = crowded(1), crowded(2)
+    workers = [edited_model(TinyModel(seed), reservation_of(first, second), slots=SLOTS) for seed in (0, 1)]
+    install(workers[1], 1, second)
+    workers[1].clear(1)
+    assert install(workers[0], 1, first) == install(workers[1], 1, first) == install(workers[0], 3, first)
+    assert install(workers[0], 2, second) != workers[0].digest(1)
+
+
+def test_the_digest_sees_every_number_of_every_place() -> None:
+    """A worker whose memory differs in a single number of any slot tensor is found out."""
+    bundle = crowded(1)
+    edited = edited_model(TinyModel(), reservation_of(bundle), slots=SLOTS)
+    digests = {install(edited, 1, bundle)}
+    places = [module for module in edited._places.values() for _ in module.buffers()]
+    for place in edited._places.values():
+        for buffer in place.buffers():
+            buffer[1].view(-1)[-1] += 1
+            digests.add(edited.digest(1))
+    assert len(digests) == len(places) + 1
+
+
+def test_a_version_of_smaller_rank_leaves_the_rest_of_its_room_zero(inputs: Tensor) -> None:
+    """After a version of full rank has left, nothing of it is felt by one of rank 1 in the same slot."""
+
+    def redirection(rank: int, seed: int) -> Bundle:
+        numbers = np.random.default_rng(seed)
+        edit = LowRank(site="layers.1.mlp.out", reads="layers.1.mlp.h", rank=rank)
+        return bundle_of([(edit, {name: numbers.normal(size=shape) for name, shape in edit.shapes(WIDTHS).items()})])
+
+    large, small = redirection(4, seed=1), redirection(1, seed=2)
+    model, fresh = TinyModel(), TinyModel()
+    for edited, bundles in ((edited_model(model, reservation_of(large), slots=1), [large, small]),
+                            (edited_model(fresh, reservation_of(large), slots=1), [small])):  # fmt: skip
+        for bundle in bundles:
+            edited.clear(1)
+            install(edited, 1, bundle)
+        use_slots(edited, [1] * TOKENS)
+    assert torch.equal(model(inputs), fresh(inputs))
+
+
+@pytest.mark.parametrize("slot", [0, 1, -1, SLOTS + 1])
+def test_only_a_free_slot_can_be_installed_into(slot: int) -> None:
+    """Slot 0 is the base model's, slot 1 is used, the others do not exist; slot 2 is free (positive control)."""
+    bundle = random_bundle("polite", BASE, seed=1)
+    edited = edited_model(TinyModel(), reservation_of(bundle), slots=SLOTS)
+    held = install(edited, 1, bundle)
+    with pytest.raises(ValueError, match="not a free slot"):
+        install(edited, slot, random_bundle("other", BASE, seed=2))
+    assert edited.digest(1) == held
+    install(edited, 2, bundle)
+
+
+@pytest.mark.parametrize(
+    ("edit", "found"),
+    [
+        (LowRank(site="layers.1.mlp.out", reads="layers.1.mlp.h", rank=3), "rank 2 is reserved"),
+        (LowRank(site="layers.0.mlp.out", reads="layers.0.mlp.h", rank=1), "nothing is reserved there"),
+        (Offset(site="layers.1.resid"), "nothing is reserved there"),
+    ],
+)
+def test_what_was_not_reserved_is_refused_with_the_setting_to_raise(edit: Any, found: str) -> None:
+    pairs = random_pairs("low_rank", 1, WIDTHS, seed=0)
+    edited = edited_model(TinyModel(), reservation_of(bundle_of(pairs)), slots=1)
+    refused = bundle_of([(edit, {name: np.zeros(shape) for name, shape in edit.shapes(WIDTHS).items()})])
+    with pytest.raises(InstallRefused, match=found) as refusal:
+        install(edited, 1, refused)
+    assert [reason.code for reason in refusal.value.reasons] == ["capacity"]
+    assert "edits.reserve" in str(refusal.value)
+    assert edited.held == {}
+
+
+# -- the step ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_versions() -> EditedModel:
+    bundles = [random_bundle("polite", BASE, seed) for seed in (1, 2)]
+    edited = edited_model(TinyModel(), reservation_of(*bundles), slots=SLOTS)
+    for slot, bundle in enumerate(bundles, start=1):
+        install(edited, slot, bundle)
+    return edited
+
+
+def test_each_token_gets_the_slot_of_its_request(two_versions: EditedModel) -> None:
+    """Requests bring many tokens (a prefill), one (a decode) or none."""
+    claims = [[2, two_versions.held[2]], None, [1, two_versions.held[1]], [2, two_versions.held[2]]]
+    two_versions.set_token_slots(claims, np.array([3, 2, 0, 1]))
+    assert two_versions.token_slots[:6].tolist() == [2, 2, 2, 0, 0, 2]
+
+
+def test_the_buffer_keeps_its_address_and_goes_back_to_base(two_versions: EditedModel) -> None:
+    """A step of base requests only, after one with edits, reads slot 0 everywhere, also beyond its own tokens."""
+    address = two_versions.token_slots.data_ptr()
+    for _ in range(2):
+        two_versions.set_token_slots([[1, two_versions.held[1]]], np.array([MAX_TOKENS]))
+        assert two_versions.token_slots.tolist() == [1] * MAX_TOKENS
+        two_versions.set_token_slots([None, None], np.array([1, 1]))
+        assert two_versions.token_slots.tolist() == [0] * MAX_TOKENS
+    assert two_versions.token_slots.data_ptr() == address
+
+
+def test_steps_of_base_requests_touch_nothing(two_versions: EditedModel) -> None:
+    """The fast path: while only the base is asked, the buffer is not written."""
+    written = two_versions.token_slots._version
+    for _ in range(3):
+        two_versions.set_token_slots([None], np.array([4]))
+    assert two_versions.token_slots._version == written
+    two_versions.set_token_slots([[1, two_versions.held[1]]], np.array([4]))
+    assert two_versions.token_slots._version > written
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        (1, "f" * 64),
+        (3, "f" * 64),
+        (0, "f" * 64),
+        (99, "f" * 64),
+        pytest.param(
+            (3, None),
+            marks=pytest.mark.xfail(
+                raises=pytest.fail.Exception,
+                reason="EditedModel.slot_of: held.get(slot) is None equals a claimed version of None",
+            ),
+        ),
+    ],
+)
+def test_a_false_claim_stops_the_step(two_versions: EditedModel, claim: tuple[int, str | None]) -> None:
+    """Another version in the slot, an empty slot, the base slot, no such slot: never answered with other edits."""
+    before = two_versions.token_slots.clone()
+    with pytest.raises(RuntimeError, match="refusing to answer"):
+        two_versions.set_token_slots([None, list(claim)], np.array([1, 1]))
+    assert torch.equal(two_versions.token_slots, before)
+
+
+def test_a_claim_on_a_version_that_left_is_false(two_versions: EditedModel) -> None:
+    claim = [1, two_versions.held[1]]
+    assert two_versions.slot_of(claim) == 1
+    two_versions.clear(1)
+    with pytest.raises(RuntimeError, match="which holds nothing"):
+        two_versions.slot_of(claim)
+
+
+# -- modules -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_edited_module_is_still_the_same_object_of_the_same_kind() -> None:
+    """Parameter names, state dict, isinstance and identity stay, so weights load and reload as before."""
+    model = TinyModel()
+    modules, weights = dict(model.named_modules()), dict(model.named_parameters())
+    edited = edited_model(model, reservation_of(crowded(1)), slots=SLOTS)
+    after = dict(model.named_modules())
+    assert all(after[name] is module for name, module in modules.items())
+    assert {name: id(tensor) for name, tensor in model.named_parameters()} == {
+        name: id(tensor) for name, tensor in weights.items()
+    }
+    assert set(model.state_dict()) == set(weights)
+    layer: Any = model.model.layers[0]
+    assert isinstance(layer, TinyLayer)
+    assert type(layer) is not TinyLayer
+    assert isinstance(layer.mlp.down_proj, Projection)
+    assert type(layer.mlp.down_proj).__name__ == "EditedProjection"
+    assert type(layer.mlp.up_proj) is Projection  # no site, no change
+    assert all(isinstance(place, nn.Module) for place in edited._places.values())
+
+
+def test_sites_without_a_reservation_are_left_alone() -> None:
+    model = TinyModel()
+    edited_model(model, Reservation({("offset", Site(1, "resid")): 1}), slots=1)
+    assert [hasattr(layer, "edits") for layer in model.model.layers] == [False, True, False]
+
+
+def test_a_linear_layer_that_returns_its_output_alone_can_be_edited() -> None:
+    """Not every projection answers (output, bias)."""
+    plain: Any = nn.Linear(4, 3)
+    x = torch.randn(2, 4)
+    expected = plain(x)
+    plain.edits = ModuleEdits(torch.zeros(8, dtype=torch.int32))
+    plain.__class__ = edited_linear(nn.Linear)
+    assert torch.equal(plain(x), expected)
+
+
+def test_the_reserved_bytes_are_those_of_the_slot_tensors() -> None:
+    """An offset of 8 float32 in each of 4 slots, the base slot among them."""
+    reservation = Reservation({("offset", Site(1, "resid")): 1})
+    assert edited_model(TinyModel(), reservation, slots=3).bytes_reserved == 4 * 8 * 4
+
+
+@pytest.mark.parametrize(
+    ("model", "architecture", "reason"),
+    [
+        (TinyModel(), "MambaForCausalLM", "supported: LlamaForCausalLM"),
+        (nn.Linear(2, 2), "LlamaForCausalLM", "otherwise than expected"),
+    ],
+)
+def test_an_architecture_that_is_not_known_is_refused(model: nn.Module, architecture: str, reason: str) -> None:
+    with pytest.raises(UnsupportedHost, match=reason):
+        anchors(model, architecture, WIDTHS)
+
+
+def test_every_site_of_the_model_has_an_anchor_of_the_right_widths() -> None:
+    found: Mapping[Site, Any] = anchors(TinyModel(), BASE.architecture, WIDTHS)
+    assert {str(site) for site in found} == {
+        f"layers.{layer}.{point}"
+        for layer in range(WIDTHS.layers)
+        for point in ("attn.z", "attn.out", "mlp.h", "mlp.out", "resid")
+    }
+    assert all(anchor.sizes.writes == WIDTHS.of(site.point) for site, anchor in found.items())
+    assert found[Site(0, "mlp.out")].sizes.reads == WIDTHS.mlp

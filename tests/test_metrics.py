@@ -1,0 +1,146 @@
+"""What is exported: declared once, bounded in labels, and with vLLM's own bucket edges."""
+
+from __future__ import annotations
+
+import importlib.util
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, generate_latest
+
+from plugin.engine_gate import _Watch
+from plugin.lease import Usage
+from plugin.metrics import FIRST_TOKEN, METRICS, OTHER, PER_TOKEN, PREFIX, REQUEST, Metrics
+
+V1, V2 = "1" * 64, "2" * 64
+
+
+def test_every_declared_metric_is_exported_under_its_name_with_its_help() -> None:
+    registry = CollectorRegistry()
+    made = Metrics(registry)
+    exported = {metric.name: metric for metric in registry.collect()}
+    assert {name.removeprefix(PREFIX) for name in exported} == {metric.name for metric in METRICS}
+    for metric in METRICS:
+        found = exported[PREFIX + metric.name]
+        assert (found.type, found.documentation) == (metric.kind, metric.help)
+        assert getattr(made, metric.name)._labelnames == metric.labels
+
+
+def test_no_name_starts_as_vllms_do() -> None:
+    """vLLM unregisters everything that starts with `vllm:` when its engine starts."""
+    registry = CollectorRegistry()
+    Metrics(registry).slots_total.set(3)
+    text = generate_latest(registry).decode()
+    assert "vllm_edits_slots_total 3.0" in text
+    assert "vllm:" not in text
+
+
+def test_two_registries_do_not_share_numbers() -> None:
+    """Nothing is module-global: a test, or a second engine in one process, starts from zero."""
+    first, second = Metrics(CollectorRegistry()), Metrics(CollectorRegistry())
+    first.store_errors.inc()
+    assert second.store_errors._value.get() == 0
+
+
+def test_labels_are_the_variant_and_twelve_digits_of_the_version() -> None:
+    metrics = Metrics(CollectorRegistry())
+    assert metrics.labels("polite", V1) == ("polite", "1" * 12)
+    assert metrics.labels("base", None) == ("base", "")
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcdef"), st.sampled_from([None, V1, V2])), max_size=40), st.integers(1, 6))
+def test_no_stream_of_promotions_can_fill_a_prometheus(pairs: list[tuple[str, str | None]], limit: int) -> None:
+    """At most `limit` pairs have names of their own, and a pair that has them keeps them."""
+    metrics = Metrics(CollectorRegistry(), label_limit=limit)
+    named: dict[tuple[str, str | None], tuple[str, str]] = {}
+    for pair in pairs:
+        labels = metrics.labels(*pair)
+        assert labels == named.setdefault(pair, labels)
+        assert labels in {(pair[0], (pair[1] or "")[:12]), (OTHER, OTHER)}
+    own = [labels for labels in named.values() if labels != (OTHER, OTHER)]
+    assert len(own) == min(limit, len(named))
+
+
+@pytest.mark.parametrize(
+    ("edges", "family"),
+    [
+        (REQUEST, "REQUEST_LATENCY_BUCKETS"),
+        (FIRST_TOKEN, "TIME_TO_FIRST_TOKEN_BUCKETS"),
+        (PER_TOKEN, "INTER_TOKEN_LATENCY_BUCKETS"),
+    ],
+)
+def test_bucket_edges_are_vllms_own(edges: tuple[float, ...], family: str) -> None:
+    """So that panels line up. vLLM's file is run alone: importing vLLM takes seconds."""
+    vllm = importlib.util.find_spec("vllm")
+    folders = vllm.submodule_search_locations if vllm is not None else None
+    path = Path(folders[0]) / "v1/metrics/buckets.py" if folders else None
+    if path is None or not path.is_file():
+        pytest.skip("this vLLM keeps its bucket edges elsewhere")
+    assert edges == runpy.run_path(str(path))[family]
+
+
+def test_edges_rise() -> None:
+    for metric in METRICS:
+        assert list(metric.edges) == sorted(set(metric.edges))
+        assert bool(metric.edges) == (metric.kind == "histogram")
+
+
+# -- what the engine says about a request ------------------------------------------------------------------------------
+
+
+def output(lengths: dict[int, int], finish: str | None = None, **stamps: float) -> Any:
+    """One of the engine's outputs: so many token ids for each of a request's answers."""
+    answers = [
+        SimpleNamespace(index=index, token_ids=[0] * length, finish_reason=finish) for index, length in lengths.items()
+    ]
+    return SimpleNamespace(
+        prompt_token_ids=[0] * 5, outputs=answers, metrics=SimpleNamespace(**stamps) if stamps else None
+    )
+
+
+@given(st.lists(st.dictionaries(st.integers(0, 2), st.integers(0, 3), min_size=1), min_size=1, max_size=6))
+def test_tokens_are_counted_once_however_the_engine_reports_them(steps: list[dict[int, int]]) -> None:
+    """Deltas, running totals and one final output of n answers come to the same sum."""
+    totals = {index: sum(step.get(index, 0) for step in steps) for index in range(3)}
+    running: dict[int, int] = {}
+    usages = [Usage(), Usage(), Usage()]
+    deltas, cumulative, final = (_Watch(usage, deltas=number == 0) for number, usage in enumerate(usages))
+    for step in steps:
+        deltas.see(output(step))
+        running = {index: running.get(index, 0) + step.get(index, 0) for index in running.keys() | step.keys()}
+        cumulative.see(output(running))
+    final.see(output(totals))
+    assert {usage.output_tokens for usage in usages} == {sum(totals.values())}
+    assert {usage.prompt_tokens for usage in usages} == {5}
+
+
+def test_the_engines_own_times_are_used_where_it_gives_them() -> None:
+    """A whole answer arrives at once here, but its first token was long before."""
+    usage = Usage()
+    _Watch(usage, deltas=False).see(output({0: 4}, "length", first_token_ts=10.0, last_token_ts=13.0))
+    assert (usage.first_token, usage.last_token) == (10.0, 13.0)
+    without = Usage()
+    _Watch(without, deltas=False).see(output({0: 4}, "length"))
+    assert without.first_token is not None
+    assert without.first_token >= without.started
+
+
+def test_several_engine_requests_of_one_http_request_add_up() -> None:
+    """A list of prompts, or beam search: one request to the client."""
+    usage = Usage()
+    for stamp in (12.0, 11.0):
+        _Watch(usage, deltas=True).see(output({0: 2}, first_token_ts=stamp, last_token_ts=stamp + 1))
+    assert (usage.engine_requests, usage.prompt_tokens, usage.output_tokens) == (2, 10, 4)
+    assert usage.first_token == 11.0
+
+
+@pytest.mark.parametrize(("reason", "aborted"), [("abort", True), ("stop", False), ("length", False), (None, False)])
+def test_an_abort_of_the_engine_is_seen(reason: str | None, aborted: bool) -> None:
+    usage = Usage()
+    _Watch(usage, deltas=True).see(output({0: 1}, reason))
+    assert usage.aborted == aborted
