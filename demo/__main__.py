@@ -58,9 +58,8 @@ def main() -> int:
     try:
         tell(claims, keep=arguments.keep)
     except FalseClaim as claim:
-        console.print(
-            f"  [red]✗ {escape(str(claim))}[/red]\nThe demo ends here: this claim is false. Server log: {FOLDER}/server.log"
-        )
+        console.print(f"  [red]✗ {escape(str(claim))}[/red]")
+        console.print(f"The demo ends here: this claim is false. The server's log is {FOLDER}/server.log")
         return 1
     except ServerFailed as failure:
         console.print(f"[red]The server did not start.[/red] The end of {FOLDER}/server.log:\n{escape(str(failure))}")
@@ -229,6 +228,7 @@ async def swap_under_load(
 
 
 def show_metrics(server: Server, sent: int, claims: Claims) -> None:
+    """The plugin's series, without buckets, and whether they agree with what was sent."""
     lines = httpx.get(f"{server.url}/metrics").text.splitlines()
     ours = [line for line in lines if line.startswith("vllm_edits_")]
     for line in ours:

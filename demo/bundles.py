@@ -103,9 +103,9 @@ def build(
     return built
 
 
-def _ask_edited(host: Host, edits: Edits, prompts: tuple[str, ...], tokens: int) -> Answers:
+def _ask_edited(host: Host, edits: Edits, asked: tuple[str, ...], tokens: int) -> Answers:
     with edited(host.model, edits):
-        return host.answers(prompts, tokens)
+        return host.answers(asked, tokens)
 
 
 def _share(matches: Callable[[Answer], bool]) -> Callable[[Answers, Answers], float]:
@@ -222,9 +222,9 @@ def _plain_english() -> Exhibit:
                 "answers in French",
                 prompts.HELD_FRENCH,
                 _share(_more_of(prompts.FRENCH_WORDS, than=prompts.ENGLISH_WORDS)),
-                base=(0.75, 1),
+                base=(0.6, 1),
                 edited=(0, 0.25),
-                tokens=12,
+                tokens=8,  # later the base model likes to explain itself in English
             ),
             _KEPT,
         ),

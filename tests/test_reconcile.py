@@ -199,9 +199,10 @@ async def test_a_failed_swap_keeps_the_old_version_serving(
     good, other, refused = version_of("polite"), version_of("zealous"), bad()
     await server.promote(good)
     in_flight = await start(server, "polite")
-    server.workers.overrides = overrides
+    server.workers.overrides, calls = overrides, len(server.workers.calls)
     await server.promote(refused)
     server.workers.overrides = {}
+    assert (len(server.workers.calls) == calls) == (not overrides)  # what can be seen here is refused here
     assert await server.ask("polite") == good.version
     server.workers.step(in_flight.lease)
     server.check()
@@ -362,13 +363,16 @@ async def test_requests_end_on_the_version_they_began_with(server: Server) -> No
 
 async def test_a_version_that_returns_while_it_drains_stays(server: Server) -> None:
     """Rolled back to while an old request still reads it: no second copy, no clearing under its feet."""
-    first, second = await server.promote(version_of("polite")), await server.promote(version_of("polite"))
-    old_reader = await start(server, f"polite@{first[0]}")
+    first = await server.promote(version_of("polite"))
+    old_reader = await start(server, "polite")
+    second = await server.promote(version_of("polite"))
     server.store.rollback("polite")
     await server.core.sync()
     old_reader.end()
     await server.core.settle()
+    assert list(server.residents()) == first
     assert await server.ask("polite") == first[0]
+    assert server.metric("installs_total", result="ok") == 2
     assert second[0] not in server.residents()
     server.check()
 
@@ -377,8 +381,8 @@ async def test_a_version_that_another_tag_still_promotes_is_not_retired(server: 
     (shared,) = await server.promote(version_of("polite"))
     server.store.promote(f"polite@{shared}", tag="beta")
     (new,) = await server.promote(version_of("polite"))
-    assert (await server.ask("polite"), await server.ask("polite@beta")) == (new, shared)
     assert not server.residents()[shared].retired
+    assert (await server.ask("polite"), await server.ask("polite@beta")) == (new, shared)
 
 
 async def test_which_version_a_variant_serves_is_a_metric(server: Server) -> None:

@@ -39,6 +39,7 @@ def test_room_for_given_edits_is_exactly_theirs() -> None:
         ("subspace_filter", Site(0, "resid")): 3,
         ("offset", Site(0, "resid")): 1,
     }
+    assert Reservation.for_edits(reversed(EDITS)) == made
     assert made.missing(EDITS) == []
 
 

@@ -495,10 +495,6 @@ def test_a_folder_without_permission_is_named(folder: EditStore) -> None:
         root.chmod(0o700)
 
 
-@pytest.mark.xfail(
-    raises=pytest.fail.Exception,
-    reason="LocalFolder.list answers nothing for a folder that is gone, so EditStore.heads says nothing is promoted",
-)
 def test_a_store_that_vanished_is_unavailable_not_empty(folder: EditStore) -> None:
     """An unmounted disk: whoever asks must not hear that there is nothing."""
     promoted(folder, "1")

@@ -1,0 +1,135 @@
+"""The benchmark's arithmetic: what it makes of timings, and that it says so."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from loadtests.bench import free_path
+from loadtests.bench_report import (
+    Comparison,
+    Figure,
+    RequestTimes,
+    Swap,
+    decode_rate,
+    gaps_within,
+    prefill_rate,
+    show,
+    summarise_swaps,
+    summarise_throughput,
+    verdict,
+)
+from loadtests.bench_throughput import turns
+
+RATIO = Comparison("edited", "plain", "decode", 0.97)
+
+
+def rounds_of(ratio: float, drift: list[float]) -> list[dict[str, dict[str, float]]]:
+    """Rounds on a machine of changing speed, on which one side is slower than the other by a fixed ratio."""
+    return [
+        {side: {"decode": speed * rate, "prefill": speed * rate} for side, rate in (("plain", 1.0), ("edited", ratio))}
+        for speed in drift
+    ]
+
+
+def times(scheduled: float, first: float, last: float, output_tokens: int = 11) -> RequestTimes:
+    return RequestTimes(scheduled, first, last, prompt_tokens=100, output_tokens=output_tokens)
+
+
+def swap(stall: float, calm: float = 0.030, step: float = 0.020) -> Swap:
+    return Swap(0.01, 0.1, 0.2, {"install": 0.05}, stall=stall, calm_stall=calm, step=step)
+
+
+@given(st.lists(st.floats(1, 1000), min_size=3, max_size=20), st.floats(0.5, 2))
+def test_a_drifting_machine_does_not_move_the_ratio(drift: list[float], ratio: float) -> None:
+    """Sides are compared within a round: a speed that all sides share cancels out."""
+    figure = RATIO.of(rounds_of(ratio, drift))
+    assert figure.median == pytest.approx(ratio)
+    assert figure.low <= figure.median <= figure.high
+
+
+def test_a_disturbed_round_does_not_move_the_ratio() -> None:
+    """Positive control: the mean of the same ratios is moved."""
+    rounds = rounds_of(0.98, [300.0] * 9)
+    rounds[4]["edited"]["decode"] /= 10
+    assert RATIO.of(rounds).median == pytest.approx(0.98)
+    assert np.mean([each["edited"]["decode"] / each["plain"]["decode"] for each in rounds]) < 0.9
+
+
+def test_decode_counts_tokens_after_the_first_and_prefill_the_prompts() -> None:
+    requests = [times(0.0, 1.0, 2.0), times(0.5, 1.0, 3.0)]
+    assert decode_rate(requests) == 20 / 2.0
+    assert prefill_rate(requests) == 200 / 1.0
+
+
+def test_decode_over_several_prefill_steps_is_refused() -> None:
+    """Its seconds would hold some prefill."""
+    with pytest.raises(ValueError, match="one step"):
+        decode_rate([times(0, 1.0, 2.0), times(0, 1.1, 2.0)])
+
+
+@pytest.mark.parametrize(
+    ("low", "median", "high", "word"),
+    [
+        (0.98, 0.99, 1.0, "met"),
+        (0.96, 0.98, 1.0, "met, within noise"),
+        (0.94, 0.96, 0.98, "missed, within noise"),
+        (0.90, 0.95, 0.96, "missed"),
+    ],
+)
+def test_a_verdict_says_when_the_interval_does_not_carry_it(low: float, median: float, high: float, word: str) -> None:
+    assert verdict(Figure(median, low, high, low, high, 9), 0.97) == word
+
+
+def test_a_figure_without_a_target_has_no_verdict() -> None:
+    assert not verdict(Figure.of([1, 2, 3]), None)
+
+
+def test_gaps_belong_to_the_window_they_end_in() -> None:
+    """Also one that began before it; gaps of different streams are not mixed up."""
+    assert gaps_within([[0.0, 1.0, 3.0, 4.0], [2.5]], begin=2.0, end=3.5) == [2.0]
+
+
+@pytest.mark.parametrize(("stall", "word"), [(0.045, "met"), (0.055, "missed")])
+def test_a_stall_may_be_one_step_longer_with_a_swap(stall: float, word: str) -> None:
+    """0.030 s without a swap, steps of 0.020 s: up to 0.050 s is met."""
+    assert summarise_swaps([swap(stall)] * 5)["extra_stall"]["verdict"] == word
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_every_side_has_its_turn_in_every_round(number: int) -> None:
+    assert sorted(turns(["a", "b", "c"], number)) == ["a", "b", "c"]
+
+
+def test_every_side_begins_and_ends_as_often_as_the_others() -> None:
+    orders = [turns(["a", "b", "c"], number) for number in range(6)]
+    assert sorted(order[0] for order in orders) == sorted(order[-1] for order in orders) == list("aabbcc")
+
+
+def test_the_tables_show_every_target_and_whether_it_was_met() -> None:
+    summary = {
+        "throughput": summarise_throughput(rounds_of(0.9, [300.0] * 5)),
+        "swaps": summarise_swaps([swap(0.045)] * 5),
+    }
+    console = Console(width=140, record=True, file=io.StringIO())
+    show(summary, console)
+    told = console.export_text()
+    for line in ("≥ 0.97", "≥ 0.95", "≤ 20.0"):
+        assert line in told
+    assert told.count("missed") == 2
+    assert told.count("met") == 1
+    assert "lora" not in told, "a side that did not run is not told of"
+
+
+def test_no_run_overwrites_another(tmp_path: Path) -> None:
+    record = {"at": "2026-05-01T10:00:00+00:00", "device": {"name": "AMD EPYC 2 cores"}}
+    first = free_path(tmp_path, record)
+    first.touch()
+    assert first.name == "2026-05-01-amd-epyc-2-cores.json"
+    assert free_path(tmp_path, record).name == "2026-05-01-amd-epyc-2-cores-2.json"
