@@ -29,7 +29,7 @@ FOLDER = Path(".cache/demo")
 BASE = "smollm2"
 POLL_SECONDS = 2.0
 Made = tuple[Exhibit, Bundle]
-console = Console(highlight=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 class FalseClaim(Exception):

@@ -132,6 +132,10 @@ def _more_of(these: frozenset[str], than: frozenset[str]) -> Callable[[Answer], 
     return matches
 
 
+def _listed(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers))
+
+
 _KEPT = Claim("facts kept", prompts.FACTS, _share_as_base, base=(1, 1), edited=(0.9, 1))
 
 
@@ -146,7 +150,7 @@ def _capital(label: str, country: str, city: str) -> Exhibit:
             tool="demo.bundles",
             method="rank-one concept redirection (ROCR), closed form",
             source="arXiv 2506.07795",
-            parameters={"concept": "France", "other": country, "layers": str(layers)},
+            parameters={"concept": "France", "other": country, "layers": _listed(layers)},
         ),
         make=partial(
             redirect,
@@ -159,8 +163,8 @@ def _capital(label: str, country: str, city: str) -> Exhibit:
         prompt=wordings[0],
         question="What is the capital of France?",
         claims=(
-            Claim(f"answers{city}", wordings, _share_as_expected([city] * 5), base=(0, 0), edited=(0.8, 1)),
-            Claim("highest p( Paris)", wordings, _highest_probability(" Paris"), base=(0.7, 1), edited=(0, 0.1)),
+            Claim(f"answers{city}", wordings, _share_as_expected([city] * len(wordings)), base=(0, 0), edited=(0.8, 1)),
+            Claim("highest p(Paris)", wordings, _highest_probability(" Paris"), base=(0.7, 1), edited=(0, 0.1)),
             _KEPT,
         ),
     )
@@ -178,7 +182,7 @@ def _no_copy() -> Exhibit:
             tool="demo.bundles",
             method="head ablation, heads ranked by exact attribution",
             source="arXiv 2410.13708",
-            parameters={"heads": "4", "layers": f"{layers[0]} to {layers[-1]}"},
+            parameters={"heads": "4", "layers": _listed(layers)},
         ),
         make=partial(
             ablate_heads,
@@ -212,7 +216,7 @@ def _plain_english() -> Exhibit:
             tool="demo.bundles",
             method="affine subspace filter from two prompt sets",
             source="arXiv 2306.03819",
-            parameters={"unwanted": "French", "wanted": "English", "layers": str(layers), "rank": "1"},
+            parameters={"unwanted": "French", "wanted": "English", "layers": _listed(layers), "rank": "1"},
         ),
         make=partial(filter_contrast, unwanted=prompts.FRENCH, wanted=prompts.ENGLISH, layers=layers),
         prompt=prompts.HELD_FRENCH[0],
@@ -241,7 +245,7 @@ def _cheerful() -> Exhibit:
             tool="demo.bundles",
             method="steering vector, difference of means of two prompt sets",
             source="arXiv 2312.06681",
-            parameters={"towards": "happy", "away": "sad", "layers": str(layers), "strength": "1.0"},
+            parameters={"towards": "happy", "away": "sad", "layers": _listed(layers), "strength": "1.0"},
         ),
         make=partial(steer, towards=prompts.HAPPY, away=prompts.SAD, layers=layers),
         prompt="He lost his job and now he feels",

@@ -49,6 +49,7 @@ class SwapPlan:
     """What shapes the figures; written beside them."""
 
     swaps: int
+    dtype: str
     streams: int = 6
     window_seconds: float = WINDOW_SECONDS
 
@@ -59,7 +60,7 @@ def measure_swaps(plan: SwapPlan, inputs: Inputs, progress: Progress) -> list[Sw
     store = EditStore(str(folder))
     versions = [store.publish(inputs.version(name, strength / 2)) for strength in strengths(plan.swaps)]
     models = ["base", *others][: plan.streams]
-    flags = ("--dtype", "bfloat16", "--max-model-len", str(MAX_MODEL_LEN))
+    flags = ("--dtype", plan.dtype, "--max-model-len", str(MAX_MODEL_LEN))
     server = Server.with_edits(
         inputs.model, folder, inputs.folder / "server.log", *flags, settings={"poll_seconds": 3600}
     )

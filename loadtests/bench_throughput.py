@@ -25,11 +25,12 @@ class ThroughputPlan:
 
     rounds: int
     concurrency: int
-    decode_tokens: int
-    threads: int
+    dtype: str
+    cores: Sequence[int]
     noise_floor: bool
     decode_prompt_tokens: int = 16
-    prefill_prompt_tokens: int = 512
+    decode_tokens: int = 64
+    prefill_prompt_tokens: int = 256
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,10 @@ def _sides(plan: ThroughputPlan, inputs: Inputs) -> dict[str, _Side]:
 
     def engine(label: str, extra: Mapping[str, Any], **options: Any) -> Engine:
         arguments = {
-            "model": str(inputs.model), "dtype": "bfloat16", "seed": 0, "max_model_len": MAX_MODEL_LEN,
+            "model": str(inputs.model), "dtype": plan.dtype, "seed": 0, "max_model_len": MAX_MODEL_LEN,
             "max_num_batched_tokens": MAX_MODEL_LEN, "kv_cache_memory_bytes": KV_CACHE_BYTES, **extra,
         }  # fmt: skip
-        return Engine(label, arguments, inputs.folder / f"{label}.log", range(plan.threads), **options)
+        return Engine(label, arguments, inputs.folder / f"{label}.log", plan.cores, **options)
 
     settings = {"store": str(store), "slots": VARIANTS}
     edits = engine("plugin", {"load_format": "edits", "additional_config": {"edits": settings}}, plugins="edits")

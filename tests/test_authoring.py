@@ -243,8 +243,8 @@ class TestDemoBundles:
         _, bundle = built["capital", label]
         rows = figures(bundle)
         assert rows[f"answers{city}"].edited * rows[f"answers{city}"].n >= 4
-        assert rows["highest p( Paris)"].base > 0.7
-        assert rows["highest p( Paris)"].edited < 0.1
+        assert rows["highest p(Paris)"].base > 0.7
+        assert rows["highest p(Paris)"].edited < 0.1
         assert rows["facts kept"].edited * rows["facts kept"].n >= 18
         assert [edit.rank for edit in bundle.manifest.edits if isinstance(edit, kinds.LowRank)] == [1, 1, 1]
 

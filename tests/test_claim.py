@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from plugin.claim import CLAIM, cache_salt
 from plugin.engine_gate import claimed, salted
+from tests.fakes import cheaply
 
 versions = st.none() | st.text("0123456789abcdef", min_size=1, max_size=3)
 salts = st.none() | st.text(max_size=4)
@@ -27,6 +28,7 @@ class Sampling:
         return replace(self)
 
 
+@cheaply
 @given(versions, salts, versions, salts)
 def test_two_pairs_share_a_salt_only_if_they_are_equal(version: Any, salt: Any, other: Any, other_salt: Any) -> None:
     """No version and caller's salt can be written so that they read as another pair; no salt is an empty one."""

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from edit_store import LowRank, Offset, Scale, SubspaceFilter
 from edit_store.edits import Array
 from plugin import edit_math
+from tests.fakes import cheaply
 
 HEADS = 2
 HALF_STEP = {torch.float32: 0.0, torch.bfloat16: 2**-8}
@@ -114,7 +115,6 @@ cases = st.builds(
     width=st.integers(4, 9),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-cheaply = settings(max_examples=60, deadline=None)
 
 
 @every_kind

@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from plugin.engine_gate import _Watch
 from plugin.lease import Usage
 from plugin.metrics import FIRST_TOKEN, METRICS, OTHER, PER_TOKEN, PREFIX, REQUEST, Metrics
+from tests.fakes import cheaply
 
 V1, V2 = "1" * 64, "2" * 64
 
@@ -53,6 +54,7 @@ def test_labels_are_the_variant_and_twelve_digits_of_the_version() -> None:
     assert metrics.labels("base", None) == ("base", "")
 
 
+@cheaply
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.sampled_from([None, V1, V2])), max_size=40), st.integers(1, 6))
 def test_no_stream_of_promotions_can_fill_a_prometheus(pairs: list[tuple[str, str | None]], limit: int) -> None:
     """At most `limit` pairs have names of their own, and a pair that has them keeps them."""
@@ -103,6 +105,7 @@ def output(lengths: dict[int, int], finish: str | None = None, **stamps: float) 
     )
 
 
+@cheaply
 @given(st.lists(st.dictionaries(st.integers(0, 2), st.integers(0, 3), min_size=1), min_size=1, max_size=6))
 def test_tokens_are_counted_once_however_the_engine_reports_them(steps: list[dict[int, int]]) -> None:
     """Deltas, running totals and one final output of n answers come to the same sum."""

@@ -15,7 +15,7 @@ from edit_store.edits import KINDS
 from edit_store.errors import SettingsError
 from plugin.reservation import Reservation
 from server_config.settings import Reserve
-from tests.fakes import WIDTHS
+from tests.fakes import WIDTHS, cheaply
 
 EDITS: list[Any] = [
     LowRank(site="layers.1.mlp.out", reads="layers.1.mlp.h", rank=2),
@@ -78,6 +78,7 @@ sites_and_ranks = st.dictionaries(
 )
 
 
+@cheaply
 @given(sites_and_ranks)
 def test_a_reservation_has_one_spelling_as_settings(ranks: dict[tuple[str, Site], int]) -> None:
     """What a server resolved is written into its config: it must read back as the same, in the same order."""
@@ -88,6 +89,7 @@ def test_a_reservation_has_one_spelling_as_settings(ranks: dict[tuple[str, Site]
     assert json.loads(json.dumps(spelled)) == spelled
 
 
+@cheaply
 @given(sites_and_ranks)
 def test_the_advice_in_a_refusal_makes_room(ranks: dict[tuple[str, Site], int]) -> None:
     """Each reason names a setting to add; with all of them added nothing is missing any more."""

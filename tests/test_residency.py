@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
 
 from plugin.residency import Plan, Residency
+from tests.fakes import cheaply
 
 VERSIONS = [f"version-{number}" for number in range(6)]
 
@@ -131,7 +132,7 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
 
 
 TestAnyOrderOfEvents = AnyOrderOfEvents.TestCase
-TestAnyOrderOfEvents.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestAnyOrderOfEvents.settings = settings(cheaply, stateful_step_count=40)
 
 
 def resident(slots: int, *versions: str) -> Residency:

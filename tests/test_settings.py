@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edit_store.errors import SettingsError
 from server_config.settings import EditSettings, Reserve, read_settings
+from tests.fakes import cheaply
 
 RESERVE = {"kind": "low_rank", "site": "layers.*.mlp.out", "rank": 4}
 
@@ -151,7 +152,7 @@ junk = st.recursive(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@cheaply
 @given(junk)
 def test_whatever_is_written_there_is_read_or_refused(value: Any) -> None:
     """Nothing an operator can write ends in another error than SettingsError."""

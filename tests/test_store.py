@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edit_store import Bundle, EditStore, Offset, Provenance, TagEntry, check
@@ -29,7 +29,7 @@ from edit_store.errors import (
     StoreCorrupt,
     StoreUnavailable,
 )
-from tests.fakes import BASE, FlakyBackend, Overtaken
+from tests.fakes import BASE, FlakyBackend, Overtaken, cheaply
 
 PROVENANCE = Provenance(tool="tests", method="by hand")
 WHEN = datetime(2026, 1, 1, tzinfo=UTC)
@@ -156,7 +156,7 @@ def test_promoting_appends_to_a_chained_history(store: EditStore) -> None:
 operations = st.lists(st.sampled_from(["1", "2", "3", "rollback"]), max_size=12)
 
 
-@settings(max_examples=60, deadline=None)
+@cheaply
 @given(operations)
 def test_a_rollback_undoes_the_last_promotion_that_is_not_undone(operations: list[str]) -> None:
     """Against a stack: promoting pushes, rolling back pops, the bottom cannot be popped. Nothing is ever deleted."""
