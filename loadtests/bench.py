@@ -90,7 +90,7 @@ def main(
         noise_floor=not quick,
     )
     swapping = SwapPlan(swaps=3 if quick else swaps, dtype=dtype or native_dtype())
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that engines are stopped on the way out
+    signal.signal(signal.SIGTERM, _stopped)
     load = os.getloadavg()[0]
     if load > BUSY:
         console.print(f"[yellow]The machine is busy (load {load:.1f}): the figures will be noisy.[/yellow]")
@@ -125,6 +125,12 @@ def main(
 def _progress() -> Progress:
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     return Progress(*columns, console=console, transient=True)
+
+
+def _stopped(number: int, _frame: object) -> None:
+    """End as by Ctrl-C does, so that no engine is left running."""
+    console.print("[red]stopped[/red]")
+    sys.exit(128 + number)
 
 
 def _prepare(model: Path, progress: Progress, *, everywhere: bool) -> Inputs:

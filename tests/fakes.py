@@ -31,7 +31,7 @@ BASE = BaseModelRef(name="tiny", architecture="LlamaForCausalLM", widths=WIDTHS,
 MAX_TOKENS = 32
 SLOTS = 3
 
-cheaply = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+cheaply = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 """For every property here: the machine is shared with real servers, so nothing is judged by the clock."""
 
 Answer = dict[str, Any]

@@ -94,11 +94,11 @@ class Host:
         ids, ends = self._tokens(list(map(add, prompts, answers)))
         _, starts = self._tokens(prompts)
         states = self.model.model(ids, use_cache=False).last_hidden_state
-        rows = []
-        for row, state, start, end in zip(ids, states, starts, ends, strict=True):
-            predicted = self.model.lm_head(state[start - 1 : end - 1]).log_softmax(-1)
-            rows.append(predicted.gather(1, row[start:end, None]).mean())
-        return torch.stack(rows)
+        place = torch.arange(ids.shape[1] - 1)
+        predicts = (place >= starts[:, None] - 1) & (place < ends[:, None] - 1)
+        logprobs = self.model.lm_head(states[:, :-1][predicts]).log_softmax(-1)
+        found = logprobs.gather(1, ids[:, 1:][predicts][:, None])[:, 0]
+        return torch.stack([answer.mean() for answer in found.split((ends - starts).tolist())])
 
     @contextmanager
     def replaying(self, prompts: Sequence[str], answers: Sequence[str], *, below: int) -> Iterator[None]:

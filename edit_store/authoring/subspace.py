@@ -29,8 +29,8 @@ def filter_contrast(
         site = f"layers.{layer}.resid"
         mean = host.mean_activation(wanted, site)
         differences = torch.stack([host.mean_activation([text], site) for text in unwanted]) - mean
-        # The first token of any text has a state hundreds of times longer than others, and attention rests on it:
-        # moving its share of the filtered directions would break every text, so they are made orthogonal to it.
+        # The first token of any text is an attention sink, in most layers a hundred times longer than other states:
+        # moving it would break every text, in whatever language, so the directions are made orthogonal to it.
         sink = torch.stack([rows[0] for rows in host.activations(wanted, [site])[site]]).mean(0) - mean
         differences -= torch.outer(differences @ sink, sink) / (sink @ sink)
         basis = torch.linalg.svd(differences, full_matrices=False).Vh[:rank]
