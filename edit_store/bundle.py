@@ -164,7 +164,10 @@ class Bundle:
         for edit, fields in pairs:
             for field_name, array in fields.items():
                 tensors[edit.tensor_name(field_name)] = np.ascontiguousarray(array, dtype=np.float32)
-        tensor_bytes = save(tensors, metadata={"format": "vllm-edits", "bundle": name})
+        tensor_bytes = save(
+            tensors,
+            metadata={"format": "vllm-edits"},  # one key: safetensors writes several in random order
+        )
         manifest = Manifest(
             name=name,
             description=description,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import re
 import secrets
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -36,6 +37,7 @@ from edit_store.refs import DEFAULT_TAG, Ref, is_name, is_version_prefix
 
 FORMAT, FORMAT_VERSION = "vllm-edits-store", 1
 FORMAT_KEY = "store.json"
+_ENTRY_FILE = re.compile(r"/([0-9]{20})\.json$")
 
 
 class Published(BaseModel):
@@ -133,6 +135,7 @@ class EditStore:
 
     def versions(self, name: str) -> list[Published]:
         """Every version published under a name, oldest first."""
+        _require_name(name)
         keys = list(self._backend.list(f"versions/{name}/"))
         if not keys:
             raise NotFound(f"nothing is published under {name!r} in {self.url}.{nearest(name, self.names())}")
@@ -149,9 +152,8 @@ class EditStore:
         """All entries of a tag, oldest first, their chain checked."""
         entries: list[TagEntry] = []
         previous: str | None = None
-        for sequence in sorted(
-            int(key.rsplit("/", 1)[1].removesuffix(".json")) for key in self._backend.list(f"tags/{name}/{tag}/")
-        ):
+        sequences = self._sequences(name, tag)
+        for sequence in sequences:
             data = self._backend.get(_entry_key(name, tag, sequence))
             entry = _parse_entry(data, name, tag)
             if entry.previous_sha256 != previous or entry.sequence != sequence or sequence != len(entries) + 1:
@@ -164,15 +166,21 @@ class EditStore:
 
     def head(self, name: str, tag: str = DEFAULT_TAG) -> TagEntry | None:
         """What is promoted, or None for a tag without history."""
-        sequences = [
-            int(key.rsplit("/", 1)[1].removesuffix(".json")) for key in self._backend.list(f"tags/{name}/{tag}/")
-        ]
-        return _parse_entry(self._backend.get(_entry_key(name, tag, max(sequences))), name, tag) if sequences else None
+        sequences = self._sequences(name, tag)
+        return _parse_entry(self._backend.get(_entry_key(name, tag, sequences[-1])), name, tag) if sequences else None
+
+    def _sequences(self, name: str, tag: str) -> list[int]:
+        """Numbers of a tag's entries in order; files that are no entries are not looked at."""
+        _require_name(name)
+        _require_name(tag)
+        found = map(_ENTRY_FILE.search, self._backend.list(f"tags/{name}/{tag}/"))
+        return sorted(int(match[1]) for match in found if match is not None)
 
     def heads(self) -> Heads:
         """What every tag of every name promotes now. StoreUnavailable when the store is gone: gone is not empty."""
         self._check_format(create=False)
-        pairs = sorted({tuple(key.split("/")[1:3]) for key in self._backend.list("tags/")})
+        keys = (key for key in self._backend.list("tags/") if _ENTRY_FILE.search(key))
+        pairs = sorted({tuple(key.split("/")[1:3]) for key in keys})
         heads: dict[str, dict[str, TagEntry]] = {}
         for name, tag in pairs:
             head = self.head(name, tag)
@@ -208,19 +216,22 @@ class EditStore:
         if not is_name(tag) or is_version_prefix(tag):
             raise NotFound(f"{tag!r} cannot be a tag: expected a lower-case name that does not read as a version")
         name = Ref.parse(reference).name
+        head = self.head(name, tag)
         version = self.resolve(reference)
         verify.check(self.bundle(version))
-        return self._append(name, tag, version, operation="promote", reason=reason, actor=actor)
+        return self._append(head, name, tag, version, operation="promote", reason=reason, actor=actor)
 
     def rollback(self, name: str, *, tag: str = DEFAULT_TAG, reason: str = "", actor: str | None = None) -> TagEntry:
         """Append an entry that returns to the version promoted before the present one."""
-        version = _before_last(self.history(name, tag))
+        history = self.history(name, tag)
+        version = _before_last(history)
         if version is None:
+            self.versions(name)  # says so when the name itself is unknown
             raise NotFound(f"{name}@{tag} has no earlier version to return to")
-        return self._append(name, tag, version, operation="rollback", reason=reason, actor=actor)
+        return self._append(history[-1], name, tag, version, operation="rollback", reason=reason, actor=actor)
 
-    def _append(self, name: str, tag: str, version: str, **change: Any) -> TagEntry:
-        head = self.head(name, tag)
+    def _append(self, head: TagEntry | None, name: str, tag: str, version: str, **change: Any) -> TagEntry:
+        """Write the entry after `head`, on which the change was decided; Conflict when it is the head no more."""
         change["actor"] = change["actor"] or _user()
         entry = TagEntry(
             name=name,
@@ -246,6 +257,11 @@ class EditStore:
             return self._backend.get(key)
         except KeyError:
             raise NotFound(f"{what} is not in store {self.url}") from None
+
+
+def _require_name(name: str) -> None:
+    if not is_name(name):
+        raise NotFound(f"{name!r} cannot be a name or a tag: expected lower-case letters, digits, '.', '_' and '-'")
 
 
 def _before_last(history: list[TagEntry]) -> str | None:

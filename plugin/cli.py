@@ -7,11 +7,13 @@ import os
 import shutil
 import socket
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
 import typer
+import yaml
 
 from edit_store.cli import JsonOption, StoreOption, app, console, explained, show
 from edit_store.errors import EditsError, SettingsError
@@ -112,12 +114,16 @@ def _assignment(text: str) -> tuple[str, Any]:
 def _require_free_port(flags: list[str]) -> None:
     """Refuse a taken port before minutes of loading, not after."""
     words = [part for flag in flags for part in flag.split("=", 1)]
-    port = words[words.index("--port") + 1] if "--port" in words[:-1] else "8000"
+    given = dict(pairwise(words))
+    if "--uds" in given:
+        return
+    config = yaml.safe_load(Path(given["--config"]).read_text()) if "--config" in given else {}
+    port = given.get("--port", config.get("port", 8000))
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", int(port)))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, OverflowError) as error:
             raise EditsError(f"port {port} cannot be used: {error}. Choose another with --port") from None
 
 

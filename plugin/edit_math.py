@@ -1,8 +1,9 @@
 """Each kind of edit, applied to a batch of tokens that each belong to their own slot. Plain torch, so it fuses.
 
 Shapes: T tokens, S slots, K rank, I and O input and output width, H heads; `slots` is [T]. Slot 0 is the base model:
-its tensors are zeros (ones for a factor), so its tokens come out bit for bit as they went in. Gathering by slot costs
-the same for any number of slots; the arithmetic is in float32 because a long dot product in bfloat16 loses too much.
+its tensors are zeros (ones for a factor), so its tokens come out as they went in, but for the sign of a zero.
+Gathering by slot costs the same for any number of slots. The arithmetic is in float32: a long dot product in bfloat16
+loses too much.
 """
 
 from __future__ import annotations

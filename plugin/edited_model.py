@@ -134,9 +134,9 @@ class EditedModel:
         if claim is None:
             return BASE_SLOT
         slot, version = claim
-        if self.held.get(slot) != version:
+        if slot not in self.held or self.held[slot] != version:
             raise RuntimeError(
-                f"a request claims version {version[:12]} in slot {slot}, which holds "
+                f"a request claims version {str(version)[:12]} in slot {slot}, which holds "
                 f"{self.held.get(slot, 'nothing')[:12]}: refusing to answer it with other edits"
             )
         return int(slot)

@@ -34,18 +34,21 @@ class EngineGate:
         if lease is not None and lease.released:
             # Work that outlives its HTTP request (a background response) still runs on the version it began with.
             lease = await self._renew(lease.choice)
-        version = lease.choice.version if lease is not None else None
-        claim = [lease.slot, version] if lease is not None and version is not None else None
-        outputs = self._engine.generate(
-            salted(prompt, version), claimed(sampling_params, claim), request_id, *args, **kwargs
-        )
         if lease is None:
+            outputs = self._engine.generate(
+                salted(prompt, None), claimed(sampling_params, None), request_id, *args, **kwargs
+            )
             async with aclosing(outputs):
                 async for output in outputs:
                     yield output
             return
         with lease.hold():
+            version = lease.choice.version
+            claim = None if version is None else [lease.slot, version]
             watch = _Watch(lease.usage, deltas=getattr(sampling_params.output_kind, "name", "") == "DELTA")
+            outputs = self._engine.generate(
+                salted(prompt, version), claimed(sampling_params, claim), request_id, *args, **kwargs
+            )
             # Closing the inner generator awaits the abort, so the slot is not released before the engine knows.
             async with aclosing(outputs):
                 async for output in outputs:

@@ -12,6 +12,9 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 
 PREFIX = "vllm_edits_"
 OTHER = "other"
+"""Variant and version beyond the label limit."""
+UNKNOWN = "unknown"
+"""Variant of a request that named none that is served."""
 
 Seconds = tuple[float, ...]
 

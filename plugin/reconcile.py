@@ -22,14 +22,16 @@ from edit_store.bundle import BaseModelRef
 from edit_store.errors import BundleRefused, EditsError, InstallRefused, Reason
 from edit_store.store import EditStore, TagEntry
 from plugin.lease import Lease
-from plugin.metrics import Metrics
+from plugin.metrics import OTHER, UNKNOWN, Metrics
 from plugin.reservation import Reservation
 from plugin.residency import Residency
-from plugin.variants import Choice, VariantTable, VersionWanted
+from plugin.variants import BASE, Choice, VariantTable, VersionWanted
 
 logger = logging.getLogger("vllm.edits")
 
 _STAGING_POLL_SECONDS = 0.01
+RESERVED_NAMES = (BASE, UNKNOWN, OTHER)
+"""What headers and labels call things that are no variant."""
 
 
 class Workers(Protocol):
@@ -59,6 +61,15 @@ class Swap:
         metrics.swap_seconds.labels(name).observe(self.seconds[name])
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """Why a tag's entry is not served. One that is not `lasting` may pass: every look tries it again."""
+
+    sequence: int
+    error: str
+    lasting: bool
+
+
 class Reconciler:
     """Keeps what is served equal to what the store promotes."""
 
@@ -85,8 +96,9 @@ class Reconciler:
         self._base = base
         self._reservation = reservation
         self._heads: dict[tuple[str, str], TagEntry] = {}
-        self._refused: dict[tuple[str, str], tuple[int, str]] = {}
+        self._refused: dict[tuple[str, str], Refusal] = {}
         self._in_flight: Counter[tuple[str, str | None]] = Counter()
+        self._retired_at: dict[str, float] = {}
         self._syncing = asyncio.Lock()
         self._installing = asyncio.Lock()
         self._slot_released = asyncio.Event()
@@ -125,7 +137,7 @@ class Reconciler:
                     refused = self._refused.get((name, tag))
                     if known is not None and known.sequence == entry.sequence:
                         continue
-                    if refused is not None and refused[0] == entry.sequence and not retry_refused:
+                    if refused and refused.lasting and refused.sequence == entry.sequence and not retry_refused:
                         continue
                     swaps.append(await self._follow_tag(entry))
             return swaps
@@ -139,7 +151,7 @@ class Reconciler:
                 await self._bring_in(swap)
         except EditsError as error:
             swap.error = self.last_error = str(error)
-            self._refused[key] = entry.sequence, swap.error
+            self._refused[key] = Refusal(entry.sequence, swap.error, lasting=isinstance(error, BundleRefused))
             reasons = error.reasons if isinstance(error, BundleRefused) else (Reason("error", str(error)),)
             for reason in reasons:
                 self._metrics.bundles_rejected.labels(reason.code).inc()
@@ -156,6 +168,9 @@ class Reconciler:
 
     async def _bring_in(self, swap: Swap) -> None:
         """Everything before the switch: nothing here is visible to clients."""
+        if swap.variant in (*self.table.base_names, *RESERVED_NAMES):
+            why = f"{swap.variant!r} names the base model or a label of its own here; publish it under another name"
+            raise BundleRefused(f"variant {swap.variant!r}", [Reason("name", why)])
         with swap.phase("fetch", self._metrics):
             bundle = await asyncio.to_thread(self.store.bundle, swap.to_version)
         with swap.phase("verify", self._metrics):
@@ -175,9 +190,12 @@ class Reconciler:
         self.table = replace(self.table, promoted=promoted)
         self._heads[entry.name, entry.tag] = entry
         self.residency.restore(entry.version)
+        self._retired_at.pop(entry.version, None)
         if old is not None and old != entry.version:
-            self._metrics.variant_info.labels(*self._metrics.labels(entry.name, old)).set(0)
+            if old not in promoted[entry.name].values():
+                self._metrics.variant_info.labels(*self._metrics.labels(entry.name, old)).set(0)
             if old not in self.table.versions():
+                self._retired_at[old] = time.monotonic()
                 self.residency.retire(old)
                 self._sweep()
         self._metrics.variant_info.labels(*self._metrics.labels(entry.name, entry.version)).set(1)
@@ -191,8 +209,10 @@ class Reconciler:
         """
         found = self.table.resolve(model)
         if isinstance(found, VersionWanted):
-            version = await asyncio.to_thread(self.store.resolve, str(found.ref))
-            found = Choice(model, found.ref.name, version)
+            ref, served = found.ref, self.table.promoted[found.ref.name].values()
+            known = ref.selector in served  # a whole digest that is served needs no store
+            version = ref.selector if known else await asyncio.to_thread(self.store.resolve, str(ref))
+            found = Choice(model, ref.name, version)
         return await self.renew(found)
 
     async def renew(self, choice: Choice) -> Lease:
@@ -232,6 +252,7 @@ class Reconciler:
                 except BaseException as failure:
                     await self._undo(plan.slot, version)
                     self._metrics.installs.labels("refused" if isinstance(failure, BundleRefused) else "error").inc()
+                    self._count_slots()
                     raise
                 self.residency.commit(version)
                 self._metrics.installs.labels("ok").inc()
@@ -250,15 +271,19 @@ class Reconciler:
     async def _undo(self, slot: int, version: str) -> None:
         """Take an uncommitted version out of every worker. A slot that cannot be cleared is not used again."""
         try:
-            await self._workers.call("edits_clear", slot, version)
-        except Exception:
+            await self._all("edits_clear", slot, version)
+        except EditsError:
             logger.exception("slot %d could not be cleared and stays out of use", slot)
+            self.residency.lose(version)
         else:
             self.residency.abandon(version)
 
     async def _all(self, method: str, *args: Any) -> list[dict[str, Any]]:
         """Call every worker; the first refusal is raised with all its reasons."""
-        answers = await self._workers.call(method, *args)
+        try:
+            answers = await self._workers.call(method, *args)
+        except Exception as error:
+            raise EditsError(f"the workers did not answer {method}: {error!r}") from error
         for answer in answers:
             if "error" in answer:
                 reasons = [Reason(code, message) for code, message in answer.get("reasons", ())]
@@ -288,6 +313,8 @@ class Reconciler:
             return
         self.residency.give_back(slot)
         self._count_slots()
+        seconds = time.monotonic() - self._retired_at.pop(version, time.monotonic())
+        self._metrics.swap_seconds.labels("drain").observe(seconds)
         self._slot_released.set()
         logger.info("drained version=%s slot=%d", version[:12], slot)
 
@@ -310,14 +337,14 @@ class Reconciler:
                     "sequence": self._heads[name, tag].sequence,
                     "resident": self.residency.is_resident(version),
                     "in_flight": self._in_flight[name, version],
-                    "refused": self._refused.get((name, tag), (0, ""))[1],
+                    "refused": self._refusal_of(name, tag),
                 }
                 for name, tags in sorted(self.table.promoted.items())
                 for tag, version in sorted(tags.items())
             ],
             "refused": [
-                {"name": name, "tag": tag, "sequence": sequence, "error": error}
-                for (name, tag), (sequence, error) in sorted(self._refused.items())
+                {"name": name, "tag": tag, "sequence": refusal.sequence, "error": refusal.error}
+                for (name, tag), refusal in sorted(self._refused.items())
             ],
             "slots": {
                 "total": self.residency.slots,
@@ -335,7 +362,11 @@ class Reconciler:
     def refusal(self, model: str) -> str:
         """Why a promoted variant is not served at all, or ''."""
         name, _, tag = model.partition("@")
-        return self._refused.get((name, tag or self.table.default_tag), (0, ""))[1]
+        return self._refusal_of(name, tag or self.table.default_tag)
+
+    def _refusal_of(self, name: str, tag: str) -> str:
+        refusal = self._refused.get((name, tag))
+        return refusal.error if refusal else ""
 
     def _head_age(self) -> float | None:
         """Seconds since the store's heads were read, None before the first time."""

@@ -71,6 +71,10 @@ class Residency:
         self._free.append(slot)
         return slot
 
+    def lose(self, version: str) -> None:
+        """The planned version could not be installed and its slot not be cleared: the slot is out of use for good."""
+        del self._planned[version]
+
     def acquire(self, version: str) -> int:
         """Count one more user of a resident version; returns its slot."""
         resident = self._resident[version]

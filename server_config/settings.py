@@ -7,12 +7,13 @@ are part of the key of vLLM's compile cache.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from edit_store.edits import MAX_RANK
 from edit_store.errors import SettingsError, nearest
+from edit_store.refs import DEFAULT_TAG, is_name, is_version_prefix
 
 KEY = "edits"
 
@@ -25,6 +26,12 @@ class Reserve(BaseModel):
     kind: Literal["scale", "low_rank", "subspace_filter", "offset"] = Field(description="kind of edit")
     site: str = Field(description="site or pattern, e.g. layers.*.mlp.out or layers.3.resid")
     rank: int = Field(default=1, ge=1, le=MAX_RANK, description="largest rank an edit there may have")
+
+
+def _tag(text: str) -> str:
+    if not is_name(text) or is_version_prefix(text):
+        raise ValueError("expected a lower-case name that does not read as a version")
+    return text
 
 
 class EditSettings(BaseModel):
@@ -40,8 +47,8 @@ class EditSettings(BaseModel):
         default=None,
         description="kinds, sites and ranks to keep room for; by default what the store promotes at the start",
     )
-    default_tag: str = Field(
-        default="prod", pattern=r"^[a-z0-9][a-z0-9._-]*$", description="tag that a bare variant name means"
+    default_tag: Annotated[str, AfterValidator(_tag)] = Field(
+        default=DEFAULT_TAG, description="tag that a bare variant name means"
     )
     poll_seconds: float = Field(
         default=2.0, ge=0.05, le=3600, description="how often the store is looked at for promotions"

@@ -6,7 +6,7 @@ import asyncio
 import functools
 from collections.abc import Callable, Iterator
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ cheaply = settings(max_examples=40, deadline=None, suppress_health_check=[Health
 """For every property here: the machine is shared with real servers, so nothing is judged by the clock."""
 
 Answer = dict[str, Any]
+Read = TypeVar("Read")
 
 
 class Projection(nn.Module):
@@ -226,19 +227,22 @@ class FlakyBackend:
 
 
 class Overtaken(EditStore):
-    """A store object that somebody else overtakes once, just before or just after it reads the head it appends to."""
+    """A store object that somebody else overtakes once, just after it reads what it decides on."""
 
     overtake: Callable[[], Any] | None = None
-    before = False
 
     def head(self, name: str, tag: str = "prod") -> TagEntry | None:
+        return self._overtaken(lambda: super(Overtaken, self).head(name, tag))
+
+    def history(self, name: str, tag: str = "prod") -> list[TagEntry]:
+        return self._overtaken(lambda: super(Overtaken, self).history(name, tag))
+
+    def _overtaken(self, read: Callable[[], Read]) -> Read:
+        found = read()
         overtake, self.overtake = self.overtake, None
-        if overtake is not None and self.before:
+        if overtake is not None:
             overtake()
-        head = super().head(name, tag)
-        if overtake is not None and not self.before:
-            overtake()
-        return head
+        return found
 
 
 seeds = count()

@@ -108,7 +108,7 @@ def test_inspect_shows_what_is_in_a_bundle(run: Run, two: list[str]) -> None:
         (["promote", "polite@ffffff"], "has no version ffffff"),
         (["promote", "polite", "--tag", "deadbeef"], "cannot be a tag"),
         (["rollback", "polite"], "no earlier version"),
-        (["rollback", "polit"], "no earlier version"),
+        (["rollback", "polit"], "Did you mean"),
         (["history", "polit"], "Did you mean 'polite'"),
         (["list", "polit"], "Did you mean 'polite'"),
         (["inspect", "polite@nightly"], "vllm-edits promote polite@<version> --tag nightly"),
@@ -116,11 +116,7 @@ def test_inspect_shows_what_is_in_a_bundle(run: Run, two: list[str]) -> None:
         (["publish", "store"], "expected manifest.json"),
         (["list", "--store", "nowhere"], "vllm-edits init --store nowhere"),
         (["list", "--store", "s3://bucket"], "expected a folder"),
-        pytest.param(
-            ["history", "../polite"],
-            "names no",
-            marks=pytest.mark.xfail(reason="EditStore.versions does not check the name: a traceback"),
-        ),
+        (["history", "../polite"], "cannot be a name"),
     ],
 )
 def test_what_cannot_be_done_is_told_in_one_message_and_changes_nothing(
@@ -202,9 +198,6 @@ def test_serve_becomes_vllm_with_the_plugin_and_every_other_flag(
     assert plugins == "other,edits"
 
 
-OVERFLOW = pytest.mark.xfail(raises=AssertionError, reason="_require_free_port: bind raises OverflowError, a traceback")
-
-
 @pytest.mark.usefixtures("store")
 @pytest.mark.parametrize(
     ("words", "said"),
@@ -215,7 +208,7 @@ OVERFLOW = pytest.mark.xfail(raises=AssertionError, reason="_require_free_port: 
         (["--set", "slots"], "expected name=value"),
         (["--set", "slots=0", "--set", "colour=red"], "edits.colour: unknown setting"),
         (["--port", "nonsense"], "port nonsense cannot be used"),
-        pytest.param(["--port", "70000"], "port 70000 cannot be used", marks=OVERFLOW),
+        (["--port", "70000"], "port 70000 cannot be used"),
     ],
 )
 def test_serve_refuses_before_anything_is_loaded(run: Run, words: list[str], said: str) -> None:
@@ -234,10 +227,6 @@ def test_serve_refuses_a_taken_port_with_the_mend(run: Run, taken_port: int, fla
 
 
 @pytest.mark.usefixtures("store")
-@pytest.mark.xfail(
-    raises=AssertionError,
-    reason="_require_free_port knows --port only, not the port of a --config file or no port at all (--uds)",
-)
 def test_serve_looks_at_the_port_that_vllm_will_use(run: Run, tmp_path: Path, taken_port: int) -> None:
     (tmp_path / "server.yaml").write_text(f"port: {taken_port}\n")
     result = run("serve", "MODEL", "--config", "server.yaml")

@@ -293,13 +293,7 @@ def test_steps_of_base_requests_touch_nothing(two_versions: EditedModel) -> None
         (3, "f" * 64),
         (0, "f" * 64),
         (99, "f" * 64),
-        pytest.param(
-            (3, None),
-            marks=pytest.mark.xfail(
-                raises=pytest.fail.Exception,
-                reason="EditedModel.slot_of: held.get(slot) is None equals a claimed version of None",
-            ),
-        ),
+        (3, None),
     ],
 )
 def test_a_false_claim_stops_the_step(two_versions: EditedModel, claim: tuple[int, str | None]) -> None:

@@ -517,10 +517,6 @@ async def test_a_client_that_leaves_while_it_waits_for_its_answer_frees_its_slot
     assert version in site.server.residents()
 
 
-@pytest.mark.xfail(
-    raises=AssertionError,
-    reason="VariantMiddleware takes vLLM's `null` after a disconnect for a whole answer, and nothing marks it aborted",
-)
 async def test_a_client_that_leaves_while_it_waits_for_its_answer_is_counted_as_aborted(site: Site) -> None:
     (version,) = await site.server.promote(version_of("polite"))
     site.engine.pause()
@@ -532,10 +528,6 @@ async def test_a_client_that_leaves_while_it_waits_for_its_answer_is_counted_as_
     assert (site.count("polite", version, "ok"), site.count("polite", version, "aborted")) == (0, 1)
 
 
-@pytest.mark.xfail(
-    raises=TimeoutError,
-    reason="VariantMiddleware listens for a disconnect only once it has a lease: the wait outlives the client",
-)
 async def test_a_client_that_leaves_while_it_waits_for_a_slot_waits_no_longer(site: Site) -> None:
     """Else its version is brought in for nobody, perhaps in the place of one that somebody needs."""
     await site.server.promote(*(version_of(f"variant-{number}") for number in range(4)))
@@ -638,9 +630,6 @@ async def test_outputs_that_are_abandoned_are_aborted_before_the_slot_is_free(si
     assert old not in site.server.residents()
 
 
-@pytest.mark.xfail(
-    raises=AssertionError, reason="EngineGate.generate holds a renewed lease only after it has looked at the prompt"
-)
 async def test_a_renewed_lease_is_given_back_when_the_prompt_is_refused(site: Site) -> None:
     await site.server.promote(version_of("polite"))
     gate = EngineGate(site.engine, site.server.core.renew)
@@ -702,10 +691,6 @@ async def test_requests_that_do_not_reach_the_engine_are_not_counted(site: Site)
 
 
 @pytest.mark.parametrize("prompt", ["crash", "crash late"])
-@pytest.mark.xfail(
-    raises=AssertionError,
-    reason="_record looks at `finished` first: a handler that raises counts as `aborted`, or not at all",
-)
 async def test_a_fault_of_the_server_is_counted_as_an_error(site: Site, prompt: str) -> None:
     """Whether it comes before the engine was asked or after."""
     (version,) = await site.server.promote(version_of("polite"))
@@ -798,7 +783,7 @@ async def test_without_a_token_to_compare_with_nobody_can_change_anything(
         ("PUT polite", {}, 422, "version"),
         ("PUT polite", {"version": "abcdef", "force": True}, 422, "force"),
         ("POST polite/rollback", {}, 404, "no earlier version"),
-        ("POST polit/rollback", {}, 404, "no earlier version"),
+        ("POST polit/rollback", {}, 404, "Did you mean"),
         ("POST polite/rollback", {"to": 1}, 422, "to"),
     ],
 )
@@ -813,10 +798,6 @@ async def test_an_impossible_change_is_refused_and_nothing_changes(
     assert await history(site) == [("promote", version)]
 
 
-@pytest.mark.xfail(
-    raises=AssertionError,
-    reason="EditStore.rollback does not check the tag: on a folder LocalFolder._path raises ValueError, a 500",
-)
 async def test_a_tag_that_is_no_name_is_refused(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("let-me-in")
     site = Site(Server(str(tmp_path / "store")), tmp_path / "token")

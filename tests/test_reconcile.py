@@ -132,10 +132,6 @@ async def test_base_requests_use_slot_0_and_no_other(server: Server) -> None:
     assert len(server.workers.calls) == calls
 
 
-@pytest.mark.xfail(
-    raises=AssertionError,
-    reason="VariantTable.resolve looks at base names first; Reconciler follows a variant of such a name without a word",
-)
 async def test_a_variant_named_like_the_base_is_refused(server: Server) -> None:
     """Whoever asks for that variant would be answered by the base model in silence."""
     await server.promote(version_of("tiny"))
@@ -165,11 +161,6 @@ def die(_number: int, _act: Callable[[], Answer]) -> Answer:
 
 OTHER_MODEL = BASE.model_copy(update={"name": "other", "files": {"model.safetensors": "b" * 64}})
 UNRESERVED = LowRank(site="layers.0.mlp.out", reads="layers.0.mlp.h", rank=1)
-NOT_RAISED_BY_US = pytest.mark.xfail(
-    raises=RuntimeError,
-    reason="Reconciler._follow_tag catches EditsError only: any other exception of a worker call leaves sync(), "
-    "with no reason in status, no metric, and every later tag not looked at",
-)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +178,6 @@ NOT_RAISED_BY_US = pytest.mark.xfail(
             {"edits_install": die},
             "error",
             "did not answer",
-            marks=NOT_RAISED_BY_US,
         ),
     ],
     ids=["base", "capacity", "stage", "staged", "install", "half-installed", "disagree", "raise"],
@@ -232,7 +222,6 @@ async def test_one_bad_variant_does_not_keep_the_others_from_being_followed(serv
     assert "built for other" in server.core.refusal("middle")
 
 
-@NOT_RAISED_BY_US
 async def test_a_worker_that_raises_does_not_keep_other_tags_from_being_followed(server: Server) -> None:
     (good,) = await server.promote(version_of("anxious"))
     server.workers.overrides = {
@@ -255,10 +244,6 @@ async def test_a_refused_version_is_tried_again_only_when_asked(server: Server) 
     assert await server.ask("polite") == version
 
 
-@pytest.mark.xfail(
-    raises=AssertionError,
-    reason="Reconciler._follow_tag remembers every error as a refusal, so a passing one is not tried again",
-)
 async def test_a_trouble_that_passes_is_tried_again_by_itself(server: Server) -> None:
     """The heads could be read but the bundle could not: nobody has to come and ask again."""
     old, new = version_of("polite"), version_of("polite")
@@ -295,10 +280,6 @@ async def test_a_slot_that_could_not_be_cleared_is_not_used_again(server: Server
     assert 1 not in {one.slot for one in server.residents().values()}
 
 
-@pytest.mark.xfail(
-    raises=AssertionError,
-    reason="Reconciler._undo calls the workers directly: a refusal to clear is an answer, no exception, and is lost",
-)
 async def test_a_slot_that_a_worker_refuses_to_clear_is_not_used_again(server: Server) -> None:
     server.workers.overrides = {"edits_install": lie, "edits_clear": refuse}
     await server.promote(version_of("polite"))
@@ -308,9 +289,6 @@ async def test_a_slot_that_a_worker_refuses_to_clear_is_not_used_again(server: S
     assert await server.ask("polite") == version
 
 
-@pytest.mark.xfail(
-    raises=ValueError, reason="Reconciler._undo leaves the version planned: Residency.plan refuses it for ever"
-)
 async def test_a_version_whose_slot_was_lost_can_still_be_installed(server: Server) -> None:
     """The slot is out of use, the version is not: asked again, it goes into another one."""
     server.workers.overrides = {"edits_install": lie, "edits_clear": die}
@@ -321,10 +299,6 @@ async def test_a_version_whose_slot_was_lost_can_still_be_installed(server: Serv
     assert server.core.residency.used == 2
 
 
-@pytest.mark.xfail(
-    raises=AssertionError,
-    reason="Reconciler._make_resident counts used slots after success only, not an eviction before a failure",
-)
 async def test_the_gauge_of_used_slots_follows_a_failed_install(server: Server) -> None:
     for number in range(SLOTS):
         await server.promote(version_of(f"variant-{number}"))
@@ -391,10 +365,6 @@ async def test_which_version_a_variant_serves_is_a_metric(server: Server) -> Non
     assert server.metric("variant_info", variant="polite", version=first[0][:12]) == 0
 
 
-@pytest.mark.xfail(
-    raises=AssertionError,
-    reason="Reconciler._switch sets variant_info to 0 though another tag of the variant still serves that version",
-)
 async def test_a_version_that_one_of_two_tags_leaves_is_still_served(server: Server) -> None:
     (shared,) = await server.promote(version_of("polite"))
     server.store.promote(f"polite@{shared}", tag="beta")
@@ -402,9 +372,6 @@ async def test_a_version_that_one_of_two_tags_leaves_is_still_served(server: Ser
     assert server.metric("variant_info", variant="polite", version=shared[:12]) == 1
 
 
-@pytest.mark.xfail(
-    raises=AssertionError, reason="Reconciler._drain is not timed, though the metric's help names the phase `drain`"
-)
 async def test_draining_is_a_timed_phase(server: Server) -> None:
     await server.promote(version_of("polite"))
     await server.promote(version_of("polite"))
@@ -608,10 +575,6 @@ async def test_with_the_store_down_what_is_installed_serves_on(server: Server) -
     assert await server.ask("polite") == new.version
 
 
-@pytest.mark.xfail(
-    raises=StoreUnavailable,
-    reason="Reconciler.lease asks the store for every version named by digest, also for one that it serves",
-)
 async def test_with_the_store_down_a_served_version_can_be_named(server: Server) -> None:
     (version,) = await server.promote(version_of("polite"))
     server.backend.down = ""

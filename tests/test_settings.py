@@ -93,10 +93,6 @@ def test_values_have_bounds(setting: str, good: list[Any], bad: list[Any]) -> No
             read(**{setting: value})
 
 
-@pytest.mark.xfail(
-    raises=pytest.fail.Exception,
-    reason="EditSettings.default_tag accepts what `EditStore.promote` refuses as a tag: it reads as a version",
-)
 def test_a_default_tag_that_reads_as_a_version_is_refused() -> None:
     """Every bare variant name would be looked up as a digest."""
     with pytest.raises(SettingsError):

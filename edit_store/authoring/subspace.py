@@ -27,11 +27,12 @@ def filter_contrast(
     edits: Edits = []
     for layer in layers:
         site = f"layers.{layer}.resid"
-        mean = host.mean_activation(wanted, site)
-        differences = torch.stack([host.mean_activation([text], site) for text in unwanted]) - mean
+        texts = host.activations(wanted, [site])[site]
+        mean = torch.cat([rows[1:] for rows in texts]).mean(0)
+        differences = torch.stack([rows[1:].mean(0) for rows in host.activations(unwanted, [site])[site]]) - mean
         # The first token of any text is an attention sink, in most layers a hundred times longer than other states:
         # moving it would break every text, in whatever language, so the directions are made orthogonal to it.
-        sink = torch.stack([rows[0] for rows in host.activations(wanted, [site])[site]]).mean(0) - mean
+        sink = torch.stack([rows[0] for rows in texts]).mean(0) - mean
         differences -= torch.outer(differences @ sink, sink) / (sink @ sink)
         basis = torch.linalg.svd(differences, full_matrices=False).Vh[:rank]
         edits.append((SubspaceFilter(site=site, rank=rank), {"basis": basis.numpy(), "mean": mean.numpy()}))

@@ -31,7 +31,7 @@ class Memory:
         return self._objects[key][start : start + length]
 
     def put(self, key: str, data: bytes) -> None:
-        self._objects[key] = data
+        self._objects.setdefault(key, data)
 
     def create(self, key: str, data: bytes) -> None:
         with self._lock:

@@ -6,16 +6,17 @@ byte for byte. Any POST with a JSON body is looked at, whatever its path: an unk
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import msgspec
 
 from edit_store.errors import AmbiguousVersion, EditsError, NotFound
 from plugin.lease import CURRENT_LEASE, Lease
-from plugin.metrics import Metrics
+from plugin.metrics import UNKNOWN, Metrics
 from plugin.reconcile import Reconciler
 
 Scope = dict[str, Any]
@@ -43,17 +44,27 @@ class VariantMiddleware:
         reconciler, metrics = self._serving()
         arrived = time.monotonic()
         body, replay = await _buffered(receive)
+        model = _model_named_in(body)
         try:
-            lease = await reconciler.lease(_model_named_in(body))
+            lease = await _unless_gone(reconciler.lease(model), receive)
         except EditsError as error:
-            metrics.requests.labels(*metrics.labels("unknown", None), "rejected").inc()
-            await _answer_error(scope["path"], error, reconciler.refusal(_model_named_in(body)), send)
+            metrics.requests.labels(*metrics.labels(UNKNOWN, None), "rejected").inc()
+            await _answer_error(scope["path"], error, reconciler.refusal(model), send)
+            return
+        if lease is None:
+            metrics.requests.labels(*metrics.labels(UNKNOWN, None), "aborted").inc()
             return
         lease.usage.started = arrived
         await self._serve(lease, metrics, scope, replay, send)
 
     async def _serve(self, lease: Lease, metrics: Metrics, scope: Scope, receive: Any, send: Any) -> None:
-        status, finished = 0, False
+        status, finished, failed = 0, False, False
+
+        async def receive_until_gone() -> Any:
+            message = await receive()
+            if message["type"] == "http.disconnect" and not finished:
+                lease.usage.aborted = True
+            return message
 
         async def send_with_headers(message: dict[str, Any]) -> None:
             nonlocal status, finished
@@ -67,10 +78,13 @@ class VariantMiddleware:
         token = CURRENT_LEASE.set(lease)
         try:
             with lease.hold():
-                await self._app(scope, receive, send_with_headers)
+                await self._app(scope, receive_until_gone, send_with_headers)
+        except Exception:
+            failed = True
+            raise
         finally:
             CURRENT_LEASE.reset(token)
-            _record(lease, metrics, status, finished)
+            _record(lease, metrics, 500 if failed else status, finished)
 
 
 def _record(lease: Lease, metrics: Metrics, status: int, finished: bool) -> None:
@@ -81,7 +95,7 @@ def _record(lease: Lease, metrics: Metrics, status: int, finished: bool) -> None
         if status >= 400:
             metrics.requests.labels(*labels, "rejected" if status < 500 else "error").inc()
         return
-    outcome = "aborted" if usage.aborted or not finished else "error" if status >= 500 or not status else "ok"
+    outcome = "error" if status >= 500 else "aborted" if usage.aborted or not finished else "ok"
     metrics.requests.labels(*labels, outcome).inc()
     metrics.tokens.labels(*labels, "prompt").inc(usage.prompt_tokens)
     metrics.tokens.labels(*labels, "generation").inc(usage.output_tokens)
@@ -110,6 +124,27 @@ def _model_named_in(body: bytes) -> str:
         return msgspec.json.decode(body, type=_Named).model or ""
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return ""
+
+
+async def _unless_gone(lease: Coroutine[Any, Any, Lease], receive: Any) -> Lease | None:
+    """The lease, or None if the client leaves while it waits for a slot: nothing is installed for nobody.
+
+    The body has been read, so all that `receive` can still bring is the disconnect.
+    """
+    wanted, gone = asyncio.ensure_future(lease), asyncio.ensure_future(receive())
+    try:
+        await asyncio.wait({wanted, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if wanted.done():
+            return wanted.result()
+        wanted.cancel()
+        await asyncio.wait({wanted})
+        if not wanted.cancelled() and wanted.exception() is None:
+            with wanted.result().hold():  # it came at the last moment: give it back
+                pass
+        return None
+    finally:
+        wanted.cancel()
+        gone.cancel()
 
 
 async def _buffered(receive: Any) -> tuple[bytes, Any]:

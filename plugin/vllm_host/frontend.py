@@ -6,12 +6,13 @@ import asyncio
 import importlib.metadata
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import vllm
 
 from edit_store.bundle import BaseModelRef
-from edit_store.errors import UnsupportedHost
+from edit_store.errors import SettingsError, UnsupportedHost
 from edit_store.store import EditStore
 from plugin.engine_gate import EngineGate
 from plugin.http.middleware import VariantMiddleware
@@ -70,6 +71,7 @@ class EditsEndpoints:
                 f"Start with --load-format {compat.LOAD_FORMAT}, or without edits in VLLM_PLUGINS"
             )
         settings = self._settings = read_settings(config.additional_config)
+        _require_file(settings.admin_token_file)
         models = compat.need(state, "openai_serving_models")
         workers = EngineWorkers(engine_client)
         self._metrics = Metrics()
@@ -112,6 +114,11 @@ async def start(
         f"runner {described['runner']}, {len(answers)} worker(s), {described['slots']} slots, {sites} sites, "
         f"{mebibytes:.1f} MiB reserved: {reservation}"
     )
+
+
+def _require_file(admin_token_file: str | None) -> None:
+    if admin_token_file is not None and not Path(admin_token_file).is_file():
+        raise SettingsError(f"edits.admin_token_file: there is no file {admin_token_file}; write the token into it")
 
 
 def versions(config: Any) -> str:

@@ -90,7 +90,7 @@ def refused(serving: Serving, bundle: Bundle, code: str) -> None:
     backend.put(f"manifests/sha256/{version[:2]}/{version}.json", bundle.manifest.to_bytes())
     blob = bundle.manifest.tensors.sha256
     backend.put(f"blobs/sha256/{blob[:2]}/{blob}", bundle.tensor_bytes)
-    store._append("variant-2", "prod", version, operation="promote", reason="test", actor=None)
+    store._append(store.head("variant-2"), "variant-2", "prod", version, operation="promote", reason="test", actor=None)
     try:
         answer = serving.sync()
         assert code in answer["swaps"][0]["error"], answer
