@@ -18,6 +18,9 @@ from tests.engine.conftest import Serving, kind_bundle
 
 pytestmark = pytest.mark.vllm
 
+# A server shares these cores: two threads that wait for each other are then many times slower than one.
+torch.set_num_threads(1)
+
 PROMPTS = (
     "The capital of France is",
     "Once upon a time there was a little",
