@@ -21,7 +21,8 @@ SIDES = {
     "plain_again": "the same once more: the noise floor",
     "plugin": "plugin on, no edited request",
     "edited": "every request on a different variant",
-    "lora": "vLLM's own LoRA, rank 1, one adapter per request",
+    "lora": "vLLM's LoRA, the same redirections, one adapter per request",
+    "lora_narrow": "the same, told to look at down_proj only",
 }
 PHASES = ("decode", "prefill")
 
@@ -98,6 +99,8 @@ COMPARISONS = (
     Comparison("edited", "plain", "prefill", 0.95),
     Comparison("edited", "lora", "decode", 3.0),
     Comparison("edited", "lora", "prefill"),
+    Comparison("edited", "lora_narrow", "decode"),
+    Comparison("edited", "lora_narrow", "prefill"),
 )
 
 

@@ -97,14 +97,13 @@ def _sides(plan: ThroughputPlan, inputs: Inputs) -> dict[str, _Side]:
 
     settings = {"store": str(store), "slots": VARIANTS}
     edits = engine("plugin", {"load_format": "edits", "additional_config": {"edits": settings}}, plugins="edits")
-    lora = {
-        "enable_lora": True, "max_loras": plan.concurrency, "max_lora_rank": inputs.lora_rank,
-        "lora_target_modules": ["down_proj"],
-    }  # fmt: skip
+    lora = {"enable_lora": True, "max_loras": plan.concurrency, "max_lora_rank": inputs.lora_rank}
+    narrow = {**lora, "lora_target_modules": ["down_proj"]}
     sides = {"plain": _Side(engine("plain", {}), [None])}
     if plan.noise_floor:
         sides["plain_again"] = _Side(engine("plain_again", {}), [None])
     sides["plugin"] = _Side(edits, [None])
     sides["edited"] = _Side(edits, variants)
     sides["lora"] = _Side(engine("lora", lora, adapters=adapters), list(adapters))
+    sides["lora_narrow"] = _Side(engine("lora_narrow", narrow, adapters=adapters), list(adapters))
     return sides
