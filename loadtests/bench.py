@@ -118,6 +118,7 @@ def main(
         show(record["summary"], Console(highlight=False))
     if output is not None or not quick:
         path = output or free_path(RESULTS, record)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1) + "\n")
         console.print(f"written: {path}")
 

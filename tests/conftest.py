@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from demo.model import ensure_model
 from edit_store import (
@@ -26,6 +27,8 @@ from edit_store import (
 )
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+settings.register_profile("no-clock", deadline=None)  # how long an example takes says more of the machine than of us
+settings.load_profile("no-clock")
 
 Pairs = list[tuple[Any, dict[str, np.ndarray]]]
 
