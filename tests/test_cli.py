@@ -115,7 +115,7 @@ def test_inspect_shows_what_is_in_a_bundle(run: Run, two: list[str]) -> None:
         (["inspect", "no/such/folder"], "names no variant"),
         (["publish", "store"], "expected manifest.json"),
         (["list", "--store", "nowhere"], "vllm-edits init --store nowhere"),
-        (["list", "--store", "s3://bucket"], "expected a folder"),
+        (["list", "--store", "ftp://bucket"], "expected a folder"),
         (["history", "../polite"], "cannot be a name"),
     ],
 )

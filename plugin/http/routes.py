@@ -61,14 +61,16 @@ def router(reconciler: Callable[[], Reconciler], admin_token_file: Callable[[], 
         tag = body.tag or core.table.default_tag
         actor = _authorized(request, admin_token_file())
         reference = f"{name}@{body.version}"
-        return await _changed(core, lambda: core.store.promote(reference, tag=tag, reason=body.reason, actor=actor))
+        return await _changed(
+            core, lambda: core.reader.store.promote(reference, tag=tag, reason=body.reason, actor=actor)
+        )
 
     @routes.post("/{name}/rollback", summary="Return to the version promoted before")
     async def rollback(name: str, body: Return, request: Request) -> Any:
         core = reconciler()
         tag = body.tag or core.table.default_tag
         actor = _authorized(request, admin_token_file())
-        return await _changed(core, lambda: core.store.rollback(name, tag=tag, reason=body.reason, actor=actor))
+        return await _changed(core, lambda: core.reader.store.rollback(name, tag=tag, reason=body.reason, actor=actor))
 
     return routes
 

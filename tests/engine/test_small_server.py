@@ -86,7 +86,7 @@ def refused(serving: Serving, bundle: Bundle, code: str) -> None:
     before = ask(serving, "variant-2", "One two three")
     counted = serving.metric("vllm_edits_bundles_rejected_total", reason=code)
     version = bundle.version
-    backend = store._backend
+    backend = store.backend
     backend.put(f"manifests/sha256/{version[:2]}/{version}.json", bundle.manifest.to_bytes())
     blob = bundle.manifest.tensors.sha256
     backend.put(f"blobs/sha256/{blob[:2]}/{blob}", bundle.tensor_bytes)
@@ -150,7 +150,7 @@ def test_a_store_that_is_down_leaves_the_server_serving(small_server: Serving) -
     """Variants on the device go on; the failure is told and counted; the server recovers by itself."""
     before = ask(small_server, "variant-3", "One two three")
     errors = small_server.metric("vllm_edits_store_errors_total")
-    root = small_server.store._backend.root  # type: ignore[attr-defined]
+    root = small_server.store.backend.root  # type: ignore[attr-defined]
     hidden = root.with_name("store-away")
     root.rename(hidden)
     try:
