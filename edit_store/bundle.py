@@ -119,7 +119,11 @@ class Manifest(_Record):
             raise BundleRefused(what, [_reason(problem) for problem in error.errors()]) from None
         except (ValueError, RecursionError) as error:
             raise BundleRefused(what, [Reason("not_json", f"expected JSON, found: {error}")]) from None
-        if manifest.to_bytes() != data:
+        try:
+            canonical = manifest.to_bytes()
+        except (rfc8785.CanonicalizationError, ValueError) as error:  # NaN, or an integer beyond 2^53
+            raise BundleRefused(what, [Reason("not_canonical", f"RFC 8785 cannot spell it: {error}")]) from None
+        if canonical != data:
             raise BundleRefused(what, [Reason("not_canonical", "expected canonical JSON (RFC 8785); publish it again")])
         return manifest
 

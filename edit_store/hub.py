@@ -237,8 +237,8 @@ def _lacking(package: Package, present: Members, what: str) -> dict[str, bytes]:
     ]
     if changed:
         raise StoreCorrupt(
-            f"{what}: {', '.join(changed)} has not the digest that names this version. Nothing was pushed. Find out who "
-            "changed it, delete its folder from the repo, then push again"
+            f"{what}: {', '.join(changed)} has not the digest that names this version. Nothing was pushed. Find out "
+            "who changed it, delete its folder from the repo, then push again"
         )
     taken = _signatures(present)
     free = (attestation_name(number) for number in range(1000) if attestation_name(number) not in present)
@@ -272,7 +272,7 @@ def _manifest(store: EditStore, seen: _Snapshot, key: Key, folder: Path) -> Mani
     try:
         manifest = store.manifest(version)
     except (NotFound, StoreCorrupt):
-        if MANIFEST_FILE not in seen.versions[key]:
+        if MANIFEST_FILE not in seen.versions.get(key, {}):
             raise BundleRefused(what, [Reason("archive", f"expected {MANIFEST_FILE}, found none")]) from None
         data = seen.download(_path(key, MANIFEST_FILE), folder).read_bytes()
         if sha256(data) != version:
@@ -356,7 +356,8 @@ def _from_store(store: EditStore, file: File, folder: Path) -> Path | None:
     data = get_or_none(store.backend, blob_key(file.sha256))
     if data is None or sha256(data) != file.sha256:
         return None
-    path = folder / file.sha256
+    path = folder / ".stored" / file.sha256  # no bundle is named so
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(data)
     return path
 

@@ -172,7 +172,10 @@ class HubRepo:
                 return self._refused(cause.response.status_code, cause.server_message or str(cause))
             if isinstance(cause, network_error):
                 return StoreUnavailable(f"{where} cannot be reached: {cause or type(cause).__name__}. {lost}")
-        return StoreUnavailable(f"{self.name} at {where}: {causes[0]}")
+        told = ": ".join(dict.fromkeys((str(causes[0]), str(causes[-1]))))
+        xet = isinstance(causes[0], ConnectionError)  # what hf_xet raises
+        hint = ". If only Xet is out of reach, set HF_HUB_DISABLE_XET=1" if xet else ""
+        return StoreUnavailable(f"{self.name} at {where}: {told}{hint}")
 
     def _refused(self, status: int, told: str) -> EditsError:
         """What an answer means that is no success."""

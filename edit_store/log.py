@@ -16,6 +16,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, Generic, TypeVar
 
+import rfc8785
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edit_store.backends import AlreadyExists, Backend, get_many, get_or_none
@@ -148,7 +149,11 @@ class Log(Generic[E]):
             raise StoreCorrupt(f"{where} cannot be read: {error}") from None
         if entry.sequence != sequence:
             raise StoreCorrupt(f"{where} says that it is entry {entry.sequence}")
-        if entry.to_bytes() != data:
+        try:
+            canonical = entry.to_bytes()
+        except (rfc8785.CanonicalizationError, ValueError):  # a sequence beyond 2^53
+            canonical = b""
+        if canonical != data:
             raise StoreCorrupt(f"{where} is not canonical JSON (RFC 8785): it was not written by this program")
         return entry
 

@@ -94,6 +94,11 @@ class EditStore:
         self._signer = signer
         self.check_format(create=create)
 
+    @property
+    def signs(self) -> bool:
+        """Whether what is written through this object is signed."""
+        return self._signer is not None
+
     def check_format(self, *, create: bool = False) -> None:
         """StoreUnavailable when there is no store of this format here: gone is not empty."""
         expected = {"format": FORMAT, "version": FORMAT_VERSION}

@@ -93,6 +93,7 @@ class Metrics:
     swap_seconds: Histogram
     store_head_age_seconds: Gauge
     store_errors: Counter
+    signature_policy: Gauge
     bundles_rejected: Counter
     variant_info: Gauge
 

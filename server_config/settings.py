@@ -65,6 +65,9 @@ class EditSettings(BaseModel):
         default=None,
         description="`require`, `warn` or `off`; by default `require` as soon as the trust file holds a key",
     )
+    signing_key_file: str | None = Field(
+        default=None, description="private key with which changes over HTTP are signed as their promoter"
+    )
     cache_folder: str | None = Field(
         default=None,
         description="this node's copies of remote versions, and which promotions it has seen; by default in the user's "

@@ -21,6 +21,7 @@ from edit_store.backends import Backend, Item
 from edit_store.cache import NodeCache
 from edit_store.errors import BundleRefused, EditsError, StoreUnavailable
 from edit_store.reader import Reader
+from edit_store.trust import Trust
 from plugin.edited_model import EditedModel, Prepared
 from plugin.lease import Lease
 from plugin.metrics import PREFIX, Metrics
@@ -264,7 +265,7 @@ def version_of(name: str, base: BaseModelRef = BASE, edit: Any = None) -> Bundle
 class Server:
     """One API process over two fake workers and a store in memory that can be cut off."""
 
-    def __init__(self, url: str, slots: int = SLOTS) -> None:
+    def __init__(self, url: str, slots: int = SLOTS, trust: Trust | None = None, node: Path | None = None) -> None:
         self.store = EditStore(url, create=True)
         self.backend = FlakyBackend(self.store.backend)
         self.store.backend = self.backend
@@ -273,7 +274,7 @@ class Server:
         self.registry = CollectorRegistry()
         self.metrics = Metrics(self.registry)
         self.core = Reconciler(
-            Reader(self.store, cache=NodeCache(Path(tempfile.mkdtemp()))),
+            Reader(self.store, trust, NodeCache(node or Path(tempfile.mkdtemp()))),
             self.workers,
             self.metrics,
             base=BASE,

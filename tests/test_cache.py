@@ -149,7 +149,8 @@ def test_the_lock_of_a_killed_process_is_free(store: EditStore, cache: NodeCache
     """Locks end with their process: a kill -9 in a download blocks nobody."""
     version, digest = store.publish(bundle()), bundle().manifest.tensors.sha256
     (cache.folder / "locks").mkdir(parents=True)
-    hold = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); print('held', flush=True); time.sleep(60)"
+    lock = "import fcntl, sys, time; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX)"
+    hold = f"{lock}; print('held', flush=True); time.sleep(60)"
     command = [sys.executable, "-c", hold, str(cache.folder / "locks" / digest)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None

@@ -48,14 +48,14 @@ class ObjectStore:
     def put(self, key: str, data: bytes) -> None:
         import obstore
 
-        with self._trouble(key) as client:
+        with self._trouble(key, missing=False) as client:
             obstore.put(client, key, data)
 
     def create(self, key: str, data: bytes) -> None:
         import obstore
         from obstore.exceptions import AlreadyExistsError
 
-        with self._trouble(key) as client:
+        with self._trouble(key, missing=False) as client:
             try:
                 obstore.put(client, key, data, mode="create", use_multipart=False)
             except AlreadyExistsError:
@@ -79,14 +79,17 @@ class ObjectStore:
                 return
 
     @contextmanager
-    def _trouble(self, key: str) -> Iterator[Any]:
+    def _trouble(self, key: str, *, missing: bool = True) -> Iterator[Any]:
+        """Yield the client and turn its errors into ours. `missing`: whether the object may be what is not there."""
         client = self._open()
         from obstore.exceptions import BaseError, NotFoundError
 
         try:
             yield client
-        except (FileNotFoundError, NotFoundError):
-            raise KeyError(key) from None
+        except (FileNotFoundError, NotFoundError) as error:
+            if missing:
+                raise KeyError(key) from None
+            raise StoreUnavailable(f"store {self.url} is not there: {_first_line(error)}") from error
         except (BaseError, OSError, ValueError) as error:
             raise StoreUnavailable(f"store {self.url}: {key}: {_first_line(error)}") from error
 

@@ -107,7 +107,7 @@ def _short(called: str) -> str:
 def _no_second_bars() -> None:
     """huggingface_hub draws bars of its own; one is enough."""
     try:
-        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
     except ImportError:
         return  # the command itself says that it is missing
     disable_progress_bars()
