@@ -6,10 +6,9 @@ The highest entries seen are remembered on the node, so a log that was wound bac
 
 from __future__ import annotations
 
+import fcntl
 import json
-import os
-import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,49 +77,54 @@ class Seen:
 
     def __init__(self, folder: Path, url: str) -> None:
         self._path = folder / "seen" / f"{sha256(url.encode())[:16]}.json"
-        self._known: dict[str, tuple[int, str]] = {}
-        if self._path.is_file():
-            try:
-                self._known = {
-                    key: (int(number), str(digest)) for key, (number, digest) in self._read()["tags"].items()
-                }
-            except (ValueError, KeyError, TypeError) as error:
-                raise EditsError(
-                    f"{self._path} cannot be read ({error}); it holds which promotions this node has seen. "
-                    "If you trust the store as it is, delete the file"
-                ) from None
+        self._known = self._read()
 
-    def _read(self) -> dict[str, dict[str, tuple[int, str]]]:
-        found: dict[str, dict[str, tuple[int, str]]] = json.loads(self._path.read_bytes())
-        return found
+    def _read(self) -> dict[str, tuple[int, str]]:
+        if not self._path.is_file():
+            return {}
+        try:
+            tags = json.loads(self._path.read_bytes())["tags"]
+            return {key: (int(number), str(digest)) for key, (number, digest) in tags.items()}
+        except (ValueError, KeyError, TypeError) as error:
+            raise EditsError(
+                f"{self._path} cannot be read ({error}); it holds which promotions this node has seen. "
+                "If you trust the store as it is, delete the file"
+            ) from None
 
-    def require(self, key: Key, head: TagEntry | None, get: object) -> None:
+    def require(self, key: Key, head: TagEntry | None, get: Callable[[int], TagEntry | None]) -> None:
         """StoreCorrupt when a tag ends before what was seen, or says something else there."""
         number, digest = self._known.get("/".join(key), (0, ""))
         if number == 0:
             return
-        entry = head if head is not None and head.sequence == number else get(number)  # type: ignore[operator]
-        if head is None or head.sequence < number or entry is None:
+        name, mend = "@".join(key), f"Restore the store; if it is right as it is, delete {self._path}"
+        end = head.sequence if head else 0
+        entry = head if end == number else get(number)
+        if end < number or entry is None:
             raise StoreCorrupt(
-                f"history of {key[0]}@{key[1]} was wound back: this node has seen entry {number}, the store ends at "
-                f"{head.sequence if head else 0}. Restore the store; if it is right as it is, delete {self._path}"
+                f"history of {name} was wound back: this node has seen entry {number}, the store ends at {end}. {mend}"
             )
         if entry.digest != digest:
             raise StoreCorrupt(
-                f"history of {key[0]}@{key[1]} was rewritten: entry {number} is not the one this node has seen. "
-                f"Restore the store; if it is right as it is, delete {self._path}"
+                f"history of {name} was rewritten: entry {number} is not the one this node has seen. {mend}"
             )
 
     def remember(self, heads: Heads) -> None:
-        """Note these heads, never a lower one. Written only when something moved."""
-        new = {
-            f"{name}/{tag}": (head.sequence, head.digest) for name, tags in heads.items() for tag, head in tags.items()
+        """Note these heads, never a lower one than any process of this node has noted."""
+        found = {
+            (name, tag): (head.sequence, head.digest) for name, tags in heads.items() for tag, head in tags.items()
         }
-        higher = {key: value for key, value in new.items() if value[0] > self._known.get(key, (0, ""))[0]}
+        higher = {
+            key: value
+            for key, value in (("/".join(each), value) for each, value in found.items())
+            if value[0] > self._known.get(key, (0, ""))[0]
+        }
         if not higher:
             return
-        self._known.update(higher)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        staged = self._path.with_name(f"{self._path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-        staged.write_text(json.dumps({"tags": self._known}))
-        staged.replace(self._path)
+        with self._path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            noted = self._read()
+            self._known = {key: max(noted.get(key, (0, "")), higher.get(key, (0, ""))) for key in noted | higher}
+            staged = self._path.with_suffix(".new")
+            staged.write_text(json.dumps({"tags": self._known}))
+            staged.replace(self._path)

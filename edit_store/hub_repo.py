@@ -138,11 +138,11 @@ class HubRepo:
     @contextmanager
     def _explained(self, lost: str = "Check the network and HF_ENDPOINT, then try again") -> Iterator[None]:
         """Only calls of huggingface_hub go in here: it raises its own errors, its network library's and plain ones."""
-        from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's, or httpx2's since 2.0
+        from huggingface_hub.errors import HTTPError, OIDCError  # type: ignore[attr-defined]  # httpx's or httpx2's
 
         try:
             yield
-        except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        except (HTTPError, OIDCError, OSError, RuntimeError, ValueError) as error:
             raise self._translated(list(_causes(error)), HTTPError, lost) from error
 
     def _translated(self, causes: list[BaseException], network_error: type[Exception], lost: str) -> EditsError:

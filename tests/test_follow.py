@@ -150,7 +150,7 @@ def test_what_is_remembered_is_per_store_and_grows_only(store: EditStore, tmp_pa
 def test_a_memory_that_cannot_be_read_is_told(store: EditStore, tmp_path: Path) -> None:
     promoted(store, "1")
     Follower(store, seen(store, tmp_path)).look()
-    (path,) = (tmp_path / "node" / "seen").iterdir()
+    (path,) = (tmp_path / "node" / "seen").glob("*.json")
     path.write_text("{")
     with pytest.raises(EditsError, match="If you trust the store as it is, delete the file"):
         seen(store, tmp_path)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -158,7 +158,10 @@ def test_what_is_pushed_is_pulled_to_the_byte(channel: Channel) -> None:
     assert objects(channel.empty) == objects(channel.store)
     assert len(objects(channel.empty)) == 2 + 2 + 3 + 2
     assert channel.empty.bundle(first) == bundle("1")
-    assert {record.version: record.actor for record in channel.empty.versions("polite")} == {first: "ada", second: "bob"}
+    assert {record.version: record.actor for record in channel.empty.versions("polite")} == {
+        first: "ada",
+        second: "bob",
+    }
     assert [each.made_by(channel.author.signer.public_key) for each in channel.empty.signatures(second)] == [True]
 
 
@@ -411,6 +414,7 @@ def huge(size: int) -> Blob:
         pytest.param(record(version="0" * 64), "archive", "published.json is of polite@000000000000",
                      id="the record of another version"),
         pytest.param(record(label="safe"), "archive", "labelled 'safe'", id="a record with another label"),
+        pytest.param(record(at="2026-01-01T00:00:00"), "archive", "a time with its zone", id="a time without its zone"),
         pytest.param(record(extra="x"), "archive", "extra", id="a record with another field"),
         pytest.param(member("edits.safetensors", None), "archive", "expected edits.safetensors", id="no tensors"),
         pytest.param(member("published.json", None), "archive", "expected published.json", id="no record"),
@@ -428,13 +432,13 @@ def huge(size: int) -> Blob:
         pytest.param(member("run.py", b"import os"), "unexpected_file", "run.py", id="one file more"),
         pytest.param(member("attestations/../../x", b""), "unexpected_file", r"attestations/\.\./\.\./x",
                      id="a path out of the folder"),
-        pytest.param(lambda *_: {"../../etc/cron.d/x": b""}, "unexpected_file", r"\.\./\.\./etc", id="a path out of all"),
+        pytest.param(lambda *_: {"../../etc/cron": b""}, "unexpected_file", r"\.\./\.\./etc", id="a path out of all"),
         pytest.param(lambda *_: {"/etc/passwd": b""}, "unexpected_file", "/etc/passwd", id="an absolute path"),
         pytest.param(lambda _, version: {f"..\\polite/{version}/manifest.json": b""}, "unexpected_file", "polite",
                      id="backslashes"),
         pytest.param(lambda _, version: {f"Polite/{version}/manifest.json": b""}, "unexpected_file", "Polite",
                      id="a name in capitals"),
-        pytest.param(lambda *_: {"notes/todo.txt": b""}, "unexpected_file", "notes/todo.txt", id="a folder of no version"),
+        pytest.param(lambda *_: {"notes/todo": b""}, "unexpected_file", "notes/todo", id="a folder of no version"),
     ],
 )  # fmt: skip
 def test_what_was_tampered_with_is_refused_and_nothing_stored(
@@ -595,7 +599,7 @@ def test_a_missing_revision_is_told_with_its_neighbours(channel: Channel, versio
     """To push to a new branch, make it; a push makes no repo for the sake of a branch."""
     made = channel.hub.add(REPO)
     made.branches["staging"] = made.branches["main"]
-    told = r"has no revision 'stagin'\. Did you mean 'staging'\? Make a branch with: hf repos branch create"
+    told = r"has no revision 'stagin'\. Did you mean 'staging' or 'main'\? Make a branch with: hf repos branch create"
     with pytest.raises(NotFound, match=told):
         channel.pull(revision="stagin")
     with pytest.raises(NotFound, match=told):
@@ -689,11 +693,11 @@ def test_without_the_client_it_is_said_what_to_install(channel: Channel, monkeyp
 
 def test_the_client_is_imported_only_when_it_is_used() -> None:
     """Every other command starts without it, and without torch."""
-    code = "import sys, edit_store.cli, edit_store.hub; print([m for m in ('huggingface_hub', 'torch') if m in sys.modules])"
-    assert (
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        == "[]\n"
+    code = (
+        "import sys, edit_store.cli; print(sorted({'edit_store.hub', 'huggingface_hub', 'torch'} & sys.modules.keys()))"
     )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "['edit_store.hub']\n"
 
 
 # -- the card ----------------------------------------------------------------------------------------------------------
@@ -808,6 +812,7 @@ def test_nothing_in_a_manifest_reaches_the_card_as_markup() -> None:
     assert render(REPO, [made.manifest], card) == card
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.text(), st.text(max_size=20), st.permutations(range(3)))
 def test_the_same_versions_give_the_same_card(present: str, label: str, order: list[int]) -> None:
     """In whatever order they are found, and again on top of itself, whatever people wrote around it."""

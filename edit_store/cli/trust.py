@@ -92,9 +92,11 @@ def _subject(store: EditStore, ref: Ref, role: Role) -> tuple[str, str]:
 def add(
     file: FileArgument,
     public: Annotated[Path, typer.Argument(help="public key, a .pub file", exists=True)],
+    *,
     role: Annotated[list[Role], typer.Option("--role", help="what it may vouch for; may be given twice")],
     name: Annotated[str, typer.Option("--name", help="who holds it [default: the file's name]")] = "",
     days: Annotated[int | None, typer.Option(min=1, help="believe it for so many days")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Believe a key from now on. Makes the trust file if there is none."""
     policy = TrustPolicy.load(file, unfinished=True) if file.exists() else TrustPolicy()
@@ -103,18 +105,22 @@ def add(
         name=name or public.stem, public=public.read_text(), roles=tuple(dict.fromkeys(role)), not_before=began,
         not_after=None if days is None else began + timedelta(days=days),
     )  # fmt: skip
-    _replace(file, policy.model_copy(update={"keys": (*policy.keys, key)}))
+    _replace(file, policy.model_copy(update={"keys": (*policy.keys, key)}), as_json)
 
 
 @trust.command()
 @explained
-def remove(file: FileArgument, name: Annotated[str, typer.Argument(help="name or keyid of the key")]) -> None:
+def remove(
+    file: FileArgument,
+    name: Annotated[str, typer.Argument(help="name or keyid of the key")],
+    as_json: JsonOption = False,
+) -> None:
     """Believe a key no longer. What only it signed is refused from the server's next start on."""
     policy = TrustPolicy.load(file, unfinished=True)
     kept = tuple(key for key in policy.keys if name not in (key.name, key.key.keyid))
     if len(kept) == len(policy.keys):
         raise EditsError(f"no key {name!r} in {file}; it has {', '.join(key.name for key in policy.keys) or 'none'}")
-    _replace(file, policy.model_copy(update={"keys": kept}))
+    _replace(file, policy.model_copy(update={"keys": kept}), as_json)
 
 
 @trust.command()
@@ -123,11 +129,12 @@ def threshold(
     file: FileArgument,
     role: Annotated[Role, typer.Argument(help="author or promoter")],
     needed: Annotated[int, typer.Argument(min=1, help="signatures of different keys that are needed")],
+    as_json: JsonOption = False,
 ) -> None:
     """How many different keys must vouch for a version, or for a promotion."""
     policy = TrustPolicy.load(file, unfinished=True)
     field = "authors_needed" if role is Role.AUTHOR else "promoters_needed"
-    _replace(file, policy.model_copy(update={field: needed}))
+    _replace(file, policy.model_copy(update={field: needed}), as_json)
 
 
 @trust.command(name="list")
@@ -175,13 +182,16 @@ def check(
         raise typer.Exit(PROBLEM)
 
 
-def _replace(file: Path, new: TrustPolicy) -> None:
+def _replace(file: Path, new: TrustPolicy, as_json: bool) -> None:
     """Write a changed trust file, unless a key in it is broken; say what is still missing."""
     if broken := new.broken():
         raise SettingsError("\n".join([f"{file} is left as it was:", *(f"  - {each}" for each in broken)]))
     new.save(file)
-    typer.echo(
-        f"{file}: {len(new.keys)} key(s), needed: {new.authors_needed} author(s), {new.promoters_needed} promoter(s)"
-    )
-    for missing in new.unsatisfiable():
-        typer.echo(f"not usable by a server yet: {missing}", err=True)
+    missing = new.unsatisfiable()
+    if as_json:
+        as_script({"file": str(file), "keys": [key.name for key in new.keys], "missing": missing})
+        return
+    needed = f"{new.authors_needed} author(s), {new.promoters_needed} promoter(s)"
+    typer.echo(f"{file}: {len(new.keys)} key(s), needed: {needed}")
+    for each in missing:
+        typer.echo(f"not usable by a server yet: {each}", err=True)
