@@ -95,6 +95,8 @@ def push(
     it, everything committed since is a Conflict too, not only what is committed while this runs.
     """
     wanted = list(dict.fromkeys((Ref.parse(reference).name, store.resolve(reference)) for reference in references))
+    if not wanted:
+        raise EditsError("nothing to push: name at least one version")
     total = sum(store.manifest(version).tensors.size for _, version in wanted)
     hub_repo = HubRepo(repo, revision, endpoint=endpoint, token=token)
     seen = _Snapshot.of(hub_repo, hub_repo.head_to_push_on(private=private))
@@ -192,7 +194,8 @@ def _arrange(files: Mapping[str, File], what: str) -> dict[Key, Members]:
         limit = member_limit(found["member"]) if found is not None and is_name(found["name"]) else None
         if found is None or limit is None:
             expected = f"<name>/<version>/ with {RECORD_FILE}, {MANIFEST_FILE}, {TENSORS_FILE} and {ATTESTATIONS}"
-            reasons.append(Reason("unexpected_file", f"{path!r} is no part of a version: expected {expected}"))
+            told = f"{path!r} is no part of a version: expected {expected}. Other files may lie at the top"
+            reasons.append(Reason("unexpected_file", told))
             continue
         if file.size > limit:
             reasons.append(Reason("too_large", f"{path}: {file.size} bytes, at most {limit}"))

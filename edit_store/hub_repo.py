@@ -172,7 +172,8 @@ class HubRepo:
                 return self._refused(cause.response.status_code, cause.server_message or str(cause))
             if isinstance(cause, network_error):
                 return StoreUnavailable(f"{where} cannot be reached: {cause or type(cause).__name__}. {lost}")
-        told = ": ".join(dict.fromkeys((str(causes[0]), str(causes[-1]))))
+        told, root = str(causes[0]), str(causes[-1])
+        told += "" if root in told else f": {root}"
         xet = isinstance(causes[0], ConnectionError)  # what hf_xet raises
         hint = ". If only Xet is out of reach, set HF_HUB_DISABLE_XET=1" if xet else ""
         return StoreUnavailable(f"{self.name} at {where}: {told}{hint}")

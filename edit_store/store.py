@@ -185,6 +185,11 @@ class EditStore:
         records = [_parse_published(data, key) for key, data in zip(keys, get_many(self.backend, keys), strict=True)]
         return sorted(records, key=lambda record: (record.at, record.version))
 
+    def record(self, name: str, version: str) -> Published:
+        """The record that a version was published under a name."""
+        key = version_key(name, version)
+        return _parse_published(self._get(key, f"the record that {name}@{version[:12]} was published"), key)
+
     # -- signatures ------------------------------------------------------------------------------------------------
 
     def attest(self, subject: str, envelope: bytes) -> None:

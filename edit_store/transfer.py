@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from edit_store import verify
 from edit_store.bundle import MANIFEST_FILE, MAX_MANIFEST_BYTES, TENSORS_FILE, Bundle, Manifest, canonical_json
-from edit_store.errors import BundleRefused, EditsError, NotFound, Reason
+from edit_store.errors import BundleRefused, EditsError, Reason
 from edit_store.refs import Ref
 from edit_store.signing import MAX_ENVELOPE_BYTES, read_envelopes
 from edit_store.store import EditStore, Published
@@ -52,10 +52,7 @@ class Package:
         name, version = Ref.parse(reference).name, store.resolve(reference)
         bundle = store.bundle(version)
         verify.check(bundle)
-        records = [record for record in store.versions(name) if record.version == version]
-        if not records:
-            raise NotFound(f"{name}@{version[:12]} is promoted, but no record of its publication is in {store.url}")
-        return cls(bundle, records[0], tuple(store.attestations(version)))
+        return cls(bundle, store.record(name, version), tuple(store.attestations(version)))
 
     @classmethod
     def of_members(cls, members: Mapping[str, bytes], what: str) -> Package:

@@ -200,8 +200,8 @@ class HubServer:
         self.requests: list[Request] = []
         self.page = page
         """how many entries a listing answers at once"""
-        self.before_commit: Callable[[], None] = lambda: None
-        """called when a commit arrived, before it is looked at: the place for somebody else to be faster"""
+        self.before: Callable[[Request], None] = lambda _: None
+        """told of a request before it is looked at: the place for somebody else to be faster"""
         self.fail: Callable[[Request], Answer | None] = lambda _: None
         """may answer in place of the Hub"""
         self.lose: Callable[[Request], bool] = lambda _: False
@@ -213,6 +213,11 @@ class HubServer:
     @property
     def url(self) -> str:
         return _url(self._hub)
+
+    @property
+    def cdn_url(self) -> str:
+        """By another host name: the client keeps its token to itself where the host is not the Hub's."""
+        return _url(self._cdn).replace("127.0.0.1", "localhost")
 
     def __enter__(self) -> Self:
         return self
@@ -227,8 +232,8 @@ class HubServer:
         return self.repos[name]
 
     def sent(self, method: str, pattern: str) -> list[Request]:
-        """Requests of a method whose path fits a regular expression."""
-        return [each for each in self.requests if each.method == method and re.search(pattern, each.path)]
+        """Requests whose method and path fit regular expressions."""
+        return [each for each in self.requests if re.fullmatch(method, each.method) and re.search(pattern, each.path)]
 
     def _loses(self, request: Request) -> bool:
         return self.lose(request)
@@ -237,6 +242,7 @@ class HubServer:
 
     def _answer_hub(self, request: Request, headers: Mapping[str, str]) -> Answer:
         self.requests.append(request)
+        self.before(request)
         failure = self.fail(request)
         if failure is not None:
             return failure
@@ -291,7 +297,6 @@ class HubServer:
                 return self._preupload(repo, _branch(repo, branch), json.loads(request.body)["files"])
             case "POST", ["commit", branch]:
                 repo = self._writable(name, user)
-                self.before_commit()
                 return self._commit(repo, _branch(repo, branch), request.body, user)
         raise Refused(404, f"the stand-in has no {request.method} {request.path}")
 
@@ -341,7 +346,7 @@ class HubServer:
                 ticket = secrets.token_hex(16)
                 self._uploads[ticket] = (repo, wanted["oid"], wanted["size"])
                 entry["actions"] = {
-                    "upload": {"href": f"{_url(self._cdn)}/cdn/upload/{ticket}"},
+                    "upload": {"href": f"{self.cdn_url}/cdn/upload/{ticket}"},
                     "verify": {"href": f"{self.url}/api/lfs-verify/{ticket}"},
                 }
             objects.append(entry)
@@ -389,7 +394,7 @@ class HubServer:
             location = f"/api/resolve-cache/models/{repo.name}/{commit.oid}/{quote(path)}"
             return Answer(307, b"", headers | {"Location": location, "ETag": f'"{blob.oid}"'})
         linked = {"X-Linked-Size": str(blob.size), "X-Linked-Etag": f'"{blob.lfs}"'}
-        location = f"{_url(self._cdn)}/cdn/{repo.name}/{blob.lfs}"
+        location = f"{self.cdn_url}/cdn/{repo.name}/{blob.lfs}"
         return Answer(302, b"", headers | linked | {"Location": location})
 
     def _file(self, repo: Repo, revision: str, path: str) -> Answer:

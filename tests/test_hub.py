@@ -36,6 +36,7 @@ from edit_store import (
     SubspaceFilter,
     Widths,
 )
+from edit_store.backends import LocalFolder
 from edit_store.bundle import MAX_MANIFEST_BYTES, canonical_json, sha256
 from edit_store.cli import app
 from edit_store.errors import (
@@ -51,10 +52,10 @@ from edit_store.hub import Pulled, Pushed, pull, push
 from edit_store.model_card import BEGIN, END, plain, render
 from edit_store.store import blob_key, version_key
 from edit_store.transfer import Package
-from tests.hub_server import Answer, Blob, HubServer, Repo, User
+from tests.hub_server import Answer, Blob, HubServer, Repo, Request, User
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
-constants = importlib.import_module("huggingface_hub.constants")
+constants, bars = (importlib.import_module(f"huggingface_hub.{name}") for name in ("constants", "utils"))
 # The client's own way to send a file is out of fashion in its network library.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
 
@@ -72,7 +73,7 @@ Attempt = Callable[[], object]
 
 def bundle(label: str = "1", *, name: str = "polite", number: float = 0.5, **fields: Any) -> Bundle:
     """Bundles of different labels are different versions; those of one number share their tensors."""
-    edits = [
+    edits: list[tuple[Any, dict[str, Any]]] = [
         (Offset(site="layers.0.resid"), {"vector": np.full(8, number)}),
         (SubspaceFilter(site="layers.1.resid", rank=1), {"basis": np.eye(1, 8), "mean": np.zeros(8)}),
     ]
@@ -292,17 +293,19 @@ def test_a_repo_without_versions_says_so(channel: Channel) -> None:
 # -- who is first ------------------------------------------------------------------------------------------------------
 
 
-def test_who_is_overtaken_gets_a_conflict_and_overwrites_nothing(channel: Channel, version: str) -> None:
+@pytest.mark.parametrize("moment", ["/tree/", "/lfs/", "/validate-yaml", "/commit/"])
+def test_who_is_overtaken_gets_a_conflict_and_overwrites_nothing(channel: Channel, version: str, moment: str) -> None:
     """The winner's commit stays the head with all it holds; a second try adds to it, and the card lists both."""
     rival = channel.another_store("rival")
     theirs = rival.publish(bundle("rival", number=3.0))
     channel.push(f"polite@{channel.store.publish(bundle('0'))}")
 
-    def overtake() -> None:
-        channel.hub.before_commit = lambda: None
-        channel.push(f"polite@{theirs}", store=rival)
+    def overtake(request: Request) -> None:
+        if moment in request.path:
+            channel.hub.before = lambda _: None
+            channel.push(f"polite@{theirs}", store=rival)
 
-    channel.hub.before_commit = overtake
+    channel.hub.before = overtake
     with pytest.raises(Conflict, match=r"changed by somebody else meanwhile; nothing was pushed .* Push again"):
         channel.push(f"polite@{version}")
     repo = channel.repo
@@ -324,7 +327,9 @@ def test_who_is_overtaken_gets_a_conflict_and_overwrites_nothing(channel: Channe
 def test_of_many_who_push_at_once_none_is_lost(channel: Channel) -> None:
     """Each gets through or is told; after they tried again, every version is there, one commit for each."""
     channel.hub.add(REPO)
-    ready, told = threading.Barrier(4), []
+    huggingface_hub.get_session()  # made here: version 1 makes one for each thread that finds none
+    ready = threading.Barrier(4)
+    told: list[bool | None] = []
 
     def publish_and_push(number: int) -> None:
         own = channel.another_store(str(number))
@@ -430,7 +435,7 @@ def huge(size: int) -> Blob:
                                          for number in range(101)}, "too_large", "more than 100 signatures",
                      id="too many signatures"),
         pytest.param(member("run.py", b"import os"), "unexpected_file", "run.py", id="one file more"),
-        pytest.param(member("attestations/../../x", b""), "unexpected_file", r"attestations/\.\./\.\./x",
+        pytest.param(member("attestations/../../x.json", b""), "unexpected_file", r"attestations/\.\./\.\./x",
                      id="a path out of the folder"),
         pytest.param(lambda *_: {"../../etc/cron": b""}, "unexpected_file", r"\.\./\.\./etc", id="a path out of all"),
         pytest.param(lambda *_: {"/etc/passwd": b""}, "unexpected_file", "/etc/passwd", id="an absolute path"),
@@ -473,6 +478,35 @@ def test_a_file_that_is_not_as_long_as_announced_is_not_stored(channel: Channel,
     with pytest.raises(EditsError, match="size"):
         channel.pull()
     assert objects(channel.empty) == {}
+
+
+def test_a_digest_that_is_a_path_is_looked_up_nowhere(
+    channel: Channel, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store is asked for tensors that a repo names by digest, and only by digest."""
+    channel.push(f"polite@{version}")
+    blob = Blob(b"pointer", lfs="../../../store.json", size=400)
+    channel.repo.commit(member("edits.safetensors", blob)(channel.repo, version))
+    asked: list[str] = []
+    get = LocalFolder.get
+
+    def watched(backend: LocalFolder, key: str) -> bytes:
+        asked.append(key)
+        return get(backend, key)
+
+    with monkeypatch.context() as watching:
+        watching.setattr(LocalFolder, "get", watched)
+        with pytest.raises(StoreUnavailable):
+            channel.pull()
+    assert asked == []
+    assert objects(channel.empty) == {}
+
+
+def test_a_repo_of_very_many_files_is_not_read(channel: Channel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edit_store.hub_repo.MAX_FILES", 5)
+    channel.hub.add(REPO).commit({f"{number}.txt": b"" for number in range(5)})
+    with pytest.raises(BundleRefused, match="more than 5 files"):
+        channel.pull()
 
 
 def test_every_reason_is_told_at_once(channel: Channel, version: str) -> None:
@@ -529,6 +563,27 @@ def test_nothing_is_pushed_beside_a_version_whose_manifest_is_another(channel: C
     with pytest.raises(BundleRefused, match=r"manifest\.json has digest"):
         channel.push(f"terse@{terse}", store=channel.empty)
     assert not any(path.startswith("terse/") for path in repo.head().tree)
+
+
+def test_nothing_is_pushed_beside_a_version_under_another_name(channel: Channel, version: str) -> None:
+    channel.push(f"polite@{version}")
+    repo = channel.repo
+    repo.commit(whole_folder(lambda version: f"rude/{version}")(repo, version))
+    with pytest.raises(BundleRefused, match=f"rude@{version} in ada/edits .*\n.*the manifest is of 'polite'"):
+        channel.push(f"polite@{channel.store.publish(bundle('2'))}")
+
+
+def test_a_version_has_so_many_signatures_and_no_more(channel: Channel, version: str) -> None:
+    """More could not be pulled."""
+    repo, folder = channel.hub.add(REPO), folder_of(version)
+    repo.commit({f"{folder}/attestations/{number:03}.json": f"{number}".encode() for number in range(100)})
+    with pytest.raises(EditsError, match="would have more than 100 signatures"):
+        channel.push(f"polite@{version}")
+    repo.commit({f"{folder}/attestations/042.json": None})
+    channel.push(f"polite@{version}")
+    assert repo.content(f"{folder}/attestations/042.json") == channel.store.attestations(version)[0]
+    channel.pull()
+    assert objects(channel.empty) == objects(channel.store)
 
 
 def test_what_the_client_leaves_out_is_noticed(channel: Channel, version: str) -> None:
@@ -618,9 +673,17 @@ def test_a_name_that_is_no_repo_is_told_before_anything_is_asked(channel: Channe
     assert channel.hub.requests == []
 
 
+def test_a_slash_after_the_address_is_none_before_the_path(channel: Channel, version: str) -> None:
+    push(channel.store, [f"polite@{version}"], REPO, endpoint=f"{channel.hub.url}/", token=ADA)
+    assert channel.hub.sent("POST", "/commit/")
+    assert not channel.hub.sent(".*", "^//")
+
+
 def test_a_version_that_the_store_lacks_is_told_before_anything_is_asked(channel: Channel, version: str) -> None:
     with pytest.raises(NotFound, match="nothing is published under 'polit'"):
         channel.push(f"polite@{version}", "polit")
+    with pytest.raises(EditsError, match="nothing to push: name at least one version"):
+        channel.push()
     assert channel.hub.requests == []
 
 
@@ -836,7 +899,7 @@ Run = Callable[..., Any]
 
 
 @pytest.fixture
-def run(channel: Channel, monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(channel: Channel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """Types a command, logged in as ada, with the Hub's address and a store in the environment."""
     monkeypatch.setattr(constants, "ENDPOINT", channel.hub.url)
     monkeypatch.setattr(
@@ -845,7 +908,8 @@ def run(channel: Channel, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("HF_TOKEN", ADA)
     monkeypatch.setenv("VLLM_EDITS_STORE", str(channel.store.url))
     monkeypatch.setenv("COLUMNS", "200")
-    return lambda *words: CliRunner().invoke(app, ["hub", *words])
+    yield lambda *words: CliRunner().invoke(app, ["hub", *words])
+    bars.enable_progress_bars()
 
 
 def test_push_and_pull_are_commands(channel: Channel, run: Run, version: str) -> None:
@@ -856,6 +920,7 @@ def test_push_and_pull_are_commands(channel: Channel, run: Run, version: str) ->
         0, f"pushed polite@{version[:12]}\nada/edits (main): commit {head.oid[:12]}\n",
     )  # fmt: skip
     assert (head.title, channel.repo.private) == ("for the lab", True)
+    assert bars.are_progress_bars_disabled()
     again = run("push", REPO, f"polite@{version}")
     assert again.stdout == (
         f"polite@{version[:12]} is there already\nada/edits (main): nothing to push; head is {head.oid[:12]}\n"
@@ -869,6 +934,8 @@ def test_push_and_pull_are_commands(channel: Channel, run: Run, version: str) ->
 
 def test_push_and_pull_answer_scripts(channel: Channel, run: Run, version: str) -> None:
     """With JSON and nothing else, whole digests."""
+    other = channel.store.publish(bundle(name="terse"))
+    run("push", REPO, f"terse@{other}")
     pushed = json.loads(run("push", REPO, f"polite@{version}", "--json").stdout)
     head = channel.repo.head().oid
     moved = [f"polite@{version}"]

@@ -94,13 +94,13 @@ def show_version(reference: ReferenceArgument, store: StoreOption, as_json: Json
     target, ref = opened(store), Ref.parse(reference)
     version = target.resolve(reference)
     manifest = target.manifest(version)
-    records = [record for record in target.versions(ref.name) if record.version == version]
+    record = target.record(ref.name, version)
     tags = [tag for tag, entry in target.heads().get(ref.name, {}).items() if entry.version == version]
     signed = target.signatures(version)
     if as_json:
         as_script({
             "version": version, "manifest": manifest.model_dump(mode="json"), "promoted_as": tags,
-            "published": [record.model_dump(mode="json") for record in records],
+            "published": record.model_dump(mode="json"),
             "signatures": [{"keyid": each.keyid, **each.statement.model_dump(mode="json")} for each in signed],
         })  # fmt: skip
         return
@@ -111,7 +111,7 @@ def show_version(reference: ReferenceArgument, store: StoreOption, as_json: Json
         "edits": f"{len(manifest.edits)}: " + ", ".join(sorted({edit.kind for edit in manifest.edits})),
         "tensors": f"{megabytes(manifest.tensors.size)}, sha256 {manifest.tensors.sha256[:12]}",
         "made": f"{manifest.created_at:%Y-%m-%d %H:%M} by {origin.tool}: {origin.method}",
-        "published": "; ".join(f"{record.at:%Y-%m-%d %H:%M} by {record.actor}" for record in records),
+        "published": f"{record.at:%Y-%m-%d %H:%M} by {record.actor}",
         "promoted as": " ".join(tags) or "nothing",
         "signed by keys": " ".join(each.keyid[:12] for each in signed) or "none",
     }  # fmt: skip
