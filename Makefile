@@ -14,10 +14,10 @@ export PYTHON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all check bench lock clean
+.PHONY: help setup demo test test-all check bench bench-store lock clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## make .venv, install everything pinned, convert the demo's model
 	@echo "ready: make demo, make test"
@@ -43,6 +43,9 @@ check: $(PROJECT) ## lint, formatting, types, import contracts, container files
 
 bench: $(READY) ## measure throughput and swaps, and write loadtests/results/
 	$(BIN)/python -m loadtests.bench $(ARGS)
+
+bench-store: $(PROJECT) ## measure the store on a folder and on an object store, and write loadtests/results/
+	$(BIN)/python -m loadtests.bench_store $(ARGS)
 
 lock: $(PACKAGES) ## resolve requirements/*.txt anew (ARGS=--upgrade for the newest)
 	PATH=$(BIN):$$PATH requirements/lock $(ARGS)

@@ -3,8 +3,10 @@
 from edit_store.base_model import identify
 from edit_store.bundle import BaseModelRef, Bundle, Manifest, Measurement, Provenance
 from edit_store.edits import KINDS, Edit, LowRank, Offset, Scale, SubspaceFilter
+from edit_store.signing import Role, SigningKey
 from edit_store.sites import Site, Widths
 from edit_store.store import EditStore, Published, TagEntry
+from edit_store.trust import Enforcement, TrustedKey, TrustPolicy
 from edit_store.verify import check
 
 __all__ = [
@@ -13,16 +15,21 @@ __all__ = [
     "Bundle",
     "Edit",
     "EditStore",
+    "Enforcement",
     "LowRank",
     "Manifest",
     "Measurement",
     "Offset",
     "Provenance",
     "Published",
+    "Role",
     "Scale",
+    "SigningKey",
     "Site",
     "SubspaceFilter",
     "TagEntry",
+    "TrustPolicy",
+    "TrustedKey",
     "Widths",
     "check",
     "identify",

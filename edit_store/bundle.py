@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -34,7 +35,7 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?$")]
 
 
-def sha256(data: bytes) -> str:
+def sha256(data: bytes | mmap.mmap) -> str:
     """Hex digest of `data`."""
     return hashlib.sha256(data).hexdigest()
 
@@ -64,7 +65,7 @@ class BlobRef(_Record):
     size: int = Field(ge=0)
 
     @classmethod
-    def of(cls, data: bytes) -> BlobRef:
+    def of(cls, data: bytes | mmap.mmap) -> BlobRef:
         return cls(sha256=sha256(data), size=len(data))
 
     def __str__(self) -> str:
@@ -118,7 +119,11 @@ class Manifest(_Record):
             raise BundleRefused(what, [_reason(problem) for problem in error.errors()]) from None
         except (ValueError, RecursionError) as error:
             raise BundleRefused(what, [Reason("not_json", f"expected JSON, found: {error}")]) from None
-        if manifest.to_bytes() != data:
+        try:
+            canonical = manifest.to_bytes()
+        except (rfc8785.CanonicalizationError, ValueError) as error:  # NaN, or an integer beyond 2^53
+            raise BundleRefused(what, [Reason("not_canonical", f"RFC 8785 cannot spell it: {error}")]) from None
+        if canonical != data:
             raise BundleRefused(what, [Reason("not_canonical", "expected canonical JSON (RFC 8785); publish it again")])
         return manifest
 
@@ -136,7 +141,7 @@ class Bundle:
     """A manifest with the bytes of its tensor file. `verify.check` says whether they keep every rule."""
 
     manifest: Manifest
-    tensor_bytes: bytes = field(repr=False)
+    tensor_bytes: bytes | mmap.mmap = field(repr=False)
 
     @property
     def version(self) -> str:

@@ -2,6 +2,7 @@
 
 EditsError
 ├── BundleRefused      a bundle breaks rules; carries every reason at once
+│   └── NotTrusted     a promotion or its version lacks signatures that the trust file asks for
 ├── NotFound           a name, tag, version or object does not exist; names the nearest that do
 ├── AmbiguousVersion   an abbreviated version fits several
 ├── Conflict           somebody else changed the same thing first; nothing was written
@@ -42,6 +43,10 @@ class BundleRefused(EditsError):
         self.reasons = tuple(reasons)
         lines = "\n".join(f"  - {reason}" for reason in self.reasons)
         super().__init__(f"{what} is refused, {len(self.reasons)} reason(s):\n{lines}")
+
+
+class NotTrusted(BundleRefused):
+    """Signatures are missing, wrong or run out. More may come, so it is looked at again."""
 
 
 class InstallRefused(BundleRefused):

@@ -51,7 +51,7 @@ def _summary(edit: Edit, tensors: Tensors, model: Path | None) -> EditSummary:
         return tensors[edit.tensor_name(field)]
 
     if isinstance(edit, LowRank):
-        norm = _low_rank_norm(tensor("read"), tensor("write"))
+        norm = low_rank_norm(tensor("read"), tensor("write"))
         weight = (
             None if model is None else _weight_norm(model, _DOWN_PROJECTION.format(layer=Site.parse(edit.site).layer))
         )
@@ -82,7 +82,7 @@ def _summary(edit: Edit, tensors: Tensors, model: Path | None) -> EditSummary:
     )
 
 
-def _low_rank_norm(read: Any, write: Any) -> float:
+def low_rank_norm(read: Any, write: Any) -> float:
     """||write^T read||_F without forming the product: sqrt(sum of (write write^T) * (read read^T))."""
     return float(np.sqrt(max(0.0, float(np.sum((write @ write.T) * (read @ read.T))))))
 

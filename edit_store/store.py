@@ -1,29 +1,29 @@
 """The versioned store: immutable bundles, and append-only tag histories that say which is promoted.
 
-    store.json                                 format and its version
-    blobs/sha256/<ab>/<digest>                 tensor files
-    manifests/sha256/<ab>/<digest>.json        manifests; the digest is the version
-    versions/<name>/<digest>.json              that a version was published under a name, by whom and when
-    tags/<name>/<tag>/<20-digit sequence>.json one entry per promotion or rollback, chained by sha256
+    store.json                                   format and its version
+    blobs/sha256/<ab>/<digest>                   tensor files
+    manifests/sha256/<ab>/<digest>.json          manifests; the digest is the version
+    attestations/sha256/<ab>/<digest>/…          signatures over manifests and tag entries
+    versions/<name>/<digest>.json                that a version was published under a name, by whom and when
+    index/<20-digit sequence>.json               every tag that has a history, in the order they began
+    tags/<name>/<tag>/<20-digit sequence>.json   one entry per promotion, rollback or pin, chained by sha256
 
-Objects are written in that order and every object is written once. The tag entry is the commit point: a crash before it
-leaves garbage, never half a state. Order is by sequence alone; times are information.
+Objects are written in that order. The tag entry is the commit point: a crash before it leaves garbage, never half a
+state. FORMAT.md tells the same to those who write another program.
 """
 
 from __future__ import annotations
 
 import getpass
 import json
-import re
-import secrets
-from collections.abc import Mapping
-from datetime import UTC, datetime
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from edit_store import verify
-from edit_store.backends import AlreadyExists, Backend, open_backend
+from edit_store.backends import AlreadyExists, Backend, get_many, open_backend, require_exclusive_create
 from edit_store.bundle import Bundle, Digest, Manifest, Name, canonical_json, sha256
 from edit_store.errors import (
     AmbiguousVersion,
@@ -33,11 +33,16 @@ from edit_store.errors import (
     StoreUnavailable,
     nearest,
 )
+from edit_store.intents import relying_on
+from edit_store.log import Entry, Log, now
 from edit_store.refs import DEFAULT_TAG, Ref, is_name, is_version_prefix
+from edit_store.signing import Role, Signature, SigningKey, attestation_folder, attestation_key, read_envelopes
 
 FORMAT, FORMAT_VERSION = "vllm-edits-store", 1
 FORMAT_KEY = "store.json"
-_ENTRY_FILE = re.compile(r"/([0-9]{20})\.json$")
+
+_exclusive: set[str] = set()
+"""Stores that this process has proved to keep create-if-absent."""
 
 
 class Published(BaseModel):
@@ -52,24 +57,25 @@ class Published(BaseModel):
     at: datetime
 
 
-class TagEntry(BaseModel):
+class TagEntry(Entry):
     """One line of a tag's history. The last one says what is promoted."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Name
     tag: Name
-    sequence: int = Field(ge=1)
-    previous_sha256: Digest | None
     version: Digest
-    operation: Literal["promote", "rollback"]
-    actor: str
-    reason: str
-    at: datetime
-    nonce: str
+    operation: Literal["promote", "rollback", "pin", "unpin"]
 
-    def to_bytes(self) -> bytes:
-        return canonical_json(self.model_dump(mode="json"))
+    @property
+    def pinned(self) -> bool:
+        """Whether, with this as its last entry, the tag may not be moved."""
+        return self.operation == "pin"
+
+
+class IndexEntry(Entry):
+    """One line of the index: a tag that has a history, or is about to."""
+
+    name: Name
+    tag: Name
 
 
 Heads = Mapping[str, Mapping[str, TagEntry]]
@@ -77,112 +83,163 @@ Heads = Mapping[str, Mapping[str, TagEntry]]
 
 
 class EditStore:
-    """A store at a URL (a folder path by default). Safe to use from many processes at once."""
+    """A store at a URL (a folder path by default). Safe to use from many processes at once.
 
-    def __init__(self, url: str, *, create: bool = False) -> None:
-        self._backend: Backend = open_backend(url)
-        self.url = self._backend.url
-        self._check_format(create)
+    With a `signer`, what is published is signed as its author and what is promoted as its promoter.
+    """
 
-    def _check_format(self, create: bool) -> None:
+    def __init__(self, url: str, *, create: bool = False, signer: SigningKey | None = None) -> None:
+        self.backend: Backend = open_backend(url)
+        self.url = self.backend.url
+        self._signer = signer
+        self.check_format(create=create)
+
+    @property
+    def signs(self) -> bool:
+        """Whether what is written through this object is signed."""
+        return self._signer is not None
+
+    def check_format(self, *, create: bool = False) -> None:
+        """StoreUnavailable when there is no store of this format here: gone is not empty."""
+        expected = {"format": FORMAT, "version": FORMAT_VERSION}
         try:
-            found = json.loads(self._backend.get(FORMAT_KEY))
+            found = json.loads(self.backend.get(FORMAT_KEY))
         except KeyError:
             if not create:
                 raise StoreUnavailable(
                     f"no edit store at {self.url}: expected {FORMAT_KEY}. "
                     f"Create one with: vllm-edits init --store {self.url}"
                 ) from None
-            found = {"format": FORMAT, "version": FORMAT_VERSION}
-            self._backend.put(FORMAT_KEY, canonical_json(found))
+            self._require_writable()
+            self.backend.put(FORMAT_KEY, canonical_json(expected))
+            return
         except ValueError as error:
             raise StoreCorrupt(f"store {self.url}: {FORMAT_KEY} is not JSON: {error}") from error
-        if found != {"format": FORMAT, "version": FORMAT_VERSION}:
+        if found != expected:
             raise StoreUnavailable(
                 f"store {self.url}: expected format {FORMAT} version {FORMAT_VERSION}, found {found}. "
                 "Use a matching vllm-edits"
             )
 
+    def _require_writable(self) -> None:
+        """Before the first write of this process: what the tag logs rest on is proved, not assumed."""
+        if self.url not in _exclusive:
+            require_exclusive_create(self.backend)
+            _exclusive.add(self.url)
+
     # -- bundles ---------------------------------------------------------------------------------------------------
 
     def publish(self, bundle: Bundle, *, actor: str | None = None) -> str:
-        """Check and store a bundle; returns its version. Publishing the same bundle twice is harmless."""
+        """Check and store a bundle; returns its version. Publishing the same bundle again repairs what was damaged."""
         verify.check(bundle)
         manifest, version = bundle.manifest, bundle.version
-        self._backend.put(_blob_key(manifest.tensors.sha256), bundle.tensor_bytes)
-        self._backend.put(_manifest_key(version), manifest.to_bytes())
-        record = Published(name=manifest.name, version=version, label=manifest.label, actor=actor or _user(), at=_now())
-        self._backend.put(_version_key(manifest.name, version), canonical_json(record.model_dump(mode="json")))
+        record = Published(name=manifest.name, version=version, label=manifest.label, actor=actor or _user(), at=now())
+        signatures = [] if self._signer is None else [self._signer.sign(Role.AUTHOR, version, manifest.name)]
+        self.put_version(bundle, signatures, record)
         return version
+
+    def put_version(self, bundle: Bundle, signatures: Sequence[bytes], record: Published) -> None:
+        """Write everything a version is. `record` is kept only if the version was not published here before."""
+        self._require_writable()
+        blob, version = bundle.manifest.tensors.sha256, bundle.version
+        with relying_on(self.backend, [version, blob]):
+            self.backend.put(blob_key(blob), bytes(bundle.tensor_bytes))
+            self.backend.put(manifest_key(version), bundle.manifest.to_bytes())
+            for envelope in signatures:
+                self.attest(version, envelope)
+            key = version_key(record.name, version)
+            try:
+                self.backend.create(key, canonical_json(record.model_dump(mode="json")))
+            except AlreadyExists:  # who was first stays on record; its age, which a collection looks at, begins anew
+                self.backend.put(key, self.backend.get(key))
 
     def manifest(self, version: str) -> Manifest:
         """The manifest of a version, its digest checked."""
-        data = self._get(_manifest_key(version), f"version {version[:12]}")
+        data = self._get(manifest_key(version), f"version {version[:12]}")
         if sha256(data) != version:
             raise StoreCorrupt(
-                f"manifest of version {version[:12]} has digest {sha256(data)[:12]}; restore it from a copy"
+                f"manifest of version {version[:12]} has digest {sha256(data)[:12]}; publish it again from a copy"
             )
         return Manifest.from_bytes(data, f"manifest of version {version[:12]}")
 
     def bundle(self, version: str) -> Bundle:
         """A version with its tensors. The caller checks it with `verify.check` against the model it serves."""
         manifest = self.manifest(version)
-        return Bundle(manifest, self._get(_blob_key(manifest.tensors.sha256), f"tensors of version {version[:12]}"))
+        return Bundle(manifest, self._get(blob_key(manifest.tensors.sha256), f"tensors of version {version[:12]}"))
 
     def names(self) -> list[str]:
         """Every name something was published under."""
-        return sorted({key.split("/")[1] for key in self._backend.list("versions/")})
+        return sorted({item.key.split("/")[1] for item in self.backend.list("versions/")})
+
+    def version_digests(self, name: str) -> list[str]:
+        """Every version published under a name, in no order. One listing, however many there are."""
+        _require_name(name)
+        digests = [item.key.rpartition("/")[2].removesuffix(".json") for item in self.backend.list(f"versions/{name}/")]
+        if not digests:
+            raise NotFound(f"nothing is published under {name!r} in {self.url}.{nearest(name, self.names())}")
+        return digests
 
     def versions(self, name: str) -> list[Published]:
-        """Every version published under a name, oldest first."""
-        _require_name(name)
-        keys = list(self._backend.list(f"versions/{name}/"))
-        if not keys:
-            raise NotFound(f"nothing is published under {name!r} in {self.url}.{nearest(name, self.names())}")
-        records = [Published.model_validate_json(self._backend.get(key)) for key in keys]
+        """Every version published under a name with its record, oldest first."""
+        keys = [version_key(name, digest) for digest in self.version_digests(name)]
+        records = [_parse_published(data, key) for key, data in zip(keys, get_many(self.backend, keys), strict=True)]
         return sorted(records, key=lambda record: (record.at, record.version))
+
+    def record(self, name: str, version: str) -> Published:
+        """The record that a version was published under a name."""
+        key = version_key(name, version)
+        return _parse_published(self._get(key, f"the record that {name}@{version[:12]} was published"), key)
+
+    # -- signatures ------------------------------------------------------------------------------------------------
+
+    def attest(self, subject: str, envelope: bytes) -> None:
+        """Store a signature over the object of that digest. Signatures are added, never replaced."""
+        self.backend.put(attestation_key(subject, envelope), envelope)
+
+    def attestations(self, subject: str) -> list[bytes]:
+        """Every stored envelope over the object of that digest."""
+        keys = sorted(item.key for item in self.backend.list(attestation_folder(subject)))
+        return list(get_many(self.backend, keys))
+
+    def signatures(self, subject: str) -> list[Signature]:
+        """Every readable signature over the object of that digest; what they are worth, a trust policy says."""
+        return read_envelopes(self.attestations(subject))
 
     # -- tags ------------------------------------------------------------------------------------------------------
 
+    def index(self) -> Log[IndexEntry]:
+        """The log of every tag that has a history."""
+        return Log(self.backend, "index", IndexEntry, "the index of tags", "vllm-edits verify")
+
+    def tag_log(self, name: str, tag: str) -> Log[TagEntry]:
+        """The log of one tag."""
+        _require_name(name)
+        _require_name(tag)
+        see = f"vllm-edits history {name} --tag {tag}"
+        return Log(self.backend, f"tags/{name}/{tag}", TagEntry, f"{name}@{tag}", see)
+
+    def all_tags(self) -> list[tuple[str, str]]:
+        """Every (name, tag) that has a history."""
+        return sorted({(entry.name, entry.tag) for entry in self.index().history()})
+
     def tags(self, name: str) -> list[str]:
         """Tags of a name."""
-        return sorted({key.split("/")[2] for key in self._backend.list(f"tags/{name}/")})
+        return [tag for each, tag in self.all_tags() if each == name]
 
     def history(self, name: str, tag: str = DEFAULT_TAG) -> list[TagEntry]:
         """All entries of a tag, oldest first, their chain checked."""
-        entries: list[TagEntry] = []
-        previous: str | None = None
-        sequences = self._sequences(name, tag)
-        for sequence in sequences:
-            data = self._backend.get(_entry_key(name, tag, sequence))
-            entry = _parse_entry(data, name, tag)
-            if entry.previous_sha256 != previous or entry.sequence != sequence or sequence != len(entries) + 1:
-                raise StoreCorrupt(
-                    f"history of {name}@{tag} is broken at entry {sequence}: it does not follow the one before"
-                )
-            entries.append(entry)
-            previous = sha256(data)
-        return entries
+        return [_belongs(entry, name, tag) for entry in self.tag_log(name, tag).history()]
 
     def head(self, name: str, tag: str = DEFAULT_TAG) -> TagEntry | None:
         """What is promoted, or None for a tag without history."""
-        sequences = self._sequences(name, tag)
-        return _parse_entry(self._backend.get(_entry_key(name, tag, sequences[-1])), name, tag) if sequences else None
-
-    def _sequences(self, name: str, tag: str) -> list[int]:
-        """Numbers of a tag's entries in order; files that are no entries are not looked at."""
-        _require_name(name)
-        _require_name(tag)
-        found = map(_ENTRY_FILE.search, self._backend.list(f"tags/{name}/{tag}/"))
-        return sorted(int(match[1]) for match in found if match is not None)
+        head = self.tag_log(name, tag).head()
+        return None if head is None else _belongs(head, name, tag)
 
     def heads(self) -> Heads:
         """What every tag of every name promotes now. StoreUnavailable when the store is gone: gone is not empty."""
-        self._check_format(create=False)
-        keys = (key for key in self._backend.list("tags/") if _ENTRY_FILE.search(key))
-        pairs = sorted({tuple(key.split("/")[1:3]) for key in keys})
+        self.check_format()
         heads: dict[str, dict[str, TagEntry]] = {}
-        for name, tag in pairs:
+        for name, tag in self.all_tags():
             head = self.head(name, tag)
             if head is not None:
                 heads.setdefault(name, {})[tag] = head
@@ -192,17 +249,17 @@ class EditStore:
         """The version that `name`, `name@tag` or `name@digest-prefix` means now."""
         ref = Ref.parse(reference)
         if ref.is_version:
-            matches = [record.version for record in self.versions(ref.name) if record.version.startswith(ref.selector)]
+            matches = [version for version in self.version_digests(ref.name) if version.startswith(ref.selector)]
             if len(matches) > 1:
                 raise AmbiguousVersion(
                     f"{ref} fits {len(matches)} versions: {', '.join(match[:16] for match in matches)}"
                 )
             if not matches:
-                raise NotFound(f"{ref.name!r} has no version {ref.selector}. See: vllm-edits history {ref.name}")
+                raise NotFound(f"{ref.name!r} has no version {ref.selector}. See: vllm-edits list {ref.name}")
             return matches[0]
         head = self.head(ref.name, ref.selector)
         if head is None:
-            self.versions(ref.name)  # says so when the name itself is unknown
+            self.version_digests(ref.name)  # says so when the name itself is unknown
             raise NotFound(
                 f"nothing is promoted as {ref}.{nearest(ref.selector, self.tags(ref.name))} "
                 f"Promote a version with: vllm-edits promote {ref.name}@<version> --tag {ref.selector}"
@@ -215,46 +272,65 @@ class EditStore:
         """Append an entry that makes the referenced version the promoted one of `tag`."""
         if not is_name(tag) or is_version_prefix(tag):
             raise NotFound(f"{tag!r} cannot be a tag: expected a lower-case name that does not read as a version")
+        self._require_writable()
         name = Ref.parse(reference).name
-        head = self.head(name, tag)
+        head = _movable(self.head(name, tag))
         version = self.resolve(reference)
-        verify.check(self.bundle(version))
-        return self._append(head, name, tag, version, operation="promote", reason=reason, actor=actor)
+        manifest = self.manifest(version)
+        with relying_on(self.backend, [version, manifest.tensors.sha256]):
+            verify.check(self.bundle(version))
+            if head is None:
+                self._announce(name, tag, reason, actor)
+            return self._append(head, name, tag, version=version, operation="promote", reason=reason, actor=actor)
 
     def rollback(self, name: str, *, tag: str = DEFAULT_TAG, reason: str = "", actor: str | None = None) -> TagEntry:
         """Append an entry that returns to the version promoted before the present one."""
         history = self.history(name, tag)
         version = _before_last(history)
         if version is None:
-            self.versions(name)  # says so when the name itself is unknown
+            self.version_digests(name)  # says so when the name itself is unknown
             raise NotFound(f"{name}@{tag} has no earlier version to return to")
-        return self._append(history[-1], name, tag, version, operation="rollback", reason=reason, actor=actor)
+        head = _movable(history[-1])
+        return self._append(head, name, tag, version=version, operation="rollback", reason=reason, actor=actor)
 
-    def _append(self, head: TagEntry | None, name: str, tag: str, version: str, **change: Any) -> TagEntry:
-        """Write the entry after `head`, on which the change was decided; Conflict when it is the head no more."""
-        change["actor"] = change["actor"] or _user()
-        entry = TagEntry(
-            name=name,
-            tag=tag,
-            sequence=head.sequence + 1 if head else 1,
-            previous_sha256=sha256(head.to_bytes()) if head else None,
-            version=version,
-            **change,
-            at=_now(),
-            nonce=secrets.token_hex(8),
-        )
-        try:
-            self._backend.create(_entry_key(name, tag, entry.sequence), entry.to_bytes())
-        except AlreadyExists:
-            raise Conflict(
-                f"{name}@{tag} was changed by somebody else meanwhile; look at "
-                f"`vllm-edits history {name} --tag {tag}` and decide again"
-            ) from None
-        return entry
+    def pin(
+        self, name: str, *, tag: str = DEFAULT_TAG, remove: bool = False, reason: str = "", actor: str | None = None
+    ) -> TagEntry:
+        """Append an entry that forbids to move a tag, or with `remove` allows it again. What is served stays."""
+        head = self.head(name, tag)
+        if head is None:
+            raise NotFound(f"nothing is promoted as {name}@{tag}: there is nothing to pin")
+        if head.pinned != remove:
+            raise Conflict(f"{name}@{tag} is {'pinned already' if head.pinned else 'not pinned'}")
+        operation = "unpin" if remove else "pin"
+        return self._append(head, name, tag, version=head.version, operation=operation, reason=reason, actor=actor)
+
+    def _announce(self, name: str, tag: str, reason: str, actor: str | None) -> None:
+        """Put a tag into the index before its first entry: who follows the index then finds that entry or none."""
+        index = self.index()
+        while True:
+            known = index.history()
+            if any((entry.name, entry.tag) == (name, tag) for entry in known):
+                return
+            try:
+                index.append(known[-1] if known else None, name=name, tag=tag, reason=reason, actor=actor or _user())
+            except Conflict:  # another tag began at this moment: look again
+                continue
+            return
+
+    def _append(self, head: TagEntry | None, name: str, tag: str, *, actor: str | None, **change: str) -> TagEntry:
+        self._require_writable()
+        log = self.tag_log(name, tag)
+        return log.append(head, before=self._signed, name=name, tag=tag, actor=actor or _user(), **change)
+
+    def _signed(self, entry: TagEntry) -> None:
+        if self._signer is not None:
+            what = f"{entry.name}@{entry.tag} entry {entry.sequence}"
+            self.attest(entry.digest, self._signer.sign(Role.PROMOTER, entry.digest, what))
 
     def _get(self, key: str, what: str) -> bytes:
         try:
-            return self._backend.get(key)
+            return self.backend.get(key)
         except KeyError:
             raise NotFound(f"{what} is not in store {self.url}") from None
 
@@ -262,6 +338,17 @@ class EditStore:
 def _require_name(name: str) -> None:
     if not is_name(name):
         raise NotFound(f"{name!r} cannot be a name or a tag: expected lower-case letters, digits, '.', '_' and '-'")
+
+
+def _movable(head: TagEntry | None) -> TagEntry | None:
+    """The head again, unless it is pinned."""
+    if head is not None and head.pinned:
+        raise Conflict(
+            f"{head.name}@{head.tag} is pinned to {head.version[:12]} by {head.actor} since {head.at:%Y-%m-%d %H:%M}"
+            f"{': ' + head.reason if head.reason else ''}. "
+            f"Allow it to move with: vllm-edits pin {head.name} --tag {head.tag} --remove"
+        )
+    return head
 
 
 def _before_last(history: list[TagEntry]) -> str | None:
@@ -275,30 +362,35 @@ def _before_last(history: list[TagEntry]) -> str | None:
     return stack[-2] if len(stack) > 1 else None
 
 
-def _parse_entry(data: bytes, name: str, tag: str) -> TagEntry:
-    try:
-        entry = TagEntry.model_validate_json(data)
-    except ValidationError as error:
-        raise StoreCorrupt(f"an entry of {name}@{tag} cannot be read: {error}") from error
+def _belongs(entry: TagEntry, name: str, tag: str) -> TagEntry:
     if (entry.name, entry.tag) != (name, tag):
-        raise StoreCorrupt(f"an entry of {name}@{tag} was written for {entry.name}@{entry.tag}")
+        raise StoreCorrupt(f"entry {entry.sequence} of {name}@{tag} was written for {entry.name}@{entry.tag}")
     return entry
 
 
-def _blob_key(digest: str) -> str:
+def _parse_published(data: bytes, key: str) -> Published:
+    try:
+        record = Published.model_validate_json(data)
+    except ValidationError as error:
+        raise StoreCorrupt(f"{key} cannot be read: {error}") from None
+    if version_key(record.name, record.version) != key:
+        raise StoreCorrupt(f"{key} was written for {record.name}@{record.version[:12]}")
+    return record
+
+
+def blob_key(digest: str) -> str:
+    """Where a tensor file lies."""
     return f"blobs/sha256/{digest[:2]}/{digest}"
 
 
-def _manifest_key(version: str) -> str:
+def manifest_key(version: str) -> str:
+    """Where a manifest lies."""
     return f"manifests/sha256/{version[:2]}/{version}.json"
 
 
-def _version_key(name: str, version: str) -> str:
+def version_key(name: str, version: str) -> str:
+    """Where the record of a publication lies."""
     return f"versions/{name}/{version}.json"
-
-
-def _entry_key(name: str, tag: str, sequence: int) -> str:
-    return f"tags/{name}/{tag}/{sequence:020d}.json"
 
 
 def _user() -> str:
@@ -306,7 +398,3 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):
         return "unknown"
-
-
-def _now() -> datetime:
-    return datetime.now(UTC).replace(microsecond=0)

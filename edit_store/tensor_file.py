@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ MAX_TENSOR_FILE_BYTES = 1 << 30
 _FLOAT32_BYTES = 4
 
 
-def read(data: bytes) -> tuple[Tensors, list[Reason]]:
+def read(data: bytes | mmap.mmap) -> tuple[Tensors, list[Reason]]:
     """Tensors by name, and every reason to refuse them. The arrays are views into `data`: nothing is copied."""
     header, body, reasons = _header(data)
     if reasons:
@@ -48,7 +49,7 @@ def read(data: bytes) -> tuple[Tensors, list[Reason]]:
     return tensors, reasons
 
 
-def _header(data: bytes) -> tuple[dict[str, Any], memoryview, list[Reason]]:
+def _header(data: bytes | mmap.mmap) -> tuple[dict[str, Any], memoryview, list[Reason]]:
     nothing = memoryview(b"")
     if len(data) > MAX_TENSOR_FILE_BYTES:
         return {}, nothing, [Reason("too_large", f"tensor file of {len(data)} bytes, at most {MAX_TENSOR_FILE_BYTES}")]

@@ -66,6 +66,7 @@ METRICS = (
     Metric("swap_seconds", "histogram", "Swap time by phase: fetch, verify, install, drain.", ("phase",), PHASE),
     Metric("store_head_age_seconds", "gauge", "Time since the store's heads were last read."),
     Metric("store_errors", "counter", "Looks at the store that failed."),
+    Metric("signature_policy", "gauge", "1 for what is done about signatures: require, warn, off.", ("mode",)),
     Metric("bundles_rejected", "counter", "Reasons bundles were refused for.", ("reason",)),
     Metric(
         "variant_info",
@@ -92,6 +93,7 @@ class Metrics:
     swap_seconds: Histogram
     store_head_age_seconds: Gauge
     store_errors: Counter
+    signature_policy: Gauge
     bundles_rejected: Counter
     variant_info: Gauge
 

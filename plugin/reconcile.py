@@ -19,8 +19,10 @@ from typing import Any, Protocol
 
 from edit_store import verify
 from edit_store.bundle import BaseModelRef
-from edit_store.errors import BundleRefused, EditsError, InstallRefused, Reason
-from edit_store.store import EditStore, TagEntry
+from edit_store.errors import BundleRefused, EditsError, InstallRefused, NotTrusted, Reason
+from edit_store.reader import Reader
+from edit_store.store import TagEntry
+from edit_store.trust import Enforcement
 from plugin.lease import Lease
 from plugin.metrics import OTHER, UNKNOWN, Metrics
 from plugin.reservation import Reservation
@@ -75,7 +77,7 @@ class Reconciler:
 
     def __init__(
         self,
-        store: EditStore,
+        reader: Reader,
         workers: Workers,
         metrics: Metrics,
         *,
@@ -85,7 +87,7 @@ class Reconciler:
         slots: int,
         default_tag: str,
     ) -> None:
-        self.store = store
+        self.reader = reader
         self.table = VariantTable(base_names, default_tag)
         self.residency = Residency(slots)
         self.last_swap: Swap | None = None
@@ -97,6 +99,7 @@ class Reconciler:
         self._reservation = reservation
         self._heads: dict[tuple[str, str], TagEntry] = {}
         self._refused: dict[tuple[str, str], Refusal] = {}
+        self._troubles: Mapping[tuple[str, str], EditsError] = {}
         self._in_flight: Counter[tuple[str, str | None]] = Counter()
         self._retired_at: dict[str, float] = {}
         self._syncing = asyncio.Lock()
@@ -104,6 +107,13 @@ class Reconciler:
         self._slot_released = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         metrics.slots_total.set(slots)
+        metrics.signature_policy.labels(reader.trust.enforcement).set(1)
+        if reader.trust.enforcement is Enforcement.OFF:
+            logger.warning(
+                "signatures are not asked for: whoever can write to store %s decides what is served. "
+                "Name keys with edits.trust_file",
+                reader.url,
+            )
 
     # -- following the store ---------------------------------------------------------------------------------------
 
@@ -122,7 +132,7 @@ class Reconciler:
         """Read the store's heads once and follow every tag that moved. Returns the swaps that were tried."""
         async with self._syncing:
             try:
-                heads = await asyncio.to_thread(self.store.heads)
+                look = await asyncio.to_thread(self.reader.look)
             except EditsError as error:
                 self.last_error = str(error)
                 self._metrics.store_errors.inc()
@@ -130,8 +140,9 @@ class Reconciler:
                 return []
             self.heads_read_at = time.monotonic()
             self._metrics.store_head_age_seconds.set(0)
+            self._note_troubles(look.troubles)
             swaps = []
-            for name, tags in heads.items():
+            for name, tags in look.heads.items():
                 for tag, entry in tags.items():
                     known = self._heads.get((name, tag))
                     refused = self._refused.get((name, tag))
@@ -142,23 +153,29 @@ class Reconciler:
                     swaps.append(await self._follow_tag(entry))
             return swaps
 
+    def _note_troubles(self, troubles: Mapping[tuple[str, str], EditsError]) -> None:
+        """Tell of histories that are broken or were wound back, once each; their tags keep what they serve."""
+        for key, trouble in troubles.items():
+            if str(trouble) != str(self._troubles.get(key, "")):
+                self.last_error = str(trouble)
+                self._metrics.bundles_rejected.labels("history").inc()
+                logger.error("history refused variant=%s@%s: %s", *key, trouble)
+        self._troubles = troubles
+
     async def _follow_tag(self, entry: TagEntry) -> Swap:
         key = entry.name, entry.tag
         old = self.table.promoted.get(entry.name, {}).get(entry.tag)
         swap = self.last_swap = Swap(entry.name, entry.tag, old, entry.version)
         try:
+            await self._require_trust(entry)
             if entry.version != old:
                 await self._bring_in(swap)
         except EditsError as error:
-            swap.error = self.last_error = str(error)
-            self._refused[key] = Refusal(entry.sequence, swap.error, lasting=isinstance(error, BundleRefused))
-            reasons = error.reasons if isinstance(error, BundleRefused) else (Reason("error", str(error)),)
-            for reason in reasons:
-                self._metrics.bundles_rejected.labels(reason.code).inc()
-            self._metrics.swaps.labels("refused" if isinstance(error, BundleRefused) else "error").inc()
-            logger.error(  # noqa: TRY400  a refusal is told by its reasons, a traceback adds nothing
-                "swap refused variant=%s@%s serving=%s: %s", *key, (old or "nothing")[:12], error
-            )
+            if isinstance(error, NotTrusted) and key not in self._heads:
+                await self._fall_back(entry)
+            self.last_swap = swap
+            swap.error = str(error)
+            self._refuse(entry, error, serving=self.table.promoted.get(entry.name, {}).get(entry.tag))
             return swap
         self._switch(entry)
         self._refused.pop(key, None)
@@ -166,13 +183,45 @@ class Reconciler:
         logger.info("swap committed variant=%s@%s version=%s seconds=%s", *key, entry.version[:12], swap.seconds)
         return swap
 
+    def _refuse(self, entry: TagEntry, error: EditsError, serving: str | None) -> None:
+        """Remember and tell why an entry is not followed. What was told already is not told at every look."""
+        key, said = (entry.name, entry.tag), str(error)
+        before = self._refused.get(key)
+        # More signatures may come, and a store may come back; a bundle that breaks a rule stays what it is.
+        lasting = isinstance(error, BundleRefused) and not isinstance(error, NotTrusted)
+        self._refused[key] = Refusal(entry.sequence, said, lasting)
+        if before is not None and (before.sequence, before.error) == (entry.sequence, said) and not lasting:
+            return
+        self.last_error = said
+        reasons = error.reasons if isinstance(error, BundleRefused) else (Reason("error", said),)
+        for reason in reasons:
+            self._metrics.bundles_rejected.labels(reason.code).inc()
+        self._metrics.swaps.labels("refused" if isinstance(error, BundleRefused) else "error").inc()
+        logger.error("swap refused variant=%s@%s serving=%s: %s", *key, (serving or "nothing")[:12], error)
+
+    async def _require_trust(self, entry: TagEntry) -> None:
+        """NotTrusted when signatures are required and missing; where they are only wished for, a line in the log."""
+        doubts = await asyncio.to_thread(self.reader.doubts, entry)
+        if not doubts:
+            return
+        refusal = NotTrusted(f"{entry.name}@{entry.tag} entry {entry.sequence}", doubts)
+        if self.reader.trust.enforcement is Enforcement.REQUIRE:
+            raise refusal
+        logger.warning("served although %s", refusal)
+
+    async def _fall_back(self, entry: TagEntry) -> None:
+        """Serve what a server that never stopped would: the newest entry before this one that is believed."""
+        believed = await asyncio.to_thread(self.reader.believed, entry)
+        if believed is not None:
+            await self._follow_tag(believed)
+
     async def _bring_in(self, swap: Swap) -> None:
         """Everything before the switch: nothing here is visible to clients."""
         if swap.variant in (*self.table.base_names, *RESERVED_NAMES):
             why = f"{swap.variant!r} names the base model or a label of its own here; publish it under another name"
             raise BundleRefused(f"variant {swap.variant!r}", [Reason("name", why)])
         with swap.phase("fetch", self._metrics):
-            bundle = await asyncio.to_thread(self.store.bundle, swap.to_version)
+            bundle = await asyncio.to_thread(self.reader.bundle, swap.to_version)
         with swap.phase("verify", self._metrics):
             await asyncio.to_thread(verify.check, bundle, self._base)
             if missing := self._reservation.missing(bundle.manifest.edits):
@@ -211,7 +260,7 @@ class Reconciler:
         if isinstance(found, VersionWanted):
             ref, served = found.ref, self.table.promoted[found.ref.name].values()
             known = ref.selector in served  # a whole digest that is served needs no store
-            version = ref.selector if known else await asyncio.to_thread(self.store.resolve, str(ref))
+            version = ref.selector if known else await asyncio.to_thread(self.reader.resolve, str(ref))
             found = Choice(model, ref.name, version)
         return await self.renew(found)
 
@@ -346,6 +395,11 @@ class Reconciler:
                 {"name": name, "tag": tag, "sequence": refusal.sequence, "error": refusal.error}
                 for (name, tag), refusal in sorted(self._refused.items())
             ],
+            "troubles": [
+                {"name": name, "tag": tag, "error": str(trouble)}
+                for (name, tag), trouble in sorted(self._troubles.items())
+            ],
+            "signatures": self.reader.trust.enforcement,
             "slots": {
                 "total": self.residency.slots,
                 "used": self.residency.used,
@@ -356,7 +410,7 @@ class Reconciler:
             },
             "last_swap": asdict(self.last_swap) if self.last_swap else None,
             "last_error": self.last_error,
-            "store": {"url": self.store.url, "head_age_seconds": self._head_age()},
+            "store": {"url": self.reader.url, "head_age_seconds": self._head_age()},
         }
 
     def refusal(self, model: str) -> str:

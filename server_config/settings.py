@@ -11,9 +11,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from edit_store.cache import DEFAULT_LIMIT_BYTES
 from edit_store.edits import MAX_RANK
 from edit_store.errors import SettingsError, nearest
 from edit_store.refs import DEFAULT_TAG, is_name, is_version_prefix
+from edit_store.trust import Enforcement
 
 KEY = "edits"
 
@@ -55,6 +57,24 @@ class EditSettings(BaseModel):
     )
     admin_token_file: str | None = Field(
         default=None, description="file with the token that changes over HTTP must send; without it they are refused"
+    )
+    trust_file: str | None = Field(
+        default=None, description="trust file: whose signatures count, and how many are needed"
+    )
+    signatures: Enforcement | None = Field(
+        default=None,
+        description="`require`, `warn` or `off`; by default `require` as soon as the trust file holds a key",
+    )
+    signing_key_file: str | None = Field(
+        default=None, description="private key with which changes over HTTP are signed as their promoter"
+    )
+    cache_folder: str | None = Field(
+        default=None,
+        description="this node's copies of remote versions, and which promotions it has seen; by default in the user's "
+        "cache folder",
+    )
+    cache_bytes: int = Field(
+        default=DEFAULT_LIMIT_BYTES, ge=1 << 20, description="size of that folder; the least recently used go first"
     )
     inner_load_format: str = Field(default="auto", description="vLLM load format that reads the base model's weights")
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import tempfile
 from collections.abc import Callable, Iterator
 from itertools import count
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,8 +17,11 @@ from prometheus_client import CollectorRegistry
 from torch import Tensor, nn
 
 from edit_store import BaseModelRef, Bundle, EditStore, Offset, Provenance, TagEntry, Widths, check
-from edit_store.backends import Backend
+from edit_store.backends import Backend, Item
+from edit_store.cache import NodeCache
 from edit_store.errors import BundleRefused, EditsError, StoreUnavailable
+from edit_store.reader import Reader
+from edit_store.trust import Trust
 from plugin.edited_model import EditedModel, Prepared
 from plugin.lease import Lease
 from plugin.metrics import PREFIX, Metrics
@@ -195,6 +200,7 @@ class FlakyBackend:
     def __init__(self, inner: Backend) -> None:
         self.inner = inner
         self.url = inner.url
+        self.parallel = inner.parallel
         self.down: str | None = None
 
     def _reach(self, key: str) -> None:
@@ -217,7 +223,7 @@ class FlakyBackend:
         self._reach(key)
         self.inner.create(key, data)
 
-    def list(self, prefix: str) -> Iterator[str]:
+    def list(self, prefix: str) -> Iterator[Item]:
         self._reach(prefix)
         return self.inner.list(prefix)
 
@@ -259,16 +265,16 @@ def version_of(name: str, base: BaseModelRef = BASE, edit: Any = None) -> Bundle
 class Server:
     """One API process over two fake workers and a store in memory that can be cut off."""
 
-    def __init__(self, url: str, slots: int = SLOTS) -> None:
+    def __init__(self, url: str, slots: int = SLOTS, trust: Trust | None = None, node: Path | None = None) -> None:
         self.store = EditStore(url, create=True)
-        self.backend = FlakyBackend(self.store._backend)
-        self.store._backend = self.backend
+        self.backend = FlakyBackend(self.store.backend)
+        self.store.backend = self.backend
         reservation = Reservation.for_edits([Offset(site="layers.1.resid")])
         self.workers = FakeWorkers(self.store, reservation, slots=slots)
         self.registry = CollectorRegistry()
         self.metrics = Metrics(self.registry)
         self.core = Reconciler(
-            self.store,
+            Reader(self.store, trust, NodeCache(node or Path(tempfile.mkdtemp()))),
             self.workers,
             self.metrics,
             base=BASE,

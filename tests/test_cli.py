@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import plugin.cli  # noqa: F401  adds serve and status
 from edit_store import Bundle, EditStore
 from edit_store.cli import app
+from edit_store.cli.common import complete_name, complete_reference
 from tests.conftest import random_bundle
 from tests.fakes import BASE
 
@@ -115,7 +118,7 @@ def test_inspect_shows_what_is_in_a_bundle(run: Run, two: list[str]) -> None:
         (["inspect", "no/such/folder"], "names no variant"),
         (["publish", "store"], "expected manifest.json"),
         (["list", "--store", "nowhere"], "vllm-edits init --store nowhere"),
-        (["list", "--store", "s3://bucket"], "expected a folder"),
+        (["list", "--store", "ftp://bucket"], "expected a folder"),
         (["history", "../polite"], "cannot be a name"),
     ],
 )
@@ -251,3 +254,148 @@ def test_the_environment_can_name_the_store(run: Run, tmp_path: Path) -> None:
     assert json.loads(run("list", "--json").stdout) == []
     listed: Any = json.loads(run("list", "--json", "--store", "other").stdout)
     assert [row["name"] for row in listed] == ["strict"]
+
+
+# -- a day of an author, a promoter and an operator --------------------------------------------------------------------
+
+
+def test_show_tells_everything_about_one_version(run: Run, two: list[str]) -> None:
+    shown = run("show", "polite").stdout
+    for part in (two[0], "v1", "tiny", "low_rank", "random", "prod", "none"):
+        assert part in shown
+    found = json.loads(run("show", f"polite@{two[1][:7]}", "--json").stdout)
+    assert (found["version"], found["promoted_as"]) == (two[1], [])
+    assert found["manifest"]["base"]["name"] == BASE.name
+
+
+def test_diff_names_what_moved(run: Run, two: list[str]) -> None:
+    lines = run("diff", "polite", f"polite@{two[1][:8]}").stdout.splitlines()
+    assert "label: v1 -> v2" in lines
+    assert sum("changed" in line for line in lines) == 4
+    found = json.loads(run("diff", "polite", "polite", "--json").stdout)
+    assert found["fields"] == {}
+    assert {edit["change"] for edit in found["edits"]} == {"same"}
+
+
+def test_a_pinned_tag_says_who_why_and_how_to_free_it(run: Run, two: list[str]) -> None:
+    assert "pin)" in run("pin", "polite", "--reason", "incident 7").stdout
+    refused = run("promote", f"polite@{two[1]}")
+    assert refused.exit_code == 1
+    assert "incident 7" in refused.stderr
+    assert "vllm-edits pin polite --tag prod --remove" in refused.stderr
+    assert run("pin", "polite", "--remove").exit_code == 0
+    assert run("promote", f"polite@{two[1]}").exit_code == 0
+
+
+def test_a_version_travels_by_copy_and_by_file(run: Run, two: list[str], tmp_path: Path) -> None:
+    run("init", "--store", "mirror")
+    run("init", "--store", "island")
+    assert run("copy", "polite", "--to", "mirror").exit_code == 0
+    written = json.loads(run("export", f"polite@{two[1]}", "--json").stdout)
+    assert written["version"] == two[1]
+    assert json.loads(run("import", written["file"], "--store", "island", "--json").stdout) == [
+        {"name": "polite", "version": two[1]}
+    ]
+    assert EditStore("mirror").version_digests("polite") == [two[0]]
+    assert EditStore("island").version_digests("polite") == [two[1]]
+    for each in ("mirror", "island"):
+        assert run("verify", "--store", each).exit_code == 0
+    (tmp_path / "broken.tar").write_bytes(Path(written["file"]).read_bytes()[:-9000])
+    refused = run("import", "broken.tar", "--store", "mirror")
+    assert refused.exit_code == 1
+    assert "refused" in refused.stderr
+
+
+def test_verify_finds_gc_says_what_it_would_do(run: Run, two: list[str], store: EditStore) -> None:
+    assert "clean" in run("verify").stdout
+    dry = run("gc", "--grace-hours", "0").stdout
+    assert f"version {two[1][:12]}, never promoted" in dry
+    assert "vllm-edits gc --run" in dry
+    assert len(store.version_digests("polite")) == 2
+    assert json.loads(run("gc", "--grace-hours", "0", "--run", "--json").stdout)["versions"] == [two[1]]
+    assert store.version_digests("polite") == [two[0]]
+    blob = store.manifest(two[0]).tensors.sha256
+    Path(store.url, "blobs/sha256", blob[:2], blob).write_bytes(b"?")
+    found = run("verify", "--json")
+    assert found.exit_code == 1
+    assert json.loads(found.stdout)["findings"][0]["object"] == f"version {two[0][:12]}"
+
+
+def test_two_promoters_from_keys_to_belief(run: Run, two: list[str]) -> None:
+    for who in ("alice", "bob"):
+        assert f"{who}.pub" in run("keygen", f"{who}.key").stdout
+    assert "not usable by a server yet" in run("trust", "add", "trust.json", "alice.pub", "--role", "author").stderr
+    run("trust", "add", "trust.json", "bob.pub", "--role", "promoter", "--days", "30")
+    run("trust", "remove", "trust.json", "alice")
+    run("trust", "add", "trust.json", "alice.pub", "--role", "author", "--role", "promoter")
+    assert run("trust", "threshold", "trust.json", "promoter", "2").exit_code == 0
+    keys = json.loads(run("trust", "list", "trust.json", "--json").stdout)
+    assert {key["name"]: key["roles"] for key in keys} == {"alice": "author promoter", "bob": "promoter"}
+
+    def believed() -> bool:
+        return bool(json.loads(run("trust", "check", "polite", "--trust", "trust.json", "--json").stdout)["believed"])
+
+    assert run("sign", f"polite@{two[1]}", "--key", "alice.key").exit_code == 0
+    assert run("promote", f"polite@{two[1]}", "--key", "alice.key").exit_code == 0
+    assert not believed()
+    assert "below_threshold" in run("trust", "check", "polite", "--trust", "trust.json").stdout
+    assert "as promoter" in run("sign", "polite@prod", "--as", "promoter", "--key", "bob.key").stdout
+    assert believed()
+    assert "signed by keys" in run("show", "polite").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["sign", "polite@abcdef", "--as", "promoter", "--key", "a.key"], "a promoter signs what a tag says now"),
+        (["sign", "polite", "--key", "nobody.key"], "is no private key"),
+        (["keygen", "a.key"], "never overwritten"),
+        (["trust", "list", "nothing.json"], "cannot be read"),
+        (["trust", "remove", "empty.json", "carol"], "no key 'carol'"),
+        (["trust", "add", "empty.json", "a.key", "--role", "author"], "left as it was"),
+        (["copy", "polite", "--to", "nowhere"], "vllm-edits init --store nowhere"),
+        (["export", "polite", "-o", "taken.tar"], "nothing is overwritten"),
+        (["import", "taken.tar"], "is refused"),
+        (["diff", "polite", "rude"], "nothing is published under 'rude'"),
+        (["pin", "polite", "--tag", "beta"], "nothing to pin"),
+    ],
+)
+@pytest.mark.usefixtures("two")
+def test_what_cannot_be_done_says_why(run: Run, tmp_path: Path, words: list[str], said: str) -> None:
+    run("keygen", "a.key")
+    (tmp_path / "empty.json").write_text('{"schema_version": 1}')
+    (tmp_path / "taken.tar").write_text("x")
+    result = run(*words)
+    assert result.exit_code == 1
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.usefixtures("run")
+def test_names_tags_and_versions_complete(two: list[str]) -> None:
+    context = typer.Context(get_command(app))
+    assert complete_name(context, "po") == ["polite"]
+    assert complete_name(context, "x") == []
+    assert set(complete_reference(context, "polite@")) == {"polite@prod", *(f"polite@{each[:12]}" for each in two)}
+    assert complete_reference(context, f"polite@{two[1][:4]}") == [f"polite@{two[1][:12]}"]
+
+
+def test_completion_without_a_store_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_EDITS_STORE", raising=False)
+    assert complete_name(typer.Context(get_command(app)), "po") == []
+
+
+def commands(group: object, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    found = []
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        found += commands(command, (*path, name)) if hasattr(command, "commands") else [(*path, name)]
+    return found
+
+
+@pytest.mark.parametrize("words", commands(get_command(app)), ids=" ".join)
+def test_every_command_explains_itself_and_speaks_json(run: Run, words: tuple[str, ...]) -> None:
+    shown = run(*words, "--help")
+    assert shown.exit_code == 0
+    assert len(shown.stdout) > 200
+    if words != ("serve",):
+        assert "--json" in shown.stdout

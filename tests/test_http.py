@@ -18,6 +18,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
 
+from edit_store.cache import NodeCache
+from edit_store.reader import Reader
 from plugin.claim import CLAIM, cache_salt
 from plugin.engine_gate import EngineGate
 from plugin.http.middleware import VariantMiddleware
@@ -806,12 +808,12 @@ async def test_a_tag_that_is_no_name_is_refused(tmp_path: Path) -> None:
     assert answer.status_code == 404
 
 
-async def test_a_change_that_lost_a_race_is_a_conflict(site: Site) -> None:
+async def test_a_change_that_lost_a_race_is_a_conflict(site: Site, tmp_path: Path) -> None:
     (first,) = await site.server.promote(version_of("polite"))
     mine, theirs = (publish(site.server.store, version_of("polite"), tag=None) for _ in range(2))
     late = Overtaken(site.server.store.url)
     late.overtake = lambda: site.server.store.promote(f"polite@{theirs}")
-    site.server.core.store = late
+    site.server.core.reader = Reader(late, cache=NodeCache(tmp_path))
     answer = await site.client.put("/v1/edits/polite", json={"version": mine}, headers=TOKEN)
     assert answer.status_code == 409
     assert "changed by somebody else" in answer.json()["detail"]

@@ -74,7 +74,7 @@ def promoted(store: EditStore, *labels: str) -> list[str]:
 
 def keys(store: EditStore) -> set[str]:
     prefixes = ("blobs/", "manifests/", "versions/", "tags/")
-    return {key for prefix in prefixes for key in store._backend.list(prefix)}
+    return {item.key for prefix in prefixes for item in store.backend.list(prefix)}
 
 
 # -- bundles -----------------------------------------------------------------------------------------------------------
@@ -390,22 +390,22 @@ class Crashing(FlakyBackend):
         super().put(key, data)
 
 
-@pytest.mark.parametrize("writes", range(5))
+@pytest.mark.parametrize("writes", range(7))
 def test_a_crash_between_any_two_writes_leaves_the_old_or_the_new(store: EditStore, url: str, writes: int) -> None:
     """What was promoted stays promoted and whole, and doing it again works."""
     (old,) = promoted(store, "1")
     new = bundle("2")
     dying = EditStore(url)
-    dying._backend = Crashing(dying._backend, writes)
-    if writes < 4:
+    dying.backend = Crashing(dying.backend, writes)
+    if writes < 6:
         with pytest.raises(KeyboardInterrupt):
             dying.promote(f"polite@{dying.publish(new)}")
-    else:  # the four writes of a publication with its promotion (positive control)
+    else:  # the six writes of a publication with its promotion (positive control)
         dying.promote(f"polite@{dying.publish(new)}")
     after = EditStore(url)
-    assert after.resolve("polite") == (old if writes < 4 else new.version)
+    assert after.resolve("polite") == (old if writes < 6 else new.version)
     check(after.bundle(after.resolve("polite")))
-    assert len(after.history("polite")) == (1 if writes < 4 else 2)
+    assert len(after.history("polite")) == (1 if writes < 6 else 2)
     after.promote(f"polite@{after.publish(new)}")
     assert after.resolve("polite") == new.version
 
@@ -482,9 +482,9 @@ def test_a_store_that_vanished_is_unavailable_not_empty(folder: EditStore) -> No
         folder.heads()
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/store", "http://example.org/store"])
+@pytest.mark.parametrize("url", ["ftp://bucket/store", "http://example.org/store"])
 def test_a_url_nobody_can_open_is_refused(url: str) -> None:
-    with pytest.raises(StoreUnavailable, match="expected a folder, file:// or memory://"):
+    with pytest.raises(StoreUnavailable, match="expected a folder or one of file://"):
         EditStore(url)
 
 
@@ -511,7 +511,7 @@ def test_both_backends_keep_the_protocol(url: str) -> None:
     backend.put("ab/three", b"3")
     assert backend.get("a/one") == b"12345"
     assert backend.get_range("a/one", 1, 3) == b"234"
-    assert sorted(backend.list("a/")) == ["a/b/two", "a/one"]
+    assert sorted((item.key, item.size) for item in backend.list("a/")) == [("a/b/two", 1), ("a/one", 5)]
     assert list(backend.list("nothing/")) == []
     with pytest.raises(AlreadyExists):
         backend.create("a/one", b"other")
@@ -534,6 +534,6 @@ def test_every_stored_json_object_is_canonical(folder: EditStore) -> None:
     """One spelling each, so that digests can be compared across machines."""
     promoted(folder, "1", "2")
     found = list(Path(folder.url).rglob("*.json"))
-    assert len(found) == 1 + 2 + 2 + 2
+    assert len(found) == 1 + 2 + 2 + 1 + 2
     for path in found:
         assert canonical_json(json.loads(path.read_bytes())) == path.read_bytes()

@@ -1,7 +1,55 @@
 """Where a store's objects live. One small protocol; the local folder is the default."""
 
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from urllib.parse import urlsplit
+
 from edit_store.backends.local import LocalFolder
 from edit_store.backends.memory import Memory
-from edit_store.backends.protocol import AlreadyExists, Backend, open_backend
+from edit_store.backends.objects import SCHEMES, ObjectStore
+from edit_store.backends.protocol import AlreadyExists, Backend, Item, get_many, get_or_none
+from edit_store.errors import StoreUnavailable
 
-__all__ = ["AlreadyExists", "Backend", "LocalFolder", "Memory", "open_backend"]
+__all__ = [
+    "PROBES", "AlreadyExists", "Backend", "Item", "LocalFolder", "Memory", "ObjectStore", "get_many", "get_or_none",
+    "open_backend", "require_exclusive_create",
+]  # fmt: skip
+
+PROBES = "probes"
+
+
+def open_backend(url: str) -> Backend:
+    """The backend for a folder path, a file://, s3://, gs:// or az:// URL, or memory://."""
+    parts = urlsplit(url)
+    if parts.scheme in ("", "file"):
+        return LocalFolder(Path(parts.path if parts.scheme else url))
+    if parts.scheme == "memory":
+        return Memory.shared(url)
+    if parts.scheme in SCHEMES:
+        return ObjectStore(url)
+    known = ", ".join(f"{scheme}://" for scheme in ("file", *SCHEMES, "memory"))
+    raise StoreUnavailable(f"cannot open store {url!r}: expected a folder or one of {known}, found {parts.scheme}://")
+
+
+def require_exclusive_create(backend: Backend) -> None:
+    """Prove that the second of two creates is refused; StoreUnavailable where it is not.
+
+    Some S3-compatible servers ignore `If-None-Match`, and some file systems have no hard links. On these two promotions
+    at once would overwrite each other in silence, so nothing is written there.
+    """
+    key = f"{PROBES}/{secrets.token_hex(16)}"
+    try:
+        backend.create(key, b"first")
+        try:
+            backend.create(key, b"second")
+        except AlreadyExists:
+            return
+        raise StoreUnavailable(
+            f"store {backend.url} cannot be written safely: it let a second write replace a first one that asked to be "
+            "the only one (create-if-absent). Use a folder on a local file system, or an object store with conditional "
+            "writes"
+        )
+    finally:
+        backend.delete(key)

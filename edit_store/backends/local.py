@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from edit_store.backends.protocol import AlreadyExists
+from edit_store.backends.protocol import AlreadyExists, Item
 from edit_store.errors import StoreUnavailable
 
 STAGING = ".staging"
+"""Where files are written before they are named. What a crash leaves there, `gc` sweeps; `list` does not show it."""
 
 
 class LocalFolder:
     """Objects as files below `root`."""
+
+    parallel = 1
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
@@ -35,12 +38,12 @@ class LocalFolder:
             return file.read(length)
 
     def put(self, key: str, data: bytes) -> None:
-        try:
-            self.create(key, data)
-        except AlreadyExists:
-            return
+        self._write(key, data, os.replace)
 
     def create(self, key: str, data: bytes) -> None:
+        self._write(key, data, os.link)
+
+    def _write(self, key: str, data: bytes, name_it: Callable[[Path, Path], None]) -> None:
         target = self._path(key)
         staged = self.root / STAGING / f"{os.getpid()}-{secrets.token_hex(8)}"
         with self._trouble(key):
@@ -52,30 +55,52 @@ class LocalFolder:
                     file.flush()
                     os.fsync(file.fileno())
                 try:
-                    os.link(staged, target)
+                    name_it(staged, target)
                 except FileExistsError:
                     raise AlreadyExists(key) from None
             finally:
                 staged.unlink(missing_ok=True)
             _sync_folder(target.parent)
 
-    def list(self, prefix: str) -> Iterator[str]:
+    def list(self, prefix: str) -> Iterator[Item]:
         folder = self._path(prefix)
         with self._trouble(prefix):
-            if not folder.is_dir():
-                return
-            for path in folder.rglob("*"):
-                if path.is_file():
-                    yield path.relative_to(self.root).as_posix()
+            if folder.is_dir():
+                yield from self._below(folder, prefix.rstrip("/"))
+
+    def _below(self, folder: Path, key: str) -> Iterator[Item]:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                path = f"{key}/{entry.name}"
+                if entry.is_dir(follow_symlinks=False):
+                    yield from self._below(folder / entry.name, path)
+                elif entry.is_file(follow_symlinks=False):
+                    try:
+                        found = entry.stat()
+                    except FileNotFoundError:  # deleted while we looked
+                        continue
+                    yield Item(path, found.st_size, found.st_mtime)
 
     def delete(self, key: str) -> None:
+        path = self._path(key)
         with self._trouble(key):
-            self._path(key).unlink(missing_ok=True)
-            _sync_folder(self._path(key).parent)
+            path.unlink(missing_ok=True)
+            if path.parent.is_dir():
+                _sync_folder(path.parent)
+
+    def sweep(self, before: float) -> int:
+        """Remove what crashed writers left half written before a moment; returns how many files."""
+        swept = 0
+        with self._trouble(STAGING):
+            for path in (self.root / STAGING).glob("*"):
+                if path.stat().st_mtime < before:
+                    path.unlink(missing_ok=True)
+                    swept += 1
+        return swept
 
     def _path(self, key: str) -> Path:
         parts = PurePosixPath(key).parts
-        if not parts or key.startswith("/") or ".." in parts:
+        if not parts or key.startswith("/") or ".." in parts or parts[0] == STAGING:
             raise ValueError(f"not a store key: {key!r}")
         return self.root.joinpath(*parts)
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from typing import ClassVar
 
-from edit_store.backends.protocol import AlreadyExists
+from edit_store.backends.protocol import AlreadyExists, Item
 
 
 class Memory:
     """Objects in a dictionary. `memory://<name>` opened twice is the same store."""
 
+    parallel = 1
     _shared: ClassVar[dict[str, Memory]] = {}
 
     def __init__(self, url: str = "memory://") -> None:
         self.url = url
-        self._objects: dict[str, bytes] = {}
+        self._objects: dict[str, tuple[bytes, float]] = {}
         self._lock = threading.Lock()
 
     @classmethod
@@ -25,22 +27,23 @@ class Memory:
         return cls._shared.setdefault(url, cls(url))
 
     def get(self, key: str) -> bytes:
-        return self._objects[key]
+        return self._objects[key][0]
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
-        return self._objects[key][start : start + length]
+        return self.get(key)[start : start + length]
 
     def put(self, key: str, data: bytes) -> None:
-        self._objects.setdefault(key, data)
+        self._objects[key] = data, time.time()
 
     def create(self, key: str, data: bytes) -> None:
         with self._lock:
             if key in self._objects:
                 raise AlreadyExists(key)
-            self._objects[key] = data
+            self._objects[key] = data, time.time()
 
-    def list(self, prefix: str) -> Iterator[str]:
-        return iter([key for key in list(self._objects) if key.startswith(prefix)])
+    def list(self, prefix: str) -> Iterator[Item]:
+        found = [(key, *value) for key, value in list(self._objects.items()) if key.startswith(prefix)]
+        return (Item(key, len(data), modified) for key, data, modified in found)
 
     def delete(self, key: str) -> None:
         self._objects.pop(key, None)

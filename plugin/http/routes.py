@@ -16,6 +16,7 @@ from fastapi import APIRouter, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from edit_store.errors import AmbiguousVersion, BundleRefused, Conflict, EditsError, NotFound
+from edit_store.trust import Enforcement
 from plugin.reconcile import Reconciler
 
 ADMIN_TOKEN_HEADER = "x-edits-admin-token"  # noqa: S105  a header's name, not a secret
@@ -61,20 +62,28 @@ def router(reconciler: Callable[[], Reconciler], admin_token_file: Callable[[], 
         tag = body.tag or core.table.default_tag
         actor = _authorized(request, admin_token_file())
         reference = f"{name}@{body.version}"
-        return await _changed(core, lambda: core.store.promote(reference, tag=tag, reason=body.reason, actor=actor))
+        return await _changed(
+            core, lambda: core.reader.store.promote(reference, tag=tag, reason=body.reason, actor=actor)
+        )
 
     @routes.post("/{name}/rollback", summary="Return to the version promoted before")
     async def rollback(name: str, body: Return, request: Request) -> Any:
         core = reconciler()
         tag = body.tag or core.table.default_tag
         actor = _authorized(request, admin_token_file())
-        return await _changed(core, lambda: core.store.rollback(name, tag=tag, reason=body.reason, actor=actor))
+        return await _changed(core, lambda: core.reader.store.rollback(name, tag=tag, reason=body.reason, actor=actor))
 
     return routes
 
 
 async def _changed(core: Reconciler, change: Callable[[], Any]) -> Any:
     """Append to the store, follow it at once, and answer with the entry and the swap."""
+    if core.reader.trust.enforcement is Enforcement.REQUIRE and not core.reader.store.signs:
+        raise HTTPException(
+            403,
+            detail="promotions must be signed, and this server has no key: set edits.signing_key_file, or use "
+            "`vllm-edits promote --key` on the store",
+        )
     try:
         entry = await asyncio.to_thread(change)
     except EditsError as error:

@@ -13,11 +13,11 @@ import vllm
 
 from edit_store.bundle import BaseModelRef
 from edit_store.errors import SettingsError, UnsupportedHost
-from edit_store.store import EditStore
 from plugin.engine_gate import EngineGate
 from plugin.http.middleware import VariantMiddleware
 from plugin.http.routes import router
 from plugin.metrics import Metrics
+from plugin.reading import open_reader
 from plugin.reconcile import Reconciler, Workers
 from plugin.reservation import Reservation
 from plugin.served_models import ServedModels
@@ -99,7 +99,7 @@ async def start(
     base = BaseModelRef.model_validate(described["base"])
     reservation = Reservation.from_settings([Reserve(**item) for item in described["reserve"]], base.widths)
     reconciler = Reconciler(
-        await asyncio.to_thread(EditStore, settings.store),
+        await asyncio.to_thread(open_reader, settings),
         workers,
         metrics,
         base=base,

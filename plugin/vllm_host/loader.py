@@ -23,8 +23,8 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from edit_store.base_model import identify
 from edit_store.bundle import BaseModelRef
 from edit_store.errors import UnsupportedHost
-from edit_store.store import EditStore
 from plugin.edited_model import EditedModel
+from plugin.reading import open_reader
 from plugin.reservation import Reservation
 from plugin.vllm_host import compat
 from plugin.vllm_host.architectures import anchors
@@ -111,8 +111,9 @@ def reserve(settings: EditSettings, base: BaseModelRef) -> Reservation:
     """What the settings say, or what the store promotes for this model now, or everything for an empty store."""
     if settings.reserve is not None:
         return Reservation.from_settings(settings.reserve, base.widths)
-    store = EditStore(settings.store)
-    manifests = [store.manifest(entry.version) for tags in store.heads().values() for entry in tags.values()]
+    reader = open_reader(settings)
+    entries = [entry for tags in reader.look().heads.values() for entry in tags.values()]
+    manifests = [reader.manifest(entry.version) for entry in map(reader.believed, entries) if entry is not None]
     edits = [edit for manifest in manifests if manifest.base.files == base.files for edit in manifest.edits]
     if edits:
         return Reservation.for_edits(edits)

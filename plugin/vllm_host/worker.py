@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from edit_store import verify
 from edit_store.errors import BundleRefused, EditsError
-from edit_store.store import EditStore
 from plugin.edited_model import Prepared
+from plugin.reading import open_reader
 from plugin.vllm_host import runner_v1
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class EditsWorker:
 
 def _stage(loaded: LoadedEdits, version: str, staging: Staging) -> None:
     def prepare() -> Answer:
-        bundle = EditStore(loaded.settings.store).bundle(version)
+        bundle = open_reader(loaded.settings).bundle(version)
         tensors = verify.check(bundle, loaded.base)
         staging.prepared = loaded.edited.prepare(version, bundle.manifest, tensors)
         return {}

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from edit_store import BaseModelRef, Bundle, EditStore
+from edit_store import BaseModelRef, Bundle, EditStore, Role, SigningKey, TrustedKey, TrustPolicy
 from loadtests.server import Server
 from tests.conftest import KINDS, base_of, bundle_of, publish, random_bundle, random_pairs
 
@@ -24,6 +24,7 @@ class Serving:
     base: BaseModelRef
     model: Path
     bundles: dict[str, Bundle]
+    signer: SigningKey
 
     @property
     def url(self) -> str:
@@ -68,13 +69,20 @@ def variants_of_every_kind(base: BaseModelRef, strength: float) -> dict[str, Bun
 def serve(
     model: Path, folder: Path, bundles: list[Bundle], *flags: str, settings: dict[str, Any] | None = None
 ) -> Serving:
-    store = EditStore(str(folder / "store"), create=True)
+    """A server that asks for signatures, and a store that gives them."""
+    signer = SigningKey.generate()
+    roles = (Role.AUTHOR, Role.PROMOTER)
+    TrustPolicy(keys=(TrustedKey(name="tests", public=signer.public_pem(), roles=roles),)).save(folder / "trust.json")
+    signer.save(folder / "server.key")
+    store = EditStore(str(folder / "store"), create=True, signer=signer)
     for bundle in bundles:
         publish(store, bundle)
-    server = Server.with_edits(
-        model, folder / "store", folder / "server.log", *flags, settings={"poll_seconds": 3600, **(settings or {})}
-    )
-    return Serving(server.start(), store, base_of(model), model, {each.manifest.name: each for each in bundles})
+    ours = {
+        "poll_seconds": 3600, "trust_file": str(folder / "trust.json"), "signing_key_file": str(folder / "server.key"),
+        "cache_folder": str(folder / "node"), **(settings or {}),
+    }  # fmt: skip
+    server = Server.with_edits(model, folder / "store", folder / "server.log", *flags, settings=ours)
+    return Serving(server.start(), store, base_of(model), model, {each.manifest.name: each for each in bundles}, signer)
 
 
 @pytest.fixture(scope="session", params=["float32", "bfloat16"])

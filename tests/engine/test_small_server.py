@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
 import pytest
 
-from edit_store import Bundle, Offset
+from edit_store import Bundle, EditStore, Offset, Role, SigningKey
 from loadtests.client import complete
 from tests.conftest import bundle_of, publish, random_bundle
 from tests.engine.conftest import Serving
@@ -86,10 +87,11 @@ def refused(serving: Serving, bundle: Bundle, code: str) -> None:
     before = ask(serving, "variant-2", "One two three")
     counted = serving.metric("vllm_edits_bundles_rejected_total", reason=code)
     version = bundle.version
-    backend = store._backend
+    backend = store.backend
     backend.put(f"manifests/sha256/{version[:2]}/{version}.json", bundle.manifest.to_bytes())
     blob = bundle.manifest.tensors.sha256
     backend.put(f"blobs/sha256/{blob[:2]}/{blob}", bundle.tensor_bytes)
+    store.attest(version, serving.signer.sign(Role.AUTHOR, version, "variant-2"))
     store._append(store.head("variant-2"), "variant-2", "prod", version, operation="promote", reason="test", actor=None)
     try:
         answer = serving.sync()
@@ -146,11 +148,59 @@ def test_promoting_over_http_needs_the_admin_token(small_server: Serving) -> Non
     assert ask(small_server, "variant-5", "One two three")[0] == old
 
 
+def test_what_is_not_signed_as_the_trust_file_asks_is_refused(small_server: Serving) -> None:
+    """Unsigned, by a stranger, run out, or an old entry replayed: the old version serves, each reason is counted."""
+    name, prompt = "variant-4", "One two three"
+    store, signer = small_server.store, small_server.signer
+    old = store.resolve(name)
+    before = ask(small_server, name, prompt)
+    bundle = random_bundle(name, small_server.base, 77)
+    version = bundle.version
+
+    def attempt(code: str, promoter: SigningKey | None, author: bytes | None) -> None:
+        counted = small_server.metric("vllm_edits_bundles_rejected_total", reason=code)
+        attempting = EditStore(store.url, signer=promoter)
+        EditStore(store.url).publish(bundle)
+        if author is not None:
+            store.attest(version, author)
+        attempting.promote(f"{name}@{version}")
+        swap = small_server.sync()["swaps"][-1]
+        assert f"[{code}]" in swap["error"], swap
+        assert ask(small_server, name, prompt) == before
+        assert small_server.metric("vllm_edits_bundles_rejected_total", reason=code) > counted
+
+    yesterday = datetime.now(UTC) - timedelta(days=1)
+    attempt("unsigned", None, None)
+    attempt("untrusted_key", SigningKey.generate(), None)
+    attempt("unsigned", signer, None)
+    attempt("expired", signer, signer.sign(Role.AUTHOR, version, name, expires_at=yesterday))
+    # Somebody who may write to the store puts the tag's first entry, which is signed, at its end once more.
+    log, head = store.tag_log(name, "prod"), store.head(name)
+    assert head is not None
+    first = log.get(1)
+    assert first is not None
+    replayed = f"tags/{name}/prod/{head.sequence + 1:020d}.json"
+    store.backend.create(replayed, first.to_bytes())
+    small_server.sync()
+    assert ask(small_server, name, prompt) == before
+    assert [row["name"] for row in small_server.status()["troubles"]] == [name]
+    store.backend.delete(replayed)
+    # Positive control: with both signatures it is followed at once.
+    store.attest(version, signer.sign(Role.AUTHOR, version, name))
+    store.promote(f"{name}@{version}")
+    assert small_server.sync()["swaps"][-1]["error"] == ""
+    assert ask(small_server, name, prompt)[0] == version
+    assert small_server.status()["troubles"] == small_server.status()["refused"] == []
+    store.promote(f"{name}@{old}")
+    small_server.sync()
+    assert ask(small_server, name, prompt) == before
+
+
 def test_a_store_that_is_down_leaves_the_server_serving(small_server: Serving) -> None:
     """Variants on the device go on; the failure is told and counted; the server recovers by itself."""
     before = ask(small_server, "variant-3", "One two three")
     errors = small_server.metric("vllm_edits_store_errors_total")
-    root = small_server.store._backend.root  # type: ignore[attr-defined]
+    root = small_server.store.backend.root  # type: ignore[attr-defined]
     hidden = root.with_name("store-away")
     root.rename(hidden)
     try:

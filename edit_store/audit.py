@@ -1,0 +1,141 @@
+"""Check a whole store: every digest, every record, every chain, every reference. Reads everything, changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from edit_store import verify
+from edit_store.backends import get_or_none
+from edit_store.bundle import sha256
+from edit_store.errors import BundleRefused, EditsError
+from edit_store.signing import read_envelopes
+from edit_store.store import EditStore, TagEntry
+
+Progress = Callable[[str, int, int], None]
+"""Told what is being checked, how much of it is done, and how much there is."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong: the object, what was found there, and what mends it."""
+
+    object: str
+    problem: str
+    mend: str
+
+
+@dataclass
+class Audit:
+    """What was checked and what was found."""
+
+    versions: int = 0
+    bytes: int = 0
+    tags: int = 0
+    entries: int = 0
+    signatures: int = 0
+    findings: list[Finding] = field(default_factory=list)
+    garbage: list[str] = field(default_factory=list)
+    """objects that nothing refers to: harmless, `gc` removes them"""
+
+    @property
+    def clean(self) -> bool:
+        return not self.findings
+
+
+def audit(store: EditStore, progress: Progress = lambda *_: None) -> Audit:
+    """Check everything that the store holds."""
+    found = Audit()
+    store.check_format()
+    entries = _check_tags(store, found, progress)
+    recorded = _check_records(store, found)
+    manifests = {
+        item.key.rpartition("/")[2].removesuffix(".json"): item.key for item in store.backend.list("manifests/")
+    }
+    blobs = {item.key.rpartition("/")[2]: item.key for item in store.backend.list("blobs/")}
+    used = _check_versions(store, found, sorted(manifests), progress)
+    promoted = {entry.version for entry in entries}
+    for version in sorted((recorded | promoted) - set(manifests)):
+        where = "promoted" if version in promoted else "published"
+        mend = f"vllm-edits publish it again, or copy it from another store: {version}"
+        found.findings.append(Finding(f"version {version[:12]}", f"it is {where}, but its manifest is missing", mend))
+    for version in sorted(promoted & set(manifests) - recorded):
+        mend = "publish the same bundle again"
+        found.findings.append(Finding(f"version {version[:12]}", "it is promoted, but under no name published", mend))
+    found.garbage += [manifests[version] for version in sorted(set(manifests) - recorded - promoted)]
+    found.garbage += [blobs[digest] for digest in sorted(set(blobs) - used)]
+    _check_signatures(store, found, set(manifests) | {entry.digest for entry in entries})
+    return found
+
+
+def _check_tags(store: EditStore, found: Audit, progress: Progress) -> list[TagEntry]:
+    entries: list[TagEntry] = []
+    mend = "restore the folder `{}` from a copy; its entries are written once and never change"
+    try:
+        tags = store.all_tags()
+    except EditsError as error:
+        found.findings.append(Finding("index", str(error), mend.format("index")))
+        tags = []
+    listed = {(parts[1], parts[2]) for item in store.backend.list("tags/") if len(parts := item.key.split("/")) == 4}
+    for name, tag in sorted(listed - set(tags)):
+        found.findings.append(
+            Finding(f"{name}@{tag}", "it has entries, but the index does not name it: servers do not see it",
+                    mend.format("index"))
+        )  # fmt: skip
+    everything = sorted(listed | set(tags))
+    for number, (name, tag) in enumerate(everything):
+        progress("histories", number, len(everything))
+        try:
+            history = store.history(name, tag)
+        except EditsError as error:
+            found.findings.append(Finding(f"{name}@{tag}", str(error), mend.format(f"tags/{name}/{tag}")))
+            continue
+        found.tags += bool(history)
+        found.entries += len(history)
+        entries += history
+    return entries
+
+
+def _check_records(store: EditStore, found: Audit) -> set[str]:
+    recorded: set[str] = set()
+    for name in store.names():
+        try:
+            recorded |= {record.version for record in store.versions(name)}
+        except EditsError as error:
+            recorded |= set(store.version_digests(name))
+            mend = "delete that one object and publish the bundle again"
+            found.findings.append(Finding(f"versions of {name}", str(error), mend))
+    return recorded
+
+
+def _check_versions(store: EditStore, found: Audit, versions: list[str], progress: Progress) -> set[str]:
+    """Check every manifest with its tensors; returns the digests of the tensor files that are referred to."""
+    used: set[str] = set()
+    mend = "publish the same bundle again, or copy the version from another store"
+    for number, version in enumerate(versions):
+        progress("versions", number, len(versions))
+        try:
+            manifest = store.manifest(version)
+            used.add(manifest.tensors.sha256)
+            bundle = store.bundle(version)
+            found.bytes += len(bundle.tensor_bytes)
+            verify.check(bundle)
+        except (BundleRefused, EditsError) as error:
+            found.findings.append(Finding(f"version {version[:12]}", str(error), mend))
+        found.versions += 1
+    return used
+
+
+def _check_signatures(store: EditStore, found: Audit, subjects: set[str]) -> None:
+    for item in list(store.backend.list("attestations/")):
+        *_, subject, file = item.key.split("/")
+        data = get_or_none(store.backend, item.key)
+        if data is None:
+            continue
+        if sha256(data) != file.removesuffix(".json") or not read_envelopes([data]):
+            mend = "delete that object and sign again with: vllm-edits sign"
+            found.findings.append(Finding(item.key, "it is not the envelope that its name says", mend))
+        elif subject not in subjects:
+            found.garbage.append(item.key)
+        else:
+            found.signatures += 1

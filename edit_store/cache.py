@@ -1,0 +1,120 @@
+"""A node's copy of remote versions: downloaded once, checked while they stream in, shared by all processes.
+
+    <folder>/blobs/<digest>     tensor files, mapped read-only by every worker of the node
+    <folder>/locks/<digest>     held by the one process that downloads
+
+A file appears under its digest only when all its bytes have that digest. The least recently used go first when the
+folder holds more than its limit; a file in use stays readable after that, as its mapping keeps it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import mmap
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from edit_store.backends import LocalFolder
+from edit_store.bundle import BlobRef, Bundle
+from edit_store.errors import BundleRefused, NotFound, Reason
+from edit_store.store import EditStore, blob_key
+from edit_store.tensor_file import MAX_TENSOR_FILE_BYTES
+
+CHUNK_BYTES = 8 << 20
+DEFAULT_LIMIT_BYTES = 10 << 30
+
+Progress = Callable[[int], None]
+"""Told the size of every piece that arrived."""
+
+
+def default_folder() -> Path:
+    """`vllm-edits` in the user's cache folder (XDG_CACHE_HOME, or ~/.cache)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-edits"
+
+
+class NodeCache:
+    """Tensor files of remote stores in a folder of this node. A local store needs none and is read where it lies."""
+
+    def __init__(self, folder: Path | None = None, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
+        self.folder = folder or default_folder()
+        self._limit = limit_bytes
+
+    def bundle(self, store: EditStore, version: str, progress: Progress = lambda _: None) -> Bundle:
+        """A version whose tensors are mapped from this node's copy. The caller checks it with `verify.check`."""
+        manifest = store.manifest(version)
+        if isinstance(store.backend, LocalFolder):
+            return store.bundle(version)
+        path = self._fetch(store, manifest.tensors, f"tensors of version {version[:12]}", progress)
+        with path.open("rb") as file:
+            return Bundle(manifest, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+    def _fetch(self, store: EditStore, blob: BlobRef, what: str, progress: Progress) -> Path:
+        path = self.folder / "blobs" / blob.sha256
+        with self._locked(blob.sha256):
+            if path.is_file() and path.stat().st_size == blob.size:
+                os.utime(path)
+                return path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            staged = path.with_name(f".{blob.sha256}.{os.getpid()}.{secrets.token_hex(4)}")
+            try:
+                self._download(store, blob, what, staged, progress)
+                staged.replace(path)
+            finally:
+                staged.unlink(missing_ok=True)
+        self._evict(keep=blob.sha256)
+        return path
+
+    def _download(self, store: EditStore, blob: BlobRef, what: str, target: Path, progress: Progress) -> None:
+        if not 0 < blob.size <= MAX_TENSOR_FILE_BYTES:
+            reason = Reason("too_large", f"{blob.size} bytes, expected 1 to {MAX_TENSOR_FILE_BYTES}")
+            raise BundleRefused(what, [reason])
+        digest, size = hashlib.sha256(), 0
+        with target.open("xb") as file:
+            while size < blob.size:
+                # One byte more than is named at the end shows an object that goes on; never more than that is read.
+                wanted = min(CHUNK_BYTES, blob.size - size)
+                try:
+                    piece = store.backend.get_range(blob_key(blob.sha256), size, wanted + (size + wanted == blob.size))
+                except KeyError:
+                    raise NotFound(f"{what} are not in store {store.url}") from None
+                size += len(piece)
+                if not piece or size > blob.size:
+                    break
+                digest.update(piece)
+                file.write(piece)
+                progress(len(piece))
+            file.flush()
+            os.fsync(file.fileno())
+        if size != blob.size or digest.hexdigest() != blob.sha256:
+            found = "more" if size > blob.size else f"{size} bytes {digest.hexdigest()[:12]}"
+            reason = Reason("digest", f"the manifest names {blob}, found {found}: truncated, extended or replaced")
+            raise BundleRefused(what, [reason])
+
+    @contextmanager
+    def _locked(self, digest: str) -> Iterator[None]:
+        """One process of the node at a time; the lock ends with its process."""
+        folder = self.folder / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / digest).open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _evict(self, keep: str) -> None:
+        files = []
+        for path in (self.folder / "blobs").iterdir():
+            try:
+                found = path.stat()
+            except FileNotFoundError:
+                continue
+            files.append((found.st_mtime, found.st_size, path))
+        used = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if used <= self._limit:
+                return
+            if path.name != keep and not path.name.startswith("."):
+                path.unlink(missing_ok=True)
+                used -= size

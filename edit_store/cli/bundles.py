@@ -1,0 +1,170 @@
+"""Commands about bundles: init, publish, list, show, inspect, diff."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edit_store.bundle import Bundle
+from edit_store.cli.common import (
+    JsonOption,
+    KeyOption,
+    ReasonOption,
+    ReferenceArgument,
+    StoreOption,
+    app,
+    as_script,
+    complete_name,
+    complete_reference,
+    console,
+    explained,
+    megabytes,
+    opened,
+    show,
+)
+from edit_store.compare import compare
+from edit_store.errors import EditsError
+from edit_store.inspection import EditSummary, summarise
+from edit_store.refs import Ref
+from edit_store.store import EditStore
+
+
+@app.command()
+@explained
+def init(store: StoreOption, as_json: JsonOption = False) -> None:
+    """Create an empty store. Harmless if it is there already."""
+    url = EditStore(store, create=True).url
+    if as_json:
+        as_script({"url": url})
+    else:
+        typer.echo(f"store ready at {url}")
+
+
+@app.command()
+@explained
+def publish(
+    folder: Annotated[Path, typer.Argument(help="folder with manifest.json and edits.safetensors", exists=True)],
+    *,
+    store: StoreOption,
+    tag: Annotated[str | None, typer.Option("--tag", help="promote it under this tag at once")] = None,
+    reason: ReasonOption = "",
+    key: KeyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a bundle and store it. Nothing serves it until it is promoted."""
+    bundle, target = Bundle.load(folder), opened(store, key)
+    version = target.publish(bundle)
+    if tag is not None:
+        target.promote(f"{bundle.manifest.name}@{version}", tag=tag, reason=reason)
+    row = {"name": bundle.manifest.name, "version": version, "promoted": tag or ""}
+    if as_json:
+        as_script([row])
+        return
+    typer.echo(f"published {row['name']}@{version[:12]}" + (f", promoted as {tag}" if tag else ""))
+
+
+@app.command(name="list")
+@explained
+def list_versions(
+    *,
+    store: StoreOption,
+    name: Annotated[str | None, typer.Argument(help="only this name", autocompletion=complete_name)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Every published version, and the tags that promote it."""
+    target = opened(store)
+    heads = target.heads()
+    rows = []
+    for each in [name] if name else target.names():
+        promoted = heads.get(each, {})
+        for record in target.versions(each):
+            tags = [tag for tag, entry in promoted.items() if entry.version == record.version]
+            rows.append({**record.model_dump(mode="json"), "digits": record.version[:12], "tags": " ".join(tags)})
+    show(
+        rows, {"name": "name", "digits": "version", "label": "label", "tags": "promoted as", "at": "published"}, as_json
+    )
+
+
+@app.command(name="show")
+@explained
+def show_version(reference: ReferenceArgument, store: StoreOption, as_json: JsonOption = False) -> None:
+    """One version: what it is for, who made, published, promoted and signed it, and what its author measured."""
+    target, ref = opened(store), Ref.parse(reference)
+    version = target.resolve(reference)
+    manifest = target.manifest(version)
+    record = target.record(ref.name, version)
+    tags = [tag for tag, entry in target.heads().get(ref.name, {}).items() if entry.version == version]
+    signed = target.signatures(version)
+    if as_json:
+        as_script({
+            "version": version, "manifest": manifest.model_dump(mode="json"), "promoted_as": tags,
+            "published": record.model_dump(mode="json"),
+            "signatures": [{"keyid": each.keyid, **each.statement.model_dump(mode="json")} for each in signed],
+        })  # fmt: skip
+        return
+    base, origin = manifest.base, manifest.provenance
+    rows = {
+        "version": version, "label": manifest.label, "description": manifest.description,
+        "base model": f"{base.name} ({base.architecture}), {len(base.files)} files by digest",
+        "edits": f"{len(manifest.edits)}: " + ", ".join(sorted({edit.kind for edit in manifest.edits})),
+        "tensors": f"{megabytes(manifest.tensors.size)}, sha256 {manifest.tensors.sha256[:12]}",
+        "made": f"{manifest.created_at:%Y-%m-%d %H:%M} by {origin.tool}: {origin.method}",
+        "published": f"{record.at:%Y-%m-%d %H:%M} by {record.actor}",
+        "promoted as": " ".join(tags) or "nothing",
+        "signed by keys": " ".join(each.keyid[:12] for each in signed) or "none",
+    }  # fmt: skip
+    show([{"field": field, "value": value} for field, value in rows.items()], {"field": "", "value": ""}, as_json)
+    for measured in manifest.measurements:
+        console.print(f"  {measured.metric}: {measured.base:.3g} -> {measured.edited:.3g} (n={measured.n})")
+
+
+@app.command()
+@explained
+def diff(
+    old: ReferenceArgument,
+    new: Annotated[str, typer.Argument(help="name, name@tag or name@version", autocompletion=complete_reference)],
+    *,
+    store: StoreOption,
+    as_json: JsonOption = False,
+) -> None:
+    """What changed from one version to another: sites, kinds, ranks, and how far each edit moved."""
+    target = opened(store)
+    found = compare(*(target.bundle(target.resolve(reference)) for reference in (old, new)))
+    rows = [change.as_row() for change in found.edits]
+    if as_json:
+        as_script({"fields": found.fields, "edits": rows})
+        return
+    for field, (before, after) in found.fields.items():
+        console.print(f"{field}: {before or '(none)'} -> {after or '(none)'}")
+    columns = {"site": "site", "kind": "kind", "change": "change", "rank": "rank", "moved": "moved by"}
+    show(rows, columns, as_json)
+
+
+@app.command()
+@explained
+def inspect(
+    what: Annotated[str, typer.Argument(help="a bundle folder, or name[@tag or version] in the store")],
+    store: Annotated[str | None, typer.Option("--store", envvar="VLLM_EDITS_STORE", help="the edit store")] = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", help="folder of the base model, to compare norms with its weights")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What is in a bundle: sites, kinds, ranks, and norms relative to the weights they touch."""
+    if Path(what).is_dir():
+        bundle = Bundle.load(Path(what))
+    elif store is not None:
+        target = EditStore(store)
+        bundle = target.bundle(target.resolve(what))
+    else:
+        raise EditsError(f"{what!r} is no folder; to look it up in a store, name one with --store")
+    summary = summarise(bundle, model)
+    manifest = bundle.manifest
+    if not as_json:
+        console.print(f"[bold]{manifest.name}[/bold] {bundle.version[:12]}  {manifest.label}  {manifest.description}")
+        console.print(f"for {manifest.base.name} ({manifest.base.architecture}), by {manifest.provenance.method}")
+        for measured in manifest.measurements:
+            console.print(f"  {measured.metric}: {measured.base:.3g} -> {measured.edited:.3g} (n={measured.n})")
+    show([row.as_row() for row in summary], EditSummary.columns(relative=model is not None), as_json)

@@ -1,0 +1,134 @@
+"""What every command shares: the application, options, tables, progress, completion, and errors as messages."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from edit_store.errors import EditsError
+from edit_store.signing import SigningKey
+from edit_store.store import EditStore
+
+PROBLEM = 1
+STORE_VARIABLE = "VLLM_EDITS_STORE"
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    help="Make, keep and serve edited variants of one model. Every command explains itself with --help.",
+)
+console = Console()
+_errors = Console(stderr=True)
+
+
+def _known(context: typer.Context) -> EditStore | None:
+    """The store that the line being completed is about; none is no error while somebody types."""
+    url = context.params.get("store") or os.environ.get(STORE_VARIABLE)
+    try:
+        return EditStore(url) if url else None
+    except EditsError:
+        return None
+
+
+def complete_name(context: typer.Context, incomplete: str) -> list[str]:
+    """Names of the store that begin so."""
+    store = _known(context)
+    return [name for name in store.names() if name.startswith(incomplete)] if store else []
+
+
+def complete_reference(context: typer.Context, incomplete: str) -> list[str]:
+    """Names, and after an @ the tags and abbreviated versions of that name."""
+    name, at, selector = incomplete.partition("@")
+    store = _known(context)
+    if not at or store is None:
+        return complete_name(context, incomplete)
+    try:
+        found = [*store.tags(name), *(digest[:12] for digest in store.version_digests(name))]
+    except EditsError:
+        return []
+    return [f"{name}@{each}" for each in found if each.startswith(selector)]
+
+
+StoreOption = Annotated[
+    str,
+    typer.Option(
+        "--store", envvar=STORE_VARIABLE, help="the edit store: a folder, or s3://, gs:// or az:// with bucket and "
+        "prefix", show_default=False, is_eager=True,
+    ),
+]  # fmt: skip
+NameArgument = Annotated[str, typer.Argument(help="name of a bundle", autocompletion=complete_name)]
+ReferenceArgument = Annotated[
+    str, typer.Argument(help="name, name@tag or name@version (or its beginning)", autocompletion=complete_reference)
+]
+TagOption = Annotated[str, typer.Option("--tag", help="the history to append to")]
+ReasonOption = Annotated[str, typer.Option("--reason", help="why, for the history")]
+KeyOption = Annotated[
+    Path | None, typer.Option("--key", envvar="VLLM_EDITS_KEY", help="private key to sign with", show_default=False)
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON, for scripts")]
+
+
+def opened(url: str, key: Path | None = None) -> EditStore:
+    """The store, signing with that key if one is given."""
+    return EditStore(url, signer=None if key is None else SigningKey.load(key))
+
+
+def explained(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn an error raised on purpose into its message and exit code 1."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except EditsError as error:
+            typer.echo(f"vllm-edits: {error}", err=True)
+            raise typer.Exit(PROBLEM) from None
+
+    return run
+
+
+def show(rows: list[dict[str, Any]], columns: dict[str, str], as_json: bool) -> None:
+    """Print rows as a table with the given columns (field to heading), or whole as JSON."""
+    if as_json:
+        as_script(rows)
+        return
+    table = Table(*columns.values(), box=None, header_style="bold")
+    for row in rows:
+        table.add_row(*(str(row[field]) for field in columns))
+    console.print(table)
+
+
+def as_script(value: Any) -> None:
+    """Print JSON."""
+    json.dump(value, sys.stdout, indent=2)
+    sys.stdout.write("\n")
+
+
+@contextmanager
+def counted(what: str, *, total: int | None = None, in_bytes: bool = False) -> Iterator[Callable[..., None]]:
+    """A progress bar on the terminal's error side; yields what to call with `advance` or `completed` and `total`."""
+    amount = DownloadColumn() if in_bytes else MofNCompleteColumn()
+    columns = TextColumn("{task.description}"), BarColumn(), amount, TimeElapsedColumn()
+    with Progress(*columns, console=_errors, transient=True) as progress:
+        task = progress.add_task(what, total=total)
+
+        def update(**changes: Any) -> None:
+            progress.update(task, **changes)
+
+        yield update
+
+
+def megabytes(size: int) -> str:
+    """A size for people."""
+    return f"{size / 1e6:.1f} MB" if size >= 100_000 else f"{size / 1e3:.1f} kB"

@@ -1,0 +1,197 @@
+"""Commands about keys: make one, sign with it, and say whom a server believes."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edit_store.cli.common import (
+    PROBLEM,
+    JsonOption,
+    ReferenceArgument,
+    StoreOption,
+    app,
+    as_script,
+    explained,
+    opened,
+    show,
+)
+from edit_store.errors import EditsError, SettingsError
+from edit_store.log import now
+from edit_store.refs import Ref
+from edit_store.signing import PRIVATE_SUFFIX, Role, SigningKey
+from edit_store.store import EditStore
+from edit_store.trust import TrustedKey, TrustPolicy
+
+trust = typer.Typer(no_args_is_help=True, help="Whom servers believe: the trust file, its keys and thresholds.")
+app.add_typer(trust, name="trust")
+
+FileArgument = Annotated[Path, typer.Argument(help="the trust file")]
+
+
+@app.command()
+@explained
+def keygen(
+    path: Annotated[Path, typer.Argument(help="file for the private key, e.g. alice.key; alice.pub is put beside it")],
+    as_json: JsonOption = False,
+) -> None:
+    """Make an Ed25519 key to sign with. The private half is readable by you alone; give away the public one."""
+    key = SigningKey.generate()
+    private = path if path.suffix == PRIVATE_SUFFIX else path.with_name(path.name + PRIVATE_SUFFIX)
+    public = key.save(private)
+    if as_json:
+        as_script({"private": str(private), "public": str(public), "keyid": key.keyid})
+    else:
+        typer.echo(f"private: {private} (keep it)\npublic:  {public} (for: vllm-edits trust add)\nkeyid:   {key.keyid}")
+
+
+@app.command()
+@explained
+def sign(
+    reference: ReferenceArgument,
+    *,
+    store: StoreOption,
+    key: Annotated[Path, typer.Option("--key", envvar="VLLM_EDITS_KEY", help="private key")],
+    role: Annotated[
+        Role, typer.Option("--as", help="author: vouch for the version; promoter: vouch for what its tag says now")
+    ] = Role.AUTHOR,
+    days: Annotated[int | None, typer.Option(min=1, help="let the signature run out after so many days")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Sign a version as one of its authors, or the present promotion of a tag as one of its promoters.
+
+    Where a trust file asks for two promoters, the second one approves a promotion with this command.
+    """
+    target, signer = opened(store), SigningKey.load(key)
+    ref = Ref.parse(reference)
+    expires = None if days is None else now() + timedelta(days=days)
+    subject, what = _subject(target, ref, role)
+    target.attest(subject, signer.sign(role, subject, what, expires_at=expires))
+    if as_json:
+        as_script({"subject": subject, "what": what, "role": role, "keyid": signer.keyid})
+    else:
+        typer.echo(f"signed {what} as {role} with key {signer.keyid[:12]}")
+
+
+def _subject(store: EditStore, ref: Ref, role: Role) -> tuple[str, str]:
+    """Digest and description of what is signed."""
+    if role is Role.AUTHOR:
+        version = store.resolve(str(ref))
+        return version, f"{ref.name}@{version[:12]}"
+    head = None if ref.is_version else store.head(ref.name, ref.selector)
+    if head is None:
+        raise EditsError(f"{ref} is no promotion: a promoter signs what a tag says now, e.g. {ref.name}@prod")
+    return head.digest, f"{ref.name}@{ref.selector} entry {head.sequence}"
+
+
+@trust.command()
+@explained
+def add(
+    file: FileArgument,
+    public: Annotated[Path, typer.Argument(help="public key, a .pub file", exists=True)],
+    *,
+    role: Annotated[list[Role], typer.Option("--role", help="what it may vouch for; may be given twice")],
+    name: Annotated[str, typer.Option("--name", help="who holds it [default: the file's name]")] = "",
+    days: Annotated[int | None, typer.Option(min=1, help="believe it for so many days")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Believe a key from now on. Makes the trust file if there is none."""
+    policy = TrustPolicy.load(file, unfinished=True) if file.exists() else TrustPolicy()
+    began = now()
+    key = TrustedKey(
+        name=name or public.stem, public=public.read_text(), roles=tuple(dict.fromkeys(role)), not_before=began,
+        not_after=None if days is None else began + timedelta(days=days),
+    )  # fmt: skip
+    _replace(file, policy.model_copy(update={"keys": (*policy.keys, key)}), as_json)
+
+
+@trust.command()
+@explained
+def remove(
+    file: FileArgument,
+    name: Annotated[str, typer.Argument(help="name or keyid of the key")],
+    as_json: JsonOption = False,
+) -> None:
+    """Believe a key no longer. What only it signed is refused from the server's next start on."""
+    policy = TrustPolicy.load(file, unfinished=True)
+    kept = tuple(key for key in policy.keys if name not in (key.name, key.key.keyid))
+    if len(kept) == len(policy.keys):
+        raise EditsError(f"no key {name!r} in {file}; it has {', '.join(key.name for key in policy.keys) or 'none'}")
+    _replace(file, policy.model_copy(update={"keys": kept}), as_json)
+
+
+@trust.command()
+@explained
+def threshold(
+    file: FileArgument,
+    role: Annotated[Role, typer.Argument(help="author or promoter")],
+    needed: Annotated[int, typer.Argument(min=1, help="signatures of different keys that are needed")],
+    as_json: JsonOption = False,
+) -> None:
+    """How many different keys must vouch for a version, or for a promotion."""
+    policy = TrustPolicy.load(file, unfinished=True)
+    field = "authors_needed" if role is Role.AUTHOR else "promoters_needed"
+    _replace(file, policy.model_copy(update={field: needed}), as_json)
+
+
+@trust.command(name="list")
+@explained
+def list_keys(file: FileArgument, as_json: JsonOption = False) -> None:
+    """The keys of a trust file, their roles and windows, and how many signatures are needed."""
+    policy = TrustPolicy.load(file, unfinished=True)
+    rows = [
+        {
+            "name": key.name, "keyid": key.key.keyid, "digits": key.key.keyid[:12], "roles": " ".join(key.roles),
+            "from": str(key.not_before or ""), "until": str(key.not_after or ""),
+        }
+        for key in policy.keys
+    ]  # fmt: skip
+    show(rows, {"name": "who", "digits": "key", "roles": "roles", "from": "from", "until": "until"}, as_json)
+    if not as_json:
+        typer.echo(f"needed: {policy.authors_needed} author(s), {policy.promoters_needed} promoter(s)")
+
+
+@trust.command()
+@explained
+def check(
+    reference: ReferenceArgument,
+    *,
+    store: StoreOption,
+    file: Annotated[Path, typer.Option("--trust", help="the trust file")],
+    as_json: JsonOption = False,
+) -> None:
+    """Whether a server with this trust file would believe a version (and, for a tag, its promotion)."""
+    policy, target, ref = TrustPolicy.load(file), opened(store), Ref.parse(reference)
+    version = target.resolve(reference)
+    reasons = policy.check(Role.AUTHOR, version, f"version {version[:12]}", target.signatures(version))
+    head = None if ref.is_version else target.head(ref.name, ref.selector)
+    if head is not None:
+        reasons += policy.check(
+            Role.PROMOTER, head.digest, f"{ref} entry {head.sequence}", target.signatures(head.digest)
+        )
+    if as_json:
+        as_script({"believed": not reasons, "reasons": [str(reason) for reason in reasons]})
+    else:
+        for reason in reasons:
+            typer.echo(f"  - {reason}")
+        typer.echo(f"{ref} is {'not believed' if reasons else 'believed'}")
+    if reasons:
+        raise typer.Exit(PROBLEM)
+
+
+def _replace(file: Path, new: TrustPolicy, as_json: bool) -> None:
+    """Write a changed trust file, unless a key in it is broken; say what is still missing."""
+    if broken := new.broken():
+        raise SettingsError("\n".join([f"{file} is left as it was:", *(f"  - {each}" for each in broken)]))
+    new.save(file)
+    missing = new.unsatisfiable()
+    if as_json:
+        as_script({"file": str(file), "keys": [key.name for key in new.keys], "missing": missing})
+        return
+    needed = f"{new.authors_needed} author(s), {new.promoters_needed} promoter(s)"
+    typer.echo(f"{file}: {len(new.keys)} key(s), needed: {needed}")
+    for each in missing:
+        typer.echo(f"not usable by a server yet: {each}", err=True)

@@ -1,0 +1,151 @@
+"""Commands that move versions and keep a store healthy: copy, export, import, verify, gc."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edit_store import audit as auditing
+from edit_store import collect, transfer
+from edit_store.cli.common import (
+    PROBLEM,
+    JsonOption,
+    ReferenceArgument,
+    StoreOption,
+    app,
+    as_script,
+    complete_reference,
+    console,
+    counted,
+    explained,
+    megabytes,
+    opened,
+    show,
+)
+from edit_store.store import EditStore
+
+
+@app.command()
+@explained
+def copy(
+    references: Annotated[
+        list[str], typer.Argument(help="name, name@tag or name@version; several", autocompletion=complete_reference)
+    ],
+    *,
+    store: StoreOption,
+    to: Annotated[str, typer.Option("--to", help="the store to copy to", show_default=False)],
+    as_json: JsonOption = False,
+) -> None:
+    """Copy versions to another store, with their records and signatures. Promote them there yourself."""
+    source, target = opened(store), opened(to)
+    with counted("copying", total=len(references)) as update:
+        copied = transfer.copy(source, target, references, lambda *_: update(advance=1))
+    if as_json:
+        as_script(copied)
+    else:
+        for each in copied:
+            name, _, version = each.partition("@")
+            typer.echo(f"copied {name}@{version[:12]} to {target.url}")
+
+
+@app.command(name="export")
+@explained
+def export_version(
+    reference: ReferenceArgument,
+    *,
+    store: StoreOption,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="file to write [default: <name>-<version>.edits.tar]")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a version with its signatures into one file, for a site that no network reaches."""
+    source = opened(store)
+    version = source.resolve(reference)
+    path = output or Path(f"{reference.partition('@')[0]}-{version[:12]}{transfer.SUFFIX}")
+    transfer.export(source, reference, path)
+    if as_json:
+        as_script({"file": str(path), "version": version, "bytes": path.stat().st_size})
+    else:
+        typer.echo(f"written: {path} ({megabytes(path.stat().st_size)}), version {version[:12]}")
+
+
+@app.command(name="import")
+@explained
+def import_version(
+    files: Annotated[list[Path], typer.Argument(help="files written by `vllm-edits export`", exists=True)],
+    *,
+    store: StoreOption,
+    as_json: JsonOption = False,
+) -> None:
+    """Check exported versions and store them. All files are checked before the first one is stored."""
+    target = opened(store)
+    with counted("checking", total=len(files)) as update:
+        packages = []
+        for file in files:
+            packages.append(transfer.read_export(file))
+            update(advance=1)
+    rows = [{"name": package.record.name, "version": package.put(target)} for package in packages]
+    if as_json:
+        as_script(rows)
+    else:
+        for row in rows:
+            typer.echo(f"imported {row['name']}@{row['version'][:12]}")
+
+
+@app.command()
+@explained
+def verify(store: StoreOption, as_json: JsonOption = False) -> None:
+    """Check the whole store: every digest, record, chain and signature. Changes nothing; exits with 1 on a finding."""
+    target = opened(store)
+    with counted("checking") as update:
+        found = auditing.audit(target, lambda what, done, total: update(description=what, completed=done, total=total))
+    if as_json:
+        as_script({"clean": found.clean, **asdict(found)})
+    else:
+        show([asdict(each) for each in found.findings], {"object": "object", "problem": "problem", "mend": "mend"},
+             as_json=False) if found.findings else None  # fmt: skip
+        console.print(
+            f"{found.versions} versions ({megabytes(found.bytes)}), {found.tags} tags with {found.entries} entries, "
+            f"{found.signatures} signatures: {'clean' if found.clean else f'{len(found.findings)} finding(s)'}"
+        )
+        if found.garbage:
+            console.print(f"{len(found.garbage)} objects that nothing refers to; see: vllm-edits gc")
+    if not found.clean:
+        raise typer.Exit(PROBLEM)
+
+
+@app.command()
+@explained
+def gc(
+    *,
+    store: StoreOption,
+    run: Annotated[bool, typer.Option("--run", help="delete; without it this only says what would go")] = False,
+    grace_hours: Annotated[
+        float, typer.Option("--grace-hours", min=0, help="keep whatever is younger")
+    ] = collect.DEFAULT_GRACE_HOURS,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete versions that were never promoted, and what crashed writers left. A dry run unless told --run.
+
+    Whatever any history names is kept, however old. To keep a version that is not promoted, give it a tag of its own:
+    vllm-edits promote NAME@VERSION --tag keep
+    """
+    target = opened(store)
+    garbage = _collected(target, grace_hours) if run else collect.plan(target, grace_hours)
+    if as_json:
+        as_script({"deleted": run, "versions": garbage.versions, "bytes": garbage.bytes,
+                   "objects": [item.key for item in garbage.items]})  # fmt: skip
+        return
+    for version in garbage.versions:
+        typer.echo(f"  version {version[:12]}, never promoted")
+    told = f"{len(garbage.items)} objects, {megabytes(garbage.bytes)}, {len(garbage.versions)} versions"
+    typer.echo(f"deleted: {told}" if run else f"would delete: {told}. Delete with: vllm-edits gc --run")
+
+
+def _collected(store: EditStore, grace_hours: float) -> collect.Garbage:
+    with counted("deleting") as update:
+        return collect.collect(store, grace_hours, lambda done, total: update(completed=done, total=total))

@@ -1,0 +1,118 @@
+"""What changed between two versions: which edits came, went or moved, and how far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from edit_store import verify
+from edit_store.bundle import Bundle
+from edit_store.edits import Edit, LowRank, SubspaceFilter, Tensors
+from edit_store.errors import EditsError
+from edit_store.inspection import low_rank_norm
+from edit_store.sites import Widths
+
+ROUNDING = 1e-6
+"""Relative difference below which two edits do the same: bundles hold float32."""
+SAME, CHANGED, ADDED, REMOVED = "same", "changed", "added", "removed"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One edit in two versions. `moved` is the norm of the difference over the norm of the older edit."""
+
+    site: str
+    kind: str
+    change: str
+    rank: str
+    moved: float | None
+
+    def as_row(self) -> dict[str, Any]:
+        """Fields as shown, numbers rounded."""
+        moved = "" if self.moved is None else f"{self.moved:.2%}"
+        return {"site": self.site, "kind": self.kind, "change": self.change, "rank": self.rank, "moved": moved}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two versions side by side: fields of the manifest that differ, and every edit of either."""
+
+    fields: dict[str, tuple[str, str]]
+    edits: tuple[Change, ...]
+
+
+def compare(old: Bundle, new: Bundle) -> Difference:
+    """Compare two bundles. BundleRefused when one of them breaks a rule."""
+    before, after = verify.check(old), verify.check(new)
+    if old.manifest.base.widths != new.manifest.base.widths:
+        raise EditsError(
+            f"{old.manifest.name} {old.version[:12]} is for {old.manifest.base.name}, "
+            f"{new.manifest.name} {new.version[:12]} for {new.manifest.base.name}: models of different sizes, whose "
+            "edits cannot be compared"
+        )
+    edits = [{(edit.site, edit.kind): edit for edit in bundle.manifest.edits} for bundle in (old, new)]
+    changes = [
+        _change(edits[0].get(key), edits[1].get(key), before, after, new.manifest.base.widths)
+        for key in sorted(edits[0].keys() | edits[1].keys())
+    ]
+    return Difference(_fields(old, new), tuple(changes))
+
+
+def _fields(old: Bundle, new: Bundle) -> dict[str, tuple[str, str]]:
+    def shown(bundle: Bundle) -> dict[str, str]:
+        manifest = bundle.manifest
+        return {
+            "name": manifest.name, "label": manifest.label, "description": manifest.description,
+            "base model": manifest.base.name, "base files": str(sorted(manifest.base.files.items())),
+            "created at": manifest.created_at.isoformat(), "method": manifest.provenance.method,
+            "tool": manifest.provenance.tool, "parameters": str(dict(sorted(manifest.provenance.parameters.items()))),
+            **{f"measured {each.metric}": f"{each.edited:.4g}" for each in manifest.measurements},
+        }  # fmt: skip
+
+    before, after = shown(old), shown(new)
+    return {
+        field: (before.get(field, ""), after.get(field, ""))
+        for field in [*before, *(field for field in after if field not in before)]
+        if before.get(field) != after.get(field)
+    }
+
+
+def _change(old: Edit | None, new: Edit | None, before: Tensors, after: Tensors, widths: Widths) -> Change:
+    present = new or old
+    assert present is not None  # noqa: S101  the key came from one of the two
+    site, kind = present.site, present.kind
+    ranks = [str(getattr(edit, "rank", 1)) for edit in (old, new) if edit is not None]
+    rank = " -> ".join(dict.fromkeys(ranks))
+    if old is None or new is None:
+        return Change(site, kind, ADDED if old is None else REMOVED, rank, None)
+    moved = _moved(
+        type(new), *(
+        {field: tensors[edit.tensor_name(field)].astype(np.float64) for field in edit.shapes(widths)}
+        for edit, tensors in ((old, before), (new, after))
+    ))  # fmt: skip
+    return Change(site, kind, CHANGED if moved > ROUNDING else SAME, rank, moved)
+
+
+def _moved(kind: type[Edit], before: dict[str, Any], after: dict[str, Any]) -> float:
+    """||new - old|| / ||old|| of what the edit does, not of how it is written down.
+
+    Low-rank: the product write^T read. Filter: the map x -> V^T V (x - mean), so a rotated basis is no change.
+    """
+    if kind is LowRank:
+        # The difference of two products is one product of stacked factors.
+        read = np.concatenate([after["read"], before["read"]])
+        write = np.concatenate([after["write"], -before["write"]])
+        size, distance = low_rank_norm(before["read"], before["write"]), low_rank_norm(read, write)
+    elif kind is SubspaceFilter:
+        was, now = before["basis"], after["basis"]
+        means = [basis.T @ (basis @ fields["mean"]) for basis, fields in ((was, before), (now, after))]
+        # ||P1 - P0||^2 without forming the projections: what of each basis lies outside the span of the other.
+        turned = np.sum((now - (now @ was.T) @ was) ** 2) + np.sum((was - (was @ now.T) @ now) ** 2)
+        size = float(np.sqrt(len(was) + np.sum(means[0] ** 2)))
+        distance = float(np.sqrt(turned + np.sum((means[1] - means[0]) ** 2)))
+    else:
+        size = float(np.sqrt(sum(np.sum(array**2) for array in before.values())))
+        distance = float(np.sqrt(sum(np.sum((after[field] - array) ** 2) for field, array in before.items())))
+    return distance / size if size else float(distance > 0)

@@ -1,0 +1,130 @@
+"""What a server does every two seconds: see which tags moved, for one small read per tag.
+
+The first look reads every tag's head. Later ones ask for the entry after the last known one, which is mostly not there.
+The highest entries seen are remembered on the node, so a log that was wound back is refused also after a restart.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from edit_store.bundle import sha256
+from edit_store.errors import EditsError, StoreCorrupt
+from edit_store.store import EditStore, Heads, IndexEntry, TagEntry
+
+Key = tuple[str, str]
+"""Name and tag."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one look at the store found. A tag in trouble keeps its last good head, and the others go on."""
+
+    heads: Heads
+    troubles: Mapping[Key, EditsError]
+
+
+class Follower:
+    """The heads of every tag of one store, kept up to date. Not safe to use from two threads at once."""
+
+    def __init__(self, store: EditStore, seen: Seen | None = None) -> None:
+        self._store = store
+        self._seen = seen
+        self._index: IndexEntry | None = None
+        self._heads: dict[Key, TagEntry | None] = {}
+
+    def look(self) -> Look:
+        """Read what is new. StoreUnavailable when the store is gone or does not answer: gone is not empty."""
+        self._store.check_format()
+        for entry in self._store.index().after(self._index):
+            self._heads.setdefault((entry.name, entry.tag), None)
+            self._index = entry
+        troubles: dict[Key, EditsError] = {}
+        with ThreadPoolExecutor(self._store.backend.parallel) as pool:
+            for key, found in zip(self._heads, pool.map(self._newest, list(self._heads)), strict=True):
+                if isinstance(found, StoreCorrupt):
+                    troubles[key] = found
+                else:
+                    self._heads[key] = found
+        heads: dict[str, dict[str, TagEntry]] = {}
+        for (name, tag), head in self._heads.items():
+            if head is not None:
+                heads.setdefault(name, {})[tag] = head
+        if self._seen is not None:
+            self._seen.remember(heads)
+        return Look(heads, troubles)
+
+    def _newest(self, key: Key) -> TagEntry | StoreCorrupt | None:
+        known, log = self._heads[key], self._store.tag_log(*key)
+        try:
+            if known is not None:
+                return [known, *log.after(known)][-1]
+            head = self._store.head(*key)
+            if self._seen is not None:
+                self._seen.require(key, head, log.get)
+        except StoreCorrupt as trouble:
+            return trouble
+        return head
+
+
+class Seen:
+    """The highest entry of every tag that this node has seen of one store, in a file that outlives the process."""
+
+    def __init__(self, folder: Path, url: str) -> None:
+        self._path = folder / "seen" / f"{sha256(url.encode())[:16]}.json"
+        self._known = self._read()
+
+    def _read(self) -> dict[str, tuple[int, str]]:
+        if not self._path.is_file():
+            return {}
+        try:
+            tags = json.loads(self._path.read_bytes())["tags"]
+            return {key: (int(number), str(digest)) for key, (number, digest) in tags.items()}
+        except (ValueError, KeyError, TypeError) as error:
+            raise EditsError(
+                f"{self._path} cannot be read ({error}); it holds which promotions this node has seen. "
+                "If you trust the store as it is, delete the file"
+            ) from None
+
+    def require(self, key: Key, head: TagEntry | None, get: Callable[[int], TagEntry | None]) -> None:
+        """StoreCorrupt when a tag ends before what was seen, or says something else there."""
+        number, digest = self._known.get("/".join(key), (0, ""))
+        if number == 0:
+            return
+        name, mend = "@".join(key), f"Restore the store; if it is right as it is, delete {self._path}"
+        end = head.sequence if head else 0
+        entry = head if end == number else get(number)
+        if end < number or entry is None:
+            raise StoreCorrupt(
+                f"history of {name} was wound back: this node has seen entry {number}, the store ends at {end}. {mend}"
+            )
+        if entry.digest != digest:
+            raise StoreCorrupt(
+                f"history of {name} was rewritten: entry {number} is not the one this node has seen. {mend}"
+            )
+
+    def remember(self, heads: Heads) -> None:
+        """Note these heads, never a lower one than any process of this node has noted."""
+        found = {
+            (name, tag): (head.sequence, head.digest) for name, tags in heads.items() for tag, head in tags.items()
+        }
+        higher = {
+            key: value
+            for key, value in (("/".join(each), value) for each, value in found.items())
+            if value[0] > self._known.get(key, (0, ""))[0]
+        }
+        if not higher:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            noted = self._read()
+            self._known = {key: max(noted.get(key, (0, "")), higher.get(key, (0, ""))) for key in noted | higher}
+            staged = self._path.with_suffix(".new")
+            staged.write_text(json.dumps({"tags": self._known}))
+            staged.replace(self._path)

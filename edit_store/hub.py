@@ -1,0 +1,374 @@
+"""The Hugging Face Hub as a channel: push versions into a model repo, pull them into another store.
+
+    README.md                                  the model card, see `model_card`
+    <name>/<version>/published.json            the members of an export, see `transfer`
+    <name>/<version>/manifest.json
+    <name>/<version>/edits.safetensors
+    <name>/<version>/attestations/<n>.json
+
+A push is one commit on the head that it looked at: when somebody else commits meanwhile, it is refused whole. It adds
+what is missing and replaces nothing but the card. Of what is pulled nothing is believed: sizes are capped before a byte
+is fetched, and everything is checked before the first version is stored. Other files may lie at the top of a repo;
+they are never read.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edit_store import model_card
+from edit_store.backends import get_or_none
+from edit_store.bundle import MANIFEST_FILE, TENSORS_FILE, Manifest, sha256
+from edit_store.errors import (
+    AmbiguousVersion,
+    BundleRefused,
+    Conflict,
+    EditsError,
+    NotFound,
+    Reason,
+    StoreCorrupt,
+    nearest,
+)
+from edit_store.hub_repo import DEFAULT_REVISION, Content, File, HubRepo
+from edit_store.model_card import CARD_FILE, MAX_CARD_BYTES
+from edit_store.refs import Ref, is_name
+from edit_store.store import EditStore, blob_key
+from edit_store.transfer import ATTESTATIONS, MAX_ATTESTATIONS, RECORD_FILE, Package, attestation_name, member_limit
+
+_SHOWN_REASONS = 20
+_MEMBER = re.compile(r"(?P<name>[^/]+)/(?P<version>[0-9a-f]{64})/(?P<member>.+)", re.DOTALL)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+Progress = Callable[[str, int, int], None]
+"""Told what is being moved, how many bytes are done, and how many there are."""
+
+Key = tuple[str, str]
+"""A name and a version."""
+
+Members = dict[str, File]
+"""The files of one version by their names inside its folder."""
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push did. `added` and `present` are `name@version`; `commit` is the head afterwards."""
+
+    repo: str
+    revision: str
+    commit: str
+    committed: bool
+    added: tuple[str, ...]
+    present: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """What a pull stored, as `name@version`, and the commit that it was read from."""
+
+    repo: str
+    revision: str
+    commit: str
+    versions: tuple[str, ...]
+
+
+def push(
+    store: EditStore,
+    references: Iterable[str],
+    repo: str,
+    *,
+    revision: str = DEFAULT_REVISION,
+    private: bool = False,
+    message: str = "",
+    parent: str | None = None,
+    progress: Progress = lambda *_: None,
+    endpoint: str | None = None,
+    token: str | None = None,
+) -> Pushed:
+    """Add versions with their records and signatures to a repo, in one commit; make the repo if there is none.
+
+    `private` is for a repo that is made; a public one is then refused. `parent` is a head that was seen before: with
+    it, everything committed since is a Conflict too, not only what is committed while this runs.
+    """
+    wanted = list(dict.fromkeys((Ref.parse(reference).name, store.resolve(reference)) for reference in references))
+    if not wanted:
+        raise EditsError("nothing to push: name at least one version")
+    total = sum(store.manifest(version).tensors.size for _, version in wanted)
+    hub_repo = HubRepo(repo, revision, endpoint=endpoint, token=token)
+    seen = _Snapshot.of(hub_repo, hub_repo.head_to_push_on(private=private))
+    if parent is not None and not (parent and seen.commit.startswith(parent)):
+        raise Conflict(f"{hub_repo} is at {seen.commit[:12]}, not at {parent[:12]}. Look what is new, then push again")
+
+    operations: list[Any] = []
+    expected: dict[str, Content] = {}
+    added: list[str] = []
+    done = 0
+    for key in wanted:
+        progress(_called(key), done, total)
+        package = Package.of(store, _called(key))
+        lacking = _lacking(package, seen.versions.get(key, {}), f"{_called(key)} in {hub_repo}")
+        files = {_path(key, member): data for member, data in lacking.items()}
+        if files:
+            operations += hub_repo.upload(files)
+            expected |= {path: Content.of(data) for path, data in files.items()}
+            added.append(_called(key))
+        done += len(package.bundle.tensor_bytes)
+    progress("committing", done, total)
+
+    card = _card(store, seen, wanted).encode()
+    if CARD_FILE not in seen.files or not seen.files[CARD_FILE].holds(Content.of(card)):
+        operations += hub_repo.upload({CARD_FILE: card})
+        expected[CARD_FILE] = Content.of(card)
+    head = seen.commit
+    if operations:
+        head = hub_repo.commit(operations, *_message(message, added), parent=seen.commit)
+        _require_all(expected, hub_repo.files(head), f"commit {head[:12]} of {hub_repo}")
+    present = tuple(called for called in map(_called, wanted) if called not in added)
+    return Pushed(repo, revision, head, bool(operations), tuple(added), present)
+
+
+def pull(
+    repo: str,
+    store: EditStore,
+    *,
+    references: Sequence[str] = (),
+    revision: str = DEFAULT_REVISION,
+    progress: Progress = lambda *_: None,
+    endpoint: str | None = None,
+    token: str | None = None,
+) -> Pulled:
+    """Check versions of a repo and store them: all, or every version of `name`, or `name@version`.
+
+    They are stored when every one of them has kept every rule, none otherwise. Tags are the store's own.
+    """
+    hub_repo = HubRepo(repo, revision, endpoint=endpoint, token=token)
+    seen = _Snapshot.of(hub_repo, hub_repo.head())
+    chosen = _choose(list(seen.versions), references, str(hub_repo))
+    with tempfile.TemporaryDirectory(prefix="vllm-edits-") as folder:
+        fetched = _fetch(seen, chosen, store, Path(folder), progress)
+        reasons = []
+        for key in chosen:  # read again below: that memory holds one version at a time is worth a second check
+            try:
+                _package(key, fetched[key])
+            except BundleRefused as refused:
+                reasons += [Reason(reason.code, f"{_called(key)}: {reason.message}") for reason in refused.reasons]
+        _refuse(str(hub_repo), reasons)
+        for key in chosen:
+            _package(key, fetched[key]).put(store)
+    return Pulled(repo, revision, seen.commit, tuple(map(_called, chosen)))
+
+
+# -- what lies in a repo -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """A repo as it is at one commit."""
+
+    repo: HubRepo
+    commit: str
+    files: dict[str, File]
+    versions: dict[Key, Members]
+
+    @classmethod
+    def of(cls, repo: HubRepo, commit: str) -> _Snapshot:
+        files = repo.files(commit)
+        return cls(repo, commit, files, _arrange(files, str(repo)))
+
+    def download(self, path: str, folder: Path) -> Path:
+        return self.repo.download(path, self.commit, folder)
+
+
+def _arrange(files: Mapping[str, File], what: str) -> dict[Key, Members]:
+    """The files of each version. BundleRefused lists every file that belongs to none, and every one too large."""
+    versions: dict[Key, Members] = {}
+    reasons = []
+    for path, file in sorted(files.items()):
+        if "/" not in path:
+            continue
+        found = _MEMBER.fullmatch(path)
+        limit = member_limit(found["member"]) if found is not None and is_name(found["name"]) else None
+        if found is None or limit is None:
+            expected = f"<name>/<version>/ with {RECORD_FILE}, {MANIFEST_FILE}, {TENSORS_FILE} and {ATTESTATIONS}"
+            told = f"{path!r} is no part of a version: expected {expected}. Other files may lie at the top"
+            reasons.append(Reason("unexpected_file", told))
+            continue
+        if file.size > limit:
+            reasons.append(Reason("too_large", f"{path}: {file.size} bytes, at most {limit}"))
+        versions.setdefault((found["name"], found["version"]), {})[found["member"]] = file
+    for key, members in versions.items():
+        if len(_signatures(members)) > MAX_ATTESTATIONS:
+            reasons.append(Reason("too_large", f"{_called(key)}: more than {MAX_ATTESTATIONS} signatures"))
+    _refuse(what, reasons)
+    return versions
+
+
+def _refuse(what: str, reasons: list[Reason]) -> None:
+    """BundleRefused if there are reasons; of very many, the first."""
+    if len(reasons) > _SHOWN_REASONS:
+        more = Reason(reasons[_SHOWN_REASONS].code, f"and {len(reasons) - _SHOWN_REASONS} more")
+        reasons = [*reasons[:_SHOWN_REASONS], more]
+    if reasons:
+        raise BundleRefused(what, reasons)
+
+
+def _signatures(members: Iterable[str]) -> list[str]:
+    return [member for member in members if member.startswith(ATTESTATIONS)]
+
+
+def _called(key: Key) -> str:
+    return f"{key[0]}@{key[1]}"
+
+
+def _path(key: Key, member: str) -> str:
+    return f"{key[0]}/{key[1]}/{member}"
+
+
+# -- push --------------------------------------------------------------------------------------------------------------
+
+
+def _lacking(package: Package, present: Members, what: str) -> dict[str, bytes]:
+    """Members to add. Who published first stays on record; signatures are added to those that are there."""
+    own = package.members()
+    contents = {member: Content.of(data) for member, data in own.items()}
+    changed = [
+        name for name in (MANIFEST_FILE, TENSORS_FILE) if name in present and not present[name].holds(contents[name])
+    ]
+    if changed:
+        raise StoreCorrupt(
+            f"{what}: {', '.join(changed)} has not the digest that names this version. Nothing was pushed. Find out "
+            "who changed it, delete its folder from the repo, then push again"
+        )
+    taken = _signatures(present)
+    free = (attestation_name(number) for number in range(1000) if attestation_name(number) not in present)
+    lacking = {member: own[member] for member in (RECORD_FILE, MANIFEST_FILE, TENSORS_FILE) if member not in present}
+    lacking |= {
+        next(free): own[member]
+        for member in _signatures(own)
+        if not any(present[each].holds(contents[member]) for each in taken)
+    }
+    if len(taken) + len(_signatures(lacking)) > MAX_ATTESTATIONS:
+        raise EditsError(f"{what} would have more than {MAX_ATTESTATIONS} signatures. Delete some from the repo first")
+    return lacking
+
+
+def _card(store: EditStore, seen: _Snapshot, pushed: Iterable[Key]) -> str:
+    """The card for everything that is in the repo and everything that is pushed now."""
+    with tempfile.TemporaryDirectory(prefix="vllm-edits-") as folder:
+        manifests = [_manifest(store, seen, key, Path(folder)) for key in sorted({*seen.versions, *pushed})]
+        present = ""
+        if CARD_FILE in seen.files:
+            if seen.files[CARD_FILE].size > MAX_CARD_BYTES:
+                raise EditsError(f"{CARD_FILE} of {seen.repo} has more than {MAX_CARD_BYTES} bytes. Shorten it first")
+            present = seen.download(CARD_FILE, Path(folder)).read_text("utf-8", errors="replace")
+    return model_card.render(seen.repo.name, manifests, present)
+
+
+def _manifest(store: EditStore, seen: _Snapshot, key: Key, folder: Path) -> Manifest:
+    """A version's manifest: the store's if it has it, else the repo's, checked."""
+    name, version = key
+    what = f"{_called(key)} in {seen.repo}"
+    try:
+        manifest = store.manifest(version)
+    except (NotFound, StoreCorrupt):
+        if MANIFEST_FILE not in seen.versions.get(key, {}):
+            raise BundleRefused(what, [Reason("archive", f"expected {MANIFEST_FILE}, found none")]) from None
+        data = seen.download(_path(key, MANIFEST_FILE), folder).read_bytes()
+        if sha256(data) != version:
+            raise BundleRefused(what, [Reason("digest", f"{MANIFEST_FILE} has digest {sha256(data)[:12]}")]) from None
+        manifest = Manifest.from_bytes(data, what)
+    if manifest.name != name:
+        raise BundleRefused(what, [Reason("archive", f"the manifest is of {manifest.name!r}")])
+    return manifest
+
+
+def _message(message: str, added: list[str]) -> tuple[str, str]:
+    """Summary and description of the commit."""
+    short = [f"{name}@{version[:12]}" for name, _, version in (each.partition("@") for each in added)]
+    shown = ", ".join(short[:3]) + (f" and {len(short) - 3} more" if len(short) > 3 else "")
+    return message or (f"Add {shown}" if added else "Update the model card"), "\n".join(added)
+
+
+def _require_all(expected: Mapping[str, Content], found: Mapping[str, File], what: str) -> None:
+    """What was pushed is looked at once more: the client leaves out, without a word, what a .gitignore names."""
+    absent = [path for path, content in expected.items() if path not in found or not found[path].holds(content)]
+    if absent:
+        raise StoreCorrupt(
+            f"{what} lacks {', '.join(absent[:3])}{' and more' if len(absent) > 3 else ''}, although it was pushed. "
+            "Does a .gitignore in the repo name it? Remove that rule and push again"
+        )
+
+
+# -- pull --------------------------------------------------------------------------------------------------------------
+
+
+def _choose(present: list[Key], references: Sequence[str], what: str) -> list[Key]:
+    """The versions that were asked for; all of them when nothing was."""
+    if not present:
+        raise NotFound(f"{what} holds no versions. Push some with: vllm-edits hub push")
+    if not references:
+        return present
+    return list(dict.fromkeys(key for reference in references for key in _matching(present, reference, what)))
+
+
+def _matching(present: list[Key], reference: str, what: str) -> list[Key]:
+    ref, names = Ref.parse(reference), sorted({name for name, _ in present})
+    named = [key for key in present if key[0] == ref.name]
+    if not named:
+        raise NotFound(f"{what} holds {', '.join(names)}, nothing named {ref.name!r}.{nearest(ref.name, names)}")
+    if "@" not in reference:
+        return named
+    if not ref.is_version:
+        raise NotFound(f"{reference}: tags are each store's own and not in {what}. Expected a name or name@version")
+    matches = [key for key in named if key[1].startswith(ref.selector)]
+    if not matches:
+        raise NotFound(f"{what} holds no version {ref.selector} of {ref.name!r}")
+    if len(matches) > 1:
+        raise AmbiguousVersion(f"{ref} fits {len(matches)} versions: {', '.join(key[1][:16] for key in matches)}")
+    return matches
+
+
+def _fetch(
+    seen: _Snapshot, chosen: list[Key], store: EditStore, folder: Path, progress: Progress
+) -> dict[Key, dict[str, Path]]:
+    """Bring every member into `folder`; equal ones once, and tensors that the store has from there."""
+    total = sum(file.size for key in chosen for file in seen.versions[key].values())
+    done = 0
+    known: dict[str, Path] = {}
+    fetched: dict[Key, dict[str, Path]] = {key: {} for key in chosen}
+    for key in chosen:
+        for member, file in seen.versions[key].items():
+            progress(_called(key), done, total)
+            if file.git not in known:
+                stored = _from_store(store, file, folder) if member == TENSORS_FILE else None
+                known[file.git] = stored or seen.download(_path(key, member), folder)
+            fetched[key][member] = known[file.git]
+            done += file.size
+    progress("checking", done, total)
+    return fetched
+
+
+def _from_store(store: EditStore, file: File, folder: Path) -> Path | None:
+    """A copy of the blob that the store has, if it has it unharmed."""
+    if file.sha256 is None or not _SHA256.fullmatch(file.sha256):
+        return None
+    data = get_or_none(store.backend, blob_key(file.sha256))
+    if data is None or sha256(data) != file.sha256:
+        return None
+    path = folder / ".stored" / file.sha256  # no bundle is named so
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def _package(key: Key, members: Mapping[str, Path]) -> Package:
+    """A fetched version, checked, and found to be the one that its folder says."""
+    package = Package.of_members({member: path.read_bytes() for member, path in members.items()}, _called(key))
+    found = (package.record.name, package.record.version)
+    if found != key:
+        raise BundleRefused(_called(key), [Reason("archive", f"its folder holds {_called(found)}")])
+    return package

@@ -1,0 +1,213 @@
+"""A model repo of the Hugging Face Hub, asked through huggingface_hub: its head, its files, a commit on top.
+
+Knows nothing of versions. Whatever goes wrong is said as an EditsError. huggingface_hub (`vllm-edits[hub]`) is imported
+where it is used; endpoint and token are its own (HF_ENDPOINT, HF_TOKEN, `hf auth login`) unless they are given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edit_store.bundle import sha256
+from edit_store.errors import BundleRefused, Conflict, EditsError, NotFound, Reason, StoreUnavailable, nearest
+
+DEFAULT_REVISION = "main"
+MAX_FILES = 100_000
+_CLIENT_NAME = "vllm-edits"
+_TIMEOUT_SECONDS = 30
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Content:
+    """How a repo names what a file holds: by the digest of a git blob, or for a large file by sha256."""
+
+    git: str
+    sha256: str
+
+    @classmethod
+    def of(cls, data: bytes) -> Content:
+        git = hashlib.sha1(b"blob %d\0" % len(data), usedforsecurity=False)
+        git.update(data)
+        return cls(git.hexdigest(), sha256(data))
+
+
+@dataclass(frozen=True)
+class File:
+    """A file as the listing of a repo shows it. `sha256` is known of large files alone."""
+
+    size: int
+    git: str
+    sha256: str | None
+
+    def holds(self, content: Content) -> bool:
+        return self.sha256 == content.sha256 if self.sha256 is not None else self.git == content.git
+
+
+class NoRepo(NotFound):
+    """There is no such repo, or none that this token may see."""
+
+
+class HubRepo:
+    """A revision of a model repo."""
+
+    def __init__(self, name: str, revision: str, *, endpoint: str | None = None, token: str | None = None) -> None:
+        try:
+            from huggingface_hub import HfApi
+        except ImportError:
+            raise EditsError("huggingface_hub is not installed. Install vllm-edits[hub]") from None
+        if not _REPO.fullmatch(name):
+            raise EditsError(f"{name!r} is no repo of the Hub: expected owner/name, e.g. my-lab/my-edits")
+        self.name = name
+        self.revision = revision
+        self._api = HfApi(endpoint=endpoint and endpoint.rstrip("/"), token=token, library_name=_CLIENT_NAME)
+
+    def __str__(self) -> str:
+        return self.name if self.revision == DEFAULT_REVISION else f"{self.name} ({self.revision})"
+
+    def head(self) -> str:
+        """The commit that the revision is now."""
+        return str(self._info().sha)
+
+    def head_to_push_on(self, *, private: bool) -> str:
+        """The same; the repo is made if there is none. With `private`, a public one is an error."""
+        try:
+            info = self._info()
+        except NoRepo as missing:
+            if self.revision != DEFAULT_REVISION:
+                raise NotFound(f"{missing} Push to {DEFAULT_REVISION} first, which makes the repo") from None
+            with self._explained():
+                self._api.create_repo(self.name, private=private, exist_ok=True)
+            info = self._info()
+        if private and not info.private:
+            raise EditsError(f"{self.name} is public, and a private repo was asked for. Nothing was pushed")
+        return str(info.sha)
+
+    def files(self, commit: str) -> dict[str, File]:
+        """Every file of a commit by path."""
+        from huggingface_hub import RepoFile
+
+        files: dict[str, File] = {}
+        with self._explained():
+            for entry in self._api.list_repo_tree(self.name, revision=commit, recursive=True):
+                if isinstance(entry, RepoFile):
+                    size, digest = (entry.lfs.size, entry.lfs.sha256) if entry.lfs else (entry.size, None)
+                    files[entry.path] = File(max(size, entry.size), entry.blob_id, digest)
+                if len(files) > MAX_FILES:
+                    raise BundleRefused(str(self), [Reason("too_large", f"more than {MAX_FILES} files")])
+        return files
+
+    def download(self, path: str, commit: str, folder: Path) -> Path:
+        """Fetch a file of a commit into a folder of ours. The client checks its size, nobody its content."""
+        with self._explained():
+            return Path(self._api.hf_hub_download(self.name, path, revision=commit, local_dir=folder))
+
+    def upload(self, files: Mapping[str, bytes]) -> list[Any]:
+        """What a commit needs to add files. Large ones are uploaded now, so that memory need not hold them all."""
+        from huggingface_hub import CommitOperationAdd
+
+        operations = [CommitOperationAdd(path, data) for path, data in files.items()]
+        with self._explained():
+            self._api.preupload_lfs_files(self.name, operations, revision=self.revision)
+        return operations
+
+    def commit(self, operations: list[Any], summary: str, description: str, *, parent: str) -> str:
+        """Commit on top of `parent`, or not at all: Conflict when the branch has moved."""
+        lost = "Whether the commit was made is unknown; push again when it answers: what is there is not pushed twice"
+        with self._explained(lost):
+            made = self._api.create_commit(
+                self.name,
+                operations,
+                commit_message=summary,
+                commit_description=description,
+                revision=self.revision,
+                parent_commit=parent,
+            )
+        return str(made.oid)
+
+    def _info(self) -> Any:
+        with self._explained():
+            return self._api.model_info(self.name, revision=self.revision, timeout=_TIMEOUT_SECONDS)
+
+    @contextmanager
+    def _explained(self, lost: str = "Check the network and HF_ENDPOINT, then try again") -> Iterator[None]:
+        """Only calls of huggingface_hub go in here: it raises its own errors, its network library's and plain ones."""
+        from huggingface_hub.errors import HTTPError, OIDCError  # type: ignore[attr-defined]  # httpx's or httpx2's
+
+        try:
+            yield
+        except (HTTPError, OIDCError, OSError, RuntimeError, ValueError) as error:
+            raise self._translated(list(_causes(error)), HTTPError, lost) from error
+
+    def _translated(self, causes: list[BaseException], network_error: type[Exception], lost: str) -> EditsError:
+        """The client wraps some errors in vaguer ones: the first of the chain that means something is told."""
+        from huggingface_hub import errors
+
+        where = self._api.endpoint
+        for cause in causes:
+            if isinstance(cause, errors.OfflineModeIsEnabled):
+                return StoreUnavailable(
+                    f"{where} is not asked: HF_HUB_OFFLINE is set. Unset it, or move versions as files: "
+                    "vllm-edits export and import"
+                )
+            if isinstance(cause, errors.GatedRepoError):
+                return StoreUnavailable(f"{self.name} is gated: ask for access at {where}/{self.name}")
+            if isinstance(cause, errors.RepositoryNotFoundError):
+                return NoRepo(
+                    f"{where} has no model repo {self.name}, or shows it to others only. Check the name; log in with "
+                    "`hf auth login` or set HF_TOKEN."
+                )
+            if isinstance(cause, errors.RevisionNotFoundError):
+                return NotFound(
+                    f"{self.name} has no revision {self.revision!r}.{nearest(self.revision, self._branches())} "
+                    f"Make a branch with: hf repos branch create {self.name} {self.revision}"
+                )
+            if isinstance(cause, errors.HfHubHTTPError):
+                return self._refused(cause.response.status_code, cause.server_message or str(cause))
+            if isinstance(cause, network_error):
+                return StoreUnavailable(f"{where} cannot be reached: {cause or type(cause).__name__}. {lost}")
+        told, root = str(causes[0]), str(causes[-1])
+        told += "" if root in told else f": {root}"
+        xet = isinstance(causes[0], ConnectionError)  # what hf_xet raises
+        hint = ". If only Xet is out of reach, set HF_HUB_DISABLE_XET=1" if xet else ""
+        return StoreUnavailable(f"{self.name} at {where}: {told}{hint}")
+
+    def _refused(self, status: int, told: str) -> EditsError:
+        """What an answer means that is no success."""
+        where = self._api.endpoint
+        if status in (409, 412):
+            return Conflict(
+                f"{self} was changed by somebody else meanwhile; nothing was pushed and nothing of theirs overwritten. "
+                "Push again"
+            )
+        if status == 401:
+            return StoreUnavailable(
+                f"{where} does not accept this token for {self.name}, or there is no such repo: {told}. Log in with "
+                "`hf auth login` or set HF_TOKEN"
+            )
+        if status == 403:
+            return StoreUnavailable(f"this token may not do that to {self.name}: {told}. Use one with write permission")
+        if status == 429:
+            return StoreUnavailable(f"{where} asks to wait: {told}. Try again later")
+        return StoreUnavailable(f"{where} answered {status} for {self.name}: {told}")
+
+    def _branches(self) -> list[str]:
+        """For an error message only: none when they cannot be had."""
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            return [branch.name for branch in self._api.list_repo_refs(self.name).branches]
+        except (HfHubHTTPError, OSError):
+            return []
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__

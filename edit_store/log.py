@@ -1,0 +1,170 @@
+"""An append-only log in a store: one object per entry, numbered from 1, chained by sha256, written only if absent.
+
+    <folder>/00000000000000000001.json
+    <folder>/00000000000000000002.json    names the sha256 of the bytes before it
+
+Two writers who both saw entry n both try to create n + 1, and the backend lets one through. Order is by number alone;
+times are information. Entries are never rewritten: what was wrong is mended by one more entry.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, Generic, TypeVar
+
+import rfc8785
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from edit_store.backends import AlreadyExists, Backend, get_many, get_or_none
+from edit_store.bundle import Digest, canonical_json, sha256
+from edit_store.errors import Conflict, StoreCorrupt, StoreUnavailable
+
+MAX_ENTRY_BYTES = 1 << 16
+_ENTRY_FILE = re.compile(r"([0-9]{20})\.json")
+_ATTEMPTS = 5
+_FIRST_PAUSE_SECONDS = 0.05
+
+
+class Entry(BaseModel):
+    """What every entry says, whatever the log is about."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sequence: int = Field(ge=1)
+    previous_sha256: Digest | None
+    actor: str
+    reason: str
+    at: datetime
+    nonce: str
+
+    def to_bytes(self) -> bytes:
+        """The canonical bytes that are stored."""
+        return canonical_json(self.model_dump(mode="json"))
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the stored bytes: what the next entry names, and what a promoter signs."""
+        return sha256(self.to_bytes())
+
+
+E = TypeVar("E", bound=Entry)
+
+
+class Log(Generic[E]):
+    """The log in one folder of a store. `what` names it in errors, `see` is the command that shows it."""
+
+    def __init__(self, backend: Backend, folder: str, entry_type: type[E], what: str, see: str) -> None:
+        self._backend = backend
+        self._folder = folder
+        self._type = entry_type
+        self._what = what
+        self._see = see
+
+    def get(self, sequence: int) -> E | None:
+        """One entry, or None when the log does not reach that far. One small read."""
+        try:
+            return self._parse(self._backend.get(self._key(sequence)), sequence)
+        except KeyError:
+            return None
+
+    def head(self) -> E | None:
+        """The last entry, or None for an empty log."""
+        sequences = self._sequences()
+        return self.get(sequences[-1]) if sequences else None
+
+    def history(self) -> list[E]:
+        """Every entry, oldest first, the whole chain checked."""
+        sequences = self._sequences()
+        if sequences != list(range(1, len(sequences) + 1)):
+            missing = next(number for number, found in enumerate([*sequences, 0], 1) if number != found)
+            raise StoreCorrupt(f"history of {self._what} is broken: entry {missing} is missing, {sequences[-1]} exists")
+        chain: list[E] = []
+        stored = get_many(self._backend, [self._key(sequence) for sequence in sequences])
+        for sequence, data in zip(sequences, stored, strict=True):
+            chain.append(self._follows(chain[-1] if chain else None, self._parse(data, sequence)))
+        return chain
+
+    def after(self, known: E | None) -> list[E]:
+        """Entries that came after a known one, oldest first: one small read each, and one that finds nothing."""
+        new: list[E] = []
+        while (entry := self.get((known.sequence if known else 0) + 1)) is not None:
+            new.append(self._follows(known, entry))
+            known = entry
+        return new
+
+    def append(self, head: E | None, *, before: Callable[[E], None] = lambda _: None, **fields: Any) -> E:
+        """Write the entry after `head`, on which the change was decided; Conflict when it is the head no more.
+
+        `before` sees the entry first: what it stores (a signature) is there when the entry is. An answer that was lost
+        is looked up: the nonce says whether the entry at this number is this very one.
+        """
+        entry = self._type(
+            sequence=head.sequence + 1 if head else 1, previous_sha256=head.digest if head else None,
+            at=now(), nonce=secrets.token_hex(8), **fields,
+        )  # fmt: skip
+        before(entry)
+        key, data = self._key(entry.sequence), entry.to_bytes()
+        trouble: StoreUnavailable | None = None
+        for attempt in range(_ATTEMPTS):
+            try:
+                self._backend.create(key, data)
+            except AlreadyExists:
+                found = get_or_none(self._backend, key)
+                if found is None:  # S3 may answer a racing write with "exists" although neither was written: try again
+                    continue
+                if found == data:
+                    return entry
+                raise Conflict(
+                    f"{self._what} was changed by somebody else meanwhile; look at `{self._see}` and decide again"
+                ) from None
+            except StoreUnavailable as error:
+                trouble = error
+                time.sleep(_FIRST_PAUSE_SECONDS * 2**attempt)
+            else:
+                return entry
+        raise StoreUnavailable(
+            f"entry {entry.sequence} of {self._what} could not be confirmed after {_ATTEMPTS} attempts; whether it was "
+            f"written is unknown. Look at `{self._see}` when the store answers again. {trouble or ''}".strip()
+        )
+
+    def _key(self, sequence: int) -> str:
+        return f"{self._folder}/{sequence:020d}.json"
+
+    def _sequences(self) -> list[int]:
+        """Numbers of the entries in order; files that are no entries are not looked at."""
+        names = (item.key.rpartition("/")[2] for item in self._backend.list(self._folder + "/"))
+        return sorted(int(match[1]) for name in names if (match := _ENTRY_FILE.fullmatch(name)))
+
+    def _parse(self, data: bytes, sequence: int) -> E:
+        where = f"entry {sequence} of {self._what}"
+        if len(data) > MAX_ENTRY_BYTES:
+            raise StoreCorrupt(f"{where} has {len(data)} bytes, at most {MAX_ENTRY_BYTES} are an entry")
+        try:
+            entry = self._type.model_validate_json(data)
+        except ValidationError as error:
+            raise StoreCorrupt(f"{where} cannot be read: {error}") from None
+        if entry.sequence != sequence:
+            raise StoreCorrupt(f"{where} says that it is entry {entry.sequence}")
+        try:
+            canonical = entry.to_bytes()
+        except (rfc8785.CanonicalizationError, ValueError):  # a sequence beyond 2^53
+            canonical = b""
+        if canonical != data:
+            raise StoreCorrupt(f"{where} is not canonical JSON (RFC 8785): it was not written by this program")
+        return entry
+
+    def _follows(self, previous: E | None, entry: E) -> E:
+        if entry.previous_sha256 != (previous.digest if previous else None):
+            raise StoreCorrupt(
+                f"history of {self._what} is broken at entry {entry.sequence}: it does not follow the one before"
+            )
+        return entry
+
+
+def now() -> datetime:
+    """This moment, in whole seconds."""
+    return datetime.now(UTC).replace(microsecond=0)

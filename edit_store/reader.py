@@ -1,0 +1,66 @@
+"""The reading side of a store, as a server uses it: follow the tags, weigh signatures, keep this node's copies."""
+
+from __future__ import annotations
+
+from edit_store.bundle import Bundle, Manifest
+from edit_store.cache import NodeCache
+from edit_store.errors import Reason
+from edit_store.follow import Follower, Look, Seen
+from edit_store.signing import Role
+from edit_store.store import EditStore, TagEntry
+from edit_store.trust import Enforcement, Trust
+
+
+class Reader:
+    """One store, one trust policy, one cache folder. `look` is for one thread at a time, the rest for any."""
+
+    def __init__(self, store: EditStore, trust: Trust | None = None, cache: NodeCache | None = None) -> None:
+        self.trust = trust or Trust()
+        self._store = store
+        self._cache = cache or NodeCache()
+        self._follower = Follower(store, Seen(self._cache.folder, store.url))
+
+    @property
+    def store(self) -> EditStore:
+        """The store itself, for those who append to it."""
+        return self._store
+
+    @property
+    def url(self) -> str:
+        """The store's URL."""
+        return self._store.url
+
+    def look(self) -> Look:
+        """What every tag promotes now, for one small read per tag. StoreUnavailable when the store is gone."""
+        return self._follower.look()
+
+    def resolve(self, reference: str) -> str:
+        """The version that a reference means now."""
+        return self._store.resolve(reference)
+
+    def manifest(self, version: str) -> Manifest:
+        """The manifest of a version, its digest checked."""
+        return self._store.manifest(version)
+
+    def bundle(self, version: str) -> Bundle:
+        """A version with its tensors, from this node's copy where the store is remote."""
+        return self._cache.bundle(self._store, version)
+
+    def doubts(self, entry: TagEntry) -> list[Reason]:
+        """What is missing for this promotion and its version to be believed; empty also when nobody asks for it."""
+        if self.trust.enforcement is Enforcement.OFF:
+            return []
+        what = f"{entry.name}@{entry.tag} entry {entry.sequence}"
+        version = f"version {entry.version[:12]} of {entry.name}"
+        policy, signatures = self.trust.policy, self._store.signatures
+        return [
+            *policy.check(Role.PROMOTER, entry.digest, what, signatures(entry.digest)),
+            *policy.check(Role.AUTHOR, entry.version, version, signatures(entry.version)),
+        ]
+
+    def believed(self, entry: TagEntry) -> TagEntry | None:
+        """This entry, or the newest one before it that can be believed: what a server that never stopped serves."""
+        if self.trust.enforcement is not Enforcement.REQUIRE:
+            return entry
+        history = self._store.history(entry.name, entry.tag)[: entry.sequence]
+        return next((each for each in reversed(history) if not self.doubts(each)), None)

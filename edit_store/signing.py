@@ -1,0 +1,209 @@
+"""Signatures over versions and over promotions: DSSE envelopes around in-toto statements, Ed25519 by securesystemslib.
+
+    attestations/sha256/<ab>/<subject digest>/<sha256 of the envelope>.json
+
+The subject is the sha256 of a manifest (signed by an author) or of a tag entry (signed by a promoter). A manifest names
+the digest of its tensors, and an entry the digest of the entry before it, so one small signature covers everything.
+Signatures are detached: they are stored before what they sign is committed, and more can be added later.
+
+Sources: DSSE v1.0.2 (secure-systems-lab/dsse), in-toto Statement v1 (in-toto/attestation).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+
+from edit_store.bundle import Digest, canonical_json, sha256
+from edit_store.errors import EditsError
+from edit_store.log import now
+
+PAYLOAD_TYPE = "application/vnd.in-toto+json"
+MAX_ENVELOPE_BYTES = 1 << 14
+PRIVATE_SUFFIX, PUBLIC_SUFFIX = ".key", ".pub"
+
+
+class Role(StrEnum):
+    """What a key may vouch for."""
+
+    AUTHOR = "author"
+    PROMOTER = "promoter"
+
+    @property
+    def predicate_type(self) -> str:
+        """The statement's type: an author's signature over some digest is never read as a promoter's."""
+        return f"urn:vllm-edits:{self}:v1"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class _Digests(_Strict):
+    sha256: Digest
+
+
+class _Subject(_Strict):
+    name: str
+    digest: _Digests
+
+
+class _Predicate(_Strict):
+    signed_at: AwareDatetime
+    expires_at: AwareDatetime | None
+
+
+class Statement(_Strict):
+    """Who vouches is in the signature; this says for what, as what, and until when."""
+
+    type: Literal["https://in-toto.io/Statement/v1"] = Field(alias="_type", default="https://in-toto.io/Statement/v1")
+    subject: tuple[_Subject, ...] = Field(min_length=1, max_length=1)
+    predicate_type: str = Field(alias="predicateType")
+    predicate: _Predicate
+
+
+@dataclass(frozen=True)
+class SigningKey:
+    """An Ed25519 private key, from a PEM file that nobody else may read."""
+
+    signer: Any
+
+    @classmethod
+    def generate(cls) -> SigningKey:
+        """A new key."""
+        from securesystemslib.signer import CryptoSigner
+
+        return cls(CryptoSigner.generate_ed25519())
+
+    @classmethod
+    def load(cls, path: Path) -> SigningKey:
+        """Read a PKCS#8 PEM file; EditsError says what is wrong with it."""
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+        from cryptography.hazmat.primitives.serialization import load_pem_private_key
+        from securesystemslib.signer import CryptoSigner
+
+        try:
+            private = load_pem_private_key(path.read_bytes(), password=None)
+        except (OSError, ValueError, TypeError) as error:
+            raise EditsError(f"{path} is no private key: {error}. Make one with: vllm-edits keygen {path}") from None
+        if not isinstance(private, Ed25519PrivateKey):
+            raise EditsError(f"{path}: expected an Ed25519 key, found {type(private).__name__}")
+        return cls(CryptoSigner(private))
+
+    @property
+    def keyid(self) -> str:
+        """The key's name in signatures: a digest of its public half."""
+        return str(self.signer.public_key.keyid)
+
+    def save(self, path: Path) -> Path:
+        """Write the private half to `path`, readable by its owner alone, and the public half beside it, `.pub`."""
+        public = path.with_suffix(PUBLIC_SUFFIX)
+        for taken in (path, public):
+            if taken.exists():
+                raise EditsError(f"{taken} exists already: a key is never overwritten. Choose another name")
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(self.signer.private_bytes)
+        public.write_text(self.public_pem())
+        return public
+
+    def public_pem(self) -> str:
+        """The public half as PEM."""
+        from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+        key = _crypto_key(self.signer.public_key)
+        return str(key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode())
+
+    def sign(self, role: Role, digest: str, name: str, *, expires_at: datetime | None = None) -> bytes:
+        """An envelope that vouches, in a role, for the object of that digest; `name` is for people."""
+        from securesystemslib.dsse import Envelope
+
+        statement = Statement(
+            subject=(_Subject(name=name, digest=_Digests(sha256=digest)),),
+            predicate_type=role.predicate_type,
+            predicate=_Predicate(signed_at=now(), expires_at=expires_at),
+        )
+        envelope = Envelope(canonical_json(statement.model_dump(mode="json", by_alias=True)), PAYLOAD_TYPE, {})
+        envelope.sign(self.signer)
+        return canonical_json(envelope.to_dict())
+
+
+@dataclass(frozen=True)
+class Signature:
+    """One signature of an envelope, its statement read, nothing about it believed yet."""
+
+    statement: Statement
+    keyid: str
+    signed: bytes
+    """the DSSE pre-authentication encoding"""
+    raw: Any
+
+    def made_by(self, public_key: Any) -> bool:
+        """Whether this key really made it."""
+        from securesystemslib.exceptions import UnverifiedSignatureError
+
+        try:
+            public_key.verify_signature(self.raw, self.signed)
+        except UnverifiedSignatureError:
+            return False
+        return True
+
+
+def read_envelopes(stored: Sequence[bytes]) -> list[Signature]:
+    """Every signature in envelopes that can be read. Anybody may store garbage, so garbage is passed over."""
+    return [signature for data in stored for signature in _read_envelope(data)]
+
+
+def _read_envelope(data: bytes) -> list[Signature]:
+    from securesystemslib.dsse import Envelope
+    from securesystemslib.exceptions import FormatError
+
+    if len(data) > MAX_ENVELOPE_BYTES:
+        return []
+    try:
+        envelope = Envelope.from_dict(json.loads(data))
+        if envelope.payload_type != PAYLOAD_TYPE:
+            return []
+        statement = Statement.model_validate_json(envelope.payload)
+        return [Signature(statement, keyid, envelope.pae(), raw) for keyid, raw in envelope.signatures.items()]
+    except (ValidationError, FormatError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []
+
+
+def public_key(pem: str) -> Any:
+    """A securesystemslib key from PEM; EditsError when it is no Ed25519 public key."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+    from securesystemslib.signer import SSlibKey
+
+    try:
+        key = load_pem_public_key(pem.encode())
+    except (ValueError, TypeError) as error:
+        raise EditsError(f"expected an Ed25519 public key in PEM, found: {error}") from None
+    if not isinstance(key, Ed25519PublicKey):
+        raise EditsError(f"expected an Ed25519 public key, found {type(key).__name__}")
+    return SSlibKey.from_crypto(key)
+
+
+def _crypto_key(key: Any) -> Any:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+    return Ed25519PublicKey.from_public_bytes(bytes.fromhex(key.keyval["public"]))
+
+
+def attestation_folder(subject: str) -> str:
+    """Where the signatures over a digest lie."""
+    return f"attestations/sha256/{subject[:2]}/{subject}/"
+
+
+def attestation_key(subject: str, envelope: bytes) -> str:
+    """Where an envelope lies: by its own content, so that no signature replaces another."""
+    return attestation_folder(subject) + f"{sha256(envelope)}.json"

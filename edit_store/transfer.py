@@ -1,0 +1,169 @@
+"""Move versions between stores, directly or as one file for a site that no network reaches.
+
+An exported file is an uncompressed tar of fixed members, the same bytes for the same version:
+
+    published.json        the record: name, version, label, who, when
+    manifest.json         its sha256 is the version
+    edits.safetensors     its sha256 stands in the manifest
+    attestations/<n>.json signatures, as stored
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import tarfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from edit_store import verify
+from edit_store.bundle import MANIFEST_FILE, MAX_MANIFEST_BYTES, TENSORS_FILE, Bundle, Manifest, canonical_json
+from edit_store.errors import BundleRefused, EditsError, Reason
+from edit_store.refs import Ref
+from edit_store.signing import MAX_ENVELOPE_BYTES, read_envelopes
+from edit_store.store import EditStore, Published
+from edit_store.tensor_file import MAX_TENSOR_FILE_BYTES
+
+RECORD_FILE, ATTESTATIONS = "published.json", "attestations/"
+MAX_ATTESTATIONS = 100
+MAX_RECORD_BYTES = 1 << 16
+SUFFIX = ".edits.tar"
+_LIMITS = {RECORD_FILE: MAX_RECORD_BYTES, MANIFEST_FILE: MAX_MANIFEST_BYTES, TENSORS_FILE: MAX_TENSOR_FILE_BYTES}
+_ATTESTATION = re.compile(rf"{ATTESTATIONS}[0-9]{{3}}\.json")
+
+Progress = Callable[[str, int], None]
+"""Told what has been moved, and its bytes."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """Everything a version needs elsewhere."""
+
+    bundle: Bundle
+    record: Published
+    envelopes: tuple[bytes, ...]
+
+    @classmethod
+    def of(cls, store: EditStore, reference: str) -> Package:
+        """Read and check a version of a store."""
+        name, version = Ref.parse(reference).name, store.resolve(reference)
+        bundle = store.bundle(version)
+        verify.check(bundle)
+        return cls(bundle, store.record(name, version), tuple(store.attestations(version)))
+
+    @classmethod
+    def of_members(cls, members: Mapping[str, bytes], what: str) -> Package:
+        """Check members that came from elsewhere. Nothing in them is believed: every digest is computed."""
+        missing = [name for name in _LIMITS if name not in members]
+        if missing:
+            raise BundleRefused(what, [Reason("archive", f"expected {', '.join(missing)} inside, found none")])
+        reasons: list[Reason] = []
+        bundle: Bundle | None = None
+        record: Published | None = None
+        try:
+            manifest = Manifest.from_bytes(members[MANIFEST_FILE], f"{what}: {MANIFEST_FILE}")
+            bundle = Bundle(manifest, members[TENSORS_FILE])
+            verify.check(bundle)
+        except BundleRefused as refused:
+            reasons += refused.reasons
+        try:
+            record = Published.model_validate_json(members[RECORD_FILE])
+        except ValidationError as error:
+            reasons.append(Reason("archive", f"{RECORD_FILE}: {error}"))
+        if record is not None and record.at.tzinfo is None:
+            reasons.append(Reason("archive", f"{RECORD_FILE}: expected a time with its zone, found {record.at}"))
+        if bundle is not None and record is not None:
+            found = (bundle.manifest.name, bundle.version, bundle.manifest.label)
+            told = (record.name, record.version, record.label)
+            if found != told:
+                reasons.append(Reason("archive", f"{RECORD_FILE} is of {_called(*told)}, the bundle {_called(*found)}"))
+        if bundle is None or record is None or reasons:
+            raise BundleRefused(what, reasons)
+        envelopes = (data for name, data in sorted(members.items()) if name.startswith(ATTESTATIONS))
+        return cls(bundle, record, tuple(data for data in envelopes if read_envelopes([data])))
+
+    def members(self) -> dict[str, bytes]:
+        """The files that a version is outside of a store, by name: the same bytes for the same version."""
+        return {
+            RECORD_FILE: canonical_json(self.record.model_dump(mode="json")),
+            MANIFEST_FILE: self.bundle.manifest.to_bytes(),
+            TENSORS_FILE: bytes(self.bundle.tensor_bytes),
+            **{attestation_name(number): data for number, data in enumerate(sorted(self.envelopes))},
+        }
+
+    def put(self, store: EditStore) -> str:
+        """Write the version into a store; returns its digest. Doing so twice is harmless."""
+        store.put_version(self.bundle, self.envelopes, self.record)
+        return self.bundle.version
+
+
+def copy(
+    source: EditStore, target: EditStore, references: list[str], progress: Progress = lambda *_: None
+) -> list[str]:
+    """Copy versions with their records and signatures; returns `name@version` of each. Tags are the target's own."""
+    copied = []
+    for reference in references:
+        package = Package.of(source, reference)
+        version = package.put(target)
+        copied.append(f"{package.record.name}@{version}")
+        progress(reference, len(package.bundle.tensor_bytes))
+    return copied
+
+
+def attestation_name(number: int) -> str:
+    """Name of the member that holds a signature."""
+    return f"{ATTESTATIONS}{number:03}.json"
+
+
+def member_limit(name: str) -> int | None:
+    """The most bytes that the member of this name may have, or None where no member is named so."""
+    return MAX_ENVELOPE_BYTES if _ATTESTATION.fullmatch(name) else _LIMITS.get(name)
+
+
+def _called(name: str, version: str, label: str) -> str:
+    return f"{name}@{version[:12]} labelled {label!r}"
+
+
+def export(store: EditStore, reference: str, path: Path) -> str:
+    """Write a version into one file; returns its digest. An existing file is never overwritten."""
+    package = Package.of(store, reference)
+    try:
+        with path.open("xb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+            for name, data in package.members().items():
+                member = tarfile.TarInfo(name)
+                member.size, member.mode = len(data), 0o644
+                archive.addfile(member, io.BytesIO(data))
+    except FileExistsError:
+        raise EditsError(f"{path} exists already; nothing is overwritten. Choose another name") from None
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise EditsError(f"{path} cannot be written: {error.strerror}") from None
+    return package.bundle.version
+
+
+def read_export(path: Path) -> Package:
+    """Read and check an exported file. Every size in it is capped before anything is read."""
+    try:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            members = _read_members(archive, str(path))
+    except (OSError, tarfile.TarError, EOFError) as error:
+        raise BundleRefused(str(path), [Reason("archive", f"expected an exported version, found: {error}")]) from None
+    return Package.of_members(members, str(path))
+
+
+def _read_members(archive: tarfile.TarFile, what: str) -> dict[str, bytes]:
+    members: dict[str, bytes] = {}
+    for member in archive:
+        limit = member_limit(member.name)
+        if limit is None or not member.isfile() or member.name in members:
+            raise BundleRefused(what, [Reason("archive", f"unexpected member {member.name!r}")])
+        if member.size > limit:
+            raise BundleRefused(what, [Reason("too_large", f"{member.name}: {member.size} bytes, at most {limit}")])
+        if len(members) >= MAX_ATTESTATIONS + len(_LIMITS):
+            raise BundleRefused(what, [Reason("archive", f"more than {MAX_ATTESTATIONS} signatures")])
+        file = archive.extractfile(member)
+        members[member.name] = file.read() if file is not None else b""
+    return members

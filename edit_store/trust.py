@@ -1,0 +1,171 @@
+"""Whom a server believes: a small file of public keys, their roles and windows, and how many must agree.
+
+Fail closed: a version or a promotion counts only with enough valid signatures of different keys of the right role. Time
+windows are held against the present moment, never against what a signature says of itself: a stolen old key could
+otherwise sign for the past. So rotation is: add the new key, sign what is promoted with it, let the old one run out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+
+from edit_store.errors import EditsError, Reason, SettingsError
+from edit_store.signing import Role, Signature, public_key
+
+
+class Enforcement(StrEnum):
+    """What a server does with what is not signed as the trust file asks."""
+
+    REQUIRE = "require"
+    WARN = "warn"
+    OFF = "off"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TrustedKey(_Strict):
+    """A public key, what it may vouch for, and when."""
+
+    name: str = Field(min_length=1, description="who holds it")
+    public: str = Field(description="the public key, PEM")
+    roles: Annotated[tuple[Role, ...], Field(min_length=1)]
+    not_before: AwareDatetime | None = None
+    not_after: AwareDatetime | None = None
+
+    @property
+    def key(self) -> Any:
+        """The key itself; EditsError when the PEM is no Ed25519 public key."""
+        return public_key(self.public)
+
+
+class TrustPolicy(_Strict):
+    """The trust file."""
+
+    schema_version: Literal[1] = 1
+    authors_needed: int = Field(default=1, ge=1, description="signatures a version needs")
+    promoters_needed: int = Field(default=1, ge=1, description="signatures a promotion needs")
+    keys: tuple[TrustedKey, ...] = ()
+
+    @classmethod
+    def load(cls, path: Path, *, unfinished: bool = False) -> TrustPolicy:
+        """Read a trust file; SettingsError lists everything that is wrong with it.
+
+        An `unfinished` one, which is being edited, may ask for more signatures than its keys can give.
+        """
+        try:
+            policy = cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise SettingsError(f"trust file {path} cannot be read: {error.strerror}") from None
+        except pydantic.ValidationError as error:
+            lines = [f"  - {'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+            raise SettingsError("\n".join([f"trust file {path} is refused:", *lines])) from None
+        if problems := policy.broken() + ([] if unfinished else policy.unsatisfiable()):
+            raise SettingsError("\n".join([f"trust file {path} is refused:", *(f"  - {each}" for each in problems)]))
+        return policy
+
+    def save(self, path: Path) -> None:
+        """Write the file, for people to read."""
+        path.write_text(self.model_dump_json(indent=2, exclude_none=True) + "\n")
+
+    def needed(self, role: Role) -> int:
+        """Signatures of different keys that something of this role needs."""
+        return self.authors_needed if role is Role.AUTHOR else self.promoters_needed
+
+    def broken(self) -> list[str]:
+        """Keys that are none, or not what they seem."""
+        found: list[str] = []
+        seen: dict[str, str] = {}
+        for trusted in self.keys:
+            try:
+                keyid = trusted.key.keyid
+            except EditsError as error:
+                found.append(f"key {trusted.name!r}: {error}")
+                continue
+            if keyid in seen:
+                found.append(f"keys {seen[keyid]!r} and {trusted.name!r} are the same key: it would count twice")
+            seen[keyid] = trusted.name
+            if trusted.not_before and trusted.not_after and trusted.not_before >= trusted.not_after:
+                found.append(f"key {trusted.name!r}: not_after is not later than not_before")
+        return found
+
+    def unsatisfiable(self) -> list[str]:
+        """Roles of which more signatures are needed than there are keys. Without any key nothing is needed."""
+        holders = {role: sum(role in trusted.roles for trusted in self.keys) for role in Role}
+        return [
+            f"{self.needed(role)} {role} signature(s) are needed, but {count} key(s) may give one"
+            for role, count in holders.items()
+            if self.keys and count < self.needed(role)
+        ]
+
+    def check(
+        self, role: Role, digest: str, what: str, signatures: Sequence[Signature], *, at: datetime | None = None
+    ) -> list[Reason]:
+        """Why the object of that digest is not vouched for; empty when enough different keys of the role do."""
+        at = at or datetime.now(UTC)
+        about = [
+            signature
+            for signature in signatures
+            if signature.statement.predicate_type == role.predicate_type
+            and signature.statement.subject[0].digest.sha256 == digest
+        ]
+        if not about:
+            return [Reason("unsigned", f"{what}: expected {self.needed(role)} {role} signature(s), found none")]
+        believed: set[str] = set()
+        reasons: list[Reason] = []
+        for signature in about:
+            reason = self._doubt(signature, role, at)
+            if reason is None:
+                believed.add(signature.keyid)
+            else:
+                reasons.append(Reason(reason.code, f"{what}: {reason.message}"))
+        if len(believed) >= self.needed(role):
+            return []
+        told = f"expected {self.needed(role)} valid {role} signature(s) of different keys, found {len(believed)}"
+        return [*reasons, Reason("below_threshold", f"{what}: {told}")]
+
+    def _doubt(self, signature: Signature, role: Role, at: datetime) -> Reason | None:
+        trusted = next((each for each in self.keys if each.key.keyid == signature.keyid), None)
+        if trusted is None:
+            return Reason("untrusted_key", f"signed by key {signature.keyid[:12]}, which is not in the trust file")
+        who = f"{trusted.name} ({signature.keyid[:12]})"
+        if role not in trusted.roles:
+            return Reason("wrong_role", f"signed by {who}, who may not act as {role}")
+        if not signature.made_by(trusted.key):
+            return Reason("bad_signature", f"the signature in the name of {who} is not theirs")
+        ends = [end for end in (trusted.not_after, signature.statement.predicate.expires_at) if end is not None]
+        if ends and at > min(ends):
+            return Reason("expired", f"the signature of {who} counted until {min(ends):%Y-%m-%d %H:%M}")
+        if trusted.not_before and at < trusted.not_before:
+            return Reason("not_yet_valid", f"{who} may sign from {trusted.not_before:%Y-%m-%d %H:%M} on")
+        return None
+
+
+@dataclass(frozen=True)
+class Trust:
+    """A policy, and what a server does about it."""
+
+    policy: TrustPolicy = field(default_factory=TrustPolicy)
+    enforcement: Enforcement = Enforcement.OFF
+
+    @classmethod
+    def configured(cls, file: str | None, enforcement: Enforcement | None) -> Trust:
+        """What an operator asked for. Signatures are required as soon as there is any key to hold them against."""
+        policy = TrustPolicy() if file is None else TrustPolicy.load(Path(file))
+        if enforcement is None:
+            enforcement = Enforcement.REQUIRE if policy.keys else Enforcement.OFF
+        if enforcement is not Enforcement.OFF and not policy.keys:
+            raise SettingsError(
+                f"signatures are set to {enforcement}, but no key is trusted. Name a trust file with at least one key "
+                "(vllm-edits trust add FILE KEY.pub --role author --role promoter), or set signatures to off"
+            )
+        return cls(policy, enforcement)

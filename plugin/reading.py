@@ -1,0 +1,20 @@
+"""Opens the store's reading side as the settings describe it: for the API process, and for every worker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edit_store.cache import NodeCache
+from edit_store.reader import Reader
+from edit_store.signing import SigningKey
+from edit_store.store import EditStore
+from edit_store.trust import Trust
+from server_config.settings import EditSettings
+
+
+def open_reader(settings: EditSettings) -> Reader:
+    """The reader of the store that the settings name. SettingsError or StoreUnavailable when that cannot be."""
+    cache = NodeCache(Path(settings.cache_folder) if settings.cache_folder else None, settings.cache_bytes)
+    signer = SigningKey.load(Path(settings.signing_key_file)) if settings.signing_key_file else None
+    trust = Trust.configured(settings.trust_file, settings.signatures)
+    return Reader(EditStore(settings.store, signer=signer), trust, cache)

@@ -1,0 +1,117 @@
+"""A real server whose store is a bucket: it follows, keeps a copy on its node, and outlives the bucket's absence."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from edit_store import EditStore
+from loadtests.client import complete
+from loadtests.object_servers import BUCKET, moto
+from loadtests.server import Server
+from tests.conftest import base_of, publish, random_bundle
+
+pytestmark = pytest.mark.vllm
+
+POLL_SECONDS = 0.5
+
+
+class Line:
+    """The network between the server and the bucket; it can be cut."""
+
+    def __init__(self, endpoint: str) -> None:
+        host, port = endpoint.removeprefix("http://").split(":")
+        self._target = host, int(port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._open: set[socket.socket] = set()
+        self._cut = False
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @contextmanager
+    def cut(self) -> Iterator[None]:
+        """Nothing gets through; what is open breaks."""
+        self._cut = True
+        for end in list(self._open):
+            end.close()
+        yield
+        self._cut = False
+
+    def _accept(self) -> None:
+        while True:
+            client, _ = self._listener.accept()
+            if self._cut:
+                client.close()
+                continue
+            server = socket.create_connection(self._target)
+            self._open |= {client, server}
+            for ends in ((client, server), (server, client)):
+                threading.Thread(target=self._carry, args=ends, daemon=True).start()
+
+    def _carry(self, source: socket.socket, target: socket.socket) -> None:
+        try:
+            while data := source.recv(65536):
+                target.sendall(data)
+        except OSError:
+            pass
+        for end in (source, target):
+            end.close()
+            self._open.discard(end)
+
+
+def wait_until(true: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"{what}: not within {seconds} s"
+        time.sleep(0.2)
+
+
+def test_a_server_on_a_bucket(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Promotions are followed by polling; with the bucket away everything goes on; it recovers by itself."""
+    with moto(tmp_path) as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        url = f"s3://{BUCKET}/served"
+        store, base = EditStore(url, create=True), base_of(tiny_model)
+        first = publish(store, random_bundle("polite", base, seed=1))
+        line, node = Line(environment["AWS_ENDPOINT_URL"]), tmp_path / "node"
+        settings: dict[str, Any] = {"poll_seconds": POLL_SECONDS, "cache_folder": str(node)}
+        flags = ("--dtype", "float32", "--max-model-len", "512")
+        server = Server.with_edits(
+            tiny_model, url, tmp_path / "server.log", *flags, settings=settings,
+            environment={"AWS_ENDPOINT_URL": line.url},
+        )  # fmt: skip
+        with server:
+
+            def ask(model: str = "polite") -> tuple[str, str]:
+                answer = complete(server.url, model, "One two three", 8, ignore_eos=True)
+                return answer["headers"].get("x-edits-version", ""), answer["choices"][0]["text"]
+
+            def metric(name: str) -> float:
+                lines = httpx.get(f"{server.url}/metrics", timeout=10).text.splitlines()
+                return sum(float(each.rsplit(" ", 1)[1]) for each in lines if each.startswith(name))
+
+            base_text = ask("base")[1]
+            assert ask()[0] == first
+            assert ask()[1] != base_text
+            second = publish(store, random_bundle("polite", base, seed=2))
+            wait_until(lambda: ask()[0] == second, "the second version")
+            blobs = {store.manifest(version).tensors.sha256 for version in (first, second)}
+            assert {path.name for path in (node / "blobs").iterdir()} == blobs
+            before = ask()
+            with line.cut():
+                wait_until(lambda: metric("vllm_edits_store_errors_total") > 0, "the outage")
+                third = publish(store, random_bundle("polite", base, seed=3))
+                wait_until(lambda: metric("vllm_edits_store_head_age_seconds") > 2, "staleness")
+                assert ask() == before
+                assert ask("base")[1] == base_text
+            wait_until(lambda: ask()[0] == third, "recovery")
+            wait_until(lambda: metric("vllm_edits_store_head_age_seconds") < POLL_SECONDS + 1, "a fresh head")
