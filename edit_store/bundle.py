@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import rfc8785
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 from safetensors.numpy import save
 
 from edit_store.edits import AnyEdit, Edit, Tensors
@@ -97,7 +97,7 @@ class Manifest(_Record):
     name: Name
     description: str = ""
     label: str = ""
-    created_at: datetime
+    created_at: AwareDatetime
     base: BaseModelRef
     edits: tuple[AnyEdit, ...] = Field(min_length=1)
     tensors: BlobRef

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from typing import Any, Generic, TypeVar
 
 import rfc8785
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from edit_store.backends import AlreadyExists, Backend, get_many, get_or_none
 from edit_store.bundle import Digest, canonical_json, sha256
@@ -38,7 +38,7 @@ class Entry(BaseModel):
     previous_sha256: Digest | None
     actor: str
     reason: str
-    at: datetime
+    at: AwareDatetime
     nonce: str
 
     def to_bytes(self) -> bytes:

@@ -17,10 +17,9 @@ from __future__ import annotations
 import getpass
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
 from edit_store import verify
 from edit_store.backends import AlreadyExists, Backend, get_many, open_backend, require_exclusive_create
@@ -54,7 +53,7 @@ class Published(BaseModel):
     version: Digest
     label: str
     actor: str
-    at: datetime
+    at: AwareDatetime
 
 
 class TagEntry(Entry):

@@ -87,6 +87,11 @@ class Package:
 
     def members(self) -> dict[str, bytes]:
         """The files that a version is outside of a store, by name: the same bytes for the same version."""
+        if len(self.envelopes) > MAX_ATTESTATIONS:
+            raise EditsError(
+                f"{self.record.name}@{self.record.version[:12]} has {len(self.envelopes)} signatures, at most "
+                f"{MAX_ATTESTATIONS} travel with a version. Delete some from the store first"
+            )
         return {
             RECORD_FILE: canonical_json(self.record.model_dump(mode="json")),
             MANIFEST_FILE: self.bundle.manifest.to_bytes(),

@@ -58,16 +58,16 @@ def main(
         int, typer.Option(min=0, help="cores of each engine; 0: all but one, as vLLM's own server takes on a CPU")
     ] = 0,
     dtype: Annotated[
-        str, typer.Option(help="[default: bfloat16 where the device computes in it, else float32]", show_default=False)
+        str, typer.Option(help="of the model", show_default="bfloat16 where the device computes in it, else float32")
     ] = "",
     everywhere: Annotated[
         bool, typer.Option("--everywhere", help="edit with all four kinds at every layer, not as the demo does")
     ] = False,
     model: Annotated[
-        Path | None, typer.Option(help="checkpoint folder of the demo's model [default: converted if need be]")
+        Path | None, typer.Option(help="checkpoint folder of the demo's model", show_default="converted if need be")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="file to write [default: loadtests/results/<date>-<device>.json]")
+        Path | None, typer.Option(help="file to write", show_default="loadtests/results/<date>-<device>.json")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the record instead of the tables")] = False,
 ) -> None:

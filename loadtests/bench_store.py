@@ -128,7 +128,7 @@ def main(
     *,
     entries: Annotated[int, typer.Option(min=40, help="length of the long history")] = 1000,
     versions: Annotated[int, typer.Option(min=10, help="versions to list")] = 10_000,
-    output: Annotated[Path | None, typer.Option(help="file to write [default: loadtests/results/<date>-…]")] = None,
+    output: Annotated[Path | None, typer.Option(help="file to write", show_default="in loadtests/results/")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the record instead of the table")] = False,
 ) -> None:
     """Measure publish, resolve, history, listing, polling and verification on a folder and on an object store."""

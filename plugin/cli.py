@@ -15,7 +15,7 @@ import httpx
 import typer
 import yaml
 
-from edit_store.cli import JsonOption, StoreOption, app, console, explained, show
+from edit_store.cli import JsonOption, StoreOption, app, explained, plain, show
 from edit_store.errors import EditsError, SettingsError
 from edit_store.store import EditStore
 from server_config.settings import KEY, read_settings
@@ -84,16 +84,19 @@ def _show_status(found: dict[str, Any]) -> None:
     }  # fmt: skip
     show(rows, columns, as_json=False)
     base, slots, swap, store = found["base"], found["slots"], found["last_swap"], found["store"]
-    console.print(f"base {', '.join(base['names'])}, {base['in_flight']} in flight")
-    console.print(f"slots {slots['used']} of {slots['total']}; store {store['url']}, read {_age(store)}")
+    plain(f"base {', '.join(base['names'])}, {base['in_flight']} in flight")
+    plain(
+        f"slots {slots['used']} of {slots['total']}; store {store['url']}, read {_age(store)}, "
+        f"signatures {found['signatures']}"
+    )
     if swap:
         phases = ", ".join(f"{phase} {seconds * 1000:.0f} ms" for phase, seconds in swap["seconds"].items())
         ended = swap["error"] or phases or "nothing to install"
-        console.print(
-            f"last swap {swap['variant']}@{swap['tag']} to {swap['to_version'][:12]} at {swap['at']}: {ended}"
-        )
+        plain(f"last swap {swap['variant']}@{swap['tag']} to {swap['to_version'][:12]} at {swap['at']}: {ended}")
     for refused in found["refused"]:
-        console.print(f"[red]refused[/red] {refused['name']}@{refused['tag']}: {refused['error']}")
+        plain(f"refused {refused['name']}@{refused['tag']}: {refused['error']}")
+    for trouble in found["troubles"]:
+        plain(f"history in trouble {trouble['name']}@{trouble['tag']}: {trouble['error']}")
 
 
 def _age(store: dict[str, Any]) -> str:

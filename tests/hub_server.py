@@ -492,7 +492,7 @@ def _serve(
         def answer(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)
             body = self._chunks() if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(length)
-            request = Request(self.command, self.path, body)
+            request = Request(self.command, self.requestline.split()[1], body)  # `path` is mended by http.server
             try:
                 answered = answer(request, {name.title(): value for name, value in self.headers.items()})
             except Refused as refused:

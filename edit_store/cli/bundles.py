@@ -18,10 +18,10 @@ from edit_store.cli.common import (
     as_script,
     complete_name,
     complete_reference,
-    console,
     explained,
     megabytes,
     opened,
+    plain,
     show,
 )
 from edit_store.compare import compare
@@ -117,7 +117,7 @@ def show_version(reference: ReferenceArgument, store: StoreOption, as_json: Json
     }  # fmt: skip
     show([{"field": field, "value": value} for field, value in rows.items()], {"field": "", "value": ""}, as_json)
     for measured in manifest.measurements:
-        console.print(f"  {measured.metric}: {measured.base:.3g} -> {measured.edited:.3g} (n={measured.n})")
+        plain(f"  {measured.metric}: {measured.base:.3g} -> {measured.edited:.3g} (n={measured.n})")
 
 
 @app.command()
@@ -137,7 +137,7 @@ def diff(
         as_script({"fields": found.fields, "edits": rows})
         return
     for field, (before, after) in found.fields.items():
-        console.print(f"{field}: {before or '(none)'} -> {after or '(none)'}")
+        plain(f"{field}: {before or '(none)'} -> {after or '(none)'}")
     columns = {"site": "site", "kind": "kind", "change": "change", "rank": "rank", "moved": "moved by"}
     show(rows, columns, as_json)
 
@@ -163,8 +163,8 @@ def inspect(
     summary = summarise(bundle, model)
     manifest = bundle.manifest
     if not as_json:
-        console.print(f"[bold]{manifest.name}[/bold] {bundle.version[:12]}  {manifest.label}  {manifest.description}")
-        console.print(f"for {manifest.base.name} ({manifest.base.architecture}), by {manifest.provenance.method}")
+        plain(f"{manifest.name} {bundle.version[:12]}  {manifest.label}  {manifest.description}")
+        plain(f"for {manifest.base.name} ({manifest.base.architecture}), by {manifest.provenance.method}")
         for measured in manifest.measurements:
-            console.print(f"  {measured.metric}: {measured.base:.3g} -> {measured.edited:.3g} (n={measured.n})")
+            plain(f"  {measured.metric}: {measured.base:.3g} -> {measured.edited:.3g} (n={measured.n})")
     show([row.as_row() for row in summary], EditSummary.columns(relative=model is not None), as_json)

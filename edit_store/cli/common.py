@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from edit_store.errors import EditsError
 from edit_store.signing import SigningKey
@@ -105,8 +106,13 @@ def show(rows: list[dict[str, Any]], columns: dict[str, str], as_json: bool) -> 
         return
     table = Table(*columns.values(), box=None, header_style="bold")
     for row in rows:
-        table.add_row(*(str(row[field]) for field in columns))
+        table.add_row(*(Text(str(row[field])) for field in columns))  # what authors write is not our markup
     console.print(table)
+
+
+def plain(line: str) -> None:
+    """Print a line as it is: brackets in it are an author's words, not markup."""
+    console.print(line, markup=False)
 
 
 def as_script(value: Any) -> None:
@@ -120,7 +126,7 @@ def counted(what: str, *, total: int | None = None, in_bytes: bool = False) -> I
     """A progress bar on the terminal's error side; yields what to call with `advance` or `completed` and `total`."""
     amount = DownloadColumn() if in_bytes else MofNCompleteColumn()
     columns = TextColumn("{task.description}"), BarColumn(), amount, TimeElapsedColumn()
-    with Progress(*columns, console=_errors, transient=True) as progress:
+    with Progress(*columns, console=_errors, transient=True, disable=not _errors.is_terminal) as progress:
         task = progress.add_task(what, total=total)
 
         def update(**changes: Any) -> None:

@@ -41,7 +41,7 @@ def push(
     private: Annotated[
         bool, typer.Option("--private", help="make the repo a private one; a public one is refused")
     ] = False,
-    message: Annotated[str, typer.Option("--message", "-m", help="of the commit [default: what is added]")] = "",
+    message: Annotated[str, typer.Option("--message", "-m", help="of the commit; by default, what is added")] = "",
     parent: Annotated[
         str | None, typer.Option("--parent", help="push only if the branch is still at this commit", show_default=False)
     ] = None,
@@ -75,7 +75,9 @@ def push(
 def pull(
     repo: RepoArgument,
     store: StoreOption,
-    references: Annotated[list[str] | None, typer.Argument(help="name or name@version; several [default: all]")] = None,
+    references: Annotated[
+        list[str] | None, typer.Argument(help="name or name@version; several; by default, all")
+    ] = None,
     revision: RevisionOption = DEFAULT_REVISION,
     as_json: JsonOption = False,
 ) -> None:

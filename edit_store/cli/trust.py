@@ -94,7 +94,7 @@ def add(
     public: Annotated[Path, typer.Argument(help="public key, a .pub file", exists=True)],
     *,
     role: Annotated[list[Role], typer.Option("--role", help="what it may vouch for; may be given twice")],
-    name: Annotated[str, typer.Option("--name", help="who holds it [default: the file's name]")] = "",
+    name: Annotated[str, typer.Option("--name", help="who holds it", show_default="the file's name")] = "",
     days: Annotated[int | None, typer.Option(min=1, help="believe it for so many days")] = None,
     as_json: JsonOption = False,
 ) -> None:

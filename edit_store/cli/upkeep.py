@@ -58,7 +58,7 @@ def export_version(
     *,
     store: StoreOption,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="file to write [default: <name>-<version>.edits.tar]")
+        Path | None, typer.Option("--output", "-o", help="file to write", show_default="<name>-<version>.edits.tar")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

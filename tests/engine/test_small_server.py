@@ -51,8 +51,12 @@ def test_preemption_and_chunked_prefill_change_nothing(small_server: Serving) ->
     asked = [(("base", "variant-0", "variant-1")[number % 3], prompt) for number, prompt in enumerate(prompts)]
     solo = [ask(small_server, *pair, 150) for pair in asked]
     before = small_server.metric("vllm:num_preemptions_total")
-    assert at_once(small_server, asked, 150) == solo
-    assert small_server.metric("vllm:num_preemptions_total") > before  # positive control: it did happen
+    for _ in range(6):  # how requests fall together is up to the machine
+        assert at_once(small_server, asked, 150) == solo
+        if small_server.metric("vllm:num_preemptions_total") > before:
+            break
+    else:
+        pytest.fail("positive control: nothing was ever preempted")
     assert len({text for _, text in solo}) == len(prompts)
 
 
@@ -92,7 +96,8 @@ def refused(serving: Serving, bundle: Bundle, code: str) -> None:
     blob = bundle.manifest.tensors.sha256
     backend.put(f"blobs/sha256/{blob[:2]}/{blob}", bundle.tensor_bytes)
     store.attest(version, serving.signer.sign(Role.AUTHOR, version, "variant-2"))
-    store._append(store.head("variant-2"), "variant-2", "prod", version, operation="promote", reason="test", actor=None)
+    change = {"version": version, "operation": "promote", "reason": "test"}
+    store._append(store.head("variant-2"), "variant-2", "prod", actor=None, **change)
     try:
         answer = serving.sync()
         assert code in answer["swaps"][0]["error"], answer
