@@ -72,9 +72,8 @@ class Package:
         try:
             record = Published.model_validate_json(members[RECORD_FILE])
         except ValidationError as error:
-            reasons.append(Reason("archive", f"{RECORD_FILE}: {error}"))
-        if record is not None and record.at.tzinfo is None:
-            reasons.append(Reason("archive", f"{RECORD_FILE}: expected a time with its zone, found {record.at}"))
+            wrong = ((".".join(map(str, each["loc"])), each["msg"]) for each in error.errors())
+            reasons += (Reason("archive", f"{RECORD_FILE}: {field}: {message}") for field, message in wrong)
         if bundle is not None and record is not None:
             found = (bundle.manifest.name, bundle.version, bundle.manifest.label)
             told = (record.name, record.version, record.label)
