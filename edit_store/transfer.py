@@ -72,8 +72,8 @@ class Package:
         try:
             record = Published.model_validate_json(members[RECORD_FILE])
         except ValidationError as error:
-            wrong = ((".".join(map(str, each["loc"])), each["msg"]) for each in error.errors())
-            reasons += (Reason("archive", f"{RECORD_FILE}: {field}: {message}") for field, message in wrong)
+            wrong = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+            reasons.append(Reason("archive", f"{RECORD_FILE}: {'; '.join(wrong)}"))
         if bundle is not None and record is not None:
             found = (bundle.manifest.name, bundle.version, bundle.manifest.label)
             told = (record.name, record.version, record.label)

@@ -419,7 +419,7 @@ def huge(size: int) -> Blob:
         pytest.param(record(version="0" * 64), "archive", "published.json is of polite@000000000000",
                      id="the record of another version"),
         pytest.param(record(label="safe"), "archive", "labelled 'safe'", id="a record with another label"),
-        pytest.param(record(at="2026-01-01T00:00:00"), "archive", "should have timezone info", id="a time without its zone"),
+        pytest.param(record(at="2026-01-01T00:00:00"), "archive", "have timezone info", id="a time without its zone"),
         pytest.param(record(extra="x"), "archive", "extra", id="a record with another field"),
         pytest.param(member("edits.safetensors", None), "archive", "expected edits.safetensors", id="no tensors"),
         pytest.param(member("published.json", None), "archive", "expected published.json", id="no record"),
