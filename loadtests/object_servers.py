@@ -1,7 +1,10 @@
-"""Real servers that speak S3, started on free ports of this machine: moto (a mock) and SeaweedFS (an engine)."""
+"""Object stores on free ports of this machine: moto (a mock of S3), SeaweedFS (an engine), Azurite (for Azure)."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import hmac
 import os
 import shutil
 import signal
@@ -9,7 +12,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -18,6 +22,9 @@ from loadtests.server import free_port
 
 BUCKET = "edits"
 START_SECONDS = 60
+AZURITE_ACCOUNT = "devstoreaccount1"
+AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+"""The emulator's published key, the same everywhere: no secret."""
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests", "AWS_REGION": "us-east-1"}
 
 
@@ -48,6 +55,33 @@ def seaweedfs(folder: Path) -> Iterator[dict[str, str]]:
     ]  # fmt: skip
     with _running(command, folder / "weed.log", port):
         yield _reach(port)
+
+
+@contextmanager
+def azurite(folder: Path) -> Iterator[dict[str, str]]:
+    """Microsoft's emulator of Azure's blobs: `npm install azurite`, and its folder of commands on the PATH."""
+    port = free_port()
+    command = ["azurite-blob", "--inMemoryPersistence", "--skipApiVersionCheck", "--silent", "--blobHost", "127.0.0.1",
+               "--blobPort", str(port)]  # fmt: skip
+    with _running(command, folder / "azurite.log", port):
+        endpoint = f"http://127.0.0.1:{port}"
+        _make_container(endpoint)
+        yield {
+            "AZURE_STORAGE_USE_EMULATOR": "true", "AZURITE_BLOB_STORAGE_URL": endpoint,
+            "AZURE_STORAGE_ACCOUNT_NAME": AZURITE_ACCOUNT, "AZURE_STORAGE_ACCOUNT_KEY": AZURITE_KEY,
+        }  # fmt: skip
+
+
+def _make_container(endpoint: str) -> None:
+    """One signed request (Azure's "Authorize with Shared Key"), so that no other client is needed."""
+    moment = datetime.now(UTC).strftime("%a, %d %b %Y %H:%M:%S GMT")
+    headers = {"x-ms-date": moment, "x-ms-version": "2021-08-06"}
+    signed = "".join(f"{name}:{value}\n" for name, value in sorted(headers.items()))
+    text = f"PUT{12 * chr(10)}{signed}/{AZURITE_ACCOUNT}/{AZURITE_ACCOUNT}/{BUCKET}\nrestype:container"
+    made = hmac.new(base64.b64decode(AZURITE_KEY), text.encode(), hashlib.sha256).digest()
+    authorization = f"SharedKey {AZURITE_ACCOUNT}:{base64.b64encode(made).decode()}"
+    url = f"{endpoint}/{AZURITE_ACCOUNT}/{BUCKET}?restype=container"
+    httpx.put(url, headers={**headers, "Authorization": authorization, "Content-Length": "0"}).raise_for_status()
 
 
 def _reach(port: int) -> dict[str, str]:
@@ -92,7 +126,8 @@ def _running(command: list[str], log: Path, port: int) -> Iterator[None]:
             yield
         finally:
             # SeaweedFS takes its time to say goodbye; nothing of it is kept.
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 

@@ -19,7 +19,7 @@ from edit_store import EditStore
 from edit_store.audit import audit
 from edit_store.backends import ObjectStore, require_exclusive_create
 from edit_store.errors import EditsError, StoreUnavailable
-from loadtests.object_servers import BUCKET, CREDENTIALS, make_bucket, moto
+from loadtests.object_servers import BUCKET, CREDENTIALS, azurite, make_bucket, moto
 from tests.fakes import FlakyBackend
 from tests.test_store import bundle, keeps_the_protocol, promoted
 
@@ -132,6 +132,18 @@ def reached(s3: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, st
 @pytest.mark.usefixtures("reached")
 def test_a_bucket_keeps_the_protocol() -> None:
     keeps_the_protocol(ObjectStore(f"s3://{BUCKET}/protocol"))
+
+
+@pytest.mark.skipif(shutil.which("azurite-blob") is None, reason="azurite-blob is not on the PATH: npm install azurite")
+def test_azure_keeps_the_protocol_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with azurite(tmp_path) as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        keeps_the_protocol(ObjectStore(f"az://{BUCKET}/protocol"))
+        store = EditStore(f"az://{BUCKET}/whole", create=True)
+        first, _ = promoted(store, "1", "2")
+        assert store.rollback("polite").version == first
+        assert audit(store).findings == audit(store).garbage == []
 
 
 @pytest.mark.usefixtures("reached")
