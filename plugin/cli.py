@@ -17,7 +17,7 @@ import yaml
 
 from edit_store.cli import JsonOption, StoreOption, app, explained, plain, show
 from edit_store.errors import EditsError, SettingsError
-from edit_store.store import EditStore
+from plugin.reading import open_reader
 from server_config.settings import KEY, read_settings
 
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -35,8 +35,7 @@ def serve(
 ) -> None:
     """Start `vllm serve MODEL` with the plugin. Every other flag is handed on to vLLM."""
     settings = {"store": store, **dict(_assignment(text) for text in setting or [])}
-    read_settings({KEY: settings})
-    EditStore(store)
+    open_reader(read_settings({KEY: settings}))  # store, trust file and key: refused now, not after minutes of loading
     flags = list(context.args)
     _require_free_port(flags)
     command = shutil.which("vllm", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))

@@ -21,6 +21,7 @@ from edit_store.backends import Backend, Item
 from edit_store.cache import NodeCache
 from edit_store.errors import BundleRefused, EditsError, StoreUnavailable
 from edit_store.reader import Reader
+from edit_store.signing import SigningKey
 from edit_store.trust import Trust
 from plugin.edited_model import EditedModel, Prepared
 from plugin.lease import Lease
@@ -265,8 +266,9 @@ def version_of(name: str, base: BaseModelRef = BASE, edit: Any = None) -> Bundle
 class Server:
     """One API process over two fake workers and a store in memory that can be cut off."""
 
-    def __init__(self, url: str, slots: int = SLOTS, trust: Trust | None = None, node: Path | None = None) -> None:
-        self.store = EditStore(url, create=True)
+    def __init__(self, url: str, slots: int = SLOTS, trust: Trust | None = None, node: Path | None = None,
+                 signer: SigningKey | None = None) -> None:  # fmt: skip
+        self.store = EditStore(url, create=True, signer=signer)
         self.backend = FlakyBackend(self.store.backend)
         self.store.backend = self.backend
         reservation = Reservation.for_edits([Offset(site="layers.1.resid")])

@@ -13,6 +13,7 @@ from edit_store.errors import NotFound, SettingsError
 from edit_store.trust import Trust
 from tests.conftest import publish
 from tests.fakes import Server, version_of
+from tests.test_http import TOKEN, Site
 
 pytestmark = pytest.mark.anyio
 BOTH = (Role.AUTHOR, Role.PROMOTER)
@@ -130,6 +131,22 @@ async def test_a_history_that_was_wound_back_keeps_what_is_served_and_is_told_on
     elsewhere = Server(url)
     await follow(elsewhere)
     assert await elsewhere.ask("polite") == first, "positive control: a node that has seen nothing believes it"
+
+
+async def test_promotions_over_http_are_signed_by_the_server_or_refused(tmp_path: Path) -> None:
+    """Without a key nothing is appended: an entry that nobody would follow helps nobody."""
+    (tmp_path / "token").write_text("let-me-in")
+    for signer, status in ((None, 403), (ALICE, 200)):
+        server = Server(f"memory://{tmp_path}/{status}", trust=trust(), signer=signer)
+        version = signed(server).publish(version_of("polite"))
+        site = Site(server, tmp_path / "token")
+        answer = await site.client.put("/v1/edits/polite", json={"version": version}, headers=TOKEN)
+        assert answer.status_code == status, answer.text
+        if status == 403:
+            assert "edits.signing_key_file" in answer.json()["detail"]
+            assert server.store.head("polite") is None
+        else:
+            assert await server.ask("polite") == version
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
