@@ -19,13 +19,27 @@ from tests.victim import one_of_each
 LONGEST_SECONDS = 0.5
 
 
-@pytest.mark.parametrize("kills", [8, pytest.param(300, marks=pytest.mark.slow)])
-def test_a_killed_process_leaves_a_whole_store(kills: int, tmp_path: Path) -> None:
-    urls = [str(tmp_path / name) for name in ("store", "copy")]
-    moments = np.random.default_rng(kills)
+STORES, KILLS_PER_STORE = 15, 20
+"""A new store now and then, since the whole of it is verified after each kill."""
+
+
+@pytest.mark.slow
+def test_hundreds_of_killed_processes_leave_whole_stores(tmp_path: Path) -> None:
+    for number in range(STORES):
+        kill_and_look(tmp_path / f"{number}", KILLS_PER_STORE, seed=number)
+
+
+def test_a_killed_process_leaves_a_whole_store(tmp_path: Path) -> None:
+    kill_and_look(tmp_path, kills=6, seed=1000)
+
+
+def kill_and_look(folder: Path, kills: int, seed: int) -> None:
+    """Kill a busy process, verify the store, finish what it had begun, and once more."""
+    urls = [str(folder / name) for name in ("store", "copy")]
+    moments = np.random.default_rng(seed)
     grown = 0
     for number in range(kills):
-        command = [sys.executable, "-m", "tests.victim", *urls, str(number)]
+        command = [sys.executable, "-m", "tests.victim", *urls, str(seed * 1000 + number)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as victim:
             assert victim.stdout is not None
             assert victim.stdout.readline() == "ready\n"
