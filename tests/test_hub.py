@@ -845,11 +845,11 @@ def test_a_card_that_cannot_be_read_is_not_overwritten(channel: Channel, version
 
 def test_a_base_that_is_no_repo_is_not_named_to_the_hub(channel: Channel) -> None:
     """It refuses such a card: a model read from a folder is named in the text only. Two bases are a list."""
-    local = bundle(base=BASE.model_copy(update={"name": "/home/ada/my model"}))
+    local = bundle(base=BASE.model_copy(update={"name": "/models/my model"}))
     channel.push(f"polite@{channel.store.publish(local)}")
     card = channel.repo.content("README.md").decode()
     assert "base_model" not in front_matter(card)
-    assert "Edits for /home/ada/my model:" in card
+    assert "Edits for /models/my model:" in card
     assert "vllm-edits serve MODEL --store" in card
     two = [bundle(str(number), base=BASE.model_copy(update={"name": f"lab/{number}"})).manifest for number in (2, 1)]
     assert front_matter(render(REPO, two))["base_model"] == ["lab/1", "lab/2"]
