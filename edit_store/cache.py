@@ -45,9 +45,9 @@ class NodeCache:
 
     def bundle(self, store: EditStore, version: str, progress: Progress = lambda _: None) -> Bundle:
         """A version whose tensors are mapped from this node's copy. The caller checks it with `verify.check`."""
-        manifest = store.manifest(version)
         if isinstance(store.backend, LocalFolder):
             return store.bundle(version)
+        manifest = store.manifest(version)
         path = self._fetch(store, manifest.tensors, f"tensors of version {version[:12]}", progress)
         with path.open("rb") as file:
             return Bundle(manifest, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

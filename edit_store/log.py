@@ -55,14 +55,21 @@ E = TypeVar("E", bound=Entry)
 
 
 class Log(Generic[E]):
-    """The log in one folder of a store. `what` names it in errors, `see` is the command that shows it."""
+    """The log in one folder of a store. `what` names it in errors, `see` is the command that shows it.
 
-    def __init__(self, backend: Backend, folder: str, entry_type: type[E], what: str, see: str) -> None:
+    `require` is called with every entry that is read, and raises StoreCorrupt for one that does not belong here.
+    """
+
+    def __init__(
+        self, backend: Backend, folder: str, entry_type: type[E], what: str, see: str,
+        *, require: Callable[[E], None] = lambda _: None,
+    ) -> None:  # fmt: skip
         self._backend = backend
         self._folder = folder
         self._type = entry_type
         self._what = what
         self._see = see
+        self._require = require
 
     def get(self, sequence: int) -> E | None:
         """One entry, or None when the log does not reach that far. One small read."""
@@ -155,6 +162,7 @@ class Log(Generic[E]):
             canonical = b""
         if canonical != data:
             raise StoreCorrupt(f"{where} is not canonical JSON (RFC 8785): it was not written by this program")
+        self._require(entry)
         return entry
 
     def _follows(self, previous: E | None, entry: E) -> E:

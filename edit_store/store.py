@@ -163,7 +163,10 @@ class EditStore:
 
     def bundle(self, version: str) -> Bundle:
         """A version with its tensors. The caller checks it with `verify.check` against the model it serves."""
-        manifest = self.manifest(version)
+        return self.with_tensors(version, self.manifest(version))
+
+    def with_tensors(self, version: str, manifest: Manifest) -> Bundle:
+        """The same for a manifest that was read already."""
         return Bundle(manifest, self._get(blob_key(manifest.tensors.sha256), f"tensors of version {version[:12]}"))
 
     def names(self) -> list[str]:
@@ -215,7 +218,8 @@ class EditStore:
         _require_name(name)
         _require_name(tag)
         see = f"vllm-edits history {name} --tag {tag}"
-        return Log(self.backend, f"tags/{name}/{tag}", TagEntry, f"{name}@{tag}", see)
+        folder, what = f"tags/{name}/{tag}", f"{name}@{tag}"
+        return Log(self.backend, folder, TagEntry, what, see, require=lambda entry: _require_of(entry, name, tag))
 
     def all_tags(self) -> list[tuple[str, str]]:
         """Every (name, tag) that has a history."""
@@ -227,12 +231,11 @@ class EditStore:
 
     def history(self, name: str, tag: str = DEFAULT_TAG) -> list[TagEntry]:
         """All entries of a tag, oldest first, their chain checked."""
-        return [_belongs(entry, name, tag) for entry in self.tag_log(name, tag).history()]
+        return self.tag_log(name, tag).history()
 
     def head(self, name: str, tag: str = DEFAULT_TAG) -> TagEntry | None:
         """What is promoted, or None for a tag without history."""
-        head = self.tag_log(name, tag).head()
-        return None if head is None else _belongs(head, name, tag)
+        return self.tag_log(name, tag).head()
 
     def heads(self) -> Heads:
         """What every tag of every name promotes now. StoreUnavailable when the store is gone: gone is not empty."""
@@ -277,7 +280,7 @@ class EditStore:
         version = self.resolve(reference)
         manifest = self.manifest(version)
         with relying_on(self.backend, [version, manifest.tensors.sha256]):
-            verify.check(self.bundle(version))
+            verify.check(self.with_tensors(version, manifest))
             if head is None:
                 self._announce(name, tag, reason, actor)
             return self._append(head, name, tag, version=version, operation="promote", reason=reason, actor=actor)
@@ -361,10 +364,9 @@ def _before_last(history: list[TagEntry]) -> str | None:
     return stack[-2] if len(stack) > 1 else None
 
 
-def _belongs(entry: TagEntry, name: str, tag: str) -> TagEntry:
+def _require_of(entry: TagEntry, name: str, tag: str) -> None:
     if (entry.name, entry.tag) != (name, tag):
         raise StoreCorrupt(f"entry {entry.sequence} of {name}@{tag} was written for {entry.name}@{entry.tag}")
-    return entry
 
 
 def _parse_published(data: bytes, key: str) -> Published:

@@ -102,6 +102,20 @@ def test_a_broken_tag_keeps_its_head_and_the_others_go_on(store: EditStore) -> N
     assert "does not follow the one before" in str(found.troubles["polite", "prod"])
 
 
+def test_an_entry_of_another_tag_at_the_end_of_a_chain_is_refused(store: EditStore) -> None:
+    """It follows the one before, but was written for something else: nothing is served by it, here or there."""
+    first, second = promoted(store, "1", "2")
+    follower = Follower(store)
+    follower.look()
+    head = store.head("polite")
+    assert head is not None
+    alien = head.model_copy(update={"sequence": 3, "previous_sha256": head.digest, "name": "other", "version": first})
+    store.backend.create("tags/polite/prod/00000000000000000003.json", alien.to_bytes())
+    found = follower.look()
+    assert found.heads["polite"]["prod"].version == second
+    assert "was written for other@prod" in str(found.troubles["polite", "prod"])
+
+
 # -- what a node remembers ---------------------------------------------------------------------------------------------
 
 
