@@ -18,13 +18,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from edit_store.backends import LocalFolder
+from edit_store.backends import LocalFolder, in_pieces
 from edit_store.bundle import BlobRef, Bundle
 from edit_store.errors import BundleRefused, NotFound, Reason
 from edit_store.store import EditStore, blob_key
 from edit_store.tensor_file import MAX_TENSOR_FILE_BYTES
 
-CHUNK_BYTES = 8 << 20
 DEFAULT_LIMIT_BYTES = 10 << 30
 
 Progress = Callable[[int], None]
@@ -74,19 +73,14 @@ class NodeCache:
             raise BundleRefused(what, [reason])
         digest, size = hashlib.sha256(), 0
         with target.open("xb") as file:
-            while size < blob.size:
-                # One byte more than is named at the end shows an object that goes on; never more than that is read.
-                wanted = min(CHUNK_BYTES, blob.size - size)
-                try:
-                    piece = store.backend.get_range(blob_key(blob.sha256), size, wanted + (size + wanted == blob.size))
-                except KeyError:
-                    raise NotFound(f"{what} are not in store {store.url}") from None
-                size += len(piece)
-                if not piece or size > blob.size:
-                    break
-                digest.update(piece)
-                file.write(piece)
-                progress(len(piece))
+            try:
+                for piece in in_pieces(store.backend, blob_key(blob.sha256), blob.size):
+                    size += len(piece)
+                    digest.update(piece)
+                    file.write(piece)
+                    progress(len(piece))
+            except KeyError:
+                raise NotFound(f"{what} are not in store {store.url}") from None
             file.flush()
             os.fsync(file.fileno())
         if size != blob.size or digest.hexdigest() != blob.sha256:

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import getpass
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
 from edit_store import verify
-from edit_store.backends import AlreadyExists, Backend, get_many, open_backend, require_exclusive_create
+from edit_store.backends import AlreadyExists, Backend, get_many, in_pieces, open_backend, require_exclusive_create
 from edit_store.bundle import Bundle, Digest, Manifest, Name, canonical_json, sha256
 from edit_store.errors import (
     AmbiguousVersion,
@@ -36,6 +36,7 @@ from edit_store.intents import relying_on
 from edit_store.log import Entry, Log, now
 from edit_store.refs import DEFAULT_TAG, Ref, is_name, is_version_prefix
 from edit_store.signing import Role, Signature, SigningKey, attestation_folder, attestation_key, read_envelopes
+from edit_store.tensor_file import MAX_TENSOR_FILE_BYTES
 
 FORMAT, FORMAT_VERSION = "vllm-edits-store", 1
 FORMAT_KEY = "store.json"
@@ -165,9 +166,18 @@ class EditStore:
         """A version with its tensors. The caller checks it with `verify.check` against the model it serves."""
         return self.with_tensors(version, self.manifest(version))
 
-    def with_tensors(self, version: str, manifest: Manifest) -> Bundle:
-        """The same for a manifest that was read already."""
-        return Bundle(manifest, self._get(blob_key(manifest.tensors.sha256), f"tensors of version {version[:12]}"))
+    def with_tensors(
+        self, version: str, manifest: Manifest, progress: Callable[[int], None] = lambda _: None
+    ) -> Bundle:
+        """The same for a manifest that was read already. `progress` is told the size of every piece that arrived."""
+        size, pieces = min(manifest.tensors.size, MAX_TENSOR_FILE_BYTES), []
+        try:
+            for piece in in_pieces(self.backend, blob_key(manifest.tensors.sha256), size):
+                pieces.append(piece)
+                progress(len(piece))
+        except KeyError:
+            raise NotFound(f"tensors of version {version[:12]} are not in store {self.url}") from None
+        return Bundle(manifest, b"".join(pieces))
 
     def names(self) -> list[str]:
         """Every name something was published under."""

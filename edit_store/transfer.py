@@ -34,8 +34,8 @@ SUFFIX = ".edits.tar"
 _LIMITS = {RECORD_FILE: MAX_RECORD_BYTES, MANIFEST_FILE: MAX_MANIFEST_BYTES, TENSORS_FILE: MAX_TENSOR_FILE_BYTES}
 _ATTESTATION = re.compile(rf"{ATTESTATIONS}[0-9]{{3}}\.json")
 
-Progress = Callable[[str, int], None]
-"""Told what has been moved, and its bytes."""
+Progress = Callable[[str, int, int], None]
+"""Told what is being moved, how many bytes are done, and how many there are."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class Package:
     envelopes: tuple[bytes, ...]
 
     @classmethod
-    def of(cls, store: EditStore, reference: str) -> Package:
-        """Read and check a version of a store."""
+    def of(cls, store: EditStore, reference: str, progress: Callable[[int], None] = lambda _: None) -> Package:
+        """Read and check a version of a store. `progress` is told the size of every piece that arrived."""
         name, version = Ref.parse(reference).name, store.resolve(reference)
-        bundle = store.bundle(version)
+        bundle = store.with_tensors(version, store.manifest(version), progress)
         verify.check(bundle)
         return cls(bundle, store.record(name, version), tuple(store.attestations(version)))
 
@@ -108,12 +108,18 @@ def copy(
     source: EditStore, target: EditStore, references: list[str], progress: Progress = lambda *_: None
 ) -> list[str]:
     """Copy versions with their records and signatures; returns `name@version` of each. Tags are the target's own."""
-    copied = []
+    total = sum(source.manifest(source.resolve(reference)).tensors.size for reference in references)
+    copied, done = [], 0
     for reference in references:
-        package = Package.of(source, reference)
-        version = package.put(target)
-        copied.append(f"{package.record.name}@{version}")
-        progress(reference, len(package.bundle.tensor_bytes))
+
+        def arrived(size: int, what: str = reference) -> None:
+            nonlocal done
+            done += size
+            progress(what, done, total)
+
+        progress(reference, done, total)
+        package = Package.of(source, reference, arrived)
+        copied.append(f"{package.record.name}@{package.put(target)}")
     return copied
 
 

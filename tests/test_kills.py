@@ -13,29 +13,39 @@ import pytest
 
 from edit_store import EditStore
 from edit_store.audit import audit
+from edit_store.backends import LocalFolder
 from edit_store.collect import collect
+from loadtests.object_servers import moto, seaweedfs
+from tests.places import Place, bucket, folder
 from tests.victim import one_of_each
 
 LONGEST_SECONDS = 0.5
 
 
-STORES, KILLS_PER_STORE = 15, 20
+KILLS_PER_STORE = 20
 """A new store now and then, since the whole of it is verified after each kill."""
 
 
-@pytest.mark.slow
-def test_hundreds_of_killed_processes_leave_whole_stores(tmp_path: Path) -> None:
-    for number in range(STORES):
-        kill_and_look(tmp_path / f"{number}", KILLS_PER_STORE, seed=number)
+@pytest.mark.parametrize(
+    ("place", "kills"),
+    [
+        pytest.param(folder, 6, id="folder"),
+        pytest.param(bucket(moto), 3, id="moto"),
+        pytest.param(folder, 300, id="folder-long", marks=pytest.mark.slow),
+        pytest.param(bucket(seaweedfs), 100, id="seaweedfs", marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_process_leaves_a_whole_store(
+    place: Place, kills: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with place(tmp_path, monkeypatch) as url:
+        for first in range(0, kills, KILLS_PER_STORE):
+            kill_and_look(f"{url}/{first}", min(KILLS_PER_STORE, kills - first), seed=first)
 
 
-def test_a_killed_process_leaves_a_whole_store(tmp_path: Path) -> None:
-    kill_and_look(tmp_path, kills=6, seed=1000)
-
-
-def kill_and_look(folder: Path, kills: int, seed: int) -> None:
+def kill_and_look(place: str, kills: int, seed: int) -> None:
     """Kill a busy process, verify the store, finish what it had begun, and once more."""
-    urls = [str(folder / name) for name in ("store", "copy")]
+    urls = [f"{place}/{name}" for name in ("store", "copy")]
     moments = np.random.default_rng(seed)
     grown = 0
     for number in range(kills):
@@ -59,4 +69,5 @@ def kill_and_look(folder: Path, kills: int, seed: int) -> None:
         collect(each, grace_hours=0)
         collect(each, grace_hours=0)
         assert audit(each).findings == audit(each).garbage == []
-        assert not list(Path(each.url, ".staging").iterdir())
+        if isinstance(each.backend, LocalFolder):
+            assert not list((each.backend.root / ".staging").iterdir())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +13,9 @@ import pytest
 
 from edit_store import EditStore
 from edit_store.audit import audit
-from loadtests.object_servers import BUCKET, moto, seaweedfs
+from loadtests.object_servers import moto, seaweedfs
+from tests.places import Place, bucket, folder
 from tests.test_store import bundle
-
-Place = Callable[[Path], AbstractContextManager[tuple[str, dict[str, str]]]]
-
-
-@contextmanager
-def folder(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    yield str(path / "store"), {}
-
-
-def bucket(server: Callable[[Path], AbstractContextManager[dict[str, str]]]) -> Place:
-    @contextmanager
-    def place(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-        with server(path) as environment:
-            yield f"s3://{BUCKET}/race", environment
-
-    return place
 
 
 @contextmanager
@@ -81,7 +66,5 @@ def race(url: str, *, racers: int, rounds: int) -> None:
 def test_one_of_many_writers_wins_each_round(
     place: Place, racers: int, rounds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with place(tmp_path) as (url, environment):
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
+    with place(tmp_path, monkeypatch) as url:
         race(url, racers=racers, rounds=rounds)

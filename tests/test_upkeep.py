@@ -285,6 +285,22 @@ def test_a_copy_has_everything_a_version_needs(store: EditStore, other: EditStor
     assert copy(store, other, ["polite@" + version[:8]]) == [f"polite@{version}"]
 
 
+def test_a_copy_tells_its_progress_in_bytes(
+    store: EditStore, other: EditStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edit_store.backends.protocol.PIECE_BYTES", 100)
+    references = [f"polite@{store.publish(bundle(label))}" for label in ("one", "two")]
+    size = len(bundle().tensor_bytes)
+    told: list[tuple[str, int, int]] = []
+    copy(store, other, references, lambda *what: told.append(what))
+    assert {total for _, _, total in told} == {2 * size}
+    assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
+    assert told[0][1:] == (0, 2 * size)
+    assert told[-1] == (references[1], 2 * size, 2 * size)
+    assert len(told) == 6, "positive control: in pieces"
+    assert [what for what, _, _ in told] == sorted((what for what, _, _ in told), key=references.index)
+
+
 def test_an_export_is_one_file_with_everything(store: EditStore, other: EditStore, tmp_path: Path) -> None:
     version = EditStore(store.url, signer=SigningKey.generate()).publish(bundle())
     file = tmp_path / "polite.edits.tar"

@@ -9,12 +9,12 @@ from urllib.parse import urlsplit
 from edit_store.backends.local import LocalFolder
 from edit_store.backends.memory import Memory
 from edit_store.backends.objects import SCHEMES, ObjectStore
-from edit_store.backends.protocol import AlreadyExists, Backend, Item, get_many, get_or_none
+from edit_store.backends.protocol import AlreadyExists, Backend, Item, get_many, get_or_none, in_pieces
 from edit_store.errors import StoreUnavailable
 
 __all__ = [
     "PROBES", "AlreadyExists", "Backend", "Item", "LocalFolder", "Memory", "ObjectStore", "get_many", "get_or_none",
-    "open_backend", "require_exclusive_create",
+    "in_pieces", "open_backend", "require_exclusive_create",
 ]  # fmt: skip
 
 PROBES = "probes"

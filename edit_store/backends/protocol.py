@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
+PIECE_BYTES = 8 << 20
+
 
 class AlreadyExists(Exception):
     """`create` found an object at that key. An answer, not an error: somebody else was first."""
@@ -63,3 +65,18 @@ def get_many(backend: Backend, keys: Sequence[str]) -> Iterator[bytes]:
         return
     with ThreadPoolExecutor(backend.parallel) as pool:
         yield from pool.map(backend.get, keys)
+
+
+def in_pieces(backend: Backend, key: str, size: int) -> Iterator[bytes]:
+    """An object that ought to have `size` bytes, piece by piece.
+
+    One byte more than is expected is asked for at the end, so that an object that goes on shows; never more than that.
+    """
+    start = 0
+    while start < size:
+        wanted = min(PIECE_BYTES, size - start)
+        piece = backend.get_range(key, start, wanted + (start + wanted == size))
+        if not piece:
+            return
+        yield piece
+        start += len(piece)

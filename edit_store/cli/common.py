@@ -135,6 +135,19 @@ def counted(what: str, *, total: int | None = None, in_bytes: bool = False) -> I
         yield update
 
 
+@contextmanager
+def moving(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar in bytes; yields what to tell of the version being moved, bytes done, and bytes in all."""
+    with counted(what, in_bytes=True) as update:
+        yield lambda version, done, total: update(description=abbreviated(version), completed=done, total=total)
+
+
+def abbreviated(called: str) -> str:
+    """`name@version` with the version short, as people read it."""
+    name, at, version = called.partition("@")
+    return f"{name}{at}{version[:12]}"
+
+
 def megabytes(size: int) -> str:
     """A size for people."""
     return f"{size / 1e6:.1f} MB" if size >= 100_000 else f"{size / 1e3:.1f} kB"

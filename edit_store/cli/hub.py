@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Annotated
 
@@ -12,11 +11,12 @@ from edit_store import hub as channel
 from edit_store.cli.common import (
     JsonOption,
     StoreOption,
+    abbreviated,
     app,
     as_script,
     complete_reference,
-    counted,
     explained,
+    moving,
     opened,
 )
 from edit_store.hub_repo import DEFAULT_REVISION
@@ -54,18 +54,18 @@ def push(
     """
     source = opened(store)
     _no_second_bars()
-    with counted("pushing", in_bytes=True) as update:
+    with moving("pushing") as progress:
         done = channel.push(
             source, references, repo, revision=revision, private=private, message=message, parent=parent,
-            progress=_shown(update),
+            progress=progress,
         )  # fmt: skip
     if as_json:
         as_script(asdict(done))
         return
     for each in done.present:
-        typer.echo(f"{_short(each)} is there already")
+        typer.echo(f"{abbreviated(each)} is there already")
     for each in done.added:
-        typer.echo(f"pushed {_short(each)}")
+        typer.echo(f"pushed {abbreviated(each)}")
     ended = "commit" if done.committed else "nothing to push; head is"
     typer.echo(f"{repo} ({revision}): {ended} {done.commit[:12]}")
 
@@ -87,23 +87,14 @@ def pull(
     """
     target = opened(store)
     _no_second_bars()
-    with counted("pulling", in_bytes=True) as update:
-        done = channel.pull(repo, target, references=references or [], revision=revision, progress=_shown(update))
+    with moving("pulling") as progress:
+        done = channel.pull(repo, target, references=references or [], revision=revision, progress=progress)
     if as_json:
         as_script(asdict(done))
         return
     for each in done.versions:
-        typer.echo(f"pulled {_short(each)}")
+        typer.echo(f"pulled {abbreviated(each)}")
     typer.echo(f"from {repo} ({revision}), commit {done.commit[:12]}")
-
-
-def _shown(update: Callable[..., None]) -> channel.Progress:
-    return lambda what, done, total: update(description=_short(what), completed=done, total=total)
-
-
-def _short(called: str) -> str:
-    name, at, version = called.partition("@")
-    return f"{name}{at}{version[:12]}"
 
 
 def _no_second_bars() -> None:

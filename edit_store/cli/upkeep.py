@@ -15,6 +15,7 @@ from edit_store.cli.common import (
     JsonOption,
     ReferenceArgument,
     StoreOption,
+    abbreviated,
     app,
     as_script,
     complete_reference,
@@ -22,6 +23,7 @@ from edit_store.cli.common import (
     counted,
     explained,
     megabytes,
+    moving,
     opened,
     show,
 )
@@ -41,14 +43,13 @@ def copy(
 ) -> None:
     """Copy versions to another store, with their records and signatures. Promote them there yourself."""
     source, target = opened(store), opened(to)
-    with counted("copying", total=len(references)) as update:
-        copied = transfer.copy(source, target, references, lambda *_: update(advance=1))
+    with moving("copying") as progress:
+        copied = transfer.copy(source, target, references, progress)
     if as_json:
         as_script(copied)
     else:
         for each in copied:
-            name, _, version = each.partition("@")
-            typer.echo(f"copied {name}@{version[:12]} to {target.url}")
+            typer.echo(f"copied {abbreviated(each)} to {target.url}")
 
 
 @app.command(name="export")
@@ -83,12 +84,16 @@ def import_version(
 ) -> None:
     """Check exported versions and store them. All files are checked before the first one is stored."""
     target = opened(store)
-    with counted("checking", total=len(files)) as update:
-        packages = []
+    packages = []
+    with counted("checking", total=sum(file.stat().st_size for file in files), in_bytes=True) as update:
         for file in files:
             packages.append(transfer.read_export(file))
-            update(advance=1)
-    rows = [{"name": package.record.name, "version": package.put(target)} for package in packages]
+            update(advance=file.stat().st_size)
+    rows = []
+    with counted("storing", total=sum(len(each.bundle.tensor_bytes) for each in packages), in_bytes=True) as update:
+        for package in packages:
+            rows.append({"name": package.record.name, "version": package.put(target)})
+            update(advance=len(package.bundle.tensor_bytes))
     if as_json:
         as_script(rows)
     else:
