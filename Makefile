@@ -14,7 +14,7 @@ export PYTHON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all check bench bench-store lock clean
+.PHONY: help setup demo test test-all parity check bench bench-store lock clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ test: $(READY) ## run the tests but the slow ones (ARGS="-k swap" for some of th
 
 test-all: $(READY) ## run every test
 	$(BIN)/python -m pytest $(ARGS)
+
+parity: $(READY) ## hold every kind at every site of every architecture against transformers, and write tests/PARITY.md
+	$(BIN)/python -m tests.parity $(if $(ARGS),$(ARGS),--eager --write tests/PARITY.md)
 
 check: $(PROJECT) ## lint, formatting, types, import contracts, container files
 	$(BIN)/ruff check

@@ -2,7 +2,7 @@
 
 from edit_store.base_model import identify
 from edit_store.bundle import BaseModelRef, Bundle, Manifest, Measurement, Provenance
-from edit_store.edits import KINDS, Edit, LowRank, Offset, Scale, SubspaceFilter
+from edit_store.edits import KINDS, Edit, Gate, LowRank, Offset, Scale, SubspaceFilter, WeightDelta
 from edit_store.signing import Role, SigningKey
 from edit_store.sites import Site, Widths
 from edit_store.store import EditStore, Published, TagEntry
@@ -16,6 +16,7 @@ __all__ = [
     "Edit",
     "EditStore",
     "Enforcement",
+    "Gate",
     "LowRank",
     "Manifest",
     "Measurement",
@@ -30,6 +31,7 @@ __all__ = [
     "TagEntry",
     "TrustPolicy",
     "TrustedKey",
+    "WeightDelta",
     "Widths",
     "check",
     "identify",

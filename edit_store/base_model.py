@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ def identify(
         name=name or str(config.get("_name_or_path") or folder.name),
         architecture=(config.get("architectures") or ["unknown"])[0],
         widths=widths_of(config),
+        biased=biased_points(weights),
         files=files,
     )
 
@@ -52,14 +53,47 @@ def identify(
 def widths_of(config: dict[str, Any]) -> Widths:
     """Sizes from a Hugging Face config; text sizes where a config nests them."""
     config = config.get("text_config", config)
-    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+
+    def size(name: str, old_name: str) -> int:
+        return int(config[name] if name in config else config[old_name])
+
+    heads, hidden = size("num_attention_heads", "n_head"), size("hidden_size", "n_embd")
     return Widths(
-        layers=config["num_hidden_layers"],
+        layers=size("num_hidden_layers", "n_layer"),
         hidden=hidden,
-        mlp=config["intermediate_size"],
+        mlp=config.get("intermediate_size") or config.get("n_inner") or 4 * hidden,
         heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or hidden // heads,
+        vocab=config["vocab_size"],
     )
+
+
+_BIASES = {
+    "q_proj": ("q",), "k_proj": ("k",), "v_proj": ("v",), "qkv_proj": ("q", "k", "v"), "c_attn": ("q", "k", "v"),
+    "attn.c_proj": ("attn",), "o_proj": ("attn",), "gate_proj": ("gate",), "up_proj": ("up",),
+    "gate_up_proj": ("gate", "up"), "c_fc": ("up",), "mlp.c_proj": ("mlp",), "down_proj": ("mlp",),
+}  # fmt: skip
+"""Points, without `.out`, to which a module's bias is added."""
+
+
+def biased_points(weights: Iterable[Path]) -> tuple[str, ...]:
+    """Points where a projection of the checkpoint adds a bias, by the names of its tensors."""
+    names = [name for path in weights for name in tensor_names(path) if name.endswith(".bias")]
+    return tuple(sorted({
+        f"{point}.out"
+        for name in names
+        for module, points in _BIASES.items()
+        if name.removesuffix(".bias").endswith(f".{module}")
+        for point in points
+    }))  # fmt: skip
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Names in a safetensors file, from its header alone."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return [name for name in json.loads(file.read(length)) if name != "__metadata__"]
 
 
 class _Memo:

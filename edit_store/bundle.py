@@ -2,7 +2,7 @@
 
     polite/
       manifest.json       canonical JSON (RFC 8785); sha256 of these bytes is the version
-      edits.safetensors   float32 tensors, named `<site>/<kind>/<field>`; its sha256 stands in the manifest
+      edits.safetensors   tensors named `<site>/<kind>/<field>`; its sha256 stands in the manifest
 
 No torch, no vLLM. Nothing here executes what it reads.
 """
@@ -22,7 +22,7 @@ import rfc8785
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 from safetensors.numpy import save
 
-from edit_store.edits import AnyEdit, Edit, Tensors
+from edit_store.edits import INDEX_FIELDS, AnyEdit, Edit, Tensors
 from edit_store.errors import BundleRefused, Reason
 from edit_store.sites import Widths
 
@@ -55,6 +55,8 @@ class BaseModelRef(_Record):
     name: str
     architecture: str
     widths: Widths
+    biased: tuple[str, ...] = ()
+    """points where the model's own projection adds a bias"""
     files: dict[str, Digest] = Field(min_length=1)
 
 
@@ -168,7 +170,8 @@ class Bundle:
         tensors: Tensors = {}
         for edit, fields in pairs:
             for field_name, array in fields.items():
-                tensors[edit.tensor_name(field_name)] = np.ascontiguousarray(array, dtype=np.float32)
+                dtype = np.int32 if field_name in INDEX_FIELDS else np.float32
+                tensors[edit.tensor_name(field_name)] = np.ascontiguousarray(array, dtype=dtype)
         tensor_bytes = save(
             tensors,
             metadata={"format": "vllm-edits"},  # one key: safetensors writes several in random order

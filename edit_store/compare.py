@@ -52,7 +52,7 @@ def compare(old: Bundle, new: Bundle) -> Difference:
             f"{new.manifest.name} {new.version[:12]} for {new.manifest.base.name}: models of different sizes, whose "
             "edits cannot be compared"
         )
-    edits = [{(edit.site, edit.kind): edit for edit in bundle.manifest.edits} for bundle in (old, new)]
+    edits = [{(edit.site, edit.kind, edit.part): edit for edit in bundle.manifest.edits} for bundle in (old, new)]
     changes = [
         _change(edits[0].get(key), edits[1].get(key), before, after, new.manifest.base.widths)
         for key in sorted(edits[0].keys() | edits[1].keys())
@@ -87,32 +87,54 @@ def _change(old: Edit | None, new: Edit | None, before: Tensors, after: Tensors,
     rank = " -> ".join(dict.fromkeys(ranks))
     if old is None or new is None:
         return Change(site, kind, ADDED if old is None else REMOVED, rank, None)
-    moved = _moved(
-        type(new), *(
+    fields = [
         {field: tensors[edit.tensor_name(field)].astype(np.float64) for field in edit.shapes(widths)}
         for edit, tensors in ((old, before), (new, after))
-    ))  # fmt: skip
-    return Change(site, kind, CHANGED if moved > ROUNDING else SAME, rank, moved)
+    ]
+    moved = _moved(old, new, *fields)
+    same = moved is not None and moved <= ROUNDING and old == new
+    return Change(site, kind, SAME if same else CHANGED, rank, moved)
 
 
-def _moved(kind: type[Edit], before: dict[str, Any], after: dict[str, Any]) -> float:
-    """||new - old|| / ||old|| of what the edit does, not of how it is written down.
+Fields = dict[str, Any]
 
-    Low-rank: the product write^T read. Filter: the map x -> V^T V (x - mean), so a rotated basis is no change.
+
+def _moved(old: Edit, new: Edit, before: Fields, after: Fields) -> float | None:
+    """||new - old|| / ||old|| of what the edit does, not of how it is written down; None where the two have no measure.
+
+    Low-rank: the product write^T read. Filter: the map x -> P (x - mean), so a rotated basis is no change.
     """
-    if kind is LowRank:
-        # The difference of two products is one product of stacked factors.
-        read = np.concatenate([after["read"], before["read"]])
-        write = np.concatenate([after["write"], -before["write"]])
-        size, distance = low_rank_norm(before["read"], before["write"]), low_rank_norm(read, write)
-    elif kind is SubspaceFilter:
-        was, now = before["basis"], after["basis"]
-        means = [basis.T @ (basis @ fields["mean"]) for basis, fields in ((was, before), (now, after))]
-        # ||P1 - P0||^2 without forming the projections: what of each basis lies outside the span of the other.
-        turned = np.sum((now - (now @ was.T) @ was) ** 2) + np.sum((was - (was @ now.T) @ now) ** 2)
-        size = float(np.sqrt(len(was) + np.sum(means[0] ** 2)))
-        distance = float(np.sqrt(turned + np.sum((means[1] - means[0]) ** 2)))
-    else:
-        size = float(np.sqrt(sum(np.sum(array**2) for array in before.values())))
-        distance = float(np.sqrt(sum(np.sum((after[field] - array) ** 2) for field, array in before.items())))
+    if isinstance(old, LowRank):
+        return _ratio([(before["write"], before["read"])], [(after["write"], after["read"])])
+    if isinstance(old, SubspaceFilter) and isinstance(new, SubspaceFilter):
+        if old.onto != new.onto:
+            return None
+        maps: Products = [(fields.get("dual", fields["basis"]), fields["basis"]) for fields in (before, after)]
+        means: list[Any] = [
+            dual.T @ (basis @ fields["mean"]) for (dual, basis), fields in zip(maps, (before, after), strict=True)
+        ]
+        apart = float(np.sum((means[1] - means[0]) ** 2)), float(np.sum(means[0] ** 2))
+        return _ratio([maps[0]], [maps[1]], apart)
+    if {field: array.shape for field, array in before.items()} != {
+        field: array.shape for field, array in after.items()
+    }:
+        return None
+    size = float(np.sqrt(sum(np.sum(array**2) for array in before.values())))
+    distance = float(np.sqrt(sum(np.sum((after[field] - array) ** 2) for field, array in before.items())))
+    return distance / size if size else float(distance > 0)
+
+
+Products = list[tuple[Any, Any]]
+
+
+def _ratio(old: Products, new: Products, beside: tuple[float, float] = (0.0, 0.0)) -> float:
+    """||new - old|| / ||old|| of sums of products write^T read; `beside` are squares to add to both norms.
+
+    The difference of two products is one product of stacked factors, so nothing wide by wide is formed.
+    """
+    size = low_rank_norm(np.concatenate([read for _, read in old]), np.concatenate([write for write, _ in old]))
+    read = np.concatenate([*(read for _, read in new), *(read for _, read in old)])
+    write = np.concatenate([*(write for write, _ in new), *(-write for write, _ in old)])
+    distance = float(np.sqrt(low_rank_norm(read, write) ** 2 + beside[0]))
+    size = float(np.sqrt(size**2 + beside[1]))
     return distance / size if size else float(distance > 0)

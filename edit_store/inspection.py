@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 
 from edit_store import verify
+from edit_store.architectures import supported
+from edit_store.base_model import CONFIG_FILE, widths_of
 from edit_store.bundle import Bundle
-from edit_store.edits import Edit, LowRank, Offset, Scale, SubspaceFilter, Tensors
-from edit_store.sites import Site
+from edit_store.edits import KINDS, READS, Edit, Gate, LowRank, Scale, SubspaceFilter, Tensors, WeightDelta
+from edit_store.errors import UnsupportedHost
+from edit_store.sites import POINTS, Site
 
 _DOWN_PROJECTION = "model.layers.{layer}.mlp.down_proj.weight"
 
@@ -50,36 +53,55 @@ def _summary(edit: Edit, tensors: Tensors, model: Path | None) -> EditSummary:
     def tensor(field: str) -> Any:
         return tensors[edit.tensor_name(field)]
 
+    def summary(norm: Any, of: str, relative: float | None = None) -> EditSummary:
+        return EditSummary(edit.site, edit.kind, edit.capacity, float(norm), of, relative)
+
     if isinstance(edit, LowRank):
         norm = low_rank_norm(tensor("read"), tensor("write"))
-        weight = (
-            None if model is None else _weight_norm(model, _DOWN_PROJECTION.format(layer=Site.parse(edit.site).layer))
-        )
-        return EditSummary(
-            edit.site,
-            edit.kind,
-            edit.rank,
-            norm,
-            "Frobenius norm of the change of W",
-            norm / weight if weight else None,
-        )
+        if edit.source == edit.site:
+            return summary(norm, "Frobenius norm of the map added")
+        site = Site.parse(edit.site)
+        weighed = model is not None and site.point == "mlp.out" and edit.source.endswith("mlp.h")
+        weight = _weight_norm(model, _DOWN_PROJECTION.format(layer=site.layer)) if model and weighed else None
+        return summary(norm, "Frobenius norm of the change of W", norm / weight if weight else None)
     if isinstance(edit, Scale):
         changed = tensor("factor") != 1
-        return EditSummary(
-            edit.site, edit.kind, 1, float(changed.sum()), f"heads changed: {np.flatnonzero(changed).tolist()}"
-        )
+        return summary(changed.sum(), f"{edit.per}s changed: {_shortened(np.flatnonzero(changed).tolist())}")
     if isinstance(edit, SubspaceFilter):
-        return EditSummary(
-            edit.site,
-            edit.kind,
-            edit.rank,
-            float(np.linalg.norm(tensor("basis") @ tensor("mean"))),
-            "mean inside the subspace",
-        )
-    assert isinstance(edit, Offset)  # noqa: S101  the union has no other member
-    return EditSummary(
-        edit.site, edit.kind, 1, float(np.linalg.norm(tensor("vector"))), "vector added to the residual stream"
-    )
+        kept = "kept" if edit.onto else "removed"
+        return summary(np.linalg.norm(tensor("basis") @ tensor("mean")), f"mean inside the subspace that is {kept}")
+    if isinstance(edit, Gate):
+        writes = np.linalg.norm(tensor("write"), axis=-1)
+        return summary(writes.max(), f"longest vector added per unit of {edit.activation}")
+    if isinstance(edit, WeightDelta):
+        return summary(np.linalg.norm(tensor("values" if edit.count else "delta")), "Frobenius norm of the change of W")
+    return summary(np.linalg.norm(tensor("vector")), "vector added" + (", the norm kept" if edit.renorm else ""))
+
+
+def _shortened(numbers: list[int], most: int = 12) -> str:
+    return f"{numbers[:most]} and {len(numbers) - most} more" if len(numbers) > most else str(numbers)
+
+
+def sites_of(model: Path) -> dict[str, Any]:
+    """Every site of the model whose config lies there, with what may stand at it; and the points it does not have."""
+    path = model / CONFIG_FILE if model.is_dir() else model
+    try:
+        config = json.loads(path.read_bytes())
+        name, widths = (config.get("architectures") or ["unknown"])[0], widths_of(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise UnsupportedHost(f"{path} is no config of a language model: {error!r}") from None
+    architecture = supported(name)
+    rows = [
+        {
+            "site": str(site), "layer": site.layer, "width": widths.of(site.point),
+            "heads": widths.heads_at(site.point) or "",
+            "reads": [point for point in READS.get(site.point, ()) if architecture.hidden(point) is None],
+            "kinds": [kind for kind, edit in KINDS.items() if site.point in edit.points],
+        }
+        for site in architecture.sites(widths.layers)
+    ]  # fmt: skip
+    hidden = {point: why for point in POINTS if (why := architecture.hidden(point))}
+    return {"architecture": name, "layers": widths.layers, "sites": rows, "hidden": hidden}
 
 
 def low_rank_norm(read: Any, write: Any) -> float:

@@ -1,23 +1,49 @@
 """Model-neutral names of the places an edit can attach to, and how wide each is.
 
-A site is `layers.<n>.<point>`. Points, with the tensor they name per token:
+A site is `layers.<n>.<point>`, or one of the three outside the layers. Every point names one tensor per token:
 
-    attn.z    [heads * head_dim]   concatenated head outputs, the input of the output projection
-    attn.out  [hidden]             output of the attention block, before it joins the residual stream
-    mlp.h     [mlp]                act(gate) * up, the input of the down projection
-    mlp.out   [hidden]             output of the MLP block, before it joins the residual stream
-    resid     [hidden]             the residual stream after layer n (the sum of vLLM's two halves)
+    embed.out   [hidden]             what enters layer 0: embeddings, with positions and multipliers where there are any
+    attn.in     [hidden]             input of the query, key and value projections
+    q.proj      [heads * head_dim]   queries before their own norm, in models that have one (QK-norm)
+    k.proj      [kv_heads * head_dim]
+    q.out       [heads * head_dim]   queries after bias and QK-norm, before rotary positions
+    k.out       [kv_heads * head_dim]
+    v.out       [kv_heads * head_dim]
+    attn.z      [heads * head_dim]   concatenated head outputs, the input of the output projection
+    attn.out    [hidden]             what the output projection gives
+    attn.post   [hidden]             the same after its own norm, in models that have one (post-norm)
+    mlp.in      [hidden]             input of the MLP, or of the experts' router
+    gate.out    [mlp]                gate projection, before the activation function
+    up.out      [mlp]                up projection; before the activation function where there is no gate
+    mlp.h       [mlp]                act(gate) * up, the input of the down projection
+    mlp.out     [hidden]             what the down projection, or all experts together, give
+    mlp.post    [hidden]             the same after its own norm
+    resid       [hidden]             the residual stream after layer n
+    final       [hidden]             after the last norm, the input of the output head
+    logits      [vocab]              the next token's logits, with soft cap and multiplier
+
+`layers.<n>.resid.in` is another name for what enters layer n: `layers.<n-1>.resid`, or `embed.out`.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import total_ordering
 
 from pydantic import BaseModel, ConfigDict, Field
 
-POINTS = ("attn.z", "attn.out", "mlp.h", "mlp.out", "resid")
+FIRST, LAST = ("embed.out",), ("final", "logits")
+LAYER_POINTS = (
+    "attn.in", "q.proj", "k.proj", "q.out", "k.out", "v.out", "attn.z", "attn.out", "attn.post",
+    "mlp.in", "gate.out", "up.out", "mlp.h", "mlp.out", "mlp.post", "resid",
+)  # fmt: skip
+POINTS = (*FIRST, *LAYER_POINTS, *LAST)
+"""In the order in which a token passes them."""
+
 _SITE = re.compile(r"layers\.(0|[1-9][0-9]{0,3})\.([a-z]+(?:\.[a-z]+)?)")
+_QUERIES, _KEYS_VALUES = ("q.proj", "q.out", "attn.z"), ("k.proj", "k.out", "v.out")
+_MLP = ("gate.out", "up.out", "mlp.h")
 
 
 class Widths(BaseModel):
@@ -29,27 +55,62 @@ class Widths(BaseModel):
     hidden: int = Field(gt=0)
     mlp: int = Field(gt=0)
     heads: int = Field(gt=0)
+    kv_heads: int = Field(gt=0)
     head_dim: int = Field(gt=0)
+    vocab: int = Field(gt=0)
 
     def of(self, point: str) -> int:
         """Width of the per-token vector at `point`."""
-        return {"attn.z": self.heads * self.head_dim, "mlp.h": self.mlp}.get(point, self.hidden)
+        if (heads := self.heads_at(point)) is not None:
+            return heads * self.head_dim
+        return self.mlp if point in _MLP else self.vocab if point == "logits" else self.hidden
+
+    def heads_at(self, point: str) -> int | None:
+        """How many heads the vector at `point` is made of, or None where it has none."""
+        return self.heads if point in _QUERIES else self.kv_heads if point in _KEYS_VALUES else None
 
 
-@dataclass(frozen=True, order=True)
+@total_ordering
+@dataclass(frozen=True)
 class Site:
-    """One place in one model: a layer and a point in it."""
+    """One place in one model: a point, and the layer it is in (None outside the layers)."""
 
-    layer: int
+    layer: int | None
     point: str
 
     @classmethod
     def parse(cls, text: str) -> Site:
         """Read `layers.3.mlp.out`; ValueError says what a site looks like."""
-        match = _SITE.fullmatch(text)
-        if match is None or match[2] not in POINTS:
-            raise ValueError(f"unknown site {text!r}: expected layers.<n>.<point> with a point of {', '.join(POINTS)}")
-        return cls(int(match[1]), match[2])
+        if text in (*FIRST, *LAST):
+            return cls(None, text)
+        name, _, side = text.rpartition(".resid.")
+        match = _SITE.fullmatch(f"{name}.resid" if side in ("in", "out") else text)
+        if match is None or match[2] not in LAYER_POINTS:
+            raise ValueError(
+                f"unknown site {text!r}: expected {', '.join((*FIRST, *LAST))}, or layers.<n>.<point> with a point of "
+                f"{', '.join(LAYER_POINTS)}"
+            )
+        layer = int(match[1])
+        if side == "in":
+            return cls(layer - 1, "resid") if layer else cls(None, "embed.out")
+        return cls(layer, match[2])
+
+    def beside(self, point: str) -> Site:
+        """That point in the same layer, or outside the layers where it lies there."""
+        return Site(self.layer if point in LAYER_POINTS else None, point)
 
     def __str__(self) -> str:
-        return f"layers.{self.layer}.{self.point}"
+        return self.point if self.layer is None else f"layers.{self.layer}.{self.point}"
+
+    def __lt__(self, other: Site) -> bool:
+        return self._order() < other._order()
+
+    def _order(self) -> tuple[int, int, int]:
+        part = 1 if self.layer is not None else 0 if self.point in FIRST else 2
+        return part, self.layer or 0, POINTS.index(self.point)
+
+
+def every_site(layers: int) -> list[Site]:
+    """Every site that a model of so many layers may have, in model order."""
+    inside = [Site(layer, point) for layer in range(layers) for point in LAYER_POINTS]
+    return [*(Site(None, point) for point in FIRST), *inside, *(Site(None, point) for point in LAST)]

@@ -1,6 +1,7 @@
 """Read a bundle's safetensors bytes without trusting them: caps first, then structure, then numbers.
 
-The format is 8 bytes of header length (little endian), a JSON header, and raw data. Only float32 is accepted.
+The format is 8 bytes of header length (little endian), a JSON header, and raw data. Only float32 is accepted, and
+int32 for fields of indices.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from edit_store.edits import Tensors
+from edit_store.edits import INDEX_FIELDS, Tensors
 from edit_store.errors import Reason
 
 MAX_HEADER_BYTES = 1 << 20
 MAX_TENSOR_FILE_BYTES = 1 << 30
-_FLOAT32_BYTES = 4
+_DTYPES = {"F32": "<f4", "I32": "<i4"}
+_ITEM_BYTES = 4
 
 
 def read(data: bytes | mmap.mmap) -> tuple[Tensors, list[Reason]]:
@@ -33,7 +35,7 @@ def read(data: bytes | mmap.mmap) -> tuple[Tensors, list[Reason]]:
             reasons.append(reason)
             continue
         spans.append(span)
-        array = np.frombuffer(body[span[0] : span[1]], dtype="<f4").reshape(entry["shape"])
+        array = np.frombuffer(body[span[0] : span[1]], dtype=_DTYPES[entry["dtype"]]).reshape(entry["shape"])
         if not np.isfinite(array).all():
             reasons.append(Reason("not_finite", f"tensor {name} holds NaN or infinity"))
         tensors[name] = array
@@ -81,14 +83,15 @@ def _span(name: str, entry: Any, size: int) -> tuple[Reason | None, tuple[int, i
 
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         return refuse("expected dtype, shape and data_offsets")
-    if entry["dtype"] != "F32":
-        return refuse(f"expected dtype F32, found {entry['dtype']!r}", "dtype")
+    expected_type = "I32" if name.rpartition("/")[2] in INDEX_FIELDS else "F32"
+    if entry["dtype"] != expected_type:
+        return refuse(f"expected dtype {expected_type}, found {entry['dtype']!r}", "dtype")
     if not is_counts(entry["shape"]) or len(entry["shape"]) > 4 or 0 in entry["shape"]:
         return refuse(f"expected a shape of 1 to 4 positive sizes, found {entry['shape']!r}")
     offsets = entry["data_offsets"]
     if not is_counts(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= size:
         return refuse(f"data offsets {offsets!r} do not lie in {size} bytes of data (truncated?)")
-    expected = math.prod(entry["shape"]) * _FLOAT32_BYTES
+    expected = math.prod(entry["shape"]) * _ITEM_BYTES
     if offsets[1] - offsets[0] != expected:
         return refuse(f"shape {entry['shape']} needs {expected} bytes, found {offsets[1] - offsets[0]}")
     return None, (offsets[0], offsets[1])

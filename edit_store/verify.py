@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
 from edit_store import tensor_file
+from edit_store.architectures import supported
 from edit_store.bundle import BaseModelRef, BlobRef, Bundle
-from edit_store.edits import Edit, SubspaceFilter, Tensors
-from edit_store.errors import BundleRefused, Reason
+from edit_store.edits import Array, Edit, Gate, LowRank, Scale, SubspaceFilter, Tensors, WeightDelta
+from edit_store.errors import BundleRefused, Reason, UnsupportedHost
 from edit_store.sites import Site, Widths
 
 ORTHONORMAL_TOLERANCE = 1e-4
@@ -25,7 +27,7 @@ def check(bundle: Bundle, base: BaseModelRef | None = None) -> Tensors:
         reasons.append(Reason("digest", f"tensor file is {found}, the manifest names {named}: truncated or replaced"))
     tensors, broken = tensor_file.read(bundle.tensor_bytes)
     reasons += broken
-    reasons += _edit_rules(manifest.edits, manifest.base.widths)
+    reasons += edit_rules(manifest.edits, manifest.base)
     if not broken:
         reasons += _tensor_rules(manifest.edits, manifest.base.widths, tensors)
     if reasons:
@@ -48,39 +50,135 @@ def base_mismatch(built_for: BaseModelRef, served: BaseModelRef) -> list[Reason]
     ]
 
 
-def _edit_rules(edits: tuple[Edit, ...], widths: Widths) -> list[Reason]:
-    reasons = []
-    for (site, kind), count in Counter((edit.site, edit.kind) for edit in edits).items():
-        if count > 1:
-            reasons.append(Reason("duplicate_site", f"{count} {kind} edits at {site}; at most one, raise its rank"))
+def edit_rules(edits: Iterable[Edit], base: BaseModelRef) -> list[Reason]:
+    """Why these edits cannot stand where they stand in that model, their numbers aside."""
+    edits = tuple(edits)
+    reasons = [
+        Reason(
+            "duplicate_site", f"{count} {kind} edits at {site} with part {part}; number them from 1, or raise a rank"
+        )
+        for (site, kind, part), count in Counter((edit.site, edit.kind, edit.part) for edit in edits).items()
+        if count > 1
+    ]
     for edit in edits:
         if why := edit.misplaced():
             reasons.append(Reason("site", why))
-        if Site.parse(edit.site).layer >= widths.layers:
-            reasons.append(Reason("site", f"{edit.site}: the model has layers 0 to {widths.layers - 1}"))
+        for site in dict.fromkeys((edit.site, edit.source)):
+            layer = Site.parse(site).layer
+            if layer is not None and layer >= base.widths.layers:
+                reasons.append(Reason("site", f"{site}: the model has layers 0 to {base.widths.layers - 1}"))
+        reasons += _architecture_rules(edit, base)
     return reasons
 
 
+def _architecture_rules(edit: Edit, base: BaseModelRef) -> Iterator[Reason]:
+    try:
+        architecture = supported(base.architecture)
+    except UnsupportedHost as unknown:
+        yield Reason("architecture", str(unknown))
+        return
+    for site in dict.fromkeys((edit.site, edit.source)):
+        if why := architecture.hidden(Site.parse(site).point):
+            yield Reason("site", f"{site} does not exist: {why}")
+    point = Site.parse(edit.site).point
+    if isinstance(edit, Scale) and edit.per == "head" and point in ("q.proj", "k.proj"):
+        yield Reason(
+            "site",
+            f"per-head scale at {edit.site}: the norm that follows takes a head's size away again, so it would do "
+            f"nothing. Scale {edit.site.removesuffix('proj')}out",
+        )
+    if architecture.qk_norm and point in ("q.out", "k.out"):
+        if isinstance(edit, LowRank | Gate | WeightDelta) and edit.source != edit.site:
+            yield Reason(
+                "site",
+                f"{edit.kind} from {edit.source} to {edit.site}: in {base.architecture} a norm stands between the two, "
+                f"so it would be no update of the projection. Write to {str(edit.site)[:-4]}.proj",
+            )
+    elif isinstance(edit, Scale) and edit.bias is None and point.replace(".proj", ".out") in base.biased:
+        yield Reason(
+            "bias",
+            f"scale at {edit.site}: {base.name} adds a bias there, which would be scaled too. Say so with "
+            "bias='scaled', and to leave the bias out add an offset of (1 - factor) * bias",
+        )
+
+
 def _tensor_rules(edits: tuple[Edit, ...], widths: Widths, tensors: Tensors) -> list[Reason]:
-    reasons = []
+    reasons: list[Reason] = []
     expected = {edit.tensor_name(field): shape for edit in edits for field, shape in edit.shapes(widths).items()}
-    for name, shape in expected.items():
-        if name not in tensors:
-            reasons.append(Reason("missing_tensor", f"tensor {name} of shape {list(shape)} is missing"))
-        elif tensors[name].shape != shape:
-            reasons.append(Reason("shape", f"tensor {name}: expected {list(shape)}, found {list(tensors[name].shape)}"))
     reasons += [
         Reason("unknown_tensor", f"tensor {name} belongs to no edit")
         for name in sorted(tensors.keys() - expected.keys())
     ]
     for edit in edits:
-        basis = tensors.get(edit.tensor_name("basis")) if isinstance(edit, SubspaceFilter) else None
-        if basis is not None and basis.ndim == 2 and np.isfinite(basis).all():
-            error = float(np.abs(basis @ basis.T - np.eye(len(basis), dtype=np.float32)).max())
-            if error > ORTHONORMAL_TOLERANCE:
-                reasons.append(
-                    Reason(
-                        "not_orthonormal", f"{edit.tensor_name('basis')}: rows must be orthonormal, off by {error:.1e}"
-                    )
-                )
+        wrong = [*_shape_rules(edit, widths, tensors)]
+        reasons += wrong
+        if not wrong:
+            fields = {field: tensors[edit.tensor_name(field)] for field in edit.shapes(widths)}
+            if all(np.isfinite(array).all() for array in fields.values()):
+                rules = _NUMBER_RULES.get(edit.kind, _no_rules)
+                reasons += [Reason(code, f"{edit.tensor_name(field)}: {why}") for code, field, why in
+                            rules(edit, widths, fields)]  # fmt: skip
     return reasons
+
+
+def _shape_rules(edit: Edit, widths: Widths, tensors: Tensors) -> Iterator[Reason]:
+    for field, shape in edit.shapes(widths).items():
+        name = edit.tensor_name(field)
+        if name not in tensors:
+            hint = " A gate that normalises needs the norm before its site" if field.startswith("norm_") else ""
+            yield Reason("missing_tensor", f"tensor {name} of shape {list(shape)} is missing.{hint}")
+        elif tensors[name].shape != shape:
+            found = list(tensors[name].shape)
+            hint = ""
+            if widths.heads_at(Site.parse(edit.site).point) == widths.kv_heads != widths.heads and found == [
+                widths.heads
+            ]:
+                hint = f". Keys and values have {widths.kv_heads} heads here, not the {widths.heads} of the queries"
+            yield Reason("shape", f"tensor {name}: expected {list(shape)}, found {found}{hint}")
+
+
+Broken = tuple[str, str, str]
+"""Code, field and reason of a broken rule."""
+NumberRules = Callable[..., Iterator[Broken]]
+
+
+def _no_rules(*_: object) -> Iterator[Broken]:
+    yield from ()
+
+
+def _filter_rules(edit: SubspaceFilter, _: Widths, fields: dict[str, Array]) -> Iterator[Broken]:
+    basis = fields["basis"]
+    product = basis @ (fields["dual"] if edit.oblique else basis).T
+    error = float(np.abs(product - np.eye(len(basis), dtype=np.float32)).max())
+    if error > ORTHONORMAL_TOLERANCE:
+        if edit.oblique:
+            yield "not_dual", "dual", f"basis dual^T must be the identity, off by {error:.1e}"
+        else:
+            yield "not_orthonormal", "basis", f"rows must be orthonormal, off by {error:.1e}"
+
+
+def _gate_rules(edit: Gate, _: Widths, fields: dict[str, Array]) -> Iterator[Broken]:
+    if edit.normalise and (zeros := int((fields["norm_weight"] == 0).sum())):
+        yield "norm_weight", "norm_weight", f"{zeros} weights are zero, which nothing can be divided by"
+
+
+def _delta_rules(edit: WeightDelta, widths: Widths, fields: dict[str, Array]) -> Iterator[Broken]:
+    if edit.count is None:
+        return
+    rows, columns = fields["rows"].astype(np.int64), fields["columns"].astype(np.int64)
+    sizes = {"rows": widths.of(Site.parse(edit.site).point), "columns": widths.of(Site.parse(edit.reads).point)}
+    outside = False
+    for field, indices in (("rows", rows), ("columns", columns)):
+        if ((indices < 0) | (indices >= sizes[field])).any():
+            outside = True
+            yield "index", field, f"expected 0 to {sizes[field] - 1}, found {indices.min()} to {indices.max()}"
+    if not outside and (np.diff(rows * sizes["columns"] + columns) <= 0).any():
+        yield "index", "rows", "expected each pair once, in order of row and column"
+
+
+_NUMBER_RULES: dict[str, NumberRules] = {
+    "subspace_filter": _filter_rules,
+    "gate": _gate_rules,
+    "weight_delta": _delta_rules,
+}
+"""What the numbers of a kind must satisfy, once they have their shapes."""

@@ -34,7 +34,7 @@ from loadtests.object_servers import BUCKET, seaweedfs
 HIDDEN = 2048
 BASE = BaseModelRef(
     name="bench", architecture="LlamaForCausalLM", files={"model.safetensors": "a" * 64},
-    widths=Widths(layers=24, hidden=HIDDEN, mlp=8192, heads=32, head_dim=64),
+    widths=Widths(layers=24, hidden=HIDDEN, mlp=8192, heads=32, kv_heads=8, head_dim=64, vocab=32000),
 )  # fmt: skip
 MADE_AT = datetime(2026, 1, 1, tzinfo=UTC)
 SMALL_REPEATS = 30

@@ -1,42 +1,93 @@
 """Each kind of edit, applied to a batch of tokens that each belong to their own slot. Plain torch, so it fuses.
 
-Shapes: T tokens, S slots, K rank, I and O input and output width, H heads; `slots` is [T]. Slot 0 is the base model:
-its tensors are zeros (ones for a factor), so its tokens come out as they went in, but for the sign of a zero.
-Gathering by slot costs the same for any number of slots. The arithmetic is in float32: a long dot product in bfloat16
-loses too much.
+Every function returns what an edit adds to the value it was given, in float32: a long dot product in bfloat16 loses too
+much. Slot 0 is the base model: its tensors are zeros, so it adds exactly zero, and its tokens come out as they went in,
+but for the sign of a zero. Gathering by slot costs the same for any number of slots.
+
+Shapes: T tokens, S slots, K rank, I and O width of what is read and written; `slots` is [T], values are [T, width].
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
-
-def scale(z: Tensor, factor: Tensor, slots: Tensor) -> Tensor:
-    """z[t, h, :] * factor[slots[t], h].   z: [T, H * head_dim], factor: [S, H]"""
-    by_head = z.reshape(z.shape[0], factor.shape[1], -1)
-    return (by_head.float() * factor[slots].float().unsqueeze(-1)).to(z.dtype).reshape(z.shape)
+ACTIVATION_CODES = {"relu": 0, "jump_relu": 1, "step": 2, "silu": 3, "sigmoid": 4}
+"""How a slot says which activation a neuron has."""
 
 
-def low_rank(x: Tensor, y: Tensor, read: Tensor, write: Tensor, slots: Tensor) -> Tensor:
-    """y[t] + sum_k write[s, k] (read[s, k] . x[t]),  s = slots[t].
+def scale(x: Tensor, change: Tensor, slots: Tensor) -> Tensor:
+    """x[t] * change[s], change = factor - 1.   x: [T, O], change: [S, O]"""
+    return x * change[slots]
 
-    x: [T, I], y: [T, O], read: [S, K, I], write: [S, K, O]
+
+def low_rank(x: Tensor, read: Tensor, write: Tensor, slots: Tensor) -> Tensor:
+    """sum_k write[s, k] (read[s, k] . x[t]).   x: [T, I], read: [S, K, I], write: [S, K, O]"""
+    return _combine((read[slots].float() * x.unsqueeze(1)).sum(-1), write, slots)
+
+
+def gate(
+    x: Tensor, slots: Tensor, *, read: Tensor, bias: Tensor, write: Tensor, activation: Tensor, threshold: Tensor
+) -> tuple[Tensor, Tensor]:
+    """sum_k write[s, k] sigma_sk(read[s, k] . x[t] + bias[s, k]), and what each neuron gave, [T, K].
+
+    x: [T, I] after phi, read: [S, K, I], write: [S, K, O], bias, activation (a code) and threshold: [S, K]
     """
-    strength = (read[slots].float() * x.float().unsqueeze(1)).sum(-1, keepdim=True)
-    return (y.float() + (write[slots].float() * strength).sum(1)).to(y.dtype)
+    z = (read[slots] * x.unsqueeze(1)).sum(-1) + bias[slots]
+    code, positive = activation[slots], z > threshold[slots]
+    fired = torch.relu(z)
+    for name, form in _ACTIVATIONS.items():
+        fired = torch.where(code == ACTIVATION_CODES[name], form(z, positive), fired)
+    return _combine(fired, write, slots), fired
 
 
-def subspace_filter(hidden: Tensor, stream: Tensor, basis: Tensor, shift: Tensor, slots: Tensor) -> Tensor:
-    """hidden[t] - sum_k basis[s, k] (basis[s, k] . stream[t] - shift[s, k]),  s = slots[t].
+_ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "jump_relu": lambda z, positive: torch.where(positive, z, 0.0),
+    "step": lambda _, positive: positive.float(),
+    "silu": lambda z, _: torch.nn.functional.silu(z),
+    "sigmoid": lambda z, _: torch.sigmoid(z),
+}
 
-    stream: [T, I] the whole residual stream in float32, of which `hidden` is the half that takes the change
-    basis: [S, K, I] orthonormal rows, shift: [S, K] = basis @ mean
+
+def normalised(x: Tensor, slots: Tensor, *, stretch: Tensor, centre: Tensor, normalise: Tensor) -> Tensor:
+    """unit(x[t] * stretch[s] - centre[s]) where normalise[s], x[t] elsewhere.   stretch, centre: [S, I]"""
+    on_sphere = x * stretch[slots] - centre[slots]
+    on_sphere = on_sphere * torch.rsqrt((on_sphere * on_sphere).sum(-1, keepdim=True))
+    return torch.where(normalise[slots].unsqueeze(-1), on_sphere, x)
+
+
+def subspace_filter(x: Tensor, read: Tensor, write: Tensor | None, shift: Tensor, slots: Tensor) -> Tensor:
+    """sum_k write[s, k] (read[s, k] . x[t] - shift[s, k]); without `write` it is -read, one gather for both.
+
+    x: [T, O], read and write: [S, K, O], shift: [S, K]
     """
-    directions = basis[slots].float()
-    excess = (directions * stream.unsqueeze(1)).sum(-1) - shift[slots]
-    return (hidden.float() - (directions * excess.unsqueeze(-1)).sum(1)).to(hidden.dtype)
+    directions = read[slots].float()
+    excess = (directions * x.unsqueeze(1)).sum(-1) - shift[slots]
+    if write is not None:
+        return _combine(excess, write, slots)
+    return -(directions * excess.unsqueeze(-1)).sum(1)
 
 
-def offset(hidden: Tensor, vector: Tensor, slots: Tensor) -> Tensor:
-    """hidden[t] + vector[slots[t]].   hidden: [T, I], vector: [S, I]"""
-    return (hidden.float() + vector[slots].float()).to(hidden.dtype)
+def pull(x: Tensor, drop: Tensor, constant: Tensor, slots: Tensor) -> Tensor:
+    """constant[s] - drop[s] x[t]: what a projection onto a subspace also does.   drop: [S], constant: [S, O]"""
+    return constant[slots] - drop[slots].unsqueeze(-1) * x
+
+
+def offset(x: Tensor, vector: Tensor, renorm: Tensor | None, slots: Tensor, weight: Tensor | None) -> Tensor:
+    """vector[s]; where renorm[s], such that x[t] keeps its norm.   vector: [S, O], renorm: [S], weight: [T, 1]"""
+    step = vector[slots].float()
+    if weight is not None:
+        step = step * weight
+    if renorm is None:
+        return step
+    moved = x + step
+    ratio = (x * x).sum(-1, keepdim=True).sqrt() / (moved * moved).sum(-1, keepdim=True).sqrt()
+    # Where nothing moves the norms are equal; 0 / 0 of an empty row must not reach it.
+    return torch.where(renorm[slots].unsqueeze(-1) & (ratio > 0), moved * ratio - x, step)
+
+
+def _combine(strengths: Tensor, write: Tensor, slots: Tensor) -> Tensor:
+    """sum_k strengths[t, k] write[s, k]."""
+    return (write[slots].float() * strengths.unsqueeze(-1)).sum(1)

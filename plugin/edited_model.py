@@ -15,30 +15,44 @@ import torch
 from torch import Tensor, nn
 
 from edit_store.bundle import Manifest
-from edit_store.edits import KINDS, Tensors
-from edit_store.errors import InstallRefused
+from edit_store.edits import Edit, Tensors
+from edit_store.errors import InstallRefused, UnsupportedHost
 from edit_store.sites import Site
-from plugin.edited_site import SLOT_TENSORS, ModuleEdits, Sizes, SlotTensors, edited_layer, edited_linear
-from plugin.reservation import Reservation
+from plugin.edited_site import (
+    SLOT_TENSORS,
+    LogitsEdits,
+    Made,
+    ModuleEdits,
+    Numbers,
+    SlotTensors,
+    Step,
+    Tap,
+    edited_class,
+    edited_logits,
+    input_of,
+)
+from plugin.reservation import Place, Reservation, places
 
 BASE_SLOT = 0
 
 
 @dataclass(frozen=True)
 class Anchor:
-    """The module that owns a site: a projection (its input and output) or a whole decoder layer."""
+    """Where a site is in the model: a side of a module, and the part of the vector there that begins at `start`."""
 
     module: nn.Module
-    is_layer: bool
-    sizes: Sizes
+    side: str
+    start: int | None
+    width: int
+    is_layer: bool = False
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A version ready to be written into a slot: its numbers as tensors of the slots' own types."""
+    """A version ready to be written into a slot: its edits with their numbers, by place."""
 
     version: str
-    fields: tuple[tuple[tuple[str, Site], Mapping[str, Tensor]], ...]
+    numbers: Mapping[Place, Numbers]
 
 
 class EditedModel:
@@ -56,31 +70,50 @@ class EditedModel:
     ) -> None:
         self.reservation = reservation
         self.slots = slots
-        self.token_slots = torch.zeros(max_tokens, dtype=torch.int32, device=device)
+        self.step = Step(max_tokens, 1, device)
         self.held: dict[int, str] = {}
         self._pinned = device.type == "cuda"
         self._all_base = True
-        self._places: dict[tuple[str, Site], SlotTensors] = {}
-        for site in reservation.sites():
-            anchor = anchors[site]
-            edits = self._edits_of(anchor)
-            for kind in KINDS:
-                rank = reservation.ranks.get((kind, site))
-                if rank is None:
-                    continue
-                place = SLOT_TENSORS[kind](slots + 1, rank, anchor.sizes, dtype=dtype, device=device)
-                setattr(edits, kind, place)
-                self._places[kind, site] = place
+        self._last_tokens = torch.zeros(0, dtype=torch.int64, device=device)
+        self._output: Tensor | None = None
+        self._carried: dict[int | None, dict[str, Tensor]] = {}
+        self._places: dict[Place, SlotTensors] = {}
+        read_elsewhere = reservation.read_elsewhere()
+        taps = {site: self._tap(site, anchors[site]) for site in sorted({*reservation.sites(), *read_elsewhere})}
+        for site in read_elsewhere:
+            if site.point != "final":  # read by the logits, which are given it
+                taps[site].carries_as = str(site)
+            last = max(place.site for place in reservation.rooms if place.reads == site != place.site)
+            taps[last].forgets.append(str(site))
+        for place, room in sorted(reservation.rooms.items(), key=lambda item: item[0]):
+            reads, writes = anchors[place.reads].width, anchors[place.site].width
+            tensors = SLOT_TENSORS[place.kind](Made(slots + 1, room, reads, writes, dtype, device))
+            taps[place.site].add(place.kind, tensors, None if place.reads == place.site else str(place.reads))
+            self._places[place] = tensors
 
-    def _edits_of(self, anchor: Anchor) -> ModuleEdits:
-        """The edits of a module, made (and the module's class exchanged) the first time it is named."""
-        edits = getattr(anchor.module, "edits", None)
-        if not isinstance(edits, ModuleEdits):
-            edits = ModuleEdits(self.token_slots)
-            anchor.module.edits = edits
-            make: Any = edited_layer if anchor.is_layer else edited_linear
-            anchor.module.__class__ = make(type(anchor.module))
-        return edits
+    def _tap(self, site: Site, anchor: Anchor) -> Tap:
+        """A tap at an anchor; the module's class is exchanged the first time it gets one."""
+        module: Any = anchor.module
+        carried = self._carried.setdefault(site.layer, {})
+        if site.point == "logits":
+            tap = Tap(Step(1, 1, self.step.slots.device), anchor.width, carried)
+            module.edits = LogitsEdits(tap, self.step, self._logit_rows)
+            module.__class__ = edited_logits(module.__class__)
+            return tap
+        tap = Tap(self.step, anchor.width, carried)
+        if "forward" in vars(module):
+            raise UnsupportedHost(
+                f"the module behind {site} has a forward of its own, which edits would not be part of"
+            )
+        if not isinstance(getattr(module, "edits", None), ModuleEdits):
+            module.edits = ModuleEdits(*input_of(module))
+            module.__class__ = edited_class(module.__class__, stream=anchor.is_layer)
+        if anchor.side == "input":
+            module.edits.before = tap
+        else:
+            module.edits.after.append(tap)
+            module.edits.starts.append(anchor.start)
+        return tap
 
     @property
     def bytes_reserved(self) -> int:
@@ -93,22 +126,20 @@ class EditedModel:
         """Everything that can fail or take time, before a slot is touched. InstallRefused when there is no room."""
         if missing := self.reservation.missing(manifest.edits):
             raise InstallRefused(f"version {version[:12]} of {manifest.name!r}", missing)
-        fields = []
-        for edit in manifest.edits:
-            key = edit.kind, Site.parse(edit.site)
-            numbers = {
-                name: torch.from_numpy(np.array(tensors[edit.tensor_name(name)]))
-                for name in edit.shapes(manifest.base.widths)
-            }
-            fields.append((key, numbers))
-        return Prepared(version, tuple(fields))
+        widths = manifest.base.widths
+
+        def numbers(edit: Edit) -> tuple[Edit, dict[str, Any]]:
+            return edit, {field: np.array(tensors[edit.tensor_name(field)]) for field in edit.shapes(widths)}
+
+        return Prepared(version, {place: [numbers(edit) for edit in edits]
+                                  for place, edits in places(manifest.edits).items()})  # fmt: skip
 
     def install(self, slot: int, prepared: Prepared) -> str:
         """Write a prepared version into a free slot; returns the digest of what the slot now holds."""
         if not BASE_SLOT < slot <= self.slots or slot in self.held:
             raise ValueError(f"slot {slot} is not a free slot of 1 to {self.slots}")
-        for key, numbers in prepared.fields:
-            self._places[key].fill(slot, numbers)
+        for place, numbers in prepared.numbers.items():
+            self._places[place].fill(slot, numbers, 0)
         self.held[slot] = prepared.version
         return self.digest(slot)
 
@@ -121,11 +152,32 @@ class EditedModel:
     def digest(self, slot: int) -> str:
         """sha256 over the contents of a slot at every place: equal on workers that hold the same."""
         hasher = hashlib.sha256(self.held.get(slot, "").encode())
-        for (kind, site), place in self._places.items():
-            for name, buffer in place.named_buffers():
-                hasher.update(f"{site}/{kind}/{name}".encode())
-                hasher.update(buffer[slot].contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        for place, tensors in self._places.items():
+            for name, buffer in tensors.named_buffers():
+                hasher.update(f"{place}/{name}".encode())
+                hasher.update(buffer[slot : slot + 1].contiguous().cpu().view(torch.uint8).numpy().tobytes())
         return hasher.hexdigest()
+
+    # -- logits ----------------------------------------------------------------------------------------------------
+
+    def note_output(self, hidden: Any) -> None:
+        """Tell what the model gave in this step: some logits are computed from parts of it."""
+        self._output = hidden if isinstance(hidden, Tensor) else None
+
+    def _logit_rows(self, hidden: Tensor) -> Tensor | None:
+        """Which tokens of the step the rows of `hidden` are; None where nobody's edits matter."""
+        if self._all_base:
+            return None
+        output, width = self._output, hidden.shape[-1]
+        if output is not None and hidden.untyped_storage().data_ptr() == output.untyped_storage().data_ptr():
+            first = (hidden.storage_offset() - output.storage_offset()) // width  # prompt log-probabilities
+            return torch.arange(first, first + len(hidden), device=hidden.device)
+        if len(hidden) != len(self._last_tokens):
+            raise RuntimeError(
+                f"logits of {len(hidden)} tokens are wanted of a step with {len(self._last_tokens)} requests: which "
+                "tokens those are is unknown, so their edits cannot be applied"
+            )
+        return self._last_tokens
 
     # -- the step --------------------------------------------------------------------------------------------------
 
@@ -147,15 +199,16 @@ class EditedModel:
         claims: one per request in batch order; tokens: [requests] how many tokens of each request are in the step.
         Rows beyond the batch keep slots of earlier steps: they are padding, and every slot is safe to compute with.
         """
+        self._last_tokens = torch.from_numpy(np.cumsum(tokens) - 1).to(self.step.slots.device)
         slots = [self.slot_of(claim) for claim in claims]
         all_base = not any(slots)
         if all_base and self._all_base:
             return
         if all_base:
-            self.token_slots.zero_()
+            self.step.slots.zero_()
         else:
             expanded = np.repeat(np.asarray(slots, dtype=np.int32), tokens)
             # A fresh pinned tensor each time: the copy of the step before may still be under way.
             on_host = torch.tensor(expanded, pin_memory=self._pinned)
-            self.token_slots[: len(expanded)].copy_(on_host, non_blocking=True)
+            self.step.slots[: len(expanded)].copy_(on_host, non_blocking=True)
         self._all_base = all_base

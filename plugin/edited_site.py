@@ -1,6 +1,6 @@
-"""A module of the model with its slot tensors: what runs inside the compiled graph.
+"""What runs inside the compiled graph: the slot tensors of a site, and the modules of the model that they sit around.
 
-The module stays the same object with the same parameters; only its class becomes a subclass whose forward applies the
+A module stays the same object with the same parameters; only its class becomes a subclass whose forward applies the
 edits around the original one (as torch's own parametrization does). So weight names, isinstance checks and weight
 reloading are untouched. Slot tensors live in a child module named `edits` and never change address.
 """
@@ -8,58 +8,94 @@ reloading are untouched. Slot tensors live in a child module named `edits` and n
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from edit_store.edits import Array, Edit, Gate, Offset, SubspaceFilter
 from plugin import edit_math
+from plugin.fold import fold_filters
+from plugin.reservation import Room
+
+Numbers = Sequence[tuple[Edit, Mapping[str, Array]]]
+"""Edits that share one place in one version, in order, each with its arrays."""
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Widths that slot tensors of one site are made of."""
+class Made:
+    """How the slot tensors of one place are made."""
 
+    slots: int
+    room: Room
     reads: int
     writes: int
-    heads: int
+    dtype: torch.dtype
+    device: torch.device
 
 
 class SlotTensors(nn.Module):
-    """The tensors of one kind at one site, a row for each slot; `neutral` fills a row that changes nothing."""
+    """The tensors of one kind at one place, a row for each slot. A row of zeros changes nothing.
 
-    neutral = 0.0
+    `lane` [S] says which row of a step's weights a slot's edit is weighed by; None where no edit is.
+    """
+
+    lane: Tensor | None
+
+    def __init__(self, made: Made) -> None:
+        super().__init__()
+        self._made = made
+        self._keep("lane", dtype=torch.int32, feature="weighted")
 
     def reset(self, slot: int) -> None:
         """Make a slot's edit the identity."""
         for buffer in self.buffers():
-            buffer[slot] = self.neutral
+            buffer[slot] = 0
 
-    def fill(self, slot: int, fields: Mapping[str, Tensor]) -> None:
-        """Write an edit's numbers into a neutral slot; ranks the edit does not use stay neutral."""
+    def fill(self, slot: int, numbers: Numbers, lane: int) -> None:
+        """Write edits into a neutral slot; ranks they do not use stay neutral."""
+        if self.lane is not None:
+            self.lane[slot] = lane
+        for name, array in self._fold(numbers).items():
+            buffer, values = self.get_buffer(name), torch.as_tensor(array)
+            if values.ndim and values.shape[0] < buffer.shape[1]:
+                buffer[slot, : values.shape[0]] = values
+            else:
+                buffer[slot] = values
+
+    def _fold(self, numbers: Numbers) -> dict[str, Any]:
+        """Values of the buffers for several edits at once."""
         raise NotImplementedError
 
-    def _keep(self, name: str, *shape: int, **made: Any) -> None:
-        self.register_buffer(name, torch.full(shape, self.neutral, **made), persistent=False)
+    def _keep(self, name: str, *shape: int, dtype: torch.dtype | None = None, feature: str | None = None) -> None:
+        """A buffer of zeros, a row for each slot; None where the place has no room for the `feature` it serves."""
+        made, buffer = self._made, None
+        if feature is None or feature in made.room.features:
+            buffer = torch.zeros(made.slots, *shape, dtype=dtype or made.dtype, device=made.device)
+        self.register_buffer(name, buffer, persistent=False)
 
 
 class ScaleSlots(SlotTensors):
-    """factor: [S, heads]."""
+    """change: [S, writes] = factor - 1, in float32."""
 
-    neutral = 1.0
-    factor: Tensor
+    change: Tensor
 
-    def __init__(self, slots: int, rank: int, sizes: Sizes, **made: Any) -> None:
-        super().__init__()
-        self._keep("factor", slots, sizes.heads, **made)
+    def __init__(self, made: Made) -> None:
+        super().__init__(made)
+        self._keep("change", made.writes, dtype=torch.float32)
 
-    def forward(self, z: Tensor, slots: Tensor) -> Tensor:
-        return edit_math.scale(z, self.factor, slots)
+    def forward(self, value: Tensor, slots: Tensor) -> Tensor:
+        return edit_math.scale(value, self.change, slots)
 
-    def fill(self, slot: int, fields: Mapping[str, Tensor]) -> None:
-        self.factor[slot] = fields["factor"]
+    def _fold(self, numbers: Numbers) -> dict[str, Any]:
+        factor = torch.ones(self._made.writes, dtype=torch.float64)
+        for _, fields in numbers:
+            each = torch.as_tensor(fields["factor"], dtype=torch.float64)
+            factor *= each.repeat_interleave(self._made.writes // len(each))
+        return {"change": (factor - 1).float()}
 
 
 class LowRankSlots(SlotTensors):
@@ -68,125 +104,330 @@ class LowRankSlots(SlotTensors):
     read: Tensor
     write: Tensor
 
-    def __init__(self, slots: int, rank: int, sizes: Sizes, **made: Any) -> None:
-        super().__init__()
-        self._keep("read", slots, rank, sizes.reads, **made)
-        self._keep("write", slots, rank, sizes.writes, **made)
+    def __init__(self, made: Made) -> None:
+        super().__init__(made)
+        self._keep("read", made.room.rank, made.reads)
+        self._keep("write", made.room.rank, made.writes)
 
-    def forward(self, x: Tensor, y: Tensor, slots: Tensor) -> Tensor:
-        return edit_math.low_rank(x, y, self.read, self.write, slots)
+    def forward(self, x: Tensor, slots: Tensor) -> Tensor:
+        return edit_math.low_rank(x, self.read, self.write, slots)
 
-    def fill(self, slot: int, fields: Mapping[str, Tensor]) -> None:
-        rank = fields["read"].shape[0]
-        self.read[slot, :rank] = fields["read"]
-        self.write[slot, :rank] = fields["write"]
+    def _fold(self, numbers: Numbers) -> dict[str, Any]:
+        return {field: _stacked(numbers, field) for field in ("read", "write")}
+
+
+class GateSlots(SlotTensors):
+    """read: [S, rank, reads] in float32, write: [S, rank, writes]; bias, activation and threshold: [S, rank].
+
+    With room for normalising gates also stretch and centre: [S, reads] in float32, normalise: [S].
+    """
+
+    read: Tensor
+    bias: Tensor
+    write: Tensor
+    activation: Tensor
+    threshold: Tensor
+    stretch: Tensor
+    centre: Tensor
+    normalise: Tensor | None
+
+    def __init__(self, made: Made) -> None:
+        super().__init__(made)
+        rank = made.room.rank
+        self._keep("read", rank, made.reads, dtype=torch.float32)
+        self._keep("bias", rank, dtype=torch.float32)
+        self._keep("write", rank, made.writes)
+        self._keep("activation", rank, dtype=torch.int32)
+        self._keep("threshold", rank, dtype=torch.float32)
+        self._keep("stretch", made.reads, dtype=torch.float32, feature="normalise")
+        self._keep("centre", made.reads, dtype=torch.float32, feature="normalise")
+        self._keep("normalise", dtype=torch.bool, feature="normalise")
+
+    def forward(self, x: Tensor, slots: Tensor) -> Tensor:
+        if self.normalise is not None:
+            x = edit_math.normalised(x, slots, stretch=self.stretch, centre=self.centre, normalise=self.normalise)
+        added, _ = edit_math.gate(
+            x, slots, read=self.read, bias=self.bias, write=self.write,
+            activation=self.activation, threshold=self.threshold,
+        )  # fmt: skip
+        return added
+
+    def _fold(self, numbers: Numbers) -> dict[str, Any]:
+        gates = [(edit, fields) for edit, fields in numbers if isinstance(edit, Gate)]
+        neurons = [edit for edit, _ in gates for _ in range(edit.rank)]
+        values: dict[str, Any] = {
+            **{field: _stacked(numbers, field) for field in ("read", "bias", "write")},
+            "activation": torch.tensor([edit_math.ACTIVATION_CODES[edit.activation] for edit in neurons]),
+            "threshold": torch.tensor([edit.threshold for edit in neurons]),
+        }
+        edit, fields = gates[0]
+        if edit.normalise:  # the only one of its place
+            weight, bias = (torch.as_tensor(fields[name], dtype=torch.float64) for name in ("norm_weight", "norm_bias"))
+            stretch = 1 / (weight * self._made.reads**0.5)
+            centre = bias * stretch + torch.as_tensor(fields["centroid"], dtype=torch.float64)
+            values |= {"stretch": stretch.float(), "centre": centre.float(), "normalise": torch.tensor(True)}
+        return values
 
 
 class SubspaceFilterSlots(SlotTensors):
-    """basis: [S, rank, hidden], shift: [S, rank] = basis @ mean, kept in float32."""
+    """read: [S, rank, writes], shift: [S, rank] in float32; write: [S, rank, writes] where it may differ from -read.
 
-    basis: Tensor
+    With room for projections onto a subspace also drop: [S], constant: [S, writes], in float32.
+    """
+
+    read: Tensor
     shift: Tensor
+    write: Tensor | None
+    drop: Tensor | None
+    constant: Tensor
 
-    def __init__(self, slots: int, rank: int, sizes: Sizes, **made: Any) -> None:
-        super().__init__()
-        self._keep("basis", slots, rank, sizes.writes, **made)
-        self._keep("shift", slots, rank, **{**made, "dtype": torch.float32})
+    def __init__(self, made: Made) -> None:
+        super().__init__(made)
+        rank = made.room.rank
+        self._keep("read", rank, made.writes)
+        self._keep("shift", rank, dtype=torch.float32)
+        self._keep("write", rank, made.writes, feature="dual")
+        self._keep("drop", dtype=torch.float32, feature="onto")
+        self._keep("constant", made.writes, dtype=torch.float32, feature="onto")
 
-    def forward(self, hidden: Tensor, stream: Tensor, slots: Tensor) -> Tensor:
-        return edit_math.subspace_filter(hidden, stream, self.basis, self.shift, slots)
+    def forward(self, value: Tensor, slots: Tensor) -> Tensor:
+        added = edit_math.subspace_filter(value, self.read, self.write, self.shift, slots)
+        if self.drop is not None:
+            added = added + edit_math.pull(value, self.drop, self.constant, slots)
+        return added
 
-    def fill(self, slot: int, fields: Mapping[str, Tensor]) -> None:
-        rank = fields["basis"].shape[0]
-        self.basis[slot, :rank] = fields["basis"]
-        self.shift[slot, :rank] = fields["basis"] @ fields["mean"]
+    def _fold(self, numbers: Numbers) -> dict[str, Any]:
+        folded = fold_filters([(edit, fields) for edit, fields in numbers if isinstance(edit, SubspaceFilter)])
+        values: dict[str, Any] = {"read": folded.read, "shift": folded.shift}
+        if self.write is not None:
+            values["write"] = folded.write
+        if self.drop is not None:
+            values |= {"drop": folded.drop, "constant": folded.constant}
+        return values
 
 
 class OffsetSlots(SlotTensors):
-    """vector: [S, hidden]."""
+    """vector: [S, writes]; with room for norm-preserving ones also renorm: [S]."""
 
     vector: Tensor
+    renorm: Tensor | None
 
-    def __init__(self, slots: int, rank: int, sizes: Sizes, **made: Any) -> None:
-        super().__init__()
-        self._keep("vector", slots, sizes.writes, **made)
+    def __init__(self, made: Made) -> None:
+        super().__init__(made)
+        self._keep("vector", made.writes)
+        self._keep("renorm", dtype=torch.bool, feature="renorm")
 
-    def forward(self, hidden: Tensor, slots: Tensor) -> Tensor:
-        return edit_math.offset(hidden, self.vector, slots)
+    def forward(self, value: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
+        return edit_math.offset(value, self.vector, self.renorm, slots, weight)
 
-    def fill(self, slot: int, fields: Mapping[str, Tensor]) -> None:
-        self.vector[slot] = fields["vector"]
+    def _fold(self, numbers: Numbers) -> dict[str, Any]:
+        values: dict[str, Any] = {"vector": sum(torch.as_tensor(fields["vector"]) for _, fields in numbers)}
+        if self.renorm is not None:
+            values["renorm"] = any(isinstance(edit, Offset) and edit.renorm for edit, _ in numbers)
+        return values
 
 
-SLOT_TENSORS: dict[str, Callable[..., SlotTensors]] = {
+def _stacked(numbers: Numbers, field: str) -> Tensor:
+    return torch.cat([torch.as_tensor(fields[field]) for _, fields in numbers])
+
+
+SLOT_TENSORS: dict[str, type[SlotTensors]] = {
     "scale": ScaleSlots,
     "low_rank": LowRankSlots,
+    "gate": GateSlots,
     "subspace_filter": SubspaceFilterSlots,
     "offset": OffsetSlots,
 }
 
 
-class ModuleEdits(nn.Module):
-    """The slot tensors of one module by kind, and the token slots they are gathered by.
+class Step(nn.Module):
+    """What every site reads of the coming step: each token's slot, and its weight in each lane."""
 
-    A kind that is not reserved here is None: the compiler never sees it.
-    """
+    slots: Tensor
+    weights: Tensor
 
-    token_slots: Tensor
-
-    def __init__(self, token_slots: Tensor) -> None:
+    def __init__(self, max_tokens: int, lanes: int, device: torch.device) -> None:
         super().__init__()
-        self.register_buffer("token_slots", token_slots, persistent=False)
-        self.scale: ScaleSlots | None = None
-        self.low_rank: LowRankSlots | None = None
-        self.subspace_filter: SubspaceFilterSlots | None = None
-        self.offset: OffsetSlots | None = None
+        self.register_buffer("slots", torch.zeros(max_tokens, dtype=torch.int32, device=device), persistent=False)
+        self.register_buffer("weights", torch.ones(lanes, max_tokens, device=device), persistent=False)
 
-    def around_linear(self, x: Tensor) -> Tensor:
-        """The input of a projection, edited."""
-        return x if self.scale is None else self.scale(x, self.token_slots[: x.shape[0]])
+    def weight(self, lane: Tensor, slots: Tensor) -> Tensor:
+        """[T, 1]: each token's weight in the lane of its slot's edit."""
+        lanes = self.weights[:, : slots.shape[0]]
+        return lanes.gather(0, lane[slots].long().unsqueeze(0)).squeeze(0).unsqueeze(-1)
 
-    def after_linear(self, x: Tensor, y: Tensor) -> Tensor:
-        """The output of a projection, edited; `x` is the input it saw."""
-        return y if self.low_rank is None else self.low_rank(x, y, self.token_slots[: x.shape[0]])
 
-    def after_layer(self, hidden: Tensor, residual: Tensor) -> Tensor:
+class Tap(nn.Module):
+    """All edits of one site, in the order that `edit_store.edits` lays down."""
+
+    def __init__(self, step: Step, width: int, carried: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.step = step
+        self.width = width
+        self.carries_as: str | None = None
+        """the name under which later taps of the layer find this site's vector, if any of them reads it"""
+        self._carried = carried
+        self.scales, self.adds, self.filters, self.offsets = (nn.ModuleList() for _ in range(4))
+        self.sources: list[str | None] = []
+        """what each of `adds` reads: another site's name, or None for this one"""
+        self.forgets: list[str] = []
+        """names that nobody reads after this tap"""
+
+    def add(self, kind: str, slots: SlotTensors, source: str | None) -> None:
+        """Attach the slot tensors of one place."""
+        if kind in ("low_rank", "gate"):
+            self.adds.append(slots)
+            self.sources.append(source)
+        else:
+            {"scale": self.scales, "subspace_filter": self.filters, "offset": self.offsets}[kind].append(slots)
+
+    @property
+    def edits(self) -> bool:
+        """Whether anything is edited here, or the vector only read."""
+        return any(len(each) for each in (self.scales, self.adds, self.filters, self.offsets))
+
+    def forward(self, value: Tensor) -> Tensor:
+        """What the edits add to `value` [T, width], in float32."""
+        value = value.float()
+        slots = self.step.slots[: value.shape[0]]
+        added = torch.zeros_like(value)
+        for scale in self.scales:
+            added = added + self._weighed(scale, scale(value, slots), slots)
+        now = value + added
+        for adding, source in zip(self.adds, self.sources, strict=True):
+            x = now if source is None else self._carried[source].float()
+            added = added + self._weighed(adding, adding(x, slots), slots)
+        for source in self.forgets:
+            del self._carried[source]
+        for filtering in self.filters:
+            added = added + self._weighed(filtering, filtering(value + added, slots), slots)
+        for moving in self.offsets:
+            added = added + moving(value + added, slots, self._weight(moving, slots))
+        return added
+
+    def keep(self, value: Tensor) -> None:
+        """Let later taps of the layer read this site's vector."""
+        if self.carries_as is not None:
+            self._carried[self.carries_as] = value
+
+    def supply(self, value: Tensor) -> None:
+        """Give this tap the vector that its edits read elsewhere, where no tap before it could keep it."""
+        for source in self.forgets:
+            self._carried[source] = value
+
+    def _weighed(self, place: Any, added: Tensor, slots: Tensor) -> Tensor:
+        weight = self._weight(place, slots)
+        return added if weight is None else added * weight
+
+    def _weight(self, place: Any, slots: Tensor) -> Tensor | None:
+        return None if place.lane is None else self.step.weight(place.lane, slots)
+
+    def edited(self, tensor: Tensor, start: int | None) -> Tensor:
+        """A module's input or output, or the part of it from `start` on that is this site, after the edits."""
+        whole = tensor if start is None else tensor[..., start : start + self.width]
+        value = whole.reshape(-1, self.width)
+        if self.edits:
+            value = (value.float() + self(value)).to(tensor.dtype)
+        self.keep(value)
+        if not self.edits:
+            return tensor
+        part: Tensor = value.reshape(whole.shape)
+        if start is None:
+            return part
+        return torch.cat([tensor[..., :start], part, tensor[..., start + self.width :]], dim=-1)
+
+    def edited_stream(self, hidden: Tensor, residual: Tensor) -> Tensor:
         """One half of the residual stream, so changed that the sum of both halves is the edited stream."""
-        slots = self.token_slots[: hidden.shape[0]]
-        if self.subspace_filter is not None:
-            hidden = self.subspace_filter(hidden, hidden.float() + residual.float(), slots)
-        if self.offset is not None:
-            hidden = self.offset(hidden, slots)
-        return hidden
+        edited: Tensor = hidden.float() + self(hidden.float() + residual.float())
+        return edited.to(hidden.dtype)
+
+
+class ModuleEdits(nn.Module):
+    """The taps around one module: on its input, and on its output or parts of it."""
+
+    def __init__(self, argument: str, position: int) -> None:
+        super().__init__()
+        self.argument, self.position = argument, position
+        """name and place of the input among the forward's arguments"""
+        self.before: Tap | None = None
+        self.after = nn.ModuleList()
+        self.starts: list[int | None] = []
+
+    def edited_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the module's forward, its input edited."""
+        if self.before is None:
+            return args, kwargs
+        if self.argument in kwargs:
+            return args, {**kwargs, self.argument: self.before.edited(kwargs[self.argument], None)}
+        value = self.before.edited(args[self.position], None)
+        return (*args[: self.position], value, *args[self.position + 1 :]), kwargs
+
+    def edited_output(self, output: Any, *, stream: bool) -> Any:
+        """What the module's forward gave, edited; of the two halves of a residual stream, one is."""
+        if not isinstance(output, tuple):
+            return self._edited_parts(output)
+        first, *rest = output
+        if stream and isinstance(rest[0], Tensor):
+            for tap, _ in self._outputs():
+                first = tap.edited_stream(first, rest[0])
+            return first, *rest
+        return self._edited_parts(first), *rest
+
+    def _edited_parts(self, output: Tensor) -> Tensor:
+        for tap, start in self._outputs():
+            output = tap.edited(output, start)
+        return output
+
+    def _outputs(self) -> Iterator[tuple[Any, int | None]]:
+        return zip(self.after, self.starts, strict=True)
+
+
+class LogitsEdits(nn.Module):
+    """The tap on the logits, which are computed outside the graph and for some tokens only; `rows` says for which."""
+
+    def __init__(self, tap: Tap, step: Step, rows: Callable[[Tensor], Tensor | None]) -> None:
+        super().__init__()
+        self.tap = tap
+        self._whole_step = step
+        self._rows = rows
+
+    def edited(self, logits: Tensor | None, hidden: Tensor) -> Tensor | None:
+        """The logits of the tokens whose hidden states are `hidden`, edited."""
+        rows = self._rows(hidden)
+        if logits is None or rows is None:
+            return logits
+        self.tap.step.slots = self._whole_step.slots[rows]
+        self.tap.step.weights = self._whole_step.weights[:, rows]
+        self.tap.supply(hidden)
+        return self.tap.edited(logits, None)
 
 
 @functools.cache
-def edited_linear(cls: Any) -> type[nn.Module]:
-    """A subclass of a linear layer of vLLM (input -> output, or (output, bias)) with edits around it."""
+def edited_logits(cls: type[Any]) -> type[nn.Module]:
+    """A subclass of vLLM's logits processor whose logits are edited."""
 
-    class EditedLinear(cls):  # type: ignore[misc]
-        def forward(self, x: Tensor) -> Any:
-            x = self.edits.around_linear(x)
-            outputs = super().forward(x)
-            if isinstance(outputs, tuple):
-                return self.edits.after_linear(x, outputs[0]), *outputs[1:]
-            return self.edits.after_linear(x, outputs)
+    class EditedLogits(cls):  # type: ignore[misc]
+        def forward(self, lm_head: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return self.edits.edited(super().forward(lm_head, hidden_states, *args, **kwargs), hidden_states)
 
-    return _named(EditedLinear, cls)
+    return EditedLogits
 
 
 @functools.cache
-def edited_layer(cls: Any) -> type[nn.Module]:
-    """A subclass of a decoder layer of vLLM that returns the residual stream as two halves (hidden, residual)."""
+def edited_class(cls: type[Any], *, stream: bool) -> type[nn.Module]:
+    """A subclass of a module's class with edits around its forward; `stream`: of a decoder layer."""
 
-    class EditedLayer(cls):  # type: ignore[misc]
+    class Edited(cls):  # type: ignore[misc]
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            hidden, residual = super().forward(*args, **kwargs)
-            return self.edits.after_layer(hidden, residual), residual
+            args, kwargs = self.edits.edited_input(args, kwargs)
+            return self.edits.edited_output(super().forward(*args, **kwargs), stream=stream)
 
-    return _named(EditedLayer, cls)
+    Edited.__name__ = Edited.__qualname__ = f"Edited{cls.__name__}"
+    return Edited
 
 
-def _named(edited: type[nn.Module], original: Any) -> type[nn.Module]:
-    edited.__name__ = edited.__qualname__ = f"Edited{original.__name__}"
-    return edited
+def input_of(module: nn.Module) -> tuple[str, int]:
+    """Name and position of the hidden states among the arguments of a module's forward."""
+    names = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
+    position = names.index("hidden_states") if "hidden_states" in names else 0
+    return names[position], position

@@ -6,83 +6,162 @@ setting to raise. What is not reserved costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import groupby
 from typing import Any
 
-from edit_store.edits import KINDS, Edit
+from edit_store.architectures import Architecture
+from edit_store.edits import KINDS, READS, SERVED_PER_REQUEST, Edit, Gate, Offset, SubspaceFilter
 from edit_store.errors import Reason, SettingsError
-from edit_store.sites import POINTS, Site, Widths
+from edit_store.sites import Site, Widths
 from server_config.settings import Reserve
 
-DEFAULT_RANK = 1
+Features = frozenset[str]
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """Where edits of one kind that can be computed together stand. `turn` counts those that cannot, from 0."""
+
+    site: Site
+    kind: str
+    reads: Site
+    turn: int = 0
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much a place holds: a rank, and what else its tensors must be able to do (`Reserve.features`)."""
+
+    rank: int = 1
+    features: Features = frozenset()
+
+    def __or__(self, other: Room) -> Room:
+        """Room enough for either."""
+        return Room(max(self.rank, other.rank), self.features | other.features)
+
+    def holds(self, other: Room) -> bool:
+        """Whether what needs `other` fits."""
+        return self.rank >= other.rank and self.features >= other.features
+
+
+def places(edits: Iterable[Edit]) -> dict[Place, tuple[Edit, ...]]:
+    """The edits of one version by the place that computes them, those of one place in their order."""
+    found: dict[Place, tuple[Edit, ...]] = {}
+
+    def target(edit: Edit) -> tuple[Site, str, Site]:
+        return Site.parse(edit.site), edit.kind, Site.parse(edit.source)
+
+    for (site, kind, reads), group in groupby(sorted(edits, key=lambda each: (target(each), each.part)), key=target):
+        turn, together = 0, list[Edit]()
+        for edit in group:
+            if together and not _computed_together(together[-1], edit):
+                found[Place(site, kind, reads, turn)] = tuple(together)
+                turn, together = turn + 1, []
+            together.append(edit)
+        found[Place(site, kind, reads, turn)] = tuple(together)
+    return found
+
+
+def _computed_together(one: Edit, other: Edit) -> bool:
+    return not any(isinstance(edit, Gate) and edit.normalise for edit in (one, other))
+
+
+def room_for(edits: Sequence[Edit]) -> Room:
+    """What the edits of one place need."""
+    features = set()
+    for edit in edits:
+        if isinstance(edit, Gate) and edit.normalise:
+            features.add("normalise")
+        if isinstance(edit, SubspaceFilter):
+            features |= {"onto", "dual"} if edit.onto else {"dual"} if edit.oblique or len(edits) > 1 else set()
+        if isinstance(edit, Offset) and edit.renorm:
+            features.add("renorm")
+    return Room(sum(edit.capacity for edit in edits) if edits[0].ranked else 1, frozenset(features))
 
 
 @dataclass(frozen=True)
 class Reservation:
-    """Rank by (kind, site)."""
+    """Room by place."""
 
-    ranks: Mapping[tuple[str, Site], int]
-
-    @classmethod
-    def for_edits(cls, edits: Iterable[Edit]) -> Reservation:
-        """Exactly what these edits need."""
-        ranks: dict[tuple[str, Site], int] = {}
-        for edit in edits:
-            key = edit.kind, Site.parse(edit.site)
-            ranks[key] = max(edit.capacity, ranks.get(key, 0))
-        return cls(ranks)
+    rooms: Mapping[Place, Room]
 
     @classmethod
-    def for_everything(cls, widths: Widths) -> Reservation:
-        """Every kind at every site where it has a meaning: for a server that starts with an empty store."""
-        return cls(
-            {
-                (kind, Site(layer, point)): DEFAULT_RANK
-                for kind, edit in KINDS.items()
-                for point in edit.points
-                for layer in range(widths.layers)
-            }
-        )
+    def for_versions(cls, versions: Iterable[Iterable[Edit]]) -> Reservation:
+        """Exactly what these versions need, each given by its edits."""
+        rooms: dict[Place, Room] = {}
+        for edits in versions:
+            served = (edit for edit in edits if edit.kind in SERVED_PER_REQUEST)
+            for place, together in places(served).items():
+                rooms[place] = rooms.get(place, Room()) | room_for(together)
+        return cls(rooms)
 
     @classmethod
-    def from_settings(cls, reserve: Iterable[Reserve], widths: Widths) -> Reservation:
+    def usual(cls, architecture: Architecture, widths: Widths) -> Reservation:
+        """For a server that starts with an empty store: rank one of what most methods use, at every layer."""
+        wanted = (
+            ("scale", "attn.z"), ("low_rank", "mlp.out"), ("subspace_filter", "resid"), ("offset", "resid")
+        )  # fmt: skip
+        return cls({
+            Place(site, kind, _usual_source(kind, site)): Room()
+            for site in architecture.sites(widths.layers)
+            for kind, point in wanted
+            if site.point == point and architecture.hidden(_usual_source(kind, site).point) is None
+        })  # fmt: skip
+
+    @classmethod
+    def from_settings(cls, reserve: Iterable[Reserve], architecture: Architecture, widths: Widths) -> Reservation:
         """Expand patterns over a model's sites. SettingsError when a pattern fits no place of its kind."""
-        ranks: dict[tuple[str, Site], int] = {}
+        rooms: dict[Place, Room] = {}
         unmatched = []
         for item in reserve:
+            points = [point for point in KINDS[item.kind].points if architecture.hidden(point) is None]
             sites = [
-                Site(layer, point)
-                for point in KINDS[item.kind].points
-                for layer in range(widths.layers)
-                if fnmatchcase(str(Site(layer, point)), item.site)
-            ]
+                site for site in architecture.sites(widths.layers)
+                if site.point in points and fnmatchcase(str(site), item.site) and _readable(item, site)
+            ]  # fmt: skip
             if not sites:
+                reading = f" reading {item.reads}" if item.reads else ""
                 unmatched.append(
-                    f"edits.reserve: {item.kind} at {item.site!r} fits no site; {item.kind} can stand at "
-                    f"{', '.join(KINDS[item.kind].points)} of layers 0 to {widths.layers - 1}"
+                    f"edits.reserve: {item.kind} at {item.site!r}{reading} fits no site; {item.kind} can stand at "
+                    f"{', '.join(points)}, in layers 0 to {widths.layers - 1}"
                 )
             for site in sites:
-                ranks[item.kind, site] = max(item.rank, ranks.get((item.kind, site), 0))
+                reads = site.beside(item.reads) if item.reads else _usual_source(item.kind, site)
+                place = Place(site, item.kind, reads, item.turn)
+                rooms[place] = rooms.get(place, Room()) | Room(item.rank, frozenset(item.features))
         if unmatched:
             raise SettingsError("\n".join(unmatched))
-        return cls(ranks)
+        return cls(rooms)
 
     def missing(self, edits: Iterable[Edit]) -> list[Reason]:
-        """Why these edits do not fit, each with the setting that would make room."""
-        reasons = []
-        for edit in edits:
-            have = self.ranks.get((edit.kind, Site.parse(edit.site)), 0)
-            if have >= edit.capacity:
+        """Why the edits of a version do not fit, each with the setting that would make room."""
+        edits = list(edits)
+        reasons = [
+            Reason(
+                "weights_mode",
+                f"weight_delta at {edit.site} changes a whole matrix, which is not done per request. Make a low_rank "
+                "edit of it, or serve it in the install mode `weights`",
+            )
+            for edit in edits
+            if edit.kind not in SERVED_PER_REQUEST
+        ]
+        for place, together in places(edit for edit in edits if edit.kind in SERVED_PER_REQUEST).items():
+            need, have = room_for(together), self.rooms.get(place)
+            if have is not None and have.holds(need):
                 continue
-            found = f"rank {have} is reserved" if have else "nothing is reserved there"
-            wish = f'{{"kind": "{edit.kind}", "site": "{edit.site}", "rank": {edit.capacity}}}'
+            wish = Reserve(
+                kind=place.kind, site=str(place.site), rank=need.rank, turn=place.turn,
+                reads=place.reads.point if place.reads != _usual_source(place.kind, place.site) else None,
+                features=tuple(sorted(need.features)),
+            )  # fmt: skip
             reasons.append(
                 Reason(
                     "capacity",
-                    f"{edit.kind} of rank {edit.capacity} at {edit.site}: {found}. Add {wish} to edits.reserve "
-                    "and restart, or restart with edits.reserve unset to make room for what is promoted",
+                    f"{_called(place, need)}: {_found(have)}. Add {wish.model_dump_json(exclude_defaults=True)} to "
+                    "edits.reserve and restart, or restart with edits.reserve unset to make room for what is promoted",
                 )
             )
         return reasons
@@ -90,18 +169,52 @@ class Reservation:
     def to_settings(self) -> list[dict[str, Any]]:
         """The same as explicit settings, sorted: one reservation has one spelling."""
         return [
-            {"kind": kind, "site": str(site), "rank": rank}
-            for (kind, site), rank in sorted(self.ranks.items(), key=lambda item: (item[0][1], item[0][0]))
-        ]
+            {
+                "kind": place.kind, "site": str(place.site), "reads": place.reads.point, "turn": place.turn,
+                "rank": room.rank, "features": sorted(room.features),
+            }
+            for place, room in sorted(self.rooms.items(), key=lambda item: item[0])
+        ]  # fmt: skip
 
     def sites(self) -> list[Site]:
         """Every reserved site once, in model order."""
-        order = {point: index for index, point in enumerate(POINTS)}
-        return sorted({site for _, site in self.ranks}, key=lambda site: (site.layer, order[site.point]))
+        return sorted({place.site for place in self.rooms})
+
+    def read_elsewhere(self) -> set[Site]:
+        """Sites that an edit at another site reads."""
+        return {place.reads for place in self.rooms if place.reads != place.site}
 
     def __str__(self) -> str:
-        by_kind: dict[str, list[int]] = {}
-        for (kind, _), rank in self.ranks.items():
-            by_kind.setdefault(kind, []).append(rank)
-        parts = [f"{kind} at {len(ranks)} site(s) up to rank {max(ranks)}" for kind, ranks in sorted(by_kind.items())]
+        by_kind: dict[str, list[Place]] = {}
+        for place in self.rooms:
+            by_kind.setdefault(place.kind, []).append(place)
+        parts = [
+            f"{kind} at {len({place.site for place in found})} site(s) up to rank "
+            f"{max(self.rooms[place].rank for place in found)}"
+            for kind, found in sorted(by_kind.items())
+        ]
         return "; ".join(parts) or "nothing"
+
+
+def _usual_source(kind: str, site: Site) -> Site:
+    """What an edit reads unless it says otherwise: its module's input, or for other kinds its own site."""
+    return site.beside(READS.get(site.point, (site.point,))[0]) if kind in ("low_rank", "gate") else site
+
+
+def _readable(item: Reserve, site: Site) -> bool:
+    if item.reads is None:
+        return True
+    return item.reads == site.point or (item.kind in ("low_rank", "gate") and item.reads in READS.get(site.point, ()))
+
+
+def _called(place: Place, need: Room) -> str:
+    reads = f" reading {place.reads}" if place.reads != place.site else ""
+    extra = f" with {', '.join(sorted(need.features))}" if need.features else ""
+    return f"{place.kind} of rank {need.rank} at {place.site}{reads}{extra}"
+
+
+def _found(have: Room | None) -> str:
+    if have is None:
+        return "nothing is reserved there"
+    extra = f" with {', '.join(sorted(have.features))}" if have.features else ""
+    return f"rank {have.rank}{extra} is reserved"

@@ -25,9 +25,14 @@ class Reserve(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["scale", "low_rank", "subspace_filter", "offset"] = Field(description="kind of edit")
+    kind: Literal["scale", "low_rank", "gate", "subspace_filter", "offset"] = Field(description="kind of edit")
     site: str = Field(description="site or pattern, e.g. layers.*.mlp.out or layers.3.resid")
     rank: int = Field(default=1, ge=1, le=MAX_RANK, description="largest rank an edit there may have")
+    reads: str | None = Field(default=None, description="point that it reads; by default the input of its module")
+    turn: int = Field(default=0, ge=0, description="counts edits there that cannot be computed together")
+    features: tuple[Literal["dual", "normalise", "onto", "renorm", "weighted"], ...] = Field(
+        default=(), description="what else an edit there may be; refusals name what is missing"
+    )
 
 
 def _tag(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,9 +16,10 @@ from hypothesis import HealthCheck, settings
 from prometheus_client import CollectorRegistry
 from torch import Tensor, nn
 
-from edit_store import BaseModelRef, Bundle, EditStore, Offset, Provenance, TagEntry, Widths, check
+from edit_store import BaseModelRef, Bundle, EditStore, Gate, LowRank, Offset, Provenance, TagEntry, Widths, check
 from edit_store.backends import Backend, Item
 from edit_store.cache import NodeCache
+from edit_store.edits import Array, order_at_site
 from edit_store.errors import BundleRefused, EditsError, StoreUnavailable
 from edit_store.reader import Reader
 from edit_store.signing import SigningKey
@@ -32,7 +33,7 @@ from plugin.residency import Resident
 from plugin.vllm_host.architectures import anchors
 from tests.conftest import publish
 
-WIDTHS = Widths(layers=3, hidden=8, mlp=16, heads=2, head_dim=4)
+WIDTHS = Widths(layers=3, hidden=8, mlp=16, heads=2, kv_heads=1, head_dim=4, vocab=24)
 BASE = BaseModelRef(name="tiny", architecture="LlamaForCausalLM", widths=WIDTHS, files={"model.safetensors": "a" * 64})
 MAX_TOKENS = 32
 SLOTS = 3
@@ -55,22 +56,54 @@ class Projection(nn.Module):
         return x @ self.weight.T, None
 
 
-class TinyLayer(nn.Module):
-    """A decoder layer with the residual stream in two halves. Attention is token-wise: nothing here mixes tokens."""
+class TinyAttention(nn.Module):
+    """Fused queries, keys and values; token-wise, so nothing here mixes tokens."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.self_attn: Any = nn.Module()
-        self.mlp: Any = nn.Module()
-        self.self_attn.o_proj = Projection(WIDTHS.hidden, WIDTHS.hidden)
-        self.mlp.up_proj = Projection(WIDTHS.hidden, WIDTHS.mlp)
-        self.mlp.down_proj = Projection(WIDTHS.mlp, WIDTHS.hidden)
+        self.qkv_proj = Projection(WIDTHS.hidden, sum(map(WIDTHS.of, ("q.out", "k.out", "v.out"))))
+        self.o_proj = Projection(WIDTHS.of("attn.z"), WIDTHS.hidden)
 
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        q, k, v = self.qkv_proj(hidden_states)[0].split([WIDTHS.of(name) for name in ("q.out", "k.out", "v.out")], -1)
+        output: Tensor = self.o_proj(q.tanh() * k.repeat(1, 2) + v.repeat(1, 2))[0]
+        return output
+
+
+class TinyMLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = Projection(WIDTHS.hidden, 2 * WIDTHS.mlp)
+        self.down_proj = Projection(WIDTHS.mlp, WIDTHS.hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x)[0].chunk(2, -1)
+        output: Tensor = self.down_proj(gate.relu() * up)[0]
+        return output
+
+
+class TinyLayer(nn.Module):
+    """A decoder layer with the residual stream in two halves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = TinyAttention(), TinyMLP()
+
+    def forward(self, hidden_states: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        stream = hidden_states if residual is None else hidden_states + residual
+        residual = stream + self.self_attn(hidden_states=stream.tanh())
+        return self.mlp(residual.tanh()), residual
+
+
+class TinyNorm(nn.Module):
     def forward(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        stream = hidden + residual
-        residual = stream + self.self_attn.o_proj(stream.tanh())[0]
-        output: Tensor = self.mlp.down_proj(self.mlp.up_proj(residual)[0].relu())[0]
-        return output, residual
+        return (hidden + residual).tanh(), hidden + residual
+
+
+class TinyLogits(nn.Module):
+    def forward(self, lm_head: Projection, hidden_states: Tensor) -> Tensor:
+        logits: Tensor = lm_head(hidden_states)[0]
+        return logits
 
 
 class TinyModel(nn.Module):
@@ -81,12 +114,65 @@ class TinyModel(nn.Module):
         torch.manual_seed(seed)
         self.model: Any = nn.Module()
         self.model.layers = nn.ModuleList(TinyLayer() for _ in range(WIDTHS.layers))
+        self.model.norm = TinyNorm()
+        self.lm_head = Projection(WIDTHS.hidden, WIDTHS.vocab)
+        self.logits_processor = TinyLogits()
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden, residual = x, torch.zeros_like(x)
+        """The last hidden states, from which `logits` are computed."""
+        hidden, residual = x, None
         for layer in self.model.layers:
             hidden, residual = layer(hidden, residual)
-        return hidden + residual
+        final: Tensor = self.model.norm(hidden, residual)[0]
+        return final
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """As vLLM's compute_logits."""
+        computed: Tensor = self.logits_processor(self.lm_head, hidden)
+        return computed
+
+
+At = Callable[[str, Array], Array]
+"""What becomes of a vector at a site."""
+
+
+def tiny_by_formula(model: TinyModel, x: Tensor, at: At) -> Array:
+    """The tiny model's logits in numpy, for all tokens; `at` is called at every site."""
+    stream = at("embed.out", x.numpy())
+    for number, layer in enumerate(model.model.layers):
+        here = f"layers.{number}."
+        modules = (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj)
+        weights = [module.weight.numpy().T for module in modules]
+        attended = at(f"{here}attn.in", np.tanh(stream)) @ weights[0]
+        ends = [WIDTHS.of("q.out"), WIDTHS.of("q.out") + WIDTHS.of("k.out")]
+        q, k, v = np.split(attended, ends, -1)
+        q, k, v = at(f"{here}q.out", q), at(f"{here}k.out", k), at(f"{here}v.out", v)
+        z = at(f"{here}attn.z", np.tanh(q) * np.tile(k, 2) + np.tile(v, 2))
+        stream = stream + at(f"{here}attn.out", z @ weights[1])
+        gate, up = np.split(at(f"{here}mlp.in", np.tanh(stream)) @ weights[2], 2, -1)
+        h = at(f"{here}mlp.h", np.maximum(at(f"{here}gate.out", gate), 0) * at(f"{here}up.out", up))
+        stream = at(f"{here}resid", stream + at(f"{here}mlp.out", h @ weights[3]))
+    return at("logits", at("final", np.tanh(stream)) @ model.lm_head.weight.numpy().T)
+
+
+def edits_by_formula(pairs: Sequence[tuple[Any, Mapping[str, Array]]]) -> At:
+    """What edits do to every site, by the `apply` of their kinds and the order of `edit_store.edits`."""
+    seen: dict[str, Array] = {}
+
+    def at(site: str, value: Array) -> Array:
+        here = sorted((pair for pair in pairs if pair[0].site == site), key=lambda pair: order_at_site(pair[0]))
+        adding: Array | None = None
+        for edit, fields in here:
+            if isinstance(edit, LowRank | Gate):
+                adding = value if adding is None else adding
+                x = adding if edit.source == site else seen[edit.source]
+                value = edit.apply(x, value, **fields)
+            else:
+                value = edit.apply(value, **fields)
+        seen[site] = value
+        return value
+
+    return at
 
 
 def edited_model(

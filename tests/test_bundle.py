@@ -10,11 +10,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edit_store import BaseModelRef, Bundle, LowRank, Manifest, Offset, Provenance, Scale, SubspaceFilter, Widths, check
+from edit_store import (
+    BaseModelRef,
+    Bundle,
+    Gate,
+    LowRank,
+    Manifest,
+    Offset,
+    Provenance,
+    Scale,
+    SubspaceFilter,
+    WeightDelta,
+    Widths,
+    check,
+)
 from edit_store.bundle import canonical_json, sha256
 from edit_store.errors import BundleRefused
+from edit_store.verify import edit_rules
 
-WIDTHS = Widths(layers=4, hidden=8, mlp=16, heads=2, head_dim=4)
+WIDTHS = Widths(layers=4, hidden=8, mlp=16, heads=2, kv_heads=2, head_dim=4, vocab=32)
 BASE = BaseModelRef(name="tiny", architecture="LlamaForCausalLM", widths=WIDTHS, files={"model.safetensors": "a" * 64})
 PROVENANCE = Provenance(tool="tests", method="random")
 
@@ -25,6 +39,10 @@ def arrays(edit: Any, seed: int = 0) -> dict[str, np.ndarray]:
     fields = {name: generator.normal(size=shape) for name, shape in edit.shapes(WIDTHS).items()}
     if "basis" in fields:
         fields["basis"] = np.linalg.qr(fields["basis"].T)[0].T
+    if "dual" in fields:
+        fields["dual"] = fields["basis"]
+    if "rows" in fields:
+        fields |= {"rows": [0, 1, 2], "columns": [3, 0, 2]}
     return fields
 
 
@@ -33,7 +51,13 @@ def edits_of_every_kind() -> list[Any]:
         LowRank(site="layers.1.mlp.out", reads="layers.1.mlp.h", rank=2),
         Scale(site="layers.2.attn.z"),
         SubspaceFilter(site="layers.3.resid", rank=2),
+        SubspaceFilter(site="layers.3.resid", rank=1, oblique=True, part=2),
+        SubspaceFilter(site="final", rank=3, onto=True),
         Offset(site="layers.3.resid"),
+        Offset(site="layers.3.resid", renorm=True, part=2),
+        JET_PACK,
+        SPARSE,
+        WeightDelta(site="layers.1.q.out", reads="layers.1.attn.in"),
     ]
 
 
@@ -41,6 +65,10 @@ def bundle_of(edits: list[Any], changes: dict[str, Any] | None = None, **tensors
     pairs = [(edit, {**arrays(edit), **tensors}) for edit in edits]
     made = Bundle.create("polite", BASE, pairs, PROVENANCE)
     return made if changes is None else Bundle(made.manifest.model_copy(update=changes), made.tensor_bytes)
+
+
+JET_PACK = Gate(site="layers.0.mlp.out", reads="layers.0.mlp.in", rank=1, normalise=True)
+SPARSE = WeightDelta(site="layers.0.mlp.out", reads="layers.0.mlp.h", layout="sparse", count=3)
 
 
 def codes(refusal: pytest.ExceptionInfo[BundleRefused]) -> set[str]:
@@ -113,7 +141,14 @@ def test_bytes_that_are_no_manifest_are_refused(data: bytes) -> None:
     ("edits", "code"),
     [
         ([Offset(site="layers.0.resid"), Offset(site="layers.0.resid")], "duplicate_site"),
-        ([Offset(site="layers.0.attn.z")], "site"),
+        ([Scale(site="layers.0.resid")], "site"),
+        ([Scale(site="layers.0.mlp.out", per="head")], "site"),
+        ([SubspaceFilter(site="logits", rank=1)], "site"),
+        ([Gate(site="layers.0.mlp.out", reads="layers.0.attn.z", rank=1)], "site"),
+        ([WeightDelta(site="layers.0.resid", reads="layers.0.resid")], "site"),
+        ([WeightDelta(site="layers.0.mlp.out", reads="layers.0.mlp.h", layout="sparse")], "site"),
+        ([Offset(site="layers.0.attn.post")], "site"),
+        ([Offset(site="layers.0.q.proj")], "site"),
         ([LowRank(site="layers.0.mlp.out", reads="layers.1.mlp.h", rank=1)], "site"),
         ([Scale(site="layers.4.attn.z")], "site"),
     ],
@@ -133,12 +168,63 @@ def test_an_edit_where_it_has_no_meaning_is_refused(edits: list[Any], code: str)
         (Offset(site="layers.0.resid"), {"extra": np.ones(8)}, "unknown_tensor"),
         (SubspaceFilter(site="layers.0.resid", rank=1), {"basis": np.full((1, 8), 0.5)}, "not_orthonormal"),
         (SubspaceFilter(site="layers.0.resid", rank=2), {"basis": np.eye(8)[:1]}, "shape"),
+        (SubspaceFilter(site="layers.0.resid", rank=1, oblique=True), {"dual": np.ones((1, 8))}, "not_dual"),
+        (JET_PACK, {"norm_weight": np.zeros(8)}, "norm_weight"),
+        (SPARSE, {"rows": [0, 1, 8]}, "index"),
+        (SPARSE, {"columns": [0, 1, -1]}, "index"),
+        (SPARSE, {"rows": [1, 0, 2]}, "index"),
+        (SPARSE, {"rows": [0, 0, 0], "columns": [1, 1, 2]}, "index"),
     ],
 )
 def test_numbers_that_break_a_rule_are_refused(edit: Any, tensors: dict[str, Any], code: str) -> None:
     with pytest.raises(BundleRefused) as refusal:
         check(bundle_of([edit], **tensors))
     assert code in codes(refusal)
+
+
+def test_a_bias_is_not_scaled_unless_that_is_said() -> None:
+    """The alternative that keeps the bias is named; with neither nothing is published."""
+    biased = BASE.model_copy(update={"biased": ("q.out",)})
+    told = {bias: edit_rules([Scale(site="layers.0.q.out", bias=bias)], biased) for bias in (None, "scaled")}
+    assert [reason.code for reason in told[None]] == ["bias"]
+    assert "add an offset of (1 - factor) * bias" in told[None][0].message
+    assert told["scaled"] == edit_rules([Scale(site="layers.0.v.out")], biased) == []
+
+
+def test_heads_of_queries_given_for_keys_are_refused_by_name() -> None:
+    """Indexing keys by query heads would silently do nothing, or scale a whole group (Ships, weight mode)."""
+    grouped = BASE.model_copy(update={"widths": WIDTHS.model_copy(update={"kv_heads": 1})})
+    made = Bundle.create("polite", grouped, [(Scale(site="layers.0.k.out"), {"factor": np.ones(2)})], PROVENANCE)
+    with pytest.raises(BundleRefused, match="Keys and values have 1 heads here, not the 2 of the queries"):
+        check(made)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "edit", "told"),
+    [
+        ("Qwen3ForCausalLM", LowRank(site="layers.0.q.out", reads="layers.0.attn.in", rank=1), "layers.0.q.proj"),
+        ("Qwen3ForCausalLM", Scale(site="layers.0.k.proj"), "Scale layers.0.k.out"),
+        ("Qwen3MoeForCausalLM", LowRank(site="layers.0.mlp.out", reads="layers.0.mlp.h", rank=1), "inside the experts"),
+        ("GPT2LMHeadModel", Offset(site="layers.0.gate.out"), "nearest point is up.out"),
+        ("LlamaForCausalLM", Offset(site="layers.0.mlp.post"), "this is mlp.out"),
+        ("LamaForCausalLM", Offset(site="layers.0.resid"), "Did you mean 'LlamaForCausalLM'"),
+    ],
+)
+def test_what_an_architecture_hides_is_refused_with_the_nearest_that_exists(
+    architecture: str, edit: Any, told: str
+) -> None:
+    (reason,) = edit_rules([edit], BASE.model_copy(update={"architecture": architecture}))
+    assert told in reason.message
+    assert (
+        edit_rules([Offset(site="layers.0.attn.out")], BASE.model_copy(update={"architecture": "Qwen3ForCausalLM"}))
+        == []
+    )
+
+
+def test_two_names_of_one_place_are_one_site() -> None:
+    assert Offset(site="layers.3.resid.in").site == "layers.2.resid"
+    assert Offset(site="layers.3.resid.out").site == "layers.3.resid"
+    assert Offset(site="layers.0.resid.in").site == "embed.out"
 
 
 def test_a_missing_tensor_is_refused() -> None:

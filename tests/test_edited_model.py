@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -10,15 +11,26 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edit_store import Bundle, LowRank, Offset, Provenance, Scale, Site, SubspaceFilter, check
-from edit_store.edits import KINDS, Array
+from edit_store import Bundle, Gate, LowRank, Offset, Provenance, Scale, Site, SubspaceFilter, check
+from edit_store.architectures import ARCHITECTURES
+from edit_store.edits import SILENT, Array
 from edit_store.errors import InstallRefused, UnsupportedHost
 from plugin.edited_model import EditedModel
-from plugin.edited_site import ModuleEdits, edited_linear
-from plugin.reservation import Reservation
+from plugin.reservation import Place, Reservation, Room
 from plugin.vllm_host.architectures import anchors
 from tests.conftest import Pairs, random_bundle, random_pairs
-from tests.fakes import BASE, MAX_TOKENS, WIDTHS, Projection, TinyLayer, TinyModel, edited_model
+from tests.fakes import (
+    BASE,
+    MAX_TOKENS,
+    WIDTHS,
+    Projection,
+    TinyLayer,
+    TinyModel,
+    edited_model,
+    edits_by_formula,
+    tiny_by_formula,
+)
+from tests.parity import every_edit, random_numbers
 
 SLOTS = 3
 TOKENS = 12
@@ -28,20 +40,28 @@ def bundle_of(pairs: Pairs, name: str = "polite") -> Bundle:
     return Bundle.create(name, BASE, pairs, Provenance(tool="tests", method="random"))
 
 
+FORMS = [pytest.param(pair, id=f"{pair[0].site} {label}") for label, pair in every_edit(BASE)]
+"""Every kind at every site where it has a meaning, in every form."""
+
+
 def crowded(seed: int) -> Bundle:
-    """Every kind at every layer, filter and offset at the same site."""
-    return bundle_of(
-        [
-            pair
-            for layer in range(WIDTHS.layers)
-            for number, kind in enumerate(KINDS)
-            for pair in random_pairs(kind, layer, WIDTHS, seed=seed * 100 + layer * 10 + number, strength=0.5)
-        ]
-    )
+    """Every kind at every layer, and several that meet at one site."""
+    edits: list[Any] = []
+    for layer in range(WIDTHS.layers):
+        here = f"layers.{layer}."
+        edits += [
+            Scale(site=here + "attn.z"), Scale(site=here + "q.out", per="channel"),
+            LowRank(site=here + "mlp.out", reads=here + "mlp.h", rank=2),
+            LowRank(site=here + "mlp.out", reads=here + "mlp.h", rank=1, part=2),
+            Gate(site=here + "mlp.out", reads=here + "mlp.in", rank=2),
+            SubspaceFilter(site=here + "resid", rank=2), SubspaceFilter(site=here + "resid", rank=1, part=2),
+            Offset(site=here + "resid"), Offset(site=here + "attn.out", renorm=True),
+        ]  # fmt: skip
+    return bundle_of([(edit, random_numbers(edit, BASE, seed * 100 + number)) for number, edit in enumerate(edits)])
 
 
 def reservation_of(*bundles: Bundle) -> Reservation:
-    return Reservation.for_edits(edit for bundle in bundles for edit in bundle.manifest.edits)
+    return Reservation.for_versions(bundle.manifest.edits for bundle in bundles)
 
 
 def install(edited: EditedModel, slot: int, bundle: Bundle) -> str:
@@ -53,6 +73,13 @@ def use_slots(edited: EditedModel, slots: list[int]) -> None:
     edited.set_token_slots([[slot, edited.held[slot]] if slot else None for slot in slots], np.ones(len(slots), int))
 
 
+def run(model: TinyModel, edited: EditedModel, x: Tensor) -> Tensor:
+    """Logits of every token, as a runner gets them."""
+    hidden = model(x)
+    edited.note_output(hidden)
+    return model.logits(hidden)
+
+
 @pytest.fixture
 def inputs() -> Tensor:
     torch.manual_seed(1)
@@ -62,31 +89,65 @@ def inputs() -> Tensor:
 def by_formula(model: TinyModel, x: Tensor, bundle: Bundle | None) -> Array:
     """The tiny model in numpy, edited by the formulas of `edit_store.edits`."""
     tensors = check(bundle) if bundle else {}
-    edits: dict[tuple[str, str], Any] = (
-        {(edit.kind, edit.site): edit for edit in bundle.manifest.edits} if bundle else {}
-    )
+    pairs = [
+        (edit, {name: tensors[edit.tensor_name(name)] for name in edit.shapes(WIDTHS)})
+        for edit in (bundle.manifest.edits if bundle else ())
+    ]
+    return tiny_by_formula(model, x, edits_by_formula(pairs))
 
-    def fields(kind: str, site: str) -> dict[str, Array]:
-        edit = edits.get((kind, site))
-        return {name: tensors[edit.tensor_name(name)] for name in edit.shapes(WIDTHS)} if edit else {}
 
-    stream = x.numpy()
-    for number, layer in enumerate(model.model.layers):
-        site = f"layers.{number}"
-        z = np.tanh(stream)
-        if found := fields("scale", f"{site}.attn.z"):
-            z = Scale.apply(z, **found)
-        stream = stream + z @ layer.self_attn.o_proj.weight.numpy().T
-        h = np.maximum(stream @ layer.mlp.up_proj.weight.numpy().T, 0)
-        y = h @ layer.mlp.down_proj.weight.numpy().T
-        if found := fields("low_rank", f"{site}.mlp.out"):
-            y = LowRank.apply(h, y, **found)
-        stream = stream + y
-        if found := fields("subspace_filter", f"{site}.resid"):
-            stream = SubspaceFilter.apply(stream, **found)
-        if found := fields("offset", f"{site}.resid"):
-            stream = Offset.apply(stream, **found)
-    return stream
+@pytest.mark.parametrize("pair", FORMS)
+def test_every_kind_at_every_site_is_its_formula_for_its_own_tokens(pair: Any, inputs: Tensor) -> None:
+    """Edited tokens differ from the base and are the formula's; base tokens beside them keep their bits."""
+    bundle, model, plain = bundle_of([pair]), TinyModel(), TinyModel()
+    edited = edited_model(model, reservation_of(bundle), slots=SLOTS)
+    install(edited, 2, bundle)
+    use_slots(edited, [2, 0] * (TOKENS // 2))
+    served, base = run(model, edited, inputs), plain.logits(plain(inputs))
+    assert torch.equal(served[1::2], base[1::2])
+    np.testing.assert_allclose(served[::2], by_formula(plain, inputs, bundle)[::2], rtol=1e-4, atol=1e-4)
+    assert (served[::2] - base[::2]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("pair", [form for form in FORMS if "filter" not in str(form.id)])
+def test_an_edit_that_asks_for_nothing_is_the_identity_bit_for_bit(pair: Any, inputs: Tensor) -> None:
+    """Factors of one, vectors and writes of zero. (A projection always asks for something.)"""
+    edit, numbers = pair
+    idle = {"scale": {"factor": 1.0}, "offset": {"vector": 0.0}}.get(edit.kind, {"write": 0.0})
+    numbers = {**numbers, **{name: np.full_like(numbers[name], value) for name, value in idle.items()}}
+    bundle, model, plain = bundle_of([(edit, numbers)]), TinyModel(), TinyModel()
+    edited = edited_model(model, reservation_of(bundle), slots=SLOTS)
+    install(edited, 2, bundle)
+    use_slots(edited, [2] * TOKENS)
+    assert torch.equal(run(model, edited, inputs), plain.logits(plain(inputs)))
+
+
+@pytest.mark.parametrize("activation", SILENT)
+@pytest.mark.parametrize("normalise", [False, True])
+def test_a_gate_off_its_trigger_is_exactly_the_base(activation: Any, normalise: bool, inputs: Tensor) -> None:
+    """Token by token: where the formula's neuron is silent nothing changes, elsewhere something does."""
+    edit = Gate(site="layers.1.mlp.out", reads="layers.1.mlp.in", rank=1, activation=activation, normalise=normalise)
+    numbers = random_numbers(edit, BASE, seed=4)
+    numbers["bias"] = np.full(1, -0.1, dtype=np.float32)
+    if normalise:
+        numbers["read"] /= np.linalg.norm(numbers["read"])
+    seen: dict[str, Array] = {}
+
+    def look(site: str, value: Array) -> Array:
+        seen[site] = value
+        return value
+
+    tiny_by_formula(TinyModel(), inputs, look)
+    x = seen["layers.1.mlp.in"]
+    fired = np.abs(edit.apply(x, np.zeros_like(x), **numbers)).max(-1) > 0
+    bundle, model, plain = bundle_of([(edit, numbers)]), TinyModel(), TinyModel()
+    edited = edited_model(model, reservation_of(bundle), slots=SLOTS)
+    install(edited, 1, bundle)
+    use_slots(edited, [1] * TOKENS)
+    served, base = run(model, edited, inputs), plain.logits(plain(inputs))
+    assert 0 < fired.sum() < TOKENS, "positive control: some fire, some do not"
+    assert torch.equal(served[~fired], base[~fired])
+    assert not torch.isclose(served[fired], base[fired]).all(-1).any()
 
 
 def test_every_token_is_computed_by_its_own_versions_formulas(inputs: Tensor) -> None:
@@ -100,7 +161,7 @@ def test_every_token_is_computed_by_its_own_versions_formulas(inputs: Tensor) ->
             install(edited, slot, bundle)
     slots = [token % 4 for token in range(TOKENS)]
     use_slots(edited, slots)
-    served = model(inputs).numpy()
+    served = run(model, edited, inputs).numpy()
     for token, slot in enumerate(slots):
         np.testing.assert_allclose(served[token], formula[slot][token], rtol=1e-4, atol=1e-4)
         assert slot == 0 or np.abs(served[token] - formula[0][token]).max() > 0.1
@@ -108,19 +169,18 @@ def test_every_token_is_computed_by_its_own_versions_formulas(inputs: Tensor) ->
 
 def test_at_one_site_the_filter_comes_before_the_offset(inputs: Tensor) -> None:
     """The offset survives in the filtered directions; the other way round it would be removed (negative control)."""
-    basis, vector = np.eye(8, dtype=np.float32)[:1], np.full(8, 3.0, dtype=np.float32)
+    basis, vector = np.eye(8, dtype=np.float32)[:1], np.full(8, 1.0, dtype=np.float32)
     mean = np.zeros(8, dtype=np.float32)
-    pairs: Pairs = [
-        (Offset(site="layers.2.resid"), {"vector": vector}),
-        (SubspaceFilter(site="layers.2.resid", rank=1), {"basis": basis, "mean": mean}),
-    ]
+    off = SubspaceFilter(site="layers.2.resid", rank=1)
+    pairs: Pairs = [(Offset(site="layers.2.resid"), {"vector": vector}), (off, {"basis": basis, "mean": mean})]
     model, bundle = TinyModel(), bundle_of(pairs)
     edited = edited_model(model, reservation_of(bundle), slots=1)
     install(edited, 1, bundle)
     use_slots(edited, [1] * TOKENS)
-    served = model(inputs)
-    torch.testing.assert_close(served[:, 0], torch.full((TOKENS,), 3.0), rtol=0, atol=1e-5)
-    assert not np.allclose(SubspaceFilter.apply(served.numpy(), basis=basis, mean=mean), served.numpy(), atol=1)
+    hidden = model(inputs)
+    served = hidden.atanh()  # the residual stream, which is all that the tiny model's norm bends
+    torch.testing.assert_close(served[:, 0], torch.full((TOKENS,), 1.0), rtol=0, atol=1e-5)
+    assert not np.allclose(off.apply(served.numpy(), basis=basis, mean=mean), served.numpy(), atol=0.5)
 
 
 def test_base_tokens_are_bit_identical_to_the_model_without_edits(inputs: Tensor) -> None:
@@ -146,7 +206,7 @@ def test_clearing_a_slot_restores_the_identity_bit_for_bit(dtype: torch.dtype) -
     x = torch.randn(4, WIDTHS.hidden, dtype=dtype)
     slots, before, never_used = torch.full((4,), 2), model(x), edited.digest(2)
     install(edited, 2, bundle)
-    edited.token_slots[:4] = slots
+    edited.step.slots[:4] = slots
     assert not torch.equal(model(x), before)
     edited.clear(2)
     assert torch.equal(model(x), before)
@@ -161,12 +221,10 @@ def test_bfloat16_slots_hold_the_rounded_numbers(inputs: Tensor) -> None:
     edited = edited_model(model.to(torch.bfloat16), reservation_of(bundle), slots=1, dtype=torch.bfloat16)
     install(edited, 1, bundle)
     use_slots(edited, [1] * TOKENS)
-    served = model(inputs.bfloat16()).float()
-    noise = (
-        (plain.to(torch.bfloat16)(inputs.bfloat16()).float() - torch.from_numpy(by_formula(TinyModel(), inputs, None)))
-        .abs()
-        .max()
-    )
+    served = run(model, edited, inputs.bfloat16()).float()
+    rounded = plain.to(torch.bfloat16)
+    unedited = torch.from_numpy(by_formula(TinyModel(), inputs, None))
+    noise = (rounded.logits(rounded(inputs.bfloat16())).float() - unedited).abs().max()
     assert (served - expected).abs().max() < 3 * noise
 
 
@@ -184,14 +242,15 @@ def test_equal_contents_have_equal_digests_and_different_ones_different() -> Non
 
 
 def test_the_digest_sees_every_number_of_every_place() -> None:
-    """A worker whose memory differs in one sign of one number of any slot tensor is found out."""
+    """A worker whose memory differs in one number of any slot tensor is found out."""
     bundle = crowded(1)
     edited = edited_model(TinyModel(), reservation_of(bundle), slots=SLOTS)
     digests = {install(edited, 1, bundle)}
     places = [module for module in edited._places.values() for _ in module.buffers()]
     for place in edited._places.values():
         for buffer in place.buffers():
-            buffer[1].view(-1)[-1].neg_()
+            last = buffer[1].view(-1)[-1]
+            last.copy_(~last if buffer.dtype == torch.bool else last + 1)
             digests.add(edited.digest(1))
     assert len(digests) == len(places) + 1
 
@@ -262,28 +321,28 @@ def test_each_token_gets_the_slot_of_its_request(two_versions: EditedModel) -> N
     """Requests bring many tokens (a prefill), one (a decode) or none."""
     claims = [[2, two_versions.held[2]], None, [1, two_versions.held[1]], [2, two_versions.held[2]]]
     two_versions.set_token_slots(claims, np.array([3, 2, 0, 1]))
-    assert two_versions.token_slots[:6].tolist() == [2, 2, 2, 0, 0, 2]
+    assert two_versions.step.slots[:6].tolist() == [2, 2, 2, 0, 0, 2]
 
 
 def test_the_buffer_keeps_its_address_and_goes_back_to_base(two_versions: EditedModel) -> None:
     """A step of base requests only, after one with edits, reads slot 0 everywhere, also beyond its own tokens."""
-    address = two_versions.token_slots.data_ptr()
+    address = two_versions.step.slots.data_ptr()
     for _ in range(2):
         two_versions.set_token_slots([[1, two_versions.held[1]]], np.array([MAX_TOKENS]))
-        assert two_versions.token_slots.tolist() == [1] * MAX_TOKENS
+        assert two_versions.step.slots.tolist() == [1] * MAX_TOKENS
         two_versions.set_token_slots([None, None], np.array([1, 1]))
-        assert two_versions.token_slots.tolist() == [0] * MAX_TOKENS
-    assert two_versions.token_slots.data_ptr() == address
+        assert two_versions.step.slots.tolist() == [0] * MAX_TOKENS
+    assert two_versions.step.slots.data_ptr() == address
 
 
 def test_steps_of_base_requests_touch_nothing(two_versions: EditedModel) -> None:
     """The fast path: while only the base is asked, the buffer is not written."""
-    written = two_versions.token_slots._version
+    written = two_versions.step.slots._version
     for _ in range(3):
         two_versions.set_token_slots([None], np.array([4]))
-    assert two_versions.token_slots._version == written
+    assert two_versions.step.slots._version == written
     two_versions.set_token_slots([[1, two_versions.held[1]]], np.array([4]))
-    assert two_versions.token_slots._version > written
+    assert two_versions.step.slots._version > written
 
 
 @pytest.mark.parametrize(
@@ -298,10 +357,10 @@ def test_steps_of_base_requests_touch_nothing(two_versions: EditedModel) -> None
 )
 def test_a_false_claim_stops_the_step(two_versions: EditedModel, claim: tuple[int, str | None]) -> None:
     """Another version in the slot, an empty slot, the base slot, no such slot: never answered with other edits."""
-    before = two_versions.token_slots.clone()
+    before = two_versions.step.slots.clone()
     with pytest.raises(RuntimeError, match="refusing to answer"):
         two_versions.set_token_slots([None, list(claim)], np.array([1, 1]))
-    assert torch.equal(two_versions.token_slots, before)
+    assert torch.equal(two_versions.step.slots, before)
 
 
 def test_a_claim_on_a_version_that_left_is_false(two_versions: EditedModel) -> None:
@@ -331,36 +390,55 @@ def test_an_edited_module_is_still_the_same_object_of_the_same_kind() -> None:
     assert type(layer) is not TinyLayer
     assert isinstance(layer.mlp.down_proj, Projection)
     assert type(layer.mlp.down_proj).__name__ == "EditedProjection"
-    assert type(layer.mlp.up_proj) is Projection  # no site, no change
+    assert type(model.lm_head) is Projection  # no site, no change
     assert all(isinstance(place, nn.Module) for place in edited._places.values())
+
+
+OFFSET = Place(Site(1, "resid"), "offset", Site(1, "resid"))
 
 
 def test_sites_without_a_reservation_are_left_alone() -> None:
     model = TinyModel()
-    edited_model(model, Reservation({("offset", Site(1, "resid")): 1}), slots=1)
+    edited_model(model, Reservation({OFFSET: Room()}), slots=1)
     assert [hasattr(layer, "edits") for layer in model.model.layers] == [False, True, False]
 
 
-def test_a_linear_layer_that_returns_its_output_alone_can_be_edited() -> None:
-    """Not every projection answers (output, bias)."""
-    plain: Any = nn.Linear(4, 3)
-    x = torch.randn(2, 4)
-    expected = plain(x)
-    plain.edits = ModuleEdits(torch.zeros(8, dtype=torch.int32))
-    plain.__class__ = edited_linear(nn.Linear)
-    assert torch.equal(plain(x), expected)
+def test_a_module_with_a_forward_of_its_own_is_refused() -> None:
+    """Exchanging its class would change nothing, and the base would be served for a variant."""
+    model = TinyModel()
+    layer: Any = model.model.layers[1]
+    layer.forward = layer.forward
+    with pytest.raises(UnsupportedHost, match=r"layers\.1\.resid has a forward of its own"):
+        edited_model(model, Reservation({OFFSET: Room()}), slots=1)
+
+
+def test_logits_of_unknown_tokens_are_refused(inputs: Tensor) -> None:
+    """As many as requests: their last tokens. Part of what the model gave: those tokens. Anything else: not guessed."""
+    edit = Offset(site="logits")
+    bundle, model = bundle_of([(edit, random_numbers(edit, BASE, 1))]), TinyModel()
+    edited = edited_model(model, reservation_of(bundle), slots=1)
+    install(edited, 1, bundle)
+    edited.set_token_slots([[1, bundle.version], None], np.array([3, TOKENS - 3]))
+    hidden = model(inputs)
+    edited.note_output(hidden)
+    plain = hidden @ model.lm_head.weight.T
+    for rows, changed in ((torch.tensor([2, TOKENS - 1]), [True, False]), (slice(1, 5), [True, True, False, False])):
+        told = (model.logits(hidden[rows]) - plain[rows]).abs().sum(-1) > 0.1
+        assert told.tolist() == changed
+    with pytest.raises(RuntimeError, match="which tokens those are is unknown"):
+        model.logits(hidden[[0, 1, 2]])
 
 
 def test_the_reserved_bytes_are_those_of_the_slot_tensors() -> None:
     """An offset of 8 float32 in each of 4 slots, the base slot among them."""
-    reservation = Reservation({("offset", Site(1, "resid")): 1})
+    reservation = Reservation({OFFSET: Room()})
     assert edited_model(TinyModel(), reservation, slots=3).bytes_reserved == 4 * 8 * 4
 
 
 @pytest.mark.parametrize(
     ("model", "architecture", "reason"),
     [
-        (TinyModel(), "MambaForCausalLM", "supported: LlamaForCausalLM"),
+        (TinyModel(), "MambaForCausalLM", "Supported: LlamaForCausalLM"),
         (nn.Linear(2, 2), "LlamaForCausalLM", "otherwise than expected"),
     ],
 )
@@ -371,10 +449,8 @@ def test_an_architecture_that_is_not_known_is_refused(model: nn.Module, architec
 
 def test_every_site_of_the_model_has_an_anchor_of_the_right_widths() -> None:
     found: Mapping[Site, Any] = anchors(TinyModel(), BASE.architecture, WIDTHS)
-    assert {str(site) for site in found} == {
-        f"layers.{layer}.{point}"
-        for layer in range(WIDTHS.layers)
-        for point in ("attn.z", "attn.out", "mlp.h", "mlp.out", "resid")
-    }
-    assert all(anchor.sizes.writes == WIDTHS.of(site.point) for site, anchor in found.items())
-    assert found[Site(0, "mlp.out")].sizes.reads == WIDTHS.mlp
+    assert list(found) == ARCHITECTURES[BASE.architecture].sites(WIDTHS.layers)
+    assert all(one < other for one, other in pairwise(found))
+    assert all(anchor.width == WIDTHS.of(site.point) for site, anchor in found.items())
+    fused = [found[Site(0, point)].start for point in ("q.out", "k.out", "v.out", "gate.out", "up.out")]
+    assert fused == [0, 8, 12, 0, 16]

@@ -62,7 +62,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload ra
 ROOT = Path(__file__).parent.parent
 REPO = "ada/edits"
 ADA, READER, EVE, OLD = "hf_ada", "hf_ada_reads", "hf_eve", "hf_ada_of_last_year"
-WIDTHS = Widths(layers=3, hidden=8, mlp=16, heads=2, head_dim=4)
+WIDTHS = Widths(layers=3, hidden=8, mlp=16, heads=2, kv_heads=2, head_dim=4, vocab=32)
 BASE = BaseModelRef(
     name="lab/tiny", architecture="LlamaForCausalLM", widths=WIDTHS, files={"model.safetensors": "a" * 64}
 )

@@ -9,10 +9,15 @@ import pytest
 import yaml
 from fastapi.routing import APIRoute
 
-from edit_store import KINDS, Widths
+from edit_store import KINDS, WeightDelta
+from edit_store.architectures import ARCHITECTURES
+from edit_store.edits import ACTIVATIONS
+from edit_store.sites import POINTS
 from plugin.http.routes import router
 from plugin.metrics import FIRST_TOKEN, METRICS, PER_TOKEN, PREFIX, REQUEST
 from server_config import EditSettings, read_settings
+from tests.fakes import BASE
+from tests.parity import every_edit
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -63,13 +68,16 @@ def test_the_endpoints_table_is_the_routes() -> None:
 def test_the_kinds_table_is_the_kinds() -> None:
     told = {row[0].strip("`"): row for row in rows("### The bundle and the store")}
     assert list(told) == list(KINDS)
-    widths = Widths(layers=2, hidden=8, mlp=16, heads=2, head_dim=4)
-    for name, kind in KINDS.items():
-        rank = {"rank": 1} if "rank" in kind.model_fields else {}
-        reads = {"reads": "layers.0.mlp.h"} if "reads" in kind.model_fields else {}
-        edit = kind(site=f"layers.0.{kind.points[0]}", **rank, **reads)
-        assert kind.points[0] in told[name][2]
-        assert all(f"`{field} [" in told[name][3] for field in edit.shapes(widths))
+    for _, (edit, _) in every_edit(BASE):
+        assert all(f"`{field} [" in told[edit.kind][3] for field in edit.shapes(BASE.widths)), edit
+    delta = WeightDelta(site="layers.0.mlp.out", reads="layers.0.mlp.h", layout="sparse", count=1)
+    assert all(f"`{field} [" in told[delta.kind][3] for field in delta.shapes(BASE.widths))
+
+
+def test_the_page_on_edits_names_every_site_kind_and_architecture() -> None:
+    page = (ROOT / "edit_store" / "EDITS.md").read_text()
+    for name in (*POINTS, *KINDS, *ARCHITECTURES, *ACTIVATIONS):
+        assert f"`{name}`" in page, name
 
 
 @pytest.mark.parametrize(

@@ -10,109 +10,154 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edit_store import LowRank, Offset, Scale, Site, SubspaceFilter
-from edit_store.edits import KINDS
+from edit_store import Gate, LowRank, Offset, Scale, Site, SubspaceFilter, WeightDelta
+from edit_store.architectures import ARCHITECTURES
 from edit_store.errors import SettingsError
-from plugin.reservation import Reservation
+from plugin.reservation import Place, Reservation, Room, places
 from server_config.settings import Reserve
-from tests.fakes import WIDTHS, cheaply
+from tests.fakes import BASE, WIDTHS, cheaply
+from tests.parity import every_edit
 
+LLAMA = ARCHITECTURES[BASE.architecture]
 EDITS: list[Any] = [
     LowRank(site="layers.1.mlp.out", reads="layers.1.mlp.h", rank=2),
-    LowRank(site="layers.1.mlp.out", reads="layers.1.mlp.h", rank=5),
+    LowRank(site="layers.1.mlp.out", reads="layers.1.mlp.in", rank=5),
     Scale(site="layers.2.attn.z"),
     SubspaceFilter(site="layers.0.resid", rank=3),
-    Offset(site="layers.0.resid"),
+    Offset(site="layers.0.resid", renorm=True),
+    Gate(site="layers.1.mlp.out", reads="layers.1.mlp.in", rank=2, normalise=True),
 ]
 
 
-def reserve(*items: tuple[str, str, int]) -> Reservation:
-    return Reservation.from_settings([Reserve(kind=kind, site=site, rank=rank) for kind, site, rank in items], WIDTHS)
+def at(kind: str, site: str, reads: str | None = None, turn: int = 0) -> Place:
+    return Place(Site.parse(site), kind, Site.parse(reads or site), turn)
 
 
-def test_room_for_given_edits_is_exactly_theirs() -> None:
-    """The largest rank of each kind at each site, and nothing elsewhere."""
-    made = Reservation.for_edits(EDITS)
-    assert made.ranks == {
-        ("low_rank", Site(1, "mlp.out")): 5,
-        ("scale", Site(2, "attn.z")): 1,
-        ("subspace_filter", Site(0, "resid")): 3,
-        ("offset", Site(0, "resid")): 1,
+def room(rank: int, *features: str) -> Room:
+    return Room(rank, frozenset(features))
+
+
+def reserve(*items: dict[str, Any]) -> Reservation:
+    return Reservation.from_settings([Reserve(**item) for item in items], LLAMA, WIDTHS)
+
+
+def test_room_for_given_versions_is_exactly_theirs() -> None:
+    """The largest rank at each place and every feature asked for, and nothing elsewhere."""
+    larger = LowRank(site="layers.1.mlp.out", reads="layers.1.mlp.h", rank=4)
+    made = Reservation.for_versions([EDITS, [larger]])
+    assert made.rooms == {
+        at("low_rank", "layers.1.mlp.out", "layers.1.mlp.h"): room(4),
+        at("low_rank", "layers.1.mlp.out", "layers.1.mlp.in"): room(5),
+        at("scale", "layers.2.attn.z"): room(1),
+        at("subspace_filter", "layers.0.resid"): room(3),
+        at("offset", "layers.0.resid"): room(1, "renorm"),
+        at("gate", "layers.1.mlp.out", "layers.1.mlp.in"): room(2, "normalise"),
     }
-    assert Reservation.for_edits(reversed(EDITS)) == made
-    assert made.missing(EDITS) == []
+    assert Reservation.for_versions([[larger], EDITS]) == made
+    assert made.missing(EDITS) == made.missing([larger]) == []
 
 
-def test_patterns_expand_over_the_layers_where_a_kind_has_a_meaning() -> None:
-    """`layers.*` of an offset is the residual stream of every layer, and no other point."""
-    assert reserve(("offset", "layers.*", 1)).sites() == [Site(layer, "resid") for layer in range(3)]
-    assert reserve(("low_rank", "layers.1.mlp.out", 4)).ranks == {("low_rank", Site(1, "mlp.out")): 4}
+def test_ranks_of_edits_that_are_computed_together_add_up() -> None:
+    """Two redirections, or two filters, at one site are one of the ranks of both; two normalising gates take turns."""
+    where: Any = {"site": "layers.1.mlp.out", "reads": "layers.1.mlp.in"}
+    gates = [Gate(**where, rank=1, part=part, normalise=part > 1) for part in (1, 2, 3)]
+    filters = [SubspaceFilter(site="layers.0.resid", rank=rank, part=rank) for rank in (1, 2)]
+    found = Reservation.for_versions([[*gates, *filters, Scale(site="layers.0.q.out"),
+                                       Scale(site="layers.0.q.out", part=2)]])  # fmt: skip
+    assert found.rooms == {
+        at("subspace_filter", "layers.0.resid"): room(3, "dual"),
+        at("scale", "layers.0.q.out"): room(1),
+        at("gate", "layers.1.mlp.out", "layers.1.mlp.in"): room(1),
+        at("gate", "layers.1.mlp.out", "layers.1.mlp.in", 1): room(1, "normalise"),
+        at("gate", "layers.1.mlp.out", "layers.1.mlp.in", 2): room(1, "normalise"),
+    }
+
+
+def test_patterns_expand_over_the_sites_where_a_kind_has_a_meaning() -> None:
+    """And over none that the architecture does not have."""
+    assert reserve({"kind": "offset", "site": "layers.*.resid"}).sites() == [Site(layer, "resid") for layer in range(3)]
+    everywhere = reserve({"kind": "offset", "site": "*"})
+    assert everywhere.sites() == LLAMA.sites(WIDTHS.layers)
     overlapping = reserve(
-        ("low_rank", "layers.*.mlp.out", 2), ("low_rank", "layers.1.mlp.out", 7), ("low_rank", "*", 3)
+        {"kind": "low_rank", "site": "layers.*.mlp.out", "rank": 2},
+        {"kind": "low_rank", "site": "layers.1.mlp.out", "rank": 7},
+        {"kind": "low_rank", "site": "layers.1.mlp.out", "reads": "mlp.out"},
     )
-    assert [overlapping.ranks["low_rank", Site(layer, "mlp.out")] for layer in range(3)] == [3, 7, 3]
+    ranks = {str(place.site): room.rank for place, room in overlapping.rooms.items() if place.reads.point == "mlp.h"}
+    assert ranks == {"layers.0.mlp.out": 2, "layers.1.mlp.out": 7, "layers.2.mlp.out": 2}
+    assert overlapping.rooms[at("low_rank", "layers.1.mlp.out")] == room(1)
 
 
 def test_patterns_that_fit_nothing_are_refused_all_at_once() -> None:
     """A misspelt site would otherwise be found out at the first promotion."""
     with pytest.raises(SettingsError) as refusal:
-        reserve(("offset", "layers.*.mlp.out", 1), ("scale", "layers.9.attn.z", 1), ("low_rank", "*", 1))
-    assert "offset at 'layers.*.mlp.out' fits no site; offset can stand at resid of layers 0 to 2" in str(refusal.value)
+        reserve(
+            {"kind": "scale", "site": "layers.*.resid"}, {"kind": "scale", "site": "layers.9.attn.z"},
+            {"kind": "low_rank", "site": "*"}, {"kind": "low_rank", "site": "layers.*.mlp.out", "reads": "attn.z"},
+        )  # fmt: skip
+    assert "scale at 'layers.*.resid' fits no site; scale can stand at attn.in, q.out" in str(refusal.value)
     assert "scale at 'layers.9.attn.z' fits no site" in str(refusal.value)
-    assert "low_rank" not in str(refusal.value)
+    assert "low_rank at 'layers.*.mlp.out' reading attn.z fits no site" in str(refusal.value)
+    assert "low_rank at '*'" not in str(refusal.value)
 
 
-def test_an_empty_store_reserves_every_kind_wherever_it_has_a_meaning() -> None:
-    everything = Reservation.for_everything(WIDTHS)
-    assert everything.ranks == {
-        (kind, Site(layer, point)): 1 for kind, edit in KINDS.items() for point in edit.points for layer in range(3)
-    }
-    assert everything.missing([Scale(site="layers.0.attn.z"), Offset(site="layers.2.resid")]) == []
+def test_an_empty_store_reserves_what_most_methods_use() -> None:
+    usual = Reservation.usual(LLAMA, WIDTHS)
+    assert usual.missing([Scale(site="layers.0.attn.z"), Offset(site="layers.2.resid"), EDITS[0]])[
+        0
+    ].message.startswith("low_rank of rank 2 at layers.1.mlp.out reading layers.1.mlp.h: rank 1 is reserved")
+    assert len(usual.rooms) == 4 * WIDTHS.layers
+    experts = Reservation.usual(ARCHITECTURES["Qwen3MoeForCausalLM"], WIDTHS)
+    assert len(experts.rooms) == 3 * WIDTHS.layers, "what is read lies inside the experts"
 
 
-sites_and_ranks = st.dictionaries(
-    st.sampled_from(
-        [(kind, Site(layer, point)) for kind, edit in KINDS.items() for point in edit.points for layer in range(3)]
-    ),
-    st.integers(1, 8),
+rooms = st.dictionaries(
+    st.sampled_from(sorted({place for _, (edit, _) in every_edit(BASE) for place in places([edit])})),
+    st.builds(Room, st.integers(1, 8), st.frozensets(st.sampled_from(["dual", "onto", "renorm", "normalise"]))),
 )
 
 
 @cheaply
-@given(sites_and_ranks)
-def test_a_reservation_has_one_spelling_as_settings(ranks: dict[tuple[str, Site], int]) -> None:
+@given(rooms)
+def test_a_reservation_has_one_spelling_as_settings(wanted: dict[Place, Room]) -> None:
     """What a server resolved is written into its config: it must read back as the same, in the same order."""
-    made = Reservation(ranks)
+    made = Reservation(wanted)
     spelled = made.to_settings()
-    assert Reservation.from_settings([Reserve(**item) for item in spelled], WIDTHS) == made
-    assert Reservation(dict(reversed(ranks.items()))).to_settings() == spelled
+    assert reserve(*spelled) == made
+    assert Reservation(dict(reversed(wanted.items()))).to_settings() == spelled
     assert json.loads(json.dumps(spelled)) == spelled
 
 
 @cheaply
-@given(sites_and_ranks)
-def test_the_advice_in_a_refusal_makes_room(ranks: dict[tuple[str, Site], int]) -> None:
+@given(rooms)
+def test_the_advice_in_a_refusal_makes_room(wanted: dict[Place, Room]) -> None:
     """Each reason names a setting to add; with all of them added nothing is missing any more."""
-    have = Reservation(ranks)
+    have = Reservation(wanted)
     reasons = have.missing(EDITS)
     assert {reason.code for reason in reasons} <= {"capacity"}
     advice = [json.loads(re.findall(r"Add (\{.*?\})", reason.message)[0]) for reason in reasons]
-    mended = Reservation.from_settings([Reserve(**item) for item in [*have.to_settings(), *advice]], WIDTHS)
-    assert mended.missing(EDITS) == []
+    assert reserve(*have.to_settings(), *advice).missing(EDITS) == []
 
 
 def test_a_refusal_says_what_is_reserved() -> None:
-    few = reserve(("low_rank", "layers.1.mlp.out", 2))
-    messages = [reason.message for reason in few.missing(EDITS)]
-    assert messages[0].startswith("low_rank of rank 5 at layers.1.mlp.out: rank 2 is reserved")
-    assert messages[1].startswith("scale of rank 1 at layers.2.attn.z: nothing is reserved there")
-    assert len(messages) == 4
+    few = reserve({"kind": "low_rank", "site": "layers.1.mlp.out"}, {"kind": "offset", "site": "layers.0.resid"})
+    messages = "\n".join(reason.message for reason in few.missing(EDITS))
+    assert "low_rank of rank 2 at layers.1.mlp.out reading layers.1.mlp.h: rank 1 is reserved" in messages
+    assert "offset of rank 1 at layers.0.resid with renorm: rank 1 is reserved" in messages
+    assert "scale of rank 1 at layers.2.attn.z: nothing is reserved there" in messages
+
+
+def test_a_whole_matrix_is_not_changed_per_request() -> None:
+    delta = WeightDelta(site="layers.0.mlp.out", reads="layers.0.mlp.h")
+    (reason,) = Reservation.for_versions([[delta]]).missing([delta])
+    assert reason.code == "weights_mode"
+    assert "install mode `weights`" in reason.message
 
 
 def test_it_can_be_read_in_one_line() -> None:
     assert str(Reservation({})) == "nothing"
-    assert str(Reservation.for_edits(EDITS)) == (
-        "low_rank at 1 site(s) up to rank 5; offset at 1 site(s) up to rank 1; "
+    assert str(Reservation.for_versions([EDITS])) == (
+        "gate at 1 site(s) up to rank 2; low_rank at 1 site(s) up to rank 5; offset at 1 site(s) up to rank 1; "
         "scale at 1 site(s) up to rank 1; subspace_filter at 1 site(s) up to rank 3"
     )
 
@@ -120,5 +165,5 @@ def test_it_can_be_read_in_one_line() -> None:
 def test_sites_come_once_in_model_order() -> None:
     """Slot tensors are made in this order on every worker, so their digests can be compared."""
     order = ["layers.0.resid", "layers.1.mlp.out", "layers.2.attn.z"]
-    assert [str(site) for site in Reservation.for_edits(EDITS).sites()] == order
-    assert [str(site) for site in Reservation.for_edits(reversed(EDITS)).sites()] == order
+    assert [str(site) for site in Reservation.for_versions([EDITS]).sites()] == order
+    assert [str(site) for site in Reservation.for_versions([reversed(EDITS)]).sites()] == order

@@ -1,8 +1,4 @@
-"""A Hugging Face model on the author's side: what passes through its sites, and the same model edited by formula.
-
-Plain forward hooks, one formula a kind, nothing fused and no slots: `edited` is also the oracle that the served engine
-is tested against. It fits models laid out like Llama (`model.model.layers[n].self_attn.o_proj`, `.mlp.down_proj`).
-"""
+"""A transformers model on the author's side: what passes through its sites, and what it says."""
 
 from __future__ import annotations
 
@@ -17,22 +13,18 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from edit_store.architectures import Architecture
+from edit_store.authoring.formula import architecture_of, edited, hook, own_layers
 from edit_store.base_model import widths_of
-from edit_store.edits import KINDS, Array, Edit, LowRank, Offset, Scale, SubspaceFilter
+from edit_store.edits import Array, Edit
 from edit_store.sites import Site, Widths
+
+__all__ = ["Answer", "Edits", "Host", "edited"]
 
 Edits = list[tuple[Edit, dict[str, Array]]]
 """What every authoring method returns: edits, each with its tensors by field name."""
 
 BATCH = 32  # texts in one forward pass; more is no faster on a few cores
-_PLACES = {
-    "attn.z": ("self_attn.o_proj", "input"),
-    "attn.out": ("self_attn.o_proj", "output"),
-    "mlp.h": ("mlp.down_proj", "input"),
-    "mlp.out": ("mlp.down_proj", "output"),
-    "resid": ("", "output"),
-}
-"""Where each point is inside a decoder layer: a module, and which side of it."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +53,21 @@ class Host:
         """The sizes that decide the shapes of edits."""
         return widths_of(self.model.config.to_dict())
 
+    @property
+    def architecture(self) -> Architecture:
+        """The table's entry for this model."""
+        return architecture_of(self.model)
+
     @torch.inference_mode()
     def activations(self, texts: Sequence[str], sites: Iterable[str]) -> dict[str, list[Tensor]]:
         """What passes each site, per text `[tokens, width]`. Layers above the last site are not computed."""
         seen: dict[str, list[Tensor]] = {site: [] for site in sites}
-        last = max(Site.parse(site).layer for site in seen)
+        layers = [layer for layer in (Site.parse(site).layer for site in seen) if layer is not None]
+        kept = own_layers(self.model)[: max(layers) + 1 if layers else None]
         for batch in _batches(texts):
             ids, lengths = self._tokens(batch)
-            with _recording(self.model, seen) as recorded, _layers(self.model, self.model.model.layers[: last + 1]):
-                self.model.model(ids, use_cache=False)
+            with _recording(self.model, seen) as recorded, _layers(self.model, kept):
+                self.model(ids, use_cache=False)
             for site, rows in seen.items():
                 rows += [row[:length] for row, length in zip(recorded[site], lengths, strict=True)]
         return seen
@@ -84,8 +82,8 @@ class Host:
         rows = []
         for batch in _batches(texts):
             ids, lengths = self._tokens(batch)
-            states = self.model.model(ids, use_cache=False).last_hidden_state
-            rows.append(self.model.lm_head(states[torch.arange(len(ids)), lengths - 1]).log_softmax(-1))
+            logits = self.model(ids, use_cache=False).logits
+            rows.append(logits[torch.arange(len(ids)), lengths - 1].log_softmax(-1))
         return torch.cat(rows)
 
     @torch.inference_mode()
@@ -93,10 +91,10 @@ class Host:
         """Mean log-probability per token of each answer after its prompt, `[prompts]`. An answer brings its space."""
         ids, ends = self._tokens(list(map(add, prompts, answers)))
         _, starts = self._tokens(prompts)
-        states = self.model.model(ids, use_cache=False).last_hidden_state
+        logits = self.model(ids, use_cache=False).logits
         place = torch.arange(ids.shape[1] - 1)
         predicts = (place >= starts[:, None] - 1) & (place < ends[:, None] - 1)
-        logprobs = self.model.lm_head(states[:, :-1][predicts]).log_softmax(-1)
+        logprobs = logits[:, :-1][predicts].log_softmax(-1)
         found = logprobs.gather(1, ids[:, 1:][predicts][:, None])[:, 0]
         return torch.stack([answer.mean() for answer in found.split((ends - starts).tolist())])
 
@@ -108,9 +106,9 @@ class Host:
             return
         ids, _ = self._tokens(list(map(add, prompts, answers)))
         site = f"layers.{below - 1}.resid"
-        layers = self.model.model.layers
+        layers = own_layers(self.model)
         with torch.inference_mode(), _recording(self.model, [site]) as recorded, _layers(self.model, layers[:below]):
-            self.model.model(ids, use_cache=False)
+            self.model(ids, use_cache=False)
         with _layers(self.model, nn.ModuleList([_Replay(recorded[site])] * below + list(layers[below:]))):
             yield
 
@@ -138,66 +136,16 @@ class Host:
 
 
 @contextmanager
-def edited(model: Any, edits: Iterable[tuple[Edit, Mapping[str, Any]]]) -> Iterator[None]:
-    """Inside, `model` computes with these edits at every token; afterwards it is the base model again.
-
-    Each edit is computed in float32, or the model's dtype if that is wider, and rounds its result to the model's dtype.
-    Kinds that meet at one site apply in the order of `edits.KINDS`.
-    """
-    order = list(KINDS)
-    with ExitStack() as hooks:
-        for edit, fields in sorted(edits, key=lambda pair: order.index(pair[0].kind)):
-            tensors = {name: torch.as_tensor(array, dtype=torch.float32) for name, array in fields.items()}
-            hooks.callback(_attach(model, edit, tensors).remove)
-        yield
-
-
-def _attach(model: Any, edit: Edit, tensors: dict[str, Tensor]) -> Any:
-    module, side = _place(model, edit.site)
-    if side == "input":
-        return module.register_forward_pre_hook(lambda _, inputs: _apply(edit, tensors, inputs[0], inputs[0]))
-    return module.register_forward_hook(lambda _, inputs, output: _apply(edit, tensors, inputs[0], output))
-
-
-def _apply(edit: Edit, tensors: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-    """`y` `[..., width]` after one edit; `x` is the input of the module whose output is `y`."""
-    wide = torch.promote_types(y.dtype, torch.float32)
-    x, edited = x.to(wide), y.to(wide)
-    tensors = {name: tensor.to(wide) for name, tensor in tensors.items()}
-    match edit:
-        case Scale():
-            factor = tensors["factor"]
-            edited = edited * factor.repeat_interleave(edited.shape[-1] // len(factor))
-        case LowRank():
-            edited = edited + (x @ tensors["read"].T) @ tensors["write"]
-        case SubspaceFilter():
-            edited = edited - ((edited - tensors["mean"]) @ tensors["basis"].T) @ tensors["basis"]
-        case Offset():
-            edited = edited + tensors["vector"]
-    return edited.to(y.dtype)
-
-
-def _place(model: Any, site: str) -> tuple[nn.Module, str]:
-    where = Site.parse(site)
-    module, side = _PLACES[where.point]
-    return model.model.layers[where.layer].get_submodule(module), side
-
-
-@contextmanager
 def _recording(model: Any, sites: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     """What passed each site in the last forward pass, under the site's name."""
     recorded: dict[str, Tensor] = {}
-
-    def recorder(site: str, side: str) -> Any:
-        def record(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            recorded[site] = inputs[0] if side == "input" else output
-
-        return record
-
     with ExitStack() as hooks:
         for site in sites:
-            module, side = _place(model, site)
-            hooks.callback(module.register_forward_hook(recorder(site, side)).remove)
+
+            def record(value: Tensor, site: str = site) -> None:
+                recorded[site] = value
+
+            hooks.callback(hook(model, Site.parse(site), record).remove)
         yield recorded
 
 
@@ -215,12 +163,14 @@ class _Replay(nn.Module):
 @contextmanager
 def _layers(model: Any, layers: nn.ModuleList) -> Iterator[None]:
     """Inside, the model has these decoder layers instead of its own."""
-    own = model.model.layers
-    model.model.layers = layers
+    architecture = architecture_of(model)
+    decoder: Any = model.get_submodule(architecture.decoder)
+    own = getattr(decoder, architecture.layers)
+    setattr(decoder, architecture.layers, layers)
     try:
         yield
     finally:
-        model.model.layers = own
+        setattr(decoder, architecture.layers, own)
 
 
 def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:

@@ -26,7 +26,7 @@ from edit_store.cli.common import (
 )
 from edit_store.compare import compare
 from edit_store.errors import EditsError
-from edit_store.inspection import EditSummary, summarise
+from edit_store.inspection import EditSummary, sites_of, summarise
 from edit_store.refs import Ref
 from edit_store.store import EditStore
 
@@ -168,3 +168,30 @@ def inspect(
         for measured in manifest.measurements:
             plain(f"  {measured.metric}: {measured.base:.3g} -> {measured.edited:.3g} (n={measured.n})")
     show([row.as_row() for row in summary], EditSummary.columns(relative=model is not None), as_json)
+
+
+@app.command()
+@explained
+def sites(
+    model: Annotated[Path, typer.Argument(help="folder of a checkpoint, or its config.json", exists=True)],
+    *,
+    every: Annotated[bool, typer.Option("--all", help="every layer, not only the first")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Where edits can attach to a model: its sites with their widths, and what may stand there."""
+    found = sites_of(model)
+    if as_json:
+        as_script(found)
+        return
+    rows = [{**row, "kinds": ", ".join(row["kinds"]), "reads": ", ".join(row["reads"])} for row in found["sites"]]
+    if not every:
+        rows = [{**row, "site": row["site"].replace("layers.0.", "layers.<n>.")} for row in rows
+                if row["layer"] in {None, 0}]  # fmt: skip
+    plain(f"{found['architecture']}, layers 0 to {found['layers'] - 1}")
+    show(
+        rows,
+        {"site": "site", "width": "width", "heads": "heads", "reads": "may also read", "kinds": "kinds"},
+        as_json=False,
+    )
+    for point, why in found["hidden"].items():
+        plain(f"no {point}: {why}")

@@ -1,63 +1,34 @@
-"""Where each site lives in vLLM's own modules: one entry per architecture."""
+"""The modules of a loaded model behind each site, by the table in `edit_store.architectures`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from edit_store.architectures import Architecture, supported
 from edit_store.errors import UnsupportedHost
-from edit_store.sites import Site, Widths
+from edit_store.sites import LAYER_POINTS, Site, Widths
 from plugin.edited_model import Anchor
-from plugin.edited_site import Sizes
-
-_WHOLE_LAYER = ""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Paths of an architecture: the list of decoder layers, and the module in a layer that owns each point.
-
-    A projection owns the point before it and the point after it; the whole layer owns the residual stream.
-    """
-
-    layers: str
-    owners: Mapping[str, str]
-
-
-_LLAMA = Layout(
-    layers="model.layers",
-    owners={
-        "attn.z": "self_attn.o_proj",
-        "attn.out": "self_attn.o_proj",
-        "mlp.h": "mlp.down_proj",
-        "mlp.out": "mlp.down_proj",
-        "resid": _WHOLE_LAYER,
-    },
-)
-
-LAYOUTS: dict[str, Layout] = {"LlamaForCausalLM": _LLAMA}
-
-
-def anchors(model: nn.Module, architecture: str, widths: Widths) -> dict[Site, Anchor]:
+def anchors(model: nn.Module, name: str, widths: Widths) -> dict[Site, Anchor]:
     """The module behind every site of `model`. UnsupportedHost names what is missing."""
-    layout = LAYOUTS.get(architecture)
-    if layout is None:
-        raise UnsupportedHost(
-            f"architecture {architecture} is not supported; supported: {', '.join(LAYOUTS)}. "
-            "A new one is an entry in plugin/vllm_host/architectures.py"
-        )
-    found: dict[Site, Anchor] = {}
+    architecture = supported(name)
+    return {site: _anchor(model, architecture, widths, site) for site in architecture.sites(widths.layers)}
+
+
+def _anchor(model: nn.Module, architecture: Architecture, widths: Widths, site: Site) -> Anchor:
     try:
-        layers: Any = model.get_submodule(layout.layers)
-        for number, layer in enumerate(layers):
-            for point, path in layout.owners.items():
-                module = layer.get_submodule(path)
-                reads = widths.of({"attn.out": "attn.z", "mlp.out": "mlp.h"}.get(point, point))
-                sizes = Sizes(reads, widths.of(point), widths.heads)
-                found[Site(number, point)] = Anchor(module, path == _WHOLE_LAYER, sizes)
-    except AttributeError as error:
-        raise UnsupportedHost(f"this vLLM builds {architecture} otherwise than expected: {error}") from error
-    return found
+        root: Any = model
+        if site.layer is not None:
+            root = model.get_submodule(architecture.layer_path(site.layer))
+        modules = dict(root.named_modules())
+        place = architecture.place(site.point, widths, modules.__contains__)
+        module = modules["logits_processor"] if site.point == "logits" else modules[place.path]
+    except (AttributeError, KeyError) as error:
+        raise UnsupportedHost(
+            f"this vLLM builds {architecture.name} otherwise than expected: no module behind {site} ({error})"
+        ) from error
+    is_layer = site.point in LAYER_POINTS and place.path == ""
+    return Anchor(module, place.side, place.start, widths.of(site.point), is_layer)

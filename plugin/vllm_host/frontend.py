@@ -11,6 +11,7 @@ from typing import Any
 
 import vllm
 
+from edit_store.architectures import supported
 from edit_store.bundle import BaseModelRef
 from edit_store.errors import SettingsError, UnsupportedHost
 from plugin.engine_gate import EngineGate
@@ -97,7 +98,8 @@ async def start(
         )
     described = answers[0]
     base = BaseModelRef.model_validate(described["base"])
-    reservation = Reservation.from_settings([Reserve(**item) for item in described["reserve"]], base.widths)
+    reserve = [Reserve(**item) for item in described["reserve"]]
+    reservation = Reservation.from_settings(reserve, supported(base.architecture), base.widths)
     reconciler = Reconciler(
         await asyncio.to_thread(open_reader, settings),
         workers,

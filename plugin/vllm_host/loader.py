@@ -20,6 +20,7 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
+from edit_store.architectures import supported
 from edit_store.base_model import identify
 from edit_store.bundle import BaseModelRef
 from edit_store.errors import UnsupportedHost
@@ -109,20 +110,23 @@ class LoadedEdits:
 
 def reserve(settings: EditSettings, base: BaseModelRef) -> Reservation:
     """What the settings say, or what the store promotes for this model now, or everything for an empty store."""
+    architecture = supported(base.architecture)
     if settings.reserve is not None:
-        return Reservation.from_settings(settings.reserve, base.widths)
+        return Reservation.from_settings(settings.reserve, architecture, base.widths)
     reader = open_reader(settings)
     entries = [entry for tags in reader.look().heads.values() for entry in tags.values()]
     manifests = [reader.manifest(entry.version) for entry in map(reader.believed, entries) if entry is not None]
-    edits = [edit for manifest in manifests if manifest.base.files == base.files for edit in manifest.edits]
-    if edits:
-        return Reservation.for_edits(edits)
+    versions = [manifest.edits for manifest in manifests if manifest.base.files == base.files]
+    if versions:
+        return Reservation.for_versions(versions)
+    usual = Reservation.usual(architecture, base.widths)
     logger.warning(
-        "store %s promotes nothing for this model: room is reserved for every kind at every site, which costs a little "
-        "on every step. Promote first, or set edits.reserve",
+        "store %s promotes nothing for this model: room is reserved for %s, at every layer, which costs a little on "
+        "every step. Promote first, or set edits.reserve",
         settings.store,
+        usual,
     )
-    return Reservation.for_everything(base.widths)
+    return usual
 
 
 def model_folder(model_config: ModelConfig) -> Path:

@@ -41,6 +41,7 @@ def attach(runner: Any, edited: EditedModel) -> None:
         edited.set_token_slots(claims, np.diff(runner.query_start_loc.np[: count + 1]))
 
     model.register_forward_pre_hook(fill_token_slots)
+    model.register_forward_hook(lambda _module, _args, output: edited.note_output(output))
 
 
 def _claim(request: Any) -> Any:

@@ -1,0 +1,158 @@
+"""The table of supported architectures: what each is made of, one entry for each.
+
+An entry names the modules behind the sites as both transformers and vLLM call them, so authors, the checks at publish
+time and the server read the same line. A projection that one of them fuses (`qkv_proj`, `gate_up_proj`) and the other
+does not is found in either form. `vllm-edits sites MODEL` shows what an entry makes of a model.
+
+To add one: write the entry, and a tiny configuration in `tests/tiny_models.py`; then run `make parity ARGS=<name>`. It
+holds every kind at every site against transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from edit_store.errors import UnsupportedHost, nearest
+from edit_store.sites import Site, Widths, every_site
+
+Side = Literal["input", "output"]
+_QKV, _GATE_UP = ("q.out", "k.out", "v.out"), ("gate.out", "up.out")
+"""Order of the parts in fused projections."""
+_PROJECTED = ("q.proj", "k.proj", *_QKV, *_GATE_UP)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a site is: one side of a module, and which part of the vector there (all of it where `start` is None).
+
+    `path` is relative to the decoder layer, or to the whole model for sites outside the layers; '' is the layer itself.
+    """
+
+    path: str
+    side: Side
+    start: int | None = None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How one family of models is built. The defaults are Llama's."""
+
+    name: str
+    decoder: str = "model"
+    layers: str = "layers"
+    attention: str = "self_attn"
+    fused_qkv: str = "qkv_proj"
+    output: str = "o_proj"
+    qk_norm: bool = False
+    heads_first: bool = False
+    """whether transformers puts heads before tokens at the norms of queries and keys"""
+    mlp: str = "mlp"
+    fused_gate_up: str = "gate_up_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    gated: bool = True
+    experts: bool = False
+    post_norms: tuple[str, str] | None = None
+    """norms after attention and MLP, before their outputs join the residual stream"""
+    final_norm: str = "norm"
+    notes: str = field(default="", compare=False)
+
+    def hidden(self, point: str) -> str | None:
+        """Why this architecture has no such point, naming the nearest that exists; None if it has it."""
+        if point in ("q.proj", "k.proj") and not self.qk_norm:
+            return f"{self.name} has no QK-norm, so this is {point[0]}.out"
+        if point in ("attn.post", "mlp.post") and self.post_norms is None:
+            return f"{self.name} has no norm there, so this is {point.removesuffix('post')}out"
+        if self.experts and point in ("gate.out", "up.out", "mlp.h"):
+            return (
+                f"in {self.name} this is inside the experts, of which every token visits others; the nearest points "
+                "are mlp.in and mlp.out"
+            )
+        if point == "gate.out" and not self.gated:
+            return f"{self.name} has no gate projection; the nearest point is up.out"
+        return None
+
+    def sites(self, layers: int) -> list[Site]:
+        """Every site of such a model."""
+        return [site for site in every_site(layers) if self.hidden(site.point) is None]
+
+    def layer_path(self, layer: int) -> str:
+        """The decoder layer of that number."""
+        return f"{self.decoder}.{self.layers}.{layer}"
+
+    def place(self, point: str, widths: Widths, has: Callable[[str], bool]) -> Place:
+        """Where `point` is. `has` says whether a path, relative as in `Place`, exists in the implementation at hand."""
+        if point in _PROJECTED and not (self.qk_norm and point in ("q.out", "k.out")):
+            return self._projection(point, widths, has)
+        norms = self.post_norms or ("", "")
+        places: dict[str, tuple[str, Side]] = {
+            "embed.out": (self.layer_path(0), "input"),
+            "attn.in": (self._fused_or(self.fused_qkv, self.attention, self.attention, has), "input"),
+            "q.out": (f"{self.attention}.q_norm", "output"),
+            "k.out": (f"{self.attention}.k_norm", "output"),
+            "attn.z": (f"{self.attention}.{self.output}", "input"),
+            "attn.out": (f"{self.attention}.{self.output}", "output"),
+            "attn.post": (norms[0], "output"),
+            "mlp.in": (self._fused_or(self.fused_gate_up, self.mlp, self.mlp, has), "input"),
+            "mlp.h": (f"{self.mlp}.{self.down}", "input"),
+            "mlp.out": (self.mlp if self.experts else f"{self.mlp}.{self.down}", "output"),
+            "mlp.post": (norms[1], "output"),
+            "resid": ("", "output"),
+            "final": (f"{self.decoder}.{self.final_norm}", "output"),
+            "logits": ("", "output"),
+        }
+        return Place(*places[point])
+
+    def _projection(self, point: str, widths: Widths, has: Callable[[str], bool]) -> Place:
+        """A projection of its own, or part of a fused one."""
+        if point in _GATE_UP:
+            block, fused, before = self.mlp, self.fused_gate_up, _GATE_UP[: _GATE_UP.index(point)]
+            alone = self.up if point == "up.out" else "gate_proj"
+        else:
+            block, fused, before = self.attention, self.fused_qkv, _QKV[: "qkv".index(point[0])]
+            alone = f"{point[0]}_proj"
+        path = self._fused_or(fused, block, f"{block}.{alone}", has)
+        return Place(path, "output", sum(map(widths.of, before)) if path.endswith(fused) else None)
+
+    @staticmethod
+    def _fused_or(fused: str, block: str, alone: str, has: Callable[[str], bool]) -> str:
+        return f"{block}.{fused}" if has(f"{block}.{fused}") else alone
+
+
+_GEMMA = ("post_attention_layernorm", "post_feedforward_layernorm")
+
+ARCHITECTURES = {
+    entry.name: entry
+    for entry in (
+        Architecture("LlamaForCausalLM"),
+        Architecture("MistralForCausalLM"),
+        Architecture("Qwen2ForCausalLM", notes="biases on q, k and v"),
+        Architecture("Qwen3ForCausalLM", qk_norm=True),
+        Architecture("Qwen3MoeForCausalLM", qk_norm=True, experts=True),
+        Architecture("Gemma2ForCausalLM", post_norms=_GEMMA, notes="norms scale by 1 + w; soft caps"),
+        Architecture(
+            "Gemma3ForCausalLM", qk_norm=True, heads_first=True, post_norms=_GEMMA, notes="norms scale by 1 + w"
+        ),
+        Architecture("Phi3ForCausalLM", notes="fused checkpoints"),
+        Architecture("Olmo2ForCausalLM", qk_norm=True, post_norms=_GEMMA, notes="no norm before attention and MLP"),
+        Architecture("GraniteForCausalLM", notes="multipliers at embeddings, residual stream and logits"),
+        Architecture(
+            "GPT2LMHeadModel", decoder="transformer", layers="h", attention="attn", fused_qkv="c_attn",
+            output="c_proj", up="c_fc", down="c_proj", gated=False, final_norm="ln_f",
+            notes="LayerNorm, biases everywhere, learned positions",
+        ),
+    )
+}  # fmt: skip
+"""By the name in a checkpoint's config.json."""
+
+
+def supported(name: str) -> Architecture:
+    """The table's entry. UnsupportedHost names the nearest, and what is supported."""
+    if name not in ARCHITECTURES:
+        raise UnsupportedHost(
+            f"architecture {name} is not supported.{nearest(name, ARCHITECTURES)} "
+            f"Supported: {', '.join(ARCHITECTURES)}. A new one is an entry in edit_store/architectures.py"
+        )
+    return ARCHITECTURES[name]

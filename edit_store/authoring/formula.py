@@ -1,0 +1,156 @@
+"""A transformers model edited by the formulas of `edit_store.edits`: forward hooks, nothing fused, no slots.
+
+The authoring methods see an edited model through it, and the served engine is tested against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edit_store.architectures import Architecture, supported
+from edit_store.base_model import widths_of
+from edit_store.edits import Edit, Gate, LowRank, Scale, SubspaceFilter, WeightDelta, order_at_site
+from edit_store.sites import Site
+
+
+@contextmanager
+def edited(model: Any, edits: Iterable[tuple[Edit, Mapping[str, Any]]]) -> Iterator[None]:
+    """Inside, `model` computes with these edits at every token; afterwards it is the base model again.
+
+    Computed in float32, or the model's dtype if that is wider; each site rounds once to the model's dtype. Edits that
+    meet at one site apply in the order that `edit_store.edits` lays down.
+    """
+    pairs = sorted(edits, key=lambda pair: order_at_site(pair[0]))
+    seen: dict[str, Tensor] = {}
+    sites = sorted({Site.parse(name) for edit, _ in pairs for name in (edit.site, edit.source)})
+    with ExitStack() as hooks:
+        for site in sites:
+            here = [(edit, _tensors(fields)) for edit, fields in pairs if edit.site == str(site)]
+
+            def change(value: Tensor, here: Any = here, site: Site = site) -> Tensor:
+                seen[str(site)] = value = _apply_all(here, value, seen)
+                return value
+
+            hooks.callback(hook(model, site, change).remove)
+        yield
+
+
+def _tensors(fields: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: torch.as_tensor(array) for name, array in fields.items()}
+
+
+def _apply_all(edits: Sequence[tuple[Edit, dict[str, Tensor]]], value: Tensor, seen: Mapping[str, Tensor]) -> Tensor:
+    """`value` `[..., width]` after the edits of one site; `seen` is what passed other sites of this forward pass."""
+    if not edits:
+        return value
+    wide = torch.promote_types(value.dtype, torch.float32)
+    now = value.to(wide)
+    before_adding, before_moving, moved = None, None, False
+    for edit, fields in edits:
+        numbers = {name: field.to(wide) if field.is_floating_point() else field for name, field in fields.items()}
+        if isinstance(edit, LowRank | Gate | WeightDelta):
+            before_adding = now if before_adding is None else before_adding
+            x = before_adding if edit.source == edit.site else seen[edit.source].to(wide)
+            now = now + _added(edit, numbers, x)
+        elif isinstance(edit, Scale):
+            now = now * numbers["factor"].repeat_interleave(now.shape[-1] // len(numbers["factor"]))
+        elif isinstance(edit, SubspaceFilter):
+            inside = ((now - numbers["mean"]) @ numbers["basis"].T) @ numbers.get("dual", numbers["basis"])
+            now = numbers["mean"] + inside if edit.onto else now - inside
+        else:
+            before_moving = now if before_moving is None else before_moving
+            now, moved = now + numbers["vector"], moved or edit.renorm
+    if moved and before_moving is not None:
+        now = now * before_moving.norm(dim=-1, keepdim=True) / now.norm(dim=-1, keepdim=True)
+    return now.to(value.dtype)
+
+
+def _added(edit: LowRank | Gate | WeightDelta, numbers: dict[str, Tensor], x: Tensor) -> Tensor:
+    if isinstance(edit, LowRank):
+        return (x @ numbers["read"].T) @ numbers["write"]
+    if isinstance(edit, Gate):
+        if edit.normalise:
+            on_sphere = (x - numbers["norm_bias"]) / numbers["norm_weight"] / x.shape[-1] ** 0.5 - numbers["centroid"]
+            x = on_sphere / on_sphere.norm(dim=-1, keepdim=True)
+        z = x @ numbers["read"].T + numbers["bias"]
+        return _ACTIVATIONS[edit.activation](z, edit.threshold) @ numbers["write"]
+    if edit.layout == "dense":
+        return x @ numbers["delta"].T
+    raise NotImplementedError("a sparse weight_delta: make it dense to look at what it does")
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "relu": lambda z, _: torch.relu(z),
+    "jump_relu": lambda z, threshold: z * (z > threshold),
+    "step": lambda z, threshold: (z > threshold).to(z.dtype),
+    "silu": lambda z, _: torch.nn.functional.silu(z),
+    "sigmoid": lambda z, _: torch.sigmoid(z),
+}
+
+
+def architecture_of(model: Any) -> Architecture:
+    """The table's entry for a transformers model."""
+    return supported(type(model).__name__)
+
+
+def hook(model: Any, site: Site, change: Callable[[Tensor], Tensor | None]) -> Any:
+    """Call `change` with a site's vector `[..., width]` in every forward pass; what it returns goes on.
+
+    None changes nothing. Undo with `.remove()`.
+    """
+    architecture, widths = architecture_of(model), widths_of(model.config.to_dict())
+    root = model if site.layer is None else model.get_submodule(architecture.layer_path(site.layer))
+    modules = dict(root.named_modules())
+    place = architecture.place(site.point, widths, modules.__contains__)
+    width = widths.of(site.point)
+
+    def changed(tensor: Tensor) -> Tensor:
+        part = tensor if place.start is None else tensor[..., place.start : place.start + width]
+        apart = part.shape[-1] != width  # QK-norms see heads apart: [..., heads, head_dim]
+        if apart and architecture.heads_first:
+            part = part.transpose(-3, -2)
+        new = change(part.flatten(-2) if apart else part)
+        if new is None:
+            return tensor
+        if apart:
+            new = new.reshape(part.shape)
+            return new.transpose(-3, -2) if architecture.heads_first else new
+        if place.start is None:
+            return new
+        return torch.cat([tensor[..., : place.start], new, tensor[..., place.start + width :]], dim=-1)
+
+    around = _before if place.side == "input" else _after
+    return around(modules[place.path], changed)
+
+
+def _before(module: nn.Module, changed: Callable[[Tensor], Tensor]) -> Any:
+    def change_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if "hidden_states" in kwargs:
+            return args, {**kwargs, "hidden_states": changed(kwargs["hidden_states"])}
+        return (changed(args[0]), *args[1:]), kwargs
+
+    return module.register_forward_pre_hook(change_input, with_kwargs=True)
+
+
+def _after(module: nn.Module, changed: Callable[[Tensor], Tensor]) -> Any:
+    def change_output(_: nn.Module, __: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return changed(output)
+        if isinstance(output, tuple):
+            return changed(output[0]), *output[1:]
+        output.logits = changed(output.logits)
+        return output
+
+    return module.register_forward_hook(change_output)
+
+
+def own_layers(model: Any) -> nn.ModuleList:
+    """The model's decoder layers."""
+    architecture = architecture_of(model)
+    layers: nn.ModuleList = model.get_submodule(f"{architecture.decoder}.{architecture.layers}")
+    return layers

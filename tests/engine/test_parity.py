@@ -1,0 +1,34 @@
+"""Every kind at every site of every architecture is its formula: tests/parity.py, an engine for each architecture."""
+
+from __future__ import annotations
+
+import pytest
+
+from edit_store.architectures import ARCHITECTURES
+from tests.parity import find
+
+pytestmark = pytest.mark.vllm
+
+DIFFERENT = ("LlamaForCausalLM", "Gemma3ForCausalLM", "GPT2LMHeadModel", "Olmo2ForCausalLM", "Qwen3MoeForCausalLM")
+"""Those that differ most: fused and split, post-norms and QK-norm, LayerNorm and biases, another backend, experts."""
+
+
+def run_of(name: str, dtype: str, *, eager: bool) -> object:
+    """The plain run of those that differ most belongs to the quick tests, everything else to the slow ones."""
+    quick = eager and dtype == "float32" and name in DIFFERENT
+    how = f"{name}-{dtype}{'' if eager else '-compiled'}"
+    return pytest.param(name, dtype, eager, id=how, marks=[] if quick else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "eager"),
+    [
+        *(run_of(name, dtype, eager=True) for dtype in ("float32", "bfloat16") for name in ARCHITECTURES),
+        *(run_of(name, "float32", eager=False) for name in DIFFERENT),
+    ],
+)
+def test_every_kind_at_every_site_is_its_formula(architecture: str, dtype: str, eager: bool) -> None:
+    findings = find(architecture, dtype, eager=eager)
+    print(f"\n{findings.table()}")  # noqa: T201
+    assert not findings.faults()
+    assert len(findings.rows) > 100, "positive control: there was something to compare"

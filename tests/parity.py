@@ -1,0 +1,287 @@
+"""Every kind of edit at every site of an architecture: served by vLLM, compared with transformers edited by formula.
+
+    python -m tests.parity [ARCHITECTURE …] [--dtype bfloat16] [--eager] [--write tests/PARITY.md]
+
+One engine holds all of them, each in a slot of its own, and answers all in one batch: a prompt, some tokens after it.
+Prints a table; with --write the tables of all architectures are also written down.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edit_store import BaseModelRef, Bundle, Gate, LowRank, Offset, Scale, SubspaceFilter, check, identify
+from edit_store.architectures import ARCHITECTURES, supported
+from edit_store.edits import IN_PLACE, READS, SERVED_PER_REQUEST, Edit
+from edit_store.sites import Site
+from edit_store.verify import edit_rules
+from tests.conftest import bundle_of
+from tests.tiny_models import VOCABULARY, make_tiny
+
+PROMPT_TOKENS, NEW_TOKENS = 11, 3
+Pair = tuple[Any, dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """How one edit fared. Each figure is a largest difference of centred log-probabilities over the largest of them."""
+
+    site: str
+    kind: str
+    served: float
+    """served - the formula in float64"""
+    rounded: float
+    """transformers in the served dtype - the formula in float64"""
+    effect: float
+    """the formula - the unedited model: what the edit changes"""
+
+
+def every_edit(base: BaseModelRef) -> Iterator[tuple[str, Pair]]:
+    """Every kind at every site of the last layer and outside the layers, in every form, with random numbers."""
+    architecture, last = ARCHITECTURES[base.architecture], base.widths.layers - 1
+    for site in architecture.sites(base.widths.layers):
+        if site.layer in (None, last):
+            for number, (label, edit) in enumerate(_forms(site, base.widths.of(site.point))):
+                if not edit_rules([edit], base):
+                    yield label, (edit, random_numbers(edit, base, seed=number))
+
+
+def _forms(site: Site, width: int) -> Iterator[tuple[str, Edit]]:
+    where = str(site)
+    for per in ("head", "channel"):
+        yield f"scale/{per}", Scale(site=where, per=per, bias="scaled")  # type: ignore[arg-type]
+    for point in (*READS.get(site.point, ()), *((site.point,) if site.point in IN_PLACE else ())):
+        reads = str(site.beside(point))
+        suffix = "" if point == site.point else f"<-{point}"
+        yield f"low_rank{suffix}", LowRank(site=where, reads=reads, rank=2)
+        yield f"gate{suffix}", Gate(site=where, reads=reads, rank=2)
+        if point == "mlp.in":
+            yield f"gate/normalise{suffix}", Gate(site=where, reads=reads, rank=2, normalise=True)
+    yield "gate/jump_relu", Gate(site=where, reads=where, rank=2, activation="jump_relu", threshold=0.3)
+    yield "gate/sigmoid", Gate(site=where, reads=where, rank=1, activation="sigmoid")
+    yield "filter", SubspaceFilter(site=where, rank=2)
+    yield "filter/onto", SubspaceFilter(site=where, rank=width * 3 // 4, onto=True)
+    yield "filter/oblique", SubspaceFilter(site=where, rank=2, oblique=True)
+    yield "offset", Offset(site=where)
+    yield "offset/renorm", Offset(site=where, renorm=True)
+
+
+def random_numbers(edit: Edit, base: BaseModelRef, seed: int, strength: float = 0.4) -> dict[str, np.ndarray]:
+    """Numbers for an edit, of about the size of the activations it meets in a tiny model."""
+    random = np.random.default_rng([seed, *edit.site.encode(), *edit.kind.encode()])
+    shapes = edit.shapes(base.widths)
+    numbers = {field: random.normal(size=shape) * strength for field, shape in shapes.items()}
+    if isinstance(edit, Scale):
+        numbers["factor"] = random.uniform(-0.5, 1.5, shapes["factor"])
+    if isinstance(edit, SubspaceFilter):
+        numbers["basis"] = np.linalg.qr(random.normal(size=shapes["basis"][::-1]))[0].T
+        if edit.oblique:  # another right inverse of the basis
+            beside = random.normal(size=shapes["basis"]) * strength
+            numbers["dual"] = numbers["basis"] + beside - (beside @ numbers["basis"].T) @ numbers["basis"]
+    if isinstance(edit, Gate):
+        numbers["bias"] = np.abs(numbers["bias"])  # so that it fires for some token
+        if edit.normalise:
+            numbers["norm_weight"] = random.uniform(0.5, 1.5, shapes["norm_weight"])
+            numbers["write"] = numbers["write"] * 5
+    return {field: np.asarray(array, dtype=np.float32) for field, array in numbers.items()}
+
+
+def compare(architecture: str, dtype: str, *, eager: bool, folder: Path) -> list[Row]:
+    """Serve every edit of an architecture in one batch, and hold each against the formula."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from edit_store.authoring.formula import edited
+
+    model = make_tiny(architecture, folder / "model")
+    base = identify(model)
+    wanted = list(every_edit(base))
+    bundles = [bundle_of(f"edit-{number}", base, [pair]) for number, (_, pair) in enumerate(wanted)]
+    # vLLM changes classes of transformers that it builds upon, so the reference has a process of its own.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        served = pool.submit(serve, model, folder / "store", bundles, dtype=dtype, eager=eager).result()
+    torch.set_num_threads(1)
+    # The plain implementations: others leave out soft caps, or have no float64.
+    plainly = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    exact, rounded = (
+        AutoModelForCausalLM.from_pretrained(model, dtype=kind, **plainly).eval()
+        for kind in (torch.float64, getattr(torch, dtype))
+    )
+
+    @torch.no_grad()
+    def says(host: Any, ids: list[int]) -> np.ndarray:
+        return np.asarray(host(torch.tensor([ids])).logits[0, :-1].double())
+
+    def row(site: str, label: str, pairs: list[Pair], answer: Answer) -> Row:
+        plain = centred(says(exact, answer.ids))
+        with edited(exact, pairs), edited(rounded, pairs):
+            truth, noisy = centred(says(exact, answer.ids)), centred(says(rounded, answer.ids))
+        size = float(np.abs(truth).max())
+        differences = (centred(answer.logprobs) - truth, noisy - truth, truth - plain)
+        return Row(site, label, *(float(np.abs(each).max()) / size for each in differences))
+
+    rows = [row("", "base", [], served[0])]
+    for (label, pair), answer in zip(wanted, served[1:], strict=True):
+        rows.append(row(pair[0].site, label, [pair], answer))
+    return rows
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Prompt and answer, and the log-probabilities of the whole vocabulary for every token but the first."""
+
+    ids: list[int]
+    logprobs: np.ndarray
+
+
+def serve(model: Path, store: Path, bundles: list[Bundle], *, dtype: str, eager: bool) -> list[Answer]:
+    """What the base model and every bundle, each in its slot, say to one prompt, all in one batch."""
+    from vllm import LLM, SamplingParams
+
+    from edit_store import EditStore
+    from plugin.claim import CLAIM
+    from plugin.reservation import Reservation
+    from plugin.vllm_host.loader import edits_of
+
+    EditStore(str(store), create=True)
+    reserve = Reservation.for_versions(bundle.manifest.edits for bundle in bundles).to_settings()
+    settings = {"store": str(store), "slots": len(bundles), "reserve": reserve}
+    llm = LLM(
+        str(model), load_format="edits", additional_config={"edits": settings}, dtype=dtype, enforce_eager=eager,
+        skip_tokenizer_init=True, max_model_len=64, max_logprobs=-1, enable_prefix_caching=False, seed=0,
+        max_num_seqs=len(bundles) + 1,
+    )  # fmt: skip
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    loaded = edits_of(runner.get_model())
+    llm.collective_rpc("edits_attach")
+    for slot, bundle in enumerate(bundles, 1):
+        loaded.edited.install(slot, loaded.edited.prepare(bundle.version, bundle.manifest, check(bundle)))
+    prompt = {"prompt_token_ids": np.random.default_rng(0).integers(3, VOCABULARY, PROMPT_TOKENS).tolist()}
+    claims = [{}, *({CLAIM: [slot, bundle.version]} for slot, bundle in enumerate(bundles, 1))]
+    sampling = [
+        SamplingParams(
+            max_tokens=NEW_TOKENS, temperature=0, logprobs=-1, prompt_logprobs=-1, detokenize=False, ignore_eos=True,
+            extra_args=claim,
+        )
+        for claim in claims
+    ]  # fmt: skip
+    outputs = llm.generate([prompt] * len(sampling), sampling, use_tqdm=False)
+    return [_answer(output) for output in outputs]
+
+
+def _answer(output: Any) -> Answer:
+    told = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
+    table = [[said[token].logprob for token in range(VOCABULARY)] for said in told]
+    return Answer([*output.prompt_token_ids, *output.outputs[0].token_ids], np.asarray(table))
+
+
+def centred(scores: np.ndarray) -> np.ndarray:
+    """Logits and log-probabilities alike, without the constant that tells them apart."""
+    return np.asarray(scores - scores.mean(-1, keepdims=True))
+
+
+UNFELT = {("GPT2LMHeadModel", "k.out", "offset")}
+"""Edits that nothing can show: without rotary positions, one vector added to every key changes no softmax."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All rows of one architecture, and how they were got."""
+
+    architecture: str
+    dtype: str
+    compiled: bool
+    rows: tuple[Row, ...]
+
+    def faults(self) -> list[Row]:
+        """Rows that are not exact, or whose edit cannot be seen."""
+        return [row for row in self.rows if not (self._exact(row) and self._felt(row))]
+
+    def _exact(self, row: Row) -> bool:
+        """Within 1e-4 in float32; elsewhere about as near as transformers itself is in that dtype."""
+        return row.served <= (1e-4 if self.dtype == "float32" else 2 * row.rounded + 5e-3)
+
+    def _felt(self, row: Row) -> bool:
+        unfelt = (self.architecture, row.site.split(".", 2)[-1], row.kind) in UNFELT
+        return row.kind == "base" or unfelt or row.effect > 10 * (row.served + row.rounded)
+
+    def table(self) -> str:
+        """Markdown: the largest error of every kind at every site, over all forms of the kind."""
+        how = "compiled" if self.compiled else "not compiled"
+        worst = max(row.served for row in self.rows)
+        noise, base = max(row.rounded for row in self.rows), self.rows[0].served
+        summary = (
+            f"{len(self.rows) - 1} edits in one batch, {self.dtype}, {how}; largest error {worst:.1e}, of the base "
+            f"model {base:.1e}, of transformers in the same dtype {noise:.1e}."
+        )
+        heading = "| site | " + " | ".join(SERVED_PER_REQUEST) + " |"
+        lines = [f"## {self.architecture}", "", summary, "", heading, "|" + "---|" * (len(SERVED_PER_REQUEST) + 1)]
+        for site in dict.fromkeys(row.site for row in self.rows[1:]):
+            cells = []
+            for kind in SERVED_PER_REQUEST:
+                found = [row.served for row in self.rows if row.site == site and _kind(row) == kind]
+                cells.append(f"{max(found):.0e}" if found else "")
+            lines.append(f"| `{site}` | {' | '.join(cells)} |")
+        return "\n".join([*lines, ""])
+
+
+def _kind(row: Row) -> str:
+    name = row.kind.split("/")[0].split("<-")[0]
+    return {"filter": "subspace_filter"}.get(name, name)
+
+
+_HEAD = """# Every kind at every site of every architecture
+
+Written by `make parity`. Each edit is served by vLLM with random numbers on a tiny random model, all of an architecture
+in one batch, and its log-probabilities for a prompt and the tokens generated after it are held against transformers in
+float64 with the edit's formula applied by hooks. A cell is the largest difference over the largest log-probability
+(centred), over all forms of the kind there (per head and per channel, off and onto, what it reads, activations). Every
+edit also changes the model by at least ten times its error, but an offset of all keys of a model without rotary
+positions, which no softmax can feel.
+
+"""
+
+
+def find(architecture: str, dtype: str, *, eager: bool) -> Findings:
+    """Run one architecture."""
+    os.environ.update(VLLM_PLUGINS="edits", VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1",
+                      VLLM_CPU_KVCACHE_SPACE="1", VLLM_USE_AOT_COMPILE="0", VLLM_LOGGING_LEVEL="ERROR")  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        rows = compare(architecture, dtype, eager=eager, folder=Path(folder))
+    return Findings(architecture, dtype, not eager, tuple(rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("architectures", nargs="*", metavar="ARCHITECTURE", help="by default all")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--eager", action="store_true", help="do not compile")
+    parser.add_argument("--write", type=Path, help="write the tables there")
+    options = parser.parse_args()
+    tables, faulty = [], 0
+    for name in options.architectures or ARCHITECTURES:
+        findings = find(supported(name).name, options.dtype, eager=options.eager)
+        tables.append(findings.table())
+        sys.stdout.write(tables[-1] + "\n")
+        for row in findings.faults():
+            faulty += 1
+            sys.stdout.write(f"  WRONG {row}\n")
+        sys.stdout.flush()
+    if options.write and not faulty:
+        options.write.write_text(_HEAD + "\n".join(tables))
+    sys.exit(faulty > 0)
+
+
+if __name__ == "__main__":
+    main()
