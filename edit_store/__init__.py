@@ -1,8 +1,9 @@
 """Edit bundles and the versioned store that holds them. Needs neither torch nor vLLM."""
 
 from edit_store.base_model import identify
-from edit_store.bundle import BaseModelRef, Bundle, Manifest, Measurement, Provenance
+from edit_store.bundle import BaseModelRef, Bundle, Manifest, Measurement, Provenance, Strength
 from edit_store.edits import KINDS, Edit, Gate, LowRank, Offset, Scale, SubspaceFilter, WeightDelta
+from edit_store.scope import Scope
 from edit_store.signing import Role, SigningKey
 from edit_store.sites import Site, Widths
 from edit_store.store import EditStore, Published, TagEntry
@@ -25,8 +26,10 @@ __all__ = [
     "Published",
     "Role",
     "Scale",
+    "Scope",
     "SigningKey",
     "Site",
+    "Strength",
     "SubspaceFilter",
     "TagEntry",
     "TrustPolicy",

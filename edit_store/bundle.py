@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import rfc8785
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors.numpy import save
 
 from edit_store.edits import INDEX_FIELDS, AnyEdit, Edit, Tensors
@@ -83,6 +83,23 @@ class Measurement(_Record):
     n: int = Field(gt=0)
 
 
+class Strength(_Record):
+    """How strong a request may ask the edits to be; 1 is as they are written."""
+
+    minimum: float = Field(allow_inf_nan=False)
+    maximum: float = Field(allow_inf_nan=False)
+    default: float = Field(default=1.0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Strength:
+        if not self.minimum <= self.default <= self.maximum:
+            raise ValueError(f"expected minimum <= default <= maximum, found {self}")
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.minimum:g} to {self.maximum:g}, by default {self.default:g}"
+
+
 class Provenance(_Record):
     """Who or what made the edits, and from what."""
 
@@ -102,6 +119,8 @@ class Manifest(_Record):
     created_at: AwareDatetime
     base: BaseModelRef
     edits: tuple[AnyEdit, ...] = Field(min_length=1)
+    strength: Strength | None = None
+    """None: a request cannot ask for another strength"""
     tensors: BlobRef
     provenance: Provenance
     measurements: tuple[Measurement, ...] = ()
@@ -160,6 +179,7 @@ class Bundle:
         *,
         description: str = "",
         label: str = "",
+        strength: Strength | None = None,
         measurements: Iterable[Measurement] = (),
         created_at: datetime | None = None,
     ) -> Bundle:
@@ -183,6 +203,7 @@ class Bundle:
             created_at=created_at or datetime.now(UTC).replace(microsecond=0),
             base=base,
             edits=tuple(edit for edit, _ in pairs),
+            strength=strength,
             tensors=BlobRef.of(tensor_bytes),
             provenance=provenance,
             measurements=tuple(measurements),

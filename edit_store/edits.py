@@ -10,7 +10,9 @@ Several edits may meet at one site. They apply in this order, whatever their ord
     3. subspace_filter   one after the other, by `part`
     4. offset            all are added; then, if one of them asks for it, the norm from before 4 is restored
 
-An edit that reads another point of its layer reads it as that point's own edits left it.
+An edit that reads another point of its layer reads it as that point's own edits left it. `scope` says for which tokens
+an edit counts, and a request's strength s, within the bundle's bounds, how much: what an edit adds is multiplied by s
+(a factor becomes 1 + s (factor - 1)).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from edit_store.scope import ALL, Scope
 from edit_store.sites import LAYER_POINTS, POINTS, Site, Widths
 
 Array = NDArray[np.float32]
@@ -51,11 +54,17 @@ class _Edit(BaseModel):
     """Points where this kind has a meaning."""
     site: SiteName
     part: int = Field(default=1, ge=1, le=MAX_PARTS)
+    scope: Scope = ALL
 
     @property
     def capacity(self) -> int:
         """How much of a server's reservation this edit needs: its rank, or 1 where rank has no meaning."""
         return getattr(self, "rank", 1)
+
+    @property
+    def label(self) -> str:
+        """What tells this edit from the others of its kind, for people: its site, and its part where there are more."""
+        return self.site if self.part == 1 else f"{self.site}.{self.part}"
 
     @property
     def ranked(self) -> bool:

@@ -73,6 +73,10 @@ class StoreCorrupt(EditsError):
     """Stored bytes do not match the digest that names them."""
 
 
+class RequestRefused(EditsError):
+    """A request asks for something that its variant does not allow."""
+
+
 class SettingsError(EditsError):
     """A setting is unknown or its value is impossible."""
 

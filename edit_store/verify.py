@@ -67,6 +67,11 @@ def edit_rules(edits: Iterable[Edit], base: BaseModelRef) -> list[Reason]:
             layer = Site.parse(site).layer
             if layer is not None and layer >= base.widths.layers:
                 reasons.append(Reason("site", f"{site}: the model has layers 0 to {base.widths.layers - 1}"))
+        if edit.scope.tokens and edit.scope.tokens[-1] >= base.widths.vocab:
+            found = edit.scope.tokens[-1]
+            reasons.append(Reason("scope", f"{edit.site}: token {found}, the model has 0 to {base.widths.vocab - 1}"))
+        if not edit.scope.everything and edit.kind == "weight_delta":
+            reasons.append(Reason("scope", f"weight_delta at {edit.site}: a weight has no scope"))
         reasons += _architecture_rules(edit, base)
     return reasons
 

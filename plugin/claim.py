@@ -1,23 +1,80 @@
-"""What the engine gate writes on every request: which slot it may use, and the cache salt that keeps its KV apart."""
+"""What the engine gate writes on every request: what it is computed with, and what keeps its KV cache apart. Pure.
+
+A claim is [slot, version, strength]. The prefix cache shares blocks between requests of equal salt, so the salt is a
+hash of everything that the edits of a token depend on: version, strength, and for versions that treat prompt and answer
+differently the prompt's length. A version that edits only the prompt's end or what is generated leaves the blocks
+before as the base model has them: its request has no salt but the caller's, and says from where on it forks.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from plugin.variants import Choice
 
 CLAIM = "vllm_edits_claim"
-"""Key in a request's extra arguments: absent for the base model, else [slot, version]. Callers cannot set it."""
+"""Key of the claim in a request's extra arguments; absent for the base model. Callers cannot set it."""
+FORK = "vllm_edits_fork"
+"""Likewise: [salt, tail] of a request whose cache blocks are the base's up to `tail` tokens before its prompt ends."""
 
 
-def cache_salt(version: str | None, caller_salt: str | None) -> str | None:
-    """Salt of a request's prefix-cache blocks: sha256 over (version, caller's salt), each with its length before it.
+def cache_salt(choice: Choice | None, caller_salt: str | None, prompt: int | None = None) -> str | None:
+    """Salt of a request's blocks: sha256 over version, strength, prompt length and caller's salt, each with its length.
 
     Without version and salt there is none: the base model shares its cache as if the plugin were not there. The lengths
-    make the pair unambiguous, and the hash keeps a caller from writing a salt that is another version's.
+    make the tuple unambiguous, and the hash keeps a caller from writing a salt that is another version's.
     """
+    version = choice.version if choice else None
     if version is None and caller_salt is None:
         return None
+    bound = choice is not None and choice.traits.bound_to_prompt
+    # Where the prompt's length matters and is not known, nothing is shared with anybody.
+    length = "" if not bound else str(prompt) if prompt is not None else secrets.token_hex(16)
+    strength = "" if choice is None or choice.strength == 1 else repr(choice.strength)
     hasher = hashlib.sha256()
-    for part in (version or "", caller_salt or ""):
+    for part in (version or "", strength, length, caller_salt or ""):
         data = part.encode()
         hasher.update(len(data).to_bytes(8, "big") + data)
     return hasher.hexdigest()
+
+
+def address(prompt: Any, sampling_params: Any, choice: Choice | None, slot: int, *, forks: bool) -> tuple[Any, Any]:
+    """Copies of a request's prompt and sampling parameters that say what it is computed with; None is the base.
+
+    `forks`: whether the engine's scheduler knows how to fork the cache within a request.
+    """
+    arguments = {key: value for key, value in (sampling_params.extra_args or {}).items() if key not in (CLAIM, FORK)}
+    if choice is not None and choice.version is not None:
+        arguments[CLAIM] = [slot, choice.version, choice.strength]
+        if forks and choice.traits.tail is not None:
+            arguments[FORK] = [cache_salt(choice, None, _length(prompt)), choice.traits.tail]
+            choice = None
+    marked = sampling_params.clone()
+    marked.extra_args = arguments or None
+    return _salted(prompt, choice), marked
+
+
+def _salted(prompt: Any, choice: Choice | None) -> Any:
+    """A copy of the prompt with its salt. A base prompt without one is left as it is."""
+    if isinstance(prompt, str):
+        prompt = {"prompt": prompt}
+    elif isinstance(prompt, list):
+        prompt = {"prompt_token_ids": prompt}
+    if isinstance(prompt, Mapping):
+        salt = cache_salt(choice, prompt.get("cache_salt"), _length(prompt))
+        return prompt if salt is None else {**prompt, "cache_salt": salt}
+    if (choice is None or choice.version is None) and not hasattr(prompt, "cache_salt"):
+        return prompt
+    raise TypeError(
+        f"a prompt of type {type(prompt).__name__} cannot be kept apart in the prefix cache; send text or tokens"
+    )
+
+
+def _length(prompt: Any) -> int | None:
+    ids = (
+        prompt if isinstance(prompt, list) else prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
+    )
+    return None if ids is None else len(ids)

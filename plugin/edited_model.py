@@ -6,7 +6,7 @@ This is the worker's only state. No vLLM here: the loader hands over the modules
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from edit_store.bundle import Manifest
-from edit_store.edits import Edit, Tensors
+from edit_store.edits import SILENT, Edit, Gate, Tensors
 from edit_store.errors import InstallRefused, UnsupportedHost
+from edit_store.scope import Scope
 from edit_store.sites import Site
 from plugin.edited_site import (
     SLOT_TENSORS,
+    GateSlots,
     LogitsEdits,
     Made,
     ModuleEdits,
@@ -31,7 +33,7 @@ from plugin.edited_site import (
     edited_logits,
     input_of,
 )
-from plugin.reservation import Place, Reservation, places
+from plugin.reservation import Place, Reservation, places, scopes_of
 
 BASE_SLOT = 0
 
@@ -49,10 +51,23 @@ class Anchor:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A version ready to be written into a slot: its edits with their numbers, by place."""
+    """A version ready to be written into a slot: its edits with their numbers, by place, and its scopes by lane."""
 
     version: str
     numbers: Mapping[Place, Numbers]
+    scopes: tuple[Scope, ...] = ()
+
+
+@dataclass(frozen=True)
+class RequestStep:
+    """What a request has in the coming step. `claim` is None for the base, else [slot, version, strength]."""
+
+    claim: Any
+    tokens: int
+    start: int = 0
+    """absolute position of its first token in the step"""
+    prompt: int = 0
+    """length of its prompt"""
 
 
 class EditedModel:
@@ -70,10 +85,14 @@ class EditedModel:
     ) -> None:
         self.reservation = reservation
         self.slots = slots
-        self.step = Step(max_tokens, 1, device)
+        self.step = Step(max_tokens, 1 + reservation.scopes, device)
         self.held: dict[int, str] = {}
+        self._scopes: dict[int, tuple[Scope, ...]] = {}
+        self._gates: dict[int, list[tuple[str, GateSlots, slice]]] = {}
         self._pinned = device.type == "cuda"
         self._all_base = True
+        self._plain_weights = True
+        self._filled = 0
         self._last_tokens = torch.zeros(0, dtype=torch.int64, device=device)
         self._output: Tensor | None = None
         self._carried: dict[int | None, dict[str, Tensor]] = {}
@@ -124,23 +143,25 @@ class EditedModel:
 
     def prepare(self, version: str, manifest: Manifest, tensors: Tensors) -> Prepared:
         """Everything that can fail or take time, before a slot is touched. InstallRefused when there is no room."""
-        if missing := self.reservation.missing(manifest.edits):
+        if missing := self.reservation.missing(manifest):
             raise InstallRefused(f"version {version[:12]} of {manifest.name!r}", missing)
         widths = manifest.base.widths
 
         def numbers(edit: Edit) -> tuple[Edit, dict[str, Any]]:
             return edit, {field: np.array(tensors[edit.tensor_name(field)]) for field in edit.shapes(widths)}
 
-        return Prepared(version, {place: [numbers(edit) for edit in edits]
-                                  for place, edits in places(manifest.edits).items()})  # fmt: skip
+        by_place = {place: [numbers(edit) for edit in edits] for place, edits in places(manifest.edits).items()}
+        return Prepared(version, by_place, scopes_of(manifest))
 
     def install(self, slot: int, prepared: Prepared) -> str:
         """Write a prepared version into a free slot; returns the digest of what the slot now holds."""
         if not BASE_SLOT < slot <= self.slots or slot in self.held:
             raise ValueError(f"slot {slot} is not a free slot of 1 to {self.slots}")
         for place, numbers in prepared.numbers.items():
-            self._places[place].fill(slot, numbers, 0)
-        self.held[slot] = prepared.version
+            scope = numbers[0][0].scope
+            self._places[place].fill(slot, numbers, 0 if scope.everything else 1 + prepared.scopes.index(scope))
+            self._gates.setdefault(slot, []).extend(_counted(self._places[place], numbers))
+        self.held[slot], self._scopes[slot] = prepared.version, prepared.scopes
         return self.digest(slot)
 
     def clear(self, slot: int) -> None:
@@ -148,15 +169,23 @@ class EditedModel:
         for place in self._places.values():
             place.reset(slot)
         self.held.pop(slot, None)
+        self._scopes.pop(slot, None)
+        self._gates.pop(slot, None)
 
     def digest(self, slot: int) -> str:
         """sha256 over the contents of a slot at every place: equal on workers that hold the same."""
         hasher = hashlib.sha256(self.held.get(slot, "").encode())
         for place, tensors in self._places.items():
             for name, buffer in tensors.named_buffers():
+                if name == "firings":
+                    continue
                 hasher.update(f"{place}/{name}".encode())
                 hasher.update(buffer[slot : slot + 1].contiguous().cpu().view(torch.uint8).numpy().tobytes())
         return hasher.hexdigest()
+
+    def firings(self, slot: int) -> list[tuple[str, int]]:
+        """How often the neurons of each gate in a slot have given something since it was installed, by edit."""
+        return [(edit, int(gate.firings[slot, ranks].sum())) for edit, gate, ranks in self._gates.get(slot, ())]
 
     # -- logits ----------------------------------------------------------------------------------------------------
 
@@ -182,10 +211,10 @@ class EditedModel:
     # -- the step --------------------------------------------------------------------------------------------------
 
     def slot_of(self, claim: Any) -> int:
-        """The slot a request may use; `claim` is None (the base) or [slot, version]. A false one stops the step."""
+        """The slot a request may use; a false claim stops the step."""
         if claim is None:
             return BASE_SLOT
-        slot, version = claim
+        slot, version, _ = claim
         if slot not in self.held or self.held[slot] != version:
             raise RuntimeError(
                 f"a request claims version {str(version)[:12]} in slot {slot}, which holds "
@@ -193,22 +222,69 @@ class EditedModel:
             )
         return int(slot)
 
-    def set_token_slots(self, claims: Sequence[Any], tokens: np.ndarray[Any, Any]) -> None:
-        """Say which slot each token of the coming step belongs to.
+    def set_step(self, requests: Sequence[RequestStep], input_ids: Tensor | None = None) -> None:
+        """Say which slot each token of the coming step belongs to, and how much it weighs in each lane.
 
-        claims: one per request in batch order; tokens: [requests] how many tokens of each request are in the step.
-        Rows beyond the batch keep slots of earlier steps: they are padding, and every slot is safe to compute with.
+        requests: in the order of the batch; input_ids: [tokens], where a scope names token ids. Rows beyond the batch
+        are padding and read slot 0.
         """
+        slots = [self.slot_of(request.claim) for request in requests]
+        tokens = np.asarray([request.tokens for request in requests])
         self._last_tokens = torch.from_numpy(np.cumsum(tokens) - 1).to(self.step.slots.device)
-        slots = [self.slot_of(claim) for claim in claims]
         all_base = not any(slots)
-        if all_base and self._all_base:
+        if not (all_base and self._all_base):
+            if all_base:
+                self.step.slots.zero_()
+            else:
+                expanded = np.zeros(max(self._filled, int(tokens.sum())), dtype=np.int32)
+                expanded[: tokens.sum()] = np.repeat(np.asarray(slots, dtype=np.int32), tokens)
+                self._copy(self.step.slots, expanded)
+            self._all_base, self._filled = all_base, 0 if all_base else int(tokens.sum())
+        self._set_weights(slots, requests, input_ids)
+
+    def _set_weights(self, slots: Sequence[int], requests: Sequence[RequestStep], input_ids: Tensor | None) -> None:
+        weighed = [
+            bool(slot) and bool(self._scopes[slot] or request.claim[2] != 1)
+            for slot, request in zip(slots, requests, strict=True)
+        ]
+        if not any(weighed):
+            if not self._plain_weights:
+                self.step.weights.fill_(1)
+                self._plain_weights = True
             return
-        if all_base:
-            self.step.slots.zero_()
-        else:
-            expanded = np.repeat(np.asarray(slots, dtype=np.int32), tokens)
-            # A fresh pinned tensor each time: the copy of the step before may still be under way.
-            on_host = torch.tensor(expanded, pin_memory=self._pinned)
-            self.step.slots[: len(expanded)].copy_(on_host, non_blocking=True)
-        self._all_base = all_base
+        weights = np.ones((len(self.step.weights), sum(request.tokens for request in requests)), dtype=np.float32)
+        begin, named = 0, list[tuple[int, slice, Scope]]()
+        for slot, request, matters in zip(slots, requests, weighed, strict=True):
+            here = slice(begin, begin + request.tokens)
+            begin += request.tokens
+            if not matters:
+                continue
+            weights[:, here] = request.claim[2]
+            positions = np.arange(request.start, request.start + request.tokens)
+            for lane, scope in enumerate(self._scopes[slot], 1):
+                weights[lane, here] *= scope.covers(positions, request.prompt)
+                if scope.tokens is not None:
+                    named.append((lane, here, scope))
+        for lane, row in enumerate(weights):
+            self._copy(self.step.weights[lane], row)
+        self._plain_weights = False
+        for lane, here, scope in named:
+            if input_ids is None:
+                raise RuntimeError("a scope names token ids, and this step's are unknown: refusing to guess")
+            ids = torch.tensor(scope.tokens, device=input_ids.device)
+            self.step.weights[lane, here] *= torch.isin(input_ids.reshape(-1)[here], ids)
+
+    def _copy(self, target: Tensor, values: np.ndarray[Any, Any]) -> None:
+        # A fresh pinned tensor each time: the copy of the step before may still be under way.
+        on_host = torch.tensor(values, pin_memory=self._pinned)
+        target[: len(values)].copy_(on_host, non_blocking=True)
+
+
+def _counted(place: SlotTensors, numbers: Numbers) -> Iterator[tuple[str, GateSlots, slice]]:
+    """The edits of a place whose firings tell something: gates that are silent off their trigger."""
+    begin = 0
+    for edit, _ in numbers:
+        end = begin + edit.capacity
+        if isinstance(edit, Gate) and isinstance(place, GateSlots) and edit.activation in SILENT:
+            yield edit.label, place, slice(begin, end)
+        begin = end

@@ -109,8 +109,9 @@ class LowRankSlots(SlotTensors):
         self._keep("read", made.room.rank, made.reads)
         self._keep("write", made.room.rank, made.writes)
 
-    def forward(self, x: Tensor, slots: Tensor) -> Tensor:
-        return edit_math.low_rank(x, self.read, self.write, slots)
+    def forward(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
+        added = edit_math.low_rank(x, self.read, self.write, slots)
+        return added if weight is None else added * weight
 
     def _fold(self, numbers: Numbers) -> dict[str, Any]:
         return {field: _stacked(numbers, field) for field in ("read", "write")}
@@ -120,8 +121,10 @@ class GateSlots(SlotTensors):
     """read: [S, rank, reads] in float32, write: [S, rank, writes]; bias, activation and threshold: [S, rank].
 
     With room for normalising gates also stretch and centre: [S, reads] in float32, normalise: [S].
+    `firings` [S, rank] counts the tokens for which each neuron gave something; it is no part of what a slot holds.
     """
 
+    firings: Tensor
     read: Tensor
     bias: Tensor
     write: Tensor
@@ -139,17 +142,21 @@ class GateSlots(SlotTensors):
         self._keep("write", rank, made.writes)
         self._keep("activation", rank, dtype=torch.int32)
         self._keep("threshold", rank, dtype=torch.float32)
+        self._keep("firings", rank, dtype=torch.int64)
         self._keep("stretch", made.reads, dtype=torch.float32, feature="normalise")
         self._keep("centre", made.reads, dtype=torch.float32, feature="normalise")
         self._keep("normalise", dtype=torch.bool, feature="normalise")
 
-    def forward(self, x: Tensor, slots: Tensor) -> Tensor:
+    def forward(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
         if self.normalise is not None:
             x = edit_math.normalised(x, slots, stretch=self.stretch, centre=self.centre, normalise=self.normalise)
-        added, _ = edit_math.gate(
+        added, fired = edit_math.gate(
             x, slots, read=self.read, bias=self.bias, write=self.write,
             activation=self.activation, threshold=self.threshold,
         )  # fmt: skip
+        if weight is not None:
+            fired, added = fired * weight, added * weight
+        self.firings.index_add_(0, slots, (fired != 0).long())
         return added
 
     def _fold(self, numbers: Numbers) -> dict[str, Any]:
@@ -296,7 +303,7 @@ class Tap(nn.Module):
         now = value + added
         for adding, source in zip(self.adds, self.sources, strict=True):
             x = now if source is None else self._carried[source].float()
-            added = added + self._weighed(adding, adding(x, slots), slots)
+            added = added + adding(x, slots, self._weight(adding, slots))
         for source in self.forgets:
             del self._carried[source]
         for filtering in self.filters:

@@ -7,11 +7,11 @@ put in place of the claim is overwritten here, for every endpoint alike.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
-from plugin.claim import CLAIM, cache_salt
+from plugin.claim import address
 from plugin.lease import CURRENT_LEASE, Lease, Usage
 from plugin.variants import Choice
 
@@ -19,9 +19,10 @@ from plugin.variants import Choice
 class EngineGate:
     """An engine client whose `generate` serves the version of the current lease."""
 
-    def __init__(self, engine: Any, renew: Callable[[Choice], Awaitable[Lease]]) -> None:
+    def __init__(self, engine: Any, renew: Callable[[Choice], Awaitable[Lease]], *, forks: bool = False) -> None:
         self._engine = engine
         self._renew = renew
+        self._forks = forks
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -35,20 +36,16 @@ class EngineGate:
             # Work that outlives its HTTP request (a background response) still runs on the version it began with.
             lease = await self._renew(lease.choice)
         if lease is None:
-            outputs = self._engine.generate(
-                salted(prompt, None), claimed(sampling_params, None), request_id, *args, **kwargs
-            )
+            prompt, sampling_params = address(prompt, sampling_params, None, 0, forks=False)
+            outputs = self._engine.generate(prompt, sampling_params, request_id, *args, **kwargs)
             async with aclosing(outputs):
                 async for output in outputs:
                     yield output
             return
         with lease.hold():
-            version = lease.choice.version
-            claim = None if version is None else [lease.slot, version]
             watch = _Watch(lease.usage, deltas=getattr(sampling_params.output_kind, "name", "") == "DELTA")
-            outputs = self._engine.generate(
-                salted(prompt, version), claimed(sampling_params, claim), request_id, *args, **kwargs
-            )
+            prompt, sampling_params = address(prompt, sampling_params, lease.choice, lease.slot, forks=self._forks)
+            outputs = self._engine.generate(prompt, sampling_params, request_id, *args, **kwargs)
             # Closing the inner generator awaits the abort, so the slot is not released before the engine knows.
             async with aclosing(outputs):
                 async for output in outputs:
@@ -63,35 +60,6 @@ class EngineGate:
                 f"{lease.choice.requested!r} is an edited variant; pooling is served by the base model only"
             )
         return self._engine.encode(*args, **kwargs)
-
-
-def claimed(sampling_params: Any, claim: list[Any] | None) -> Any:
-    """A copy of the sampling parameters that carries `claim`, or none at all for the base."""
-    arguments = {key: value for key, value in (sampling_params.extra_args or {}).items() if key != CLAIM}
-    if claim is not None:
-        arguments[CLAIM] = claim
-    marked = sampling_params.clone()
-    marked.extra_args = arguments or None
-    return marked
-
-
-def salted(prompt: Any, version: str | None) -> Any:
-    """A copy of the prompt whose prefix-cache blocks belong to `version` alone.
-
-    A base prompt without a salt is left as it is. A prompt of a form that cannot carry a salt is refused.
-    """
-    if isinstance(prompt, str):
-        prompt = {"prompt": prompt}
-    elif isinstance(prompt, list):
-        prompt = {"prompt_token_ids": prompt}
-    if isinstance(prompt, Mapping):
-        salt = cache_salt(version, prompt.get("cache_salt"))
-        return prompt if salt is None else {**prompt, "cache_salt": salt}
-    if version is None and not hasattr(prompt, "cache_salt"):
-        return prompt
-    raise TypeError(
-        f"a prompt of type {type(prompt).__name__} cannot be kept apart in the prefix cache; send text or tokens"
-    )
 
 
 class _Watch:

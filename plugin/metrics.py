@@ -69,6 +69,12 @@ METRICS = (
     Metric("signature_policy", "gauge", "1 for what is done about signatures: require, warn, off.", ("mode",)),
     Metric("bundles_rejected", "counter", "Reasons bundles were refused for.", ("reason",)),
     Metric(
+        "gate_firings",
+        "counter",
+        "Tokens for which a neuron of a gate gave something, by the gate's site.",
+        ("variant", "version", "edit"),
+    ),
+    Metric(
         "variant_info",
         "gauge",
         "1 for the version a variant serves, 0 for one it served before.",
@@ -95,6 +101,7 @@ class Metrics:
     store_errors: Counter
     signature_policy: Gauge
     bundles_rejected: Counter
+    gate_firings: Counter
     variant_info: Gauge
 
     def __init__(self, registry: CollectorRegistry = REGISTRY, *, label_limit: int = 256) -> None:

@@ -11,13 +11,13 @@ Start Python with VLLM_PLUGINS=edits, as for a server.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from plugin.engine_gate import claimed, salted
+from plugin.claim import address
 from plugin.lease import Lease
 from plugin.metrics import Metrics
 from plugin.reconcile import Reconciler
@@ -29,14 +29,19 @@ class Variants:
 
     def __init__(self, llm: Any) -> None:
         from plugin.vllm_host.frontend import start
+        from plugin.vllm_host.scheduler import forks
 
         self._llm = llm
+        self._forks = forks(llm.llm_engine.vllm_config)
         self._loop = asyncio.new_event_loop()
         settings = read_settings(llm.llm_engine.vllm_config.additional_config)
         self.reconciler: Reconciler
         self.reconciler, self.description = self._loop.run_until_complete(
             start(_OfflineWorkers(llm), settings, Metrics(CollectorRegistry()), ("base",))
         )
+
+    def _lease(self, name: str | None, strength: float | None) -> Coroutine[Any, Any, Lease]:
+        return self.reconciler.lease("base") if name is None else self.reconciler.lease(name, strength)
 
     def sync(self) -> None:
         """Follow what was promoted since; raises nothing, a refused version leaves the old one serving."""
@@ -47,9 +52,18 @@ class Variants:
         await self.reconciler.settle()
 
     def generate(
-        self, variant: str | Sequence[str | None] | None, prompts: Sequence[Any], sampling_params: Any, **options: Any
+        self,
+        variant: str | Sequence[str | None] | None,
+        prompts: Sequence[Any],
+        sampling_params: Any,
+        *,
+        strength: float | None = None,
+        **options: Any,
     ) -> list[Any]:
-        """`LLM.generate` with a variant (None for the base) for all prompts, or one for each, mixed in one batch."""
+        """`LLM.generate` with a variant (None for the base) for all prompts, or one for each, mixed in one batch.
+
+        `strength` is for all prompts of variants; RequestRefused when one of them does not take it.
+        """
         names = [variant] * len(prompts) if variant is None or isinstance(variant, str) else list(variant)
         if len(names) != len(prompts):
             raise ValueError(f"expected one variant for each of {len(prompts)} prompts, found {len(names)}")
@@ -62,20 +76,15 @@ class Variants:
             )
         with ExitStack() as held:
             leases = [
-                held.enter_context(self._loop.run_until_complete(self.reconciler.lease(name or "base")).hold())
-                for name in names
+                held.enter_context(self._loop.run_until_complete(self._lease(name, strength)).hold()) for name in names
             ]
-            outputs: list[Any] = self._llm.generate(
-                [salted(prompt, lease.choice.version) for prompt, lease in zip(prompts, leases, strict=True)],
-                [claimed(each, _claim(lease)) for each, lease in zip(params, leases, strict=True)],
-                **options,
-            )
+            requests = [
+                address(prompt, each, lease.choice, lease.slot, forks=self._forks)
+                for prompt, each, lease in zip(prompts, params, leases, strict=True)
+            ]
+            outputs: list[Any] = self._llm.generate(*map(list, zip(*requests, strict=True)), **options)
         self._loop.run_until_complete(self.reconciler.settle())
         return outputs
-
-
-def _claim(lease: Lease) -> list[Any] | None:
-    return [lease.slot, lease.choice.version] if lease.choice.version is not None else None
 
 
 class _OfflineWorkers:

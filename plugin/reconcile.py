@@ -23,10 +23,12 @@ from edit_store.errors import BundleRefused, EditsError, InstallRefused, NotTrus
 from edit_store.reader import Reader
 from edit_store.store import TagEntry
 from edit_store.trust import Enforcement
+from plugin.firings import Firings
 from plugin.lease import Lease
 from plugin.metrics import OTHER, UNKNOWN, Metrics
 from plugin.reservation import Reservation
 from plugin.residency import Residency
+from plugin.traits import PLAIN, Traits
 from plugin.variants import BASE, Choice, VariantTable, VersionWanted
 
 logger = logging.getLogger("vllm.edits")
@@ -97,6 +99,8 @@ class Reconciler:
         self._metrics = metrics
         self._base = base
         self._reservation = reservation
+        self._traits: dict[str, Traits] = {}
+        self._firings = Firings(metrics)
         self._heads: dict[tuple[str, str], TagEntry] = {}
         self._refused: dict[tuple[str, str], Refusal] = {}
         self._troubles: Mapping[tuple[str, str], EditsError] = {}
@@ -123,6 +127,7 @@ class Reconciler:
             await asyncio.sleep(poll_seconds)
             try:
                 await self.sync()
+                await self.read_firings()
             except Exception:  # the loop must outlive any fault of one look
                 logger.exception("sync failed; what is installed keeps serving")
                 self._metrics.store_errors.inc()
@@ -222,9 +227,10 @@ class Reconciler:
             raise BundleRefused(f"variant {swap.variant!r}", [Reason("name", why)])
         with swap.phase("fetch", self._metrics):
             bundle = await asyncio.to_thread(self.reader.bundle, swap.to_version)
+        self._traits[swap.to_version] = Traits.of(bundle.manifest)
         with swap.phase("verify", self._metrics):
             await asyncio.to_thread(verify.check, bundle, self._base)
-            if missing := self._reservation.missing(bundle.manifest.edits):
+            if missing := self._reservation.missing(bundle.manifest):
                 raise InstallRefused(f"version {swap.to_version[:12]} of {swap.variant!r}", missing)
         # At start there may be more variants than slots: those beyond are paged in by the first request.
         if swap.from_version is not None or self.residency.used < self.residency.slots:
@@ -251,10 +257,11 @@ class Reconciler:
 
     # -- lending slots ---------------------------------------------------------------------------------------------
 
-    async def lease(self, model: str) -> Lease:
+    async def lease(self, model: str, strength: float | None = None) -> Lease:
         """A slot for a request that names `model`; waits while all slots are in use.
 
-        NotFound for a name that is not served; InstallRefused when the version cannot be brought in.
+        NotFound for a name that is not served; RequestRefused for a strength that its version does not take;
+        InstallRefused when the version cannot be brought in.
         """
         found = self.table.resolve(model)
         if isinstance(found, VersionWanted):
@@ -262,7 +269,13 @@ class Reconciler:
             known = ref.selector in served  # a whole digest that is served needs no store
             version = ref.selector if known else await asyncio.to_thread(self.reader.resolve, str(ref))
             found = Choice(model, ref.name, version)
-        return await self.renew(found)
+        traits = PLAIN if found.version is None else await self._traits_of(found.version)
+        return await self.renew(replace(found, strength=traits.strength_of(strength, model), traits=traits))
+
+    async def _traits_of(self, version: str) -> Traits:
+        if version not in self._traits:
+            self._traits[version] = Traits.of(await asyncio.to_thread(self.reader.manifest, version))
+        return self._traits[version]
 
     async def renew(self, choice: Choice) -> Lease:
         """A slot for a choice already made: the same version, whatever its name means by now."""
@@ -296,7 +309,7 @@ class Reconciler:
                     await self._slot_released.wait()
                 try:
                     if plan.evicted is not None:
-                        await self._all("edits_clear", plan.slot, plan.evicted)
+                        await self._clear(plan.slot, plan.evicted)
                     await self._install(plan.slot, version)
                 except BaseException as failure:
                     await self._undo(plan.slot, version)
@@ -320,7 +333,7 @@ class Reconciler:
     async def _undo(self, slot: int, version: str) -> None:
         """Take an uncommitted version out of every worker. A slot that cannot be cleared is not used again."""
         try:
-            await self._all("edits_clear", slot, version)
+            await self._clear(slot, version)
         except EditsError:
             logger.exception("slot %d could not be cleared and stays out of use", slot)
             self.residency.lose(version)
@@ -343,6 +356,21 @@ class Reconciler:
                 )
         return answers
 
+    async def _clear(self, slot: int, version: str) -> None:
+        """Make a slot neutral on every worker, and count what its gates did last."""
+        self._count_firings(await self._all("edits_clear", slot, version))
+        self._firings.forget(version)
+
+    async def read_firings(self) -> None:
+        """Count how often the gates on the device have fired."""
+        if any(self._traits.get(version, PLAIN).fires for version in self.residency.residents()):
+            self._count_firings(await self._all("edits_firings"))
+
+    def _count_firings(self, answers: list[dict[str, Any]]) -> None:
+        """Every worker of a tensor-parallel engine sees every token, so one worker's word counts."""
+        for version, edit, times in answers[0]["firings"]:
+            self._firings.count(self._traits.get(version, PLAIN).name, [(version, edit, times)])
+
     def _sweep(self) -> None:
         """Clear the slots of retired versions that nobody uses any more, in the background."""
         for version in self.residency.leaving():
@@ -354,7 +382,7 @@ class Reconciler:
     async def _drain(self, slot: int, version: str) -> None:
         # Calls and requests reach the engine in order: the aborts and steps of the last user are behind this call.
         try:
-            await self._all("edits_clear", slot, version)
+            await self._clear(slot, version)
         except Exception:
             logger.exception(
                 "slot %d of retired version %s could not be cleared and stays out of use", slot, version[:12]

@@ -10,11 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
 
 from edit_store.architectures import Architecture
+from edit_store.bundle import Strength
 from edit_store.edits import KINDS, READS, SERVED_PER_REQUEST, Edit, Gate, Offset, SubspaceFilter
 from edit_store.errors import Reason, SettingsError
+from edit_store.scope import Scope, distinct
 from edit_store.sites import Site, Widths
 from server_config.settings import Reserve
 
@@ -66,12 +68,12 @@ def places(edits: Iterable[Edit]) -> dict[Place, tuple[Edit, ...]]:
 
 
 def _computed_together(one: Edit, other: Edit) -> bool:
-    return not any(isinstance(edit, Gate) and edit.normalise for edit in (one, other))
+    return one.scope == other.scope and not any(isinstance(edit, Gate) and edit.normalise for edit in (one, other))
 
 
-def room_for(edits: Sequence[Edit]) -> Room:
-    """What the edits of one place need."""
-    features = set()
+def room_for(edits: Sequence[Edit], *, strengthened: bool) -> Room:
+    """What the edits of one place need; `strengthened`: requests may ask for another strength."""
+    features = {"weighted"} if strengthened or not edits[0].scope.everything else set()
     for edit in edits:
         if isinstance(edit, Gate) and edit.normalise:
             features.add("normalise")
@@ -82,21 +84,44 @@ def room_for(edits: Sequence[Edit]) -> Room:
     return Room(sum(edit.capacity for edit in edits) if edits[0].ranked else 1, frozenset(features))
 
 
+class Version(Protocol):
+    """What a version asks of a server: a manifest does."""
+
+    @property
+    def edits(self) -> Sequence[Edit]: ...
+    @property
+    def strength(self) -> Strength | None: ...
+
+
+def needs(version: Version) -> dict[Place, Room]:
+    """The room that a version needs, by place. Kinds that are not served per request need none."""
+    served = (edit for edit in version.edits if edit.kind in SERVED_PER_REQUEST)
+    strengthened = version.strength is not None
+    return {place: room_for(edits, strengthened=strengthened) for place, edits in places(served).items()}
+
+
+def scopes_of(version: Version) -> tuple[Scope, ...]:
+    """The scopes of a version that are not everything. The first has lane 1: lane 0 is for edits of every token."""
+    return distinct(edit.scope for edit in version.edits)
+
+
 @dataclass(frozen=True)
 class Reservation:
-    """Room by place."""
+    """Room by place, and how many scopes one version may have besides everything."""
 
     rooms: Mapping[Place, Room]
+    scopes: int = 0
 
     @classmethod
-    def for_versions(cls, versions: Iterable[Iterable[Edit]]) -> Reservation:
-        """Exactly what these versions need, each given by its edits."""
+    def for_versions(cls, versions: Iterable[Version]) -> Reservation:
+        """Exactly what these versions need."""
         rooms: dict[Place, Room] = {}
-        for edits in versions:
-            served = (edit for edit in edits if edit.kind in SERVED_PER_REQUEST)
-            for place, together in places(served).items():
-                rooms[place] = rooms.get(place, Room()) | room_for(together)
-        return cls(rooms)
+        scopes = 0
+        for version in versions:
+            scopes = max(scopes, len(scopes_of(version)))
+            for place, room in needs(version).items():
+                rooms[place] = rooms.get(place, Room()) | room
+        return cls(rooms, scopes)
 
     @classmethod
     def usual(cls, architecture: Architecture, widths: Widths) -> Reservation:
@@ -112,7 +137,9 @@ class Reservation:
         })  # fmt: skip
 
     @classmethod
-    def from_settings(cls, reserve: Iterable[Reserve], architecture: Architecture, widths: Widths) -> Reservation:
+    def from_settings(
+        cls, reserve: Iterable[Reserve], architecture: Architecture, widths: Widths, scopes: int = 0
+    ) -> Reservation:
         """Expand patterns over a model's sites. SettingsError when a pattern fits no place of its kind."""
         rooms: dict[Place, Room] = {}
         unmatched = []
@@ -134,22 +161,24 @@ class Reservation:
                 rooms[place] = rooms.get(place, Room()) | Room(item.rank, frozenset(item.features))
         if unmatched:
             raise SettingsError("\n".join(unmatched))
-        return cls(rooms)
+        return cls(rooms, scopes)
 
-    def missing(self, edits: Iterable[Edit]) -> list[Reason]:
-        """Why the edits of a version do not fit, each with the setting that would make room."""
-        edits = list(edits)
+    def missing(self, version: Version) -> list[Reason]:
+        """Why a version does not fit, each reason with the setting that would make room."""
         reasons = [
             Reason(
                 "weights_mode",
                 f"weight_delta at {edit.site} changes a whole matrix, which is not done per request. Make a low_rank "
                 "edit of it, or serve it in the install mode `weights`",
             )
-            for edit in edits
+            for edit in version.edits
             if edit.kind not in SERVED_PER_REQUEST
         ]
-        for place, together in places(edit for edit in edits if edit.kind in SERVED_PER_REQUEST).items():
-            need, have = room_for(together), self.rooms.get(place)
+        if (scopes := len(scopes_of(version))) > self.scopes:
+            found = f"{scopes} scopes, room is reserved for {self.scopes}"
+            reasons.append(Reason("capacity", f"{found}. Set edits.scopes to {scopes} and restart"))
+        for place, need in needs(version).items():
+            have = self.rooms.get(place)
             if have is not None and have.holds(need):
                 continue
             wish = Reserve(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from edit_store.errors import NotFound, nearest
 from edit_store.refs import Ref
+from plugin.traits import PLAIN, Traits
 
 BASE = "base"
 """Name of the unedited model in metrics and headers."""
@@ -19,6 +20,8 @@ class Choice:
     requested: str
     variant: str
     version: str | None
+    strength: float = 1.0
+    traits: Traits = PLAIN
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,12 @@ class EditSettings(BaseModel):
         default=None,
         description="kinds, sites and ranks to keep room for; by default what the store promotes at the start",
     )
+    scopes: int | None = Field(
+        default=None,
+        ge=0,
+        le=64,
+        description="scopes that one version may have; by default as many as what the store promotes at the start",
+    )
     default_tag: Annotated[str, AfterValidator(_tag)] = Field(
         default=DEFAULT_TAG, description="tag that a bare variant name means"
     )

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 from prometheus_client import CollectorRegistry
 from torch import Tensor, nn
 
-from edit_store import BaseModelRef, Bundle, EditStore, Gate, LowRank, Offset, Provenance, TagEntry, Widths, check
+from edit_store import BaseModelRef, Bundle, EditStore, Gate, LowRank, Offset, Provenance, Site, TagEntry, Widths, check
 from edit_store.backends import Backend, Item
 from edit_store.cache import NodeCache
 from edit_store.edits import Array, order_at_site
@@ -28,7 +28,7 @@ from plugin.edited_model import EditedModel, Prepared
 from plugin.lease import Lease
 from plugin.metrics import PREFIX, Metrics
 from plugin.reconcile import Reconciler
-from plugin.reservation import Reservation
+from plugin.reservation import Place, Reservation, Room
 from plugin.residency import Resident
 from plugin.vllm_host.architectures import anchors
 from tests.conftest import publish
@@ -218,12 +218,18 @@ class FakeWorker:
 
         return answered(install)
 
+    def edits_firings(self) -> Answer:
+        edited = self.edited
+        return {"firings": [[version, *each] for slot, version in edited.held.items() for each in edited.firings(slot)]}
+
     def edits_clear(self, slot: int | None, version: str) -> Answer:
         def clear() -> Answer:
             self._staged.pop(version, None)
-            if slot is not None:
-                self.edited.clear(slot)
-            return {}
+            if slot is None:
+                return {"firings": []}
+            firings = [[version, *each] for each in self.edited.firings(slot)]
+            self.edited.clear(slot)
+            return {"firings": firings}
 
         return answered(clear)
 
@@ -357,7 +363,8 @@ class Server:
         self.store = EditStore(url, create=True, signer=signer)
         self.backend = FlakyBackend(self.store.backend)
         self.store.backend = self.backend
-        reservation = Reservation.for_edits([Offset(site="layers.1.resid")])
+        site = Site(1, "resid")
+        reservation = Reservation({Place(site, "offset", site): Room()})
         self.workers = FakeWorkers(self.store, reservation, slots=slots)
         self.registry = CollectorRegistry()
         self.metrics = Metrics(self.registry)

@@ -155,7 +155,7 @@ def serve(model: Path, store: Path, bundles: list[Bundle], *, dtype: str, eager:
     from plugin.vllm_host.loader import edits_of
 
     EditStore(str(store), create=True)
-    reserve = Reservation.for_versions(bundle.manifest.edits for bundle in bundles).to_settings()
+    reserve = Reservation.for_versions(bundle.manifest for bundle in bundles).to_settings()
     settings = {"store": str(store), "slots": len(bundles), "reserve": reserve}
     llm = LLM(
         str(model), load_format="edits", additional_config={"edits": settings}, dtype=dtype, enforce_eager=eager,
@@ -168,7 +168,7 @@ def serve(model: Path, store: Path, bundles: list[Bundle], *, dtype: str, eager:
     for slot, bundle in enumerate(bundles, 1):
         loaded.edited.install(slot, loaded.edited.prepare(bundle.version, bundle.manifest, check(bundle)))
     prompt = {"prompt_token_ids": np.random.default_rng(0).integers(3, VOCABULARY, PROMPT_TOKENS).tolist()}
-    claims = [{}, *({CLAIM: [slot, bundle.version]} for slot, bundle in enumerate(bundles, 1))]
+    claims = [{}, *({CLAIM: [slot, bundle.version, 1.0]} for slot, bundle in enumerate(bundles, 1))]
     sampling = [
         SamplingParams(
             max_tokens=NEW_TOKENS, temperature=0, logprobs=-1, prompt_logprobs=-1, detokenize=False, ignore_eos=True,

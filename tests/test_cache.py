@@ -70,7 +70,7 @@ def test_processes_of_a_node_share_one_download(store: EditStore, cache: NodeCac
 def test_a_large_file_comes_in_pieces_that_are_told(
     store: EditStore, cache: NodeCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edit_store.cache.CHUNK_BYTES", 50)
+    monkeypatch.setattr("edit_store.backends.protocol.PIECE_BYTES", 50)
     version, told = store.publish(bundle()), []
     cache.bundle(store, version, told.append)
     assert sum(told) == bundle().manifest.tensors.size

@@ -11,11 +11,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edit_store import Bundle, Gate, LowRank, Offset, Provenance, Scale, Site, SubspaceFilter, check
+from edit_store import (
+    Bundle,
+    Gate,
+    LowRank,
+    Offset,
+    Provenance,
+    Scale,
+    Scope,
+    Site,
+    Strength,
+    SubspaceFilter,
+    check,
+)
 from edit_store.architectures import ARCHITECTURES
 from edit_store.edits import SILENT, Array
 from edit_store.errors import InstallRefused, UnsupportedHost
-from plugin.edited_model import EditedModel
+from plugin.edited_model import EditedModel, RequestStep
 from plugin.reservation import Place, Reservation, Room
 from plugin.vllm_host.architectures import anchors
 from tests.conftest import Pairs, random_bundle, random_pairs
@@ -61,16 +73,20 @@ def crowded(seed: int) -> Bundle:
 
 
 def reservation_of(*bundles: Bundle) -> Reservation:
-    return Reservation.for_versions(bundle.manifest.edits for bundle in bundles)
+    return Reservation.for_versions(bundle.manifest for bundle in bundles)
 
 
 def install(edited: EditedModel, slot: int, bundle: Bundle) -> str:
     return edited.install(slot, edited.prepare(bundle.version, bundle.manifest, check(bundle)))
 
 
+def claim_on(edited: EditedModel, slot: int, strength: float = 1.0) -> Any:
+    return [slot, edited.held[slot], strength] if slot else None
+
+
 def use_slots(edited: EditedModel, slots: list[int]) -> None:
     """One request of one token for each slot."""
-    edited.set_token_slots([[slot, edited.held[slot]] if slot else None for slot in slots], np.ones(len(slots), int))
+    edited.set_step([RequestStep(claim_on(edited, slot), 1) for slot in slots])
 
 
 def run(model: TinyModel, edited: EditedModel, x: Tensor) -> Tensor:
@@ -228,6 +244,92 @@ def test_bfloat16_slots_hold_the_rounded_numbers(inputs: Tensor) -> None:
     assert (served - expected).abs().max() < 3 * noise
 
 
+# -- scope and strength ------------------------------------------------------------------------------------------------
+
+SCOPES = [
+    pytest.param(Scope(phase="prompt"), [1, 1, 1, 1, 1, 0, 0, 0], id="prompt"),
+    pytest.param(Scope(phase="generated"), [0, 0, 0, 0, 0, 1, 1, 1], id="generated"),
+    pytest.param(Scope(first=2), [1, 1, 0, 0, 0, 0, 0, 0], id="first"),
+    pytest.param(Scope(last=2), [0, 0, 0, 1, 1, 0, 0, 0], id="last"),
+    pytest.param(Scope(first=1, last=1), [1, 0, 0, 0, 1, 0, 0, 0], id="first-or-last"),
+    pytest.param(Scope(last=9), [1, 1, 1, 1, 1, 0, 0, 0], id="last-of-a-shorter-prompt"),
+    pytest.param(Scope(tokens=(3, 6)), [0, 0, 0, 1, 0, 0, 1, 0], id="tokens"),
+    pytest.param(Scope(phase="generated", tokens=(3, 6)), [0, 0, 0, 0, 0, 0, 1, 0], id="generated-tokens"),
+]
+PROMPT, LENGTH = 5, 8
+
+
+@pytest.mark.parametrize(("scope", "meant"), SCOPES)
+@pytest.mark.parametrize("cuts", [(), (3,), (5,), (2, 6), (1, 2, 3, 4, 5, 6, 7)])
+def test_an_edit_applies_in_its_scope_however_the_request_is_cut(
+    scope: Scope, meant: list[int], cuts: tuple[int, ...], inputs: Tensor
+) -> None:
+    """In one step or many, as chunks or after a preemption: a token's absolute position decides. Token ids: 0 to 7."""
+    edit = Offset(site="layers.1.resid", scope=scope)
+    bundle = bundle_of([(edit, random_numbers(edit, BASE, 1))])
+    model, plain = TinyModel(), TinyModel()
+    edited = edited_model(model, reservation_of(bundle), slots=SLOTS)
+    install(edited, 2, bundle)
+    ends, ids = [*cuts, LENGTH], torch.arange(LENGTH)
+    changed: list[int] = []
+    for begin, end in zip([0, *ends], ends, strict=False):
+        beside = RequestStep(None, 2)  # somebody else's request in the same step
+        mine = RequestStep(claim_on(edited, 2), end - begin, begin, PROMPT)
+        edited.set_step([beside, mine], torch.cat([torch.tensor([3, 6]), ids[begin:end]]))
+        tokens = torch.cat([torch.tensor([8, 9]), ids[begin:end]])
+        differs = (run(model, edited, inputs[tokens]) != plain.logits(plain(inputs[tokens]))).any(-1).tolist()
+        assert differs[:2] == [False, False]
+        changed += differs[2:]
+    assert changed == meant
+
+
+def test_edits_of_one_version_have_scopes_of_their_own(inputs: Tensor) -> None:
+    """Prompt, answer and everything, at one site and at several; tokens of other versions follow their own."""
+    edits = [Offset(site="layers.1.resid", scope=Scope(phase="prompt")),
+             Offset(site="layers.1.resid", scope=Scope(phase="generated"), part=2),
+             Scale(site="layers.0.attn.z")]  # fmt: skip
+    numbers = [(edit, random_numbers(edit, BASE, seed)) for seed, edit in enumerate(edits)]
+    bundle, plain = bundle_of(numbers), TinyModel()
+    model = TinyModel()
+    edited = edited_model(model, reservation_of(bundle), slots=SLOTS)
+    install(edited, 1, bundle)
+    edited.set_step([RequestStep(claim_on(edited, 1), LENGTH, 0, PROMPT)])
+    served = run(model, edited, inputs[:LENGTH]).numpy()
+    in_prompt, generated = (
+        tiny_by_formula(plain, inputs[:LENGTH], edits_by_formula([numbers[kept], numbers[2]])) for kept in (0, 1)
+    )
+    np.testing.assert_allclose(served[:PROMPT], in_prompt[:PROMPT], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(served[PROMPT:], generated[PROMPT:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("pair", FORMS)
+def test_strength_interpolates(pair: Any, inputs: Tensor) -> None:
+    """What the edit adds at its site is multiplied; strength 0 is the base bit for bit; each request has its own."""
+    bundle = Bundle.create("polite", BASE, [pair], Provenance(tool="tests", method="random"),
+                           strength=Strength(minimum=-2, maximum=2))  # fmt: skip
+    site = pair[0].site
+    model, plain = TinyModel(), TinyModel()
+    edited = edited_model(model, reservation_of(bundle), slots=SLOTS)
+    install(edited, 1, bundle)
+    thirds = {0.0: slice(0, 4), 0.5: slice(4, 8), 1.0: slice(8, 12)}
+    edited.set_step([RequestStep(claim_on(edited, 1, strength), 4) for strength in thirds])
+    served = run(model, edited, inputs)
+    whole = edits_by_formula([pair])
+
+    def half(name: str, value: Array) -> Array:
+        changed = whole(name, value)
+        return value + (changed - value) / 2 if name == site else changed
+
+    if isinstance(pair[0], Offset) and pair[0].renorm:  # the vector is halved, and the norm then kept
+        halved = {"vector": pair[1]["vector"] / 2}
+        half = edits_by_formula([(pair[0], halved)])  # type: ignore[assignment]
+    assert torch.equal(served[:4], plain.logits(plain(inputs))[:4])
+    np.testing.assert_allclose(served[4:8], tiny_by_formula(plain, inputs, half)[4:8], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(served[8:], by_formula(plain, inputs, bundle)[8:], rtol=1e-4, atol=1e-4)
+    use_slots(edited, [1] * TOKENS)
+    np.testing.assert_allclose(run(model, edited, inputs), by_formula(plain, inputs, bundle), rtol=1e-4, atol=1e-4)
+
+
 # -- slots -------------------------------------------------------------------------------------------------------------
 
 
@@ -319,8 +421,8 @@ def two_versions() -> EditedModel:
 
 def test_each_token_gets_the_slot_of_its_request(two_versions: EditedModel) -> None:
     """Requests bring many tokens (a prefill), one (a decode) or none."""
-    claims = [[2, two_versions.held[2]], None, [1, two_versions.held[1]], [2, two_versions.held[2]]]
-    two_versions.set_token_slots(claims, np.array([3, 2, 0, 1]))
+    requests = [(2, 3), (0, 2), (1, 0), (2, 1)]
+    two_versions.set_step([RequestStep(claim_on(two_versions, slot), tokens) for slot, tokens in requests])
     assert two_versions.step.slots[:6].tolist() == [2, 2, 2, 0, 0, 2]
 
 
@@ -328,9 +430,9 @@ def test_the_buffer_keeps_its_address_and_goes_back_to_base(two_versions: Edited
     """A step of base requests only, after one with edits, reads slot 0 everywhere, also beyond its own tokens."""
     address = two_versions.step.slots.data_ptr()
     for _ in range(2):
-        two_versions.set_token_slots([[1, two_versions.held[1]]], np.array([MAX_TOKENS]))
+        two_versions.set_step([RequestStep(claim_on(two_versions, 1), MAX_TOKENS)])
         assert two_versions.step.slots.tolist() == [1] * MAX_TOKENS
-        two_versions.set_token_slots([None, None], np.array([1, 1]))
+        two_versions.set_step([RequestStep(None, 1)] * 2)
         assert two_versions.step.slots.tolist() == [0] * MAX_TOKENS
     assert two_versions.step.slots.data_ptr() == address
 
@@ -339,9 +441,9 @@ def test_steps_of_base_requests_touch_nothing(two_versions: EditedModel) -> None
     """The fast path: while only the base is asked, the buffer is not written."""
     written = two_versions.step.slots._version
     for _ in range(3):
-        two_versions.set_token_slots([None], np.array([4]))
+        two_versions.set_step([RequestStep(None, 4)])
     assert two_versions.step.slots._version == written
-    two_versions.set_token_slots([[1, two_versions.held[1]]], np.array([4]))
+    two_versions.set_step([RequestStep(claim_on(two_versions, 1), 4)])
     assert two_versions.step.slots._version > written
 
 
@@ -359,12 +461,12 @@ def test_a_false_claim_stops_the_step(two_versions: EditedModel, claim: tuple[in
     """Another version in the slot, an empty slot, the base slot, no such slot: never answered with other edits."""
     before = two_versions.step.slots.clone()
     with pytest.raises(RuntimeError, match="refusing to answer"):
-        two_versions.set_token_slots([None, list(claim)], np.array([1, 1]))
+        two_versions.set_step([RequestStep(None, 1), RequestStep([*claim, 1.0], 1)])
     assert torch.equal(two_versions.step.slots, before)
 
 
 def test_a_claim_on_a_version_that_left_is_false(two_versions: EditedModel) -> None:
-    claim = [1, two_versions.held[1]]
+    claim = claim_on(two_versions, 1)
     assert two_versions.slot_of(claim) == 1
     two_versions.clear(1)
     with pytest.raises(RuntimeError, match="which holds nothing"):
@@ -418,7 +520,7 @@ def test_logits_of_unknown_tokens_are_refused(inputs: Tensor) -> None:
     bundle, model = bundle_of([(edit, random_numbers(edit, BASE, 1))]), TinyModel()
     edited = edited_model(model, reservation_of(bundle), slots=1)
     install(edited, 1, bundle)
-    edited.set_token_slots([[1, bundle.version], None], np.array([3, TOKENS - 3]))
+    edited.set_step([RequestStep([1, bundle.version, 1.0], 3), RequestStep(None, TOKENS - 3)])
     hidden = model(inputs)
     edited.note_output(hidden)
     plain = hidden @ model.lm_head.weight.T

@@ -26,6 +26,7 @@ from plugin.http.middleware import VariantMiddleware
 from plugin.http.routes import ADMIN_TOKEN_HEADER, router
 from plugin.lease import CURRENT_LEASE
 from plugin.served_models import ServedModels
+from plugin.variants import Choice
 from tests.conftest import publish
 from tests.fakes import BASE, FakeWorkers, Overtaken, Server, version_of
 
@@ -563,9 +564,13 @@ async def test_a_caller_cannot_write_the_claim(site: Site, model: str) -> None:
     """Whatever stands in vllm_xargs, the gate's claim or none is what the engine gets; other arguments pass."""
     polite, strict = await site.server.promote(version_of("polite"), version_of("strict"))
     slot = site.server.residents()[strict].slot
-    await site.ask(model, vllm_xargs={CLAIM: [slot, strict], "theirs": 1})
+    await site.ask(model, vllm_xargs={CLAIM: [slot, strict, 1.0], "theirs": 1})
     assert site.engine.claims == [polite if model == "polite" else None]
     assert site.engine.requests[0].extra_args["theirs"] == 1
+
+
+def salt_of(version: str, own: str | None = None) -> str | None:
+    return cache_salt(Choice("polite", "polite", version), own)
 
 
 async def test_the_prefix_cache_is_salted_by_version_and_callers_salt(site: Site) -> None:
@@ -574,12 +579,12 @@ async def test_the_prefix_cache_is_salted_by_version_and_callers_salt(site: Site
     await site.ask("polite")
     await site.ask("polite", cache_salt="tenant")
     (new,) = await site.server.promote(version_of("polite"))
-    await site.ask("polite", cache_salt=cache_salt(old, None))
+    await site.ask("polite", cache_salt=salt_of(old))
     await site.ask("tiny")
-    await site.ask("tiny", cache_salt=cache_salt(old, None))
+    await site.ask("tiny", cache_salt=salt_of(old))
     salts = [request.prompt.get("cache_salt") for request in site.engine.requests]
-    assert salts[:2] == [cache_salt(old, None), cache_salt(old, "tenant")]
-    assert salts[2] == cache_salt(new, salts[0])
+    assert salts[:2] == [salt_of(old), salt_of(old, "tenant")]
+    assert salts[2] == salt_of(new, salts[0])
     assert salts[3] is None
     assert len(set(salts)) == 5
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edit_store import Gate, LowRank, Offset, Scale, Site, SubspaceFilter, WeightDelta
+from edit_store import Gate, LowRank, Offset, Scale, Scope, Site, Strength, SubspaceFilter, WeightDelta
 from edit_store.architectures import ARCHITECTURES
 from edit_store.errors import SettingsError
 from plugin.reservation import Place, Reservation, Room, places
@@ -29,6 +31,18 @@ EDITS: list[Any] = [
 ]
 
 
+@dataclass
+class Version:
+    """What a version asks of a server."""
+
+    edits: Sequence[Any]
+    strength: Strength | None = None
+
+
+def reserved_for(*versions: Sequence[Any]) -> Reservation:
+    return Reservation.for_versions(map(Version, versions))
+
+
 def at(kind: str, site: str, reads: str | None = None, turn: int = 0) -> Place:
     return Place(Site.parse(site), kind, Site.parse(reads or site), turn)
 
@@ -44,7 +58,7 @@ def reserve(*items: dict[str, Any]) -> Reservation:
 def test_room_for_given_versions_is_exactly_theirs() -> None:
     """The largest rank at each place and every feature asked for, and nothing elsewhere."""
     larger = LowRank(site="layers.1.mlp.out", reads="layers.1.mlp.h", rank=4)
-    made = Reservation.for_versions([EDITS, [larger]])
+    made = reserved_for(EDITS, [larger])
     assert made.rooms == {
         at("low_rank", "layers.1.mlp.out", "layers.1.mlp.h"): room(4),
         at("low_rank", "layers.1.mlp.out", "layers.1.mlp.in"): room(5),
@@ -53,8 +67,8 @@ def test_room_for_given_versions_is_exactly_theirs() -> None:
         at("offset", "layers.0.resid"): room(1, "renorm"),
         at("gate", "layers.1.mlp.out", "layers.1.mlp.in"): room(2, "normalise"),
     }
-    assert Reservation.for_versions([[larger], EDITS]) == made
-    assert made.missing(EDITS) == made.missing([larger]) == []
+    assert reserved_for([larger], EDITS) == made
+    assert made.missing(Version(EDITS)) == made.missing(Version([larger])) == []
 
 
 def test_ranks_of_edits_that_are_computed_together_add_up() -> None:
@@ -62,8 +76,8 @@ def test_ranks_of_edits_that_are_computed_together_add_up() -> None:
     where: Any = {"site": "layers.1.mlp.out", "reads": "layers.1.mlp.in"}
     gates = [Gate(**where, rank=1, part=part, normalise=part > 1) for part in (1, 2, 3)]
     filters = [SubspaceFilter(site="layers.0.resid", rank=rank, part=rank) for rank in (1, 2)]
-    found = Reservation.for_versions([[*gates, *filters, Scale(site="layers.0.q.out"),
-                                       Scale(site="layers.0.q.out", part=2)]])  # fmt: skip
+    scales = [Scale(site="layers.0.q.out"), Scale(site="layers.0.q.out", part=2)]
+    found = reserved_for([*gates, *filters, *scales])
     assert found.rooms == {
         at("subspace_filter", "layers.0.resid"): room(3, "dual"),
         at("scale", "layers.0.q.out"): room(1),
@@ -71,6 +85,22 @@ def test_ranks_of_edits_that_are_computed_together_add_up() -> None:
         at("gate", "layers.1.mlp.out", "layers.1.mlp.in", 1): room(1, "normalise"),
         at("gate", "layers.1.mlp.out", "layers.1.mlp.in", 2): room(1, "normalise"),
     }
+
+
+def test_scopes_and_strengths_need_room_of_their_own() -> None:
+    """Edits of other scopes take turns; a strength makes every place weighted; too many scopes are told by number."""
+    late, early = Scope(phase="generated"), Scope(phase="prompt")
+    offsets = [
+        Offset(site="layers.0.resid", part=part, scope=scope) for part, scope in enumerate([late, late, early], 1)
+    ]
+    found = reserved_for(offsets)
+    places_found = at("offset", "layers.0.resid"), at("offset", "layers.0.resid", turn=1)
+    assert found.rooms == dict.fromkeys(places_found, room(1, "weighted"))
+    assert found.scopes == 2
+    strong = Version(EDITS, Strength(minimum=0, maximum=1))
+    assert all("weighted" in each.features for each in Reservation.for_versions([strong]).rooms.values())
+    (reason,) = Reservation(found.rooms, 1).missing(Version(offsets))
+    assert "Set edits.scopes to 2" in reason.message
 
 
 def test_patterns_expand_over_the_sites_where_a_kind_has_a_meaning() -> None:
@@ -103,7 +133,7 @@ def test_patterns_that_fit_nothing_are_refused_all_at_once() -> None:
 
 def test_an_empty_store_reserves_what_most_methods_use() -> None:
     usual = Reservation.usual(LLAMA, WIDTHS)
-    assert usual.missing([Scale(site="layers.0.attn.z"), Offset(site="layers.2.resid"), EDITS[0]])[
+    assert usual.missing(Version([Scale(site="layers.0.attn.z"), Offset(site="layers.2.resid"), EDITS[0]]))[
         0
     ].message.startswith("low_rank of rank 2 at layers.1.mlp.out reading layers.1.mlp.h: rank 1 is reserved")
     assert len(usual.rooms) == 4 * WIDTHS.layers
@@ -133,15 +163,15 @@ def test_a_reservation_has_one_spelling_as_settings(wanted: dict[Place, Room]) -
 def test_the_advice_in_a_refusal_makes_room(wanted: dict[Place, Room]) -> None:
     """Each reason names a setting to add; with all of them added nothing is missing any more."""
     have = Reservation(wanted)
-    reasons = have.missing(EDITS)
+    reasons = have.missing(Version(EDITS))
     assert {reason.code for reason in reasons} <= {"capacity"}
     advice = [json.loads(re.findall(r"Add (\{.*?\})", reason.message)[0]) for reason in reasons]
-    assert reserve(*have.to_settings(), *advice).missing(EDITS) == []
+    assert reserve(*have.to_settings(), *advice).missing(Version(EDITS)) == []
 
 
 def test_a_refusal_says_what_is_reserved() -> None:
     few = reserve({"kind": "low_rank", "site": "layers.1.mlp.out"}, {"kind": "offset", "site": "layers.0.resid"})
-    messages = "\n".join(reason.message for reason in few.missing(EDITS))
+    messages = "\n".join(reason.message for reason in few.missing(Version(EDITS)))
     assert "low_rank of rank 2 at layers.1.mlp.out reading layers.1.mlp.h: rank 1 is reserved" in messages
     assert "offset of rank 1 at layers.0.resid with renorm: rank 1 is reserved" in messages
     assert "scale of rank 1 at layers.2.attn.z: nothing is reserved there" in messages
@@ -149,14 +179,14 @@ def test_a_refusal_says_what_is_reserved() -> None:
 
 def test_a_whole_matrix_is_not_changed_per_request() -> None:
     delta = WeightDelta(site="layers.0.mlp.out", reads="layers.0.mlp.h")
-    (reason,) = Reservation.for_versions([[delta]]).missing([delta])
+    (reason,) = reserved_for([delta]).missing(Version([delta]))
     assert reason.code == "weights_mode"
     assert "install mode `weights`" in reason.message
 
 
 def test_it_can_be_read_in_one_line() -> None:
     assert str(Reservation({})) == "nothing"
-    assert str(Reservation.for_versions([EDITS])) == (
+    assert str(reserved_for(EDITS)) == (
         "gate at 1 site(s) up to rank 2; low_rank at 1 site(s) up to rank 5; offset at 1 site(s) up to rank 1; "
         "scale at 1 site(s) up to rank 1; subspace_filter at 1 site(s) up to rank 3"
     )
@@ -165,5 +195,5 @@ def test_it_can_be_read_in_one_line() -> None:
 def test_sites_come_once_in_model_order() -> None:
     """Slot tensors are made in this order on every worker, so their digests can be compared."""
     order = ["layers.0.resid", "layers.1.mlp.out", "layers.2.attn.z"]
-    assert [str(site) for site in Reservation.for_versions([EDITS]).sites()] == order
-    assert [str(site) for site in Reservation.for_versions([reversed(EDITS)]).sites()] == order
+    assert [str(site) for site in reserved_for(EDITS).sites()] == order
+    assert [str(site) for site in reserved_for(EDITS[::-1]).sites()] == order

@@ -14,10 +14,11 @@ from typing import Any
 
 import msgspec
 
-from edit_store.errors import AmbiguousVersion, EditsError, NotFound
+from edit_store.errors import AmbiguousVersion, EditsError, NotFound, RequestRefused
 from plugin.lease import CURRENT_LEASE, Lease
 from plugin.metrics import UNKNOWN, Metrics
 from plugin.reconcile import Reconciler
+from plugin.traits import STRENGTH_ARGUMENT, STRENGTH_HEADER
 
 Scope = dict[str, Any]
 VARIANT_HEADER, VERSION_HEADER = b"x-edits-variant", b"x-edits-version"
@@ -25,9 +26,15 @@ _ANTHROPIC_PATH = "/v1/messages"
 
 
 class _Named(msgspec.Struct):
-    """The one field of a request body that is looked at."""
+    """The field of every request body that is looked at."""
 
     model: str | None = None
+
+
+class _Arguing(msgspec.Struct):
+    """The field that is looked at where a strength may stand in it."""
+
+    vllm_xargs: dict[str, Any] | None = None
 
 
 class VariantMiddleware:
@@ -46,7 +53,7 @@ class VariantMiddleware:
         body, replay = await _buffered(receive)
         model = _model_named_in(body)
         try:
-            lease = await _unless_gone(reconciler.lease(model), receive)
+            lease = await _unless_gone(reconciler.lease(model, _strength(scope, body)), receive)
         except EditsError as error:
             metrics.requests.labels(*metrics.labels(UNKNOWN, None), "rejected").inc()
             await _answer_error(scope["path"], error, reconciler.refusal(model), send)
@@ -126,6 +133,28 @@ def _model_named_in(body: bytes) -> str:
         return ""
 
 
+def _strength(scope: Scope, body: bytes) -> float | None:
+    """The strength that a request asks for, in its header or its body; RequestRefused when it is no number."""
+    told = [value.decode("latin-1") for name, value in scope["headers"] if name == STRENGTH_HEADER.encode()]
+    if STRENGTH_ARGUMENT.encode() in body:
+        try:
+            arguments = msgspec.json.decode(body, type=_Arguing).vllm_xargs or {}
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            arguments = {}  # not JSON, or another shape: vLLM's to refuse
+        if STRENGTH_ARGUMENT in arguments:
+            told.append(str(arguments[STRENGTH_ARGUMENT]))
+    if not told:
+        return None
+    try:
+        (strength,) = {float(value) for value in told}
+    except ValueError:
+        raise RequestRefused(
+            f"expected one number as strength, found {' and '.join(map(repr, told))}. Send it in the header "
+            f"{STRENGTH_HEADER}, or as vllm_xargs.{STRENGTH_ARGUMENT}"
+        ) from None
+    return strength
+
+
 async def _unless_gone(lease: Coroutine[Any, Any, Lease], receive: Any) -> Lease | None:
     """The lease, or None if the client leaves while it waits for a slot: nothing is installed for nobody.
 
@@ -168,17 +197,20 @@ async def _buffered(receive: Any) -> tuple[bytes, Any]:
 
 async def _answer_error(path: str, error: EditsError, refusal: str, send: Any) -> None:
     """An error in the form of the endpoint that was asked: OpenAI's, or Anthropic's below /v1/messages."""
+    parameter = "model"
     if isinstance(error, NotFound | AmbiguousVersion):
         status, kind, message = 404, "NotFoundError", str(error)
         if refusal:
             status, kind, message = 503, "ServiceUnavailableError", f"This variant cannot be served: {refusal}"
+    elif isinstance(error, RequestRefused):
+        status, kind, parameter, message = 400, "BadRequestError", STRENGTH_ARGUMENT, str(error)
     else:
         status, kind, message = 503, "ServiceUnavailableError", str(error)
     content: dict[str, Any]
     if path.startswith(_ANTHROPIC_PATH):
         content = {"type": "error", "error": {"type": kind, "message": message}}
     else:
-        content = {"error": {"message": message, "type": kind, "param": "model", "code": status}}
+        content = {"error": {"message": message, "type": kind, "param": parameter, "code": status}}
     data = json.dumps(content).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})

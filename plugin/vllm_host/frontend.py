@@ -23,6 +23,7 @@ from plugin.reconcile import Reconciler, Workers
 from plugin.reservation import Reservation
 from plugin.served_models import ServedModels
 from plugin.vllm_host import compat
+from plugin.vllm_host.scheduler import forks
 from server_config.settings import EditSettings, Reserve, read_settings
 
 logger = logging.getLogger("vllm.edits")
@@ -78,7 +79,7 @@ class EditsEndpoints:
         self._metrics = Metrics()
         base_names = tuple(path.name for path in models.base_model_paths)
         self._reconciler, description = await start(workers, settings, self._metrics, base_names)
-        gate = EngineGate(engine_client, self._reconciler.renew)
+        gate = EngineGate(engine_client, self._reconciler.renew, forks=forks(config))
         put_before_handlers(state, {engine_client: gate, models: ServedModels(models, lambda: self._core().table)})
         self._following = asyncio.create_task(self._reconciler.follow(settings.poll_seconds))
         logger.info("%s; %s", versions(config), description)
@@ -99,7 +100,7 @@ async def start(
     described = answers[0]
     base = BaseModelRef.model_validate(described["base"])
     reserve = [Reserve(**item) for item in described["reserve"]]
-    reservation = Reservation.from_settings(reserve, supported(base.architecture), base.widths)
+    reservation = Reservation.from_settings(reserve, supported(base.architecture), base.widths, described["scopes"])
     reconciler = Reconciler(
         await asyncio.to_thread(open_reader, settings),
         workers,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,7 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
         vllm_config.additional_config[KEY] = {
             **vllm_config.additional_config[KEY],
             "reserve": reservation.to_settings(),
+            "scopes": reservation.scopes,
         }
         vllm_config.additional_config["edits_plugin_version"] = importlib.metadata.version("vllm-edits")
         edited = EditedModel(
@@ -112,13 +113,14 @@ def reserve(settings: EditSettings, base: BaseModelRef) -> Reservation:
     """What the settings say, or what the store promotes for this model now, or everything for an empty store."""
     architecture = supported(base.architecture)
     if settings.reserve is not None:
-        return Reservation.from_settings(settings.reserve, architecture, base.widths)
+        return Reservation.from_settings(settings.reserve, architecture, base.widths, settings.scopes or 0)
     reader = open_reader(settings)
     entries = [entry for tags in reader.look().heads.values() for entry in tags.values()]
     manifests = [reader.manifest(entry.version) for entry in map(reader.believed, entries) if entry is not None]
-    versions = [manifest.edits for manifest in manifests if manifest.base.files == base.files]
+    versions = [manifest for manifest in manifests if manifest.base.files == base.files]
     if versions:
-        return Reservation.for_versions(versions)
+        made = Reservation.for_versions(versions)
+        return made if settings.scopes is None else replace(made, scopes=settings.scopes)
     usual = Reservation.usual(architecture, base.widths)
     logger.warning(
         "store %s promotes nothing for this model: room is reserved for %s, at every layer, which costs a little on "

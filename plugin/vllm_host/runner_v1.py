@@ -13,7 +13,7 @@ from torch import nn
 
 from edit_store.errors import UnsupportedHost
 from plugin.claim import CLAIM
-from plugin.edited_model import EditedModel
+from plugin.edited_model import EditedModel, RequestStep
 from plugin.vllm_host.compat import need
 
 
@@ -23,6 +23,8 @@ def attach(runner: Any, edited: EditedModel) -> None:
     need(batch, "req_ids")
     need(batch, "num_reqs")
     need(runner, "requests")
+    need(batch, "num_computed_tokens_cpu")
+    need(batch, "num_prompt_tokens")
     need(runner, "query_start_loc", "np")
     model = runner.get_model()
     if not isinstance(runner.model, nn.Module):
@@ -34,13 +36,20 @@ def attach(runner: Any, edited: EditedModel) -> None:
         return
     model.edits_attached = True
 
-    def fill_token_slots(_module: nn.Module, _args: Any) -> None:
+    def prepare_step(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         batch = runner.input_batch
         count = batch.num_reqs
-        claims = [_claim(runner.requests[request_id]) for request_id in batch.req_ids[:count]]
-        edited.set_token_slots(claims, np.diff(runner.query_start_loc.np[: count + 1]))
+        tokens = np.diff(runner.query_start_loc.np[: count + 1])
+        steps = [
+            RequestStep(
+                _claim(runner.requests[request_id]), int(tokens[row]), int(batch.num_computed_tokens_cpu[row]),
+                int(batch.num_prompt_tokens[row]),
+            )
+            for row, request_id in enumerate(batch.req_ids[:count])
+        ]  # fmt: skip
+        edited.set_step(steps, kwargs.get("input_ids", args[0] if args else None))
 
-    model.register_forward_pre_hook(fill_token_slots)
+    model.register_forward_pre_hook(prepare_step, with_kwargs=True)
     model.register_forward_hook(lambda _module, _args, output: edited.note_output(output))
 
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edit_store.errors import UnsupportedHost
 from plugin.claim import CLAIM
+from plugin.edited_model import RequestStep
 
 if TYPE_CHECKING:
     from plugin.vllm_host.loader import LoadedEdits
@@ -35,14 +37,20 @@ def _with_token_slots(base: Any, loaded: LoadedEdits) -> type:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self._claims: dict[str, Any] = {}
+            self._claims: dict[str, tuple[Any, int]] = {}
             loaded.runner = "V2"
+            if any(site.point == "logits" for site in loaded.edited.reservation.sites()):
+                raise UnsupportedHost(
+                    "edits at logits are not proven on vLLM's V2 runner: start with VLLM_USE_V2_MODEL_RUNNER=0, or "
+                    "without what reserves room there"
+                )
 
         def add_request(self, req_index: int, new_req_data: Any) -> None:
             super().add_request(req_index, new_req_data)
             sampling = new_req_data.sampling_params
             arguments = sampling.extra_args if sampling is not None else None
-            self._claims[new_req_data.req_id] = (arguments or {}).get(CLAIM)
+            prompt = len(new_req_data.prompt_token_ids or ())
+            self._claims[new_req_data.req_id] = (arguments or {}).get(CLAIM), prompt
 
         def remove_request(self, req_id: str) -> None:
             super().remove_request(req_id)
@@ -51,7 +59,13 @@ def _with_token_slots(base: Any, loaded: LoadedEdits) -> type:
         def prepare_inputs(self, input_batch: Any, req_states: Any) -> Any:
             # A request the state was never told of is a broken seam: KeyError stops the step, the base is not served.
             claims = [self._claims[request_id] for request_id in input_batch.req_ids]
-            loaded.edited.set_token_slots(claims, np.asarray(input_batch.num_scheduled_tokens))
+            tokens = np.asarray(input_batch.num_scheduled_tokens)
+            starts = np.asarray(input_batch.num_computed_tokens_np)
+            steps = [
+                RequestStep(claim, int(count), int(start), prompt)
+                for (claim, prompt), count, start in zip(claims, tokens, starts, strict=True)
+            ]
+            loaded.edited.set_step(steps, input_batch.input_ids)
             return super().prepare_inputs(input_batch, req_states)
 
     return EditsModelState

@@ -56,6 +56,7 @@ class EditsWorker:
         return {
             "base": loaded.base.model_dump(mode="json"),
             "reserve": loaded.edited.reservation.to_settings(),
+            "scopes": loaded.edited.reservation.scopes,
             "slots": loaded.edited.slots,
             "bytes": loaded.edited.bytes_reserved,
             "runner": loaded.runner,
@@ -88,15 +89,27 @@ class EditsWorker:
 
         return _answer(install)
 
+    def edits_firings(self) -> Answer:
+        """How often each gate on the device has fired since it was installed: [version, edit, times]."""
+
+        def firings() -> Answer:
+            edited = self._edits().edited
+            told = [[version, *each] for slot, version in edited.held.items() for each in edited.firings(slot)]
+            return {"firings": told}
+
+        return _answer(firings)
+
     def edits_clear(self, slot: int | None, version: str) -> Answer:
-        """Forget a version: its staging, and its slot if it had one."""
+        """Forget a version: its staging, and its slot if it had one. Answers its last firings."""
 
         def clear() -> Answer:
             loaded = self._edits()
             loaded.staged.pop(version, None)
-            if slot is not None:
-                loaded.edited.clear(slot)
-            return {}
+            if slot is None:
+                return {"firings": []}
+            firings = [[version, *each] for each in loaded.edited.firings(slot)]
+            loaded.edited.clear(slot)
+            return {"firings": firings}
 
         return _answer(clear)
 

@@ -147,14 +147,15 @@ def test_the_prefix_cache_never_crosses_versions(exact_server: tuple[str, Servin
 def test_a_caller_cannot_forge_or_drop_the_salt(exact_server: tuple[str, Serving]) -> None:
     """Sending another version's salt, or a claim of one's own, changes nothing about what answers."""
     from plugin.claim import CLAIM, cache_salt
+    from plugin.variants import Choice
 
     _, serving = exact_server
     prompt = "Names of things that are found in a kitchen, in no order at all. " * 30
     version = serving.bundles["offset"].version
     honest = ask(serving, "base", prompt)
     ask(serving, "offset", prompt)  # its blocks are in the cache now
-    salt = cache_salt(version, None)
-    forged = ask(serving, "base", prompt, cache_salt=salt, vllm_xargs={CLAIM: [1, version]})
+    salt = cache_salt(Choice("offset", "offset", version), None)
+    forged = ask(serving, "base", prompt, cache_salt=salt, vllm_xargs={CLAIM: [1, version, 1.0]})
     assert forged["version"] == "base"
     assert forged["logprobs"]["token_logprobs"] == pytest.approx(
         honest["logprobs"]["token_logprobs"], abs=CACHED_NOISE[exact_server[0]]

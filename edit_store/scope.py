@@ -1,0 +1,92 @@
+"""To which tokens of a request an edit applies. Pure; positions count from 0, and `prompt` is the prompt's length.
+
+A token's place is its absolute position: what was generated stays generated when a request is preempted and computed
+again, and a chunked prefill is no different from a whole one. The token after the prompt's last is the first generated
+one; the prompt's last position is still prompt, and decides what is generated first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+MAX_TOKEN_IDS = 1024
+
+
+def _sorted(ids: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    if ids is not None and list(ids) != sorted(set(ids)):
+        raise ValueError("expected token ids in order, each once")
+    return ids
+
+
+TokenIds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, max_length=MAX_TOKEN_IDS)]
+
+
+class Scope(BaseModel):
+    """All conditions must hold. `first` and `last` are windows of the prompt; with both, either window will do."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    phase: Literal["all", "prompt", "generated"] = "all"
+    first: int | None = Field(default=None, ge=1, description="only the first so many positions of the prompt")
+    last: int | None = Field(default=None, ge=1, description="only the last so many positions of the prompt")
+    tokens: Annotated[TokenIds | None, AfterValidator(_sorted)] = None
+
+    @model_validator(mode="after")
+    def _windows_are_of_the_prompt(self) -> Scope:
+        if self.phase == "generated" and (self.first or self.last):
+            raise ValueError("first and last are windows of the prompt, which a scope of generated tokens excludes")
+        return self
+
+    @property
+    def everything(self) -> bool:
+        """Whether every token is meant."""
+        return self == ALL
+
+    def covers(self, positions: NDArray[Any], prompt: int) -> NDArray[np.bool_]:
+        """Which of these positions are meant, as far as positions decide; `tokens` is for who knows the ids."""
+        met = np.ones(len(positions), dtype=bool)
+        if self.phase == "generated":
+            met = positions >= prompt
+        elif self.phase == "prompt" or self.windowed:
+            met = positions < prompt
+        if self.windowed:
+            first = positions < (self.first or 0)
+            last = positions >= prompt - (self.last or 0)
+            met = met & (first | last)
+        return met
+
+    @property
+    def windowed(self) -> bool:
+        """Whether only windows of the prompt are meant."""
+        return self.first is not None or self.last is not None
+
+    @property
+    def bound_to_prompt(self) -> bool:
+        """Whether the prompt's length decides: the same tokens are then edited otherwise behind a longer prompt."""
+        return self.phase != "all" or self.windowed
+
+    def begins(self, prompt: int) -> int:
+        """A position before which nothing is edited."""
+        if self.phase == "generated":
+            return prompt
+        if self.windowed and self.first is None:
+            return max(0, prompt - (self.last or 0))
+        return 0
+
+
+ALL = Scope()
+
+
+def distinct(scopes: Iterable[Scope]) -> tuple[Scope, ...]:
+    """Scopes that are not everything, each once, in order."""
+    return tuple(dict.fromkeys(scope for scope in scopes if not scope.everything))
+
+
+def shared_prefix(scopes: Iterable[Scope], prompt: int) -> int:
+    """How many tokens at the beginning are computed as by the base model, whichever of these scopes' edits apply."""
+    return min((scope.begins(prompt) for scope in scopes), default=prompt)

@@ -1,0 +1,29 @@
+"""How often gates fire, as a counter that only grows, from totals that begin anew with every install. No IO."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from plugin.metrics import Metrics
+
+Total = tuple[str, str, int]
+"""Version, edit, and how often it has fired since it was installed."""
+
+
+class Firings:
+    """What has been counted of each version on the device."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._seen: dict[tuple[str, str], int] = {}
+
+    def count(self, name: str, totals: Iterable[Total]) -> None:
+        """Add what is new in the totals of a bundle's version."""
+        for version, edit, total in totals:
+            new = total - self._seen.get((version, edit), 0)
+            self._seen[version, edit] = total
+            self._metrics.gate_firings.labels(*self._metrics.labels(name, version), edit).inc(new)
+
+    def forget(self, version: str) -> None:
+        """A version left the device: when it comes back it counts from zero."""
+        self._seen = {key: total for key, total in self._seen.items() if key[0] != version}

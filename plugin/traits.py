@@ -1,0 +1,56 @@
+"""What a server must know of a version before it serves a request: which strengths it allows, and what of the cache it
+may share. Pure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from edit_store.bundle import Manifest, Strength
+from edit_store.edits import SILENT, Gate
+from edit_store.errors import RequestRefused
+
+STRENGTH_ARGUMENT, STRENGTH_HEADER = "edits_strength", "x-edits-strength"
+"""Where a request says how strong it wants the edits: in `vllm_xargs`, or in a header."""
+
+
+@dataclass(frozen=True)
+class Traits:
+    """Of one version, or of the base model (the defaults)."""
+
+    strength: Strength | None = None
+    bound_to_prompt: bool = False
+    """whether the same tokens are edited otherwise behind a longer prompt, so that their cache blocks differ"""
+    tail: int | None = None
+    """edits begin so many tokens before the prompt ends, and what is before is the base model's; None: anywhere"""
+    name: str = ""
+    """of the bundle"""
+    fires: bool = False
+    """whether it has gates whose firings are counted"""
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Traits:
+        """The traits of a version."""
+        scopes = {edit.scope for edit in manifest.edits}
+        # Far into a long prompt, where each scope begins tells its distance from the prompt's end, if it has one.
+        long = 1 << 40
+        begins = min(scope.begins(long) for scope in scopes)
+        return cls(
+            manifest.strength, any(scope.bound_to_prompt for scope in scopes), long - begins if begins > 0 else None,
+            manifest.name, any(isinstance(edit, Gate) and edit.activation in SILENT for edit in manifest.edits),
+        )  # fmt: skip
+
+    def strength_of(self, asked: float | None, model: str) -> float:
+        """The strength a request gets. RequestRefused says what it may ask for."""
+        if asked is None:
+            return 1.0 if self.strength is None else self.strength.default
+        if self.strength is None:
+            raise RequestRefused(
+                f"{model!r} takes no strength, found {asked:g}: its author allows none. Leave out {STRENGTH_ARGUMENT}"
+            )
+        if not (math.isfinite(asked) and self.strength.minimum <= asked <= self.strength.maximum):
+            raise RequestRefused(f"{model!r} takes a strength of {self.strength}, found {asked:g}")
+        return asked
+
+
+PLAIN = Traits()

@@ -1,0 +1,76 @@
+"""A scheduler that lets a request share the base model's cache blocks up to where its edits begin.
+
+Start vLLM with `--scheduler-cls plugin.vllm_host.scheduler.EditsScheduler` (`vllm-edits serve` does). It is vLLM's own
+scheduler; only the hashes under which blocks are cached are other ones from the first edited token on. Without it
+nothing is wrong: then a version that edits only generated tokens shares no blocks with the base.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from typing import Any
+
+from plugin.claim import FORK
+
+PATH = f"{__name__}.EditsScheduler"
+
+
+def forks(vllm_config: Any) -> bool:
+    """Whether the engine was started with this scheduler."""
+    found = vllm_config.scheduler_config.scheduler_cls
+    return found in (PATH, EditsScheduler)
+
+
+class EditsScheduler:
+    """vLLM's scheduler, synchronous or not as the engine is, with forks."""
+
+    def __new__(cls, *, vllm_config: Any, **arguments: Any) -> Any:
+        from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+        from vllm.v1.core.sched.scheduler import Scheduler
+
+        base = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
+        return _forking(base)(vllm_config=vllm_config, **arguments)
+
+
+@functools.cache
+def _forking(base: Any) -> type:
+    class ForkingScheduler(base):  # type: ignore[misc]
+        """Hashes a request anew when it arrives, if it forks."""
+
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(**arguments)
+            self._hashed = arguments.get("hash_block_size") or arguments["block_size"]
+
+        def add_request(self, request: Any) -> None:
+            fork_at_first_edit(request, self._hashed)
+            super().add_request(request)
+
+    return ForkingScheduler
+
+
+def fork_at_first_edit(request: Any, block_size: int) -> None:
+    """Give the blocks of a request names of their own from the first one on that holds an edited token."""
+    arguments = request.sampling_params.extra_args if request.sampling_params is not None else None
+    hasher = request._block_hasher  # noqa: SLF001  vLLM has no public name for it
+    if not arguments or FORK not in arguments or hasher is None:
+        return
+    salt, tail = arguments[FORK]
+    fork = max(0, request.num_prompt_tokens - tail) // block_size
+
+    def forking(request: Any) -> list[bytes]:
+        done = len(request.block_hashes)
+        new: list[bytes] = hasher(request)
+        if not done <= fork < done + len(new):
+            return new
+        # The chain goes on from the fork's own hash, as if its salt were part of the block.
+        kept = [*new[: fork - done], hashlib.sha256(new[fork - done] + salt.encode()).digest()]
+        request.block_hashes.extend(kept)
+        try:
+            return [*kept, *hasher(request)]
+        finally:
+            del request.block_hashes[done:]
+
+    request._block_hasher = forking  # noqa: SLF001
+    request.block_hashes.clear()
+    request.update_block_hashes()
