@@ -71,10 +71,13 @@ def _take(answer: Answer, line: str) -> None:
         answer.finish = choice["finish_reason"] or answer.finish
 
 
-def complete(url: str, model: str, prompt: str | list[int], max_tokens: int = 1, **options: Any) -> dict[str, Any]:
+def complete(
+    url: str, model: str, prompt: str | list[int], max_tokens: int = 1, *, headers: dict[str, str] | None = None,
+    **options: Any,
+) -> dict[str, Any]:  # fmt: skip
     """One plain completion; raises on an error status."""
     body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **options}
-    response = httpx.post(f"{url}/v1/completions", json=body, timeout=300)
+    response = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=300)
     response.raise_for_status()
     answer: dict[str, Any] = response.json()
     answer["headers"] = response.headers

@@ -17,6 +17,8 @@ from plugin.variants import Choice
 
 CLAIM = "vllm_edits_claim"
 """Key of the claim in a request's extra arguments; absent for the base model. Callers cannot set it."""
+SCHEDULER = "plugin.vllm_host.scheduler.EditsScheduler"
+"""The scheduler that knows how to fork, for `--scheduler-cls`."""
 FORK = "vllm_edits_fork"
 """Likewise: [salt, tail] of a request whose cache blocks are the base's up to `tail` tokens before its prompt ends."""
 

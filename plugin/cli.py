@@ -17,6 +17,7 @@ import yaml
 
 from edit_store.cli import JsonOption, StoreOption, app, explained, plain, show
 from edit_store.errors import EditsError, SettingsError
+from plugin.claim import SCHEDULER
 from plugin.reading import open_reader
 from server_config.settings import KEY, read_settings
 
@@ -43,7 +44,8 @@ def serve(
         raise EditsError("no `vllm` command beside this Python; install vLLM 0.26 to 0.33")
     plugins = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
     environment = {**os.environ, "VLLM_PLUGINS": ",".join(dict.fromkeys([*plugins, "edits"]))}
-    arguments = ["serve", model, "--load-format", "edits", "--additional-config", json.dumps({KEY: settings}), *flags]
+    ours = {"--load-format": "edits", "--scheduler-cls": SCHEDULER, "--additional-config": json.dumps({KEY: settings})}
+    arguments = ["serve", model, *(word for pair in ours.items() for word in pair), *flags]
     os.execve(command, [command, *arguments], environment)  # noqa: S606  the user asked for this very command
 
 

@@ -260,8 +260,9 @@ class Step(nn.Module):
 
     def weight(self, lane: Tensor, slots: Tensor) -> Tensor:
         """[T, 1]: each token's weight in the lane of its slot's edit."""
-        lanes = self.weights[:, : slots.shape[0]]
-        return lanes.gather(0, lane[slots].long().unsqueeze(0)).squeeze(0).unsqueeze(-1)
+        # One flat index: a gather would compare lengths, and so fix the graph to one number of tokens.
+        tokens = torch.arange(slots.shape[0], device=slots.device)
+        return self.weights.flatten()[lane[slots] * self.weights.shape[1] + tokens].unsqueeze(-1)
 
 
 class Tap(nn.Module):

@@ -7,33 +7,60 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from edit_store.architectures import Architecture, supported
 from edit_store.base_model import widths_of
 from edit_store.edits import Edit, Gate, LowRank, Scale, SubspaceFilter, WeightDelta, order_at_site
+from edit_store.scope import Scope
 from edit_store.sites import Site
 
 
+@dataclass(frozen=True)
+class Request:
+    """What the model is given: one whole sequence, of which the first `prompt` tokens are the prompt."""
+
+    ids: Sequence[int]
+    prompt: int
+
+    def covered(self, scope: Scope) -> Tensor:
+        """`[tokens, 1]`: for which tokens an edit of this scope counts."""
+        met = torch.from_numpy(scope.covers(np.arange(len(self.ids)), self.prompt))
+        if scope.tokens is not None:
+            met = met & torch.isin(torch.tensor(list(self.ids)), torch.tensor(scope.tokens))
+        return met.unsqueeze(-1)
+
+
 @contextmanager
-def edited(model: Any, edits: Iterable[tuple[Edit, Mapping[str, Any]]]) -> Iterator[None]:
-    """Inside, `model` computes with these edits at every token; afterwards it is the base model again.
+def edited(
+    model: Any,
+    edits: Iterable[tuple[Edit, Mapping[str, Any]]],
+    *,
+    strength: float = 1.0,
+    request: Request | None = None,
+) -> Iterator[None]:
+    """Inside, `model` computes with these edits; afterwards it is the base model again.
 
     Computed in float32, or the model's dtype if that is wider; each site rounds once to the model's dtype. Edits that
-    meet at one site apply in the order that `edit_store.edits` lays down.
+    meet at one site apply in the order that `edit_store.edits` lays down. Edits with a scope need the `request`, given
+    to the model as one sequence without a cache.
     """
     pairs = sorted(edits, key=lambda pair: order_at_site(pair[0]))
     seen: dict[str, Tensor] = {}
     sites = sorted({Site.parse(name) for edit, _ in pairs for name in (edit.site, edit.source)})
     with ExitStack() as hooks:
         for site in sites:
-            here = [(edit, _tensors(fields)) for edit, fields in pairs if edit.site == str(site)]
+            here = _AtSite(
+                [(edit, _tensors(fields)) for edit, fields in pairs if edit.site == str(site)], strength, request
+            )
 
-            def change(value: Tensor, here: Any = here, site: Site = site) -> Tensor:
-                seen[str(site)] = value = _apply_all(here, value, seen)
+            def change(value: Tensor, here: _AtSite = here, site: Site = site) -> Tensor:
+                seen[str(site)] = value = here.apply(value, seen)
                 return value
 
             hooks.callback(hook(model, site, change).remove)
@@ -44,30 +71,50 @@ def _tensors(fields: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: torch.as_tensor(array) for name, array in fields.items()}
 
 
-def _apply_all(edits: Sequence[tuple[Edit, dict[str, Tensor]]], value: Tensor, seen: Mapping[str, Tensor]) -> Tensor:
-    """`value` `[..., width]` after the edits of one site; `seen` is what passed other sites of this forward pass."""
-    if not edits:
-        return value
-    wide = torch.promote_types(value.dtype, torch.float32)
-    now = value.to(wide)
-    before_adding, before_moving, moved = None, None, False
-    for edit, fields in edits:
-        numbers = {name: field.to(wide) if field.is_floating_point() else field for name, field in fields.items()}
-        if isinstance(edit, LowRank | Gate | WeightDelta):
-            before_adding = now if before_adding is None else before_adding
-            x = before_adding if edit.source == edit.site else seen[edit.source].to(wide)
-            now = now + _added(edit, numbers, x)
-        elif isinstance(edit, Scale):
-            now = now * numbers["factor"].repeat_interleave(now.shape[-1] // len(numbers["factor"]))
-        elif isinstance(edit, SubspaceFilter):
-            inside = ((now - numbers["mean"]) @ numbers["basis"].T) @ numbers.get("dual", numbers["basis"])
-            now = numbers["mean"] + inside if edit.onto else now - inside
-        else:
-            before_moving = now if before_moving is None else before_moving
-            now, moved = now + numbers["vector"], moved or edit.renorm
-    if moved and before_moving is not None:
-        now = now * before_moving.norm(dim=-1, keepdim=True) / now.norm(dim=-1, keepdim=True)
-    return now.to(value.dtype)
+@dataclass(frozen=True)
+class _AtSite:
+    """The edits of one site, in their order."""
+
+    edits: Sequence[tuple[Edit, dict[str, Tensor]]]
+    strength: float
+    request: Request | None
+
+    def apply(self, value: Tensor, seen: Mapping[str, Tensor]) -> Tensor:
+        """`value` `[..., width]` after the edits; `seen` is what passed other sites of this forward pass."""
+        if not self.edits:
+            return value
+        wide = torch.promote_types(value.dtype, torch.float32)
+        now = value.to(wide)
+        before_adding, before_moving, renorm = None, None, torch.tensor(False)
+        for edit, fields in self.edits:
+            numbers = {name: field.to(wide) if field.is_floating_point() else field for name, field in fields.items()}
+            if isinstance(edit, LowRank | Gate | WeightDelta):
+                before_adding = now if before_adding is None else before_adding
+                x = before_adding if edit.source == edit.site else seen[edit.source].to(wide)
+                now = now + self._weight(edit) * _added(edit, numbers, x)
+            elif isinstance(edit, Scale):
+                factor = numbers["factor"].repeat_interleave(now.shape[-1] // len(numbers["factor"]))
+                now = now + self._weight(edit) * (factor - 1) * now
+            elif isinstance(edit, SubspaceFilter):
+                inside = ((now - numbers["mean"]) @ numbers["basis"].T) @ numbers.get("dual", numbers["basis"])
+                filtered = numbers["mean"] + inside if edit.onto else now - inside
+                now = now + self._weight(edit) * (filtered - now)
+            else:
+                before_moving = now if before_moving is None else before_moving
+                now = now + self._weight(edit) * numbers["vector"]
+                renorm = renorm | (edit.renorm & (self._weight(edit) != 0))
+        if before_moving is not None:
+            kept = now * before_moving.norm(dim=-1, keepdim=True) / now.norm(dim=-1, keepdim=True)
+            now = torch.where(renorm, kept, now)
+        return now.to(value.dtype)
+
+    def _weight(self, edit: Edit) -> Tensor:
+        """How much the edit counts: a number, or one for each token."""
+        if edit.scope.everything:
+            return torch.tensor(self.strength)
+        if self.request is None:
+            raise ValueError(f"{edit.kind} at {edit.site} has a scope: say which request the model is given")
+        return self.request.covered(edit.scope) * self.strength
 
 
 def _added(edit: LowRank | Gate | WeightDelta, numbers: dict[str, Tensor], x: Tensor) -> Tensor:

@@ -50,10 +50,11 @@ def router(reconciler: Callable[[], Reconciler], admin_token_file: Callable[[], 
     async def status() -> Any:
         return reconciler().status()
 
-    @routes.post("/sync", summary="Read the store now and follow what moved")
+    @routes.post("/sync", summary="Read the store now and follow what moved; count what gates did")
     async def sync() -> Any:
         core = reconciler()
         swaps = await core.sync(retry_refused=True)
+        await core.read_firings()
         return {"swaps": [asdict(swap) for swap in swaps], "last_error": core.last_error}
 
     @routes.put("/{name}", summary="Promote a version: append to the store, then follow it")

@@ -11,15 +11,13 @@ import functools
 import hashlib
 from typing import Any
 
-from plugin.claim import FORK
-
-PATH = f"{__name__}.EditsScheduler"
+from plugin.claim import FORK, SCHEDULER
 
 
 def forks(vllm_config: Any) -> bool:
     """Whether the engine was started with this scheduler."""
     found = vllm_config.scheduler_config.scheduler_cls
-    return found in (PATH, EditsScheduler)
+    return found in (SCHEDULER, EditsScheduler)
 
 
 class EditsScheduler:
