@@ -24,6 +24,7 @@ from safetensors.numpy import save
 
 from edit_store.edits import INDEX_FIELDS, AnyEdit, Edit, Tensors
 from edit_store.errors import BundleRefused, Reason
+from edit_store.refs import MAX_COMPOSED
 from edit_store.sites import Widths
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -32,7 +33,9 @@ TENSORS_FILE = "edits.safetensors"
 MAX_MANIFEST_BYTES = 1 << 20
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?$")]
+_NAME = r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?"
+Name = Annotated[str, Field(pattern=rf"^{_NAME}$")]
+BundleName = Annotated[str, Field(pattern=rf"^{_NAME}(?:\+{_NAME})*$", max_length=MAX_COMPOSED)]
 
 
 def sha256(data: bytes | mmap.mmap) -> str:
@@ -100,6 +103,14 @@ class Strength(_Record):
         return f"{self.minimum:g} to {self.maximum:g}, by default {self.default:g}"
 
 
+class Part(_Record):
+    """A bundle that a composition is made of, and how many of its edits come from it."""
+
+    name: Name
+    version: Digest
+    edits: int = Field(gt=0)
+
+
 class Provenance(_Record):
     """Who or what made the edits, and from what."""
 
@@ -113,7 +124,7 @@ class Manifest(_Record):
     """Everything a bundle is, apart from its numbers."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
-    name: Name
+    name: BundleName
     description: str = ""
     label: str = ""
     created_at: AwareDatetime
@@ -123,6 +134,8 @@ class Manifest(_Record):
     """None: a request cannot ask for another strength"""
     tensors: BlobRef
     provenance: Provenance
+    parts: tuple[Part, ...] = ()
+    """what a composition is made of, in the order of its edits; empty for any other bundle"""
     measurements: tuple[Measurement, ...] = ()
 
     def to_bytes(self) -> bytes:
@@ -180,6 +193,7 @@ class Bundle:
         description: str = "",
         label: str = "",
         strength: Strength | None = None,
+        parts: tuple[Part, ...] = (),
         measurements: Iterable[Measurement] = (),
         created_at: datetime | None = None,
     ) -> Bundle:
@@ -206,6 +220,7 @@ class Bundle:
             strength=strength,
             tensors=BlobRef.of(tensor_bytes),
             provenance=provenance,
+            parts=parts,
             measurements=tuple(measurements),
         )
         return cls(manifest, tensor_bytes)

@@ -36,7 +36,7 @@ from edit_store.errors import (
 )
 from edit_store.hub_repo import DEFAULT_REVISION, Content, File, HubRepo
 from edit_store.model_card import CARD_FILE, MAX_CARD_BYTES
-from edit_store.refs import Ref, is_name
+from edit_store.refs import Ref, is_bundle_name
 from edit_store.store import EditStore, blob_key
 from edit_store.transfer import ATTESTATIONS, MAX_ATTESTATIONS, RECORD_FILE, Package, attestation_name, member_limit
 
@@ -191,7 +191,7 @@ def _arrange(files: Mapping[str, File], what: str) -> dict[Key, Members]:
         if "/" not in path:
             continue
         found = _MEMBER.fullmatch(path)
-        limit = member_limit(found["member"]) if found is not None and is_name(found["name"]) else None
+        limit = member_limit(found["member"]) if found is not None and is_bundle_name(found["name"]) else None
         if found is None or limit is None:
             expected = f"<name>/<version>/ with {RECORD_FILE}, {MANIFEST_FILE}, {TENSORS_FILE} and {ATTESTATIONS}"
             told = f"{path!r} is no part of a version: expected {expected}. Other files may lie at the top"

@@ -1,4 +1,4 @@
-"""Names people write: `polite`, `polite@prod`, `polite@4f1c9a`."""
+"""Names people write: `polite`, `polite@prod`, `polite@4f1c9a`, and `polite+safe` for a composition."""
 
 from __future__ import annotations
 
@@ -9,13 +9,19 @@ from edit_store.errors import NotFound
 
 DEFAULT_TAG = "prod"
 MIN_PREFIX = 6
+JOIN, MAX_COMPOSED = "+", 200
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 _PREFIX = re.compile(rf"[0-9a-f]{{{MIN_PREFIX},64}}")
 
 
 def is_name(text: str) -> bool:
-    """Whether `text` can name a bundle or a tag."""
+    """Whether `text` can name a tag, or a bundle that is not composed."""
     return _NAME.fullmatch(text) is not None
+
+
+def is_bundle_name(text: str) -> bool:
+    """Whether `text` can name a bundle, composed ones included."""
+    return len(text) <= MAX_COMPOSED and all(map(is_name, text.split(JOIN)))
 
 
 def is_version_prefix(text: str) -> bool:
@@ -34,7 +40,7 @@ class Ref:
     def parse(cls, text: str, default_tag: str = DEFAULT_TAG) -> Ref:
         """Split `name[@selector]`; NotFound when it cannot name anything."""
         name, at, selector = text.partition("@")
-        if not is_name(name) or (at and not is_name(selector)):
+        if not is_bundle_name(name) or (at and not is_name(selector)):
             raise NotFound(f"{text!r} names no variant: expected name, name@tag or name@version in lower case")
         return cls(name, selector or default_tag)
 

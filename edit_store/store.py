@@ -23,7 +23,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
 from edit_store import verify
 from edit_store.backends import AlreadyExists, Backend, get_many, in_pieces, open_backend, require_exclusive_create
-from edit_store.bundle import Bundle, Digest, Manifest, Name, canonical_json, sha256
+from edit_store.bundle import Bundle, BundleName, Digest, Manifest, Name, canonical_json, sha256
 from edit_store.errors import (
     AmbiguousVersion,
     Conflict,
@@ -34,7 +34,7 @@ from edit_store.errors import (
 )
 from edit_store.intents import relying_on
 from edit_store.log import Entry, Log, now
-from edit_store.refs import DEFAULT_TAG, Ref, is_name, is_version_prefix
+from edit_store.refs import DEFAULT_TAG, Ref, is_bundle_name, is_name, is_version_prefix
 from edit_store.signing import Role, Signature, SigningKey, attestation_folder, attestation_key, read_envelopes
 from edit_store.tensor_file import MAX_TENSOR_FILE_BYTES
 
@@ -50,7 +50,7 @@ class Published(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Name
+    name: BundleName
     version: Digest
     label: str
     actor: str
@@ -60,7 +60,7 @@ class Published(BaseModel):
 class TagEntry(Entry):
     """One line of a tag's history. The last one says what is promoted."""
 
-    name: Name
+    name: BundleName
     tag: Name
     version: Digest
     operation: Literal["promote", "rollback", "pin", "unpin"]
@@ -74,7 +74,7 @@ class TagEntry(Entry):
 class IndexEntry(Entry):
     """One line of the index: a tag that has a history, or is about to."""
 
-    name: Name
+    name: BundleName
     tag: Name
 
 
@@ -226,7 +226,8 @@ class EditStore:
     def tag_log(self, name: str, tag: str) -> Log[TagEntry]:
         """The log of one tag."""
         _require_name(name)
-        _require_name(tag)
+        if not is_name(tag):
+            raise NotFound(f"{tag!r} cannot be a tag: expected lower-case letters, digits, '.', '_' and '-'")
         see = f"vllm-edits history {name} --tag {tag}"
         folder, what = f"tags/{name}/{tag}", f"{name}@{tag}"
         return Log(self.backend, folder, TagEntry, what, see, require=lambda entry: _require_of(entry, name, tag))
@@ -348,8 +349,8 @@ class EditStore:
 
 
 def _require_name(name: str) -> None:
-    if not is_name(name):
-        raise NotFound(f"{name!r} cannot be a name or a tag: expected lower-case letters, digits, '.', '_' and '-'")
+    if not is_bundle_name(name):
+        raise NotFound(f"{name!r} cannot be a name: expected lower-case letters, digits, '.', '_' and '-'")
 
 
 def _movable(head: TagEntry | None) -> TagEntry | None:

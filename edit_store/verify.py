@@ -9,9 +9,10 @@ import numpy as np
 
 from edit_store import tensor_file
 from edit_store.architectures import supported
-from edit_store.bundle import BaseModelRef, BlobRef, Bundle
+from edit_store.bundle import BaseModelRef, BlobRef, Bundle, Manifest
 from edit_store.edits import Array, Edit, Gate, LowRank, Scale, SubspaceFilter, Tensors, WeightDelta
 from edit_store.errors import BundleRefused, Reason, UnsupportedHost
+from edit_store.refs import JOIN
 from edit_store.sites import Site, Widths
 
 ORTHONORMAL_TOLERANCE = 1e-4
@@ -28,11 +29,20 @@ def check(bundle: Bundle, base: BaseModelRef | None = None) -> Tensors:
     tensors, broken = tensor_file.read(bundle.tensor_bytes)
     reasons += broken
     reasons += edit_rules(manifest.edits, manifest.base)
+    reasons += _part_rules(manifest)
     if not broken:
         reasons += _tensor_rules(manifest.edits, manifest.base.widths, tensors)
     if reasons:
         raise BundleRefused(f"bundle {manifest.name!r} {bundle.version[:12]}", reasons)
     return tensors
+
+
+def _part_rules(manifest: Manifest) -> Iterator[Reason]:
+    names = JOIN.join(part.name for part in manifest.parts)
+    if names != manifest.name and (manifest.parts or JOIN in manifest.name):
+        yield Reason("composition", f"a composition is named after its parts: expected {names!r}")
+    if manifest.parts and (count := sum(part.edits for part in manifest.parts)) != len(manifest.edits):
+        yield Reason("composition", f"{len(manifest.edits)} edits, its parts have {count}")
 
 
 def base_mismatch(built_for: BaseModelRef, served: BaseModelRef) -> list[Reason]:

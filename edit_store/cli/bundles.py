@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from edit_store import compose as composing
 from edit_store.bundle import Bundle
 from edit_store.cli.common import (
     JsonOption,
@@ -63,6 +65,44 @@ def publish(
         as_script([row])
         return
     typer.echo(f"published {row['name']}@{version[:12]}" + (f", promoted as {tag}" if tag else ""))
+
+
+@app.command()
+@explained
+def compose(
+    references: Annotated[
+        list[str], typer.Argument(help="two or more: name, name@tag or name@version", autocompletion=complete_reference)
+    ],
+    *,
+    store: StoreOption,
+    tag: Annotated[str | None, typer.Option("--tag", help="promote it under this tag at once")] = None,
+    reason: ReasonOption = "",
+    allow_conflicts: Annotated[
+        bool, typer.Option("--allow-conflicts", help="publish although edits do not simply add up")
+    ] = False,
+    key: KeyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Publish several bundles as one variant, named after them: `compose polite safe` makes `polite+safe`.
+
+    It is made of the versions that are named now, and stays what it is when they are promoted anew: compose again.
+    """
+    target = opened(store, key)
+    bundle = composing.compose([target.bundle(target.resolve(reference)) for reference in references])
+    found = composing.conflicts(bundle)
+    if found and not allow_conflicts:
+        told = "\n".join(f"  - {line}" for line in composing.named(found))
+        raise EditsError(f"{bundle.manifest.name} is not published:\n{told}\nPublish it so with --allow-conflicts")
+    version = target.publish(bundle)
+    if tag is not None:
+        target.promote(f"{bundle.manifest.name}@{version}", tag=tag, reason=reason)
+    if as_json:
+        as_script([{"name": bundle.manifest.name, "version": version, "promoted": tag or "",
+                    "conflicts": [asdict(each) for each in found]}])  # fmt: skip
+        return
+    typer.echo(f"published {bundle.manifest.name}@{version[:12]}" + (f", promoted as {tag}" if tag else ""))
+    for line in composing.named(found):
+        plain(f"  {line}")
 
 
 @app.command(name="list")

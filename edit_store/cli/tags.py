@@ -20,6 +20,7 @@ from edit_store.cli.common import (
     opened,
     show,
 )
+from edit_store.compose import conflicts, named
 from edit_store.refs import DEFAULT_TAG
 from edit_store.store import TagEntry
 
@@ -49,7 +50,11 @@ def promote(
     as_json: JsonOption = False,
 ) -> None:
     """Make a version the promoted one of a tag. Servers follow within their poll interval."""
-    _told(opened(store, key).promote(reference, tag=tag, reason=reason), as_json)
+    target = opened(store, key)
+    entry = target.promote(reference, tag=tag, reason=reason)
+    _told(entry, as_json)
+    for line in named(conflicts(target.bundle(entry.version))):
+        typer.echo(f"note: {line}", err=True)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from edit_store import Bundle, Gate, LowRank, Offset, Scale, Scope, Strength
 from edit_store.authoring.formula import Request, edited
 from edit_store.authoring.host import Edits
+from edit_store.compose import compose
 from loadtests.client import complete
 from tests.conftest import base_of, bundle_of
 from tests.engine.conftest import Serving, serve
@@ -59,6 +60,7 @@ def serving(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     bundles.append(Bundle(soft.manifest.model_copy(update={"strength": STRENGTH}), soft.tensor_bytes))
     gate = Gate(site="layers.1.mlp.out", reads="layers.1.mlp.in", rank=2)
     bundles.append(bundle_of("gated", base, numbered([gate], base)))
+    bundles.append(compose([bundle for bundle in bundles if bundle.manifest.name in {"first", "generated"}]))
     flags = ("--dtype", "float32", "--max-model-len", "512", "--max-num-batched-tokens", "96", "--block-size", "32",
              "--num-gpu-blocks-override", "40")  # fmt: skip
     running = serve(tiny_model, tmp_path_factory.mktemp("scopes"), bundles, *flags, settings={"poll_seconds": 1})
@@ -91,9 +93,9 @@ def off_by(model: Any, choice: dict[str, Any]) -> float:
 
 
 def test_every_scope_is_its_formula_in_one_batch(serving: Serving) -> None:
-    """All scopes, prompts short and long, chunked and preempted, at once; each scope is felt, and no two are alike."""
+    """All scopes and a composition, prompts short and long, chunked and preempted, at once; each scope is felt, and no two are alike."""
     exact = AutoModelForCausalLM.from_pretrained(serving.model, dtype=torch.float64).eval()
-    asked = [(name, prompt) for prompt in PROMPTS for name in (*SCOPES, "several", "base")]
+    asked = [(name, prompt) for prompt in PROMPTS for name in (*SCOPES, "several", "generated+first", "base")]
     with ThreadPoolExecutor(len(asked)) as pool:
         choices = list(pool.map(lambda pair: ask(serving, *pair), asked))
     worst: dict[str, float] = {}
