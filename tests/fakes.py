@@ -275,7 +275,7 @@ class FakeWorkers:
 
     def step(self, *leases: Lease) -> None:
         """One step of the engine with a token for each lease; raises when a claim is false on any worker."""
-        claims = [None if lease.choice.version is None else [lease.slot, lease.choice.version] for lease in leases]
+        claims = [None if lease.choice.version is None else [lease.slot, lease.choice.version, 1.0] for lease in leases]
         for worker in self.workers:
             assert [worker.edited.slot_of(claim) for claim in claims] == [lease.slot for lease in leases]
 

@@ -65,7 +65,7 @@ def _forms(site: Site, width: int) -> Iterator[tuple[str, Edit]]:
         reads = str(site.beside(point))
         suffix = "" if point == site.point else f"<-{point}"
         yield f"low_rank{suffix}", LowRank(site=where, reads=reads, rank=2)
-        yield f"gate{suffix}", Gate(site=where, reads=reads, rank=2)
+        yield f"gate{suffix}", Gate(site=where, reads=reads, rank=4)
         if point == "mlp.in":
             yield f"gate/normalise{suffix}", Gate(site=where, reads=reads, rank=2, normalise=True)
     yield "gate/jump_relu", Gate(site=where, reads=where, rank=2, activation="jump_relu", threshold=0.3)

@@ -93,7 +93,7 @@ def off_by(model: Any, choice: dict[str, Any]) -> float:
 
 
 def test_every_scope_is_its_formula_in_one_batch(serving: Serving) -> None:
-    """All scopes and a composition, prompts short and long, chunked and preempted, at once; each scope is felt, and no two are alike."""
+    """All scopes and a composition, prompts short and long, chunked and preempted, at once; each is felt."""
     exact = AutoModelForCausalLM.from_pretrained(serving.model, dtype=torch.float64).eval()
     asked = [(name, prompt) for prompt in PROMPTS for name in (*SCOPES, "several", "generated+first", "base")]
     with ThreadPoolExecutor(len(asked)) as pool:
