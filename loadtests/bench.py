@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from demo.model import ensure_model
+from edit_store.edits import SERVED_PER_REQUEST
 from loadtests.bench_inputs import Inputs
-from loadtests.bench_report import show, summarise_swaps, summarise_throughput
+from loadtests.bench_report import show, summarise_kinds, summarise_swaps, summarise_throughput
 from loadtests.bench_sides import SideFailed
 from loadtests.bench_swap import SwapFailed, SwapPlan, measure_swaps
 from loadtests.bench_throughput import ThroughputPlan, measure_throughput
@@ -42,6 +43,7 @@ class Part(StrEnum):
     ALL = "all"
     THROUGHPUT = "throughput"
     SWAPS = "swaps"
+    KINDS = "kinds"
 
 
 @app.command()
@@ -60,9 +62,6 @@ def main(
     dtype: Annotated[
         str, typer.Option(help="of the model", show_default="bfloat16 where the device computes in it, else float32")
     ] = "",
-    everywhere: Annotated[
-        bool, typer.Option("--everywhere", help="edit with all four kinds at every layer, not as the demo does")
-    ] = False,
     model: Annotated[
         Path | None, typer.Option(help="checkpoint folder of the demo's model", show_default="converted if need be")
     ] = None,
@@ -79,6 +78,9 @@ def main(
 
     [bold]Swaps.[/bold] A real server, running streams, a promotion in the store: time to the first answer on the new
     version, and the longest time between two tokens with and without a swap.
+
+    [bold]Kinds.[/bold] Only when asked for (--only kinds): an engine for each kind of edit, at every layer, and one
+    with all of them, every request on its own variant, beside vLLM without the plugin.
 
     A missed target is shown and written, and does not fail the run. Nothing else should run on the machine meanwhile.
     """
@@ -97,13 +99,18 @@ def main(
     record: dict[str, Any] = {**about(), "load_at_start": round(load, 2), "parameters": {}, "summary": {}}
     try:
         with _progress() as progress:
-            inputs = _prepare(model or ensure_model(), progress, everywhere=everywhere)
+            inputs = _prepare(model or ensure_model(), progress)
             record["edits"] = inputs.described()
-            if part != Part.SWAPS:
+            if part is Part.KINDS:
+                record["parameters"]["kinds"] = asdict(throughput)
+                record["edits"] = inputs.everywhere(SERVED_PER_REQUEST).described()
+                record["rounds_by_kind"] = measure_throughput(throughput, inputs, progress, SERVED_PER_REQUEST)
+                record["summary"]["kinds"] = summarise_kinds(record["rounds_by_kind"])
+            if part in {Part.ALL, Part.THROUGHPUT}:
                 record["parameters"]["throughput"] = asdict(throughput)
                 record["rounds"] = measure_throughput(throughput, inputs, progress)
                 record["summary"]["throughput"] = summarise_throughput(record["rounds"])
-            if part != Part.THROUGHPUT:
+            if part in {Part.ALL, Part.SWAPS}:
                 record["parameters"]["swaps"] = asdict(swapping)
                 measured = measure_swaps(swapping, inputs, progress)
                 record["swaps"] = [asdict(swap) for swap in measured]
@@ -134,13 +141,13 @@ def _stopped(number: int, _frame: object) -> None:
     sys.exit(128 + number)
 
 
-def _prepare(model: Path, progress: Progress, *, everywhere: bool) -> Inputs:
+def _prepare(model: Path, progress: Progress) -> Inputs:
     task = progress.add_task("the model's digests", total=None)
 
     def say(step: str) -> None:
         progress.update(task, description=step)
 
-    inputs = Inputs.prepare(model, WORK, everywhere=everywhere, say=say)
+    inputs = Inputs.prepare(model, WORK, say)
     progress.remove_task(task)
     return inputs
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
@@ -17,17 +17,16 @@ import demo.prompts
 import edit_store.authoring
 from demo.bundles import EXHIBITS
 from edit_store import (
-    KINDS,
     BaseModelRef,
     Bundle,
     Edit,
     EditStore,
+    Gate,
     LowRank,
     Offset,
     Provenance,
     Scale,
     SubspaceFilter,
-    Widths,
     check,
     identify,
 )
@@ -51,12 +50,17 @@ class Inputs:
     folder: Path
 
     @classmethod
-    def prepare(cls, model: Path, folder: Path, *, everywhere: bool, say: Callable[[str], None]) -> Self:
-        """Compute the demo's edits, or draw small ones for every kind at every layer. `say` is told each step."""
+    def prepare(cls, model: Path, folder: Path, say: Callable[[str], None]) -> Self:
+        """Compute the demo's edits. `say` is told each step."""
         folder.mkdir(parents=True, exist_ok=True)
         base = identify(model)
-        edits = edits_everywhere(base.widths) if everywhere else demo_edits(model, base, folder / "edits", say)
-        return cls(model.resolve(), base, edits, folder.resolve())
+        return cls(model.resolve(), base, demo_edits(model, base, folder / "edits", say), folder.resolve())
+
+    def everywhere(self, kinds: Sequence[str]) -> Self:
+        """The same with small edits of these kinds at every layer instead, in a folder of their own."""
+        folder = self.folder / "-".join(["everywhere", *kinds])
+        folder.mkdir(exist_ok=True)
+        return replace(self, edits=edits_everywhere(self.base, kinds), folder=folder)
 
     def described(self) -> list[str]:
         """Kind and site of every edit."""
@@ -144,28 +148,33 @@ def _digest_of_authoring(base: BaseModelRef) -> str:
     return sha256(canonical_json(base.files) + b"".join(source.read_bytes() for source in sources))
 
 
-def edits_everywhere(widths: Widths) -> Edits:
-    """Every kind wherever it can stand, rank 1, with numbers too small to derail the model."""
+_EVERYWHERE: dict[str, Callable[[str], Edit]] = {
+    "scale": lambda layer: Scale(site=layer + "attn.z"),
+    "low_rank": lambda layer: LowRank(site=layer + "mlp.out", reads=layer + "mlp.h", rank=1),
+    "gate": lambda layer: Gate(site=layer + "mlp.out", reads=layer + "mlp.in", rank=1, normalise=True),
+    "subspace_filter": lambda layer: SubspaceFilter(site=layer + "resid", rank=1),
+    "offset": lambda layer: Offset(site=layer + "resid"),
+}
+"""Each kind at the site where published methods put it, given `layers.<n>.`."""
+
+
+def edits_everywhere(base: BaseModelRef, kinds: Sequence[str]) -> Edits:
+    """Kinds at every layer, rank 1, with numbers too small to derail the model."""
     random = np.random.default_rng(0)
-
-    def small(*shape: int) -> Array:
-        return np.asarray(random.normal(size=shape) * 0.01, dtype=np.float32)
-
     edits: Edits = []
-    for layer in range(widths.layers):
-        for kind in KINDS.values():
-            site = str(Site(layer, kind.points[0]))
-            if kind is LowRank:
-                edit: Edit = LowRank(site=site, reads=str(Site(layer, "mlp.h")), rank=1)
-            elif kind is SubspaceFilter:
-                edit = SubspaceFilter(site=site, rank=1)
-            else:
-                edit = Scale(site=site) if kind is Scale else Offset(site=site)
-            fields = {name: small(*shape) for name, shape in edit.shapes(widths).items()}
-            if kind is Scale:
+    for layer in range(base.widths.layers):
+        for kind in kinds:
+            edit = _EVERYWHERE[kind](f"layers.{layer}.")
+            fields = {
+                name: np.asarray(random.normal(size=shape) * 0.01, dtype=np.float32)
+                for name, shape in edit.shapes(base.widths).items()
+            }
+            if isinstance(edit, Scale):
                 fields["factor"] = 1 + fields["factor"]
-            if kind is SubspaceFilter:
+            if isinstance(edit, SubspaceFilter):
                 fields["basis"] = fields["basis"] / np.linalg.norm(fields["basis"])
+            if isinstance(edit, Gate):
+                fields["norm_weight"] = 1 + fields["norm_weight"]
             edits.append((edit, fields))
     return edits
 
@@ -176,13 +185,10 @@ def weakened(edits: Edits, strength: float) -> Edits:
 
 
 def _weakened(edit: Edit, fields: dict[str, Array], strength: float) -> dict[str, Array]:
-    if isinstance(edit, LowRank):
-        return {**fields, "write": fields["write"] * strength}
     if isinstance(edit, Scale):
         return {"factor": 1 - (1 - fields["factor"]) * strength}
-    if isinstance(edit, SubspaceFilter):
-        return {**fields, "mean": fields["mean"] * strength}
-    return {"vector": fields["vector"] * strength}
+    weakened = {"write", "mean", "vector"}
+    return {name: array * np.float32(strength) if name in weakened else array for name, array in fields.items()}
 
 
 def strengths(count: int) -> list[float]:

@@ -104,6 +104,9 @@ COMPARISONS = (
 )
 
 
+KIND_TARGETS = {"decode": 0.97, "prefill": 0.95}
+
+
 def verdict(figure: Figure, target: float | None, *, at_most: bool = False) -> str:
     """'met' or 'missed', and 'within noise' when the interval reaches over the target; '' without one."""
     if target is None:
@@ -116,14 +119,24 @@ def verdict(figure: Figure, target: float | None, *, at_most: bool = False) -> s
 
 def summarise_throughput(rounds: Sequence[Round]) -> dict[str, Any]:
     """Rates by side and phase, and every comparison whose sides ran."""
-    sides = [side for side in SIDES if side in rounds[0]]
+    return _summarise([side for side in SIDES if side in rounds[0]], COMPARISONS, rounds)
+
+
+def summarise_kinds(rounds: Sequence[Round]) -> dict[str, Any]:
+    """The same where there is a side for each kind: each against vLLM without the plugin."""
+    kinds = [side for side in rounds[0] if side not in SIDES]
+    compared = [Comparison(kind, "plain", phase, target) for kind in kinds for phase, target in KIND_TARGETS.items()]
+    return _summarise(list(rounds[0]), [*COMPARISONS, *compared], rounds)
+
+
+def _summarise(sides: Sequence[str], comparisons: Iterable[Comparison], rounds: Sequence[Round]) -> dict[str, Any]:
     return {
         "tokens_per_second": {
             side: {phase: asdict(Figure.of(each[side][phase] for each in rounds)) for phase in PHASES} for side in sides
         },
         "ratios": [
             {**asdict(compared), **asdict(figure), "verdict": verdict(figure, compared.target)}
-            for compared in COMPARISONS
+            for compared in comparisons
             if {compared.over, compared.under} <= set(sides)
             for figure in [compared.of(rounds)]
         ],
@@ -178,6 +191,9 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
     if "throughput" in summary:
         _show_rates(summary["throughput"], console)
         _show_ratios(summary["throughput"]["ratios"], console)
+    if "kinds" in summary:
+        _show_rates(summary["kinds"], console)
+        _show_ratios(summary["kinds"]["ratios"], console)
     if "swaps" in summary:
         _show_swaps(summary["swaps"], console)
 
@@ -189,7 +205,7 @@ def _show_rates(throughput: Mapping[str, Any], console: Console) -> None:
             f"{rate['median']:.0f} ({rate['smallest']:.0f}–{rate['largest']:.0f})"
             for rate in (rates[phase] for phase in PHASES)
         )
-        table.add_row(side, SIDES[side], *cells)
+        table.add_row(side, SIDES.get(side, "at every layer, each request on its own variant"), *cells)
     console.print(table)
 
 

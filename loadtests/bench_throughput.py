@@ -40,9 +40,11 @@ class _Side:
     """who answers: each request of a batch takes the next"""
 
 
-def measure_throughput(plan: ThroughputPlan, inputs: Inputs, progress: Progress) -> list[dict[str, dict[str, float]]]:
-    """Tokens per second by side and phase, for every round that counts."""
-    sides, rounds = _sides(plan, inputs), []
+def measure_throughput(
+    plan: ThroughputPlan, inputs: Inputs, progress: Progress, kinds: Sequence[str] = ()
+) -> list[dict[str, dict[str, float]]]:
+    """Tokens per second by side and phase, for every round that counts. With `kinds`, one side for each of them."""
+    sides, rounds = _sides_by_kind(plan, inputs, kinds) if kinds else _sides(plan, inputs), []
     with ExitStack() as running:
         engines = list({id(side.engine): side.engine for side in sides.values()}.values())
         starting = progress.add_task("", total=len(engines))
@@ -85,25 +87,42 @@ def _rate(plan: ThroughputPlan, inputs: Inputs, side: _Side, phase: str, number:
 
 def _sides(plan: ThroughputPlan, inputs: Inputs) -> dict[str, _Side]:
     """Engines that differ in nothing but what is compared. The idle and the active plugin are one engine."""
-    variants, store = inputs.make_store("store", VARIANTS)
+    edits, variants = _edited(plan, inputs, "plugin")
     adapters = inputs.make_adapters(plan.concurrency)  # no more than fit at once: LoRA never has to page one in
-
-    def engine(label: str, extra: Mapping[str, Any], **options: Any) -> Engine:
-        arguments = {
-            "model": str(inputs.model), "dtype": plan.dtype, "seed": 0, "max_model_len": MAX_MODEL_LEN,
-            "max_num_batched_tokens": MAX_MODEL_LEN, "kv_cache_memory_bytes": KV_CACHE_BYTES, **extra,
-        }  # fmt: skip
-        return Engine(label, arguments, inputs.folder / f"{label}.log", plan.cores, **options)
-
-    settings = {"store": str(store), "slots": VARIANTS}
-    edits = engine("plugin", {"load_format": "edits", "additional_config": {"edits": settings}}, plugins="edits")
     lora = {"enable_lora": True, "max_loras": plan.concurrency, "max_lora_rank": inputs.lora_rank}
     narrow = {**lora, "lora_target_modules": ["down_proj"]}
-    sides = {"plain": _Side(engine("plain", {}), [None])}
-    if plan.noise_floor:
-        sides["plain_again"] = _Side(engine("plain_again", {}), [None])
+    sides = _plain_sides(plan, inputs)
     sides["plugin"] = _Side(edits, [None])
     sides["edited"] = _Side(edits, variants)
-    sides["lora"] = _Side(engine("lora", lora, adapters=adapters), list(adapters))
-    sides["lora_narrow"] = _Side(engine("lora_narrow", narrow, adapters=adapters), list(adapters))
+    sides["lora"] = _Side(_engine(plan, inputs, "lora", lora, adapters=adapters), list(adapters))
+    sides["lora_narrow"] = _Side(_engine(plan, inputs, "lora_narrow", narrow, adapters=adapters), list(adapters))
     return sides
+
+
+def _sides_by_kind(plan: ThroughputPlan, inputs: Inputs, kinds: Sequence[str]) -> dict[str, _Side]:
+    """One kind at every layer in each engine, and all of them in one; every request on its own variant."""
+    sides = _plain_sides(plan, inputs)
+    for label, chosen in {**{kind: [kind] for kind in kinds}, "all kinds": kinds}.items():
+        engine, variants = _edited(plan, inputs.everywhere(chosen), label.replace(" ", "_"))
+        sides[label] = _Side(engine, variants)
+    return sides
+
+
+def _plain_sides(plan: ThroughputPlan, inputs: Inputs) -> dict[str, _Side]:
+    labels = ["plain", "plain_again"] if plan.noise_floor else ["plain"]
+    return {label: _Side(_engine(plan, inputs, label, {}), [None]) for label in labels}
+
+
+def _edited(plan: ThroughputPlan, inputs: Inputs, label: str) -> tuple[Engine, list[str]]:
+    variants, store = inputs.make_store("store", VARIANTS)
+    settings = {"store": str(store), "slots": VARIANTS}
+    extra = {"load_format": "edits", "additional_config": {"edits": settings}}
+    return _engine(plan, inputs, label, extra, plugins="edits"), variants
+
+
+def _engine(plan: ThroughputPlan, inputs: Inputs, label: str, extra: Mapping[str, Any], **options: Any) -> Engine:
+    arguments = {
+        "model": str(inputs.model), "dtype": plan.dtype, "seed": 0, "max_model_len": MAX_MODEL_LEN,
+        "max_num_batched_tokens": MAX_MODEL_LEN, "kv_cache_memory_bytes": KV_CACHE_BYTES, **extra,
+    }  # fmt: skip
+    return Engine(label, arguments, inputs.folder / f"{label}.log", plan.cores, **options)

@@ -23,7 +23,7 @@ import numpy as np
 
 from edit_store import BaseModelRef, Bundle, Gate, LowRank, Offset, Scale, SubspaceFilter, check, identify
 from edit_store.architectures import ARCHITECTURES, supported
-from edit_store.edits import IN_PLACE, READS, SERVED_PER_REQUEST, Edit
+from edit_store.edits import IN_PLACE, MAX_RANK, READS, SERVED_PER_REQUEST, Edit
 from edit_store.sites import Site
 from edit_store.verify import edit_rules
 from tests.conftest import bundle_of
@@ -71,7 +71,7 @@ def _forms(site: Site, width: int) -> Iterator[tuple[str, Edit]]:
     yield "gate/jump_relu", Gate(site=where, reads=where, rank=2, activation="jump_relu", threshold=0.3)
     yield "gate/sigmoid", Gate(site=where, reads=where, rank=1, activation="sigmoid")
     yield "filter", SubspaceFilter(site=where, rank=2)
-    yield "filter/onto", SubspaceFilter(site=where, rank=width * 3 // 4, onto=True)
+    yield "filter/onto", SubspaceFilter(site=where, rank=min(width * 3 // 4, MAX_RANK), onto=True)
     yield "filter/oblique", SubspaceFilter(site=where, rank=2, oblique=True)
     yield "offset", Offset(site=where)
     yield "offset/renorm", Offset(site=where, renorm=True)

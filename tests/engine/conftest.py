@@ -85,7 +85,7 @@ def serve(
     return Serving(server.start(), store, base_of(model), model, {each.manifest.name: each for each in bundles}, signer)
 
 
-@pytest.fixture(scope="session", params=["float32", "bfloat16"])
+@pytest.fixture(scope="session", params=["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def exact_server(
     request: pytest.FixtureRequest, smollm2: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Serving]]:
