@@ -14,7 +14,7 @@ DIFFERENT = ("LlamaForCausalLM", "Gemma3ForCausalLM", "GPT2LMHeadModel", "Olmo2F
 
 
 def run_of(name: str, dtype: str, *, eager: bool) -> object:
-    """Those that differ most in float32, and one in bfloat16, belong to the quick tests, all others to the slow ones."""
+    """Those that differ most, and one in bfloat16, belong to the quick tests, all others to the slow ones."""
     quick = eager and name in (DIFFERENT if dtype == "float32" else DIFFERENT[:1])
     how = f"{name}-{dtype}{'' if eager else '-compiled'}"
     return pytest.param(name, dtype, eager, id=how, marks=[] if quick else [pytest.mark.slow])
