@@ -6,7 +6,7 @@ This is the worker's only state. No vLLM here: the loader hands over the modules
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,6 @@ from plugin.edited_site import (
     LogitsEdits,
     Made,
     ModuleEdits,
-    Numbers,
     SlotTensors,
     Step,
     Tap,
@@ -51,10 +50,11 @@ class Anchor:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A version ready to be written into a slot: its edits with their numbers, by place, and its scopes by lane."""
+    """A version ready to be written into a slot: by place its edits, and what the slot tensors will hold."""
 
     version: str
-    numbers: Mapping[Place, Numbers]
+    edits: Mapping[Place, tuple[Edit, ...]]
+    folded: Mapping[Place, Mapping[str, Tensor]]
     scopes: tuple[Scope, ...] = ()
 
 
@@ -93,7 +93,7 @@ class EditedModel:
         self._all_base = True
         self._plain_weights = True
         self._filled = 0
-        self._last_tokens = torch.zeros(0, dtype=torch.int64, device=device)
+        self._last_tokens = np.zeros(0, dtype=np.int64)
         self._output: Tensor | None = None
         self._carried: dict[int | None, dict[str, Tensor]] = {}
         self._places: dict[Place, SlotTensors] = {}
@@ -150,17 +150,21 @@ class EditedModel:
         def numbers(edit: Edit) -> tuple[Edit, dict[str, Any]]:
             return edit, {field: np.array(tensors[edit.tensor_name(field)]) for field in edit.shapes(widths)}
 
-        by_place = {place: [numbers(edit) for edit in edits] for place, edits in places(manifest.edits).items()}
-        return Prepared(version, by_place, scopes_of(manifest))
+        by_place = places(manifest.edits)
+        folded = {
+            place: self._places[place].fold([numbers(edit) for edit in edits]) for place, edits in by_place.items()
+        }
+        return Prepared(version, by_place, folded, scopes_of(manifest))
 
     def install(self, slot: int, prepared: Prepared) -> str:
         """Write a prepared version into a free slot; returns the digest of what the slot now holds."""
         if not BASE_SLOT < slot <= self.slots or slot in self.held:
             raise ValueError(f"slot {slot} is not a free slot of 1 to {self.slots}")
-        for place, numbers in prepared.numbers.items():
-            scope = numbers[0][0].scope
-            self._places[place].fill(slot, numbers, 0 if scope.everything else 1 + prepared.scopes.index(scope))
-            self._gates.setdefault(slot, []).extend(_counted(self._places[place], numbers))
+        for place, edits in prepared.edits.items():
+            scope = edits[0].scope
+            lane = 0 if scope.everything else 1 + prepared.scopes.index(scope)
+            self._places[place].fill(slot, prepared.folded[place], lane)
+            self._gates.setdefault(slot, []).extend(_counted(self._places[place], edits))
         self.held[slot], self._scopes[slot] = prepared.version, prepared.scopes
         return self.digest(slot)
 
@@ -206,7 +210,7 @@ class EditedModel:
                 f"logits of {len(hidden)} tokens are wanted of a step with {len(self._last_tokens)} requests: which "
                 "tokens those are is unknown, so their edits cannot be applied"
             )
-        return self._last_tokens
+        return torch.from_numpy(self._last_tokens).to(hidden.device)
 
     # -- the step --------------------------------------------------------------------------------------------------
 
@@ -230,7 +234,7 @@ class EditedModel:
         """
         slots = [self.slot_of(request.claim) for request in requests]
         tokens = np.asarray([request.tokens for request in requests])
-        self._last_tokens = torch.from_numpy(np.cumsum(tokens) - 1).to(self.step.slots.device)
+        self._last_tokens = np.cumsum(tokens) - 1
         all_base = not any(slots)
         if not (all_base and self._all_base):
             if all_base:
@@ -280,10 +284,10 @@ class EditedModel:
         target[: len(values)].copy_(on_host, non_blocking=True)
 
 
-def _counted(place: SlotTensors, numbers: Numbers) -> Iterator[tuple[str, GateSlots, slice]]:
+def _counted(place: SlotTensors, edits: Iterable[Edit]) -> Iterator[tuple[str, GateSlots, slice]]:
     """The edits of a place whose firings tell something: gates that are silent off their trigger."""
     begin = 0
-    for edit, _ in numbers:
+    for edit in edits:
         end = begin + edit.capacity
         if isinstance(edit, Gate) and isinstance(place, GateSlots) and edit.activation in SILENT:
             yield edit.label, place, slice(begin, end)

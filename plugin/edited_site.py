@@ -55,19 +55,26 @@ class SlotTensors(nn.Module):
         for buffer in self.buffers():
             buffer[slot] = 0
 
-    def fill(self, slot: int, numbers: Numbers, lane: int) -> None:
+    def fold(self, numbers: Numbers) -> dict[str, Tensor]:
+        """What the buffers hold for several edits at once, ready to be copied. Takes its time, so not between steps."""
+        return {
+            name: torch.as_tensor(values).to(self.get_buffer(name).dtype)
+            for name, values in self._values(numbers).items()
+        }
+
+    def fill(self, slot: int, folded: Mapping[str, Tensor], lane: int) -> None:
         """Write edits into a neutral slot; ranks they do not use stay neutral."""
         if self.lane is not None:
             self.lane[slot] = lane
-        for name, array in self._fold(numbers).items():
-            buffer, values = self.get_buffer(name), torch.as_tensor(array)
+        for name, values in folded.items():
+            buffer = self.get_buffer(name)
             if values.ndim and values.shape[0] < buffer.shape[1]:
                 buffer[slot, : values.shape[0]] = values
             else:
                 buffer[slot] = values
 
-    def _fold(self, numbers: Numbers) -> dict[str, Any]:
-        """Values of the buffers for several edits at once."""
+    def _values(self, numbers: Numbers) -> dict[str, Any]:
+        """Values of the buffers for several edits at once, in any type."""
         raise NotImplementedError
 
     def _keep(self, name: str, *shape: int, dtype: torch.dtype | None = None, feature: str | None = None) -> None:
@@ -90,7 +97,7 @@ class ScaleSlots(SlotTensors):
     def forward(self, value: Tensor, slots: Tensor) -> Tensor:
         return edit_math.scale(value, self.change, slots)
 
-    def _fold(self, numbers: Numbers) -> dict[str, Any]:
+    def _values(self, numbers: Numbers) -> dict[str, Any]:
         factor = torch.ones(self._made.writes, dtype=torch.float64)
         for _, fields in numbers:
             each = torch.as_tensor(fields["factor"], dtype=torch.float64)
@@ -113,7 +120,7 @@ class LowRankSlots(SlotTensors):
         added = edit_math.low_rank(x, self.read, self.write, slots)
         return added if weight is None else added * weight
 
-    def _fold(self, numbers: Numbers) -> dict[str, Any]:
+    def _values(self, numbers: Numbers) -> dict[str, Any]:
         return {field: _stacked(numbers, field) for field in ("read", "write")}
 
 
@@ -159,7 +166,7 @@ class GateSlots(SlotTensors):
         self.firings.index_add_(0, slots, (fired != 0).long())
         return added
 
-    def _fold(self, numbers: Numbers) -> dict[str, Any]:
+    def _values(self, numbers: Numbers) -> dict[str, Any]:
         gates = [(edit, fields) for edit, fields in numbers if isinstance(edit, Gate)]
         neurons = [edit for edit, _ in gates for _ in range(edit.rank)]
         values: dict[str, Any] = {
@@ -203,7 +210,7 @@ class SubspaceFilterSlots(SlotTensors):
             added = added + edit_math.pull(value, self.drop, self.constant, slots)
         return added
 
-    def _fold(self, numbers: Numbers) -> dict[str, Any]:
+    def _values(self, numbers: Numbers) -> dict[str, Any]:
         folded = fold_filters([(edit, fields) for edit, fields in numbers if isinstance(edit, SubspaceFilter)])
         values: dict[str, Any] = {"read": folded.read, "shift": folded.shift}
         if self.write is not None:
@@ -227,7 +234,7 @@ class OffsetSlots(SlotTensors):
     def forward(self, value: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
         return edit_math.offset(value, self.vector, self.renorm, slots, weight)
 
-    def _fold(self, numbers: Numbers) -> dict[str, Any]:
+    def _values(self, numbers: Numbers) -> dict[str, Any]:
         values: dict[str, Any] = {"vector": sum(torch.as_tensor(fields["vector"]) for _, fields in numbers)}
         if self.renorm is not None:
             values["renorm"] = any(isinstance(edit, Offset) and edit.renorm for edit, _ in numbers)
