@@ -344,7 +344,7 @@ def test_equal_contents_have_equal_digests_and_different_ones_different() -> Non
 
 
 def test_the_digest_sees_every_number_of_every_place() -> None:
-    """A worker whose memory differs in one number of any slot tensor is found out. What was counted is no part of it."""
+    """A worker whose memory differs in one number of any slot tensor is found out; what was counted is not in it."""
     bundle = crowded(1)
     edited = edited_model(TinyModel(), reservation_of(bundle), slots=SLOTS)
     digests = {install(edited, 1, bundle)}
