@@ -35,6 +35,11 @@ TOLD = 100
 """How many log-probabilities of each token are compared where the vocabulary has more."""
 MANY = 96
 """Directions that a projection onto a subspace keeps, where a site is wide enough."""
+ENVIRONMENT = {
+    "VLLM_PLUGINS": "edits", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_USE_AOT_COMPILE": "0", "VLLM_LOGGING_LEVEL": "ERROR",
+}  # fmt: skip
+"""Of the process that serves."""
 TEXT = "The capital of France is Paris, and its longest river is the Loire."
 Pair = tuple[Any, dict[str, np.ndarray]]
 
@@ -115,7 +120,8 @@ def compare(model: Path, prompt: list[int], dtype: str, *, eager: bool, store: P
     wanted = list(every_edit(base, 0.4 if base.widths.vocab == VOCABULARY else 0.05))
     bundles = [bundle_of(f"edit-{number}", base, [pair]) for number, (_, pair) in enumerate(wanted)]
     # vLLM changes classes of transformers that it builds upon, so the reference has a process of its own.
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=os.environ.update, initargs=(ENVIRONMENT,)) as pool:
         served = pool.submit(serve, model, prompt, store, bundles, dtype=dtype, eager=eager).result()
     torch.set_num_threads(1)
     # The plain implementations: others leave out soft caps, or have no float64.
@@ -267,8 +273,6 @@ of all keys of a model without rotary positions, which no softmax can feel.
 
 def find(model: str, dtype: str, *, eager: bool) -> Findings:
     """Run an architecture, by a tiny random model of its name, or the real model in a folder."""
-    os.environ.update(VLLM_PLUGINS="edits", VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1",
-                      VLLM_CPU_KVCACHE_SPACE="1", VLLM_USE_AOT_COMPILE="0", VLLM_LOGGING_LEVEL="ERROR")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         if model in ARCHITECTURES:
             checkpoint = make_tiny(model, Path(folder, "model"))
