@@ -195,8 +195,8 @@ def test_serve_becomes_vllm_with_the_plugin_and_every_other_flag(
     arguments, plugins = result.exception.args
     settings = json.dumps({"edits": {"store": store.url, "slots": 4}})
     assert arguments == [
-        "serve", "MODEL", "--load-format", "edits", "--additional-config", settings,
-        "--port", str(free_port), "--dtype=float32", "--enforce-eager",
+        "serve", "MODEL", "--load-format", "edits", "--scheduler-cls", "plugin.vllm_host.scheduler.EditsScheduler",
+        "--additional-config", settings, "--port", str(free_port), "--dtype=float32", "--enforce-eager",
     ]  # fmt: skip
     assert plugins == "other,edits"
 
