@@ -569,6 +569,27 @@ async def test_a_caller_cannot_write_the_claim(site: Site, model: str) -> None:
     assert site.engine.requests[0].extra_args["theirs"] == 1
 
 
+@pytest.mark.parametrize(
+    ("headers", "arguments", "told"),
+    [
+        ({"x-edits-strength": "0.5"}, {}, "'polite' takes no strength, found 0.5"),
+        ({}, {"edits_strength": 0.5}, "'polite' takes no strength, found 0.5"),
+        ({"x-edits-strength": "0.5"}, {"edits_strength": 1}, "expected one number as strength, found '0.5' and '1'"),
+        ({"x-edits-strength": "much"}, {}, "expected one number as strength, found 'much'"),
+        ({}, {"edits_strength": [1]}, "expected one number as strength"),
+    ],
+)
+async def test_a_strength_that_cannot_be_is_a_400(site: Site, headers: Any, arguments: Any, told: str) -> None:
+    """Before anything reaches the engine; the same request without it is served (positive control)."""
+    await site.server.promote(version_of("polite"))
+    body = {"model": "polite", "prompt": "x", "vllm_xargs": arguments}
+    answer = await site.client.post("/v1/completions", json=body, headers=headers)
+    assert answer.status_code == 400, answer.text
+    assert told in answer.json()["error"]["message"]
+    assert site.engine.requests == []
+    assert (await site.ask("polite")).status_code == 200
+
+
 def salt_of(version: str, own: str | None = None) -> str | None:
     return cache_salt(Choice("polite", "polite", version), own)
 
