@@ -120,8 +120,7 @@ def compare(model: Path, prompt: list[int], dtype: str, *, eager: bool, store: P
     wanted = list(every_edit(base, 0.4 if base.widths.vocab == VOCABULARY else 0.05))
     bundles = [bundle_of(f"edit-{number}", base, [pair]) for number, (_, pair) in enumerate(wanted)]
     # vLLM changes classes of transformers that it builds upon, so the reference has a process of its own.
-    spawn = get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=os.environ.update, initargs=(ENVIRONMENT,)) as pool:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_in_a_process_of_its_own) as pool:
         served = pool.submit(serve, model, prompt, store, bundles, dtype=dtype, eager=eager).result()
     torch.set_num_threads(1)
     # The plain implementations: others leave out soft caps, or have no float64.
@@ -157,6 +156,10 @@ class Answer:
     ids: list[int]
     told: np.ndarray
     logprobs: np.ndarray
+
+
+def _in_a_process_of_its_own() -> None:
+    os.environ.update(ENVIRONMENT)
 
 
 def serve(
