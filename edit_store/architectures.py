@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from edit_store.edits import READS
 from edit_store.errors import UnsupportedHost, nearest
 from edit_store.sites import Site, Widths, every_site
 
@@ -73,6 +74,12 @@ class Architecture:
         if point == "gate.out" and not self.gated:
             return f"{self.name} has no gate projection; the nearest point is up.out"
         return None
+
+    def reads(self, point: str) -> tuple[str, ...]:
+        """What an edit at `point` may read besides it: none where a norm stands between a projection and its point."""
+        if self.qk_norm and point in ("q.out", "k.out"):
+            return ()
+        return tuple(read for read in READS.get(point, ()) if self.hidden(read) is None)
 
     def sites(self, layers: int) -> list[Site]:
         """Every site of such a model."""

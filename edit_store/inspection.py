@@ -13,7 +13,7 @@ from edit_store import verify
 from edit_store.architectures import supported
 from edit_store.base_model import CONFIG_FILE, widths_of
 from edit_store.bundle import Bundle
-from edit_store.edits import KINDS, READS, Edit, Gate, LowRank, Scale, SubspaceFilter, Tensors, WeightDelta
+from edit_store.edits import KINDS, Edit, Gate, LowRank, Scale, SubspaceFilter, Tensors, WeightDelta
 from edit_store.errors import UnsupportedHost
 from edit_store.sites import POINTS, Site
 
@@ -95,8 +95,11 @@ def sites_of(model: Path) -> dict[str, Any]:
         {
             "site": str(site), "layer": site.layer, "width": widths.of(site.point),
             "heads": widths.heads_at(site.point) or "",
-            "reads": [point for point in READS.get(site.point, ()) if architecture.hidden(point) is None],
-            "kinds": [kind for kind, edit in KINDS.items() if site.point in edit.points],
+            "reads": architecture.reads(site.point),
+            "kinds": [
+                kind for kind, edit in KINDS.items()
+                if site.point in edit.points and (kind != "weight_delta" or architecture.reads(site.point))
+            ],
         }
         for site in architecture.sites(widths.layers)
     ]  # fmt: skip

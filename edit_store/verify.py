@@ -10,7 +10,7 @@ import numpy as np
 from edit_store import tensor_file
 from edit_store.architectures import supported
 from edit_store.bundle import BaseModelRef, BlobRef, Bundle, Manifest
-from edit_store.edits import Array, Edit, Gate, LowRank, Scale, SubspaceFilter, Tensors, WeightDelta
+from edit_store.edits import Array, Edit, Gate, Scale, SubspaceFilter, Tensors, WeightDelta
 from edit_store.errors import BundleRefused, Reason, UnsupportedHost
 from edit_store.refs import JOIN
 from edit_store.sites import Site, Widths
@@ -103,11 +103,11 @@ def _architecture_rules(edit: Edit, base: BaseModelRef) -> Iterator[Reason]:
             f"nothing. Scale {edit.site.removesuffix('proj')}out",
         )
     if architecture.qk_norm and point in ("q.out", "k.out"):
-        if isinstance(edit, LowRank | Gate | WeightDelta) and edit.source != edit.site:
+        if edit.source != edit.site:
             yield Reason(
                 "site",
                 f"{edit.kind} from {edit.source} to {edit.site}: in {base.architecture} a norm stands between the two, "
-                f"so it would be no update of the projection. Write to {str(edit.site)[:-4]}.proj",
+                f"so it would be no update of the projection. Write to {edit.site.removesuffix('out')}proj",
             )
     elif isinstance(edit, Scale) and edit.bias is None and point.replace(".proj", ".out") in base.biased:
         yield Reason(
