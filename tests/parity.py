@@ -79,7 +79,7 @@ def _forms(site: Site, width: int) -> Iterator[tuple[str, Edit]]:
         yield f"gate{suffix}", Gate(site=where, reads=reads, rank=4)
         if point == "mlp.in":
             yield f"gate/normalise{suffix}", Gate(site=where, reads=reads, rank=2, normalise=True)
-    yield "gate/jump_relu", Gate(site=where, reads=where, rank=2, activation="jump_relu", threshold=0.3)
+    yield "gate/jump_relu", Gate(site=where, reads=where, rank=2, activation="jump_relu", threshold=0.02)
     yield "gate/sigmoid", Gate(site=where, reads=where, rank=1, activation="sigmoid")
     yield "filter", SubspaceFilter(site=where, rank=2)
     yield "filter/onto", SubspaceFilter(site=where, rank=min(width * 3 // 4, MANY), onto=True)
