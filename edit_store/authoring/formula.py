@@ -196,8 +196,12 @@ def _after(module: nn.Module, changed: Callable[[Tensor], Tensor]) -> Any:
     return module.register_forward_hook(change_output)
 
 
+def decoder_of(model: Any) -> Any:
+    """The model without its output head."""
+    return model.get_submodule(architecture_of(model).decoder)
+
+
 def own_layers(model: Any) -> nn.ModuleList:
     """The model's decoder layers."""
-    architecture = architecture_of(model)
-    layers: nn.ModuleList = model.get_submodule(f"{architecture.decoder}.{architecture.layers}")
+    layers: nn.ModuleList = getattr(decoder_of(model), architecture_of(model).layers)
     return layers

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from edit_store.architectures import Architecture
-from edit_store.authoring.formula import architecture_of, edited, hook, own_layers
+from edit_store.authoring.formula import architecture_of, decoder_of, edited, hook, own_layers
 from edit_store.base_model import widths_of
 from edit_store.edits import Array, Edit
 from edit_store.sites import Site, Widths
@@ -53,11 +52,6 @@ class Host:
         """The sizes that decide the shapes of edits."""
         return widths_of(self.model.config.to_dict())
 
-    @property
-    def architecture(self) -> Architecture:
-        """The table's entry for this model."""
-        return architecture_of(self.model)
-
     @torch.inference_mode()
     def activations(self, texts: Sequence[str], sites: Iterable[str]) -> dict[str, list[Tensor]]:
         """What passes each site, per text `[tokens, width]`. Layers above the last site are not computed."""
@@ -67,7 +61,8 @@ class Host:
         for batch in _batches(texts):
             ids, lengths = self._tokens(batch)
             with _recording(self.model, seen) as recorded, _layers(self.model, kept):
-                self.model(ids, use_cache=False)
+                # The head is most of a small model's work, and few sites lie behind it.
+                (self.model if "logits" in seen else decoder_of(self.model))(ids, use_cache=False)
             for site, rows in seen.items():
                 rows += [row[:length] for row, length in zip(recorded[site], lengths, strict=True)]
         return seen
@@ -82,8 +77,10 @@ class Host:
         rows = []
         for batch in _batches(texts):
             ids, lengths = self._tokens(batch)
-            logits = self.model(ids, use_cache=False).logits
-            rows.append(logits[torch.arange(len(ids)), lengths - 1].log_softmax(-1))
+            last = lengths - 1
+            kept = last.unique()
+            logits = self.model(ids, use_cache=False, logits_to_keep=kept).logits
+            rows.append(logits[torch.arange(len(ids)), torch.searchsorted(kept, last)].log_softmax(-1))
         return torch.cat(rows)
 
     @torch.inference_mode()
@@ -91,11 +88,12 @@ class Host:
         """Mean log-probability per token of each answer after its prompt, `[prompts]`. An answer brings its space."""
         ids, ends = self._tokens(list(map(add, prompts, answers)))
         _, starts = self._tokens(prompts)
-        logits = self.model(ids, use_cache=False).logits
-        place = torch.arange(ids.shape[1] - 1)
+        first = int(starts.min()) - 1
+        place = torch.arange(first, ids.shape[1] - 1)
+        logits = self.model(ids, use_cache=False, logits_to_keep=place).logits
         predicts = (place >= starts[:, None] - 1) & (place < ends[:, None] - 1)
-        logprobs = logits[:, :-1][predicts].log_softmax(-1)
-        found = logprobs.gather(1, ids[:, 1:][predicts][:, None])[:, 0]
+        logprobs = logits[predicts].log_softmax(-1)
+        found = logprobs.gather(1, ids[:, first + 1 :][predicts][:, None])[:, 0]
         return torch.stack([answer.mean() for answer in found.split((ends - starts).tolist())])
 
     @contextmanager
@@ -108,7 +106,7 @@ class Host:
         site = f"layers.{below - 1}.resid"
         layers = own_layers(self.model)
         with torch.inference_mode(), _recording(self.model, [site]) as recorded, _layers(self.model, layers[:below]):
-            self.model(ids, use_cache=False)
+            decoder_of(self.model)(ids, use_cache=False)
         with _layers(self.model, nn.ModuleList([_Replay(recorded[site])] * below + list(layers[below:]))):
             yield
 
@@ -163,14 +161,13 @@ class _Replay(nn.Module):
 @contextmanager
 def _layers(model: Any, layers: nn.ModuleList) -> Iterator[None]:
     """Inside, the model has these decoder layers instead of its own."""
-    architecture = architecture_of(model)
-    decoder: Any = model.get_submodule(architecture.decoder)
-    own = getattr(decoder, architecture.layers)
-    setattr(decoder, architecture.layers, layers)
+    decoder, name = decoder_of(model), architecture_of(model).layers
+    own = getattr(decoder, name)
+    setattr(decoder, name, layers)
     try:
         yield
     finally:
-        setattr(decoder, architecture.layers, own)
+        setattr(decoder, name, own)
 
 
 def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
