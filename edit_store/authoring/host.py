@@ -78,7 +78,7 @@ class Host:
         for batch in _batches(texts):
             ids, lengths = self._tokens(batch)
             last = lengths - 1
-            kept = last.unique()
+            kept = torch.unique(last)
             logits = self.model(ids, use_cache=False, logits_to_keep=kept).logits
             rows.append(logits[torch.arange(len(ids)), torch.searchsorted(kept, last)].log_softmax(-1))
         return torch.cat(rows)
