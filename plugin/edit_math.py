@@ -75,17 +75,12 @@ def pull(x: Tensor, drop: Tensor, constant: Tensor, slots: Tensor) -> Tensor:
     return constant[slots] - drop[slots].unsqueeze(-1) * x
 
 
-def offset(x: Tensor, vector: Tensor, renorm: Tensor | None, slots: Tensor, weight: Tensor | None) -> Tensor:
-    """vector[s]; where renorm[s], such that x[t] keeps its norm.   vector: [S, O], renorm: [S], weight: [T, 1]"""
-    step = vector[slots].float()
-    if weight is not None:
-        step = step * weight
-    if renorm is None:
-        return step
+def renormed(x: Tensor, step: Tensor, renorm: Tensor) -> Tensor:
+    """step[t]; where renorm[t], such that x[t] + step[t] has the norm of x[t].   x, step: [T, O], renorm: [T, 1]"""
     moved = x + step
     ratio = (x * x).sum(-1, keepdim=True).sqrt() / (moved * moved).sum(-1, keepdim=True).sqrt()
     # Where nothing moves the norms are equal; 0 / 0 of an empty row must not reach it.
-    return torch.where(renorm[slots].unsqueeze(-1) & (ratio > 0), moved * ratio - x, step)
+    return torch.where(renorm & (ratio > 0), moved * ratio - x, step)
 
 
 def _combine(strengths: Tensor, write: Tensor, slots: Tensor) -> Tensor:

@@ -40,7 +40,8 @@ class Made:
 class SlotTensors(nn.Module):
     """The tensors of one kind at one place, a row for each slot. A row of zeros changes nothing.
 
-    `lane` [S] says which row of a step's weights a slot's edit is weighed by; None where no edit is.
+    `lane` [S] says which row of a step's weights a slot's edit is weighed by; None where no edit is. Called with the
+    vectors that the edits read, `x` [T, reads], and each token's slot, [T], it gives what the edits add, in float32.
     """
 
     lane: Tensor | None
@@ -73,6 +74,19 @@ class SlotTensors(nn.Module):
             else:
                 buffer[slot] = values
 
+    def forward(self, x: Tensor, slots: Tensor, step: Step) -> Tensor:
+        weight = self.weight(step, slots)
+        added = self._added(x, slots, weight)
+        return added if weight is None else added * weight
+
+    def weight(self, step: Step, slots: Tensor) -> Tensor | None:
+        """[T, 1]: how much the edits count for each token; None where they count wholly for all."""
+        return None if self.lane is None else step.weight(self.lane, slots)
+
+    def _added(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
+        """What the edits add at full strength."""
+        raise NotImplementedError
+
     def _values(self, numbers: Numbers) -> dict[str, Any]:
         """Values of the buffers for several edits at once, in any type."""
         raise NotImplementedError
@@ -94,8 +108,8 @@ class ScaleSlots(SlotTensors):
         super().__init__(made)
         self._keep("change", made.writes, dtype=torch.float32)
 
-    def forward(self, value: Tensor, slots: Tensor) -> Tensor:
-        return edit_math.scale(value, self.change, slots)
+    def _added(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
+        return edit_math.scale(x, self.change, slots)
 
     def _values(self, numbers: Numbers) -> dict[str, Any]:
         factor = torch.ones(self._made.writes, dtype=torch.float64)
@@ -116,9 +130,8 @@ class LowRankSlots(SlotTensors):
         self._keep("read", made.room.rank, made.reads)
         self._keep("write", made.room.rank, made.writes)
 
-    def forward(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
-        added = edit_math.low_rank(x, self.read, self.write, slots)
-        return added if weight is None else added * weight
+    def _added(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
+        return edit_math.low_rank(x, self.read, self.write, slots)
 
     def _values(self, numbers: Numbers) -> dict[str, Any]:
         return {field: _stacked(numbers, field) for field in ("read", "write")}
@@ -154,16 +167,15 @@ class GateSlots(SlotTensors):
         self._keep("centre", made.reads, dtype=torch.float32, feature="normalise")
         self._keep("normalise", dtype=torch.bool, feature="normalise")
 
-    def forward(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
+    def _added(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
         if self.normalise is not None:
             x = edit_math.normalised(x, slots, stretch=self.stretch, centre=self.centre, normalise=self.normalise)
         added, fired = edit_math.gate(
             x, slots, read=self.read, bias=self.bias, write=self.write,
             activation=self.activation, threshold=self.threshold,
         )  # fmt: skip
-        if weight is not None:
-            fired, added = fired * weight, added * weight
-        self.firings.index_add_(0, slots, (fired != 0).long())
+        counts = fired if weight is None else fired * weight
+        self.firings.index_add_(0, slots, (counts != 0).long())
         return added
 
     def _values(self, numbers: Numbers) -> dict[str, Any]:
@@ -204,10 +216,10 @@ class SubspaceFilterSlots(SlotTensors):
         self._keep("drop", dtype=torch.float32, feature="onto")
         self._keep("constant", made.writes, dtype=torch.float32, feature="onto")
 
-    def forward(self, value: Tensor, slots: Tensor) -> Tensor:
-        added = edit_math.subspace_filter(value, self.read, self.write, self.shift, slots)
+    def _added(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
+        added = edit_math.subspace_filter(x, self.read, self.write, self.shift, slots)
         if self.drop is not None:
-            added = added + edit_math.pull(value, self.drop, self.constant, slots)
+            added = added + edit_math.pull(x, self.drop, self.constant, slots)
         return added
 
     def _values(self, numbers: Numbers) -> dict[str, Any]:
@@ -231,8 +243,15 @@ class OffsetSlots(SlotTensors):
         self._keep("vector", made.writes)
         self._keep("renorm", dtype=torch.bool, feature="renorm")
 
-    def forward(self, value: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
-        return edit_math.offset(value, self.vector, self.renorm, slots, weight)
+    def _added(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
+        return self.vector[slots].float()
+
+    def keeps_norm(self, slots: Tensor, step: Step) -> Tensor | None:
+        """[T, 1]: the tokens whose norm is to be restored; None where nobody's is."""
+        if self.renorm is None:
+            return None
+        asked, weight = self.renorm[slots].unsqueeze(-1), self.weight(step, slots)
+        return asked if weight is None else asked & (weight != 0)
 
     def _values(self, numbers: Numbers) -> dict[str, Any]:
         values: dict[str, Any] = {"vector": sum(torch.as_tensor(fields["vector"]) for _, fields in numbers)}
@@ -304,21 +323,25 @@ class Tap(nn.Module):
     def forward(self, value: Tensor) -> Tensor:
         """What the edits add to `value` [T, width], in float32."""
         value = value.float()
-        slots = self.step.slots[: value.shape[0]]
+        step, slots = self.step, self.step.slots[: value.shape[0]]
         added = torch.zeros_like(value)
         for scale in self.scales:
-            added = added + self._weighed(scale, scale(value, slots), slots)
+            added = added + scale(value, slots, step)
         now = value + added
         for adding, source in zip(self.adds, self.sources, strict=True):
-            x = now if source is None else self._carried[source].float()
-            added = added + adding(x, slots, self._weight(adding, slots))
+            added = added + adding(now if source is None else self._carried[source].float(), slots, step)
         for source in self.forgets:
             del self._carried[source]
         for filtering in self.filters:
-            added = added + self._weighed(filtering, filtering(value + added, slots), slots)
-        for moving in self.offsets:
-            added = added + moving(value + added, slots, self._weight(moving, slots))
-        return added
+            added = added + filtering(value + added, slots, step)
+        return added + self._moved(value + added, slots) if len(self.offsets) else added
+
+    def _moved(self, value: Tensor, slots: Tensor) -> Tensor:
+        """What all offsets together add; the norm is restored once, after them."""
+        places: list[Any] = list(self.offsets)
+        step = sum(place(value, slots, self.step) for place in places)
+        asked = [keeps for place in places if (keeps := place.keeps_norm(slots, self.step)) is not None]
+        return edit_math.renormed(value, step, functools.reduce(torch.logical_or, asked)) if asked else step
 
     def keep(self, value: Tensor) -> None:
         """Let later taps of the layer read this site's vector."""
@@ -329,13 +352,6 @@ class Tap(nn.Module):
         """Give this tap the vector that its edits read elsewhere, where no tap before it could keep it."""
         for source in self.forgets:
             self._carried[source] = value
-
-    def _weighed(self, place: Any, added: Tensor, slots: Tensor) -> Tensor:
-        weight = self._weight(place, slots)
-        return added if weight is None else added * weight
-
-    def _weight(self, place: Any, slots: Tensor) -> Tensor | None:
-        return None if place.lane is None else self.step.weight(place.lane, slots)
 
     def edited(self, tensor: Tensor, start: int | None) -> Tensor:
         """A module's input or output, or the part of it from `start` on that is this site, after the edits."""

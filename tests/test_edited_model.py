@@ -302,6 +302,29 @@ def test_edits_of_one_version_have_scopes_of_their_own(inputs: Tensor) -> None:
     np.testing.assert_allclose(served[PROMPT:], generated[PROMPT:], rtol=1e-4, atol=1e-4)
 
 
+def test_the_norm_is_restored_once_after_all_offsets_that_count(inputs: Tensor) -> None:
+    """Offsets of three scopes meet, one asks for the norm: it is kept where that one counts, with all others in it."""
+    edits = [Offset(site="layers.1.resid", scope=Scope(phase="prompt"), renorm=True),
+             Offset(site="layers.1.resid", part=2),
+             Offset(site="layers.1.resid", scope=Scope(phase="generated"), part=3)]  # fmt: skip
+    numbers = [(edit, random_numbers(edit, BASE, seed)) for seed, edit in enumerate(edits)]
+    kept, always, generated = (fields["vector"] for _, fields in numbers)
+    bundle, model, plain = bundle_of(numbers), TinyModel(), TinyModel()
+    edited = edited_model(model, reservation_of(bundle), slots=SLOTS)
+    install(edited, 1, bundle)
+    edited.set_step([RequestStep(claim_on(edited, 1), LENGTH, 0, PROMPT)])
+
+    def by_hand(site: str, value: Array) -> Array:
+        if site != "layers.1.resid":
+            return value
+        inside = value + kept + always
+        inside *= np.linalg.norm(value, axis=-1, keepdims=True) / np.linalg.norm(inside, axis=-1, keepdims=True)
+        return np.where(np.arange(LENGTH)[:, None] < PROMPT, inside, value + always + generated)
+
+    expected = tiny_by_formula(plain, inputs[:LENGTH], by_hand)
+    np.testing.assert_allclose(run(model, edited, inputs[:LENGTH]), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("pair", FORMS)
 def test_strength_interpolates(pair: Any, inputs: Tensor) -> None:
     """What the edit adds at its site is multiplied; strength 0 is the base bit for bit; each request has its own."""
