@@ -18,7 +18,7 @@ an edit counts, and a request's strength s, within the bundle's bounds, how much
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -76,6 +76,11 @@ class _Edit(BaseModel):
         """The site whose vector the edit reads."""
         return getattr(self, "reads", None) or self.site
 
+    @classmethod
+    def sources(cls, site: Site, besides: Iterable[str]) -> list[Site]:  # noqa: ARG003
+        """What this kind may read at `site`, the usual one first; `besides`: other points that can be read there."""
+        return [site]
+
     @abstractmethod
     def shapes(self, widths: Widths) -> dict[str, tuple[int, ...]]:
         """Shape of each tensor field for a model of these widths."""
@@ -105,15 +110,15 @@ class _Reading(_Edit):
         if why := super().misplaced():
             return why
         site, reads = Site.parse(self.site), Site.parse(self.reads)
-        allowed = [site.beside(point) for point in READS.get(site.point, ())]
-        if site.point in self._in_place():
-            allowed.append(site)
+        allowed = self.sources(site, READS.get(site.point, ()))
         if reads in allowed:
             return None
         return f"a {self.kind} edit at {self.site} must read {' or '.join(map(str, allowed))}, not {self.reads}"  # type: ignore[attr-defined]
 
-    def _in_place(self) -> tuple[str, ...]:
-        return IN_PLACE
+    @classmethod
+    def sources(cls, site: Site, besides: Iterable[str]) -> list[Site]:
+        in_place = [site] if site.point in IN_PLACE else []
+        return [site.beside(point) for point in besides] + in_place
 
     def _source_width(self, widths: Widths) -> int:
         return widths.of(Site.parse(self.reads).point)
@@ -292,8 +297,9 @@ class WeightDelta(_Reading):
             return f"{self.site}: a sparse weight_delta has a count, a dense one has none"
         return super().misplaced()
 
-    def _in_place(self) -> tuple[str, ...]:
-        return ()
+    @classmethod
+    def sources(cls, site: Site, besides: Iterable[str]) -> list[Site]:
+        return [site.beside(point) for point in besides]
 
     def shapes(self, widths: Widths) -> dict[str, tuple[int, ...]]:
         if self.count is not None:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from edit_store.architectures import Architecture
 from edit_store.bundle import Strength
-from edit_store.edits import KINDS, READS, SERVED_PER_REQUEST, Edit, Gate, Offset, SubspaceFilter
+from edit_store.edits import KINDS, SERVED_PER_REQUEST, Edit, Gate, Offset, SubspaceFilter
 from edit_store.errors import Reason, SettingsError
 from edit_store.scope import Scope, distinct
 from edit_store.sites import Site, Widths
@@ -127,13 +127,14 @@ class Reservation:
     def usual(cls, architecture: Architecture, widths: Widths) -> Reservation:
         """For a server that starts with an empty store: rank one of what most methods use, at every layer."""
         wanted = (
-            ("scale", "attn.z"), ("low_rank", "mlp.out"), ("subspace_filter", "resid"), ("offset", "resid")
+            ("scale", "attn.z", "attn.z"), ("low_rank", "mlp.out", "mlp.h"),
+            ("subspace_filter", "resid", "resid"), ("offset", "resid", "resid"),
         )  # fmt: skip
         return cls({
-            Place(site, kind, _usual_source(kind, site)): Room()
+            Place(site, kind, site.beside(reads)): Room()
             for site in architecture.sites(widths.layers)
-            for kind, point in wanted
-            if site.point == point and architecture.hidden(_usual_source(kind, site).point) is None
+            for kind, point, reads in wanted
+            if site.point == point and architecture.hidden(reads) is None
         })  # fmt: skip
 
     @classmethod
@@ -145,18 +146,18 @@ class Reservation:
         unmatched = []
         for item in reserve:
             points = [point for point in KINDS[item.kind].points if architecture.hidden(point) is None]
-            sites = [
-                site for site in architecture.sites(widths.layers)
-                if site.point in points and fnmatchcase(str(site), item.site) and _readable(item, site)
+            found = [
+                (site, reads) for site in architecture.sites(widths.layers)
+                if site.point in points and fnmatchcase(str(site), item.site)
+                and (reads := _source(item, site, architecture))
             ]  # fmt: skip
-            if not sites:
+            if not found:
                 reading = f" reading {item.reads}" if item.reads else ""
                 unmatched.append(
                     f"edits.reserve: {item.kind} at {item.site!r}{reading} fits no site; {item.kind} can stand at "
                     f"{', '.join(points)}, in layers 0 to {widths.layers - 1}"
                 )
-            for site in sites:
-                reads = site.beside(item.reads) if item.reads else _usual_source(item.kind, site)
+            for site, reads in found:
                 place = Place(site, item.kind, reads, item.turn)
                 rooms[place] = rooms.get(place, Room()) | Room(item.rank, frozenset(item.features))
         if unmatched:
@@ -183,7 +184,7 @@ class Reservation:
                 continue
             wish = Reserve(
                 kind=place.kind, site=str(place.site), rank=need.rank, turn=place.turn,
-                reads=place.reads.point if place.reads != _usual_source(place.kind, place.site) else None,
+                reads=place.reads.point if "reads" in KINDS[place.kind].model_fields else None,
                 features=tuple(sorted(need.features)),
             )  # fmt: skip
             reasons.append(
@@ -225,15 +226,10 @@ class Reservation:
         return "; ".join(parts) or "nothing"
 
 
-def _usual_source(kind: str, site: Site) -> Site:
-    """What an edit reads unless it says otherwise: its module's input, or for other kinds its own site."""
-    return site.beside(READS.get(site.point, (site.point,))[0]) if kind in ("low_rank", "gate") else site
-
-
-def _readable(item: Reserve, site: Site) -> bool:
-    if item.reads is None:
-        return True
-    return item.reads == site.point or (item.kind in ("low_rank", "gate") and item.reads in READS.get(site.point, ()))
+def _source(item: Reserve, site: Site, architecture: Architecture) -> Site | None:
+    """What the reserved edits read there: by default their module's input; None where `item.reads` cannot be read."""
+    able = KINDS[item.kind].sources(site, architecture.reads(site.point))
+    return next((reads for reads in able if item.reads in (None, reads.point)), None)
 
 
 def _called(place: Place, need: Room) -> str:

@@ -118,6 +118,22 @@ def test_patterns_expand_over_the_sites_where_a_kind_has_a_meaning() -> None:
     assert overlapping.rooms[at("low_rank", "layers.1.mlp.out")] == room(1)
 
 
+@pytest.mark.parametrize(
+    ("name", "site", "usual", "never"),
+    [("LlamaForCausalLM", "layers.1.mlp.out", "layers.1.mlp.h", "attn.z"),
+     ("Qwen3MoeForCausalLM", "layers.1.mlp.out", "layers.1.mlp.in", "mlp.h"),
+     ("LlamaForCausalLM", "layers.1.q.out", "layers.1.attn.in", "mlp.in"),
+     ("Qwen3ForCausalLM", "layers.1.q.out", "layers.1.q.out", "attn.in"),
+     ("LlamaForCausalLM", "logits", "final", "logits")],
+)  # fmt: skip
+def test_room_is_for_what_the_architecture_can_read(name: str, site: str, usual: str, never: str) -> None:
+    """Unless said otherwise its module's input; nothing inside experts, nor across a norm, where no edit could read."""
+    item = Reserve(kind="low_rank", site=site)
+    assert Reservation.from_settings([item], ARCHITECTURES[name], WIDTHS).rooms.keys() == {at("low_rank", site, usual)}
+    with pytest.raises(SettingsError, match=f"reading {never} fits no site"):
+        Reservation.from_settings([item.model_copy(update={"reads": never})], ARCHITECTURES[name], WIDTHS)
+
+
 def test_patterns_that_fit_nothing_are_refused_all_at_once() -> None:
     """A misspelt site would otherwise be found out at the first promotion."""
     with pytest.raises(SettingsError) as refusal:
