@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from plugin.metrics import Metrics
-
-Total = tuple[str, str, int]
-"""Version, edit, and how often it has fired since it was installed."""
 
 
 class Firings:
@@ -17,12 +12,11 @@ class Firings:
         self._metrics = metrics
         self._seen: dict[tuple[str, str], int] = {}
 
-    def count(self, name: str, totals: Iterable[Total]) -> None:
-        """Add what is new in the totals of a bundle's version."""
-        for version, edit, total in totals:
-            new = total - self._seen.get((version, edit), 0)
-            self._seen[version, edit] = total
-            self._metrics.gate_firings.labels(*self._metrics.labels(name, version), edit).inc(new)
+    def count(self, name: str, version: str, edit: str, total: int) -> None:
+        """Add what is new in how often an edit of a bundle's version has fired since it was installed."""
+        new = total - self._seen.get((version, edit), 0)
+        self._seen[version, edit] = total
+        self._metrics.gate_firings.labels(*self._metrics.labels(name, version), edit).inc(new)
 
     def forget(self, version: str) -> None:
         """A version left the device: when it comes back it counts from zero."""

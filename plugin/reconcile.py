@@ -99,7 +99,7 @@ class Reconciler:
         self._metrics = metrics
         self._base = base
         self._reservation = reservation
-        self._traits: dict[str, Traits] = {}
+        self._traits: dict[str, Traits] = {}  # small, and the same for ever, so never dropped
         self._firings = Firings(metrics)
         self._heads: dict[tuple[str, str], TagEntry] = {}
         self._refused: dict[tuple[str, str], Refusal] = {}
@@ -227,11 +227,11 @@ class Reconciler:
             raise BundleRefused(f"variant {swap.variant!r}", [Reason("name", why)])
         with swap.phase("fetch", self._metrics):
             bundle = await asyncio.to_thread(self.reader.bundle, swap.to_version)
-        self._traits[swap.to_version] = Traits.of(bundle.manifest)
         with swap.phase("verify", self._metrics):
             await asyncio.to_thread(verify.check, bundle, self._base)
             if missing := self._reservation.missing(bundle.manifest):
                 raise InstallRefused(f"version {swap.to_version[:12]} of {swap.variant!r}", missing)
+        self._traits[swap.to_version] = Traits.of(bundle.manifest)
         # At start there may be more variants than slots: those beyond are paged in by the first request.
         if swap.from_version is not None or self.residency.used < self.residency.slots:
             with swap.phase("install", self._metrics):
@@ -362,14 +362,17 @@ class Reconciler:
         self._firings.forget(version)
 
     async def read_firings(self) -> None:
-        """Count how often the gates on the device have fired."""
+        """Count how often the gates on the device have fired. Failing that, the next look counts them."""
         if any(self._traits.get(version, PLAIN).fires for version in self.residency.residents()):
-            self._count_firings(await self._all("edits_firings"))
+            try:
+                self._count_firings(await self._all("edits_firings"))
+            except EditsError as error:
+                logger.warning("the firings of gates were not read: %s", error)
 
     def _count_firings(self, answers: list[dict[str, Any]]) -> None:
         """Every worker of a tensor-parallel engine sees every token, so one worker's word counts."""
         for version, edit, times in answers[0]["firings"]:
-            self._firings.count(self._traits.get(version, PLAIN).name, [(version, edit, times)])
+            self._firings.count(self._traits.get(version, PLAIN).name, version, edit, times)
 
     def _sweep(self) -> None:
         """Clear the slots of retired versions that nobody uses any more, in the background."""

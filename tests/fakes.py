@@ -364,7 +364,7 @@ class Server:
         self.backend = FlakyBackend(self.store.backend)
         self.store.backend = self.backend
         site = Site(1, "resid")
-        reservation = Reservation({Place(site, "offset", site): Room()})
+        reservation = Reservation({Place(site, kind, site): Room() for kind in ("offset", "gate")})
         self.workers = FakeWorkers(self.store, reservation, slots=slots)
         self.registry = CollectorRegistry()
         self.metrics = Metrics(self.registry)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from edit_store import Bundle, LowRank
+from edit_store import Bundle, Gate, LowRank
 from edit_store.errors import EditsError, NotFound, StoreUnavailable
 from plugin.lease import Lease
 from tests.conftest import publish
@@ -605,6 +605,29 @@ async def test_polling_outlives_a_store_that_is_down(server: Server) -> None:
     while await server.ask("polite") != new:  # noqa: ASYNC110  a client can only ask
         await asyncio.sleep(0.01)
     polling.cancel()
+
+
+async def test_firings_that_cannot_be_read_are_counted_at_the_next_look(server: Server) -> None:
+    """And are no fault of the store."""
+    gate = Gate(site="layers.1.resid", reads="layers.1.resid", rank=1)
+    (version,) = await server.promote(version_of("polite", edit=gate))
+
+    def told(times: int) -> Answer:
+        return {"firings": [[version, "layers.1.resid", times]]}
+
+    async def counted() -> float:
+        await server.core.sync()
+        await server.core.read_firings()
+        labels = {"variant": "polite", "version": version[:12], "edit": "layers.1.resid"}
+        return server.metric("gate_firings_total", **labels)
+
+    server.workers.overrides["edits_firings"] = lambda _, __: told(2)
+    assert await counted() == 2
+    server.workers.overrides["edits_firings"] = lambda _, __: {"error": "the engine is gone"}
+    assert await counted() == 2
+    server.workers.overrides["edits_firings"] = lambda _, __: told(5)
+    assert await counted() == 5
+    assert server.metric("store_errors_total") == 0
 
 
 async def test_a_corrupt_history_keeps_what_is_served(server: Server) -> None:
