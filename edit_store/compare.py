@@ -88,7 +88,7 @@ def _change(old: Edit | None, new: Edit | None, before: Tensors, after: Tensors,
     if old is None or new is None:
         return Change(site, kind, ADDED if old is None else REMOVED, rank, None)
     fields = [
-        {field: tensors[edit.tensor_name(field)].astype(np.float64) for field in edit.shapes(widths)}
+        {field: array.astype(np.float64) for field, array in edit.numbers(tensors, widths).items()}
         for edit, tensors in ((old, before), (new, after))
     ]
     moved = _moved(old, new, *fields)
@@ -105,16 +105,16 @@ def _moved(old: Edit, new: Edit, before: Fields, after: Fields) -> float | None:
     Low-rank: the product write^T read. Filter: the map x -> P (x - mean), so a rotated basis is no change.
     """
     if isinstance(old, LowRank):
-        return _ratio([(before["write"], before["read"])], [(after["write"], after["read"])])
+        return _ratio((before["write"], before["read"]), (after["write"], after["read"]))
     if isinstance(old, SubspaceFilter) and isinstance(new, SubspaceFilter):
         if old.onto != new.onto:
             return None
-        maps: Products = [(fields.get("dual", fields["basis"]), fields["basis"]) for fields in (before, after)]
+        maps: list[Product] = [(fields.get("dual", fields["basis"]), fields["basis"]) for fields in (before, after)]
         means: list[Any] = [
             dual.T @ (basis @ fields["mean"]) for (dual, basis), fields in zip(maps, (before, after), strict=True)
         ]
         apart = float(np.sum((means[1] - means[0]) ** 2)), float(np.sum(means[0] ** 2))
-        return _ratio([maps[0]], [maps[1]], apart)
+        return _ratio(maps[0], maps[1], apart)
     if {field: array.shape for field, array in before.items()} != {
         field: array.shape for field, array in after.items()
     }:
@@ -124,17 +124,16 @@ def _moved(old: Edit, new: Edit, before: Fields, after: Fields) -> float | None:
     return distance / size if size else float(distance > 0)
 
 
-Products = list[tuple[Any, Any]]
+Product = tuple[Any, Any]
+"""write and read of a product write^T read."""
 
 
-def _ratio(old: Products, new: Products, beside: tuple[float, float] = (0.0, 0.0)) -> float:
-    """||new - old|| / ||old|| of sums of products write^T read; `beside` are squares to add to both norms.
+def _ratio(old: Product, new: Product, beside: tuple[float, float] = (0.0, 0.0)) -> float:
+    """||new - old|| / ||old|| of two products; `beside` are squares to add to both norms.
 
     The difference of two products is one product of stacked factors, so nothing wide by wide is formed.
     """
-    size = low_rank_norm(np.concatenate([read for _, read in old]), np.concatenate([write for write, _ in old]))
-    read = np.concatenate([*(read for _, read in new), *(read for _, read in old)])
-    write = np.concatenate([*(write for write, _ in new), *(-write for write, _ in old)])
+    write, read = np.concatenate([new[0], -old[0]]), np.concatenate([new[1], old[1]])
     distance = float(np.sqrt(low_rank_norm(read, write) ** 2 + beside[0]))
-    size = float(np.sqrt(size**2 + beside[1]))
+    size = float(np.sqrt(low_rank_norm(old[1], old[0]) ** 2 + beside[1]))
     return distance / size if size else float(distance > 0)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from edit_store import verify
-from edit_store.bundle import Bundle, Part, Provenance, Strength
+from edit_store.bundle import Bundle, Manifest, Part, Provenance, Strength
 from edit_store.edits import Array, Edit, Gate, LowRank, Offset, Scale, SubspaceFilter
 from edit_store.errors import BundleRefused, Reason
 from edit_store.refs import JOIN
@@ -41,7 +41,8 @@ class Conflict:
 def compose(bundles: Sequence[Bundle]) -> Bundle:
     """One bundle with the edits of all, in this order. BundleRefused when they are not for one model.
 
-    The same versions in the same order are the same version. A strength is kept if every bundle takes one.
+    The same versions in the same order are the same version. A request may choose a strength that every bundle takes;
+    one that takes none is served at 1, so bundles whose bounds leave nothing in common are refused.
     """
     tensors = [verify.check(bundle) for bundle in bundles]
     first, *others = [bundle.manifest for bundle in bundles]
@@ -49,48 +50,50 @@ def compose(bundles: Sequence[Bundle]) -> Bundle:
     reasons = [reason for other in others for reason in verify.base_mismatch(other.base, first.base)]
     if len(bundles) < 2 or any(manifest.parts for manifest in (first, *others)):
         reasons.append(Reason("composition", "expected two bundles or more, none of them composed itself"))
-    if reasons:
+    strength, unbounded = _strength([bundle.manifest for bundle in bundles])
+    if reasons := reasons + unbounded:
         raise BundleRefused(f"composition {name!r}", reasons)
     taken: dict[tuple[str, str], int] = {}
     pairs: list[tuple[Edit, dict[str, Array]]] = []
     for bundle, numbers in zip(bundles, tensors, strict=True):
         for edit in sorted(bundle.manifest.edits, key=lambda edit: edit.part):
             part = taken[edit.site, edit.kind] = taken.get((edit.site, edit.kind), 0) + 1
-            fields = {field: numbers[edit.tensor_name(field)] for field in edit.shapes(first.base.widths)}
-            pairs.append((edit.model_copy(update={"part": part}), fields))
+            pairs.append((edit.model_copy(update={"part": part}), edit.numbers(numbers, first.base.widths)))
     parts = tuple(
         Part(name=bundle.manifest.name, version=bundle.version, edits=len(bundle.manifest.edits)) for bundle in bundles
     )
     return Bundle.create(
         name, first.base, pairs, Provenance(tool="vllm-edits compose", method="composition"),
         description=" + ".join(filter(None, (bundle.manifest.description for bundle in bundles))),
-        strength=_strength([bundle.manifest.strength for bundle in bundles]), parts=parts,
+        strength=strength, parts=parts,
         created_at=max(bundle.manifest.created_at for bundle in bundles),
     )  # fmt: skip
 
 
-def _strength(bounds: Sequence[Strength | None]) -> Strength | None:
-    """What all of them allow, at 1 by default where that is allowed."""
-    known = [each for each in bounds if each is not None]
-    if len(known) < len(bounds):
-        return None
-    minimum, maximum = max(each.minimum for each in known), min(each.maximum for each in known)
-    return (
-        Strength(minimum=minimum, maximum=maximum, default=min(max(1.0, minimum), maximum))
-        if minimum <= maximum
-        else None
-    )
+def _strength(manifests: Sequence[Manifest]) -> tuple[Strength | None, list[Reason]]:
+    """What all of them allow, by default 1 or what is nearest to it; or why there is no such strength."""
+    fixed = Strength(minimum=1, maximum=1)
+    bounds = [manifest.strength or fixed for manifest in manifests]
+    minimum, maximum = max(each.minimum for each in bounds), min(each.maximum for each in bounds)
+    if minimum > maximum:
+        told = "; ".join(f"{each.name} takes {each.strength or 'none, so it is served at 1'}" for each in manifests)
+        return None, [Reason("strength", f"no strength suits all: {told}. Publish one of them with wider bounds")]
+    if fixed in bounds:
+        return None, []
+    return Strength(minimum=minimum, maximum=maximum, default=min(max(1.0, minimum), maximum)), []
 
 
 def conflicts(bundle: Bundle) -> list[Conflict]:
     """Where the parts of a composition do not simply add up; empty for any other bundle."""
+    if not bundle.manifest.parts:
+        return []
     tensors, widths = verify.check(bundle), bundle.manifest.base.widths
     owned: list[tuple[str, Edit, Fields]] = []
     edits = iter(bundle.manifest.edits)
     for part in bundle.manifest.parts:
         for _ in range(part.edits):
             edit = next(edits)
-            owned.append((part.name, edit, {field: tensors[edit.tensor_name(field)] for field in edit.shapes(widths)}))
+            owned.append((part.name, edit, edit.numbers(tensors, widths)))
     found = []
     for (owner, edit, fields), (other_owner, other, other_fields) in combinations(owned, 2):
         if owner == other_owner or edit.site != other.site:

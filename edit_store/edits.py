@@ -97,6 +97,10 @@ class _Edit(BaseModel):
         kind: str = self.kind  # type: ignore[attr-defined]
         return f"{self.site}/{kind}{'' if self.part == 1 else f'.{self.part}'}/{field}"
 
+    def numbers(self, tensors: Mapping[str, Any], widths: Widths) -> dict[str, Any]:
+        """This edit's own of a bundle's tensors, by field."""
+        return {field: tensors[self.tensor_name(field)] for field in self.shapes(widths)}
+
     def _width(self, widths: Widths) -> int:
         return widths.of(Site.parse(self.site).point)
 
@@ -306,9 +310,12 @@ class WeightDelta(_Reading):
             return {"rows": (self.count,), "columns": (self.count,), "values": (self.count,)}
         return {"delta": (self._width(widths), self._source_width(widths))}
 
-    @staticmethod
-    def apply(x: Array, y: Array, *, delta: Array) -> Array:
-        return np.asarray(y + x @ delta.T, dtype=np.float32)
+    def apply(self, x: Array, y: Array, **fields: Any) -> Array:
+        if self.count is None:
+            return np.asarray(y + x @ fields["delta"].T, dtype=np.float32)
+        moved = np.array(y.T)
+        np.add.at(moved, fields["rows"], (x[:, fields["columns"]] * fields["values"]).T)
+        return moved.T
 
 
 INDEX_FIELDS = ("rows", "columns")

@@ -128,7 +128,7 @@ def _tensor_rules(edits: tuple[Edit, ...], widths: Widths, tensors: Tensors) -> 
         wrong = [*_shape_rules(edit, widths, tensors)]
         reasons += wrong
         if not wrong:
-            fields = {field: tensors[edit.tensor_name(field)] for field in edit.shapes(widths)}
+            fields = edit.numbers(tensors, widths)
             if all(np.isfinite(array).all() for array in fields.values()):
                 rules = _NUMBER_RULES.get(edit.kind, _no_rules)
                 reasons += [Reason(code, f"{edit.tensor_name(field)}: {why}") for code, field, why in

@@ -135,10 +135,7 @@ def demo_edits(model: Path, base: BaseModelRef, kept: Path, say: Callable[[str],
         bundle = Bundle.create("demo-edits", base, found.values(), PROVENANCE, created_at=MADE_AT)
         bundle.save(folder)
     numbers = check(bundle, base)
-    return [
-        (edit, {field: numbers[edit.tensor_name(field)] for field in edit.shapes(base.widths)})
-        for edit in bundle.manifest.edits
-    ]
+    return [(edit, edit.numbers(numbers, base.widths)) for edit in bundle.manifest.edits]
 
 
 def _digest_of_authoring(base: BaseModelRef) -> str:

@@ -148,7 +148,7 @@ class EditedModel:
         widths = manifest.base.widths
 
         def numbers(edit: Edit) -> tuple[Edit, dict[str, Any]]:
-            return edit, {field: np.array(tensors[edit.tensor_name(field)]) for field in edit.shapes(widths)}
+            return edit, {field: np.array(array) for field, array in edit.numbers(tensors, widths).items()}
 
         by_place = places(manifest.edits)
         folded = {

@@ -62,8 +62,7 @@ def test_a_composition_computes_both_in_a_slot_like_any_other() -> None:
         pairs = []
         for bundle in bundles:
             tensors = check(bundle)
-            pairs += [(edit, {name: tensors[edit.tensor_name(name)] for name in edit.shapes(WIDTHS)})
-                      for edit in bundle.manifest.edits]  # fmt: skip
+            pairs += [(edit, edit.numbers(tensors, WIDTHS)) for edit in bundle.manifest.edits]
         truth = tiny_by_formula(plain, x, edits_by_formula(pairs))
         np.testing.assert_allclose(served[row], truth[row], rtol=1e-4, atol=1e-4)
 
@@ -88,6 +87,13 @@ def test_a_strength_is_kept_if_every_part_takes_one() -> None:
         return Bundle(bundle.manifest.model_copy(update={"strength": strength}), bundle.tensor_bytes)
 
     assert compose([POLITE, bounded(SAFE, 0, 1)]).manifest.strength is None
+    refused = {
+        "polite takes none, so it is served at 1; safe takes": [POLITE, bounded(SAFE, 2, 3)],
+        "polite takes 0 to 0.5, by default 0; safe": [bounded(POLITE, 0, 0.5), bounded(SAFE, 1, 2)],
+    }
+    for told, bundles in refused.items():
+        with pytest.raises(BundleRefused, match=told):
+            compose(bundles)
     both = compose([bounded(POLITE, -1, 0.5), bounded(SAFE, 0, 2)]).manifest.strength
     assert both == Strength(minimum=0, maximum=0.5, default=0.5)
 

@@ -105,10 +105,7 @@ def inputs() -> Tensor:
 def by_formula(model: TinyModel, x: Tensor, bundle: Bundle | None) -> Array:
     """The tiny model in numpy, edited by the formulas of `edit_store.edits`."""
     tensors = check(bundle) if bundle else {}
-    pairs = [
-        (edit, {name: tensors[edit.tensor_name(name)] for name in edit.shapes(WIDTHS)})
-        for edit in (bundle.manifest.edits if bundle else ())
-    ]
+    pairs = [(edit, edit.numbers(tensors, WIDTHS)) for edit in (bundle.manifest.edits if bundle else ())]
     return tiny_by_formula(model, x, edits_by_formula(pairs))
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from edit_store import BaseModelRef, LowRank, Offset, Scale, SubspaceFilter, identify
+from edit_store import BaseModelRef, LowRank, Offset, Scale, SubspaceFilter, WeightDelta, identify
 from edit_store.architectures import ARCHITECTURES
 from edit_store.authoring.formula import edited
 from edit_store.edits import READS
@@ -99,6 +99,26 @@ def test_a_low_rank_edit_is_an_update_of_the_weight(hosts: dict[str, Host], name
         by_hooks = host.says()
     torch.testing.assert_close(by_hooks, in_weights, rtol=1e-9, atol=1e-9)
     assert (by_hooks - host.says()).abs().max() > 1e-3
+
+
+def test_a_weight_delta_is_added_to_the_weight_dense_or_sparse(hosts: dict[str, Host]) -> None:
+    """LocFT-BF and SaRA; an index pair may lie anywhere, and a row may be met twice."""
+    host = hosts["LlamaForCausalLM"]
+    weight = host.weight("mlp.out")
+    rows, columns, values = np.array([0, 2, 2]), np.array([5, 0, 7]), np.array([1.5, -2.0, 0.5])
+    delta = np.zeros(weight.shape)
+    delta[rows, columns] = values
+    where: Any = {"site": LAYER + "mlp.out", "reads": LAYER + "mlp.h"}
+    sparse = (WeightDelta(**where, layout="sparse", count=3), {"rows": rows, "columns": columns, "values": values})
+    dense = (WeightDelta(**where), {"delta": delta})
+    with host.changed(weight, torch.from_numpy(delta)):
+        in_weights = host.says()
+    for edit, fields in (sparse, dense):
+        with edited(host.model, [(edit, fields)]):
+            torch.testing.assert_close(host.says(), in_weights, rtol=1e-9, atol=1e-9)
+        x, y = np.ones((2, delta.shape[1])), np.ones((2, delta.shape[0]))
+        np.testing.assert_allclose(edit.apply(x, y, **fields), y + x @ delta.T)
+    assert (in_weights - host.says()).abs().max() > 1e-3, "positive control"
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "Qwen2ForCausalLM"])

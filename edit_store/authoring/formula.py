@@ -91,7 +91,7 @@ class _AtSite:
             if isinstance(edit, LowRank | Gate | WeightDelta):
                 before_adding = now if before_adding is None else before_adding
                 x = before_adding if edit.source == edit.site else seen[edit.source].to(wide)
-                now = now + self._weight(edit) * _added(edit, numbers, x)
+                now = now + self._weight(edit) * _added(edit, numbers, x, now)
             elif isinstance(edit, Scale):
                 factor = numbers["factor"].repeat_interleave(now.shape[-1] // len(numbers["factor"]))
                 now = now + self._weight(edit) * (factor - 1) * now
@@ -117,7 +117,7 @@ class _AtSite:
         return self.request.covered(edit.scope) * self.strength
 
 
-def _added(edit: LowRank | Gate | WeightDelta, numbers: dict[str, Tensor], x: Tensor) -> Tensor:
+def _added(edit: LowRank | Gate | WeightDelta, numbers: dict[str, Tensor], x: Tensor, now: Tensor) -> Tensor:
     if isinstance(edit, LowRank):
         return (x @ numbers["read"].T) @ numbers["write"]
     if isinstance(edit, Gate):
@@ -128,7 +128,8 @@ def _added(edit: LowRank | Gate | WeightDelta, numbers: dict[str, Tensor], x: Te
         return _ACTIVATIONS[edit.activation](z, edit.threshold) @ numbers["write"]
     if edit.layout == "dense":
         return x @ numbers["delta"].T
-    raise NotImplementedError("a sparse weight_delta: make it dense to look at what it does")
+    parts = x[..., numbers["columns"]] * numbers["values"]
+    return torch.zeros_like(now).index_add(-1, numbers["rows"], parts)
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -153,11 +154,11 @@ def hook(model: Any, site: Site, change: Callable[[Tensor], Tensor | None]) -> A
     architecture, widths = architecture_of(model), widths_of(model.config.to_dict())
     root = model if site.layer is None else model.get_submodule(architecture.layer_path(site.layer))
     modules = dict(root.named_modules())
-    place = architecture.place(site.point, widths, modules.__contains__)
+    at = architecture.side_of(site.point, widths, modules.__contains__)
     width = widths.of(site.point)
 
     def changed(tensor: Tensor) -> Tensor:
-        part = tensor if place.start is None else tensor[..., place.start : place.start + width]
+        part = tensor if at.start is None else tensor[..., at.start : at.start + width]
         apart = part.shape[-1] != width  # QK-norms see heads apart: [..., heads, head_dim]
         if apart and architecture.heads_first:
             part = part.transpose(-3, -2)
@@ -167,12 +168,12 @@ def hook(model: Any, site: Site, change: Callable[[Tensor], Tensor | None]) -> A
         if apart:
             new = new.reshape(part.shape)
             return new.transpose(-3, -2) if architecture.heads_first else new
-        if place.start is None:
+        if at.start is None:
             return new
-        return torch.cat([tensor[..., : place.start], new, tensor[..., place.start + width :]], dim=-1)
+        return torch.cat([tensor[..., : at.start], new, tensor[..., at.start + width :]], dim=-1)
 
-    around = _before if place.side == "input" else _after
-    return around(modules[place.path], changed)
+    around = _before if at.side == "input" else _after
+    return around(modules[at.path], changed)
 
 
 def _before(module: nn.Module, changed: Callable[[Tensor], Tensor]) -> Any:

@@ -56,15 +56,24 @@ def publish(
     as_json: JsonOption = False,
 ) -> None:
     """Check a bundle and store it. Nothing serves it until it is promoted."""
-    bundle, target = Bundle.load(folder), opened(store, key)
-    version = target.publish(bundle)
-    if tag is not None:
-        target.promote(f"{bundle.manifest.name}@{version}", tag=tag, reason=reason)
-    row = {"name": bundle.manifest.name, "version": version, "promoted": tag or ""}
+    row = _published(opened(store, key), Bundle.load(folder), tag, reason)
     if as_json:
         as_script([row])
-        return
-    typer.echo(f"published {row['name']}@{version[:12]}" + (f", promoted as {tag}" if tag else ""))
+    else:
+        _tell_published(row)
+
+
+def _published(target: EditStore, bundle: Bundle, tag: str | None, reason: str) -> dict[str, str]:
+    """Publish a bundle, and promote it if a tag is named."""
+    name, version = bundle.manifest.name, target.publish(bundle)
+    if tag is not None:
+        target.promote(f"{name}@{version}", tag=tag, reason=reason)
+    return {"name": name, "version": version, "promoted": tag or ""}
+
+
+def _tell_published(row: dict[str, str]) -> None:
+    promoted = f", promoted as {row['promoted']}" if row["promoted"] else ""
+    typer.echo(f"published {row['name']}@{row['version'][:12]}{promoted}")
 
 
 @app.command()
@@ -93,14 +102,11 @@ def compose(
     if found and not allow_conflicts:
         told = "\n".join(f"  - {line}" for line in composing.named(found))
         raise EditsError(f"{bundle.manifest.name} is not published:\n{told}\nPublish it so with --allow-conflicts")
-    version = target.publish(bundle)
-    if tag is not None:
-        target.promote(f"{bundle.manifest.name}@{version}", tag=tag, reason=reason)
+    row = _published(target, bundle, tag, reason)
     if as_json:
-        as_script([{"name": bundle.manifest.name, "version": version, "promoted": tag or "",
-                    "conflicts": [asdict(each) for each in found]}])  # fmt: skip
+        as_script([{**row, "conflicts": [asdict(each) for each in found]}])
         return
-    typer.echo(f"published {bundle.manifest.name}@{version[:12]}" + (f", promoted as {tag}" if tag else ""))
+    _tell_published(row)
     for line in composing.named(found):
         plain(f"  {line}")
 

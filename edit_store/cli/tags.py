@@ -53,8 +53,9 @@ def promote(
     target = opened(store, key)
     entry = target.promote(reference, tag=tag, reason=reason)
     _told(entry, as_json)
-    for line in named(conflicts(target.bundle(entry.version))):
-        typer.echo(f"note: {line}", err=True)
+    if target.manifest(entry.version).parts:
+        for line in named(conflicts(target.bundle(entry.version))):
+            typer.echo(f"note: {line}", err=True)
 
 
 @app.command()

@@ -47,7 +47,7 @@ def pairs_of(bundle: Bundle) -> list[Any]:
     tensors = check(bundle)
     widths = bundle.manifest.base.widths
     return [
-        (edit, {field: tensors[edit.tensor_name(field)].copy() for field in edit.shapes(widths)})
+        (edit, {field: array.copy() for field, array in edit.numbers(tensors, widths).items()})
         for edit in bundle.manifest.edits
     ]
 
