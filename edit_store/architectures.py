@@ -25,7 +25,7 @@ _PROJECTED = ("q.proj", "k.proj", *_QKV, *_GATE_UP)
 
 
 @dataclass(frozen=True)
-class Place:
+class ModuleSide:
     """Where a site is: one side of a module, and which part of the vector there (all of it where `start` is None).
 
     `path` is relative to the decoder layer, or to the whole model for sites outside the layers; '' is the layer itself.
@@ -89,12 +89,12 @@ class Architecture:
         """The decoder layer of that number."""
         return f"{self.decoder}.{self.layers}.{layer}"
 
-    def place(self, point: str, widths: Widths, has: Callable[[str], bool]) -> Place:
-        """Where `point` is. `has` says whether a path, relative as in `Place`, exists in the implementation at hand."""
+    def side_of(self, point: str, widths: Widths, has: Callable[[str], bool]) -> ModuleSide:
+        """Where `point` is. `has` says whether a path, relative as in `ModuleSide`, exists in the model at hand."""
         if point in _PROJECTED and not (self.qk_norm and point in ("q.out", "k.out")):
             return self._projection(point, widths, has)
         norms = self.post_norms or ("", "")
-        places: dict[str, tuple[str, Side]] = {
+        sides: dict[str, tuple[str, Side]] = {
             "embed.out": (self.layer_path(0), "input"),
             "attn.in": (self._fused_or(self.fused_qkv, self.attention, self.attention, has), "input"),
             "q.out": (f"{self.attention}.q_norm", "output"),
@@ -110,9 +110,9 @@ class Architecture:
             "final": (f"{self.decoder}.{self.final_norm}", "output"),
             "logits": ("", "output"),
         }
-        return Place(*places[point])
+        return ModuleSide(*sides[point])
 
-    def _projection(self, point: str, widths: Widths, has: Callable[[str], bool]) -> Place:
+    def _projection(self, point: str, widths: Widths, has: Callable[[str], bool]) -> ModuleSide:
         """A projection of its own, or part of a fused one."""
         if point in _GATE_UP:
             block, fused, before = self.mlp, self.fused_gate_up, _GATE_UP[: _GATE_UP.index(point)]
@@ -121,7 +121,7 @@ class Architecture:
             block, fused, before = self.attention, self.fused_qkv, _QKV[: "qkv".index(point[0])]
             alone = f"{point[0]}_proj"
         path = self._fused_or(fused, block, f"{block}.{alone}", has)
-        return Place(path, "output", sum(map(widths.of, before)) if path.endswith(fused) else None)
+        return ModuleSide(path, "output", sum(map(widths.of, before)) if path.endswith(fused) else None)
 
     @staticmethod
     def _fused_or(fused: str, block: str, alone: str, has: Callable[[str], bool]) -> str:

@@ -79,7 +79,7 @@ _BIASES = {
 
 def biased_points(weights: Iterable[Path]) -> tuple[str, ...]:
     """Points where a projection of the checkpoint adds a bias, by the names of its tensors."""
-    names = [name for path in weights for name in tensor_names(path) if name.endswith(".bias")]
+    names = [name for path in weights for name in tensor_entries(path)[0] if name.endswith(".bias")]
     return tuple(sorted({
         f"{point}.out"
         for name in names
@@ -89,11 +89,13 @@ def biased_points(weights: Iterable[Path]) -> tuple[str, ...]:
     }))  # fmt: skip
 
 
-def tensor_names(path: Path) -> list[str]:
-    """Names in a safetensors file, from its header alone."""
+def tensor_entries(path: Path) -> tuple[dict[str, Any], int]:
+    """What the header of a checkpoint's safetensors file says of each tensor, and where their data begin."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        return [name for name in json.loads(file.read(length)) if name != "__metadata__"]
+        entries = json.loads(file.read(length))
+    entries.pop("__metadata__", None)
+    return entries, 8 + length
 
 
 class _Memo:

@@ -24,7 +24,7 @@ from safetensors.numpy import save
 
 from edit_store.edits import INDEX_FIELDS, AnyEdit, Edit, Tensors
 from edit_store.errors import BundleRefused, Reason
-from edit_store.refs import MAX_COMPOSED
+from edit_store.refs import MAX_COMPOSED, NAME
 from edit_store.sites import Widths
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -33,9 +33,8 @@ TENSORS_FILE = "edits.safetensors"
 MAX_MANIFEST_BYTES = 1 << 20
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-_NAME = r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?"
-Name = Annotated[str, Field(pattern=rf"^{_NAME}$")]
-BundleName = Annotated[str, Field(pattern=rf"^{_NAME}(?:\+{_NAME})*$", max_length=MAX_COMPOSED)]
+Name = Annotated[str, Field(pattern=rf"^{NAME}$")]
+BundleName = Annotated[str, Field(pattern=rf"^{NAME}(?:\+{NAME})*$", max_length=MAX_COMPOSED)]
 
 
 def sha256(data: bytes | mmap.mmap) -> str:

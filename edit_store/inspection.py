@@ -11,7 +11,7 @@ import numpy as np
 
 from edit_store import verify
 from edit_store.architectures import supported
-from edit_store.base_model import CONFIG_FILE, widths_of
+from edit_store.base_model import CONFIG_FILE, tensor_entries, widths_of
 from edit_store.bundle import Bundle
 from edit_store.edits import KINDS, Edit, Gate, LowRank, Scale, SubspaceFilter, Tensors, WeightDelta
 from edit_store.errors import UnsupportedHost
@@ -115,13 +115,13 @@ def low_rank_norm(read: Any, write: Any) -> float:
 def _weight_norm(model: Path, name: str) -> float | None:
     """Frobenius norm of a checkpoint's tensor, read without torch (numpy has no bfloat16, so it is widened by hand)."""
     for path in sorted(model.glob("*.safetensors")):
+        entries, start = tensor_entries(path)
+        entry = entries.get(name)
+        if entry is None or entry["dtype"] not in ("BF16", "F16", "F32"):
+            continue
+        begin, end = entry["data_offsets"]
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            entry = json.loads(file.read(length)).get(name)
-            if entry is None or entry["dtype"] not in ("BF16", "F16", "F32"):
-                continue
-            begin, end = entry["data_offsets"]
-            file.seek(8 + length + begin)
+            file.seek(start + begin)
             data = file.read(end - begin)
         if entry["dtype"] == "BF16":
             numbers = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)

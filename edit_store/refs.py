@@ -10,13 +10,14 @@ from edit_store.errors import NotFound
 DEFAULT_TAG = "prod"
 MIN_PREFIX = 6
 JOIN, MAX_COMPOSED = "+", 200
-_NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
+NAME = r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?"
+"""Pattern of a name that is not composed."""
 _PREFIX = re.compile(rf"[0-9a-f]{{{MIN_PREFIX},64}}")
 
 
 def is_name(text: str) -> bool:
     """Whether `text` can name a tag, or a bundle that is not composed."""
-    return _NAME.fullmatch(text) is not None
+    return re.fullmatch(NAME, text) is not None
 
 
 def is_bundle_name(text: str) -> bool:

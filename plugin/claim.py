@@ -76,7 +76,5 @@ def _salted(prompt: Any, choice: Choice | None) -> Any:
 
 
 def _length(prompt: Any) -> int | None:
-    ids = (
-        prompt if isinstance(prompt, list) else prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
-    )
-    return None if ids is None else len(ids)
+    ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else prompt
+    return len(ids) if isinstance(ids, list) else None

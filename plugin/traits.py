@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from edit_store.bundle import Manifest, Strength
 from edit_store.edits import SILENT, Gate
 from edit_store.errors import RequestRefused
+from edit_store.scope import shared_prefix
 
 STRENGTH_ARGUMENT, STRENGTH_HEADER = "edits_strength", "x-edits-strength"
 """Where a request says how strong it wants the edits: in `vllm_xargs`, or in a header."""
@@ -34,7 +35,7 @@ class Traits:
         scopes = {edit.scope for edit in manifest.edits}
         # Far into a long prompt, where each scope begins tells its distance from the prompt's end, if it has one.
         long = 1 << 40
-        begins = min(scope.begins(long) for scope in scopes)
+        begins = shared_prefix(scopes, long)
         return cls(
             manifest.strength, any(scope.bound_to_prompt for scope in scopes), long - begins if begins > 0 else None,
             manifest.name, any(isinstance(edit, Gate) and edit.activation in SILENT for edit in manifest.edits),

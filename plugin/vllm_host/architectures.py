@@ -24,11 +24,11 @@ def _anchor(model: nn.Module, architecture: Architecture, widths: Widths, site: 
         if site.layer is not None:
             root = model.get_submodule(architecture.layer_path(site.layer))
         modules = dict(root.named_modules())
-        place = architecture.place(site.point, widths, modules.__contains__)
-        module = modules["logits_processor"] if site.point == "logits" else modules[place.path]
+        at = architecture.side_of(site.point, widths, modules.__contains__)
+        module = modules["logits_processor"] if site.point == "logits" else modules[at.path]
     except (AttributeError, KeyError) as error:
         raise UnsupportedHost(
             f"this vLLM builds {architecture.name} otherwise than expected: no module behind {site} ({error})"
         ) from error
-    is_layer = site.point in LAYER_POINTS and place.path == ""
-    return Anchor(module, place.side, place.start, widths.of(site.point), is_layer)
+    is_layer = site.point in LAYER_POINTS and at.path == ""
+    return Anchor(module, at.side, at.start, widths.of(site.point), is_layer)
