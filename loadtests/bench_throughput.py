@@ -14,7 +14,7 @@ from loadtests.bench_report import PHASES, decode_rate, prefill_rate
 from loadtests.bench_sides import Batch, Engine
 
 VARIANTS = 16
-KV_CACHE_BYTES = 1 << 30
+KV_CACHE_BYTES = 1 << 28
 MAX_MODEL_LEN = 2048
 WARM_UP_ROUNDS = 2
 
