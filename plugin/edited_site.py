@@ -338,10 +338,13 @@ class Tap(nn.Module):
 
     def _moved(self, value: Tensor, slots: Tensor) -> Tensor:
         """What all offsets together add; the norm is restored once, after them."""
-        places: list[Any] = list(self.offsets)
-        step = sum(place(value, slots, self.step) for place in places)
-        asked = [keeps for place in places if (keeps := place.keeps_norm(slots, self.step)) is not None]
-        return edit_math.renormed(value, step, functools.reduce(torch.logical_or, asked)) if asked else step
+        moved, keeps = torch.zeros_like(value), None
+        for moving in self.offsets:
+            moved = moved + moving(value, slots, self.step)
+            asked = moving.keeps_norm(slots, self.step)
+            if asked is not None:
+                keeps = asked if keeps is None else keeps | asked
+        return moved if keeps is None else edit_math.renormed(value, moved, keeps)
 
     def keep(self, value: Tensor) -> None:
         """Let later taps of the layer read this site's vector."""
