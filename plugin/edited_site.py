@@ -339,6 +339,7 @@ class Tap(nn.Module):
     def _moved(self, value: Tensor, slots: Tensor) -> Tensor:
         """What all offsets together add; the norm is restored once, after them."""
         moved, keeps = torch.zeros_like(value), None
+        moving: Any
         for moving in self.offsets:
             moved = moved + moving(value, slots, self.step)
             asked = moving.keeps_norm(slots, self.step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
@@ -320,6 +321,21 @@ def test_the_norm_is_restored_once_after_all_offsets_that_count(inputs: Tensor) 
 
     expected = tiny_by_formula(plain, inputs[:LENGTH], by_hand)
     np.testing.assert_allclose(run(model, edited, inputs[:LENGTH]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_compiler_traces_every_kind_and_scope_in_one_graph(inputs: Tensor) -> None:
+    """vLLM compiles the model in one graph: whatever torch cannot trace would end a server's start."""
+    pairs, parts = [], Counter[tuple[str, str]]()
+    for scope in (Scope(), Scope(phase="prompt")):
+        for edit, numbers in (form.values[0] for form in FORMS):
+            parts[edit.site, edit.kind] += 1
+            pairs.append((edit.model_copy(update={"scope": scope, "part": parts[edit.site, edit.kind]}), numbers))
+    bundle, model = bundle_of(pairs), TinyModel()
+    edited = edited_model(model, reservation_of(bundle), slots=SLOTS)
+    install(edited, 1, bundle)
+    edited.set_step([RequestStep(claim_on(edited, 1), TOKENS, 0, TOKENS // 2)])
+    traced: Any = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(traced(inputs), model(inputs))
 
 
 @pytest.mark.parametrize("pair", FORMS)
