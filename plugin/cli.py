@@ -15,12 +15,16 @@ import httpx
 import typer
 import yaml
 
-from edit_store.cli import JsonOption, StoreOption, app, explained, plain, show
+from edit_store.base_model import identify
+from edit_store.cli import JsonOption, StoreOption, app, as_script, counted, explained, plain, show
 from edit_store.errors import EditsError, SettingsError
 from plugin.claim import SCHEDULER
 from plugin.reading import open_reader
 from server_config.settings import KEY, read_settings
 
+SettingOption = Annotated[
+    list[str] | None, typer.Option("--set", help="one more setting, e.g. --set slots=32 (JSON values allowed)")
+]
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -30,9 +34,7 @@ def serve(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="the base model: a folder or a repository name")],
     store: StoreOption,
-    setting: Annotated[
-        list[str] | None, typer.Option("--set", help="one more setting, e.g. --set slots=32 (JSON values allowed)")
-    ] = None,
+    setting: SettingOption = None,
 ) -> None:
     """Start `vllm serve MODEL` with the plugin. Every other flag is handed on to vLLM."""
     settings = {"store": store, **dict(_assignment(text) for text in setting or [])}
@@ -47,6 +49,52 @@ def serve(
     ours = {"--load-format": "edits", "--scheduler-cls": SCHEDULER, "--additional-config": json.dumps({KEY: settings})}
     arguments = ["serve", model, *(word for pair in ours.items() for word in pair), *flags]
     os.execve(command, [command, *arguments], environment)  # noqa: S606  the user asked for this very command
+
+
+@app.command()
+@explained
+def plan(
+    model: Annotated[Path, typer.Argument(help="folder of the base model's checkpoint", exists=True, file_okay=False)],
+    *,
+    store: StoreOption,
+    setting: SettingOption = None,
+    dtype: Annotated[str, typer.Option(help="as vLLM's --dtype", show_default="as vLLM chooses")] = "auto",
+    memory: Annotated[str, typer.Option(help="say how many slots fit into this, e.g. 8GiB")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """What `serve` with these settings would make room for, and the device memory that takes.
+
+    Everything follows from the checkpoint's config and the store; nothing is loaded. Every promoted version is held
+    against what would be reserved.
+    """
+    from plugin import plan as planning  # brings torch
+
+    settings = read_settings({KEY: {"store": store, **dict(_assignment(text) for text in setting or [])}})
+    room = planning.bytes_of(memory) if memory else None
+    with counted("hashing the model", in_bytes=True) as update:
+        update(total=sum(path.stat().st_size for path in model.glob("*.safetensors")))
+        base = identify(model, progress=lambda size: update(advance=size))
+    reservation = planning.reserve(settings, base)
+    found = planning.Plan.of(reservation, base.widths, planning.dtype_of(model, dtype))
+    rows = planning.rows(found, reservation)
+    refused = {
+        manifest.name: [reason.message for reason in missing]
+        for manifest in planning.promoted(settings, base)
+        if (missing := reservation.missing(manifest))
+    }
+    fits = None if room is None else found.most(room)
+    if as_json:
+        as_script({"rooms": rows, "bytes_per_slot": found.slot, "slots": settings.slots,
+                   "bytes": found.total(settings.slots), "fit": fits, "refused": refused})  # fmt: skip
+        return
+    columns = {"kind": "kind", "point": "at", "reads": "reads", "rank": "rank", "features": "with", "sites": "layers"}
+    show([{**row, "size": planning.sized(row["bytes"])} for row in rows], {**columns, "size": "bytes per slot"}, False)
+    plain(f"one slot {planning.sized(found.slot)}; {settings.slots} slots and the base model's "
+          f"{planning.sized(found.total(settings.slots))}")  # fmt: skip
+    if room is not None:
+        plain(f"{fits} slots fit into {planning.sized(room)}")
+    for name, reasons in refused.items():
+        plain(f"{name} would be refused: {'; '.join(reasons)}")
 
 
 @app.command()

@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
 from torch import nn
 from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
@@ -20,13 +22,11 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from edit_store.architectures import supported
 from edit_store.base_model import identify
 from edit_store.bundle import BaseModelRef
 from edit_store.errors import UnsupportedHost
 from plugin.edited_model import EditedModel
-from plugin.reading import open_reader
-from plugin.reservation import Reservation
+from plugin.plan import Plan, reserve
 from plugin.vllm_host import compat
 from plugin.vllm_host.architectures import anchors
 from plugin.vllm_host.runner_v2 import use_edits_model_state
@@ -75,7 +75,10 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
             vllm_config=vllm_config, model_config=model_config, prefix=prefix
         )
         base = identify(model_folder(model_config), name=model_config.model)
+        device = next(model.parameters()).device
         reservation = reserve(settings, base)
+        plan = Plan.of(reservation, base.widths, model_config.dtype)
+        plan.require(settings.slots, free_bytes(vllm_config, device))
         # The compiled graph depends on what is reserved, so that must be in the compile cache's key.
         vllm_config.additional_config[KEY] = {
             **vllm_config.additional_config[KEY],
@@ -89,7 +92,7 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
             slots=settings.slots,
             max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
             dtype=model_config.dtype,
-            device=next(model.parameters()).device,
+            device=device,
         )
         EditsWorker.extend(resolve_obj_by_qualname(vllm_config.parallel_config.worker_cls))
         model.loaded_edits = LoadedEdits(edited, base, settings)
@@ -109,26 +112,12 @@ class LoadedEdits:
     """Which model runner feeds the token slots; the V2 runner's state says so when it is built."""
 
 
-def reserve(settings: EditSettings, base: BaseModelRef) -> Reservation:
-    """What the settings say, or what the store promotes for this model now, or everything for an empty store."""
-    architecture = supported(base.architecture)
-    if settings.reserve is not None:
-        return Reservation.from_settings(settings.reserve, architecture, base.widths, settings.scopes or 0)
-    reader = open_reader(settings)
-    entries = [entry for tags in reader.look().heads.values() for entry in tags.values()]
-    manifests = [reader.manifest(entry.version) for entry in map(reader.believed, entries) if entry is not None]
-    versions = [manifest for manifest in manifests if manifest.base.files == base.files]
-    if versions:
-        made = Reservation.for_versions(versions)
-        return made if settings.scopes is None else replace(made, scopes=settings.scopes)
-    usual = Reservation.usual(architecture, base.widths)
-    logger.warning(
-        "store %s promotes nothing for this model: room is reserved for %s, at every layer, which costs a little on "
-        "every step. Promote first, or set edits.reserve",
-        settings.store,
-        usual,
-    )
-    return usual
+def free_bytes(vllm_config: VllmConfig, device: torch.device) -> int:
+    """Device memory that is left once the base model is loaded; on a GPU, of the share that vLLM may use."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    free, total = torch.cuda.mem_get_info(device)
+    return min(free, int(total * vllm_config.cache_config.gpu_memory_utilization) - (total - free))
 
 
 def model_folder(model_config: ModelConfig) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,17 @@ def test_an_unknown_setting_and_a_missing_store_are_refused_at_start(tiny_model:
     with pytest.raises(ServerFailed):
         server.start()
     assert "unknown setting. Did you mean 'slots'" in server.log_text()
+
+
+def test_more_slots_than_memory_are_refused_at_start(tiny_model: Path, tmp_path: Path) -> None:
+    EditStore(str(tmp_path / "store"), create=True)
+    room = [{"kind": "low_rank", "site": "*", "rank": 512}]
+    given = additional(tmp_path / "store", slots=4096, reserve=room)
+    chosen = (*FLAGS, "--load-format", "edits", "--additional-config", given)
+    server = Server.plain(tiny_model, tmp_path / "server.log", *chosen, environment={"VLLM_PLUGINS": "edits"})
+    with pytest.raises(ServerFailed):
+        server.start()
+    assert re.search(r"edits\.slots = 4096 takes .* are free: [1-9]\d* slots of .* fit", server.log_text())
 
 
 def test_offline_python_serves_variants_and_survives_a_worker_that_refuses(tiny_model: Path, tmp_path: Path) -> None:

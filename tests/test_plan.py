@@ -1,0 +1,100 @@
+"""What a server would reserve and what that takes, told before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from edit_store import EditStore, LowRank, Offset
+from edit_store.errors import SettingsError
+from plugin.cli import app
+from plugin.plan import Plan, bytes_of, dtype_of
+from plugin.reservation import Reservation
+from tests.conftest import base_of, publish, random_bundle
+from tests.fakes import BASE, WIDTHS, TinyModel, edited_model
+from tests.parity import every_edit
+from tests.test_reservation import Version
+from tests.tiny_models import make_tiny
+
+FORMS = [pytest.param(pair[0], id=f"{pair[0].site} {label}") for label, pair in every_edit(BASE)]
+
+
+@pytest.mark.parametrize("edit", FORMS)
+def test_the_bytes_that_are_foretold_are_those_that_are_taken(edit: Any) -> None:
+    """Of every kind at every site in every form, in either width of the model's numbers."""
+    reservation = Reservation.for_versions([Version([edit])])
+    for dtype in (torch.float32, torch.bfloat16):
+        for slots in (1, 7):
+            taken = edited_model(TinyModel(), reservation, slots=slots, dtype=dtype).bytes_reserved
+            assert Plan.of(reservation, WIDTHS, dtype).total(slots) == taken > 0
+
+
+def test_more_slots_than_memory_are_refused_with_the_largest_number_that_fits() -> None:
+    plan = Plan.of(Reservation.for_versions([Version([Offset(site="layers.1.resid")])]), WIDTHS, torch.float32)
+    free = 10 * plan.slot + 1
+    plan.require(plan.most(free), free)
+    with pytest.raises(SettingsError, match=r"edits\.slots = 10 takes .* are free: 9 slots .* fit"):
+        plan.require(plan.most(free) + 1, free)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny("LlamaForCausalLM", tmp_path_factory.mktemp("plan") / "tiny")
+
+
+def planned(checkpoint: Path, store: EditStore, *options: str) -> Any:
+    ran = CliRunner().invoke(app, ["plan", str(checkpoint), "--store", store.url, *options])
+    assert ran.exit_code == 0, ran.output
+    return json.loads(ran.stdout) if "--json" in options else ran.stdout
+
+
+def test_planning_on_the_command_line(checkpoint: Path, tmp_path: Path) -> None:
+    """What the store promotes is what would be reserved; a version that would not fit is told with its reason."""
+    store = EditStore(str(tmp_path / "store"), create=True)
+    bundle = random_bundle("polite", base_of(checkpoint), seed=1)
+    publish(store, bundle)
+    told = planned(checkpoint, store, "--set", "slots=8", "--memory", "1MiB", "--dtype", "float32", "--json")
+    plan = Plan.of(Reservation.for_versions([bundle.manifest]), bundle.manifest.base.widths, torch.float32)
+    assert (told["bytes_per_slot"], told["bytes"]) == (plan.slot, plan.total(8))
+    assert plan.total(told["fit"]) <= 1 << 20 < plan.total(told["fit"] + 1)
+    assert sum(row["bytes"] for row in told["rooms"]) == plan.slot
+    assert told["refused"] == {}
+    small = json.dumps([{"kind": "offset", "site": "final"}])
+    assert "polite would be refused" in planned(checkpoint, store, "--set", f"reserve={small}")
+    half = planned(checkpoint, store, "--json")
+    assert half["bytes_per_slot"] < plan.slot, "vLLM makes a float32 checkpoint half as wide unless told otherwise"
+
+
+def test_versions_for_another_model_reserve_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    store = EditStore(str(tmp_path / "store"), create=True)
+    publish(
+        store, random_bundle("polite", base_of(checkpoint).model_copy(update={"files": {"x.safetensors": "a" * 64}}), 1)
+    )
+    rooms = planned(checkpoint, store, "--json")["rooms"]
+    assert {(row["kind"], row["point"]) for row in rooms} >= {("offset", "resid"), ("low_rank", "mlp.out")}, "the usual"
+
+
+@pytest.mark.parametrize(("asked", "meant"), [("auto", "bfloat16"), ("half", "float16"), ("float32", "float32")])
+def test_dtypes_as_vllm_names_them(asked: str, meant: str, checkpoint: Path) -> None:
+    assert dtype_of(checkpoint, asked) == getattr(torch, meant)
+
+
+def test_what_is_no_dtype_and_no_size_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(SettingsError, match="expected auto, half"):
+        dtype_of(checkpoint, "float33")
+    assert bytes_of("8GiB") == 8 << 30
+    with pytest.raises(SettingsError, match="expected for instance 8GiB"):
+        bytes_of("a lot")
+
+
+def test_ranks_cost_what_they_read_and_write() -> None:
+    def slot(rank: int) -> int:
+        edit = LowRank(site="layers.1.mlp.out", reads="layers.1.mlp.h", rank=rank)
+        return Plan.of(Reservation.for_versions([Version([edit])]), WIDTHS, torch.float32).slot
+
+    assert slot(4) == 4 * slot(1) == 4 * 4 * (WIDTHS.mlp + WIDTHS.hidden)
