@@ -47,8 +47,11 @@ class Scope(BaseModel):
         """Whether every token is meant."""
         return self == ALL
 
-    def covers(self, positions: NDArray[Any], prompt: int) -> NDArray[np.bool_]:
-        """Which of these positions are meant, as far as positions decide; `tokens` is for who knows the ids."""
+    def covers(self, positions: NDArray[Any], prompt: int | NDArray[Any]) -> NDArray[np.bool_]:
+        """Which of these positions are meant, as far as positions decide; `tokens` is for who knows the ids.
+
+        prompt: the prompt's length, or one for each position.
+        """
         met = np.ones(len(positions), dtype=bool)
         if self.phase == "generated":
             met = positions >= prompt

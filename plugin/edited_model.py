@@ -6,7 +6,7 @@ This is the worker's only state. No vLLM here: the loader hands over the modules
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ from plugin.edited_site import (
     input_of,
 )
 from plugin.reservation import Place, Reservation, places, scopes_of
+from plugin.step_filler import Batch, StepFiller
 
 BASE_SLOT = 0
 
@@ -58,18 +59,6 @@ class Prepared:
     scopes: tuple[Scope, ...] = ()
 
 
-@dataclass(frozen=True)
-class RequestStep:
-    """What a request has in the coming step. `claim` is None for the base, else [slot, version, strength]."""
-
-    claim: Any
-    tokens: int
-    start: int = 0
-    """absolute position of its first token in the step"""
-    prompt: int = 0
-    """length of its prompt"""
-
-
 class EditedModel:
     """Slot tensors for `slots` versions and the base model in slot 0."""
 
@@ -89,11 +78,7 @@ class EditedModel:
         self.held: dict[int, str] = {}
         self._scopes: dict[int, tuple[Scope, ...]] = {}
         self._gates: dict[int, list[tuple[str, GateSlots, slice]]] = {}
-        self._pinned = device.type == "cuda"
-        self._all_base = True
-        self._plain_weights = True
-        self._filled = 0
-        self._last_tokens = np.zeros(0, dtype=np.int64)
+        self._filler = StepFiller(self.step, self.slot_of, self._scopes, pinned=device.type == "cuda")
         self._output: Tensor | None = None
         self._carried: dict[int | None, dict[str, Tensor]] = {}
         self._places: dict[Place, SlotTensors] = {}
@@ -166,6 +151,7 @@ class EditedModel:
             self._places[place].fill(slot, prepared.folded[place], lane)
             self._gates.setdefault(slot, []).extend(_counted(self._places[place], edits))
         self.held[slot], self._scopes[slot] = prepared.version, prepared.scopes
+        self._filler.forget()
         return self.digest(slot)
 
     def clear(self, slot: int) -> None:
@@ -175,6 +161,7 @@ class EditedModel:
         self.held.pop(slot, None)
         self._scopes.pop(slot, None)
         self._gates.pop(slot, None)
+        self._filler.forget()
 
     def digest(self, slot: int) -> str:
         """sha256 over the contents of a slot at every place: equal on workers that hold the same."""
@@ -199,18 +186,18 @@ class EditedModel:
 
     def _logit_rows(self, hidden: Tensor) -> Tensor | None:
         """Which tokens of the step the rows of `hidden` are; None where nobody's edits matter."""
-        if self._all_base:
+        if self._filler.all_base:
             return None
-        output, width = self._output, hidden.shape[-1]
+        output, width, last = self._output, hidden.shape[-1], self._filler.last_tokens
         if output is not None and hidden.untyped_storage().data_ptr() == output.untyped_storage().data_ptr():
             first = (hidden.storage_offset() - output.storage_offset()) // width  # prompt log-probabilities
             return torch.arange(first, first + len(hidden), device=hidden.device)
-        if len(hidden) != len(self._last_tokens):
+        if len(hidden) != len(last):
             raise RuntimeError(
-                f"logits of {len(hidden)} tokens are wanted of a step with {len(self._last_tokens)} requests: which "
+                f"logits of {len(hidden)} tokens are wanted of a step with {len(last)} requests: which "
                 "tokens those are is unknown, so their edits cannot be applied"
             )
-        return torch.from_numpy(self._last_tokens).to(hidden.device)
+        return torch.from_numpy(last).to(hidden.device)
 
     # -- the step --------------------------------------------------------------------------------------------------
 
@@ -226,62 +213,9 @@ class EditedModel:
             )
         return int(slot)
 
-    def set_step(self, requests: Sequence[RequestStep], input_ids: Tensor | None = None) -> None:
-        """Say which slot each token of the coming step belongs to, and how much it weighs in each lane.
-
-        requests: in the order of the batch; input_ids: [tokens], where a scope names token ids. Rows beyond the batch
-        are padding and read slot 0.
-        """
-        slots = [self.slot_of(request.claim) for request in requests]
-        tokens = np.asarray([request.tokens for request in requests])
-        self._last_tokens = np.cumsum(tokens) - 1
-        all_base = not any(slots)
-        if not (all_base and self._all_base):
-            if all_base:
-                self.step.slots.zero_()
-            else:
-                expanded = np.zeros(max(self._filled, int(tokens.sum())), dtype=np.int32)
-                expanded[: tokens.sum()] = np.repeat(np.asarray(slots, dtype=np.int32), tokens)
-                self._copy(self.step.slots, expanded)
-            self._all_base, self._filled = all_base, 0 if all_base else int(tokens.sum())
-        self._set_weights(slots, requests, input_ids)
-
-    def _set_weights(self, slots: Sequence[int], requests: Sequence[RequestStep], input_ids: Tensor | None) -> None:
-        weighed = [
-            bool(slot) and bool(self._scopes[slot] or request.claim[2] != 1)
-            for slot, request in zip(slots, requests, strict=True)
-        ]
-        if not any(weighed):
-            if not self._plain_weights:
-                self.step.weights.fill_(1)
-                self._plain_weights = True
-            return
-        weights = np.ones((len(self.step.weights), sum(request.tokens for request in requests)), dtype=np.float32)
-        begin, named = 0, list[tuple[int, slice, Scope]]()
-        for slot, request, matters in zip(slots, requests, weighed, strict=True):
-            here = slice(begin, begin + request.tokens)
-            begin += request.tokens
-            if not matters:
-                continue
-            weights[:, here] = request.claim[2]
-            positions = np.arange(request.start, request.start + request.tokens)
-            for lane, scope in enumerate(self._scopes[slot], 1):
-                weights[lane, here] *= scope.covers(positions, request.prompt)
-                if scope.tokens is not None:
-                    named.append((lane, here, scope))
-        for lane, row in enumerate(weights):
-            self._copy(self.step.weights[lane], row)
-        self._plain_weights = False
-        for lane, here, scope in named:
-            if input_ids is None:
-                raise RuntimeError("a scope names token ids, and this step's are unknown: refusing to guess")
-            ids = torch.tensor(scope.tokens, device=input_ids.device)
-            self.step.weights[lane, here] *= torch.isin(input_ids.reshape(-1)[here], ids)
-
-    def _copy(self, target: Tensor, values: np.ndarray[Any, Any]) -> None:
-        # A fresh pinned tensor each time: the copy of the step before may still be under way.
-        on_host = torch.tensor(values, pin_memory=self._pinned)
-        target[: len(values)].copy_(on_host, non_blocking=True)
+    def set_step(self, batch: Batch) -> None:
+        """Say which slot each token of the coming step belongs to, and how much it weighs in each lane."""
+        self._filler.fill(batch)
 
 
 def _counted(place: SlotTensors, edits: Iterable[Edit]) -> Iterator[tuple[str, GateSlots, slice]]:

@@ -6,7 +6,9 @@ import asyncio
 import functools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import count
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +32,7 @@ from plugin.metrics import PREFIX, Metrics
 from plugin.reconcile import Reconciler
 from plugin.reservation import Place, Reservation, Room
 from plugin.residency import Resident
+from plugin.step_filler import Batch
 from plugin.vllm_host.architectures import anchors
 from tests.conftest import publish
 
@@ -182,6 +185,25 @@ def edited_model(
     sites = anchors(model, BASE.architecture, WIDTHS)
     cpu = torch.device("cpu")
     return EditedModel(sites, reservation, slots=slots, max_tokens=MAX_TOKENS, dtype=dtype, device=cpu)
+
+
+@dataclass(frozen=True, eq=False)
+class RequestStep:
+    """What a request has in the coming step. `claim` is None for the base, else [slot, version, strength]."""
+
+    claim: Any
+    tokens: int
+    start: int = 0
+    prompt: int = 0
+
+
+def set_step(edited: EditedModel, requests: Sequence[RequestStep], input_ids: Tensor | None = None) -> None:
+    """Tell the model of a step, as a runner does."""
+    tokens, starts, prompts = (
+        np.array([getattr(request, field) for request in requests], dtype=np.int64)
+        for field in ("tokens", "start", "prompt")
+    )
+    edited.set_step(Batch(requests, attrgetter("claim"), tokens, starts, prompts, input_ids))
 
 
 class FakeWorker:

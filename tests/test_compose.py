@@ -14,9 +14,8 @@ from edit_store import Bundle, EditStore, Gate, LowRank, Offset, Scale, Scope, S
 from edit_store.cli import app
 from edit_store.compose import compose, conflicts
 from edit_store.errors import BundleRefused
-from plugin.edited_model import RequestStep
 from tests.conftest import bundle_of
-from tests.fakes import BASE, WIDTHS, TinyModel, edits_by_formula, tiny_by_formula
+from tests.fakes import BASE, WIDTHS, RequestStep, TinyModel, edits_by_formula, set_step, tiny_by_formula
 from tests.parity import random_numbers
 from tests.test_edited_model import SLOTS, claim_on, edited_model, install, reservation_of, run
 
@@ -56,7 +55,7 @@ def test_a_composition_computes_both_in_a_slot_like_any_other() -> None:
         install(edited, slot, bundle)
     torch.manual_seed(0)
     x = torch.randn(4, WIDTHS.hidden)
-    edited.set_step([RequestStep(claim_on(edited, slot), 1) for slot in (0, 1, 2, 3)])
+    set_step(edited, [RequestStep(claim_on(edited, slot), 1) for slot in (0, 1, 2, 3)])
     served = run(model, edited, x).numpy()
     for row, bundles in enumerate(((), (POLITE, SAFE), (POLITE,), (SAFE,))):
         pairs = []

@@ -28,7 +28,7 @@ from edit_store import (
 from edit_store.architectures import ARCHITECTURES
 from edit_store.edits import SILENT, Array
 from edit_store.errors import InstallRefused, UnsupportedHost
-from plugin.edited_model import EditedModel, RequestStep
+from plugin.edited_model import EditedModel
 from plugin.reservation import Place, Reservation, Room
 from plugin.vllm_host.architectures import anchors
 from tests.conftest import Pairs, random_bundle, random_pairs
@@ -37,10 +37,12 @@ from tests.fakes import (
     MAX_TOKENS,
     WIDTHS,
     Projection,
+    RequestStep,
     TinyLayer,
     TinyModel,
     edited_model,
     edits_by_formula,
+    set_step,
     tiny_by_formula,
 )
 from tests.parity import every_edit, random_numbers
@@ -87,7 +89,7 @@ def claim_on(edited: EditedModel, slot: int, strength: float = 1.0) -> Any:
 
 def use_slots(edited: EditedModel, slots: list[int]) -> None:
     """One request of one token for each slot."""
-    edited.set_step([RequestStep(claim_on(edited, slot), 1) for slot in slots])
+    set_step(edited, [RequestStep(claim_on(edited, slot), 1) for slot in slots])
 
 
 def run(model: TinyModel, edited: EditedModel, x: Tensor) -> Tensor:
@@ -273,7 +275,7 @@ def test_an_edit_applies_in_its_scope_however_the_request_is_cut(
     for begin, end in zip([0, *ends], ends, strict=False):
         beside = RequestStep(None, 2)  # somebody else's request in the same step
         mine = RequestStep(claim_on(edited, 2), end - begin, begin, PROMPT)
-        edited.set_step([beside, mine], torch.cat([torch.tensor([3, 6]), ids[begin:end]]))
+        set_step(edited, [beside, mine], torch.cat([torch.tensor([3, 6]), ids[begin:end]]))
         tokens = torch.cat([torch.tensor([8, 9]), ids[begin:end]])
         differs = (run(model, edited, inputs[tokens]) != plain.logits(plain(inputs[tokens]))).any(-1).tolist()
         assert differs[:2] == [False, False]
@@ -291,7 +293,7 @@ def test_edits_of_one_version_have_scopes_of_their_own(inputs: Tensor) -> None:
     model = TinyModel()
     edited = edited_model(model, reservation_of(bundle), slots=SLOTS)
     install(edited, 1, bundle)
-    edited.set_step([RequestStep(claim_on(edited, 1), LENGTH, 0, PROMPT)])
+    set_step(edited, [RequestStep(claim_on(edited, 1), LENGTH, 0, PROMPT)])
     served = run(model, edited, inputs[:LENGTH]).numpy()
     in_prompt, generated = (
         tiny_by_formula(plain, inputs[:LENGTH], edits_by_formula([numbers[kept], numbers[2]])) for kept in (0, 1)
@@ -310,7 +312,7 @@ def test_the_norm_is_restored_once_after_all_offsets_that_count(inputs: Tensor) 
     bundle, model, plain = bundle_of(numbers), TinyModel(), TinyModel()
     edited = edited_model(model, reservation_of(bundle), slots=SLOTS)
     install(edited, 1, bundle)
-    edited.set_step([RequestStep(claim_on(edited, 1), LENGTH, 0, PROMPT)])
+    set_step(edited, [RequestStep(claim_on(edited, 1), LENGTH, 0, PROMPT)])
 
     def by_hand(site: str, value: Array) -> Array:
         if site != "layers.1.resid":
@@ -333,7 +335,7 @@ def test_the_compiler_traces_every_kind_and_scope_in_one_graph(inputs: Tensor) -
     bundle, model = bundle_of(pairs), TinyModel()
     edited = edited_model(model, reservation_of(bundle), slots=SLOTS)
     install(edited, 1, bundle)
-    edited.set_step([RequestStep(claim_on(edited, 1), TOKENS, 0, TOKENS // 2)])
+    set_step(edited, [RequestStep(claim_on(edited, 1), TOKENS, 0, TOKENS // 2)])
     traced: Any = torch.compile(model, backend="eager", fullgraph=True)
     assert torch.equal(traced(inputs), model(inputs))
 
@@ -348,7 +350,7 @@ def test_strength_interpolates(pair: Any, inputs: Tensor) -> None:
     edited = edited_model(model, reservation_of(bundle), slots=SLOTS)
     install(edited, 1, bundle)
     thirds = {0.0: slice(0, 4), 0.5: slice(4, 8), 1.0: slice(8, 12)}
-    edited.set_step([RequestStep(claim_on(edited, 1, strength), 4) for strength in thirds])
+    set_step(edited, [RequestStep(claim_on(edited, 1, strength), 4) for strength in thirds])
     served = run(model, edited, inputs)
     whole = edits_by_formula([pair])
 
@@ -458,7 +460,7 @@ def two_versions() -> EditedModel:
 def test_each_token_gets_the_slot_of_its_request(two_versions: EditedModel) -> None:
     """Requests bring many tokens (a prefill), one (a decode) or none."""
     requests = [(2, 3), (0, 2), (1, 0), (2, 1)]
-    two_versions.set_step([RequestStep(claim_on(two_versions, slot), tokens) for slot, tokens in requests])
+    set_step(two_versions, [RequestStep(claim_on(two_versions, slot), tokens) for slot, tokens in requests])
     assert two_versions.step.slots[:6].tolist() == [2, 2, 2, 0, 0, 2]
 
 
@@ -466,9 +468,9 @@ def test_the_buffer_keeps_its_address_and_goes_back_to_base(two_versions: Edited
     """A step of base requests only, after one with edits, reads slot 0 everywhere, also beyond its own tokens."""
     address = two_versions.step.slots.data_ptr()
     for _ in range(2):
-        two_versions.set_step([RequestStep(claim_on(two_versions, 1), MAX_TOKENS)])
+        set_step(two_versions, [RequestStep(claim_on(two_versions, 1), MAX_TOKENS)])
         assert two_versions.step.slots.tolist() == [1] * MAX_TOKENS
-        two_versions.set_step([RequestStep(None, 1)] * 2)
+        set_step(two_versions, [RequestStep(None, 1)] * 2)
         assert two_versions.step.slots.tolist() == [0] * MAX_TOKENS
     assert two_versions.step.slots.data_ptr() == address
 
@@ -477,9 +479,9 @@ def test_steps_of_base_requests_touch_nothing(two_versions: EditedModel) -> None
     """The fast path: while only the base is asked, the buffer is not written."""
     written = two_versions.step.slots._version
     for _ in range(3):
-        two_versions.set_step([RequestStep(None, 4)])
+        set_step(two_versions, [RequestStep(None, 4)])
     assert two_versions.step.slots._version == written
-    two_versions.set_step([RequestStep(claim_on(two_versions, 1), 4)])
+    set_step(two_versions, [RequestStep(claim_on(two_versions, 1), 4)])
     assert two_versions.step.slots._version > written
 
 
@@ -497,7 +499,7 @@ def test_a_false_claim_stops_the_step(two_versions: EditedModel, claim: tuple[in
     """Another version in the slot, an empty slot, the base slot, no such slot: never answered with other edits."""
     before = two_versions.step.slots.clone()
     with pytest.raises(RuntimeError, match="refusing to answer"):
-        two_versions.set_step([RequestStep(None, 1), RequestStep([*claim, 1.0], 1)])
+        set_step(two_versions, [RequestStep(None, 1), RequestStep([*claim, 1.0], 1)])
     assert torch.equal(two_versions.step.slots, before)
 
 
@@ -556,7 +558,7 @@ def test_logits_of_unknown_tokens_are_refused(inputs: Tensor) -> None:
     bundle, model = bundle_of([(edit, random_numbers(edit, BASE, 1))]), TinyModel()
     edited = edited_model(model, reservation_of(bundle), slots=1)
     install(edited, 1, bundle)
-    edited.set_step([RequestStep([1, bundle.version, 1.0], 3), RequestStep(None, TOKENS - 3)])
+    set_step(edited, [RequestStep([1, bundle.version, 1.0], 3), RequestStep(None, TOKENS - 3)])
     hidden = model(inputs)
     edited.note_output(hidden)
     plain = hidden @ model.lm_head.weight.T

@@ -13,7 +13,8 @@ from torch import nn
 
 from edit_store.errors import UnsupportedHost
 from plugin.claim import CLAIM
-from plugin.edited_model import EditedModel, RequestStep
+from plugin.edited_model import EditedModel
+from plugin.step_filler import Batch
 from plugin.vllm_host.compat import need
 
 
@@ -37,17 +38,17 @@ def attach(runner: Any, edited: EditedModel) -> None:
     model.edits_attached = True
 
     def prepare_step(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        batch = runner.input_batch
-        count = batch.num_reqs
-        tokens = np.diff(runner.query_start_loc.np[: count + 1])
-        steps = [
-            RequestStep(
-                _claim(runner.requests[request_id]), int(tokens[row]), int(batch.num_computed_tokens_cpu[row]),
-                int(batch.num_prompt_tokens[row]),
+        rows, count = runner.input_batch, runner.input_batch.num_reqs
+        edited.set_step(
+            Batch(
+                requests=[runner.requests[request_id] for request_id in rows.req_ids[:count]],
+                claim_of=_claim,
+                tokens=np.diff(runner.query_start_loc.np[: count + 1]),
+                starts=rows.num_computed_tokens_cpu[:count],
+                prompts=rows.num_prompt_tokens[:count],
+                input_ids=kwargs.get("input_ids", args[0] if args else None),
             )
-            for row, request_id in enumerate(batch.req_ids[:count])
-        ]  # fmt: skip
-        edited.set_step(steps, kwargs.get("input_ids", args[0] if args else None))
+        )
 
     model.register_forward_pre_hook(prepare_step, with_kwargs=True)
     model.register_forward_hook(lambda _module, _args, output: edited.note_output(output))

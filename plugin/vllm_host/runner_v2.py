@@ -6,16 +6,24 @@ before each step, graph replay or not. The token slots keep their address, so re
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edit_store.errors import UnsupportedHost
 from plugin.claim import CLAIM
-from plugin.edited_model import RequestStep
+from plugin.step_filler import Batch
 
 if TYPE_CHECKING:
     from plugin.vllm_host.loader import LoadedEdits
+
+
+@dataclass(frozen=True)
+class _Request:
+    claim: Any
+    prompt: int
 
 
 def use_edits_model_state(model: Any, loaded: LoadedEdits) -> None:
@@ -37,7 +45,7 @@ def _with_token_slots(base: Any, loaded: LoadedEdits) -> type:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self._claims: dict[str, tuple[Any, int]] = {}
+            self._requests: dict[str, _Request] = {}
             loaded.runner = "V2"
             if any(site.point == "logits" for site in loaded.edited.reservation.sites()):
                 raise UnsupportedHost(
@@ -50,22 +58,25 @@ def _with_token_slots(base: Any, loaded: LoadedEdits) -> type:
             sampling = new_req_data.sampling_params
             arguments = sampling.extra_args if sampling is not None else None
             prompt = len(new_req_data.prompt_token_ids or ())
-            self._claims[new_req_data.req_id] = (arguments or {}).get(CLAIM), prompt
+            self._requests[new_req_data.req_id] = _Request((arguments or {}).get(CLAIM), prompt)
 
         def remove_request(self, req_id: str) -> None:
             super().remove_request(req_id)
-            self._claims.pop(req_id, None)
+            self._requests.pop(req_id, None)
 
         def prepare_inputs(self, input_batch: Any, req_states: Any) -> Any:
             # A request the state was never told of is a broken seam: KeyError stops the step, the base is not served.
-            claims = [self._claims[request_id] for request_id in input_batch.req_ids]
-            tokens = np.asarray(input_batch.num_scheduled_tokens)
-            starts = np.asarray(input_batch.num_computed_tokens_np)
-            steps = [
-                RequestStep(claim, int(count), int(start), prompt)
-                for (claim, prompt), count, start in zip(claims, tokens, starts, strict=True)
-            ]
-            loaded.edited.set_step(steps, input_batch.input_ids)
+            requests = [self._requests[request_id] for request_id in input_batch.req_ids]
+            loaded.edited.set_step(
+                Batch(
+                    requests=requests,
+                    claim_of=attrgetter("claim"),
+                    tokens=np.asarray(input_batch.num_scheduled_tokens),
+                    starts=np.asarray(input_batch.num_computed_tokens_np),
+                    prompts=np.fromiter((request.prompt for request in requests), dtype=np.int64, count=len(requests)),
+                    input_ids=input_batch.input_ids,
+                )
+            )
             return super().prepare_inputs(input_batch, req_states)
 
     return EditsModelState

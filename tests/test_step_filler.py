@@ -1,0 +1,130 @@
+"""What is written for a step's tokens, against the plain definition, over runs of batches that change a little."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edit_store import Scope
+from plugin.edited_site import Step
+from plugin.step_filler import Batch, StepFiller
+from tests.fakes import cheaply
+
+TOKENS, LANES = 64, 3
+SCOPES: dict[int, tuple[Scope, ...]] = {
+    1: (),
+    2: (Scope(phase="generated"),),
+    3: (Scope(first=2), Scope(phase="prompt", tokens=(3, 5))),
+    4: (Scope(tokens=(3,)), Scope(phase="generated")),
+}
+
+
+@dataclass(eq=False)
+class Running:
+    """A request in the engine."""
+
+    claim: Any
+    prompt: int
+    computed: int = 0
+
+
+def filler_of(step: Step, asked: list[Any] | None = None) -> StepFiller:
+    def slot_of(claim: Any) -> int:
+        if asked is not None:
+            asked.append(claim)
+        return 0 if claim is None else int(claim[0])
+
+    return StepFiller(step, slot_of, SCOPES, pinned=False)
+
+
+def fill(filler: StepFiller, running: list[Running], tokens: list[int], ids: torch.Tensor) -> None:
+    starts, prompts = (np.array([getattr(one, field) for one in running], dtype=np.int64) for field in
+                       ("computed", "prompt"))  # fmt: skip
+    filler.fill(Batch(running, attrgetter("claim"), np.array(tokens, dtype=np.int64), starts, prompts, ids))
+
+
+def covered(scope: Scope, position: int, prompt: int, token: int) -> bool:
+    """Straight from the words."""
+    if scope.tokens is not None and token not in scope.tokens:
+        return False
+    if scope.phase == "generated":
+        return position >= prompt
+    if scope.phase == "prompt" and position >= prompt:
+        return False
+    if scope.first is not None:
+        return position < min(scope.first, prompt)
+    return True
+
+
+requests = st.builds(
+    Running,
+    st.one_of(st.none(), st.tuples(st.sampled_from(list(SCOPES)), st.just("v"), st.sampled_from([1.0, 0.0, 0.5]))),
+    st.integers(1, 6),
+)
+
+
+@cheaply
+@given(st.lists(requests, min_size=1, max_size=6), st.data())
+def test_every_token_has_the_slot_and_the_weights_of_its_request(everyone: list[Running], data: st.DataObject) -> None:
+    """Requests come, are cut into chunks, decode, are preempted and leave; now and then a slot is written anew."""
+    step = Step(TOKENS, LANES, torch.device("cpu"))
+    filler = filler_of(step)
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, 8, TOKENS))
+    for _ in range(8):
+        running = data.draw(st.lists(st.sampled_from(everyone), unique_by=id, min_size=1))
+        tokens = [data.draw(st.sampled_from([1, 1, 1, 2, 5])) for _ in running]
+        if data.draw(st.booleans()):
+            filler.forget()
+        fill(filler, running, tokens, ids)
+        row = 0
+        for one, count in zip(running, tokens, strict=True):
+            for position in range(one.computed, one.computed + count):
+                slot, strength = (0, 1.0) if one.claim is None else (one.claim[0], one.claim[2])
+                assert step.slots[row] == slot
+                scopes = SCOPES.get(slot, ())
+                for lane in range(1 + len(scopes)) if slot else ():
+                    met = lane == 0 or covered(scopes[lane - 1], position, one.prompt, int(ids[row]))
+                    assert step.weights[lane, row] == strength * met, (lane, position, one)
+                row += 1
+            one.computed = data.draw(st.sampled_from([one.computed + count, one.computed + count, 0]))
+        assert not step.slots[row:].any()
+
+
+def test_a_step_like_the_one_before_asks_and_sends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding, base and edited and scoped: from the second step on nothing is left to do, until somebody joins."""
+    asked: list[Any] = []
+    filler = filler_of(Step(TOKENS, LANES, torch.device("cpu")), asked)
+    sent: list[Any] = []
+    send: Callable[..., None] = filler._send
+    monkeypatch.setattr(filler, "_send", lambda target, values: (sent.append(values), send(target, values)))
+    running = [Running(None, 2, 5), Running((1, "v", 1.0), 2, 5), Running((2, "v", 0.5), 2, 5)]
+    ids = torch.zeros(TOKENS, dtype=torch.int64)
+    fill(filler, running, [1, 1, 1], ids)
+    assert (len(asked), len(sent)) == (3, 1 + LANES)
+    for one in running:
+        one.computed += 1
+    fill(filler, running, [1, 1, 1], ids)
+    assert (len(asked), len(sent)) == (3, 1 + LANES)
+    fill(filler, [*running, Running((1, "v", 1.0), 2)], [1, 1, 1, 2], ids)
+    assert len(asked) == 4
+    filler.forget()
+    fill(filler, running, [1, 1, 1], ids)
+    assert len(asked) == 7
+
+
+def test_another_request_with_the_same_claim_is_looked_at_anew() -> None:
+    """What is known hangs on the request itself: a new one in its place may use another slot."""
+    step = Step(TOKENS, LANES, torch.device("cpu"))
+    filler = filler_of(step)
+    ids = torch.zeros(TOKENS, dtype=torch.int64)
+    fill(filler, [Running((1, "v", 1.0), 2)], [1], ids)
+    fill(filler, [Running((4, "v", 1.0), 2)], [1], ids)
+    assert step.slots[0] == 4
