@@ -23,8 +23,8 @@ from plugin.edited_site import (
     SLOT_TENSORS,
     GateSlots,
     LogitsEdits,
-    Made,
     ModuleEdits,
+    Shape,
     SlotTensors,
     Step,
     Tap,
@@ -33,6 +33,7 @@ from plugin.edited_site import (
     input_of,
 )
 from plugin.reservation import Place, Reservation, places, scopes_of
+from plugin.slot_rows import Layout
 from plugin.step_filler import Batch, StepFiller
 
 BASE_SLOT = 0
@@ -51,12 +52,12 @@ class Anchor:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A version ready to be written into a slot: by place its edits, and what the slot tensors will hold."""
+    """A version ready to be written into a slot: its edits by place, and the row of bytes that the slot will hold."""
 
     version: str
     edits: Mapping[Place, tuple[Edit, ...]]
-    folded: Mapping[Place, Mapping[str, Tensor]]
-    scopes: tuple[Scope, ...] = ()
+    row: Tensor
+    scopes: tuple[Scope, ...]
 
 
 class EditedModel:
@@ -89,11 +90,14 @@ class EditedModel:
                 taps[site].carries_as = str(site)
             last = max(place.site for place in reservation.rooms if place.reads == site != place.site)
             taps[last].forgets.append(str(site))
+        self._layout = Layout()
         for place, room in sorted(reservation.rooms.items(), key=lambda item: item[0]):
-            reads, writes = anchors[place.reads].width, anchors[place.site].width
-            tensors = SLOT_TENSORS[place.kind](Made(slots + 1, room, reads, writes, dtype, device))
+            shape = Shape(room, anchors[place.reads].width, anchors[place.site].width, dtype)
+            tensors = self._places[place] = SLOT_TENSORS[place.kind](shape, self._layout)
             taps[place.site].add(place.kind, tensors, None if place.reads == place.site else str(place.reads))
-            self._places[place] = tensors
+        self._rows = self._layout.rows(slots + 1, device)
+        for tensors in self._places.values():
+            tensors.bind(self._rows)
 
     def _tap(self, site: Site, anchor: Anchor) -> Tap:
         """A tap at an anchor; the module's class is exchanged the first time it gets one."""
@@ -121,8 +125,8 @@ class EditedModel:
 
     @property
     def bytes_reserved(self) -> int:
-        """Device memory of all slot tensors."""
-        return sum(buffer.nbytes for place in self._places.values() for buffer in place.buffers())
+        """Device memory of all slots."""
+        return self._rows.nbytes + (self.slots + 1) * sum(place.counters for place in self._places.values())
 
     # -- slots -----------------------------------------------------------------------------------------------------
 
@@ -135,20 +139,19 @@ class EditedModel:
         def numbers(edit: Edit) -> tuple[Edit, dict[str, Any]]:
             return edit, {field: np.array(array) for field, array in edit.numbers(tensors, widths).items()}
 
-        by_place = places(manifest.edits)
-        folded = {
-            place: self._places[place].fold([numbers(edit) for edit in edits]) for place, edits in by_place.items()
-        }
-        return Prepared(version, by_place, folded, scopes_of(manifest))
+        by_place, scopes = places(manifest.edits), scopes_of(manifest)
+        row = self._layout.rows(1, torch.device("cpu"), pinned=self._rows.is_cuda)
+        for place, edits in by_place.items():
+            lane = 0 if edits[0].scope.everything else 1 + scopes.index(edits[0].scope)
+            self._places[place].fill(row, [numbers(edit) for edit in edits], lane)
+        return Prepared(version, by_place, row[0], scopes)
 
     def install(self, slot: int, prepared: Prepared) -> str:
         """Write a prepared version into a free slot; returns the digest of what the slot now holds."""
         if not BASE_SLOT < slot <= self.slots or slot in self.held:
             raise ValueError(f"slot {slot} is not a free slot of 1 to {self.slots}")
+        self._rows[slot].copy_(prepared.row, non_blocking=True)
         for place, edits in prepared.edits.items():
-            scope = edits[0].scope
-            lane = 0 if scope.everything else 1 + prepared.scopes.index(scope)
-            self._places[place].fill(slot, prepared.folded[place], lane)
             self._gates.setdefault(slot, []).extend(_counted(self._places[place], edits))
         self.held[slot], self._scopes[slot] = prepared.version, prepared.scopes
         self._filler.forget()
@@ -156,23 +159,19 @@ class EditedModel:
 
     def clear(self, slot: int) -> None:
         """Make a slot's edits the identity again."""
+        self._rows[slot].zero_()
         for place in self._places.values():
-            place.reset(slot)
+            if isinstance(place, GateSlots):
+                place.firings[slot] = 0
         self.held.pop(slot, None)
         self._scopes.pop(slot, None)
         self._gates.pop(slot, None)
         self._filler.forget()
 
     def digest(self, slot: int) -> str:
-        """sha256 over the contents of a slot at every place: equal on workers that hold the same."""
-        hasher = hashlib.sha256(self.held.get(slot, "").encode())
-        for place, tensors in self._places.items():
-            for name, buffer in tensors.named_buffers():
-                if name == "firings":
-                    continue
-                hasher.update(f"{place}/{name}".encode())
-                hasher.update(buffer[slot : slot + 1].contiguous().cpu().view(torch.uint8).numpy().tobytes())
-        return hasher.hexdigest()
+        """sha256 over what a slot holds: equal on workers that hold the same."""
+        row = self._rows[slot].cpu().numpy().tobytes()
+        return hashlib.sha256(self.held.get(slot, "").encode() + row).hexdigest()
 
     def firings(self, slot: int) -> list[tuple[str, int]]:
         """How often the neurons of each gate in a slot have given something since it was installed, by edit."""

@@ -20,25 +20,24 @@ from edit_store.edits import Array, Edit, Gate, Offset, SubspaceFilter
 from plugin import edit_math
 from plugin.fold import fold_filters
 from plugin.reservation import Room
+from plugin.slot_rows import Columns, Layout
 
 Numbers = Sequence[tuple[Edit, Mapping[str, Array]]]
 """Edits that share one place in one version, in order, each with its arrays."""
 
 
 @dataclass(frozen=True)
-class Made:
-    """How the slot tensors of one place are made."""
+class Shape:
+    """What decides the shapes of one place's slot tensors."""
 
-    slots: int
     room: Room
     reads: int
     writes: int
     dtype: torch.dtype
-    device: torch.device
 
 
 class SlotTensors(nn.Module):
-    """The tensors of one kind at one place, a row for each slot. A row of zeros changes nothing.
+    """The tensors of one kind at one place, of every slot: views of the slots' rows. A row of zeros changes nothing.
 
     `lane` [S] says which row of a step's weights a slot's edit is weighed by; None where no edit is. Called with the
     vectors that the edits read, `x` [T, reads], and each token's slot, [T], it gives what the edits add, in float32.
@@ -46,33 +45,27 @@ class SlotTensors(nn.Module):
 
     lane: Tensor | None
 
-    def __init__(self, made: Made) -> None:
+    def __init__(self, shape: Shape, layout: Layout) -> None:
         super().__init__()
-        self._made = made
+        self._shape = shape
+        self._layout = layout
+        self._columns: dict[str, Columns] = {}
         self._keep("lane", dtype=torch.int32, feature="weighted")
 
-    def reset(self, slot: int) -> None:
-        """Make a slot's edit the identity."""
-        for buffer in self.buffers():
-            buffer[slot] = 0
+    counters = 0
+    """bytes of a slot outside its row"""
 
-    def fold(self, numbers: Numbers) -> dict[str, Tensor]:
-        """What the buffers hold for several edits at once, ready to be copied. Takes its time, so not between steps."""
-        return {
-            name: torch.as_tensor(values).to(self.get_buffer(name).dtype)
-            for name, values in self._values(numbers).items()
-        }
+    def bind(self, rows: Tensor) -> None:
+        """Let the tensors be views of these rows."""
+        for name, columns in self._columns.items():
+            self.register_buffer(name, columns.of(rows), persistent=False)
 
-    def fill(self, slot: int, folded: Mapping[str, Tensor], lane: int) -> None:
-        """Write edits into a neutral slot; ranks they do not use stay neutral."""
-        if self.lane is not None:
-            self.lane[slot] = lane
-        for name, values in folded.items():
-            buffer = self.get_buffer(name)
-            if values.ndim and values.shape[0] < buffer.shape[1]:
-                buffer[slot, : values.shape[0]] = values
-            else:
-                buffer[slot] = values
+    def fill(self, row: Tensor, numbers: Numbers, lane: int) -> None:
+        """Write several edits at once into a row [1, bytes] of zeros. Ranks that they do not use stay zero."""
+        for name, values in {**self._values(numbers), "lane": lane}.items():
+            if name in self._columns:
+                target, source = self._columns[name].of(row)[0], torch.as_tensor(values)
+                (target[: len(source)] if source.ndim else target).copy_(source)
 
     def forward(self, x: Tensor, slots: Tensor, step: Step) -> Tensor:
         weight = self.weight(step, slots)
@@ -88,15 +81,15 @@ class SlotTensors(nn.Module):
         raise NotImplementedError
 
     def _values(self, numbers: Numbers) -> dict[str, Any]:
-        """Values of the buffers for several edits at once, in any type."""
+        """What the tensors hold for several edits at once, in any type; what there are no columns for is left out."""
         raise NotImplementedError
 
     def _keep(self, name: str, *shape: int, dtype: torch.dtype | None = None, feature: str | None = None) -> None:
-        """A buffer of zeros, a row for each slot; None where the place has no room for the `feature` it serves."""
-        made, buffer = self._made, None
-        if feature is None or feature in made.room.features:
-            buffer = torch.zeros(made.slots, *shape, dtype=dtype or made.dtype, device=made.device)
-        self.register_buffer(name, buffer, persistent=False)
+        """Columns for a tensor; None is in its place where there is no room for the `feature` it serves."""
+        if feature is None or feature in self._shape.room.features:
+            self._columns[name] = self._layout.take(shape, dtype or self._shape.dtype)
+        else:
+            self.register_buffer(name, None, persistent=False)
 
 
 class ScaleSlots(SlotTensors):
@@ -104,18 +97,18 @@ class ScaleSlots(SlotTensors):
 
     change: Tensor
 
-    def __init__(self, made: Made) -> None:
-        super().__init__(made)
-        self._keep("change", made.writes, dtype=torch.float32)
+    def __init__(self, shape: Shape, layout: Layout) -> None:
+        super().__init__(shape, layout)
+        self._keep("change", shape.writes, dtype=torch.float32)
 
     def _added(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
         return edit_math.scale(x, self.change, slots)
 
     def _values(self, numbers: Numbers) -> dict[str, Any]:
-        factor = torch.ones(self._made.writes, dtype=torch.float64)
+        factor = torch.ones(self._shape.writes, dtype=torch.float64)
         for _, fields in numbers:
             each = torch.as_tensor(fields["factor"], dtype=torch.float64)
-            factor *= each.repeat_interleave(self._made.writes // len(each))
+            factor *= each.repeat_interleave(self._shape.writes // len(each))
         return {"change": (factor - 1).float()}
 
 
@@ -125,10 +118,10 @@ class LowRankSlots(SlotTensors):
     read: Tensor
     write: Tensor
 
-    def __init__(self, made: Made) -> None:
-        super().__init__(made)
-        self._keep("read", made.room.rank, made.reads)
-        self._keep("write", made.room.rank, made.writes)
+    def __init__(self, shape: Shape, layout: Layout) -> None:
+        super().__init__(shape, layout)
+        self._keep("read", shape.room.rank, shape.reads)
+        self._keep("write", shape.room.rank, shape.writes)
 
     def _added(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
         return edit_math.low_rank(x, self.read, self.write, slots)
@@ -154,18 +147,24 @@ class GateSlots(SlotTensors):
     centre: Tensor
     normalise: Tensor | None
 
-    def __init__(self, made: Made) -> None:
-        super().__init__(made)
-        rank = made.room.rank
-        self._keep("read", rank, made.reads, dtype=torch.float32)
+    def __init__(self, shape: Shape, layout: Layout) -> None:
+        super().__init__(shape, layout)
+        rank = shape.room.rank
+        self._keep("read", rank, shape.reads, dtype=torch.float32)
         self._keep("bias", rank, dtype=torch.float32)
-        self._keep("write", rank, made.writes)
+        self._keep("write", rank, shape.writes)
         self._keep("activation", rank, dtype=torch.int32)
         self._keep("threshold", rank, dtype=torch.float32)
-        self._keep("firings", rank, dtype=torch.int64)
-        self._keep("stretch", made.reads, dtype=torch.float32, feature="normalise")
-        self._keep("centre", made.reads, dtype=torch.float32, feature="normalise")
+        self._keep("stretch", shape.reads, dtype=torch.float32, feature="normalise")
+        self._keep("centre", shape.reads, dtype=torch.float32, feature="normalise")
         self._keep("normalise", dtype=torch.bool, feature="normalise")
+        self.counters = rank * torch.int64.itemsize
+
+    def bind(self, rows: Tensor) -> None:
+        super().bind(rows)
+        # Apart from the rows: a graph that writes to one view of a tensor may not read others of it.
+        counts = torch.zeros(len(rows), self._shape.room.rank, dtype=torch.int64, device=rows.device)
+        self.register_buffer("firings", counts, persistent=False)
 
     def _added(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
         if self.normalise is not None:
@@ -189,7 +188,7 @@ class GateSlots(SlotTensors):
         edit, fields = gates[0]
         if edit.normalise:  # the only one of its place
             weight, bias = (torch.as_tensor(fields[name], dtype=torch.float64) for name in ("norm_weight", "norm_bias"))
-            stretch = 1 / (weight * self._made.reads**0.5)
+            stretch = 1 / (weight * self._shape.reads**0.5)
             centre = bias * stretch + torch.as_tensor(fields["centroid"], dtype=torch.float64)
             values |= {"stretch": stretch.float(), "centre": centre.float(), "normalise": torch.tensor(True)}
         return values
@@ -207,14 +206,14 @@ class SubspaceFilterSlots(SlotTensors):
     drop: Tensor | None
     constant: Tensor
 
-    def __init__(self, made: Made) -> None:
-        super().__init__(made)
-        rank = made.room.rank
-        self._keep("read", rank, made.writes)
+    def __init__(self, shape: Shape, layout: Layout) -> None:
+        super().__init__(shape, layout)
+        rank = shape.room.rank
+        self._keep("read", rank, shape.writes)
         self._keep("shift", rank, dtype=torch.float32)
-        self._keep("write", rank, made.writes, feature="dual")
+        self._keep("write", rank, shape.writes, feature="dual")
         self._keep("drop", dtype=torch.float32, feature="onto")
-        self._keep("constant", made.writes, dtype=torch.float32, feature="onto")
+        self._keep("constant", shape.writes, dtype=torch.float32, feature="onto")
 
     def _added(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
         added = edit_math.subspace_filter(x, self.read, self.write, self.shift, slots)
@@ -224,12 +223,7 @@ class SubspaceFilterSlots(SlotTensors):
 
     def _values(self, numbers: Numbers) -> dict[str, Any]:
         folded = fold_filters([(edit, fields) for edit, fields in numbers if isinstance(edit, SubspaceFilter)])
-        values: dict[str, Any] = {"read": folded.read, "shift": folded.shift}
-        if self.write is not None:
-            values["write"] = folded.write
-        if self.drop is not None:
-            values |= {"drop": folded.drop, "constant": folded.constant}
-        return values
+        return {name: getattr(folded, name) for name in ("read", "shift", "write", "drop", "constant")}
 
 
 class OffsetSlots(SlotTensors):
@@ -238,9 +232,9 @@ class OffsetSlots(SlotTensors):
     vector: Tensor
     renorm: Tensor | None
 
-    def __init__(self, made: Made) -> None:
-        super().__init__(made)
-        self._keep("vector", made.writes)
+    def __init__(self, shape: Shape, layout: Layout) -> None:
+        super().__init__(shape, layout)
+        self._keep("vector", shape.writes)
         self._keep("renorm", dtype=torch.bool, feature="renorm")
 
     def _added(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
@@ -254,10 +248,10 @@ class OffsetSlots(SlotTensors):
         return asked if weight is None else asked & (weight != 0)
 
     def _values(self, numbers: Numbers) -> dict[str, Any]:
-        values: dict[str, Any] = {"vector": sum(torch.as_tensor(fields["vector"]) for _, fields in numbers)}
-        if self.renorm is not None:
-            values["renorm"] = any(isinstance(edit, Offset) and edit.renorm for edit, _ in numbers)
-        return values
+        return {
+            "vector": sum(torch.as_tensor(fields["vector"]) for _, fields in numbers),
+            "renorm": any(isinstance(edit, Offset) and edit.renorm for edit, _ in numbers),
+        }
 
 
 def _stacked(numbers: Numbers, field: str) -> Tensor:

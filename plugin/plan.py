@@ -17,9 +17,10 @@ from edit_store.base_model import CONFIG_FILE
 from edit_store.bundle import BaseModelRef, Manifest
 from edit_store.errors import SettingsError
 from edit_store.sites import Widths
-from plugin.edited_site import SLOT_TENSORS, Made
+from plugin.edited_site import SLOT_TENSORS, Shape
 from plugin.reading import open_reader
 from plugin.reservation import Place, Reservation
+from plugin.slot_rows import Layout
 from server_config.settings import EditSettings
 
 logger = logging.getLogger("vllm.edits")
@@ -59,12 +60,12 @@ class Plan:
 
     @classmethod
     def of(cls, reservation: Reservation, widths: Widths, dtype: torch.dtype) -> Plan:
-        """Counted on the slot tensors themselves, made without storage."""
+        """Counted on the slot tensors themselves, before there are rows for them."""
         sizes = {}
         for place, room in reservation.rooms.items():
-            reads, writes = (widths.of(site.point) for site in (place.reads, place.site))
-            made = SLOT_TENSORS[place.kind](Made(1, room, reads, writes, dtype, torch.device("meta")))
-            sizes[place] = sum(buffer.nbytes for buffer in made.buffers())
+            layout = Layout()
+            shape = Shape(room, widths.of(place.reads.point), widths.of(place.site.point), dtype)
+            sizes[place] = SLOT_TENSORS[place.kind](shape, layout).counters + layout.width
         return cls(sizes)
 
     @property

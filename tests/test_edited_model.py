@@ -570,9 +570,9 @@ def test_logits_of_unknown_tokens_are_refused(inputs: Tensor) -> None:
 
 
 def test_the_reserved_bytes_are_those_of_the_slot_tensors() -> None:
-    """An offset of 8 float32 in each of 4 slots, the base slot among them."""
+    """An offset of 8 float32 in each of 4 slots, the base slot among them; every tensor begins at a cache line."""
     reservation = Reservation({OFFSET: Room()})
-    assert edited_model(TinyModel(), reservation, slots=3).bytes_reserved == 4 * 8 * 4
+    assert edited_model(TinyModel(), reservation, slots=3).bytes_reserved == 4 * 64
 
 
 @pytest.mark.parametrize(

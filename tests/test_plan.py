@@ -97,4 +97,5 @@ def test_ranks_cost_what_they_read_and_write() -> None:
         edit = LowRank(site="layers.1.mlp.out", reads="layers.1.mlp.h", rank=rank)
         return Plan.of(Reservation.for_versions([Version([edit])]), WIDTHS, torch.float32).slot
 
-    assert slot(4) == 4 * slot(1) == 4 * 4 * (WIDTHS.mlp + WIDTHS.hidden)
+    assert slot(4) == 4 * 4 * (WIDTHS.mlp + WIDTHS.hidden)
+    assert slot(8) == 2 * slot(4)
