@@ -73,12 +73,19 @@ class Inputs:
     def make_store(self, folder: str, count: int) -> tuple[list[str], Path]:
         """A new store that promotes `count` variants, no two alike. Returns their names and its folder."""
         path = self.folder / folder
-        shutil.rmtree(path, ignore_errors=True)
+        # A node remembers what it has seen of a store, and would take the new one for a rewritten history.
+        for old in (path, self.node):
+            shutil.rmtree(old, ignore_errors=True)
         store = EditStore(str(path), create=True)
         names = [f"variant-{number:02}" for number in range(count)]
         for name, strength in zip(names, strengths(count), strict=True):
             store.promote(f"{name}@{store.publish(self.version(name, strength))}")
         return names, path
+
+    @property
+    def node(self) -> Path:
+        """The node's memory, for `edits.cache_folder`."""
+        return self.folder / "node"
 
     @property
     def lora_rank(self) -> int:

@@ -61,9 +61,8 @@ def measure_swaps(plan: SwapPlan, inputs: Inputs, progress: Progress) -> list[Sw
     versions = [store.publish(inputs.version(name, strength / 2)) for strength in strengths(plan.swaps)]
     models = ["base", *others][: plan.streams]
     flags = ("--dtype", plan.dtype, "--max-model-len", str(MAX_MODEL_LEN))
-    server = Server.with_edits(
-        inputs.model, folder, inputs.folder / "server.log", *flags, settings={"poll_seconds": 3600}
-    )
+    settings = {"poll_seconds": 3600, "cache_folder": str(inputs.node)}
+    server = Server.with_edits(inputs.model, folder, inputs.folder / "server.log", *flags, settings=settings)
     starting = progress.add_task("starting a server (a first start compiles for minutes)", total=None)
     with server:
         progress.remove_task(starting)

@@ -115,7 +115,7 @@ def _plain_sides(plan: ThroughputPlan, inputs: Inputs) -> dict[str, _Side]:
 
 def _edited(plan: ThroughputPlan, inputs: Inputs, label: str) -> tuple[Engine, list[str]]:
     variants, store = inputs.make_store("store", VARIANTS)
-    settings = {"store": str(store), "slots": VARIANTS}
+    settings = {"store": str(store), "slots": VARIANTS, "cache_folder": str(inputs.node)}
     extra = {"load_format": "edits", "additional_config": {"edits": settings}}
     return _engine(plan, inputs, label, extra, plugins="edits"), variants
 
