@@ -61,9 +61,22 @@ METRICS = (
     Metric("requests_in_flight", "gauge", "Requests being answered.", ("variant",), across_processes="livesum"),
     Metric("slots_total", "gauge", "Versions that fit on the device at once."),
     Metric("slots_used", "gauge", "Versions on the device."),
+    Metric(
+        "version_lookups",
+        "counter",
+        "Requests for a version by where it was found: device, host (ready in the workers' memory), store.",
+        ("found",),
+    ),
+    Metric(
+        "page_in_seconds",
+        "histogram",
+        "Wait of a request for a version that was not on the device, by where it was found.",
+        ("found",),
+        PHASE,
+    ),
     Metric("installs", "counter", "Versions installed on every worker: ok, refused, error.", ("result",)),
     Metric("swaps", "counter", "Promotions and rollbacks followed: ok, refused, error.", ("result",)),
-    Metric("swap_seconds", "histogram", "Swap time by phase: fetch, verify, install, drain.", ("phase",), PHASE),
+    Metric("swap_seconds", "histogram", "Swap time by phase: fetch, verify, stage, install, drain.", ("phase",), PHASE),
     Metric("store_head_age_seconds", "gauge", "Time since the store's heads were last read."),
     Metric("store_errors", "counter", "Looks at the store that failed."),
     Metric("signature_policy", "gauge", "1 for what is done about signatures: require, warn, off.", ("mode",)),
@@ -94,6 +107,8 @@ class Metrics:
     requests_in_flight: Gauge
     slots_total: Gauge
     slots_used: Gauge
+    version_lookups: Counter
+    page_in_seconds: Histogram
     installs: Counter
     swaps: Counter
     swap_seconds: Histogram

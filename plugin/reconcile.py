@@ -27,7 +27,7 @@ from plugin.firings import Firings
 from plugin.lease import Lease
 from plugin.metrics import OTHER, UNKNOWN, Metrics
 from plugin.reservation import Reservation
-from plugin.residency import Residency
+from plugin.residency import Plan, Residency
 from plugin.traits import PLAIN, Traits
 from plugin.variants import BASE, Choice, VariantTable, VersionWanted
 
@@ -109,6 +109,8 @@ class Reconciler:
         self._syncing = asyncio.Lock()
         self._installing = asyncio.Lock()
         self._slot_released = asyncio.Event()
+        self._ready: set[str] = set()  # versions in the memory of every worker, as far as is known
+        self._reading: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         metrics.slots_total.set(slots)
         metrics.signature_policy.labels(reader.trust.enforcement).set(1)
@@ -232,6 +234,8 @@ class Reconciler:
             if missing := self._reservation.missing(bundle.manifest):
                 raise InstallRefused(f"version {swap.to_version[:12]} of {swap.variant!r}", missing)
         self._traits[swap.to_version] = Traits.of(bundle.manifest)
+        with swap.phase("stage", self._metrics):
+            await self._make_ready(swap.to_version)
         # At start there may be more variants than slots: those beyond are paged in by the first request.
         if swap.from_version is not None or self.residency.used < self.residency.slots:
             with swap.phase("install", self._metrics):
@@ -296,37 +300,71 @@ class Reconciler:
             self._sweep()
 
     async def _acquire(self, version: str) -> int:
-        if not self.residency.is_resident(version):
-            return await self._make_resident(version, acquire=True)
-        return self.residency.acquire(version)
+        if self.residency.is_resident(version):
+            self._metrics.version_lookups.labels("device").inc()
+            return self.residency.acquire(version)
+        found, start = "host" if version in self._ready else "store", time.monotonic()
+        slot = await self._make_resident(version, acquire=True)
+        self._metrics.version_lookups.labels(found).inc()
+        self._metrics.page_in_seconds.labels(found).observe(time.monotonic() - start)
+        return slot
 
     async def _make_resident(self, version: str, *, acquire: bool = False) -> int:
         """Install a version on every worker, one install at a time; waits for a slot. Returns its slot."""
+        await self._make_ready(version)  # needs no slot: a slow store keeps nobody else from being paged in
         async with self._installing:
             if not self.residency.is_resident(version):
                 while (plan := self.residency.plan(version)) is None:
                     self._slot_released.clear()
                     await self._slot_released.wait()
                 try:
-                    if plan.evicted is not None:
-                        await self._clear(plan.slot, plan.evicted)
-                    await self._install(plan.slot, version)
+                    await self._install(plan, version)
                 except BaseException as failure:
                     await self._undo(plan.slot, version)
-                    self._metrics.installs.labels("refused" if isinstance(failure, BundleRefused) else "error").inc()
-                    self._count_slots()
+                    self._count_install(failure)
                     raise
+                finally:
+                    if plan.evicted is not None:
+                        self._firings.forget(plan.evicted)
                 self.residency.commit(version)
-                self._metrics.installs.labels("ok").inc()
-                self._count_slots()
+                self._count_install(None)
             return self.residency.acquire(version) if acquire else self.residency.residents()[version].slot
 
-    async def _install(self, slot: int, version: str) -> None:
-        await self._all("edits_stage", version)
-        # Workers read the bundle in threads of their own processes: there is nothing here to wait on but their word.
-        while any("pending" in answer for answer in await self._all("edits_staged", version)):  # noqa: ASYNC110
-            await asyncio.sleep(_STAGING_POLL_SECONDS)
-        digests = {answer["digest"] for answer in await self._all("edits_install", slot, version)}
+    def _count_install(self, failure: BaseException | None) -> None:
+        ended = "ok" if failure is None else "refused" if isinstance(failure, BundleRefused) else "error"
+        self._metrics.installs.labels(ended).inc()
+        self._count_slots()
+
+    async def _make_ready(self, version: str) -> None:
+        """Have every worker read, check and convert a version; all who need the same one wait together."""
+        if version in self._ready:
+            return
+        reading = self._reading.get(version)
+        if reading is None:
+            reading = self._reading[version] = asyncio.get_running_loop().create_task(self._stage(version))
+            reading.add_done_callback(lambda _: self._reading.pop(version))
+        # Whoever gives up waiting does not stop it for the others.
+        await asyncio.shield(reading)
+
+    async def _stage(self, version: str) -> None:
+        try:
+            await self._all("edits_stage", version)
+            # Workers read it in threads of their own processes: there is nothing here to wait on but their word.
+            while any("pending" in answer for answer in await self._all("edits_staged", version)):  # noqa: ASYNC110
+                await asyncio.sleep(_STAGING_POLL_SECONDS)
+        except EditsError as failure:
+            self._count_install(failure)
+            raise
+        self._ready.add(version)
+
+    async def _install(self, plan: Plan, version: str) -> None:
+        answers = await self._all("edits_install", plan.slot, version, plan.evicted)
+        while any("absent" in answer for answer in answers):  # a worker made room for others meanwhile
+            self._ready.discard(version)
+            await self._make_ready(version)
+            answers = await self._all("edits_install", plan.slot, version, plan.evicted)
+        self._count_firings(answers)
+        digests = {answer["digest"] for answer in answers}
         if len(digests) != 1:
             raise EditsError(f"workers disagree on what version {version[:12]} is: {sorted(digests)}")
 
@@ -358,7 +396,7 @@ class Reconciler:
 
     async def _clear(self, slot: int, version: str) -> None:
         """Make a slot neutral on every worker, and count what its gates did last."""
-        self._count_firings(await self._all("edits_clear", slot, version))
+        self._count_firings(await self._all("edits_clear", slot))
         self._firings.forget(version)
 
     async def read_firings(self) -> None:

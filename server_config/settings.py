@@ -87,6 +87,11 @@ class EditSettings(BaseModel):
     cache_bytes: int = Field(
         default=DEFAULT_LIMIT_BYTES, ge=1 << 20, description="size of that folder; the least recently used go first"
     )
+    host_cache_bytes: int = Field(
+        default=1 << 30,
+        ge=0,
+        description="memory of each worker for versions ready to be paged in; the least recently used go first",
+    )
     inner_load_format: str = Field(default="auto", description="vLLM load format that reads the base model's weights")
 
 

@@ -213,47 +213,48 @@ class FakeWorker:
         self.edited = edited_model(TinyModel(), reservation, slots=slots)
         self._store = store
         self._staging_ready = staging_ready
-        self._staged: dict[str, Prepared | None] = {}
+        self.ready: dict[str, Prepared] = {}
 
     def edits_stage(self, version: str) -> Answer:
-        self._staged.setdefault(version, None)
         return {}
 
     def edits_staged(self, version: str) -> Answer:
-        if version not in self._staged:
-            return {"error": f"version {version[:12]} was never staged"}
         if not self._staging_ready.is_set():
             return {"pending": True}
 
         def prepare() -> Answer:
             bundle = self._store.bundle(version)
-            self._staged[version] = self.edited.prepare(version, bundle.manifest, check(bundle, BASE))
+            self.ready[version] = self.edited.prepare(version, bundle.manifest, check(bundle, BASE))
             return {}
 
         return answered(prepare)
 
-    def edits_install(self, slot: int, version: str) -> Answer:
+    def edits_install(self, slot: int, version: str, leaving: str | None) -> Answer:
         def install() -> Answer:
-            prepared = self._staged.pop(version)
-            assert prepared is not None, "installed before it was staged"
-            return {"digest": self.edited.install(slot, prepared)}
+            if self.edited.held.get(slot) == version:
+                return {"digest": self.edited.digest(slot), "firings": []}
+            if version not in self.ready:
+                return {"absent": True}
+            firings = self._firings(slot)
+            if leaving is not None:
+                self.edited.clear(slot)
+            return {"digest": self.edited.install(slot, self.ready[version]), "firings": firings}
 
         return answered(install)
 
     def edits_firings(self) -> Answer:
-        edited = self.edited
-        return {"firings": [[version, *each] for slot, version in edited.held.items() for each in edited.firings(slot)]}
+        return {"firings": [told for slot in self.edited.held for told in self._firings(slot)]}
 
-    def edits_clear(self, slot: int | None, version: str) -> Answer:
+    def edits_clear(self, slot: int) -> Answer:
         def clear() -> Answer:
-            self._staged.pop(version, None)
-            if slot is None:
-                return {"firings": []}
-            firings = [[version, *each] for each in self.edited.firings(slot)]
+            firings = self._firings(slot)
             self.edited.clear(slot)
             return {"firings": firings}
 
         return answered(clear)
+
+    def _firings(self, slot: int) -> list[list[Any]]:
+        return [[self.edited.held[slot], *each] for each in self.edited.firings(slot)]
 
 
 def answered(act: Callable[[], Answer]) -> Answer:
@@ -276,7 +277,8 @@ class FakeWorkers:
     """`Workers`: every call reaches all workers, and calls are carried out one after the other, as the engine does.
 
     `overrides[method]` is asked instead of the worker, with its number and the real act: it may refuse before or after,
-    lie, or raise. While `staging_ready` is cleared, staging takes its time.
+    lie, or raise. While `staging_ready` is cleared, staging takes its time; while an event of `gates` is, that call
+    does. As in the engine, a call whose caller has gone is carried out all the same.
     """
 
     def __init__(self, store: EditStore, reservation: Reservation, *, slots: int, count: int = 2) -> None:
@@ -284,12 +286,18 @@ class FakeWorkers:
         self.staging_ready.set()
         self.workers = [FakeWorker(store, reservation, slots, self.staging_ready) for _ in range(count)]
         self.overrides: dict[str, Callable[[int, Callable[[], Answer]], Answer]] = {}
+        self.gates: dict[str, asyncio.Event] = {}
         self.calls: list[tuple[Any, ...]] = []
         self._engine = asyncio.Lock()
 
     async def call(self, method: str, *args: Any) -> list[Answer]:
+        return await asyncio.shield(asyncio.ensure_future(self._carried_out(method, *args)))
+
+    async def _carried_out(self, method: str, *args: Any) -> list[Answer]:
         async with self._engine:
             await asyncio.sleep(0)
+            if method in self.gates:
+                await self.gates[method].wait()
             self.calls.append((method, *args))
             acts = [functools.partial(getattr(worker, method), *args) for worker in self.workers]
             override = self.overrides.get(method, as_told)

@@ -490,19 +490,56 @@ async def test_a_cancelled_waiter_leaves_nothing_behind(server: Server) -> None:
 
 
 async def test_a_request_cancelled_in_the_middle_of_an_install_leaves_nothing_behind(server: Server) -> None:
-    names = await promote_many(server, 3)
-    publish(server.store, version_of("polite"), "beta")
-    await server.core.sync()
+    names = await promote_many(server, 4)
+    server.workers.gates["edits_install"] = asyncio.Event()
+    gone = asyncio.create_task(server.ask(names[3]))
+    assert not await soon(gone)
+    gone.cancel()
+    server.workers.gates["edits_install"].set()
+    with suppress(asyncio.CancelledError):
+        await gone
+    assert server.core.residency.used == len(server.workers.held) == 2
+    for name in names:
+        assert await server.ask(name) is not None
+    server.check()
+
+
+async def test_a_request_cancelled_while_its_version_is_read_does_not_stop_the_others(server: Server) -> None:
+    await server.promote(version_of("polite"))
+    version = publish(server.store, version_of("polite"), None)
     server.workers.staging_ready.clear()
-    gone = asyncio.create_task(server.ask("polite@beta"))
+    gone, other = (asyncio.create_task(server.ask(f"polite@{version}")) for _ in range(2))
     assert not await soon(gone)
     gone.cancel()
     with suppress(asyncio.CancelledError):
         await gone
     server.workers.staging_ready.set()
-    assert server.core.residency.used == len(server.workers.held) == 2
-    assert await server.ask("polite@beta") is not None
-    assert await server.ask(names[0]) is not None
+    assert await asyncio.wait_for(other, 10) == version
+    assert len([call for call in server.workers.calls if call == ("edits_stage", version)]) == 1
+    server.check()
+
+
+async def test_a_version_that_is_slow_to_read_holds_up_nobody_else(server: Server) -> None:
+    """Neither what is on the device nor what is ready in the workers' memory."""
+    names = await promote_many(server, 4)
+    slow = publish(server.store, version_of(names[0]), None)
+    server.workers.staging_ready.clear()
+    waiting = asyncio.create_task(server.ask(f"{names[0]}@{slow}"))
+    assert not await soon(waiting)
+    for name in (names[3], *names):
+        assert await asyncio.wait_for(server.ask(name), 10) is not None
+    server.workers.staging_ready.set()
+    assert await asyncio.wait_for(waiting, 10) == slow
+    found = {where: server.metric("version_lookups_total", found=where) for where in ("device", "host", "store")}
+    assert (found["store"], sum(found.values())) == (1, 6)
+    assert found["host"] >= 2
+
+
+async def test_a_version_that_a_worker_dropped_is_read_again(server: Server) -> None:
+    """One worker made room for others: its word is enough, and the slot holds the same on all in the end."""
+    names = await promote_many(server, 4)
+    server.workers.workers[1].ready.clear()
+    assert await server.ask(names[3]) is not None
     server.check()
 
 
@@ -582,14 +619,19 @@ async def test_with_the_store_down_a_served_version_can_be_named(server: Server)
 
 
 async def test_with_the_store_down_a_version_that_is_not_there_is_refused(server: Server) -> None:
-    """Never another one in its place."""
-    names = await promote_many(server, 4)
+    """Never another one in its place. What the workers have in memory needs no store."""
+    names = await promote_many(server, 5)
     server.backend.down = ""
     with pytest.raises(StoreUnavailable):
         await server.ask("variant-0@abcdef")
+    assert await server.ask(names[4]) is not None
+    for worker in server.workers.workers:
+        worker.ready.clear()
     with pytest.raises(EditsError):
         await server.ask(names[3])
-    assert await server.ask(names[2]) is not None
+    assert await server.ask(names[4]) is not None
+    await server.core.settle()
+    server.check()
 
 
 async def test_polling_outlives_a_store_that_is_down(server: Server) -> None:

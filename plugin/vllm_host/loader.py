@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,18 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
+from edit_store import verify
 from edit_store.base_model import identify
 from edit_store.bundle import BaseModelRef
 from edit_store.errors import UnsupportedHost
-from plugin.edited_model import EditedModel
+from plugin.edited_model import EditedModel, Prepared
+from plugin.host_cache import HostCache
 from plugin.plan import Plan, reserve
+from plugin.reading import open_reader
 from plugin.vllm_host import compat
 from plugin.vllm_host.architectures import anchors
 from plugin.vllm_host.runner_v2 import use_edits_model_state
-from plugin.vllm_host.worker import EditsWorker, Staging
+from plugin.vllm_host.worker import EditsWorker
 from server_config.settings import KEY, EditSettings, read_settings
 
 logger = logging.getLogger("vllm.edits")
@@ -95,7 +98,7 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
             device=device,
         )
         EditsWorker.extend(resolve_obj_by_qualname(vllm_config.parallel_config.worker_cls))
-        model.loaded_edits = LoadedEdits(edited, base, settings)
+        model.loaded_edits = LoadedEdits(edited, base, _host_cache(edited, base, settings))
         use_edits_model_state(model, model.loaded_edits)
         return model
 
@@ -106,10 +109,17 @@ class LoadedEdits:
 
     edited: EditedModel
     base: BaseModelRef
-    settings: EditSettings
-    staged: dict[str, Staging] = field(default_factory=dict)
+    ready: HostCache
     runner: str = "V1"
     """Which model runner feeds the token slots; the V2 runner's state says so when it is built."""
+
+
+def _host_cache(edited: EditedModel, base: BaseModelRef, settings: EditSettings) -> HostCache:
+    def prepare(version: str) -> Prepared:
+        bundle = open_reader(settings).bundle(version)
+        return edited.prepare(version, bundle.manifest, verify.check(bundle, base))
+
+    return HostCache(prepare, settings.host_cache_bytes)
 
 
 def free_bytes(vllm_config: VllmConfig, device: torch.device) -> int:

@@ -1,34 +1,23 @@
 """What a worker answers when the API process calls it by name: stage, install, clear, describe.
 
 vLLM runs these between two steps of the engine, so each must be short. Reading and checking a version takes longer and
-runs in a thread meanwhile. Every answer is plain data: a refusal is an answer too, so no worker dies of one.
+goes on in the background (`plugin.host_cache`). Every answer is plain data: a refusal is an answer too, so no worker
+dies of one.
 """
 
 from __future__ import annotations
 
-import threading
 import traceback
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from edit_store import verify
 from edit_store.errors import BundleRefused, EditsError
-from plugin.edited_model import Prepared
-from plugin.reading import open_reader
+from plugin.edited_model import EditedModel
 from plugin.vllm_host import runner_v1
 
 if TYPE_CHECKING:
     from plugin.vllm_host.loader import LoadedEdits
 
 Answer = dict[str, Any]
-
-
-@dataclass
-class Staging:
-    """A version being read and checked in the background; `answer` is set last."""
-
-    answer: Answer | None = None
-    prepared: Prepared | None = None
 
 
 class EditsWorker:
@@ -64,28 +53,31 @@ class EditsWorker:
 
     def edits_stage(self, version: str) -> Answer:
         """Begin to read, check and convert a version in the background."""
-        loaded = self._edits()
-        if version not in loaded.staged:
-            loaded.staged[version] = staging = Staging()
-            threading.Thread(target=_stage, args=(loaded, version, staging), daemon=True).start()
+        self._edits().ready.stage(version)
         return {}
 
     def edits_staged(self, version: str) -> Answer:
         """{'pending': True}, or {} when the version is ready to install, or its refusal."""
-        staging = self._edits().staged.get(version)
-        if staging is None:
-            return {"error": f"version {version[:12]} was never staged"}
-        return staging.answer if staging.answer is not None else {"pending": True}
+        return _answer(lambda: {} if self._edits().ready.is_ready(version) else {"pending": True})
 
-    def edits_install(self, slot: int, version: str) -> Answer:
-        """Write a staged version into a free slot; answers the digest of what the slot then holds."""
+    def edits_install(self, slot: int, version: str, leaving: str | None) -> Answer:
+        """Write a staged version into a slot in place of the one that leaves it, if any.
+
+        Answers the digest of what the slot then holds and the last firings of the one that left, or {'absent': True}
+        with nothing changed when the version is no longer ready here. Asked again it answers the same.
+        """
 
         def install() -> Answer:
             loaded = self._edits()
-            prepared = loaded.staged.pop(version).prepared
+            edited, prepared = loaded.edited, loaded.ready.get(version)
+            if edited.held.get(slot) == version:
+                return {"digest": edited.digest(slot), "firings": []}
             if prepared is None:
-                raise ValueError(f"version {version[:12]} is not ready to install")
-            return {"digest": loaded.edited.install(slot, prepared)}
+                return {"absent": True}
+            firings = _firings(edited, slot)
+            if leaving is not None:
+                edited.clear(slot)
+            return {"digest": edited.install(slot, prepared), "firings": firings}
 
         return _answer(install)
 
@@ -94,34 +86,24 @@ class EditsWorker:
 
         def firings() -> Answer:
             edited = self._edits().edited
-            told = [[version, *each] for slot, version in edited.held.items() for each in edited.firings(slot)]
-            return {"firings": told}
+            return {"firings": [told for slot in edited.held for told in _firings(edited, slot)]}
 
         return _answer(firings)
 
-    def edits_clear(self, slot: int | None, version: str) -> Answer:
-        """Forget a version: its staging, and its slot if it had one. Answers its last firings."""
+    def edits_clear(self, slot: int) -> Answer:
+        """Make a slot neutral. Answers the last firings of the version that was there."""
 
         def clear() -> Answer:
-            loaded = self._edits()
-            loaded.staged.pop(version, None)
-            if slot is None:
-                return {"firings": []}
-            firings = [[version, *each] for each in loaded.edited.firings(slot)]
-            loaded.edited.clear(slot)
+            edited = self._edits().edited
+            firings = _firings(edited, slot)
+            edited.clear(slot)
             return {"firings": firings}
 
         return _answer(clear)
 
 
-def _stage(loaded: LoadedEdits, version: str, staging: Staging) -> None:
-    def prepare() -> Answer:
-        bundle = open_reader(loaded.settings).bundle(version)
-        tensors = verify.check(bundle, loaded.base)
-        staging.prepared = loaded.edited.prepare(version, bundle.manifest, tensors)
-        return {}
-
-    staging.answer = _answer(prepare)
+def _firings(edited: EditedModel, slot: int) -> list[list[Any]]:
+    return [[edited.held[slot], *each] for each in edited.firings(slot)]
 
 
 def _answer(act: Any) -> Answer:

@@ -1,0 +1,71 @@
+"""Versions that are ready in a worker's memory, so that paging one in is a copy and not a read. No vLLM here."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from edit_store.errors import EditsError
+from plugin.edited_model import Prepared
+
+
+class HostCache:
+    """Reads, checks and converts versions in the background, and keeps them; the least recently used go first.
+
+    Used from the worker's thread. A version that could not be read is forgotten once that was told, so that the next
+    attempt reads it anew.
+    """
+
+    def __init__(self, prepare: Callable[[str], Prepared], limit_bytes: int) -> None:
+        self._prepare = prepare
+        self._limit_bytes = limit_bytes
+        self._versions: OrderedDict[str, Future[Prepared]] = OrderedDict()
+
+    def stage(self, version: str) -> None:
+        """Begin to read a version, unless it is there or on its way."""
+        if version in self._versions:
+            return
+        future = self._versions[version] = Future()
+
+        def read() -> None:
+            try:
+                future.set_result(self._prepare(version))
+            except BaseException as error:  # noqa: BLE001  told to whoever asks whether it is ready
+                future.set_exception(error)
+
+        # A daemon: a store that does not answer must not keep a worker from ending.
+        threading.Thread(target=read, daemon=True).start()
+
+    def is_ready(self, version: str) -> bool:
+        """Whether a staged version can be installed. Raises what kept it from being read."""
+        future = self._versions.get(version)
+        if future is None:
+            raise EditsError(f"version {version[:12]} was never staged")
+        if not future.done():
+            return False
+        if future.exception() is not None:
+            del self._versions[version]
+        future.result()
+        self._shrink(version)
+        return True
+
+    def get(self, version: str) -> Prepared | None:
+        """A ready version, now the most recently used one; None when it is not here."""
+        future = self._versions.get(version)
+        if future is None or not future.done() or future.exception() is not None:
+            return None
+        self._versions.move_to_end(version)
+        return future.result()
+
+    def _shrink(self, newest: str) -> None:
+        self._versions.move_to_end(newest)
+        ready = [(name, future.result().row.nbytes) for name, future in self._versions.items()
+                 if future.done() and future.exception() is None]  # fmt: skip
+        excess = sum(size for _, size in ready) - self._limit_bytes
+        for name, size in ready[:-1]:
+            if excess <= 0:
+                break
+            del self._versions[name]
+            excess -= size
