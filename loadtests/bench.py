@@ -13,7 +13,6 @@ import subprocess
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,12 +21,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from demo.model import ensure_model
-from edit_store.edits import SERVED_PER_REQUEST
+from loadtests.bench_experiments import EXPERIMENTS, Engines
 from loadtests.bench_inputs import Inputs
-from loadtests.bench_report import show, summarise_kinds, summarise_swaps, summarise_throughput
+from loadtests.bench_report import show, summarise_rates, summarise_swaps
+from loadtests.bench_rounds import run
 from loadtests.bench_sides import SideFailed
 from loadtests.bench_swap import SwapFailed, SwapPlan, measure_swaps
-from loadtests.bench_throughput import ThroughputPlan, measure_throughput
 from loadtests.server import ServerFailed
 
 RESULTS = Path(__file__).parent / "results"
@@ -37,25 +36,35 @@ console = Console(stderr=True, highlight=False)
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 
-class Part(StrEnum):
-    """What to measure."""
+PARTS = [*EXPERIMENTS, "swaps"]
+USUAL = ["demo", "swaps"]
 
-    ALL = "all"
-    THROUGHPUT = "throughput"
-    SWAPS = "swaps"
-    KINDS = "kinds"
+
+def _parts(asked: list[str] | None) -> list[str]:
+    """The parts to measure. A word that names none is refused with what there is."""
+    if unknown := [part for part in asked or () if part not in PARTS]:
+        raise typer.BadParameter(f"{unknown[0]!r} is no part; there are {', '.join(PARTS)}")
+    return asked or USUAL
 
 
 @app.command()
 def main(
     *,
-    part: Annotated[Part, typer.Option("--only", help="measure one part alone")] = Part.ALL,
+    parts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--only",
+            help=f"parts to measure: {', '.join(PARTS)}",
+            show_default=" and ".join(USUAL),
+            callback=_parts,
+            autocompletion=lambda: PARTS,
+        ),
+    ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="few rounds, no noise floor, nothing written: does the bench itself work?")
+        bool, typer.Option("--quick", help="few rounds, nothing written: does the bench itself work?")
     ] = False,
     rounds: Annotated[int, typer.Option(min=3, help="rounds that count; each runs every side once")] = 16,
     swaps: Annotated[int, typer.Option(min=3, help="swaps to measure")] = 15,
-    concurrency: Annotated[int, typer.Option(min=1, max=16, help="requests that run together")] = 8,
     threads: Annotated[
         int, typer.Option(min=0, help="cores of each engine; 0: all but one, as vLLM's own server takes on a CPU")
     ] = 0,
@@ -72,45 +81,37 @@ def main(
 ) -> None:
     """Measure what the plugin costs, side by side in one run, and what a hot swap does to running requests.
 
-    [bold]Throughput.[/bold] Engines stay loaded side by side and take turns: vLLM without the plugin, the same again
-    (the noise floor), with the plugin (first no request edited, then every request on a different variant), and vLLM's
-    LoRA with the same rank-one redirection. What counts is the ratio between sides within a round.
+    [bold]demo.[/bold] Engines stay loaded side by side and take turns: vLLM without the plugin, the same again (the
+    noise floor), with the plugin (first no request edited, then every request on a different variant), and vLLM's LoRA
+    with the same rank-one redirections. What counts is the ratio between sides within a round.
 
-    [bold]Swaps.[/bold] A real server, running streams, a promotion in the store: time to the first answer on the new
+    [bold]swaps.[/bold] A real server, running streams, a promotion in the store: time to the first answer on the new
     version, and the longest time between two tokens with and without a swap.
 
-    [bold]Kinds.[/bold] Only when asked for (--only kinds): an engine for each kind of edit, at every layer, and one
-    with all of them, every request on its own variant, beside vLLM without the plugin.
+    [bold]idle, distinct, kinds, alternatives.[/bold] Only when asked for, as `--only idle`: the plugin left on, at
+    batch 1, 8 and 64; 64 requests on up to 64 versions, of ranks 1, 4 and 16; each kind of edit at every layer; LoRA
+    and an edited checkpoint beside rank one at every layer.
 
     A missed target is shown and written, and does not fail the run. Nothing else should run on the machine meanwhile.
     """
-    throughput = ThroughputPlan(
-        rounds=3 if quick else rounds,
-        concurrency=concurrency,
-        dtype=dtype or native_dtype(),
-        cores=cores_for(threads),
-        noise_floor=not quick,
-    )
     swapping = SwapPlan(swaps=3 if quick else swaps, dtype=dtype or native_dtype())
     signal.signal(signal.SIGTERM, _stopped)
     load = os.getloadavg()[0]
     if load > BUSY:
         console.print(f"[yellow]The machine is busy (load {load:.1f}): the figures will be noisy.[/yellow]")
-    record: dict[str, Any] = {**about(), "load_at_start": round(load, 2), "parameters": {}, "summary": {}}
+    record: dict[str, Any] = {**about(), "load_at_start": round(load, 2), "parameters": {}, "rounds": {}, "summary": {}}
     try:
         with _progress() as progress:
             inputs = _prepare(model or ensure_model(), progress)
-            record["edits"] = inputs.described()
-            if part is Part.KINDS:
-                record["parameters"]["kinds"] = asdict(throughput)
-                record["edits"] = inputs.everywhere(SERVED_PER_REQUEST).described()
-                record["rounds_by_kind"] = measure_throughput(throughput, inputs, progress, SERVED_PER_REQUEST)
-                record["summary"]["kinds"] = summarise_kinds(record["rounds_by_kind"])
-            if part in {Part.ALL, Part.THROUGHPUT}:
-                record["parameters"]["throughput"] = asdict(throughput)
-                record["rounds"] = measure_throughput(throughput, inputs, progress)
-                record["summary"]["throughput"] = summarise_throughput(record["rounds"])
-            if part in {Part.ALL, Part.SWAPS}:
+            for part in (part for part in parts or USUAL if part in EXPERIMENTS):
+                experiment = EXPERIMENTS[part](Engines(inputs, dtype or native_dtype(), cores_for(threads)))
+                found = run(experiment, 3 if quick else rounds, inputs, progress)
+                what = {name: side.what for name, side in experiment.sides.items()}
+                record["parameters"][part] = {"dtype": dtype or native_dtype(), "cores": cores_for(threads),
+                                              "phases": [asdict(phase) for phase in experiment.phases]}  # fmt: skip
+                record["rounds"][part] = found
+                record["summary"][part] = summarise_rates(experiment.what, what, experiment.comparisons, found)
+            if "swaps" in (parts or USUAL):
                 record["parameters"]["swaps"] = asdict(swapping)
                 measured = measure_swaps(swapping, inputs, progress)
                 record["swaps"] = [asdict(swap) for swap in measured]

@@ -56,11 +56,11 @@ class Inputs:
         base = identify(model)
         return cls(model.resolve(), base, demo_edits(model, base, folder / "edits", say), folder.resolve())
 
-    def everywhere(self, kinds: Sequence[str]) -> Self:
+    def everywhere(self, kinds: Sequence[str], rank: int = 1) -> Self:
         """The same with small edits of these kinds at every layer instead, in a folder of their own."""
-        folder = self.folder / "-".join(["everywhere", *kinds])
+        folder = self.folder / "-".join(["everywhere", *kinds, *([str(rank)] if rank > 1 else [])])
         folder.mkdir(exist_ok=True)
-        return replace(self, edits=edits_everywhere(self.base, kinds), folder=folder)
+        return replace(self, edits=edits_everywhere(self.base, kinds, rank), folder=folder)
 
     def described(self) -> list[str]:
         """Kind and site of every edit."""
@@ -115,6 +115,23 @@ class Inputs:
             adapters[folder.name] = str(folder)
         return adapters
 
+    def make_checkpoint(self) -> Path:
+        """The model with the low-rank edits in its weights: W_down + write^T read."""
+        import safetensors.torch
+        import torch
+
+        folder = self.folder / "checkpoint"
+        shutil.copytree(self.model, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+        for path in self.model.glob("*.safetensors"):
+            tensors = safetensors.torch.load_file(path)
+            for edit, fields in self.edits:
+                name = f"model.layers.{Site.parse(edit.site).layer}.mlp.down_proj.weight"
+                if isinstance(edit, LowRank) and name in tensors:
+                    delta = torch.from_numpy(fields["write"]).T @ torch.from_numpy(fields["read"])
+                    tensors[name] = (tensors[name].float() + delta).to(tensors[name].dtype)
+            safetensors.torch.save_file(tensors, folder / path.name, metadata={"format": "pt"})
+        return folder
+
     def random_prompts(self, seed: Sequence[int], requests: int, tokens: int) -> list[list[int]]:
         """Prompts that no other seed gives, so that a prefix cache never knows their beginning."""
         config = json.loads((self.model / "config.json").read_bytes())
@@ -152,23 +169,23 @@ def _digest_of_authoring(base: BaseModelRef) -> str:
     return sha256(canonical_json(base.files) + b"".join(source.read_bytes() for source in sources))
 
 
-_EVERYWHERE: dict[str, Callable[[str], Edit]] = {
-    "scale": lambda layer: Scale(site=layer + "attn.z"),
-    "low_rank": lambda layer: LowRank(site=layer + "mlp.out", reads=layer + "mlp.h", rank=1),
-    "gate": lambda layer: Gate(site=layer + "mlp.out", reads=layer + "mlp.in", rank=1, normalise=True),
-    "subspace_filter": lambda layer: SubspaceFilter(site=layer + "resid", rank=1),
-    "offset": lambda layer: Offset(site=layer + "resid"),
+_EVERYWHERE: dict[str, Callable[[str, int], Edit]] = {
+    "scale": lambda layer, _: Scale(site=layer + "attn.z"),
+    "low_rank": lambda layer, rank: LowRank(site=layer + "mlp.out", reads=layer + "mlp.h", rank=rank),
+    "gate": lambda layer, rank: Gate(site=layer + "mlp.out", reads=layer + "mlp.in", rank=rank, normalise=True),
+    "subspace_filter": lambda layer, rank: SubspaceFilter(site=layer + "resid", rank=rank),
+    "offset": lambda layer, _: Offset(site=layer + "resid"),
 }
-"""Each kind at the site where published methods put it, given `layers.<n>.`."""
+"""Each kind at the site where published methods put it, given `layers.<n>.` and a rank."""
 
 
-def edits_everywhere(base: BaseModelRef, kinds: Sequence[str]) -> Edits:
-    """Kinds at every layer, rank 1, with numbers too small to derail the model."""
+def edits_everywhere(base: BaseModelRef, kinds: Sequence[str], rank: int = 1) -> Edits:
+    """Kinds at every layer, with numbers too small to derail the model."""
     random = np.random.default_rng(0)
     edits: Edits = []
     for layer in range(base.widths.layers):
         for kind in kinds:
-            edit = _EVERYWHERE[kind](f"layers.{layer}.")
+            edit = _EVERYWHERE[kind](f"layers.{layer}.", rank)
             fields = {
                 name: np.asarray(random.normal(size=shape) * 0.01, dtype=np.float32)
                 for name, shape in edit.shapes(base.widths).items()
@@ -176,7 +193,7 @@ def edits_everywhere(base: BaseModelRef, kinds: Sequence[str]) -> Edits:
             if isinstance(edit, Scale):
                 fields["factor"] = 1 + fields["factor"]
             if isinstance(edit, SubspaceFilter):
-                fields["basis"] = fields["basis"] / np.linalg.norm(fields["basis"])
+                fields["basis"] = np.linalg.qr(fields["basis"].T)[0].T
             if isinstance(edit, Gate):
                 fields["norm_weight"] = 1 + fields["norm_weight"]
             edits.append((edit, fields))

@@ -16,18 +16,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-SIDES = {
-    "plain": "vLLM without the plugin",
-    "plain_again": "the same once more: the noise floor",
-    "plugin": "plugin on, no edited request",
-    "edited": "every request on a different variant",
-    "lora": "vLLM's LoRA, the same redirections, one adapter per request",
-    "lora_narrow": "the same, told to look at down_proj only",
-}
-PHASES = ("decode", "prefill")
-
-Round = Mapping[str, Mapping[str, float]]
-"""Tokens per second by side, then phase."""
+Rates = Mapping[str, Mapping[str, float]]
+"""Tokens per second of a round, by side, then phase."""
 
 
 @dataclass(frozen=True)
@@ -86,25 +76,8 @@ class Comparison:
     phase: str
     target: float | None = None
 
-    def of(self, rounds: Sequence[Round]) -> Figure:
+    def of(self, rounds: Sequence[Rates]) -> Figure:
         return Figure.of(each[self.over][self.phase] / each[self.under][self.phase] for each in rounds)
-
-
-COMPARISONS = (
-    Comparison("plain_again", "plain", "decode"),
-    Comparison("plain_again", "plain", "prefill"),
-    Comparison("plugin", "plain", "decode", 0.99),
-    Comparison("plugin", "plain", "prefill", 0.99),
-    Comparison("edited", "plain", "decode", 0.97),
-    Comparison("edited", "plain", "prefill", 0.95),
-    Comparison("edited", "lora", "decode", 3.0),
-    Comparison("edited", "lora", "prefill"),
-    Comparison("edited", "lora_narrow", "decode"),
-    Comparison("edited", "lora_narrow", "prefill"),
-)
-
-
-KIND_TARGETS = {"decode": 0.97, "prefill": 0.95}
 
 
 def verdict(figure: Figure, target: float | None, *, at_most: bool = False) -> str:
@@ -117,27 +90,21 @@ def verdict(figure: Figure, target: float | None, *, at_most: bool = False) -> s
     return word if ends[0] == ends[1] else f"{word}, within noise"
 
 
-def summarise_throughput(rounds: Sequence[Round]) -> dict[str, Any]:
-    """Rates by side and phase, and every comparison whose sides ran."""
-    return _summarise([side for side in SIDES if side in rounds[0]], COMPARISONS, rounds)
-
-
-def summarise_kinds(rounds: Sequence[Round]) -> dict[str, Any]:
-    """The same where there is a side for each kind: each against vLLM without the plugin."""
-    kinds = [side for side in rounds[0] if side not in SIDES]
-    compared = [Comparison(kind, "plain", phase, target) for kind in kinds for phase, target in KIND_TARGETS.items()]
-    return _summarise(list(rounds[0]), [*COMPARISONS, *compared], rounds)
-
-
-def _summarise(sides: Sequence[str], comparisons: Iterable[Comparison], rounds: Sequence[Round]) -> dict[str, Any]:
+def summarise_rates(
+    what: str, sides: Mapping[str, str], comparisons: Iterable[Comparison], rounds: Sequence[Rates]
+) -> dict[str, Any]:
+    """Rates by side and phase, and every comparison; `sides` says of each what it is."""
+    phases = {side: sorted(rates) for side, rates in rounds[0].items()}
     return {
+        "what": what,
+        "sides": dict(sides),
         "tokens_per_second": {
-            side: {phase: asdict(Figure.of(each[side][phase] for each in rounds)) for phase in PHASES} for side in sides
+            side: {phase: asdict(Figure.of(each[side][phase] for each in rounds)) for phase in phases[side]}
+            for side in sides
         },
         "ratios": [
             {**asdict(compared), **asdict(figure), "verdict": verdict(figure, compared.target)}
             for compared in comparisons
-            if {compared.over, compared.under} <= set(sides)
             for figure in [compared.of(rounds)]
         ],
     }
@@ -188,24 +155,24 @@ def summarise_swaps(swaps: Sequence[Swap]) -> dict[str, Any]:
 
 def show(summary: Mapping[str, Any], console: Console) -> None:
     """Print a run's summary as tables."""
-    if "throughput" in summary:
-        _show_rates(summary["throughput"], console)
-        _show_ratios(summary["throughput"]["ratios"], console)
-    if "kinds" in summary:
-        _show_rates(summary["kinds"], console)
-        _show_ratios(summary["kinds"]["ratios"], console)
+    for part in summary.values():
+        if "ratios" in part:
+            _show_rates(part, console)
+            _show_ratios(part["ratios"], console)
     if "swaps" in summary:
         _show_swaps(summary["swaps"], console)
 
 
-def _show_rates(throughput: Mapping[str, Any], console: Console) -> None:
-    table = Table("side", "", *(f"{phase} tok/s" for phase in PHASES), title="Throughput: median (range)")
-    for side, rates in throughput["tokens_per_second"].items():
+def _show_rates(part: Mapping[str, Any], console: Console) -> None:
+    phases = list(dict.fromkeys(phase for rates in part["tokens_per_second"].values() for phase in rates))
+    table = Table("side", "", *phases, title=f"{part['what']}: median tokens per second (range)")
+    for side, rates in part["tokens_per_second"].items():
         cells = (
-            f"{rate['median']:.0f} ({rate['smallest']:.0f}–{rate['largest']:.0f})"
-            for rate in (rates[phase] for phase in PHASES)
-        )
-        table.add_row(side, SIDES.get(side, "at every layer, each request on its own variant"), *cells)
+            f"{rates[phase]['median']:.0f} ({rates[phase]['smallest']:.0f}–{rates[phase]['largest']:.0f})"
+            if phase in rates else ""
+            for phase in phases
+        )  # fmt: skip
+        table.add_row(side, part["sides"][side], *cells)
     console.print(table)
 
 

@@ -1,0 +1,187 @@
+"""The experiments of the benchmark: which engines stand side by side, and what they are held against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from edit_store.edits import SERVED_PER_REQUEST
+from loadtests.bench_inputs import Inputs
+from loadtests.bench_report import Comparison
+from loadtests.bench_rounds import Experiment, Phase, Side
+from loadtests.bench_sides import Engine
+
+KV_CACHE_BYTES = 1 << 28
+MAX_MODEL_LEN = 2048
+IDLE, DECODE, PREFILL, HIGH_RANK, OF_LORA = 0.99, 0.97, 0.95, 0.93, 3.0
+"""The least that is asked for, relative to the other side."""
+NOISE = "the same once more: the noise floor"
+
+
+@dataclass(frozen=True)
+class Engines:
+    """Makes engines that differ in nothing but what is compared."""
+
+    inputs: Inputs
+    dtype: str
+    cores: Sequence[int]
+
+    def plain(self, label: str = "plain") -> Engine:
+        """vLLM without the plugin."""
+        return self._engine(label, {})
+
+    def checkpoint(self, inputs: Inputs) -> Engine:
+        """The same with the edits in its weights: one variant, at no cost at all."""
+        return self._engine("checkpoint", {"model": str(inputs.make_checkpoint())})
+
+    def edited(self, inputs: Inputs, label: str, variants: int) -> tuple[Engine, list[str]]:
+        """vLLM with the plugin, and the names of so many variants, no two alike."""
+        names, store = inputs.make_store("store", variants)
+        settings = {"store": str(store), "slots": variants, "cache_folder": str(inputs.node)}
+        extra = {"load_format": "edits", "additional_config": {"edits": settings}}
+        return self._engine(label, extra, plugins="edits", log=inputs.folder / f"{label}.log"), names
+
+    def lora(self, inputs: Inputs, label: str, adapters: int, modules: Sequence[str] = ()) -> tuple[Engine, list[str]]:
+        """vLLM's LoRA with the low-rank edits as adapters; it never has to page one in."""
+        found = inputs.make_adapters(adapters)
+        extra: dict[str, Any] = {"enable_lora": True, "max_loras": adapters, "max_lora_rank": inputs.lora_rank}
+        if modules:
+            extra["lora_target_modules"] = list(modules)
+        return self._engine(label, extra, adapters=found), list(found)
+
+    def _engine(self, label: str, extra: Mapping[str, Any], **options: Any) -> Engine:
+        arguments = {
+            "model": str(self.inputs.model), "dtype": self.dtype, "seed": 0, "max_model_len": MAX_MODEL_LEN,
+            "max_num_batched_tokens": MAX_MODEL_LEN, "kv_cache_memory_bytes": KV_CACHE_BYTES, **extra,
+        }  # fmt: skip
+        return Engine(label, arguments, options.pop("log", self.inputs.folder / f"{label}.log"), self.cores, **options)
+
+
+def batch(requests: int) -> list[Phase]:
+    """Decoding and prefill of that many requests at once, the prefill in one step."""
+    tokens = 16 if requests > 16 else 64
+    return [
+        Phase(f"decode x{requests}", requests, 16, tokens),
+        Phase(f"prefill x{requests}", requests, min(256, MAX_MODEL_LEN // requests)),
+    ]
+
+
+def against(
+    over: str, under: str, phases: Sequence[Phase], decode: float | None, prefill: float | None
+) -> list[Comparison]:
+    """One side over another in every phase, with the least that is asked for."""
+    return [Comparison(over, under, phase.name, prefill if phase.tokens == 1 else decode) for phase in phases]
+
+
+def demo(engines: Engines) -> Experiment:
+    """The demo's edits: what the plugin costs idle and at work, and LoRA with the same redirections."""
+    inputs, phases = engines.inputs, batch(8)
+    engine, variants = engines.edited(inputs, "plugin", 16)
+    lora, adapters = engines.lora(inputs, "lora", 8)
+    narrow, _ = engines.lora(inputs, "lora_narrow", 8, ["down_proj"])
+    return Experiment(
+        "The demo's nine edits, eight requests at once",
+        {
+            "plain": Side("vLLM without the plugin", engines.plain(), [None]),
+            "plain again": Side(NOISE, engines.plain("plain_again"), [None]),
+            "plugin": Side("plugin on, no edited request", engine, [None]),
+            "edited": Side("every request on a different variant", engine, variants),
+            "lora": Side("vLLM's LoRA, the same redirections, one adapter per request", lora, adapters),
+            "lora narrow": Side("the same, told to look at down_proj only", narrow, adapters),
+        },
+        phases,
+        [
+            *against("plain again", "plain", phases, None, None),
+            *against("plugin", "plain", phases, IDLE, IDLE),
+            *against("edited", "plain", phases, DECODE, PREFILL),
+            *against("edited", "lora", phases, OF_LORA, None),
+            *against("edited", "lora narrow", phases, None, None),
+        ],
+    )
+
+
+def kinds(engines: Engines) -> Experiment:
+    """Each kind of edit at every layer, and all of them, every request on a variant of its own."""
+    phases = batch(8)
+    sides = {
+        "plain": Side("vLLM without the plugin", engines.plain(), [None]),
+        "plain again": Side(NOISE, engines.plain("plain_again"), [None]),
+    }
+    for label, chosen in {**{kind: [kind] for kind in SERVED_PER_REQUEST}, "all kinds": SERVED_PER_REQUEST}.items():
+        engine, variants = engines.edited(engines.inputs.everywhere(chosen), label.replace(" ", "_"), 16)
+        sides[label] = Side("at every layer, each request on its own variant", engine, variants)
+    compared = [each for side in sides if not side.startswith("plain")
+                for each in against(side, "plain", phases, DECODE, PREFILL)]  # fmt: skip
+    noise = against("plain again", "plain", phases, None, None)
+    return Experiment("Each kind at every layer, eight requests at once", sides, phases, [*noise, *compared])
+
+
+def idle(engines: Engines) -> Experiment:
+    """What it costs to leave the plugin on, with room for all kinds at every layer and no edited request."""
+    phases = [phase for requests in (1, 8, 64) for phase in batch(requests)]
+    engine, _ = engines.edited(engines.inputs.everywhere(SERVED_PER_REQUEST), "all_kinds", 16)
+    sides = {
+        "plain": Side("vLLM without the plugin", engines.plain(), [None]),
+        "plain again": Side(NOISE, engines.plain("plain_again"), [None]),
+        "idle": Side("all kinds reserved at every layer, no edited request", engine, [None]),
+    }
+    return Experiment(
+        "Plugin on, no edited request, by batch size", sides, phases,
+        [*against("plain again", "plain", phases, None, None), *against("idle", "plain", phases, IDLE, IDLE)],
+    )  # fmt: skip
+
+
+def distinct(engines: Engines) -> Experiment:
+    """64 requests at once on K distinct versions, for ranks 1, 4 and 16 at every layer, and for all kinds."""
+    phases, requests = batch(64), 64
+    sides = {
+        "plain": Side("vLLM without the plugin", engines.plain(), [None]),
+        "plain again": Side(NOISE, engines.plain("plain_again"), [None]),
+    }
+    comparisons = against("plain again", "plain", phases, None, None)
+    for rank, counts in ((1, (0, 1, 8, 32, 64)), (4, (64,)), (16, (1, 64))):
+        inputs = engines.inputs.everywhere(["low_rank"], rank)
+        engine, variants = engines.edited(inputs, f"rank_{rank}", requests)
+        for count in counts:
+            side = f"rank {rank}, K={count}"
+            sides[side] = Side(f"low rank at every layer, {count} versions", engine, variants[:count] or [None])
+            least = (HIGH_RANK, HIGH_RANK) if rank > 4 else (DECODE, PREFILL)
+            comparisons += against(side, "plain", phases, *least)
+    engine, variants = engines.edited(engines.inputs.everywhere(SERVED_PER_REQUEST), "all_kinds", requests)
+    sides["all kinds, K=64"] = Side("every kind at every layer, 64 versions", engine, variants)
+    comparisons += against("all kinds, K=64", "plain", phases, DECODE, PREFILL)
+    return Experiment("64 requests at once, on K distinct versions", sides, phases, comparisons)
+
+
+def alternatives(engines: Engines) -> Experiment:
+    """Rank one at every layer: the plugin, LoRA with the same updates, and a checkpoint with one of them in it."""
+    phases, inputs = batch(8), engines.inputs.everywhere(["low_rank"])
+    engine, variants = engines.edited(inputs, "low_rank", 16)
+    lora, adapters = engines.lora(inputs, "lora", 8)
+    narrow, _ = engines.lora(inputs, "lora_narrow", 8, ["down_proj"])
+    return Experiment(
+        "Rank one at every layer, eight requests at once",
+        {
+            "checkpoint": Side(
+                "the edit in the weights of a checkpoint: one variant", engines.checkpoint(inputs), [None]
+            ),
+            "plain": Side("vLLM without the plugin: the noise floor", engines.plain(), [None]),
+            "edited": Side("every request on a different variant", engine, variants),
+            "lora": Side("vLLM's LoRA, the same updates, one adapter per request", lora, adapters),
+            "lora narrow": Side("the same, told to look at down_proj only", narrow, adapters),
+        },
+        phases,
+        [
+            *against("plain", "checkpoint", phases, None, None),
+            *against("edited", "checkpoint", phases, 0.98, None),
+            *against("edited", "lora", phases, OF_LORA, None),
+            *against("edited", "lora narrow", phases, None, None),
+        ],
+    )
+
+
+EXPERIMENTS: Mapping[str, Callable[[Engines], Experiment]] = {
+    "demo": demo, "kinds": kinds, "idle": idle, "distinct": distinct, "alternatives": alternatives,
+}  # fmt: skip
+"""By the name that --only takes."""

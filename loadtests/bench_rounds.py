@@ -1,0 +1,86 @@
+"""Engines side by side: they stay loaded and take turns in rounds, one at work at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from rich.progress import Progress
+
+from loadtests.bench_inputs import Inputs
+from loadtests.bench_report import Comparison, Rates, decode_rate, prefill_rate
+from loadtests.bench_sides import Batch, Engine
+
+WARM_UP_ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A batch that is timed: with `tokens` of 1 its prefill, in tokens of prompts per second, else its decoding."""
+
+    name: str
+    requests: int
+    prompt_tokens: int
+    tokens: int = 1
+
+
+@dataclass(frozen=True)
+class Side:
+    """What is compared: an engine, and who answers. Each request of a batch takes the next of `names` (None: base)."""
+
+    what: str
+    engine: Engine
+    names: Sequence[str | None]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Sides and phases, and what is to be made of their rates."""
+
+    what: str
+    sides: Mapping[str, Side]
+    phases: Sequence[Phase]
+    comparisons: Sequence[Comparison]
+
+
+def run(experiment: Experiment, rounds: int, inputs: Inputs, progress: Progress) -> list[Rates]:
+    """Tokens per second by side and phase, for every round that counts."""
+    sides, counted = experiment.sides, list[Rates]()
+    with ExitStack() as running:
+        engines = list({id(side.engine): side.engine for side in sides.values()}.values())
+        starting = progress.add_task("", total=len(engines))
+        for engine in engines:
+            progress.update(starting, description=f"starting {engine.label} (a first start compiles for minutes)")
+            running.enter_context(engine)
+            progress.advance(starting)
+        progress.remove_task(starting)
+        total = (WARM_UP_ROUNDS + rounds) * len(experiment.phases) * len(sides)
+        task = progress.add_task("", total=total)
+        for number in range(WARM_UP_ROUNDS + rounds):
+            rates: dict[str, dict[str, float]] = {name: {} for name in sides}
+            what = "warm-up" if number < WARM_UP_ROUNDS else f"round {number + 1 - WARM_UP_ROUNDS}"
+            for index, phase in enumerate(experiment.phases):
+                for name in turns(list(sides), number):
+                    progress.update(task, description=f"{what}: {phase.name}, {name}")
+                    rates[name][phase.name] = _rate(inputs, sides[name], phase, (number, index))
+                    progress.advance(task)
+            if number >= WARM_UP_ROUNDS:
+                counted.append(rates)
+        progress.remove_task(task)
+    return counted
+
+
+def turns(sides: Sequence[str], number: int) -> list[str]:
+    """The order of a round: each time another side begins, and after all have begun once, backwards."""
+    start = number % len(sides)
+    order = [*sides[start:], *sides[:start]]
+    return order[::-1] if number // len(sides) % 2 else order
+
+
+def _rate(inputs: Inputs, side: Side, phase: Phase, seed: tuple[int, int]) -> float:
+    prompts = inputs.random_prompts(seed, phase.requests, phase.prompt_tokens)
+    first = seed[0] * phase.requests
+    names = [side.names[(first + index) % len(side.names)] for index in range(phase.requests)]
+    times = side.engine.run(Batch(prompts, names, phase.tokens))
+    return prefill_rate(times) if phase.tokens == 1 else decode_rate(times)
