@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from demo.model import ensure_model
 from loadtests.bench_experiments import EXPERIMENTS, Engines
 from loadtests.bench_inputs import Inputs
+from loadtests.bench_paging import PagingPlan, measure_paging
 from loadtests.bench_report import show, summarise_rates, summarise_swaps
 from loadtests.bench_rounds import run
 from loadtests.bench_sides import SideFailed
@@ -36,8 +37,9 @@ console = Console(stderr=True, highlight=False)
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 
-PARTS = [*EXPERIMENTS, "swaps"]
+PARTS = [*EXPERIMENTS, "swaps", "paging"]
 USUAL = ["demo", "swaps"]
+QUICK_PAGING = {"versions": 30, "slots": 8, "single": 5, "requests": 60}
 
 
 def _parts(asked: list[str] | None) -> list[str]:
@@ -92,6 +94,9 @@ def main(
     batch 1, 8 and 64; 64 requests on up to 64 versions, of ranks 1, 4 and 16; each kind of edit at every layer; LoRA
     and an edited checkpoint beside rank one at every layer.
 
+    [bold]paging.[/bold] A thousand variants and 64 slots: what a version that is not on the device costs, and how often
+    that happens.
+
     A missed target is shown and written, and does not fail the run. Nothing else should run on the machine meanwhile.
     """
     swapping = SwapPlan(swaps=3 if quick else swaps, dtype=dtype or native_dtype())
@@ -116,6 +121,10 @@ def main(
                 measured = measure_swaps(swapping, inputs, progress)
                 record["swaps"] = [asdict(swap) for swap in measured]
                 record["summary"]["swaps"] = summarise_swaps(measured)
+            if "paging" in (parts or USUAL):
+                paging = PagingPlan(dtype or native_dtype(), **(QUICK_PAGING if quick else {}))
+                record["parameters"]["paging"] = asdict(paging)
+                record["summary"]["paging"] = measure_paging(paging, inputs.everywhere(["low_rank"]), progress)
     except (SideFailed, ServerFailed, SwapFailed) as failure:
         console.print("[red]Not measured.[/red]")
         console.print(str(failure), markup=False)

@@ -161,6 +161,8 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
             _show_ratios(part["ratios"], console)
     if "swaps" in summary:
         _show_swaps(summary["swaps"], console)
+    if "paging" in summary:
+        _show_paging(summary["paging"], console)
 
 
 def _show_rates(part: Mapping[str, Any], console: Console) -> None:
@@ -203,6 +205,23 @@ def _show_swaps(swaps: Mapping[str, Any], console: Console) -> None:
     add("longest time between two tokens, no swap", seconds["calm_stall"])
     add("longest time between two tokens, swap", seconds["stall"])
     add("  how much longer with a swap", extra, f"≤ {extra['target'] * 1000:.1f}", extra["verdict"])
+    console.print(table)
+
+
+def _show_paging(paging: Mapping[str, Any], console: Console) -> None:
+    seconds, miss = paging["singles"]["seconds"], paging["singles"]["miss"]
+    table = Table("to the first token, one request at a time", "median", "range", "target", "", title="In milliseconds")
+    for label, row in seconds.items():
+        table.add_row(label, f"{row['median'] * 1e3:.1f}", f"{row['smallest'] * 1e3:.1f}–{row['largest'] * 1e3:.1f}")
+    spread = f"{miss['low'] * 1e3:.1f}–{miss['high'] * 1e3:.1f} (95 %)"
+    target, word = f"≤ {miss['target'] * 1e3:.1f}", _coloured(miss["verdict"])
+    table.add_row("  what a miss adds", f"{miss['median'] * 1e3:.1f}", spread, target, word)
+    console.print(table)
+    table = Table("traffic", "requests", "found on the device", "mean wait for the others, ms", title="Paging")
+    for label in (label for label in paging if label != "singles"):
+        row = paging[label]
+        waits = ", ".join(f"{found} {wait * 1e3:.0f}" for found, wait in row["mean_wait"].items())
+        table.add_row(label, str(row["requests"]), f"{row['hit_rate']:.1%}", waits)
     console.print(table)
 
 

@@ -22,6 +22,7 @@ class Answer:
     finish: str = ""
     error: str = ""
     started: float = 0.0
+    ended: float = 0.0
     token_times: list[float] = field(default_factory=list)
 
     @property
@@ -38,7 +39,9 @@ class Answer:
         )
 
 
-async def stream(client: httpx.AsyncClient, model: str, prompt: str, max_tokens: int, **options: Any) -> Answer:
+async def stream(
+    client: httpx.AsyncClient, model: str, prompt: str | list[int], max_tokens: int, **options: Any
+) -> Answer:
     """One streamed completion; trouble is recorded in the answer, never raised."""
     answer = Answer(model, started=time.monotonic())
     body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True, **options}
@@ -54,6 +57,7 @@ async def stream(client: httpx.AsyncClient, model: str, prompt: str, max_tokens:
                 _take(answer, line)
     except httpx.HTTPError as error:
         answer.error = repr(error)
+    answer.ended = time.monotonic()
     return answer
 
 
