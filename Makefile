@@ -15,7 +15,7 @@ export PYTHON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all parity check bench bench-store lock clean
+.PHONY: help setup demo test test-all parity check bench bench-store soak lock clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ bench: $(READY) ## measure throughput and swaps, and write loadtests/results/
 
 bench-store: $(PROJECT) ## measure the store on a folder and on an object store, and write loadtests/results/
 	$(BIN)/python -m loadtests.bench_store $(ARGS)
+
+soak: $(READY) ## load a server from all sides for minutes, and hold every answer against what it may be
+	$(BIN)/python -m loadtests.soak $(ARGS)
 
 lock: $(PACKAGES) ## resolve requirements/*.txt anew (ARGS=--upgrade for the newest)
 	PATH=$(BIN):$$PATH requirements/lock $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ class Answer:
     started: float = 0.0
     ended: float = 0.0
     token_times: list[float] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    """where the request asked for them (return_token_ids)"""
 
     @property
     def complete(self) -> bool:
@@ -40,9 +43,13 @@ class Answer:
 
 
 async def stream(
-    client: httpx.AsyncClient, model: str, prompt: str | list[int], max_tokens: int, **options: Any
-) -> Answer:
-    """One streamed completion; trouble is recorded in the answer, never raised."""
+    client: httpx.AsyncClient, model: str, prompt: str | list[int], max_tokens: int, *, leave_after: int | None = None,
+    pause: float = 0.0, **options: Any,
+) -> Answer:  # fmt: skip
+    """One streamed completion; trouble is recorded in the answer, never raised.
+
+    leave_after: go away in the middle, after so many events; pause: seconds between reading one event and the next
+    """
     answer = Answer(model, started=time.monotonic())
     body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True, **options}
     try:
@@ -53,8 +60,13 @@ async def stream(
             if response.status_code != httpx.codes.OK:
                 answer.error = (await response.aread()).decode()
                 return answer
+            events = 0
             async for line in response.aiter_lines():
                 _take(answer, line)
+                events += bool(line)
+                if events == leave_after:
+                    break
+                await asyncio.sleep(pause)
     except httpx.HTTPError as error:
         answer.error = repr(error)
     answer.ended = time.monotonic()
@@ -69,6 +81,7 @@ def _take(answer: Answer, line: str) -> None:
         answer.error = json.dumps(event["error"])
         return
     for choice in event["choices"]:
+        answer.token_ids += choice.get("token_ids") or ()
         if choice["text"]:
             answer.text += choice["text"]
             answer.token_times.append(time.monotonic())

@@ -44,6 +44,8 @@ class SlotTensors(nn.Module):
     """
 
     lane: Tensor | None
+    counters = 0
+    """bytes of a slot outside its row"""
 
     def __init__(self, shape: Shape, layout: Layout) -> None:
         super().__init__()
@@ -51,9 +53,6 @@ class SlotTensors(nn.Module):
         self._layout = layout
         self._columns: dict[str, Columns] = {}
         self._keep("lane", dtype=torch.int32, feature="weighted")
-
-    counters = 0
-    """bytes of a slot outside its row"""
 
     def bind(self, rows: Tensor) -> None:
         """Let the tensors be views of these rows."""
