@@ -29,17 +29,19 @@ class _Request:
 def use_edits_model_state(model: Any, loaded: LoadedEdits) -> None:
     """Make the V2 runner keep the state it would have kept for this model, with token slots added."""
     if hasattr(model, "get_model_state_cls"):
-        state_class = _with_token_slots(model.get_model_state_cls(), loaded)
+        state_class = with_token_slots(model.get_model_state_cls(), loaded)
     else:
         try:
             from vllm.v1.worker.gpu.model_states.default import DefaultModelState
         except ImportError:  # this build has no V2 runner: V1 attaches later
             return
-        state_class = _with_token_slots(DefaultModelState, loaded)
+        state_class = with_token_slots(DefaultModelState, loaded)
     model.get_model_state_cls = lambda: state_class
 
 
-def _with_token_slots(base: Any, loaded: LoadedEdits) -> type:
+def with_token_slots(base: Any, loaded: LoadedEdits) -> type:
+    """A subclass of a V2 ModelState that fills the token slots of `loaded`."""
+
     class EditsModelState(base):  # type: ignore[misc]
         """A model state that also says, before each step, which slot every token belongs to."""
 

@@ -1,0 +1,97 @@
+"""The V2 runner's side of the seam: what it tells a ModelState becomes token slots. Its caller here stands for vLLM."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from edit_store import Offset, Scope
+from edit_store.errors import UnsupportedHost
+from plugin.claim import CLAIM
+from plugin.edited_model import EditedModel
+from plugin.reservation import Reservation
+from plugin.vllm_host.runner_v2 import with_token_slots
+from tests.conftest import bundle_of
+from tests.fakes import BASE, TinyModel, edited_model
+from tests.parity import random_numbers
+from tests.test_edited_model import install
+
+
+class ModelState:
+    """As much of vLLM's as the seam touches; what it was told is kept."""
+
+    def __init__(self, told: list[str]) -> None:
+        self.told = told
+
+    def add_request(self, req_index: int, new_req_data: Any) -> None:
+        self.told.append(f"add {new_req_data.req_id} at {req_index}")
+
+    def remove_request(self, req_id: str) -> None:
+        self.told.append(f"remove {req_id}")
+
+    def prepare_inputs(self, input_batch: Any, req_states: Any) -> str:
+        self.told.append("prepare")
+        return "inputs"
+
+
+def request(name: str, claim: Any, prompt: int) -> Any:
+    arguments = {"somebody": "else's", **({CLAIM: claim} if claim else {})}
+    return SimpleNamespace(
+        req_id=name, prompt_token_ids=[1] * prompt, sampling_params=SimpleNamespace(extra_args=arguments)
+    )
+
+
+def batch(*rows: tuple[str, int, int]) -> Any:
+    """Rows of name, tokens in the step, tokens before it."""
+    names, tokens, starts = zip(*rows, strict=True)
+    return SimpleNamespace(
+        req_ids=list(names), num_scheduled_tokens=np.array(tokens, dtype=np.int32),
+        num_computed_tokens_np=np.array(starts, dtype=np.int32), input_ids=torch.zeros(32, dtype=torch.int64),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def edited() -> EditedModel:
+    """Slot 1 holds a version for generated tokens."""
+    edit = Offset(site="layers.1.resid", scope=Scope(phase="generated"))
+    bundle = bundle_of("late", BASE, [(edit, random_numbers(edit, BASE, 1))])
+    made = edited_model(TinyModel(), Reservation.for_versions([bundle.manifest]), slots=2)
+    install(made, 1, bundle)
+    return made
+
+
+def test_slots_and_weights_follow_the_runners_batches(edited: EditedModel) -> None:
+    """And vLLM's own state is told of everything, and its inputs are what the runner gets."""
+    told: list[str] = []
+    state: Any = with_token_slots(ModelState, SimpleNamespace(edited=edited))(told)  # type: ignore[arg-type]
+    state.add_request(0, request("plain", None, 3))
+    state.add_request(1, request("late", [1, edited.held[1], 0.5], 2))
+    assert state.prepare_inputs(batch(("plain", 3, 0), ("late", 2, 0)), None) == "inputs"
+    assert edited.step.slots[:6].tolist() == [0, 0, 0, 1, 1, 0]
+    assert edited.step.weights[1, 3:5].tolist() == [0, 0], "its prompt"
+    state.prepare_inputs(batch(("late", 1, 2), ("plain", 1, 3)), None)
+    assert edited.step.slots[:5].tolist() == [1, 0, 0, 0, 0]
+    assert edited.step.weights[1, 0] == 0.5
+    state.remove_request("late")
+    state.prepare_inputs(batch(("plain", 1, 4)), None)
+    assert not edited.step.slots.any()
+    assert told == ["add plain at 0", "add late at 1", "prepare", "prepare", "remove late", "prepare"]
+
+
+def test_a_request_that_the_state_was_not_told_of_stops_the_step(edited: EditedModel) -> None:
+    """Rather than being served by the base model."""
+    state: Any = with_token_slots(ModelState, SimpleNamespace(edited=edited))([])  # type: ignore[arg-type]
+    with pytest.raises(KeyError):
+        state.prepare_inputs(batch(("stranger", 1, 0)), None)
+
+
+def test_edits_at_logits_are_refused() -> None:
+    edit = Offset(site="logits")
+    bundle = bundle_of("loud", BASE, [(edit, random_numbers(edit, BASE, 1))])
+    made = edited_model(TinyModel(), Reservation.for_versions([bundle.manifest]), slots=1)
+    with pytest.raises(UnsupportedHost, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+        with_token_slots(ModelState, SimpleNamespace(edited=made))([])  # type: ignore[arg-type]
