@@ -128,6 +128,7 @@ def main(
 ) -> None:
     """Load a server from all sides, and hold every answer against what it may be."""
     with TemporaryDirectory() as folder, moto(Path(folder)) as environment:
+        os.environ.update(environment)
         found = run(
             model or ensure_model(), Path(folder), environment, seconds=seconds, rate=rate, slots=slots, seed=seed
         )
@@ -144,7 +145,6 @@ def run(
     model: Path, folder: Path, environment: Mapping[str, str], *, seconds: float, rate: float, slots: int, seed: int
 ) -> dict[str, Any]:
     """The whole soak; what is in `wrong`, `failed` and `miscounted` should not be."""
-    os.environ.update(environment)
     store = EditStore("s3://edits/soak", create=True)
     base = identify(model)
     versions = publish(store, model, base)
