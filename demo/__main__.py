@@ -96,7 +96,9 @@ def tell(claims: Claims, *, keep: bool) -> None:
         console.print(f"  promoted {name}@{entry.version[:12]} to {entry.tag}")
     server = Server.with_edits(
         model, FOLDER / "store", FOLDER / "server.log", "--max-model-len", "2048", "--enable-prefix-caching",
-        name=BASE, settings={"poll_seconds": POLL_SECONDS},
+        name=BASE,
+        # Its own memory of the store: the user's remembers the last demo's, and would call this one rewritten.
+        settings={"poll_seconds": POLL_SECONDS, "cache_folder": FOLDER / "node"},
     )  # fmt: skip
     console.print(f"  [dim]{' '.join(server.command[1:])}[/dim]")
     with progress() as bar:
@@ -150,7 +152,8 @@ async def side_by_side(client: httpx.AsyncClient, first: dict[str, Made], claims
             answer = by_question[exhibit.prompt, name]
             console.print(f"    {name:16} [dim]{answer.version[:12]:12}[/dim] {escape(repr(answer.text))}")
     console.print()
-    claims("every request was answered", all(answer.complete for answer in answers), f"{len(answers)} requests")
+    unanswered = [f"{answer.model}: {answer.error}" for answer in answers if not answer.complete]
+    claims("every request was answered", not unanswered, "; ".join(unanswered) or f"{len(answers)} requests")
     together = max(answer.token_times[0] for answer in answers) < min(answer.token_times[-1] for answer in answers)
     claims("all were being generated at the same time", together)
     versions = {BASE: "base", **{name: bundle.version for name, (_, bundle) in first.items()}}

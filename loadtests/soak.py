@@ -90,7 +90,7 @@ class Soak:
             self.failed.append(f"{asked}: {answer.status} {answer.error or answer.finish}")
             return
         self.ended["left" if left else "answered"] += 1
-        self.counted[answer.variant, answer.version[:12]] += 1
+        self.counted[answer.variant, "" if answer.variant == "base" else answer.version[:12]] += 1
         self.tokens += len(answer.token_ids)
         if asked == "base":
             expected = self.base_says[prompt][: len(answer.token_ids)]
