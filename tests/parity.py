@@ -264,12 +264,12 @@ def _kind(row: Row) -> str:
 
 _HEAD = """# Every kind at every site of every architecture
 
-Written by `make parity`. Each edit is served by vLLM with random numbers, on a tiny random model of each architecture
-and on two real ones, all edits of a model in one batch. The log-probabilities for a prompt and the tokens generated
-after it are held against transformers in float64 with the edit's formula applied by hooks. A cell is the largest
-difference over the largest log-probability (centred), over all forms of the kind there (per head and per channel, off
-and onto, what it reads, activations). Every edit also changes the model by at least ten times its error, but an offset
-of all keys of a model without rotary positions, which no softmax can feel.
+Written by `make parity`. Each edit is served by vLLM with random numbers, on a tiny random model of each architecture,
+and on trained weights where the heading says so, all edits of a model in one batch. The log-probabilities for a prompt
+and the tokens generated after it are held against transformers in float64 with the edit's formula applied by hooks. A
+cell is the largest difference over the largest log-probability (centred), over all forms of the kind there (per head
+and per channel, off and onto, what it reads, activations). Every edit also changes the model by at least ten times its
+error, but an offset of all keys of a model without rotary positions, which no softmax can feel.
 
 """
 
