@@ -511,6 +511,19 @@ def test_a_claim_on_a_version_that_left_is_false(two_versions: EditedModel) -> N
         two_versions.slot_of(claim)
 
 
+def test_a_request_that_stays_in_the_batch_is_looked_at_again_when_its_slot_changes(two_versions: EditedModel) -> None:
+    """What is known of a request is kept between steps, but not past a change of what slots hold."""
+    requests = [RequestStep(claim_on(two_versions, 1), 2)]
+    for _ in range(2):
+        set_step(two_versions, requests)
+    two_versions.clear(1)
+    with pytest.raises(RuntimeError, match="which holds nothing"):
+        set_step(two_versions, requests)
+    install(two_versions, 1, random_bundle("another", BASE, seed=7))
+    with pytest.raises(RuntimeError, match="refusing to answer it with other edits"):
+        set_step(two_versions, requests)
+
+
 # -- modules -----------------------------------------------------------------------------------------------------------
 
 
