@@ -74,12 +74,13 @@ def plan(
     with counted("hashing the model", in_bytes=True) as update:
         update(total=sum(path.stat().st_size for path in model.glob("*.safetensors")))
         base = identify(model, progress=lambda size: update(advance=size))
-    reservation = planning.reserve(settings, base)
+    versions = planning.promoted(settings, base)
+    reservation = planning.reserve(settings, base, versions)
     found = planning.Plan.of(reservation, base.widths, planning.dtype_of(model, dtype))
     rows = planning.rows(found, reservation)
     refused = {
         manifest.name: [reason.message for reason in missing]
-        for manifest in planning.promoted(settings, base)
+        for manifest in versions
         if (missing := reservation.missing(manifest))
     }
     fits = None if room is None else found.most(room)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,15 @@ def promoted(settings: EditSettings, base: BaseModelRef) -> list[Manifest]:
     return [manifest for manifest in manifests if manifest.base.files == base.files]
 
 
-def reserve(settings: EditSettings, base: BaseModelRef) -> Reservation:
-    """What the settings say, or what the store promotes for this model now, or what is usual for an empty store."""
+def reserve(settings: EditSettings, base: BaseModelRef, versions: Sequence[Manifest] | None = None) -> Reservation:
+    """What the settings say, or what the store promotes for this model now, or what is usual for an empty store.
+
+    versions: what is `promoted`, for who has read that already
+    """
     architecture = supported(base.architecture)
     if settings.reserve is not None:
         return Reservation.from_settings(settings.reserve, architecture, base.widths, settings.scopes or 0)
-    if versions := promoted(settings, base):
+    if versions := promoted(settings, base) if versions is None else versions:
         made = Reservation.for_versions(versions)
         return made if settings.scopes is None else replace(made, scopes=settings.scopes)
     usual = Reservation.usual(architecture, base.widths)
