@@ -108,6 +108,7 @@ def main(
     try:
         with _progress() as progress:
             inputs = _prepare(model or ensure_model(), progress)
+            record["edits"] = inputs.described()
             for part in (part for part in parts or USUAL if part in EXPERIMENTS):
                 experiment = EXPERIMENTS[part](Engines(inputs, dtype or native_dtype(), cores_for(threads)))
                 found = run(experiment, 3 if quick else rounds, inputs, progress)

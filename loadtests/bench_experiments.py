@@ -16,7 +16,6 @@ KV_CACHE_BYTES = 1 << 28
 MAX_MODEL_LEN = 2048
 IDLE, DECODE, PREFILL, HIGH_RANK, OF_LORA = 0.99, 0.97, 0.95, 0.93, 3.0
 """The least that is asked for, relative to the other side."""
-NOISE = "the same once more: the noise floor"
 
 
 @dataclass(frozen=True)
@@ -27,35 +26,43 @@ class Engines:
     dtype: str
     cores: Sequence[int]
 
-    def plain(self, label: str = "plain") -> Engine:
-        """vLLM without the plugin."""
-        return self._engine(label, {})
+    def plain(self) -> dict[str, Side]:
+        """vLLM without the plugin, twice: how far apart the two are is the noise."""
+        return {
+            "plain": Side("vLLM without the plugin", self._engine(self.inputs, "plain", {}), [None]),
+            "plain again": Side("the same once more: the noise", self._engine(self.inputs, "plain_again", {}), [None]),
+        }
 
-    def checkpoint(self, inputs: Inputs) -> Engine:
-        """The same with the edits in its weights: one variant, at no cost at all."""
-        return self._engine("checkpoint", {"model": str(inputs.make_checkpoint())})
+    def checkpoint(self, inputs: Inputs) -> Side:
+        """vLLM without the plugin and the edits in its weights: one variant, at no cost at all."""
+        engine = self._engine(inputs, "checkpoint", {"model": str(inputs.make_checkpoint())})
+        return Side("one variant, in the weights of a checkpoint", engine, [None])
 
     def edited(self, inputs: Inputs, label: str, variants: int) -> tuple[Engine, list[str]]:
         """vLLM with the plugin, and the names of so many variants, no two alike."""
         names, store = inputs.make_store("store", variants)
         settings = {"store": str(store), "slots": variants, "cache_folder": str(inputs.node)}
         extra = {"load_format": "edits", "additional_config": {"edits": settings}}
-        return self._engine(label, extra, plugins="edits", log=inputs.folder / f"{label}.log"), names
+        return self._engine(inputs, label, extra, plugins="edits"), names
 
-    def lora(self, inputs: Inputs, label: str, adapters: int, modules: Sequence[str] = ()) -> tuple[Engine, list[str]]:
-        """vLLM's LoRA with the low-rank edits as adapters; it never has to page one in."""
-        found = inputs.make_adapters(adapters)
-        extra: dict[str, Any] = {"enable_lora": True, "max_loras": adapters, "max_lora_rank": inputs.lora_rank}
-        if modules:
-            extra["lora_target_modules"] = list(modules)
-        return self._engine(label, extra, adapters=found), list(found)
+    def lora(self, inputs: Inputs) -> dict[str, Side]:
+        """vLLM's LoRA with the low-rank edits as eight adapters, so that it never has to page one in."""
+        adapters = inputs.make_adapters(8)
+        wide = {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": inputs.lora_rank}
+        narrow = {**wide, "lora_target_modules": ["down_proj"]}
+        what = "vLLM's LoRA, the same updates, one adapter per request"
+        return {
+            "lora": Side(what, self._engine(inputs, "lora", wide, adapters=adapters), list(adapters)),
+            "lora narrow": Side("the same, told to look at down_proj only",
+                                self._engine(inputs, "lora_narrow", narrow, adapters=adapters), list(adapters)),
+        }  # fmt: skip
 
-    def _engine(self, label: str, extra: Mapping[str, Any], **options: Any) -> Engine:
+    def _engine(self, inputs: Inputs, label: str, extra: Mapping[str, Any], **options: Any) -> Engine:
         arguments = {
-            "model": str(self.inputs.model), "dtype": self.dtype, "seed": 0, "max_model_len": MAX_MODEL_LEN,
+            "model": str(inputs.model), "dtype": self.dtype, "seed": 0, "max_model_len": MAX_MODEL_LEN,
             "max_num_batched_tokens": MAX_MODEL_LEN, "kv_cache_memory_bytes": KV_CACHE_BYTES, **extra,
         }  # fmt: skip
-        return Engine(label, arguments, options.pop("log", self.inputs.folder / f"{label}.log"), self.cores, **options)
+        return Engine(label, arguments, inputs.folder / f"{label}.log", self.cores, **options)
 
 
 def batch(requests: int) -> list[Phase]:
@@ -78,17 +85,13 @@ def demo(engines: Engines) -> Experiment:
     """The demo's edits: what the plugin costs idle and at work, and LoRA with the same redirections."""
     inputs, phases = engines.inputs, batch(8)
     engine, variants = engines.edited(inputs, "plugin", 16)
-    lora, adapters = engines.lora(inputs, "lora", 8)
-    narrow, _ = engines.lora(inputs, "lora_narrow", 8, ["down_proj"])
     return Experiment(
         "The demo's nine edits, eight requests at once",
         {
-            "plain": Side("vLLM without the plugin", engines.plain(), [None]),
-            "plain again": Side(NOISE, engines.plain("plain_again"), [None]),
+            **engines.plain(),
             "plugin": Side("plugin on, no edited request", engine, [None]),
             "edited": Side("every request on a different variant", engine, variants),
-            "lora": Side("vLLM's LoRA, the same redirections, one adapter per request", lora, adapters),
-            "lora narrow": Side("the same, told to look at down_proj only", narrow, adapters),
+            **engines.lora(inputs),
         },
         phases,
         [
@@ -104,10 +107,7 @@ def demo(engines: Engines) -> Experiment:
 def kinds(engines: Engines) -> Experiment:
     """Each kind of edit at every layer, and all of them, every request on a variant of its own."""
     phases = batch(8)
-    sides = {
-        "plain": Side("vLLM without the plugin", engines.plain(), [None]),
-        "plain again": Side(NOISE, engines.plain("plain_again"), [None]),
-    }
+    sides = engines.plain()
     for label, chosen in {**{kind: [kind] for kind in SERVED_PER_REQUEST}, "all kinds": SERVED_PER_REQUEST}.items():
         engine, variants = engines.edited(engines.inputs.everywhere(chosen), label.replace(" ", "_"), 16)
         sides[label] = Side("at every layer, each request on its own variant", engine, variants)
@@ -121,11 +121,7 @@ def idle(engines: Engines) -> Experiment:
     """What it costs to leave the plugin on, with room for all kinds at every layer and no edited request."""
     phases = [phase for requests in (1, 8, 64) for phase in batch(requests)]
     engine, _ = engines.edited(engines.inputs.everywhere(SERVED_PER_REQUEST), "all_kinds", 16)
-    sides = {
-        "plain": Side("vLLM without the plugin", engines.plain(), [None]),
-        "plain again": Side(NOISE, engines.plain("plain_again"), [None]),
-        "idle": Side("all kinds reserved at every layer, no edited request", engine, [None]),
-    }
+    sides = {**engines.plain(), "idle": Side("all kinds reserved at every layer, no edited request", engine, [None])}
     return Experiment(
         "Plugin on, no edited request, by batch size", sides, phases,
         [*against("plain again", "plain", phases, None, None), *against("idle", "plain", phases, IDLE, IDLE)],
@@ -135,10 +131,7 @@ def idle(engines: Engines) -> Experiment:
 def distinct(engines: Engines) -> Experiment:
     """64 requests at once on K distinct versions, for ranks 1, 4 and 16 at every layer, and for all kinds."""
     phases, requests = batch(64), 64
-    sides = {
-        "plain": Side("vLLM without the plugin", engines.plain(), [None]),
-        "plain again": Side(NOISE, engines.plain("plain_again"), [None]),
-    }
+    sides = engines.plain()
     comparisons = against("plain again", "plain", phases, None, None)
     for rank, counts in ((1, (0, 1, 8, 32, 64)), (4, (64,)), (16, (1, 64))):
         inputs = engines.inputs.everywhere(["low_rank"], rank)
@@ -158,18 +151,13 @@ def alternatives(engines: Engines) -> Experiment:
     """Rank one at every layer: the plugin, LoRA with the same updates, and a checkpoint with one of them in it."""
     phases, inputs = batch(8), engines.inputs.everywhere(["low_rank"])
     engine, variants = engines.edited(inputs, "low_rank", 16)
-    lora, adapters = engines.lora(inputs, "lora", 8)
-    narrow, _ = engines.lora(inputs, "lora_narrow", 8, ["down_proj"])
     return Experiment(
         "Rank one at every layer, eight requests at once",
         {
-            "checkpoint": Side(
-                "the edit in the weights of a checkpoint: one variant", engines.checkpoint(inputs), [None]
-            ),
-            "plain": Side("vLLM without the plugin: the noise floor", engines.plain(), [None]),
+            "checkpoint": engines.checkpoint(inputs),
+            **engines.plain(),
             "edited": Side("every request on a different variant", engine, variants),
-            "lora": Side("vLLM's LoRA, the same updates, one adapter per request", lora, adapters),
-            "lora narrow": Side("the same, told to look at down_proj only", narrow, adapters),
+            **engines.lora(inputs),
         },
         phases,
         [

@@ -35,13 +35,12 @@ from rich.console import Console
 
 from demo.model import ensure_model
 from edit_store import BaseModelRef, Bundle, EditStore, Offset, Provenance, identify
-from loadtests.bench import about, free_path
+from loadtests.bench import RESULTS, about, free_path
 from loadtests.bench_inputs import edits_everywhere
 from loadtests.client import Answer, stream
 from loadtests.object_servers import moto
 from loadtests.server import Server
 
-RESULTS = Path(__file__).parent / "results"
 VARIANTS, VERSIONS = 10, 4
 POLL_SECONDS = 0.5
 LATE_SECONDS = 10.0
