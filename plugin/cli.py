@@ -20,6 +20,7 @@ from edit_store.cli import JsonOption, StoreOption, app, as_script, counted, exp
 from edit_store.errors import EditsError, SettingsError
 from plugin.claim import SCHEDULER
 from plugin.reading import open_reader
+from plugin.sizes import bytes_of, sized
 from server_config.settings import KEY, read_settings
 
 SettingOption = Annotated[
@@ -70,18 +71,19 @@ def plan(
     from plugin import plan as planning  # brings torch
 
     settings = read_settings({KEY: {"store": store, **dict(_assignment(text) for text in setting or [])}})
-    room = planning.bytes_of(memory) if memory else None
+    room = bytes_of(memory) if memory else None
     with counted("hashing the model", in_bytes=True) as update:
         update(total=sum(path.stat().st_size for path in model.glob("*.safetensors")))
         base = identify(model, progress=lambda size: update(advance=size))
     versions = planning.promoted(settings, base)
     reservation = planning.reserve(settings, base, versions)
-    found = planning.Plan.of(reservation, base.widths, planning.dtype_of(model, dtype))
+    price = planning.price(base.widths, planning.dtype_of(model, dtype))
+    found = planning.Plan.of(reservation, price)
     rows = planning.rows(found, reservation)
     refused = {
         manifest.name: [reason.message for reason in missing]
         for manifest in versions
-        if (missing := reservation.missing(manifest))
+        if (missing := reservation.missing(manifest, price))
     }
     fits = None if room is None else found.most(room)
     if as_json:
@@ -89,11 +91,11 @@ def plan(
                    "bytes": found.total(settings.slots), "fit": fits, "refused": refused})  # fmt: skip
         return
     columns = {"kind": "kind", "point": "at", "reads": "reads", "rank": "rank", "features": "with", "sites": "layers"}
-    show([{**row, "size": planning.sized(row["bytes"])} for row in rows], {**columns, "size": "bytes per slot"}, False)
-    plain(f"one slot {planning.sized(found.slot)}; {settings.slots} slots and the base model's "
-          f"{planning.sized(found.total(settings.slots))}")  # fmt: skip
+    show([{**row, "size": sized(row["bytes"])} for row in rows], {**columns, "size": "bytes per slot"}, False)
+    plain(f"one slot {sized(found.slot)}; {settings.slots} slots and the base model's "
+          f"{sized(found.total(settings.slots))}")  # fmt: skip
     if room is not None:
-        plain(f"{fits} slots fit into {planning.sized(room)}")
+        plain(f"{fits} slots fit into {sized(room)}")
     for name, reasons in refused.items():
         plain(f"{name} would be refused: {'; '.join(reasons)}")
 

@@ -32,6 +32,7 @@ from plugin.edited_site import (
     edited_logits,
     input_of,
 )
+from plugin.plan import price
 from plugin.reservation import Place, Reservation, places, scopes_of
 from plugin.slot_rows import Layout
 from plugin.step_filler import Batch, StepFiller
@@ -75,6 +76,7 @@ class EditedModel:
     ) -> None:
         self.reservation = reservation
         self.slots = slots
+        self.dtype = dtype
         self.step = Step(max_tokens, 1 + reservation.scopes, device)
         self.held: dict[int, str] = {}
         self._scopes: dict[int, tuple[Scope, ...]] = {}
@@ -132,7 +134,7 @@ class EditedModel:
 
     def prepare(self, version: str, manifest: Manifest, tensors: Tensors) -> Prepared:
         """Everything that can fail or take time, before a slot is touched. InstallRefused when there is no room."""
-        if missing := self.reservation.missing(manifest):
+        if missing := self.reservation.missing(manifest, price(manifest.base.widths, self.dtype)):
             raise InstallRefused(f"version {version[:12]} of {manifest.name!r}", missing)
         widths = manifest.base.widths
 

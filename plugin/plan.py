@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from edit_store.architectures import supported
 from edit_store.base_model import CONFIG_FILE
@@ -19,7 +18,8 @@ from edit_store.errors import SettingsError
 from edit_store.sites import Widths
 from plugin.edited_site import SLOT_TENSORS, Shape
 from plugin.reading import open_reader
-from plugin.reservation import Place, Reservation
+from plugin.reservation import Place, Price, Reservation, Room
+from plugin.sizes import sized
 from plugin.slot_rows import Layout
 from server_config.settings import EditSettings
 
@@ -55,6 +55,17 @@ def reserve(settings: EditSettings, base: BaseModelRef, versions: Sequence[Manif
     return usual
 
 
+def price(widths: Widths, dtype: torch.dtype) -> Price:
+    """What room costs in a model of these widths, counted on the slot tensors themselves before there are any."""
+
+    def of_room(place: Place, room: Room) -> int:
+        layout = Layout()
+        shape = Shape(room, widths.of(place.reads.point), widths.of(place.site.point), dtype)
+        return SLOT_TENSORS[place.kind](shape, layout).counters + layout.width
+
+    return of_room
+
+
 @dataclass(frozen=True)
 class Plan:
     """The bytes of one slot, by place. Slot 0, the base model's, takes as much as any other."""
@@ -62,14 +73,9 @@ class Plan:
     by_place: Mapping[Place, int]
 
     @classmethod
-    def of(cls, reservation: Reservation, widths: Widths, dtype: torch.dtype) -> Plan:
-        """Counted on the slot tensors themselves, before there are rows for them."""
-        sizes = {}
-        for place, room in reservation.rooms.items():
-            layout = Layout()
-            shape = Shape(room, widths.of(place.reads.point), widths.of(place.site.point), dtype)
-            sizes[place] = SLOT_TENSORS[place.kind](shape, layout).counters + layout.width
-        return cls(sizes)
+    def of(cls, reservation: Reservation, price: Price) -> Plan:
+        """What a reservation takes in a model of these prices."""
+        return cls({place: price(place, room) for place, room in reservation.rooms.items()})
 
     @property
     def slot(self) -> int:
@@ -118,19 +124,3 @@ def dtype_of(model: Path, asked: str) -> torch.dtype:
     if not isinstance(found, torch.dtype):
         raise SettingsError(f"--dtype {asked}: expected auto, half, float16, bfloat16, float or float32")
     return found
-
-
-def bytes_of(text: str) -> int:
-    """A size that somebody wrote, such as 8GiB or 500MB."""
-    try:
-        return int(TypeAdapter(ByteSize).validate_python(text))
-    except ValidationError:
-        raise SettingsError(f"{text!r} is no size: expected for instance 8GiB or 500MB") from None
-
-
-def sized(size: int) -> str:
-    """A size for people, in the units that vLLM's log uses."""
-    for unit, bytes_ in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if size >= bytes_:
-            return f"{size / bytes_:.1f} {unit}"
-    return f"{size} bytes"

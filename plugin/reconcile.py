@@ -26,7 +26,7 @@ from edit_store.trust import Enforcement
 from plugin.firings import Firings
 from plugin.lease import Lease
 from plugin.metrics import OTHER, UNKNOWN, Metrics
-from plugin.reservation import Reservation
+from plugin.reservation import Price, Reservation
 from plugin.residency import Plan, Residency
 from plugin.traits import PLAIN, Traits
 from plugin.variants import BASE, Choice, VariantTable, VersionWanted
@@ -86,6 +86,7 @@ class Reconciler:
         base: BaseModelRef,
         base_names: tuple[str, ...],
         reservation: Reservation,
+        price: Price,
         slots: int,
         default_tag: str,
     ) -> None:
@@ -99,6 +100,7 @@ class Reconciler:
         self._metrics = metrics
         self._base = base
         self._reservation = reservation
+        self._price = price
         self._traits: dict[str, Traits] = {}  # small, and the same for ever, so never dropped
         self._firings = Firings(metrics)
         self._heads: dict[tuple[str, str], TagEntry] = {}
@@ -231,7 +233,7 @@ class Reconciler:
             bundle = await asyncio.to_thread(self.reader.bundle, swap.to_version)
         with swap.phase("verify", self._metrics):
             await asyncio.to_thread(verify.check, bundle, self._base)
-            if missing := self._reservation.missing(bundle.manifest):
+            if missing := self._reservation.missing(bundle.manifest, self._price):
                 raise InstallRefused(f"version {swap.to_version[:12]} of {swap.variant!r}", missing)
         self._traits[swap.to_version] = Traits.of(bundle.manifest)
         with swap.phase("stage", self._metrics):

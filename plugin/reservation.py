@@ -6,7 +6,7 @@ setting to raise. What is not reserved costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import groupby
@@ -18,6 +18,7 @@ from edit_store.edits import KINDS, SERVED_PER_REQUEST, Edit, Gate, Offset, Subs
 from edit_store.errors import Reason, SettingsError
 from edit_store.scope import Scope, distinct
 from edit_store.sites import Site, Widths
+from plugin.sizes import sized
 from server_config.settings import Reserve
 
 Features = frozenset[str]
@@ -47,6 +48,10 @@ class Room:
     def holds(self, other: Room) -> bool:
         """Whether what needs `other` fits."""
         return self.rank >= other.rank and self.features >= other.features
+
+
+Price = Callable[[Place, Room], int]
+"""Bytes of one slot for so much room at a place."""
 
 
 def places(edits: Iterable[Edit]) -> dict[Place, tuple[Edit, ...]]:
@@ -164,8 +169,8 @@ class Reservation:
             raise SettingsError("\n".join(unmatched))
         return cls(rooms, scopes)
 
-    def missing(self, version: Version) -> list[Reason]:
-        """Why a version does not fit, each reason with the setting that would make room."""
+    def missing(self, version: Version, price: Price | None = None) -> list[Reason]:
+        """Why a version does not fit, each reason with the setting that would make room and the memory that takes."""
         reasons = [
             Reason(
                 "weights_mode",
@@ -187,11 +192,13 @@ class Reservation:
                 reads=place.reads.point if "reads" in KINDS[place.kind].model_fields else None,
                 features=tuple(sorted(need.features)),
             )  # fmt: skip
+            memory = "" if price is None else f" ({sized(_more(place, have, need, price))} more per slot)"
             reasons.append(
                 Reason(
                     "capacity",
                     f"{_called(place, need)}: {_found(have)}. Add {wish.model_dump_json(exclude_defaults=True)} to "
-                    "edits.reserve and restart, or restart with edits.reserve unset to make room for what is promoted",
+                    f"edits.reserve{memory} and restart, or restart with edits.reserve unset to "
+                    "make room for what is promoted",
                 )
             )
         return reasons
@@ -230,6 +237,11 @@ def _source(item: Reserve, site: Site, architecture: Architecture) -> Site | Non
     """What the reserved edits read there: by default their module's input; None where `item.reads` cannot be read."""
     able = KINDS[item.kind].sources(site, architecture.reads(site.point))
     return next((reads for reads in able if item.reads in (None, reads.point)), None)
+
+
+def _more(place: Place, have: Room | None, need: Room, price: Price) -> int:
+    """Bytes that room for both takes beyond what there is."""
+    return price(place, need) if have is None else price(place, have | need) - price(place, have)
 
 
 def _called(place: Place, need: Room) -> str:

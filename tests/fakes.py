@@ -405,6 +405,7 @@ class Server:
             base=BASE,
             base_names=("tiny", "small"),
             reservation=reservation,
+            price=lambda _, room: 1024 * room.rank,
             slots=slots,
             default_tag="prod",
         )

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 from edit_store import EditStore, LowRank, Offset
 from edit_store.errors import SettingsError
 from plugin.cli import app
-from plugin.plan import Plan, bytes_of, dtype_of
+from plugin.plan import Plan, dtype_of, price
 from plugin.reservation import Reservation
+from plugin.sizes import bytes_of, sized
 from tests.conftest import base_of, publish, random_bundle
 from tests.fakes import BASE, WIDTHS, TinyModel, edited_model
 from tests.parity import every_edit
@@ -31,11 +32,11 @@ def test_the_bytes_that_are_foretold_are_those_that_are_taken(edit: Any) -> None
     for dtype in (torch.float32, torch.bfloat16):
         for slots in (1, 7):
             taken = edited_model(TinyModel(), reservation, slots=slots, dtype=dtype).bytes_reserved
-            assert Plan.of(reservation, WIDTHS, dtype).total(slots) == taken > 0
+            assert Plan.of(reservation, price(WIDTHS, dtype)).total(slots) == taken > 0
 
 
 def test_more_slots_than_memory_are_refused_with_the_largest_number_that_fits() -> None:
-    plan = Plan.of(Reservation.for_versions([Version([Offset(site="layers.1.resid")])]), WIDTHS, torch.float32)
+    plan = Plan.of(Reservation.for_versions([Version([Offset(site="layers.1.resid")])]), price(WIDTHS, torch.float32))
     free = 10 * plan.slot + 1
     plan.require(plan.most(free), free)
     with pytest.raises(SettingsError, match=r"edits\.slots = 10 takes .* are free: 9 slots .* fit"):
@@ -59,7 +60,7 @@ def test_planning_on_the_command_line(checkpoint: Path, tmp_path: Path) -> None:
     bundle = random_bundle("polite", base_of(checkpoint), seed=1)
     publish(store, bundle)
     told = planned(checkpoint, store, "--set", "slots=8", "--memory", "1MiB", "--dtype", "float32", "--json")
-    plan = Plan.of(Reservation.for_versions([bundle.manifest]), bundle.manifest.base.widths, torch.float32)
+    plan = Plan.of(Reservation.for_versions([bundle.manifest]), price(bundle.manifest.base.widths, torch.float32))
     assert (told["bytes_per_slot"], told["bytes"]) == (plan.slot, plan.total(8))
     assert plan.total(told["fit"]) <= 1 << 20 < plan.total(told["fit"] + 1)
     assert sum(row["bytes"] for row in told["rooms"]) == plan.slot
@@ -95,7 +96,21 @@ def test_what_is_no_dtype_and_no_size_is_refused(checkpoint: Path) -> None:
 def test_ranks_cost_what_they_read_and_write() -> None:
     def slot(rank: int) -> int:
         edit = LowRank(site="layers.1.mlp.out", reads="layers.1.mlp.h", rank=rank)
-        return Plan.of(Reservation.for_versions([Version([edit])]), WIDTHS, torch.float32).slot
+        return Plan.of(Reservation.for_versions([Version([edit])]), price(WIDTHS, torch.float32)).slot
 
     assert slot(4) == 4 * 4 * (WIDTHS.mlp + WIDTHS.hidden)
     assert slot(8) == 2 * slot(4)
+
+
+@pytest.mark.parametrize("reserved", [[], [1], [4]])
+def test_a_refusal_says_what_the_advice_would_cost(reserved: list[int]) -> None:
+    """Beyond what there is already: for room where there was none, and for a higher rank."""
+    of_room = price(WIDTHS, torch.float32)
+
+    def version(rank: int) -> Version:
+        return Version([LowRank(site="layers.1.mlp.out", reads="layers.1.mlp.h", rank=rank)])
+
+    have, enough = Reservation.for_versions(map(version, reserved)), Reservation.for_versions([version(16)])
+    (reason,) = have.missing(version(16), of_room)
+    more = Plan.of(enough, of_room).slot - Plan.of(have, of_room).slot
+    assert f"edits.reserve ({sized(more)} more per slot) and restart" in reason.message

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import vllm
 
 from edit_store.architectures import supported
@@ -18,6 +19,7 @@ from plugin.engine_gate import EngineGate
 from plugin.http.middleware import VariantMiddleware
 from plugin.http.routes import router
 from plugin.metrics import Metrics
+from plugin.plan import price
 from plugin.reading import open_reader
 from plugin.reconcile import Reconciler, Workers
 from plugin.reservation import Reservation
@@ -108,6 +110,7 @@ async def start(
         base=base,
         base_names=base_names,
         reservation=reservation,
+        price=price(base.widths, getattr(torch, described["dtype"])),
         slots=described["slots"],
         default_tag=settings.default_tag,
     )

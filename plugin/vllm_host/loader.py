@@ -28,7 +28,7 @@ from edit_store.bundle import BaseModelRef
 from edit_store.errors import UnsupportedHost
 from plugin.edited_model import EditedModel, Prepared
 from plugin.host_cache import HostCache
-from plugin.plan import Plan, reserve
+from plugin.plan import Plan, price, reserve
 from plugin.reading import open_reader
 from plugin.vllm_host import compat
 from plugin.vllm_host.architectures import anchors
@@ -80,7 +80,7 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
         base = identify(model_folder(model_config), name=model_config.model)
         device = next(model.parameters()).device
         reservation = reserve(settings, base)
-        plan = Plan.of(reservation, base.widths, model_config.dtype)
+        plan = Plan.of(reservation, price(base.widths, model_config.dtype))
         plan.require(settings.slots, free_bytes(vllm_config, device))
         # The compiled graph depends on what is reserved, so that must be in the compile cache's key.
         vllm_config.additional_config[KEY] = {

@@ -48,6 +48,7 @@ class EditsWorker:
             "scopes": loaded.edited.reservation.scopes,
             "slots": loaded.edited.slots,
             "bytes": loaded.edited.bytes_reserved,
+            "dtype": str(loaded.edited.dtype).removeprefix("torch."),
             "runner": loaded.runner,
         }
 
