@@ -23,6 +23,7 @@ from demo.model import ensure_model
 from edit_store import Bundle, EditStore, identify
 from edit_store.authoring import host
 from loadtests.client import Answer, stream
+from loadtests.metrics import Metrics
 from loadtests.server import Server, ServerFailed
 
 FOLDER = Path(".cache/demo")
@@ -232,12 +233,11 @@ async def swap_under_load(
 
 def show_metrics(server: Server, sent: int, claims: Claims) -> None:
     """The plugin's series, without buckets, and whether they agree with what was sent."""
-    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
-    ours = [line for line in lines if line.startswith("vllm_edits_")]
-    for line in ours:
-        if "_bucket{" not in line and "_created" not in line:
+    metrics = Metrics.of(server.url)
+    for line in metrics.text.splitlines():
+        if line.startswith("vllm_edits_") and "_bucket{" not in line and "_created" not in line:
             console.print(f"  [dim]{escape(line)}[/dim]")
-    counted = sum(float(line.rsplit(" ", 1)[1]) for line in ours if line.startswith("vllm_edits_requests_total"))
+    counted = metrics.sum("vllm_edits_requests_total")
     claims("the metrics count every request the demo sent, and no other", counted == sent, f"{counted:.0f} of {sent}")
 
 

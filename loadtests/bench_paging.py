@@ -15,12 +15,12 @@ from typing import Any
 
 import httpx
 import numpy as np
-from prometheus_client.parser import text_string_to_metric_families
 from rich.progress import Progress
 
 from loadtests.bench_inputs import FIRST_ORDINARY_TOKEN, Inputs
 from loadtests.bench_report import Figure, verdict
 from loadtests.client import Answer, stream
+from loadtests.metrics import Metrics
 from loadtests.server import Server
 
 FOUND = ("device", "host", "store")
@@ -101,7 +101,7 @@ async def _first_token(client: httpx.AsyncClient, model: str, tokens: int, seed:
 async def _traffic(
     plan: PagingPlan, client: httpx.AsyncClient, asked: Sequence[str], done: Callable[[], None]
 ) -> dict[str, Any]:
-    before = await _metrics(client)
+    before = await asyncio.to_thread(Metrics.of, client.base_url)
     turns = asyncio.Semaphore(plan.at_once)
 
     async def one(number: int, model: str) -> None:
@@ -113,27 +113,15 @@ async def _traffic(
     async with asyncio.TaskGroup() as group:
         for number, model in enumerate(asked):
             group.create_task(one(number, model))
-    after = await _metrics(client)
-    changed = {key: after[key] - before.get(key, 0) for key in after}
-    lookups = {found: changed.get(f"vllm_edits_version_lookups_total/{found}", 0.0) for found in FOUND}
+    after = await asyncio.to_thread(Metrics.of, client.base_url)
+    lookups, waited = (
+        {found: after.sum(name, found=found) - before.sum(name, found=found) for found in FOUND}
+        for name in ("vllm_edits_version_lookups_total", "vllm_edits_page_in_seconds_sum")
+    )
     if sum(lookups.values()) != len(asked):
         raise RuntimeError(f"{len(asked)} requests were sent and {lookups} counted")
-    waits = {
-        found: changed[f"vllm_edits_page_in_seconds_sum/{found}"] / lookups[found]
-        for found in FOUND
-        if found != "device" and lookups[found]
-    }
+    waits = {found: waited[found] / lookups[found] for found in FOUND if found != "device" and lookups[found]}
     return {"requests": len(asked), "lookups": lookups, "hit_rate": lookups["device"] / len(asked), "mean_wait": waits}
-
-
-async def _metrics(client: httpx.AsyncClient) -> dict[str, float]:
-    text = (await client.get("/metrics")).raise_for_status().text
-    return {
-        f"{sample.name}/{sample.labels['found']}": sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if "found" in sample.labels
-    }
 
 
 def _require(answer: Answer) -> None:

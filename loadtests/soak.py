@@ -30,7 +30,6 @@ import psutil
 import safetensors.torch
 import torch
 import typer
-from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from demo.model import ensure_model
@@ -38,6 +37,7 @@ from edit_store import BaseModelRef, Bundle, EditStore, Offset, Provenance, iden
 from loadtests.bench import RESULTS, about, free_path
 from loadtests.bench_inputs import edits_everywhere
 from loadtests.client import Answer, stream
+from loadtests.metrics import Metrics
 from loadtests.object_servers import moto
 from loadtests.server import Server
 
@@ -77,7 +77,7 @@ class Soak:
     """by prompt, what the base model answers alone"""
     stalls: list[tuple[float, float]] = field(default_factory=list)
     ended: Counter[str] = field(default_factory=Counter)
-    counted: Counter[tuple[str, str]] = field(default_factory=Counter)
+    counted: Counter[tuple[str, ...]] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     swaps: int = 0
@@ -306,14 +306,12 @@ def compare_counts(soak: Soak, url: str) -> list[str]:
     """Requests by variant and version, as the server counted them and as the clients did."""
     time.sleep(2 * POLL_SECONDS)
     status = httpx.get(f"{url}/v1/edits", timeout=60).json()
-    text = httpx.get(f"{url}/metrics", timeout=60).text
-    served: Counter[tuple[str, str]] = Counter()
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if sample.name == "vllm_edits_requests_total" and sample.labels["outcome"] in ("ok", "aborted"):
-                served[sample.labels["variant"], sample.labels["version"]] += int(sample.value)
-    found = [f"{key}: the server counts {served[key]}, the clients {soak.counted[key]}"
-             for key in served | soak.counted if served[key] != soak.counted[key]]  # fmt: skip
+    served = Metrics.of(url).by("vllm_edits_requests_total", "variant", "version")
+    found = [
+        f"{key}: the server counts {served.get(key, 0):.0f}, the clients {soak.counted[key]}"
+        for key in {*served, *soak.counted}
+        if served.get(key, 0) != soak.counted[key]
+    ]
     in_flight = status["base"]["in_flight"] + sum(row["in_flight"] for row in status["variants"])
     return [*found, *([f"{in_flight} requests in flight, and no client is left"] if in_flight else [])]
 

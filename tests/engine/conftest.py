@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from edit_store import BaseModelRef, Bundle, EditStore, Role, SigningKey, TrustedKey, TrustPolicy
+from loadtests.metrics import Metrics
 from loadtests.server import Server
 from tests.conftest import KINDS, base_of, bundle_of, publish, random_bundle, random_pairs
 
@@ -38,18 +39,9 @@ class Serving:
     def status(self) -> dict[str, Any]:
         return dict(httpx.get(f"{self.url}/v1/edits", timeout=10).json())
 
-    def metrics(self) -> str:
-        return httpx.get(f"{self.url}/metrics", timeout=10).text
-
     def metric(self, name: str, **labels: str) -> float:
         """Sum of a metric's series that carry these labels."""
-        total = 0.0
-        for line in self.metrics().splitlines():
-            if line.startswith((f"{name}{{", f"{name} ")) and all(
-                f'{key}="{value}"' in line for key, value in labels.items()
-            ):
-                total += float(line.rsplit(" ", 1)[1])
-        return total
+        return Metrics.of(self.url).sum(name, **labels)
 
 
 def kind_bundle(kind: str, base: BaseModelRef, strength: float) -> Bundle:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 import pytest
 
 from edit_store import Bundle, EditStore, Role, SigningKey, TrustedKey, TrustPolicy
 from loadtests.client import complete
+from loadtests.metrics import Metrics
 from loadtests.object_servers import BUCKET, moto
 from loadtests.server import Server
 from tests.conftest import base_of, publish, random_bundle
@@ -122,16 +122,15 @@ def test_a_server_on_a_bucket(tiny_model: Path, tmp_path: Path, monkeypatch: pyt
                 answer = complete(server.url, model, "One two three", 8, ignore_eos=True)
                 return answer["headers"].get("x-edits-version", ""), answer["choices"][0]["text"]
 
-            def metric(name: str) -> float:
-                lines = httpx.get(f"{server.url}/metrics", timeout=10).text.splitlines()
-                return sum(float(each.rsplit(" ", 1)[1]) for each in lines if each.startswith(name))
+            def metric(name: str, **labels: str) -> float:
+                return Metrics.of(server.url).sum(name, **labels)
 
             base_text = ask("base")[1]
             assert ask()[0] == first
             assert ask()[1] != base_text
             second = publish(store, random_bundle("polite", base, seed=2))
             wait_until(
-                lambda: metric('vllm_edits_bundles_rejected_total{reason="below_threshold"}') == 1, "the refusal"
+                lambda: metric("vllm_edits_bundles_rejected_total", reason="below_threshold") == 1, "the refusal"
             )
             assert ask()[0] == first, "one promoter of two is not enough"
             agree(store)
