@@ -14,6 +14,7 @@ from loadtests.bench_sides import Engine
 
 KV_CACHE_BYTES = 1 << 28
 MAX_MODEL_LEN = 2048
+PLAIN = ("plain", "plain again")
 IDLE, DECODE, PREFILL, HIGH_RANK, OF_LORA = 0.99, 0.97, 0.95, 0.93, 3.0
 """The least that is asked for, relative to the other side."""
 
@@ -75,10 +76,10 @@ def batch(requests: int) -> list[Phase]:
 
 
 def against(
-    over: str, under: str, phases: Sequence[Phase], decode: float | None, prefill: float | None
+    over: str, under: Sequence[str], phases: Sequence[Phase], decode: float | None, prefill: float | None
 ) -> list[Comparison]:
-    """One side over another in every phase, with the least that is asked for."""
-    return [Comparison(over, under, phase.name, prefill if phase.tokens == 1 else decode) for phase in phases]
+    """One side over others in every phase, with the least that is asked for."""
+    return [Comparison(over, tuple(under), phase.name, prefill if phase.tokens == 1 else decode) for phase in phases]
 
 
 def demo(engines: Engines) -> Experiment:
@@ -95,11 +96,11 @@ def demo(engines: Engines) -> Experiment:
         },
         phases,
         [
-            *against("plain again", "plain", phases, None, None),
-            *against("plugin", "plain", phases, IDLE, IDLE),
-            *against("edited", "plain", phases, DECODE, PREFILL),
-            *against("edited", "lora", phases, OF_LORA, None),
-            *against("edited", "lora narrow", phases, None, None),
+            *against("plain again", ["plain"], phases, None, None),
+            *against("plugin", PLAIN, phases, IDLE, IDLE),
+            *against("edited", PLAIN, phases, DECODE, PREFILL),
+            *against("edited", ["lora"], phases, OF_LORA, None),
+            *against("edited", ["lora narrow"], phases, None, None),
         ],
     )
 
@@ -112,8 +113,8 @@ def kinds(engines: Engines) -> Experiment:
         engine, variants = engines.edited(engines.inputs.everywhere(chosen), label.replace(" ", "_"), 16)
         sides[label] = Side("at every layer, each request on its own variant", engine, variants)
     compared = [each for side in sides if not side.startswith("plain")
-                for each in against(side, "plain", phases, DECODE, PREFILL)]  # fmt: skip
-    noise = against("plain again", "plain", phases, None, None)
+                for each in against(side, PLAIN, phases, DECODE, PREFILL)]  # fmt: skip
+    noise = against("plain again", ["plain"], phases, None, None)
     return Experiment("Each kind at every layer, eight requests at once", sides, phases, [*noise, *compared])
 
 
@@ -124,7 +125,7 @@ def idle(engines: Engines) -> Experiment:
     sides = {**engines.plain(), "idle": Side("all kinds reserved at every layer, no edited request", engine, [None])}
     return Experiment(
         "Plugin on, no edited request, by batch size", sides, phases,
-        [*against("plain again", "plain", phases, None, None), *against("idle", "plain", phases, IDLE, IDLE)],
+        [*against("plain again", ["plain"], phases, None, None), *against("idle", PLAIN, phases, IDLE, IDLE)],
     )  # fmt: skip
 
 
@@ -132,7 +133,7 @@ def distinct(engines: Engines) -> Experiment:
     """64 requests at once on K distinct versions, for ranks 1, 4 and 16 at every layer, and for all kinds."""
     phases, requests = batch(64), 64
     sides = engines.plain()
-    comparisons = against("plain again", "plain", phases, None, None)
+    comparisons = against("plain again", ["plain"], phases, None, None)
     for rank, counts in ((1, (0, 1, 8, 32, 64)), (4, (64,)), (16, (1, 64))):
         inputs = engines.inputs.everywhere(["low_rank"], rank)
         engine, variants = engines.edited(inputs, f"rank_{rank}", requests)
@@ -140,10 +141,10 @@ def distinct(engines: Engines) -> Experiment:
             side = f"rank {rank}, K={count}"
             sides[side] = Side(f"low rank at every layer, {count} versions", engine, variants[:count] or [None])
             least = (HIGH_RANK, HIGH_RANK) if rank > 4 else (DECODE, PREFILL)
-            comparisons += against(side, "plain", phases, *least)
+            comparisons += against(side, PLAIN, phases, *least)
     engine, variants = engines.edited(engines.inputs.everywhere(SERVED_PER_REQUEST), "all_kinds", requests)
     sides["all kinds, K=64"] = Side("every kind at every layer, 64 versions", engine, variants)
-    comparisons += against("all kinds, K=64", "plain", phases, DECODE, PREFILL)
+    comparisons += against("all kinds, K=64", PLAIN, phases, DECODE, PREFILL)
     return Experiment("64 requests at once, on K distinct versions", sides, phases, comparisons)
 
 
@@ -161,10 +162,10 @@ def alternatives(engines: Engines) -> Experiment:
         },
         phases,
         [
-            *against("plain", "checkpoint", phases, None, None),
-            *against("edited", "checkpoint", phases, 0.98, None),
-            *against("edited", "lora", phases, OF_LORA, None),
-            *against("edited", "lora narrow", phases, None, None),
+            *against("plain", ["checkpoint"], phases, None, None),
+            *against("edited", ["checkpoint"], phases, 0.98, None),
+            *against("edited", ["lora"], phases, OF_LORA, None),
+            *against("edited", ["lora narrow"], phases, None, None),
         ],
     )
 

@@ -69,15 +69,22 @@ class Figure:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One side's rate over another's, round by round; `target` is the least that is asked for, if anything is."""
+    """One side's rate over the mean of others', round by round; `target` is the least that is asked for, if anything.
+
+    Two processes that differ in nothing differ in speed by some percent for their whole life: by where their memory
+    lies. So what others are held against should be several such processes.
+    """
 
     over: str
-    under: str
+    under: tuple[str, ...]
     phase: str
     target: float | None = None
 
     def of(self, rounds: Sequence[Rates]) -> Figure:
-        return Figure.of(each[self.over][self.phase] / each[self.under][self.phase] for each in rounds)
+        return Figure.of(
+            each[self.over][self.phase] / statistics.mean(each[side][self.phase] for side in self.under)
+            for each in rounds
+        )
 
 
 def verdict(figure: Figure, target: float | None, *, at_most: bool = False) -> str:
@@ -183,7 +190,7 @@ def _show_ratios(ratios: Sequence[Mapping[str, Any]], console: Console) -> None:
     for row in ratios:
         target = f"≥ {row['target']:g}" if row["target"] is not None else ""
         interval = f"{row['low']:.3f}–{row['high']:.3f}"
-        compared = f"{row['over']} / {row['under']}"
+        compared = f"{row['over']} / {' & '.join(row['under'])}"
         table.add_row(compared, row["phase"], f"{row['median']:.3f}", interval, target, _coloured(row["verdict"]))
     console.print(table)
 

@@ -28,7 +28,7 @@ from loadtests.bench_report import (
 )
 from loadtests.bench_rounds import turns
 
-RATIO = Comparison("edited", "plain", "decode", 0.97)
+RATIO = Comparison("edited", ("plain",), "decode", 0.97)
 
 
 def rounds_of(ratio: float, drift: list[float]) -> list[dict[str, dict[str, float]]]:
@@ -61,6 +61,12 @@ def test_a_disturbed_round_does_not_move_the_ratio() -> None:
     rounds[4]["edited"]["decode"] /= 10
     assert RATIO.of(rounds).median == pytest.approx(0.98)
     assert np.mean([each["edited"]["decode"] / each["plain"]["decode"] for each in rounds]) < 0.9
+
+
+def test_what_others_are_held_against_is_the_mean_of_several() -> None:
+    """So the luck of one process is halved."""
+    rounds = [{side: {"decode": rate} for side, rate in (("plain", 90.0), ("again", 110.0), ("edited", 98.0))}] * 3
+    assert Comparison("edited", ("plain", "again"), "decode").of(rounds).median == pytest.approx(0.98)
 
 
 def test_decode_counts_tokens_after_the_first_and_prefill_the_prompts() -> None:
