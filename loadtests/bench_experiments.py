@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from edit_store.edits import SERVED_PER_REQUEST
 from loadtests.bench_inputs import Inputs
-from loadtests.bench_report import Comparison
-from loadtests.bench_rounds import Experiment, Phase, Side
+from loadtests.bench_report import Comparison, summarise_rates
+from loadtests.bench_rounds import Experiment, Phase, Side, rates_by_round
+from loadtests.bench_run import Measured, Run
 from loadtests.bench_sides import Engine
 
 KV_CACHE_BYTES = 1 << 28
 MAX_MODEL_LEN = 2048
 PLAIN = ("plain", "plain again")
-IDLE, DECODE, PREFILL, HIGH_RANK, OF_LORA = 0.99, 0.97, 0.95, 0.93, 3.0
+IDLE, DECODE, PREFILL, HIGH_RANK, CHECKPOINT, OF_LORA = 0.99, 0.97, 0.95, 0.93, 0.98, 3.0
 """The least that is asked for, relative to the other side."""
 
 
@@ -26,6 +27,9 @@ class Engines:
     inputs: Inputs
     dtype: str
     cores: Sequence[int]
+    batches: Sequence[int]
+    say: Callable[[str], None]
+    """is told what takes long before the engines start"""
 
     def plain(self) -> dict[str, Side]:
         """vLLM without the plugin, twice: how far apart the two are is the noise."""
@@ -84,7 +88,7 @@ def against(
 
 def demo(engines: Engines) -> Experiment:
     """The demo's edits: what the plugin costs idle and at work, and LoRA with the same redirections."""
-    inputs, phases = engines.inputs, batch(8)
+    inputs, phases = engines.inputs.of_the_demo(engines.say), batch(8)
     engine, variants = engines.edited(inputs, "plugin", 16)
     return Experiment(
         "The demo's nine edits, eight requests at once",
@@ -120,21 +124,23 @@ def kinds(engines: Engines) -> Experiment:
 
 def idle(engines: Engines) -> Experiment:
     """What it costs to leave the plugin on, with room for all kinds at every layer and no edited request."""
-    phases = [phase for requests in (1, 8, 64) for phase in batch(requests)]
-    engine, _ = engines.edited(engines.inputs.everywhere(SERVED_PER_REQUEST), "all_kinds", 16)
-    sides = {**engines.plain(), "idle": Side("all kinds reserved at every layer, no edited request", engine, [None])}
-    return Experiment(
-        "Plugin on, no edited request, by batch size", sides, phases,
-        [*against("plain again", ["plain"], phases, None, None), *against("idle", PLAIN, phases, IDLE, IDLE)],
-    )  # fmt: skip
+    phases = [phase for requests in engines.batches for phase in batch(requests)]
+    sides, inputs = engines.plain(), engines.inputs.everywhere(SERVED_PER_REQUEST)
+    comparisons = against("plain again", ["plain"], phases, None, None)
+    for side in ("idle", "idle again"):
+        engine, _ = engines.edited(inputs, side.replace(" ", "_"), 16)
+        sides[side] = Side("all kinds reserved at every layer, no edited request", engine, [None])
+        comparisons += against(side, PLAIN, phases, IDLE, IDLE)
+    return Experiment("Plugin on, no edited request, by batch size", sides, phases, comparisons)
 
 
 def distinct(engines: Engines) -> Experiment:
-    """64 requests at once on K distinct versions, for ranks 1, 4 and 16 at every layer, and for all kinds."""
-    phases, requests = batch(64), 64
-    sides = engines.plain()
+    """The largest batch on K distinct versions, for ranks 1, 4 and 16 at every layer, and for all kinds."""
+    requests = max(engines.batches)
+    phases, sides = batch(requests), engines.plain()
     comparisons = against("plain again", ["plain"], phases, None, None)
-    for rank, counts in ((1, (0, 1, 8, 32, 64)), (4, (64,)), (16, (1, 64))):
+    some = [count for count in (0, 1, 8, 32, 64, 128) if count < requests]
+    for rank, counts in ((1, [*some, requests]), (4, [requests]), (16, [1, requests])):
         inputs = engines.inputs.everywhere(["low_rank"], rank)
         engine, variants = engines.edited(inputs, f"rank_{rank}", requests)
         for count in counts:
@@ -143,9 +149,10 @@ def distinct(engines: Engines) -> Experiment:
             least = (HIGH_RANK, HIGH_RANK) if rank > 4 else (DECODE, PREFILL)
             comparisons += against(side, PLAIN, phases, *least)
     engine, variants = engines.edited(engines.inputs.everywhere(SERVED_PER_REQUEST), "all_kinds", requests)
-    sides["all kinds, K=64"] = Side("every kind at every layer, 64 versions", engine, variants)
-    comparisons += against("all kinds, K=64", PLAIN, phases, DECODE, PREFILL)
-    return Experiment("64 requests at once, on K distinct versions", sides, phases, comparisons)
+    side = f"all kinds, K={requests}"
+    sides[side] = Side(f"every kind at every layer, {requests} versions", engine, variants)
+    comparisons += against(side, PLAIN, phases, DECODE, PREFILL)
+    return Experiment(f"{requests} requests at once, on K distinct versions", sides, phases, comparisons)
 
 
 def alternatives(engines: Engines) -> Experiment:
@@ -163,7 +170,7 @@ def alternatives(engines: Engines) -> Experiment:
         phases,
         [
             *against("plain", ["checkpoint"], phases, None, None),
-            *against("edited", ["checkpoint"], phases, 0.98, None),
+            *against("edited", ["checkpoint", *PLAIN], phases, CHECKPOINT, None),
             *against("edited", ["lora"], phases, OF_LORA, None),
             *against("edited", ["lora narrow"], phases, None, None),
         ],
@@ -174,3 +181,19 @@ EXPERIMENTS: Mapping[str, Callable[[Engines], Experiment]] = {
     "demo": demo, "kinds": kinds, "idle": idle, "distinct": distinct, "alternatives": alternatives,
 }  # fmt: skip
 """By the name that --only takes."""
+
+
+def measure(name: str, run: Run) -> Measured:
+    """Run one of the experiments."""
+    task = run.progress.add_task("", total=None)
+    engines = Engines(run.inputs, run.dtype, run.cores, run.batches,
+                      lambda step: run.progress.update(task, description=step))  # fmt: skip
+    experiment = EXPERIMENTS[name](engines)
+    run.progress.remove_task(task)
+    rounds = rates_by_round(experiment, 3 if run.quick else run.rounds, run.inputs, run.progress)
+    sides = {side: found.what for side, found in experiment.sides.items()}
+    phases = [asdict(phase) for phase in experiment.phases]
+    return Measured(
+        {"dtype": run.dtype, "cores": run.cores, "phases": phases}, rounds,
+        summarise_rates(experiment.what, sides, experiment.comparisons, rounds),
+    )  # fmt: skip

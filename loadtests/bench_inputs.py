@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,11 +50,14 @@ class Inputs:
     folder: Path
 
     @classmethod
-    def prepare(cls, model: Path, folder: Path, say: Callable[[str], None]) -> Self:
-        """Compute the demo's edits. `say` is told each step."""
+    def prepare(cls, model: Path, folder: Path) -> Self:
+        """Identify the model; no edits yet."""
         folder.mkdir(parents=True, exist_ok=True)
-        base = identify(model)
-        return cls(model.resolve(), base, demo_edits(model, base, folder / "edits", say), folder.resolve())
+        return cls(model.resolve(), identify(model), [], folder.resolve())
+
+    def of_the_demo(self, say: Callable[[str], None]) -> Self:
+        """The same with all edits of the demo together. `say` is told each step of computing them."""
+        return replace(self, edits=demo_edits(self.model, self.base, self.folder / "edits", say))
 
     def everywhere(self, kinds: Sequence[str], rank: int = 1) -> Self:
         """The same with small edits of these kinds at every layer instead, in a folder of their own."""
@@ -72,15 +75,20 @@ class Inputs:
 
     def make_store(self, folder: str, count: int) -> tuple[list[str], Path]:
         """A new store that promotes `count` variants, no two alike. Returns their names and its folder."""
+        names = [f"variant-{number:02}" for number in range(count)]
+        versions = (self.version(name, strength) for name, strength in zip(names, strengths(count), strict=True))
+        return names, self.store_of(folder, versions)
+
+    def store_of(self, folder: str, versions: Iterable[Bundle]) -> Path:
+        """A new store that promotes these versions; returns its folder."""
         path = self.folder / folder
         # A node remembers what it has seen of a store, and would take the new one for a rewritten history.
         for old in (path, self.node):
             shutil.rmtree(old, ignore_errors=True)
         store = EditStore(str(path), create=True)
-        names = [f"variant-{number:02}" for number in range(count)]
-        for name, strength in zip(names, strengths(count), strict=True):
-            store.promote(f"{name}@{store.publish(self.version(name, strength))}")
-        return names, path
+        for version in versions:
+            store.promote(f"{version.manifest.name}@{store.publish(version)}")
+        return path
 
     @property
     def node(self) -> Path:

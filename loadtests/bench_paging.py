@@ -15,10 +15,10 @@ from typing import Any
 
 import httpx
 import numpy as np
-from rich.progress import Progress
 
-from loadtests.bench_inputs import FIRST_ORDINARY_TOKEN, Inputs
+from loadtests.bench_inputs import FIRST_ORDINARY_TOKEN
 from loadtests.bench_report import Figure, verdict
+from loadtests.bench_run import Measured, Run
 from loadtests.client import Answer, stream
 from loadtests.metrics import Metrics
 from loadtests.server import Server
@@ -41,8 +41,16 @@ class PagingPlan:
     prefill_tokens: int = 64
 
 
-def measure_paging(plan: PagingPlan, inputs: Inputs, progress: Progress) -> dict[str, Any]:
+QUICK = {"versions": 30, "slots": 8, "single": 5, "requests": 60}
+
+
+def measure_paging(run: Run) -> Measured:
     """Start a server with rank one at every layer in each of its variants, and ask it for them."""
+    plan, progress, inputs = (
+        PagingPlan(run.dtype, **(QUICK if run.quick else {})),
+        run.progress,
+        run.inputs.everywhere(["low_rank"]),
+    )
     task = progress.add_task(f"publishing {plan.versions} versions", total=None)
     names, store = inputs.make_store("paging-store", plan.versions)
     progress.update(task, description="starting a server (a first start compiles for minutes)")
@@ -53,7 +61,7 @@ def measure_paging(plan: PagingPlan, inputs: Inputs, progress: Progress) -> dict
         progress.update(task, description="paging", total=total, completed=0)
         found = asyncio.run(_measure(plan, server.url, names, lambda: progress.advance(task)))
     progress.remove_task(task)
-    return found
+    return Measured(asdict(plan), None, found)
 
 
 async def _measure(plan: PagingPlan, url: str, names: Sequence[str], done: Callable[[], None]) -> dict[str, Any]:

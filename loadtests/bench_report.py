@@ -13,9 +13,11 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
+Array = npt.NDArray[np.float64]
 Rates = Mapping[str, Mapping[str, float]]
 """Tokens per second of a round, by side, then phase."""
 
@@ -65,6 +67,24 @@ class Figure:
         return cls(
             float(np.median(values)), float(low), float(high), float(values.min()), float(values.max()), len(values)
         )
+
+    @classmethod
+    def of_slope(cls, xs: Sequence[float], ys: Sequence[float]) -> Figure:
+        """How much y grows for every x: the median slope between two points (Theil and Sen), points resampled.
+
+        smallest and largest are of the slopes between neighbours, and n is the number of points.
+        """
+        points = np.column_stack([xs, ys]).astype(float)
+        chosen = np.random.default_rng(0).integers(len(points), size=(400, len(points)))
+        low, high = np.quantile([_median_slope(points[each]) for each in chosen], (0.025, 0.975))
+        steps = np.diff(points[:, 1]) / np.diff(points[:, 0])
+        return cls(_median_slope(points), float(low), float(high), float(steps.min()), float(steps.max()), len(points))
+
+
+def _median_slope(points: Array) -> float:
+    first, second = np.triu_indices(len(points), 1)
+    run, rise = (points[second] - points[first]).T
+    return float(np.median(rise[run != 0] / run[run != 0]))
 
 
 @dataclass(frozen=True)
@@ -170,6 +190,10 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
         _show_swaps(summary["swaps"], console)
     if "paging" in summary:
         _show_paging(summary["paging"], console)
+    if "endurance" in summary:
+        _show_endurance(summary["endurance"], console)
+    if "traffic" in summary:
+        _show_traffic(summary["traffic"], console)
 
 
 def _show_rates(part: Mapping[str, Any], console: Console) -> None:
@@ -229,6 +253,34 @@ def _show_paging(paging: Mapping[str, Any], console: Console) -> None:
         row = paging[label]
         waits = ", ".join(f"{found} {wait * 1e3:.0f}" for found, wait in row["mean_wait"].items())
         table.add_row(label, str(row["requests"]), f"{row['hit_rate']:.1%}", waits)
+    console.print(table)
+
+
+def _show_endurance(found: Mapping[str, Any], console: Console) -> None:
+    table = Table("", "per swap", "95 %", "target", "", title=f"{found['swaps']} swaps in a row under load")
+    memory = found["memory"]["bytes_per_swap"]
+    rows = [
+        ("memory, bytes", memory, f"≤ {memory['target']}", memory["verdict"]),
+        ("open files", found["files_per_swap"], "", ""),
+        ("threads", found["threads_per_swap"], "", ""),
+    ]
+    for label, row, target, word in rows:
+        table.add_row(label, f"{row['median']:.3g}", f"{row['low']:.3g}–{row['high']:.3g}", target, _coloured(word))
+    for label, seconds in found["seconds"].items():
+        table.add_row(f"{label}: promote to first answer, ms", f"{seconds * 1e3:.0f}")
+    console.print(table)
+
+
+def _show_traffic(found: Mapping[str, Any], console: Console) -> None:
+    names = list(next(iter(found["sides"].values()))["figures"])
+    table = Table("", "", *names, title="vllm bench serve: medians over the runs (relative to vLLM alone)")
+    for side, row in found["sides"].items():
+        cells = [
+            f"{row['figures'][name]['median']:.4g}"
+            + (f" ({row['relative'][name]['median']:.2f})" if row["relative"] else "")
+            for name in names
+        ]
+        table.add_row(side, row["what"], *cells)
     console.print(table)
 
 

@@ -44,7 +44,7 @@ class Experiment:
     comparisons: Sequence[Comparison]
 
 
-def run(experiment: Experiment, rounds: int, inputs: Inputs, progress: Progress) -> list[Rates]:
+def rates_by_round(experiment: Experiment, rounds: int, inputs: Inputs, progress: Progress) -> list[Rates]:
     """Tokens per second by side and phase, for every round that counts."""
     sides, counted = experiment.sides, list[Rates]()
     with ExitStack() as running:

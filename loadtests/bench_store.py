@@ -28,8 +28,8 @@ from edit_store.audit import audit
 from edit_store.bundle import canonical_json
 from edit_store.follow import Follower
 from edit_store.store import Published, version_key
-from loadtests.bench import RESULTS, about, free_path
 from loadtests.object_servers import BUCKET, seaweedfs
+from loadtests.record import about, write
 
 HIDDEN = 2048
 BASE = BaseModelRef(
@@ -143,10 +143,7 @@ def main(
         typer.echo(json.dumps(record, indent=2))
     else:
         show(record)
-    path = output or free_path(RESULTS, {**record, "device": {"name": f"store-{record['device']['name']}"}})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    typer.echo(f"written: {path}", err=True)
+    typer.echo(f"written: {write(record, output, kind='store')}", err=True)
 
 
 def show(record: dict[str, Any]) -> None:

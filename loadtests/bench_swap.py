@@ -13,15 +13,16 @@ import statistics
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import httpx
-from rich.progress import Progress
 
 from edit_store import EditStore
-from loadtests.bench_inputs import Inputs, strengths
-from loadtests.bench_report import Swap, gaps_within
+from edit_store.edits import SERVED_PER_REQUEST
+from loadtests.bench_inputs import strengths
+from loadtests.bench_report import Swap, gaps_within, summarise_swaps
+from loadtests.bench_run import Measured, Run
 from loadtests.server import Server
 
 VARIANTS = 8
@@ -39,7 +40,9 @@ class SwapFailed(Exception):
 
 
 @dataclass(frozen=True)
-class _Answered:
+class Answered:
+    """Which version answered, and when."""
+
     version: str
     at: float
 
@@ -54,8 +57,10 @@ class SwapPlan:
     window_seconds: float = WINDOW_SECONDS
 
 
-def measure_swaps(plan: SwapPlan, inputs: Inputs, progress: Progress) -> list[Swap]:
+def measure_swaps(run: Run) -> Measured:
     """Start a server, and swap one of its variants to a version after another while the base and others stream."""
+    plan, progress = SwapPlan(3 if run.quick else run.swaps, run.dtype), run.progress
+    inputs = run.inputs.everywhere(SERVED_PER_REQUEST)
     (name, *others), folder = inputs.make_store("swap-store", VARIANTS)
     store = EditStore(str(folder))
     versions = [store.publish(inputs.version(name, strength / 2)) for strength in strengths(plan.swaps)]
@@ -67,7 +72,9 @@ def measure_swaps(plan: SwapPlan, inputs: Inputs, progress: Progress) -> list[Sw
     with server:
         progress.remove_task(starting)
         task = progress.add_task("swaps", total=len(versions))
-        return asyncio.run(_measure(server.url, store, name, versions, models, done=lambda: progress.advance(task)))
+        swaps = asyncio.run(_measure(server.url, store, name, versions, models, done=lambda: progress.advance(task)))
+    progress.remove_task(task)
+    return Measured(asdict(plan), [asdict(swap) for swap in swaps], summarise_swaps(swaps))
 
 
 async def _measure(
@@ -93,7 +100,7 @@ async def _measure(
 async def _calm_window(client: httpx.AsyncClient, name: str) -> float:
     short = await _in_flight(client, name)
     begin = time.monotonic()
-    await _ask(client, name, 1)
+    await ask(client, name, 1)
     await short
     await _until(begin + WINDOW_SECONDS)
     return begin
@@ -109,7 +116,7 @@ async def _swap_window(
     promoted = time.monotonic()
     (await client.post("/v1/edits/sync")).raise_for_status()
     synced = time.monotonic()
-    first, before = await _ask(client, name, 1), await short
+    first, before = await ask(client, name, 1), await short
     status = (await client.get("/v1/edits")).raise_for_status().json()
     await _until(begin + WINDOW_SECONDS)
     if first.version != version or before.version == version:
@@ -125,9 +132,9 @@ async def _swap_window(
     }
 
 
-async def _in_flight(client: httpx.AsyncClient, name: str) -> asyncio.Task[_Answered]:
+async def _in_flight(client: httpx.AsyncClient, name: str) -> asyncio.Task[Answered]:
     """A short request that the engine is working on by now."""
-    task = asyncio.create_task(_ask(client, name, SHORT_TOKENS))
+    task = asyncio.create_task(ask(client, name, SHORT_TOKENS))
     await asyncio.sleep(HEAD_START_SECONDS)
     return task
 
@@ -138,10 +145,11 @@ async def _until(moment: float) -> None:
     await asyncio.sleep(left)
 
 
-async def _ask(client: httpx.AsyncClient, model: str, tokens: int) -> _Answered:
+async def ask(client: httpx.AsyncClient, model: str, tokens: int) -> Answered:
+    """One request, to its end."""
     body = {"model": model, "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
     response = (await client.post("/v1/completions", json=body)).raise_for_status()
-    return _Answered(response.headers["x-edits-version"], time.monotonic())
+    return Answered(response.headers["x-edits-version"], time.monotonic())
 
 
 @asynccontextmanager

@@ -34,11 +34,11 @@ from rich.console import Console
 
 from demo.model import ensure_model
 from edit_store import BaseModelRef, Bundle, EditStore, Offset, Provenance, identify
-from loadtests.bench import RESULTS, about, free_path
 from loadtests.bench_inputs import edits_everywhere
 from loadtests.client import Answer, stream
 from loadtests.metrics import Metrics
 from loadtests.object_servers import moto
+from loadtests.record import about, write
 from loadtests.server import Server
 
 VARIANTS, VERSIONS = 10, 4
@@ -123,7 +123,7 @@ def main(
     slots: Annotated[int, typer.Option(min=2, help="fewer than the variants, so that versions are paged")] = 6,
     seed: Annotated[int, typer.Option(help="of everything random")] = 0,
     model: Annotated[Path | None, typer.Option(help="checkpoint folder", show_default="the demo's model")] = None,
-    write: Annotated[bool, typer.Option(help="write a record to loadtests/results/")] = True,
+    keep: Annotated[bool, typer.Option("--write/--no-write", help="write a record to loadtests/results/")] = True,
 ) -> None:
     """Load a server from all sides, and hold every answer against what it may be."""
     with TemporaryDirectory() as folder, moto(Path(folder)) as environment:
@@ -133,10 +133,8 @@ def main(
         )
     record = {**about(), "parameters": {"seconds": seconds, "rate": rate, "slots": slots, "seed": seed}, "found": found}
     typer.echo(json.dumps(found, indent=2))
-    if write:
-        path = free_path(RESULTS, {**record, "device": {"name": f"soak {record['device']['name']}"}})
-        path.write_text(json.dumps(record, indent=1) + "\n")
-        console.print(f"written: {path}")
+    if keep:
+        console.print(f"written: {write(record, kind='soak')}")
     raise typer.Exit(1 if found["wrong"] or found["failed"] or found["miscounted"] else 0)
 
 

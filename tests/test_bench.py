@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from loadtests.bench import free_path
 from loadtests.bench_report import (
     Comparison,
     Figure,
@@ -27,6 +26,7 @@ from loadtests.bench_report import (
     verdict,
 )
 from loadtests.bench_rounds import turns
+from loadtests.record import free_path
 
 RATIO = Comparison("edited", ("plain",), "decode", 0.97)
 
@@ -144,3 +144,15 @@ def test_no_run_overwrites_another(tmp_path: Path) -> None:
     first.touch()
     assert first.name == "2026-05-01-amd-epyc-2-cores.json"
     assert free_path(tmp_path, record).name == "2026-05-01-amd-epyc-2-cores-2.json"
+    assert free_path(tmp_path, record, "soak").name == "2026-05-01-soak-amd-epyc-2-cores.json"
+
+
+@given(st.floats(-1e3, 1e3), st.integers(12, 30))
+def test_growth_is_the_slope_and_a_few_wild_looks_do_not_move_it(slope: float, looks: int) -> None:
+    swaps = list(range(10, 10 * (looks + 1), 10))
+    memory = [1e6 + slope * each for each in swaps]
+    memory[-1] += 1e8
+    figure = Figure.of_slope(swaps, memory)
+    assert figure.median == pytest.approx(slope, abs=1e-3)
+    assert figure.low <= figure.median <= figure.high
+    assert np.polyfit(swaps, memory, 1)[0] != pytest.approx(slope, abs=1), "positive control: least squares is moved"

@@ -1,0 +1,37 @@
+"""What each part of the benchmark is given, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.progress import Progress
+
+from loadtests.bench_inputs import Inputs
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of the benchmark."""
+
+    inputs: Inputs
+    dtype: str
+    cores: Sequence[int]
+    """of each engine, on a CPU"""
+    batches: Sequence[int]
+    """how many requests at once, from one to what the device bears"""
+    progress: Progress
+    rounds: int
+    swaps: int
+    quick: bool
+    """little of everything: only to see that the benchmark works"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A part's figures, with what shaped them and what they were made of."""
+
+    parameters: Mapping[str, Any]
+    samples: Any
+    summary: Mapping[str, Any]
