@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from demo.model import ensure_model
+from demo.model import MODEL_FOLDER, ensure_model
 from loadtests import bench_experiments
 from loadtests.bench_endurance import measure_endurance
 from loadtests.bench_inputs import Inputs
@@ -25,8 +25,10 @@ from loadtests.bench_run import Measured, Run
 from loadtests.bench_sides import SideFailed
 from loadtests.bench_swap import SwapFailed, measure_swaps
 from loadtests.bench_traffic import measure_traffic
+from loadtests.plot import draw
 from loadtests.record import about, cores_for, gpu, native_dtype, write
 from loadtests.server import ServerFailed
+from loadtests.shapes import SHAPES, ensure_shape
 
 WORK = Path(".cache/bench")  # always the same paths: the store's is part of the compile cache's key
 BUSY = 0.5  # one-minute load above which something else is running
@@ -75,8 +77,13 @@ def main(
         str, typer.Option(help="of the model", show_default="bfloat16 where the device computes in it, else float32")
     ] = "",
     model: Annotated[
-        Path | None, typer.Option(help="checkpoint folder of the demo's model", show_default="converted if need be")
-    ] = None,
+        str,
+        typer.Option(
+            help=f"checkpoint folder, or a shape with random weights: {', '.join(SHAPES)}",
+            show_default="the demo's model",
+            autocompletion=lambda: list(SHAPES),
+        ),
+    ] = "",
     output: Annotated[
         Path | None, typer.Option(help="file to write", show_default="loadtests/results/<date>-<device>.json")
     ] = None,
@@ -105,12 +112,20 @@ def main(
     load = round(os.getloadavg()[0], 2)
     if load > BUSY:
         console.print(f"[yellow]The machine is busy (load {load}): the figures will be noisy.[/yellow]")
-    record: dict[str, Any] = {**about(), "load_at_start": load, "parameters": {}, "samples": {}, "summary": {}}
+    record: dict[str, Any] = {
+        **about(),
+        "model": model or MODEL_FOLDER.name,
+        "load_at_start": load,
+        "parameters": {},
+        "samples": {},
+        "summary": {},
+    }
     failed: BaseExceptionGroup[Exception] | None = None
     try:
         with _progress() as progress:
             task = progress.add_task("the model's digests", total=None)
-            inputs = Inputs.prepare(model or ensure_model(), WORK)
+            checkpoint = _checkpoint(model)
+            inputs = Inputs.prepare(checkpoint, WORK / checkpoint.name)
             progress.remove_task(task)
             run = Run(
                 inputs, dtype or native_dtype(), cores_for(threads), BATCHES[bool(gpu())], progress,
@@ -132,7 +147,12 @@ def main(
     else:
         show(record["summary"], Console(highlight=False))
     if output is not None or not quick:
-        console.print(f"written: {write(record, output)}")
+        path = write(record, output)
+        console.print(f"written: {path}, {draw(record, path.with_suffix('.svg')) or 'no picture'}")
+
+
+def _checkpoint(model: str) -> Path:
+    return ensure_shape(model, ensure_model()) if model in SHAPES else Path(model) if model else ensure_model()
 
 
 def _progress() -> Progress:

@@ -272,9 +272,9 @@ def _show_endurance(found: Mapping[str, Any], console: Console) -> None:
 
 
 def _show_traffic(found: Mapping[str, Any], console: Console) -> None:
-    names = list(next(iter(found["sides"].values()))["figures"])
+    names = list(next(iter(found["traffic"].values()))["figures"])
     table = Table("", "", *names, title="vllm bench serve: medians over the runs (relative to vLLM alone)")
-    for side, row in found["sides"].items():
+    for side, row in found["traffic"].items():
         cells = [
             f"{row['figures'][name]['median']:.4g}"
             + (f" ({row['relative'][name]['median']:.2f})" if row["relative"] else "")

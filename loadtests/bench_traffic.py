@@ -121,7 +121,7 @@ def summarise(sides: Mapping[str, str], rounds: Sequence[Mapping[str, Mapping[st
         }
 
     return {
-        "sides": {
+        "traffic": {
             side: {"what": what, "figures": figures(side, relative=False),
                    "relative": {} if side == ALONE else figures(side, relative=True)}
             for side, what in sides.items()

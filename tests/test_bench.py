@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from loadtests.bench_report import (
     verdict,
 )
 from loadtests.bench_rounds import turns
+from loadtests.plot import draw
 from loadtests.record import free_path
 
 RATIO = Comparison("edited", ("plain",), "decode", 0.97)
@@ -119,8 +121,8 @@ def test_every_side_begins_and_ends_as_often_as_the_others() -> None:
     assert sorted(order[0] for order in orders) == sorted(order[-1] for order in orders) == list("aabbcc")
 
 
-def test_the_tables_show_every_target_and_whether_it_was_met() -> None:
-    summary = {
+def summary() -> dict[str, Any]:
+    return {
         "demo": summarise_rates(
             "two sides",
             {"plain": "without", "edited": "with"},
@@ -129,13 +131,28 @@ def test_the_tables_show_every_target_and_whether_it_was_met() -> None:
         ),
         "swaps": summarise_swaps([swap(0.045)] * 5),
     }
+
+
+def test_the_tables_show_every_target_and_whether_it_was_met() -> None:
     console = Console(width=140, record=True, file=io.StringIO())
-    show(summary, console)
+    show(summary(), console)
     told = console.export_text()
     for line in ("≥ 0.97", "≥ 0.95", "≤ 20.0"):
         assert line in told
     assert told.count("missed") == 2
     assert told.count("met") == 1
+
+
+def test_a_record_is_drawn_and_always_the_same(tmp_path: Path) -> None:
+    """With every comparison in it; a record that has none has no picture."""
+    record = {"at": "2026-05-01", "device": {"name": "a machine"}, "summary": summary()}
+    drawn = [draw(record, tmp_path / name) for name in ("one.svg", "two.svg")]
+    first, second = (path.read_text() for path in drawn if path is not None)
+    assert first == second
+    assert "edited / plain, decode" in first
+    assert "edited / plain, prefill" in first
+    assert draw({**record, "summary": {"swaps": summary()["swaps"]}}, tmp_path / "none.svg") is None
+    assert not (tmp_path / "none.svg").exists()
 
 
 def test_no_run_overwrites_another(tmp_path: Path) -> None:
