@@ -19,6 +19,7 @@ from demo.model import MODEL_FOLDER, ensure_model
 from loadtests import bench_experiments
 from loadtests.bench_endurance import measure_endurance
 from loadtests.bench_inputs import Inputs
+from loadtests.bench_launches import measure_launches
 from loadtests.bench_paging import measure_paging
 from loadtests.bench_report import show
 from loadtests.bench_run import Measured, Run
@@ -41,6 +42,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptio
 PARTS: Mapping[str, Callable[[Run], Measured]] = {
     **{name: partial(bench_experiments.measure, name) for name in bench_experiments.EXPERIMENTS},
     "swaps": measure_swaps, "endurance": measure_endurance, "paging": measure_paging, "traffic": measure_traffic,
+    "launches": measure_launches,
 }  # fmt: skip
 USUAL = ["demo", "swaps"]
 
@@ -104,7 +106,8 @@ def main(
 
     [bold]endurance.[/bold] A thousand swaps in a row under load: what grows. [bold]paging.[/bold] A thousand variants
     and 64 slots: what a version that is not on the device costs, and how often that happens. [bold]traffic.[/bold]
-    `vllm bench serve` on every variant and on all of them mixed, beside vLLM alone.
+    `vllm bench serve` on every variant and on all of them mixed, beside vLLM alone. [bold]launches.[/bold] What a
+    decoding step calls: operators, and on a GPU kernels and graph launches.
 
     A missed target is shown and written, and does not fail the run. Nothing else should run on the machine meanwhile.
     """

@@ -4,6 +4,7 @@ Line by line on standard input and output, as JSON: first what to load, then one
 
     {"engine": {arguments of LLM}, "adapters": [folders]}             -> {"ready": true}
     {"prompts": [[ids]], "names": [variant, null, ...], "tokens": n}  -> {"requests": [RequestTimes]}
+    {..., "profile": true}  -> {"requests": [...], "calls": {"<device> <name>": count}}
 
 The engine runs in this very process (VLLM_ENABLE_V1_MULTIPROCESSING=0), so a side that waits for its next line is at
 rest, and the stamps are taken where the steps are.
@@ -14,7 +15,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any, TextIO
 
@@ -30,7 +32,9 @@ def main() -> None:
     _answer(answers, {"ready": True})
     for line in sys.stdin:
         batch = json.loads(line)
-        _answer(answers, {"requests": [asdict(times) for times in _run(generate, batch)]})
+        with _profiled() if batch.get("profile") else nullcontext() as calls:
+            requests = _run(generate, batch)
+        _answer(answers, {"requests": [asdict(times) for times in requests], "calls": calls})
 
 
 def _own_stdout() -> TextIO:
@@ -83,6 +87,17 @@ def _run(generate: Generate, batch: dict[str, Any]) -> list[RequestTimes]:
         )
         for output in outputs
     ]
+
+
+@contextmanager
+def _profiled() -> Iterator[dict[str, int]]:
+    """Counts what torch calls inside: operators, and on a GPU kernels and launches. Filled at the end."""
+    from torch.profiler import profile
+
+    calls: dict[str, int] = {}
+    with profile() as profiled:
+        yield calls
+    calls.update({f"{event.device_type.name} {event.key}": event.count for event in profiled.key_averages()})
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from loadtests.bench_rounds import Experiment, Phase, Side, rates_by_round
 from loadtests.bench_run import Measured, Run
 from loadtests.bench_sides import Engine
 
-KV_CACHE_BYTES = 1 << 28
 MAX_MODEL_LEN = 2048
+KV_BLOCK_TOKENS = 128
+"""the largest block that vLLM gives a request at once, on a CPU"""
 PLAIN = ("plain", "plain again")
 IDLE, DECODE, PREFILL, HIGH_RANK, CHECKPOINT, OF_LORA = 0.99, 0.97, 0.95, 0.93, 0.98, 3.0
 """The least that is asked for, relative to the other side."""
@@ -62,10 +63,17 @@ class Engines:
                                 self._engine(inputs, "lora_narrow", narrow, adapters=adapters), list(adapters)),
         }  # fmt: skip
 
+    def _kv_cache_bytes(self) -> int:
+        """Room for the largest batch of short requests, or one prompt of the greatest length."""
+        tokens, widths = MAX_MODEL_LEN + KV_BLOCK_TOKENS * max(self.batches), self.inputs.base.widths
+        return tokens * 2 * widths.layers * widths.kv_heads * widths.head_dim * (4 if self.dtype == "float32" else 2)
+
     def _engine(self, inputs: Inputs, label: str, extra: Mapping[str, Any], **options: Any) -> Engine:
         arguments = {
             "model": str(inputs.model), "dtype": self.dtype, "seed": 0, "max_model_len": MAX_MODEL_LEN,
-            "max_num_batched_tokens": MAX_MODEL_LEN, "kv_cache_memory_bytes": KV_CACHE_BYTES, **extra,
+            "max_num_batched_tokens": MAX_MODEL_LEN, "kv_cache_memory_bytes": self._kv_cache_bytes(),
+            "gpu_memory_utilization": 0.05,  # on a GPU vLLM asks for that much free memory, and takes the line above
+            **extra,
         }  # fmt: skip
         return Engine(label, arguments, inputs.folder / f"{label}.log", self.cores, **options)
 

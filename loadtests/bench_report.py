@@ -194,6 +194,8 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
         _show_endurance(summary["endurance"], console)
     if "traffic" in summary:
         _show_traffic(summary["traffic"], console)
+    if "launches" in summary:
+        _show_launches(summary["launches"], console)
 
 
 def _show_rates(part: Mapping[str, Any], console: Console) -> None:
@@ -281,6 +283,14 @@ def _show_traffic(found: Mapping[str, Any], console: Console) -> None:
             for name in names
         ]
         table.add_row(side, row["what"], *cells)
+    console.print(table)
+
+
+def _show_launches(found: Mapping[str, Any], console: Console) -> None:
+    names = [name for name in next(iter(found["launches"].values())) if name != "what"]
+    table = Table("", "", *names, title="What a decoding step calls")
+    for side, row in found["launches"].items():
+        table.add_row(side, row["what"], *(f"{row[name]:.1f}" for name in names))
     console.print(table)
 
 

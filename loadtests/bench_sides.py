@@ -62,6 +62,12 @@ class Engine:
         answer = self._ask({"prompts": batch.prompts, "names": batch.names, "tokens": batch.tokens})
         return [RequestTimes(**times) for times in answer["requests"]]
 
+    def calls(self, batch: Batch) -> dict[str, int]:
+        """How often torch calls what while a batch runs, by `<device> <name>`; a profiled batch is slow."""
+        asked = {"prompts": batch.prompts, "names": batch.names, "tokens": batch.tokens, "profile": True}
+        found: dict[str, int] = self._ask(asked)["calls"]
+        return found
+
     def _environment(self) -> dict[str, str]:
         cores = " ".join(map(str, self.cores))
         return {

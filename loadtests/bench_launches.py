@@ -1,0 +1,84 @@
+"""What a decoding step calls, with and without edits: torch's operators, and on a GPU kernels and graph launches.
+
+Counts do not depend on what else the machine does. Two runs of different length are subtracted, so what a batch costs
+once (its prefill, sampling parameters, the profiler's own work) falls out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from edit_store.edits import SERVED_PER_REQUEST
+from loadtests.bench_experiments import Engines
+from loadtests.bench_rounds import Side
+from loadtests.bench_run import Measured, Run
+from loadtests.bench_sides import Batch
+
+COUNTED: Mapping[str, Callable[[str], bool]] = {
+    "operators": lambda call: call.startswith("CPU aten::"),
+    "copies": lambda call: call in ("CPU aten::copy_", "CPU cudaMemcpyAsync"),
+    "kernel launches": lambda call: "LaunchKernel" in call,
+    "graph launches": lambda call: call == "CPU cudaGraphLaunch",
+    "kernels": lambda call: call.startswith("CUDA ") and not call.startswith(("CUDA Mem", "CUDA aten::")),
+}
+"""What is counted, by torch's names for what it calls: `<device> <name>`."""
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """What shapes the counts; written beside them."""
+
+    dtype: str
+    requests: int = 8
+    prompt_tokens: int = 16
+    short: int = 8
+    long: int = 24
+
+
+def measure_launches(run: Run) -> Measured:
+    """Count in engines that differ in what is reserved and who is asked."""
+    plan, progress = LaunchPlan(run.dtype), run.progress
+    task = progress.add_task("starting engines (a first start compiles for minutes)", total=None)
+    engines = Engines(run.inputs, run.dtype, run.cores, run.batches, lambda _: None)
+    sides = {"plain": engines.plain()["plain"]}
+    for label, kinds in (("low_rank", ["low_rank"]), ("all kinds", SERVED_PER_REQUEST)):
+        engine, variants = engines.edited(run.inputs.everywhere(kinds), label.replace(" ", "_"), plan.requests)
+        sides[f"{label}, base"] = Side("reserved at every layer, no edited request", engine, [None])
+        sides[label] = Side("at every layer, each request on its own variant", engine, variants)
+    counted: dict[str, dict[str, int]] = {}
+    with ExitStack() as running:
+        for number, (name, side) in enumerate(sides.items()):
+            progress.update(task, description=f"counting: {name}")
+            engine = running.enter_context(side.engine)
+            engine.run(_batch(plan, run, side, plan.long, seed=[number, 0]))  # once without being counted
+            few, many = (
+                engine.calls(_batch(plan, run, side, tokens, seed=[number, tokens]))
+                for tokens in (plan.short, plan.long)
+            )
+            counted[name] = dict(Counter(many) - Counter(few))
+    progress.remove_task(task)
+    return Measured(asdict(plan), counted, summarise(plan, {name: side.what for name, side in sides.items()}, counted))
+
+
+def _batch(plan: LaunchPlan, run: Run, side: Side, tokens: int, *, seed: Sequence[int]) -> Batch:
+    prompts = run.inputs.random_prompts(seed, plan.requests, plan.prompt_tokens)
+    return Batch(prompts, [side.names[number % len(side.names)] for number in range(plan.requests)], tokens)
+
+
+def summarise(plan: LaunchPlan, sides: Mapping[str, str], counted: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+    """How many of each a step takes, by side."""
+    steps = plan.long - plan.short
+    return {
+        "launches": {
+            side: {
+                "what": what,
+                **{name: sum(count for call, count in counted[side].items() if counts(call)) / steps
+                   for name, counts in COUNTED.items()},
+            }
+            for side, what in sides.items()
+        }
+    }  # fmt: skip
