@@ -15,7 +15,7 @@ export PYTHON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all parity check bench bench-store soak lock clean
+.PHONY: help setup demo test test-all test-gpu parity check bench bench-store bench-gpu soak gpu lock clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,17 @@ test-all: $(READY) $(GEMMA) ## run every test
 
 parity: $(READY) $(GEMMA) ## hold every kind at every site against transformers, and write tests/PARITY.md (ARGS=<architecture>)
 	$(BIN)/python -m tests.parity --eager $(if $(ARGS),$(ARGS),$(MODEL) $(GEMMA) --write tests/PARITY.md)
+
+# On a GPU every test of the engine runs as on a CPU, and exactness also with each kind of CUDA graphs.
+test-gpu: gpu $(READY) ## run the engine's tests on an NVIDIA GPU: V2 runner, full and piecewise CUDA graphs
+	$(BIN)/python -m pytest -m vllm --deselect tests/engine/test_oldest.py $(ARGS)
+
+bench-gpu: gpu $(READY) ## measure on an NVIDIA GPU, on SmolLM2 and on larger shapes with random weights
+	for model in "" llama-1b llama-8b; do $(BIN)/python -m loadtests.bench --model "$$model" --only idle --only kinds \
+	    --only distinct --only alternatives --only launches --only swaps --only paging $(ARGS) || exit 1; done
+
+gpu:
+	@nvidia-smi >/dev/null 2>&1 || { echo "no NVIDIA GPU here: nothing was run on one, and nothing is claimed"; exit 1; }
 
 check: $(PROJECT) ## lint, formatting, types, import contracts, container files
 	$(BIN)/ruff check

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from edit_store import BaseModelRef, Bundle, EditStore, Role, SigningKey, TrustedKey, TrustPolicy
 from loadtests.metrics import Metrics
+from loadtests.record import gpu
 from loadtests.server import Server
 from tests.conftest import KINDS, base_of, bundle_of, publish, random_bundle, random_pairs
 
@@ -77,14 +79,23 @@ def serve(
     return Serving(server.start(), store, base_of(model), model, {each.manifest.name: each for each in bundles}, signer)
 
 
-@pytest.fixture(scope="session", params=["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def ways() -> list[Any]:
+    """Every dtype, and on a GPU every kind of CUDA graphs: what `exact_server` is started with."""
+    if not gpu():
+        return ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
+    return ["float32", "bfloat16 FULL_AND_PIECEWISE", "bfloat16 PIECEWISE", "bfloat16 NONE"]
+
+
+@pytest.fixture(scope="session", params=ways())
 def exact_server(
     request: pytest.FixtureRequest, smollm2: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Serving]]:
     """SmolLM2 with a variant of every kind, compiled, in either dtype."""
-    dtype: str = request.param
+    dtype, _, graphs = request.param.partition(" ")
     bundles = list(variants_of_every_kind(base_of(smollm2), strength=0.1).values())
-    flags = ("--dtype", dtype, "--max-model-len", "1024")
+    flags = ["--dtype", dtype, "--max-model-len", "1024"]
+    if graphs:
+        flags += ["--compilation-config", json.dumps({"cudagraph_mode": graphs})]
     serving = serve(smollm2, tmp_path_factory.mktemp(f"exact-{dtype}"), bundles, *flags)
     yield dtype, serving
     serving.server.stop()

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from edit_store import Bundle, check
 from edit_store.authoring.host import edited
 from loadtests.client import complete, stream
+from loadtests.record import gpu
 from tests.engine.conftest import Serving, kind_bundle
 
 pytestmark = pytest.mark.vllm
@@ -103,6 +104,14 @@ def test_every_kind_matches_the_formula(exact_server: tuple[str, Serving]) -> No
         assert error <= 2 * noise + NOISE_FLOOR[dtype], name
         if name != "base":
             assert effect > max(VISIBLE, 2 * error), f"{name} does nothing"
+
+
+def test_what_serves_is_the_runner_of_this_device(exact_server: tuple[str, Serving]) -> None:
+    """vLLM's V2 runner on a GPU, V1 on a CPU; both compiled."""
+    _, serving = exact_server
+    (line,) = [line for line in serving.server.log_text().splitlines() if "MiB reserved" in line]
+    assert f"runner {'V2' if gpu() else 'V1'}" in line
+    assert "compilation NONE" not in line
 
 
 def test_a_mixed_batch_equals_solo_runs(exact_server: tuple[str, Serving]) -> None:
