@@ -13,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from loadtests.bench_launches import LaunchPlan
+from loadtests.bench_launches import summarise as launches
 from loadtests.bench_report import (
     Comparison,
     Figure,
@@ -27,6 +29,8 @@ from loadtests.bench_report import (
     verdict,
 )
 from loadtests.bench_rounds import turns
+from loadtests.bench_traffic import ALONE, FIGURES
+from loadtests.bench_traffic import summarise as traffic
 from loadtests.plot import draw
 from loadtests.record import free_path
 
@@ -173,3 +177,25 @@ def test_growth_is_the_slope_and_a_few_wild_looks_do_not_move_it(slope: float, l
     assert figure.median == pytest.approx(slope, abs=1e-3)
     assert figure.low <= figure.median <= figure.high
     assert np.polyfit(swaps, memory, 1)[0] != pytest.approx(slope, abs=1), "positive control: least squares is moved"
+
+
+def test_what_a_step_calls_is_counted_by_what_it_is() -> None:
+    """By torch's own names of what ran where; two steps were counted."""
+    calls = {"CPU aten::mm": 6, "CPU aten::copy_": 2, "CPU cudaMemcpyAsync": 2, "CPU cudaGraphLaunch": 2,
+             "CPU cudaLaunchKernel": 4, "CUDA Memcpy HtoD (Pinned -> Device)": 2, "CUDA triton_red_fused_3": 10,
+             "CUDA aten::mm": 6}  # fmt: skip
+    (row,) = launches(LaunchPlan("float32", short=1, long=3), {"plain": "alone"}, {"plain": calls})["launches"].values()
+    assert row == {
+        "what": "alone", "operators": 4, "copies": 2, "kernel launches": 2, "graph launches": 1, "kernels": 5,
+    }  # fmt: skip
+
+
+def test_traffic_is_relative_to_vllm_alone_in_the_same_round() -> None:
+    rounds = [{side: dict.fromkeys(FIGURES, rate) for side, rate in ((ALONE, speed), ("polite", speed * 0.9))}
+              for speed in (100.0, 50.0, 200.0)]  # fmt: skip
+    found = traffic({ALONE: "", "polite": "edited"}, rounds)["traffic"]
+    assert found[ALONE]["relative"] == {}
+    assert found["polite"]["figures"]["tokens per second"]["median"] == pytest.approx(90)
+    for figure in found["polite"]["relative"].values():
+        assert figure["low"] == pytest.approx(0.9)
+        assert figure["high"] == pytest.approx(0.9)
