@@ -344,9 +344,14 @@ class Reconciler:
         reading = self._reading.get(version)
         if reading is None:
             reading = self._reading[version] = asyncio.get_running_loop().create_task(self._stage(version))
-            reading.add_done_callback(lambda _: self._reading.pop(version))
+            reading.add_done_callback(lambda task: self._has_read(version, task))
         # Whoever gives up waiting does not stop it for the others.
         await asyncio.shield(reading)
+
+    def _has_read(self, version: str, task: asyncio.Task[None]) -> None:
+        del self._reading[version]
+        if not task.cancelled() and (failure := task.exception()) is not None:  # asked for, so that it counts as told
+            logger.warning("version %s was not made ready: %s", version[:12], failure)
 
     async def _stage(self, version: str) -> None:
         try:

@@ -519,6 +519,26 @@ async def test_a_request_cancelled_while_its_version_is_read_does_not_stop_the_o
     server.check()
 
 
+async def test_a_reading_that_fails_after_all_have_left_is_told_and_tried_again(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    await server.promote(version_of("polite"))
+    version = publish(server.store, version_of("polite"), None)
+    server.workers.staging_ready.clear()
+    gone = asyncio.create_task(server.ask(f"polite@{version}"))
+    assert not await soon(gone)
+    gone.cancel()
+    with suppress(asyncio.CancelledError):
+        await gone
+    server.workers.overrides = {"edits_staged": refuse}
+    while "was not made ready" not in caplog.text:  # noqa: ASYNC110  the reconciler decides when
+        await asyncio.sleep(0.01)
+    server.workers.overrides = {}
+    server.workers.staging_ready.set()
+    assert await server.ask(f"polite@{version}") == version
+    server.check()
+
+
 async def test_a_version_that_is_slow_to_read_holds_up_nobody_else(server: Server) -> None:
     """Neither what is on the device nor what is ready in the workers' memory."""
     names = await promote_many(server, 4)
