@@ -21,6 +21,7 @@ from edit_store.scope import Scope
 from edit_store.sites import Site
 from plugin.edited_site import (
     SLOT_TENSORS,
+    Firings,
     GateSlots,
     LogitsEdits,
     ModuleEdits,
@@ -80,7 +81,7 @@ class EditedModel:
         self.step = Step(max_tokens, 1 + reservation.scopes, device)
         self.held: dict[int, str] = {}
         self._scopes: dict[int, tuple[Scope, ...]] = {}
-        self._gates: dict[int, list[tuple[str, GateSlots, slice]]] = {}
+        self._gates: dict[int, list[tuple[str, Tensor]]] = {}
         self._filler = StepFiller(self.step, self.slot_of, self._scopes, pinned=device.type == "cuda")
         self._output: Tensor | None = None
         self._carried: dict[int | None, dict[str, Tensor]] = {}
@@ -100,6 +101,19 @@ class EditedModel:
         self._rows = self._layout.rows(slots + 1, device)
         for tensors in self._places.values():
             tensors.bind(self._rows)
+        self._firings = [self._count(taps, logits=logits) for logits in (False, True)]
+
+    def _count(self, taps: Mapping[Site, Tap], *, logits: bool) -> Firings:
+        """Have the gates counted that run with the model, or those at the logits, which run after it."""
+        firings = Firings()
+        gates = {place: tensors for place, tensors in self._places.items()
+                 if isinstance(tensors, GateSlots) and (place.site.point == "logits") == logits}  # fmt: skip
+        for gate in gates.values():
+            gate.counted_by(firings)
+        firings.bind(self.slots + 1, self._rows.device)
+        if gates:
+            taps[max(place.site for place in gates)].adds_up = firings
+        return firings
 
     def _tap(self, site: Site, anchor: Anchor) -> Tap:
         """A tap at an anchor; the module's class is exchanged the first time it gets one."""
@@ -162,9 +176,8 @@ class EditedModel:
     def clear(self, slot: int) -> None:
         """Make a slot's edits the identity again."""
         self._rows[slot].zero_()
-        for place in self._places.values():
-            if isinstance(place, GateSlots):
-                place.firings[slot] = 0
+        for firings in self._firings:
+            firings.counts[slot] = 0
         self.held.pop(slot, None)
         self._scopes.pop(slot, None)
         self._gates.pop(slot, None)
@@ -177,7 +190,7 @@ class EditedModel:
 
     def firings(self, slot: int) -> list[tuple[str, int]]:
         """How often the neurons of each gate in a slot have given something since it was installed, by edit."""
-        return [(edit, int(gate.firings[slot, ranks].sum())) for edit, gate, ranks in self._gates.get(slot, ())]
+        return [(edit, int(counts[slot].sum())) for edit, counts in self._gates.get(slot, ())]
 
     # -- logits ----------------------------------------------------------------------------------------------------
 
@@ -219,11 +232,16 @@ class EditedModel:
         self._filler.fill(batch)
 
 
-def _counted(place: SlotTensors, edits: Iterable[Edit]) -> Iterator[tuple[str, GateSlots, slice]]:
-    """The edits of a place whose firings tell something: gates that are silent off their trigger."""
+def _counted(place: SlotTensors, edits: Iterable[Edit]) -> Iterator[tuple[str, Tensor]]:
+    """The edits of a place whose firings tell something, gates that are silent off their trigger: [S, rank] of each."""
     begin = 0
     for edit in edits:
-        end = begin + edit.capacity
-        if isinstance(edit, Gate) and isinstance(place, GateSlots) and edit.activation in SILENT:
-            yield edit.label, place, slice(begin, end)
-        begin = end
+        if (
+            isinstance(edit, Gate)
+            and isinstance(place, GateSlots)
+            and place.firings is not None
+            and edit.activation in SILENT
+        ):
+            first = place.column + begin
+            yield edit.label, place.firings.counts[:, first : first + edit.rank]
+        begin += edit.capacity

@@ -129,14 +129,47 @@ class LowRankSlots(SlotTensors):
         return {field: _stacked(numbers, field) for field in ("read", "write")}
 
 
+class Firings(nn.Module):
+    """How many tokens each neuron of every gate gave something for, by slot; no part of what a slot holds.
+
+    Gates note what they gave while the model runs, and the last one has all of it added in one operation: one for each
+    gate would cost more than the gates do.
+    """
+
+    counts: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.neurons = 0
+        self._noted: dict[int, Tensor] = {}
+
+    def take(self, rank: int) -> int:
+        """The first of `rank` columns for the neurons of a gate."""
+        self.neurons += rank
+        return self.neurons - rank
+
+    def bind(self, slots: int, device: torch.device) -> None:
+        """Make the counts [S, neurons], when every gate has its columns."""
+        counts = torch.zeros(slots, self.neurons, dtype=torch.int64, device=device)
+        self.register_buffer("counts", counts, persistent=False)
+
+    def note(self, column: int, fired: Tensor) -> None:
+        """For which tokens the neurons from `column` on gave something: [T, rank] of bool."""
+        self._noted[column] = fired
+
+    def add(self, slots: Tensor) -> None:
+        """Count what was noted of tokens in these slots, [T]."""
+        noted = torch.cat([self._noted[column] for column in sorted(self._noted)], dim=-1)
+        self.counts.index_add_(0, slots, noted.long())
+        self._noted.clear()
+
+
 class GateSlots(SlotTensors):
     """read: [S, rank, reads] in float32, write: [S, rank, writes]; bias, activation and threshold: [S, rank].
 
     With room for normalising gates also stretch and centre: [S, reads] in float32, normalise: [S].
-    `firings` [S, rank] counts the tokens for which each neuron gave something; it is no part of what a slot holds.
     """
 
-    firings: Tensor
     read: Tensor
     bias: Tensor
     write: Tensor
@@ -158,12 +191,13 @@ class GateSlots(SlotTensors):
         self._keep("centre", shape.reads, dtype=torch.float32, feature="normalise")
         self._keep("normalise", dtype=torch.bool, feature="normalise")
         self.counters = rank * torch.int64.itemsize
+        self.firings: Firings | None = None
+        """what is told which neurons gave something"""
+        self.column = 0
 
-    def bind(self, rows: Tensor) -> None:
-        super().bind(rows)
-        # Apart from the rows: a graph that writes to one view of a tensor may not read others of it.
-        counts = torch.zeros(len(rows), self._shape.room.rank, dtype=torch.int64, device=rows.device)
-        self.register_buffer("firings", counts, persistent=False)
+    def counted_by(self, firings: Firings) -> None:
+        """Have the firings of the neurons counted."""
+        self.firings, self.column = firings, firings.take(self._shape.room.rank)
 
     def _added(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
         if self.normalise is not None:
@@ -172,8 +206,8 @@ class GateSlots(SlotTensors):
             x, slots, read=self.read, bias=self.bias, write=self.write,
             activation=self.activation, threshold=self.threshold,
         )  # fmt: skip
-        counts = fired if weight is None else fired * weight
-        self.firings.index_add_(0, slots, (counts != 0).long())
+        if self.firings is not None:
+            self.firings.note(self.column, (fired if weight is None else fired * weight) != 0)
         return added
 
     def _values(self, numbers: Numbers) -> dict[str, Any]:
@@ -299,6 +333,8 @@ class Tap(nn.Module):
         """what each of `adds` reads: another site's name, or None for this one"""
         self.forgets: list[str] = []
         """names that nobody reads after this tap"""
+        self.adds_up: Firings | None = None
+        """what counts the gates, where none of them comes after this tap"""
 
     def add(self, kind: str, slots: SlotTensors, source: str | None) -> None:
         """Attach the slot tensors of one place."""
@@ -323,6 +359,8 @@ class Tap(nn.Module):
         now = value + added
         for adding, source in zip(self.adds, self.sources, strict=True):
             added = added + adding(now if source is None else self._carried[source].float(), slots, step)
+        if self.adds_up is not None:
+            self.adds_up.add(slots)
         for source in self.forgets:
             del self._carried[source]
         for filtering in self.filters:

@@ -166,6 +166,48 @@ def test_a_gate_off_its_trigger_is_exactly_the_base(activation: Any, normalise: 
     assert not torch.isclose(served[fired], base[fired]).all(-1).any()
 
 
+def test_the_firings_of_every_gate_are_counted_for_the_tokens_of_its_version(inputs: Tensor) -> None:
+    """At several sites, the logits too, and in every slot its own; the gates write nothing, so all see the base."""
+    seen: dict[str, Array] = {}
+
+    def look(site: str, value: Array) -> Array:
+        seen[site] = value
+        return value
+
+    tiny_by_formula(TinyModel(), inputs, look)
+    sites = {"layers.0.mlp.out": 2, "layers.0.attn.in": 1, "layers.2.resid": 3, "logits": 1}
+
+    def gates(seed: int, names: list[str]) -> list[Any]:
+        pairs = []
+        for name in names:
+            edit = Gate(site=name, reads="final" if name == "logits" else name, rank=sites[name])
+            numbers = random_numbers(edit, BASE, seed)
+            pairs.append((edit, {**numbers, "write": np.zeros_like(numbers["write"]), "bias": numbers["bias"] - 0.3}))
+        return pairs
+
+    versions = {1: gates(1, list(sites)), 2: gates(2, ["layers.2.resid"]), 3: gates(3, ["logits", "layers.0.mlp.out"])}
+    bundles = {slot: bundle_of(pairs, str(slot)) for slot, pairs in versions.items()}
+    model = TinyModel()
+    edited = edited_model(model, reservation_of(*bundles.values()), slots=SLOTS)
+    for slot, bundle in bundles.items():
+        install(edited, slot, bundle)
+    slots = [number % 4 for number in range(TOKENS)]
+    use_slots(edited, slots)
+    for _ in range(2):
+        run(model, edited, inputs)
+    for slot, pairs in versions.items():
+        mine = np.array(slots) == slot
+        expected = {
+            edit.label: 2 * int((seen[edit.source][mine] @ numbers["read"].T + numbers["bias"] > 0).sum())
+            for edit, numbers in pairs
+        }
+        assert dict(edited.firings(slot)) == expected
+        assert sum(expected.values()) > 0, "positive control"
+    edited.clear(1)
+    install(edited, 1, bundles[1])
+    assert set(dict(edited.firings(1)).values()) == {0}
+
+
 def test_every_token_is_computed_by_its_own_versions_formulas(inputs: Tensor) -> None:
     """A batch of the base and three versions, each with every kind at every layer; all differ from the base."""
     bundles: dict[int, Bundle | None] = {0: None, **{slot: crowded(slot) for slot in (1, 2, 3)}}
@@ -336,8 +378,15 @@ def test_the_compiler_traces_every_kind_and_scope_in_one_graph(inputs: Tensor) -
     edited = edited_model(model, reservation_of(bundle), slots=SLOTS)
     install(edited, 1, bundle)
     set_step(edited, [RequestStep(claim_on(edited, 1), TOKENS, 0, TOKENS // 2)])
-    traced: Any = torch.compile(model, backend="eager", fullgraph=True)
+    calls = Counter[str]()
+
+    def look(graph: torch.fx.GraphModule, _: Any) -> Any:
+        calls.update(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    traced: Any = torch.compile(model, backend=look, fullgraph=True)
     assert torch.equal(traced(inputs), model(inputs))
+    assert calls["index_add_"] == 1, "all gates are counted in one operation"
 
 
 @pytest.mark.parametrize("pair", FORMS)
@@ -392,7 +441,7 @@ def test_the_digest_sees_every_number_of_every_place() -> None:
         last.copy_(~last if buffer.dtype == torch.bool else last + 1)
         seen = len(digests)
         digests.add(edited.digest(1))
-        assert len(digests) == seen + (name != "firings"), name
+        assert len(digests) == seen + (name != "firings.counts"), name
 
 
 def test_a_version_of_smaller_rank_leaves_the_rest_of_its_room_zero(inputs: Tensor) -> None:
