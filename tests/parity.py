@@ -80,7 +80,7 @@ def _forms(site: Site, width: int) -> Iterator[tuple[str, Edit]]:
         if point == "mlp.in":
             yield f"gate/normalise{suffix}", Gate(site=where, reads=reads, rank=2, normalise=True)
     yield "gate/jump_relu", Gate(site=where, reads=where, rank=2, activation="jump_relu", threshold=0.02)
-    yield "gate/sigmoid", Gate(site=where, reads=where, rank=1, activation="sigmoid")
+    yield "gate/sigmoid", Gate(site=where, reads=where, rank=2, activation="sigmoid")
     yield "filter", SubspaceFilter(site=where, rank=2)
     yield "filter/onto", SubspaceFilter(site=where, rank=min(width * 3 // 4, MANY), onto=True)
     yield "filter/oblique", SubspaceFilter(site=where, rank=2, oblique=True)
@@ -101,7 +101,9 @@ def random_numbers(edit: Edit, base: BaseModelRef, seed: int, strength: float = 
             beside = random.normal(size=shapes["basis"]) * strength
             numbers["dual"] = numbers["basis"] + beside - (beside @ numbers["basis"].T) @ numbers["basis"]
     if isinstance(edit, Gate):
-        numbers["bias"] = np.abs(numbers["bias"])  # so that it fires for some token
+        # Each neuron beside its opposite: where trained activations are large, one of them is silent for every token.
+        numbers["read"][1::2] = -numbers["read"][::2][: edit.rank // 2]
+        numbers["bias"] = np.abs(numbers["bias"])
         if edit.normalise:
             numbers["norm_weight"] = random.uniform(0.5, 1.5, shapes["norm_weight"])
             numbers["write"] = numbers["write"] * 5
@@ -222,8 +224,11 @@ def largest(differences: np.ndarray, *, but: int = 0) -> float:
 ROUTED_ELSEWHERE = 1
 """Positions of an answer that a mixture of experts may give to another expert after rounding: there a near tie between
 two of them is a jump, whoever rounds."""
-UNFELT = {("GPT2LMHeadModel", "k.out", "offset")}
-"""Edits that nothing can show: without rotary positions, one vector added to every key changes no softmax."""
+UNFELT = {
+    ("GPT2LMHeadModel", "k.out", "offset"),  # without rotary positions, one vector added to every key moves no softmax
+    ("gemma-3-270m (real weights)", "v.out", "scale/head"),  # one head of values, and a norm after the projection
+}
+"""Edits that nothing can show."""
 
 
 @dataclass(frozen=True)
@@ -294,7 +299,8 @@ and on trained weights where the heading says so, all edits of a model in one ba
 and the tokens generated after it are held against transformers in float64 with the edit's formula applied by hooks. A
 cell is the largest difference over the largest log-probability (centred), over all forms of the kind there (per head
 and per channel, off and onto, what it reads, activations). Every edit also changes the model by at least ten times its
-error, but an offset of all keys of a model without rotary positions, which no softmax can feel.
+error, but two that nothing can show: an offset of all keys without rotary positions, and a factor on the only head of
+values before a norm.
 
 """
 
