@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -168,6 +168,7 @@ def test_no_run_overwrites_another(tmp_path: Path) -> None:
     assert free_path(tmp_path, record, "soak").name == "2026-05-01-soak-amd-epyc-2-cores.json"
 
 
+@settings(max_examples=15)  # each resamples hundreds of times
 @given(st.floats(-1e3, 1e3), st.integers(12, 30))
 def test_growth_is_the_slope_and_a_few_wild_looks_do_not_move_it(slope: float, looks: int) -> None:
     swaps = list(range(10, 10 * (looks + 1), 10))
