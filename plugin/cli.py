@@ -69,6 +69,7 @@ def plan(
     against what would be reserved.
     """
     from plugin import plan as planning  # brings torch
+    from plugin.price import price
 
     settings = read_settings({KEY: {"store": store, **dict(_assignment(text) for text in setting or [])}})
     room = bytes_of(memory) if memory else None
@@ -77,13 +78,13 @@ def plan(
         base = identify(model, progress=lambda size: update(advance=size))
     versions = planning.promoted(settings, base)
     reservation = planning.reserve(settings, base, versions)
-    price = planning.price(base.widths, planning.dtype_of(model, dtype))
-    found = planning.Plan.of(reservation, price)
+    of_room = price(base.widths, planning.dtype_of(model, dtype))
+    found = planning.Plan.of(reservation, of_room)
     rows = planning.rows(found, reservation)
     refused = {
         manifest.name: [reason.message for reason in missing]
         for manifest in versions
-        if (missing := reservation.missing(manifest, price))
+        if (missing := reservation.missing(manifest, of_room))
     }
     fits = None if room is None else found.most(room)
     if as_json:

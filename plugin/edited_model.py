@@ -33,7 +33,7 @@ from plugin.edited_site import (
     edited_logits,
     input_of,
 )
-from plugin.plan import price
+from plugin.price import price
 from plugin.reservation import Place, Reservation, places, scopes_of
 from plugin.slot_rows import Layout
 from plugin.step_filler import Batch, StepFiller

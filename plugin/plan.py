@@ -15,12 +15,9 @@ from edit_store.architectures import supported
 from edit_store.base_model import CONFIG_FILE
 from edit_store.bundle import BaseModelRef, Manifest
 from edit_store.errors import SettingsError
-from edit_store.sites import Widths
-from plugin.edited_site import SLOT_TENSORS, Shape
 from plugin.reading import open_reader
-from plugin.reservation import Place, Price, Reservation, Room
+from plugin.reservation import Place, Price, Reservation
 from plugin.sizes import sized
-from plugin.slot_rows import Layout
 from server_config.settings import EditSettings
 
 logger = logging.getLogger("vllm.edits")
@@ -53,17 +50,6 @@ def reserve(settings: EditSettings, base: BaseModelRef, versions: Sequence[Manif
         usual,
     )
     return usual
-
-
-def price(widths: Widths, dtype: torch.dtype) -> Price:
-    """What room costs in a model of these widths, counted on the slot tensors themselves before there are any."""
-
-    def of_room(place: Place, room: Room) -> int:
-        layout = Layout()
-        shape = Shape(room, widths.of(place.reads.point), widths.of(place.site.point), dtype)
-        return SLOT_TENSORS[place.kind](shape, layout).counters + layout.width
-
-    return of_room
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from typer.testing import CliRunner
 from edit_store import EditStore, LowRank, Offset
 from edit_store.errors import SettingsError
 from plugin.cli import app
-from plugin.plan import Plan, dtype_of, price
+from plugin.plan import Plan, dtype_of
+from plugin.price import price
 from plugin.reservation import Reservation
 from plugin.sizes import bytes_of, sized
 from tests.conftest import base_of, publish, random_bundle
@@ -114,3 +116,22 @@ def test_a_refusal_says_what_the_advice_would_cost(reserved: list[int]) -> None:
     (reason,) = have.missing(version(16), of_room)
     more = Plan.of(enough, of_room).slot - Plan.of(have, of_room).slot
     assert f"edits.reserve ({sized(more)} more per slot) and restart" in reason.message
+
+
+@pytest.mark.parametrize(
+    ("cache", "expected"),
+    [
+        ({"gpu_memory_utilization": 0.9, "kv_cache_memory_bytes": None}, 70),
+        ({"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 30}, 50),
+    ],
+)
+def test_the_share_that_vllm_may_use_bounds_the_slots_unless_its_cache_has_a_size(
+    cache: dict[str, Any], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """80 of 100 are free on a GPU that is described here; on a CPU neither matters."""
+    from plugin.vllm_host.loader import free_bytes
+
+    config: Any = SimpleNamespace(cache_config=SimpleNamespace(**cache))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (80, 100))
+    assert free_bytes(config, torch.device("cuda")) == expected
+    assert free_bytes(config, torch.device("cpu")) > 1 << 20

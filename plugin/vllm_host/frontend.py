@@ -19,7 +19,7 @@ from plugin.engine_gate import EngineGate
 from plugin.http.middleware import VariantMiddleware
 from plugin.http.routes import router
 from plugin.metrics import Metrics
-from plugin.plan import price
+from plugin.price import price
 from plugin.reading import open_reader
 from plugin.reconcile import Reconciler, Workers
 from plugin.reservation import Reservation

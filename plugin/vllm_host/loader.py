@@ -28,7 +28,8 @@ from edit_store.bundle import BaseModelRef
 from edit_store.errors import UnsupportedHost
 from plugin.edited_model import EditedModel, Prepared
 from plugin.host_cache import HostCache
-from plugin.plan import Plan, price, reserve
+from plugin.plan import Plan, reserve
+from plugin.price import price
 from plugin.reading import open_reader
 from plugin.vllm_host import compat
 from plugin.vllm_host.architectures import anchors
@@ -123,11 +124,17 @@ def _host_cache(edited: EditedModel, base: BaseModelRef, settings: EditSettings)
 
 
 def free_bytes(vllm_config: VllmConfig, device: torch.device) -> int:
-    """Device memory that is left once the base model is loaded; on a GPU, of the share that vLLM may use."""
+    """Device memory that is left once the base model is loaded; on a GPU, of the share that vLLM may use.
+
+    A KV cache of a size that was asked for (--kv-cache-memory-bytes) is taken whatever that share is.
+    """
     if device.type != "cuda":
         return int(psutil.virtual_memory().available)
     free, total = torch.cuda.mem_get_info(device)
-    return min(free, int(total * vllm_config.cache_config.gpu_memory_utilization) - (total - free))
+    cache = vllm_config.cache_config
+    if cache.kv_cache_memory_bytes is not None:
+        return int(free - cache.kv_cache_memory_bytes)
+    return min(free, int(total * cache.gpu_memory_utilization) - (total - free))
 
 
 def model_folder(model_config: ModelConfig) -> Path:
