@@ -7,6 +7,8 @@ import importlib.util
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 MODEL_FOLDER = Path(".cache/models/smollm2-135m-instruct")
@@ -39,25 +41,32 @@ def convert(gguf: Path, folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def ensure_model(folder: Path = MODEL_FOLDER) -> Path:
-    """The model's folder, converted first if it is not there.
+@contextmanager
+def made_whole(folder: Path) -> Iterator[Path]:
+    """A path to make a folder at, which becomes `folder` when the block ends well.
 
-    The folder appears whole or not at all, so one that exists is complete, whoever else is making it meanwhile.
+    So the folder appears whole or not at all, and one that exists is complete, whoever else is making it meanwhile.
     """
-    if folder.is_dir():
-        return folder
-    gguf = packaged_gguf()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    print(f"converting {gguf.name} ({_mebibytes(gguf)} MiB) to bf16 safetensors, once", flush=True)
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as made:
-        whole = Path(made, folder.name)
-        convert(gguf, whole)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        made = Path(scratch, folder.name)
+        yield made
         try:
-            whole.rename(folder)
+            made.rename(folder)
         except OSError:
             if not folder.is_dir():  # not the other process that was quicker
                 raise
+
+
+def ensure_model(folder: Path = MODEL_FOLDER) -> Path:
+    """The model's folder, converted first if it is not there."""
+    if folder.is_dir():
+        return folder
+    gguf = packaged_gguf()
+    print(f"converting {gguf.name} ({_mebibytes(gguf)} MiB) to bf16 safetensors, once", flush=True)
+    started = time.monotonic()
+    with made_whole(folder) as made:
+        convert(gguf, made)
     size = sum(map(_mebibytes, folder.iterdir()))
     print(f"{folder}: {size} MiB in {time.monotonic() - started:.1f} s", flush=True)
     return folder

@@ -16,15 +16,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from demo.model import MODEL_FOLDER, ensure_model
+from edit_store.base_model import CONFIG_FILE
 from loadtests import bench_experiments
 from loadtests.bench_endurance import measure_endurance
 from loadtests.bench_inputs import Inputs
 from loadtests.bench_launches import measure_launches
 from loadtests.bench_paging import measure_paging
 from loadtests.bench_report import show
-from loadtests.bench_run import Measured, Run
-from loadtests.bench_sides import SideFailed
-from loadtests.bench_swap import SwapFailed, measure_swaps
+from loadtests.bench_run import Measured, NotMeasured, Run
+from loadtests.bench_swap import measure_swaps
 from loadtests.bench_traffic import measure_traffic
 from loadtests.plot import draw
 from loadtests.record import about, cores_for, gpu, native_dtype, write
@@ -52,6 +52,15 @@ def _parts(asked: list[str] | None) -> list[str]:
     if unknown := [part for part in asked or () if part not in PARTS]:
         raise typer.BadParameter(f"{unknown[0]!r} is no part; there are {', '.join(PARTS)}")
     return asked or USUAL
+
+
+def _model(asked: str) -> str:
+    """A shape or a checkpoint. What is neither is refused with what there is."""
+    if asked and asked not in SHAPES and not Path(asked, CONFIG_FILE).is_file():
+        raise typer.BadParameter(
+            f"{asked!r} is neither a shape ({', '.join(SHAPES)}) nor a folder with a {CONFIG_FILE}"
+        )
+    return asked
 
 
 @app.command()
@@ -83,6 +92,7 @@ def main(
         typer.Option(
             help=f"checkpoint folder, or a shape with random weights: {', '.join(SHAPES)}",
             show_default="the demo's model",
+            callback=_model,
             autocompletion=lambda: list(SHAPES),
         ),
     ] = "",
@@ -117,7 +127,7 @@ def main(
         console.print(f"[yellow]The machine is busy (load {load}): the figures will be noisy.[/yellow]")
     record: dict[str, Any] = {
         **about(),
-        "model": model or MODEL_FOLDER.name,
+        "model": Path(model or MODEL_FOLDER).name,
         "load_at_start": load,
         "parameters": {},
         "samples": {},
@@ -139,7 +149,7 @@ def main(
                 record["parameters"][part] = measured.parameters
                 record["samples"][part] = measured.samples
                 record["summary"][part] = measured.summary
-    except* (SideFailed, ServerFailed, SwapFailed) as failures:  # alone, or out of a group of tasks
+    except* (NotMeasured, ServerFailed) as failures:  # alone, or out of a group of tasks
         failed = failures
     if failed is not None:
         console.print("[red]Not measured.[/red]")

@@ -22,8 +22,8 @@ from edit_store import EditStore
 from edit_store.edits import SERVED_PER_REQUEST
 from loadtests.bench_inputs import strengths
 from loadtests.bench_report import Figure, verdict
-from loadtests.bench_run import Measured, Run
-from loadtests.bench_swap import SwapFailed, ask
+from loadtests.bench_run import Measured, NotMeasured, Run
+from loadtests.bench_swap import ask
 from loadtests.client import stream
 from loadtests.server import Server
 
@@ -94,7 +94,7 @@ async def _measure(
             answer = await ask(client, name, 1)
             seconds.append(answer.at - began)
             if answer.version != version:
-                raise SwapFailed(f"swap {number}: expected {version[:12]} to answer, found {answer.version[:12]}")
+                raise NotMeasured(f"swap {number}: expected {version[:12]} to answer, found {answer.version[:12]}")
             if number % plan.look_every == 0:
                 looks.append(_look(root, number, statistics.median(seconds)))
                 seconds.clear()
@@ -110,7 +110,7 @@ async def _load(client: httpx.AsyncClient, models: Sequence[str]) -> AsyncIterat
         while True:
             answer = await stream(client, model, PROMPT, STREAM_TOKENS, ignore_eos=True)
             if not answer.complete:
-                raise SwapFailed(f"a stream of {model} was not answered: {answer.status} {answer.error}")
+                raise NotMeasured(f"a stream of {model} was not answered: {answer.status} {answer.error}")
 
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(one(model)) for model in models]

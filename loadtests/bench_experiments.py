@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 from edit_store.edits import SERVED_PER_REQUEST
 from loadtests.bench_inputs import Inputs
@@ -31,6 +31,10 @@ class Engines:
     batches: Sequence[int]
     say: Callable[[str], None]
     """is told what takes long before the engines start"""
+
+    @classmethod
+    def of(cls, run: Run, say: Callable[[str], None]) -> Self:
+        return cls(run.inputs, run.dtype, run.cores, run.batches, say)
 
     def plain(self) -> dict[str, Side]:
         """vLLM without the plugin, twice: how far apart the two are is the noise."""
@@ -194,9 +198,7 @@ EXPERIMENTS: Mapping[str, Callable[[Engines], Experiment]] = {
 def measure(name: str, run: Run) -> Measured:
     """Run one of the experiments."""
     task = run.progress.add_task("", total=None)
-    engines = Engines(run.inputs, run.dtype, run.cores, run.batches,
-                      lambda step: run.progress.update(task, description=step))  # fmt: skip
-    experiment = EXPERIMENTS[name](engines)
+    experiment = EXPERIMENTS[name](Engines.of(run, lambda step: run.progress.update(task, description=step)))
     run.progress.remove_task(task)
     rounds = rates_by_round(experiment, 3 if run.quick else run.rounds, run.inputs, run.progress)
     sides = {side: found.what for side, found in experiment.sides.items()}

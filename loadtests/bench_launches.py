@@ -7,16 +7,15 @@ once (its prefill, sampling parameters, the profiler's own work) falls out.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from edit_store.edits import SERVED_PER_REQUEST
 from loadtests.bench_experiments import Engines
-from loadtests.bench_rounds import Side
+from loadtests.bench_rounds import Phase, Side
 from loadtests.bench_run import Measured, Run
-from loadtests.bench_sides import Batch
 
 COUNTED: Mapping[str, Callable[[str], bool]] = {
     "operators": lambda call: call.startswith("CPU aten::"),
@@ -43,7 +42,8 @@ def measure_launches(run: Run) -> Measured:
     """Count in engines that differ in what is reserved and who is asked."""
     plan, progress = LaunchPlan(run.dtype), run.progress
     task = progress.add_task("starting engines (a first start compiles for minutes)", total=None)
-    engines = Engines(run.inputs, run.dtype, run.cores, run.batches, lambda _: None)
+    engines = Engines.of(run, lambda _: None)
+    short, long = (Phase("", plan.requests, plan.prompt_tokens, tokens) for tokens in (plan.short, plan.long))
     sides = {"plain": engines.plain()["plain"]}
     for label, kinds in (("low_rank", ["low_rank"]), ("all kinds", SERVED_PER_REQUEST)):
         engine, variants = engines.edited(run.inputs.everywhere(kinds), label.replace(" ", "_"), plan.requests)
@@ -54,19 +54,11 @@ def measure_launches(run: Run) -> Measured:
         for number, (name, side) in enumerate(sides.items()):
             progress.update(task, description=f"counting: {name}")
             engine = running.enter_context(side.engine)
-            engine.run(_batch(plan, run, side, plan.long, seed=[number, 0]))  # once without being counted
-            few, many = (
-                engine.calls(_batch(plan, run, side, tokens, seed=[number, tokens]))
-                for tokens in (plan.short, plan.long)
-            )
+            engine.run(side.batch(long, run.inputs, [number, 0]))  # once without being counted
+            few, many = (engine.calls(side.batch(each, run.inputs, [number, each.tokens])) for each in (short, long))
             counted[name] = dict(Counter(many) - Counter(few))
     progress.remove_task(task)
     return Measured(asdict(plan), counted, summarise(plan, {name: side.what for name, side in sides.items()}, counted))
-
-
-def _batch(plan: LaunchPlan, run: Run, side: Side, tokens: int, *, seed: Sequence[int]) -> Batch:
-    prompts = run.inputs.random_prompts(seed, plan.requests, plan.prompt_tokens)
-    return Batch(prompts, [side.names[number % len(side.names)] for number in range(plan.requests)], tokens)
 
 
 def summarise(plan: LaunchPlan, sides: Mapping[str, str], counted: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:

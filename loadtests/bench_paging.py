@@ -18,7 +18,7 @@ import numpy as np
 
 from loadtests.bench_inputs import FIRST_ORDINARY_TOKEN
 from loadtests.bench_report import Figure, verdict
-from loadtests.bench_run import Measured, Run
+from loadtests.bench_run import Measured, NotMeasured, Run
 from loadtests.client import Answer, stream
 from loadtests.metrics import Metrics
 from loadtests.server import Server
@@ -46,11 +46,8 @@ QUICK = {"versions": 30, "slots": 8, "single": 5, "requests": 60}
 
 def measure_paging(run: Run) -> Measured:
     """Start a server with rank one at every layer in each of its variants, and ask it for them."""
-    plan, progress, inputs = (
-        PagingPlan(run.dtype, **(QUICK if run.quick else {})),
-        run.progress,
-        run.inputs.everywhere(["low_rank"]),
-    )
+    plan, progress = PagingPlan(run.dtype, **(QUICK if run.quick else {})), run.progress
+    inputs = run.inputs.everywhere(["low_rank"])
     task = progress.add_task(f"publishing {plan.versions} versions", total=None)
     names, store = inputs.make_store("paging-store", plan.versions)
     progress.update(task, description="starting a server (a first start compiles for minutes)")
@@ -127,11 +124,11 @@ async def _traffic(
         for name in ("vllm_edits_version_lookups_total", "vllm_edits_page_in_seconds_sum")
     )
     if sum(lookups.values()) != len(asked):
-        raise RuntimeError(f"{len(asked)} requests were sent and {lookups} counted")
+        raise NotMeasured(f"{len(asked)} requests were sent and {lookups} counted")
     waits = {found: waited[found] / lookups[found] for found in FOUND if found != "device" and lookups[found]}
     return {"requests": len(asked), "lookups": lookups, "hit_rate": lookups["device"] / len(asked), "mean_wait": waits}
 
 
 def _require(answer: Answer) -> None:
     if not answer.complete:
-        raise RuntimeError(f"a request for {answer.model} was not answered: {answer.status} {answer.error}")
+        raise NotMeasured(f"a request for {answer.model} was not answered: {answer.status} {answer.error}")

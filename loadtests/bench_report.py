@@ -7,7 +7,7 @@ ratios counts. Its 95 % interval comes from resampling the rounds; a verdict tha
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -182,20 +182,8 @@ def summarise_swaps(swaps: Sequence[Swap]) -> dict[str, Any]:
 
 def show(summary: Mapping[str, Any], console: Console) -> None:
     """Print a run's summary as tables."""
-    for part in summary.values():
-        if "ratios" in part:
-            _show_rates(part, console)
-            _show_ratios(part["ratios"], console)
-    if "swaps" in summary:
-        _show_swaps(summary["swaps"], console)
-    if "paging" in summary:
-        _show_paging(summary["paging"], console)
-    if "endurance" in summary:
-        _show_endurance(summary["endurance"], console)
-    if "traffic" in summary:
-        _show_traffic(summary["traffic"], console)
-    if "launches" in summary:
-        _show_launches(summary["launches"], console)
+    for name, found in summary.items():
+        _SHOWN.get(name, _show_rates)(found, console)
 
 
 def _show_rates(part: Mapping[str, Any], console: Console) -> None:
@@ -209,11 +197,8 @@ def _show_rates(part: Mapping[str, Any], console: Console) -> None:
         )  # fmt: skip
         table.add_row(side, part["sides"][side], *cells)
     console.print(table)
-
-
-def _show_ratios(ratios: Sequence[Mapping[str, Any]], console: Console) -> None:
     table = Table("", "", "ratio", "95 %", "target", "", title="Medians of the ratios within a round")
-    for row in ratios:
+    for row in part["ratios"]:
         target = f"≥ {row['target']:g}" if row["target"] is not None else ""
         interval = f"{row['low']:.3f}–{row['high']:.3f}"
         compared = f"{row['over']} / {' & '.join(row['under'])}"
@@ -292,6 +277,13 @@ def _show_launches(found: Mapping[str, Any], console: Console) -> None:
     for side, row in found["launches"].items():
         table.add_row(side, row["what"], *(f"{row[name]:.1f}" for name in names))
     console.print(table)
+
+
+_SHOWN: Mapping[str, Callable[[Mapping[str, Any], Console], None]] = {
+    "swaps": _show_swaps, "paging": _show_paging, "endurance": _show_endurance, "traffic": _show_traffic,
+    "launches": _show_launches,
+}  # fmt: skip
+"""How a part of the summary is told, unless it compares the rates of sides."""
 
 
 def _coloured(word: str) -> str:

@@ -33,6 +33,13 @@ class Side:
     engine: Engine
     names: Sequence[str | None]
 
+    def batch(self, phase: Phase, inputs: Inputs, seed: Sequence[int]) -> Batch:
+        """The phase's requests, with prompts that no other seed gives. `seed` begins with the round: where it begins
+        among the names."""
+        prompts, first = inputs.random_prompts(seed, phase.requests, phase.prompt_tokens), seed[0] * phase.requests
+        names = [self.names[(first + index) % len(self.names)] for index in range(phase.requests)]
+        return Batch(prompts, names, phase.tokens)
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -63,7 +70,8 @@ def rates_by_round(experiment: Experiment, rounds: int, inputs: Inputs, progress
             for index, phase in enumerate(experiment.phases):
                 for name in turns(list(sides), number):
                     progress.update(task, description=f"{what}: {phase.name}, {name}")
-                    rates[name][phase.name] = _rate(inputs, sides[name], phase, (number, index))
+                    times = sides[name].engine.run(sides[name].batch(phase, inputs, (number, index)))
+                    rates[name][phase.name] = prefill_rate(times) if phase.tokens == 1 else decode_rate(times)
                     progress.advance(task)
             if number >= WARM_UP_ROUNDS:
                 counted.append(rates)
@@ -76,11 +84,3 @@ def turns(sides: Sequence[str], number: int) -> list[str]:
     start = number % len(sides)
     order = [*sides[start:], *sides[:start]]
     return order[::-1] if number // len(sides) % 2 else order
-
-
-def _rate(inputs: Inputs, side: Side, phase: Phase, seed: tuple[int, int]) -> float:
-    prompts = inputs.random_prompts(seed, phase.requests, phase.prompt_tokens)
-    first = seed[0] * phase.requests
-    names = [side.names[(first + index) % len(side.names)] for index in range(phase.requests)]
-    times = side.engine.run(Batch(prompts, names, phase.tokens))
-    return prefill_rate(times) if phase.tokens == 1 else decode_rate(times)

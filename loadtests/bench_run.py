@@ -11,6 +11,10 @@ from rich.progress import Progress
 from loadtests.bench_inputs import Inputs
 
 
+class NotMeasured(Exception):
+    """What was to be measured did not happen, and why: the run ends with these words."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One call of the benchmark."""

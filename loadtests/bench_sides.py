@@ -16,13 +16,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from loadtests.bench_report import RequestTimes
+from loadtests.bench_run import NotMeasured
 from loadtests.server import CPU_ENVIRONMENT
 
 Progress = Callable[[float], None]
-
-
-class SideFailed(Exception):
-    """An engine ended or did not answer; carries the end of its log."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ class Engine:
 
     def _ask(self, question: Mapping[str, Any], waiting: Progress = lambda _: None) -> dict[str, Any]:
         if self.process is None or self.process.stdin is None or self.process.stdout is None:
-            raise SideFailed(f"{self.label} was not started")
+            raise NotMeasured(f"{self.label} was not started")
         with suppress(BrokenPipeError):  # it has ended: the end of its log says why
             print(json.dumps(question), file=self.process.stdin, flush=True)
         began = time.monotonic()
@@ -91,7 +88,7 @@ class Engine:
         line = self.process.stdout.readline()
         if not line:
             end = "\n".join(self.log.read_text(errors="replace").splitlines()[-40:])
-            raise SideFailed(f"{self.label} ended with code {self.process.wait()}; the end of {self.log}:\n{end}")
+            raise NotMeasured(f"{self.label} ended with code {self.process.wait()}; the end of {self.log}:\n{end}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 

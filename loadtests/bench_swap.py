@@ -22,7 +22,7 @@ from edit_store import EditStore
 from edit_store.edits import SERVED_PER_REQUEST
 from loadtests.bench_inputs import strengths
 from loadtests.bench_report import Swap, gaps_within, summarise_swaps
-from loadtests.bench_run import Measured, Run
+from loadtests.bench_run import Measured, NotMeasured, Run
 from loadtests.server import Server
 
 VARIANTS = 8
@@ -33,10 +33,6 @@ HEAD_START_SECONDS = 0.1
 STREAM_TOKENS = 1800
 MAX_MODEL_LEN = 2048
 PROMPT = "Write down everything you know about the sea, the mountains and the rivers of your country."
-
-
-class SwapFailed(Exception):
-    """The server did not do what is to be measured."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +116,7 @@ async def _swap_window(
     status = (await client.get("/v1/edits")).raise_for_status().json()
     await _until(begin + WINDOW_SECONDS)
     if first.version != version or before.version == version:
-        raise SwapFailed(
+        raise NotMeasured(
             f"expected the request before the swap on the old version and the one after it on {version[:12]}, found "
             f"{before.version[:12]} and {first.version[:12]}. {status['last_error']}"
         )
@@ -141,7 +137,7 @@ async def _in_flight(client: httpx.AsyncClient, name: str) -> asyncio.Task[Answe
 
 async def _until(moment: float) -> None:
     if (left := moment - time.monotonic()) <= 0:
-        raise SwapFailed(f"the window of {WINDOW_SECONDS} s was over {-left:.1f} s before everything in it had ended")
+        raise NotMeasured(f"the window of {WINDOW_SECONDS} s was over {-left:.1f} s before everything in it had ended")
     await asyncio.sleep(left)
 
 
@@ -175,10 +171,10 @@ async def _stream(client: httpx.AsyncClient, model: str, token_times: list[float
     }  # fmt: skip
     async with client.stream("POST", "/v1/completions", json=body) as response:
         if response.is_error:
-            raise SwapFailed(f"a stream of {model} was answered {response.status_code}: {await response.aread()!r}")
+            raise NotMeasured(f"a stream of {model} was answered {response.status_code}: {await response.aread()!r}")
         async for line in response.aiter_lines():
             if line.startswith("data: {"):
                 token_times.append(time.monotonic())
                 if json.loads(line.removeprefix("data: ")).get("error"):
-                    raise SwapFailed(f"a stream of {model} failed: {line}")
-    raise SwapFailed(f"a stream of {model} ended inside a window: it needs more than {STREAM_TOKENS} tokens")
+                    raise NotMeasured(f"a stream of {model} failed: {line}")
+    raise NotMeasured(f"a stream of {model} ended inside a window: it needs more than {STREAM_TOKENS} tokens")

@@ -18,8 +18,7 @@ from typing import Any
 from edit_store.edits import SERVED_PER_REQUEST
 from loadtests.bench_report import Figure
 from loadtests.bench_rounds import turns
-from loadtests.bench_run import Measured, Run
-from loadtests.bench_sides import SideFailed
+from loadtests.bench_run import Measured, NotMeasured, Run
 from loadtests.server import CPU_ENVIRONMENT, Server
 
 ALONE = "vLLM alone"
@@ -88,7 +87,7 @@ def measure_traffic(run: Run) -> Measured:
 
 
 def _serve(plan: TrafficPlan, model: Path, side: Side, result: Path, *, seed: int) -> dict[str, float]:
-    """One run of `vllm bench serve`; SideFailed when a request was not answered."""
+    """One run of `vllm bench serve`; NotMeasured when a request was not answered."""
     command = [
         str(Path(sys.executable).with_name("vllm")), "bench", "serve", "--base-url", side.server.url,
         "--model", str(model), "--served-model-name", side.models[0],
@@ -105,7 +104,7 @@ def _serve(plan: TrafficPlan, model: Path, side: Side, result: Path, *, seed: in
     found = json.loads(result.read_text()) if ran.returncode == 0 else {}
     result.unlink(missing_ok=True)
     if found.get("completed") != plan.requests:
-        raise SideFailed(
+        raise NotMeasured(
             f"vllm bench serve: {found.get('completed')} of {plan.requests} answered\n{ran.stderr[-2000:]}"
         )
     return {name: found[key] for name, key in FIGURES.items()}

