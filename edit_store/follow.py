@@ -23,7 +23,7 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True)
 class Look:
-    """What one look at the store found. A tag in trouble keeps its last good head, and the others go on."""
+    """The last entry of every tag, withdrawals too. A tag in trouble keeps its last good one, and the others go on."""
 
     heads: Heads
     troubles: Mapping[Key, EditsError]

@@ -63,12 +63,17 @@ class TagEntry(Entry):
     name: BundleName
     tag: Name
     version: Digest
-    operation: Literal["promote", "rollback", "pin", "unpin"]
+    operation: Literal["promote", "rollback", "pin", "unpin", "withdraw"]
 
     @property
     def pinned(self) -> bool:
         """Whether, with this as its last entry, the tag may not be moved."""
         return self.operation == "pin"
+
+    @property
+    def withdrawn(self) -> bool:
+        """Whether, with this as its last entry, the tag promotes nothing; `version` is what it promoted before."""
+        return self.operation == "withdraw"
 
 
 class IndexEntry(Entry):
@@ -254,7 +259,7 @@ class EditStore:
         heads: dict[str, dict[str, TagEntry]] = {}
         for name, tag in self.all_tags():
             head = self.head(name, tag)
-            if head is not None:
+            if head is not None and not head.withdrawn:
                 heads.setdefault(name, {})[tag] = head
         return heads
 
@@ -277,7 +282,7 @@ class EditStore:
                 f"nothing is promoted as {ref}.{nearest(ref.selector, self.tags(ref.name))} "
                 f"Promote a version with: vllm-edits promote {ref.name}@<version> --tag {ref.selector}"
             )
-        return head.version
+        return _promoting(head).version
 
     def promote(
         self, reference: str, *, tag: str = DEFAULT_TAG, reason: str = "", actor: str | None = None
@@ -306,6 +311,15 @@ class EditStore:
         head = _movable(history[-1])
         return self._append(head, name, tag, version=version, operation="rollback", reason=reason, actor=actor)
 
+    def withdraw(self, name: str, *, tag: str = DEFAULT_TAG, reason: str = "", actor: str | None = None) -> TagEntry:
+        """Append an entry after which the tag promotes nothing. A rollback, or a promotion, ends that."""
+        head = _movable(self.head(name, tag))
+        if head is None:
+            self.version_digests(name)  # says so when the name itself is unknown
+            raise NotFound(f"nothing is promoted as {name}@{tag}: there is nothing to withdraw")
+        version = _promoting(head).version
+        return self._append(head, name, tag, version=version, operation="withdraw", reason=reason, actor=actor)
+
     def pin(
         self, name: str, *, tag: str = DEFAULT_TAG, remove: bool = False, reason: str = "", actor: str | None = None
     ) -> TagEntry:
@@ -313,7 +327,7 @@ class EditStore:
         head = self.head(name, tag)
         if head is None:
             raise NotFound(f"nothing is promoted as {name}@{tag}: there is nothing to pin")
-        if head.pinned != remove:
+        if _promoting(head).pinned != remove:
             raise Conflict(f"{name}@{tag} is {'pinned already' if head.pinned else 'not pinned'}")
         operation = "unpin" if remove else "pin"
         return self._append(head, name, tag, version=head.version, operation=operation, reason=reason, actor=actor)
@@ -364,15 +378,32 @@ def _movable(head: TagEntry | None) -> TagEntry | None:
     return head
 
 
+def _promoting(head: TagEntry) -> TagEntry:
+    """The head again, unless it promotes nothing."""
+    if head.withdrawn:
+        raise NotFound(
+            f"{head.name}@{head.tag} was withdrawn by {head.actor} at {head.at:%Y-%m-%d %H:%M}"
+            f"{': ' + head.reason if head.reason else ''}. "
+            f"Bring it back with: vllm-edits rollback {head.name} --tag {head.tag}"
+        )
+    return head
+
+
 def _before_last(history: list[TagEntry]) -> str | None:
-    """The version to return to. A rollback undoes one promotion; a second one goes further back, not forth."""
+    """The version to return to. A rollback undoes one promotion; a second one goes further back, not forth.
+
+    After a withdrawal it is the one that was withdrawn; a promotion after that takes the withdrawal's place.
+    """
     stack: list[str] = []
+    withdrawn = False
     for entry in history:
-        if entry.operation == "rollback" and len(stack) > 1:
+        if entry.operation == "rollback" and not withdrawn and len(stack) > 1:
             stack.pop()
-        elif not stack or stack[-1] != entry.version:
+        elif not entry.withdrawn and (not stack or stack[-1] != entry.version):
             stack.append(entry.version)
-    return stack[-2] if len(stack) > 1 else None
+        withdrawn = entry.withdrawn
+    before = stack if withdrawn else stack[:-1]
+    return before[-1] if before else None
 
 
 def _require_of(entry: TagEntry, name: str, tag: str) -> None:

@@ -75,7 +75,7 @@ METRICS = (
         PHASE,
     ),
     Metric("installs", "counter", "Versions installed on every worker: ok, refused, error.", ("result",)),
-    Metric("swaps", "counter", "Promotions and rollbacks followed: ok, refused, error.", ("result",)),
+    Metric("swaps", "counter", "Promotions, rollbacks and withdrawals followed: ok, refused, error.", ("result",)),
     Metric("swap_seconds", "histogram", "Swap time by phase: fetch, verify, stage, install, drain.", ("phase",), PHASE),
     Metric("store_head_age_seconds", "gauge", "Time since the store's heads were last read."),
     Metric("store_errors", "counter", "Looks at the store that failed."),

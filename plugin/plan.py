@@ -26,8 +26,8 @@ logger = logging.getLogger("vllm.edits")
 def promoted(settings: EditSettings, base: BaseModelRef) -> list[Manifest]:
     """What the store promotes for this model now, as a server that starts would believe it."""
     reader = open_reader(settings)
-    entries = [entry for tags in reader.look().heads.values() for entry in tags.values()]
-    manifests = [reader.manifest(entry.version) for entry in map(reader.believed, entries) if entry is not None]
+    entries = [reader.believed(entry) for tags in reader.look().heads.values() for entry in tags.values()]
+    manifests = [reader.manifest(entry.version) for entry in entries if entry is not None and not entry.withdrawn]
     return [manifest for manifest in manifests if manifest.base.files == base.files]
 
 

@@ -47,12 +47,15 @@ class Workers(Protocol):
 
 @dataclass
 class Swap:
-    """One attempt to follow a tag. Seconds by phase; `error` is empty when the name was switched."""
+    """One attempt to follow a tag. Seconds by phase; `error` is empty when the name was switched.
+
+    A version of None is none: before a tag's first promotion, and after a withdrawal.
+    """
 
     variant: str
     tag: str
     from_version: str | None
-    to_version: str
+    to_version: str | None
     at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
     seconds: dict[str, float] = field(default_factory=dict)
     error: str = ""
@@ -174,11 +177,12 @@ class Reconciler:
     async def _follow_tag(self, entry: TagEntry) -> Swap:
         key = entry.name, entry.tag
         old = self.table.promoted.get(entry.name, {}).get(entry.tag)
-        swap = self.last_swap = Swap(entry.name, entry.tag, old, entry.version)
+        new = None if entry.withdrawn else entry.version
+        swap = self.last_swap = Swap(entry.name, entry.tag, old, new)
         try:
             await self._require_trust(entry)
-            if entry.version != old:
-                await self._bring_in(swap)
+            if new is not None and new != old:
+                await self._bring_in(swap, new)
         except EditsError as error:
             if isinstance(error, NotTrusted) and key not in self._heads:
                 await self._fall_back(entry)
@@ -186,10 +190,10 @@ class Reconciler:
             swap.error = str(error)
             self._refuse(entry, error, serving=self.table.promoted.get(entry.name, {}).get(entry.tag))
             return swap
-        self._switch(entry)
+        self._switch(entry, new)
         self._refused.pop(key, None)
         self._metrics.swaps.labels("ok").inc()
-        logger.info("swap committed variant=%s@%s version=%s seconds=%s", *key, entry.version[:12], swap.seconds)
+        logger.info("swap committed variant=%s@%s version=%s seconds=%s", *key, (new or "none")[:12], swap.seconds)
         return swap
 
     def _refuse(self, entry: TagEntry, error: EditsError, serving: str | None) -> None:
@@ -224,42 +228,42 @@ class Reconciler:
         if believed is not None:
             await self._follow_tag(believed)
 
-    async def _bring_in(self, swap: Swap) -> None:
+    async def _bring_in(self, swap: Swap, version: str) -> None:
         """Everything before the switch: nothing here is visible to clients."""
         if swap.variant in (*self.table.base_names, *RESERVED_NAMES):
             why = f"{swap.variant!r} names the base model or a label of its own here; publish it under another name"
             raise BundleRefused(f"variant {swap.variant!r}", [Reason("name", why)])
         with swap.phase("fetch", self._metrics):
-            bundle = await asyncio.to_thread(self.reader.bundle, swap.to_version)
+            bundle = await asyncio.to_thread(self.reader.bundle, version)
         with swap.phase("verify", self._metrics):
             await asyncio.to_thread(verify.check, bundle, self._base)
             if missing := self._reservation.missing(bundle.manifest, self._price):
-                raise InstallRefused(f"version {swap.to_version[:12]} of {swap.variant!r}", missing)
-        self._traits[swap.to_version] = Traits.of(bundle.manifest)
+                raise InstallRefused(f"version {version[:12]} of {swap.variant!r}", missing)
+        self._traits[version] = Traits.of(bundle.manifest)
         with swap.phase("stage", self._metrics):
-            await self._make_ready(swap.to_version)
+            await self._make_ready(version)
         # At start there may be more variants than slots: those beyond are paged in by the first request.
         if swap.from_version is not None or self.residency.used < self.residency.slots:
             with swap.phase("install", self._metrics):
-                await self._make_resident(swap.to_version)
+                await self._make_resident(version)
 
-    def _switch(self, entry: TagEntry) -> None:
+    def _switch(self, entry: TagEntry, new: str | None) -> None:
         """The commit point on this server: one reference is replaced."""
-        promoted = {name: dict(tags) for name, tags in self.table.promoted.items()}
-        old = promoted.setdefault(entry.name, {}).get(entry.tag)
-        promoted[entry.name][entry.tag] = entry.version
-        self.table = replace(self.table, promoted=promoted)
+        old = self.table.promoted.get(entry.name, {}).get(entry.tag)
+        self.table = self.table.moved(entry.name, entry.tag, new)
         self._heads[entry.name, entry.tag] = entry
-        self.residency.restore(entry.version)
-        self._retired_at.pop(entry.version, None)
-        if old is not None and old != entry.version:
-            if old not in promoted[entry.name].values():
+        if new is not None:
+            self.residency.restore(new)
+            self._retired_at.pop(new, None)
+        if old is not None and old != new:
+            if old not in self.table.promoted.get(entry.name, {}).values():
                 self._metrics.variant_info.labels(*self._metrics.labels(entry.name, old)).set(0)
             if old not in self.table.versions():
                 self._retired_at[old] = time.monotonic()
                 self.residency.retire(old)
                 self._sweep()
-        self._metrics.variant_info.labels(*self._metrics.labels(entry.name, entry.version)).set(1)
+        if new is not None:
+            self._metrics.variant_info.labels(*self._metrics.labels(entry.name, new)).set(1)
 
     # -- lending slots ---------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from edit_store.errors import NotFound, nearest
 from edit_store.refs import Ref
@@ -53,6 +53,16 @@ class VariantTable:
         if ref.selector in tags:
             return Choice(model, ref.name, tags[ref.selector])
         return VersionWanted(ref)
+
+    def moved(self, name: str, tag: str, version: str | None) -> VariantTable:
+        """The table after a tag was moved; with None it is not served any more."""
+        promoted = {each: dict(tags) for each, tags in self.promoted.items()}
+        tags = promoted.setdefault(name, {})
+        if version is None:
+            tags.pop(tag, None)
+        else:
+            tags[tag] = version
+        return replace(self, promoted={each: tags for each, tags in promoted.items() if tags})
 
     def names(self) -> list[str]:
         """Every name a client may send, versions by digest apart: `polite`, and `polite@<tag>` for other tags."""

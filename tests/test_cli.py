@@ -78,6 +78,17 @@ def test_promote_and_rollback_append_to_the_history(run: Run, two: list[str], st
     assert rows[1][-1] == "milder"
 
 
+def test_a_withdrawn_tag_promotes_nothing_until_it_is_rolled_back(run: Run, two: list[str], store: EditStore) -> None:
+    assert run("withdraw", "polite", "--reason", "leak").stdout == (
+        "polite@prod is nothing any more (entry 2, withdraw)\n"
+    )
+    assert {row["tags"] for row in json.loads(run("list", "--json").stdout)} == {""}
+    assert "was withdrawn by" in run("show", "polite").output
+    assert run("withdraw", "polite").exit_code == 1
+    assert run("rollback", "polite").stdout == f"polite@prod is {two[0][:12]} (entry 3, rollback)\n"
+    assert store.resolve("polite") == two[0]
+
+
 def test_every_reading_command_speaks_json(run: Run, two: list[str]) -> None:
     """Whole digests and the same fields, one list of objects each, and nothing else on the output."""
     listed = json.loads(run("list", "--json").stdout)
@@ -112,6 +123,8 @@ def test_inspect_shows_what_is_in_a_bundle(run: Run, two: list[str]) -> None:
         (["promote", "polite", "--tag", "deadbeef"], "cannot be a tag"),
         (["rollback", "polite"], "no earlier version"),
         (["rollback", "polit"], "Did you mean"),
+        (["withdraw", "polit"], "Did you mean"),
+        (["withdraw", "polite", "--tag", "beta"], "nothing to withdraw"),
         (["history", "polit"], "Did you mean 'polite'"),
         (["list", "polit"], "Did you mean 'polite'"),
         (["inspect", "polite@nightly"], "vllm-edits promote polite@<version> --tag nightly"),

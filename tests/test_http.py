@@ -770,6 +770,17 @@ async def test_promoting_and_rolling_back_append_to_the_store_and_are_followed(s
     assert await history(site) == [("promote", first), ("promote", second), ("rollback", first)]
 
 
+async def test_withdrawing_appends_to_the_store_and_ends_what_is_served(site: Site) -> None:
+    (version,) = await site.server.promote(version_of("polite"))
+    answer = await site.client.delete("/v1/edits/polite", params={"reason": "leak"}, headers=TOKEN)
+    assert answer.status_code == 200
+    assert (answer.json()["swap"]["from_version"], answer.json()["swap"]["to_version"]) == (version, None)
+    assert site.server.store.history("polite")[-1].reason == "leak"
+    assert (await site.ask("polite")).status_code == 404
+    answer = await site.client.delete("/v1/edits/polite", headers=TOKEN)
+    assert (answer.status_code, "was withdrawn by" in answer.json()["detail"]) == (404, True)
+
+
 @pytest.mark.parametrize(
     "sent", [{}, {ADMIN_TOKEN_HEADER: "guess"}, {ADMIN_TOKEN_HEADER: ""}, {ADMIN_TOKEN_HEADER: "let-me-in-"}]
 )
@@ -777,7 +788,7 @@ async def test_a_change_without_the_admin_token_is_refused(site: Site, sent: dic
     await site.server.promote(version_of("polite"))
     other = publish(site.server.store, version_of("polite"), tag=None)
     before = await history(site)
-    for method, path, body in (("PUT", "", {"version": other}), ("POST", "/rollback", {})):
+    for method, path, body in (("PUT", "", {"version": other}), ("POST", "/rollback", {}), ("DELETE", "", None)):
         answer = await site.client.request(method, f"/v1/edits/polite{path}", json=body, headers=sent)
         assert answer.status_code == 401
         assert ADMIN_TOKEN_HEADER in answer.json()["detail"]

@@ -94,6 +94,39 @@ async def test_a_rollback_is_followed_like_a_promotion(server: Server) -> None:
     server.check()
 
 
+async def test_a_withdrawn_variant_is_not_found_and_ends_with_its_last_request(server: Server) -> None:
+    """Whoever began before ends on the version; its other tag goes on; a rollback brings it back."""
+    (version,) = await server.promote(version_of("polite"))
+    (beta,) = await server.promote(version_of("polite"), tag="beta")
+    running = await start(server, "polite")
+    server.store.withdraw("polite")
+    (swap,) = await server.core.sync()
+    assert (swap.from_version, swap.to_version, swap.error) == (version, None, "")
+    with pytest.raises(NotFound, match="polite@beta"):
+        await server.core.lease("polite")
+    assert version in server.residents()
+    assert server.metric("variant_info", variant="polite", version=version[:12]) == 0
+    running.end()
+    await server.core.settle()
+    assert list(server.residents()) == [beta]
+    assert await server.ask("polite@beta") == beta
+    server.store.withdraw("polite", tag="beta")
+    server.store.rollback("polite")
+    await server.core.sync()
+    assert server.core.table.names() == ["polite"]
+    assert await server.ask("polite") == version
+    assert server.metric("variant_info", variant="polite", version=version[:12]) == 1
+    server.check()
+
+
+async def test_a_server_that_starts_after_a_withdrawal_serves_nothing_of_it(server: Server, tmp_path: Path) -> None:
+    await server.promote(version_of("polite"), version_of("kind"))
+    server.store.withdraw("polite")
+    late = Server(f"memory://{tmp_path}")
+    await late.core.sync()
+    assert late.core.table.names() == ["kind"]
+
+
 async def test_promoting_what_is_served_already_moves_nothing(server: Server) -> None:
     (version,) = await server.promote(version_of("polite"))
     server.store.promote(f"polite@{version}")

@@ -144,20 +144,31 @@ def test_promoting_appends_to_a_chained_history(store: EditStore) -> None:
     assert store.tags("polite") == ["beta", "prod"]
 
 
-operations = st.lists(st.sampled_from(["1", "2", "3", "rollback"]), max_size=12)
+operations = st.lists(st.sampled_from(["1", "2", "3", "rollback", "withdraw"]), max_size=12)
 
 
 @cheaply
 @given(operations)
 def test_a_rollback_undoes_the_last_promotion_that_is_not_undone(operations: list[str]) -> None:
-    """Against a stack: promoting pushes, rolling back pops, the bottom cannot be popped. Nothing is ever deleted."""
+    """Against a stack: promoting pushes, rolling back pops, the bottom cannot be popped. Nothing is ever deleted.
+
+    A withdrawal lies on top of the stack until it is rolled back or something is promoted in its place.
+    """
     store = EditStore(f"memory://{next(numbers)}", create=True)
     versions = {label: store.publish(bundle(label)) for label in "123"}
     stack: list[str] = []
     done = 0
     for operation in operations:
-        if operation != "rollback":
+        if operation == "withdraw":
+            if stack[-1:] in ([], ["withdrawn"]):
+                with pytest.raises(NotFound, match="nothing to withdraw" if not stack else "was withdrawn by"):
+                    store.withdraw("polite")
+                continue
+            assert store.withdraw("polite").version == versions[stack[-1]]
+            stack.append("withdrawn")
+        elif operation != "rollback":
             store.promote(f"polite@{versions[operation]}")
+            stack = [each for each in stack if each != "withdrawn"]
             stack += [operation] if stack[-1:] != [operation] else []
         elif len(stack) < 2:
             with pytest.raises(NotFound, match="no earlier version"):
@@ -167,7 +178,12 @@ def test_a_rollback_undoes_the_last_promotion_that_is_not_undone(operations: lis
             stack.pop()
             assert store.rollback("polite").operation == "rollback"
         done += 1
-        assert store.resolve("polite") == versions[stack[-1]]
+        if stack[-1] == "withdrawn":
+            assert store.heads() == {}
+            with pytest.raises(NotFound, match=r"was withdrawn by .* vllm-edits rollback polite --tag prod"):
+                store.resolve("polite")
+        else:
+            assert store.resolve("polite") == versions[stack[-1]]
     assert [entry.sequence for entry in store.history("polite")] == list(range(1, done + 1))
 
 

@@ -381,6 +381,18 @@ def test_a_pinned_tag_does_not_move(store: EditStore) -> None:
     assert [entry.operation for entry in store.history("polite")] == ["promote", "promote", "pin", "unpin", "rollback"]
 
 
+def test_a_pinned_tag_is_not_withdrawn_and_a_withdrawn_one_not_pinned(store: EditStore) -> None:
+    """A pin would bring it back."""
+    promoted(store, "1")
+    store.pin("polite")
+    with pytest.raises(Conflict, match="is pinned to"):
+        store.withdraw("polite")
+    store.pin("polite", remove=True)
+    store.withdraw("polite", reason="incident 8", actor="nina")
+    with pytest.raises(NotFound, match=r"was withdrawn by nina at .*: incident 8\. Bring it back with"):
+        store.pin("polite")
+
+
 def test_a_pin_twice_or_of_nothing_is_refused(store: EditStore) -> None:
     with pytest.raises(NotFound, match="nothing to pin"):
         store.pin("polite")

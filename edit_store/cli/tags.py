@@ -1,4 +1,4 @@
-"""Commands that read and extend the history of a tag: history, promote, rollback, pin."""
+"""Commands that read and extend the history of a tag: history, promote, rollback, withdraw, pin."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from edit_store.store import TagEntry
 @app.command()
 @explained
 def history(name: NameArgument, store: StoreOption, tag: TagOption = DEFAULT_TAG, as_json: JsonOption = False) -> None:
-    """What was promoted, rolled back and pinned under a tag, oldest first, its chain checked."""
+    """What was promoted, rolled back, withdrawn and pinned under a tag, oldest first, its chain checked."""
     target = opened(store)
     target.version_digests(name)
     rows = [{**entry.model_dump(mode="json"), "digits": entry.version[:12]} for entry in target.history(name, tag)]
@@ -75,6 +75,21 @@ def rollback(
 
 @app.command()
 @explained
+def withdraw(
+    name: NameArgument,
+    *,
+    store: StoreOption,
+    tag: TagOption = DEFAULT_TAG,
+    reason: ReasonOption = "",
+    key: KeyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Stop serving a tag. Requests that run end well, new ones find no such variant; `rollback` brings it back."""
+    _told(opened(store, key).withdraw(name, tag=tag, reason=reason), as_json)
+
+
+@app.command()
+@explained
 def pin(
     name: NameArgument,
     *,
@@ -96,4 +111,5 @@ def _told(entry: TagEntry, as_json: bool) -> None:
     if as_json:
         as_script([entry.model_dump(mode="json")])
     else:
-        typer.echo(f"{entry.name}@{entry.tag} is {entry.version[:12]} (entry {entry.sequence}, {entry.operation})")
+        what = "nothing any more" if entry.withdrawn else entry.version[:12]
+        typer.echo(f"{entry.name}@{entry.tag} is {what} (entry {entry.sequence}, {entry.operation})")

@@ -1,4 +1,4 @@
-"""`/v1/edits`: what is served, look at the store now, promote, roll back.
+"""`/v1/edits`: what is served, look at the store now, promote, roll back, withdraw.
 
 Below /v1, so vLLM's own --api-key guards it too. Changes need the admin token besides; without one they are refused.
 """
@@ -10,9 +10,9 @@ import hmac
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, HTTPException, Request
+from fastapi import APIRouter, HTTPException, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from edit_store.errors import AmbiguousVersion, BundleRefused, Conflict, EditsError, NotFound
@@ -40,6 +40,10 @@ class Return(BaseModel):
 
     tag: str | None = None
     reason: str = ""
+
+
+TagQuery = Annotated[str | None, Query(description="tag; the server's default tag if absent")]
+ReasonQuery = Annotated[str, Query(description="why, for the history")]
 
 
 def router(reconciler: Callable[[], Reconciler], admin_token_file: Callable[[], str | None]) -> APIRouter:
@@ -73,6 +77,13 @@ def router(reconciler: Callable[[], Reconciler], admin_token_file: Callable[[], 
         tag = body.tag or core.table.default_tag
         actor = _authorized(request, admin_token_file())
         return await _changed(core, lambda: core.reader.store.rollback(name, tag=tag, reason=body.reason, actor=actor))
+
+    @routes.delete("/{name}", summary="Withdraw: the tag promotes nothing any more, and requests for it are not found")
+    async def withdraw(name: str, request: Request, tag: TagQuery = None, reason: ReasonQuery = "") -> Any:
+        core = reconciler()
+        moved = tag or core.table.default_tag
+        actor = _authorized(request, admin_token_file())
+        return await _changed(core, lambda: core.reader.store.withdraw(name, tag=moved, reason=reason, actor=actor))
 
     return routes
 
