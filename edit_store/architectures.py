@@ -81,6 +81,14 @@ class Architecture:
             return ()
         return tuple(read for read in READS.get(point, ()) if self.hidden(read) is None)
 
+    def projections(self) -> dict[str, str]:
+        """What each projection of a layer gives and what it reads, by point. Those of experts are none."""
+        queries, keys = ("q.proj", "k.proj") if self.qk_norm else ("q.out", "k.out")
+        found = {queries: "attn.in", keys: "attn.in", "v.out": "attn.in", "attn.out": "attn.z"}
+        mlp = {"gate.out": "mlp.in", "up.out": "mlp.in", "mlp.out": "mlp.h"}
+        inside = {point: read for point, read in mlp.items() if not self.experts and self.hidden(point) is None}
+        return found | inside
+
     def sites(self, layers: int) -> list[Site]:
         """Every site of such a model."""
         return [site for site in every_site(layers) if self.hidden(site.point) is None]

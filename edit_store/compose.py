@@ -18,7 +18,7 @@ import numpy as np
 
 from edit_store import verify
 from edit_store.bundle import Bundle, Manifest, Part, Provenance, Strength
-from edit_store.edits import Array, Edit, Gate, LowRank, Offset, Scale, SubspaceFilter
+from edit_store.edits import Array, Edit, Gate, LowRank, Offset, Scale, SubspaceFilter, WeightDelta
 from edit_store.errors import BundleRefused, Reason
 from edit_store.refs import JOIN
 
@@ -114,6 +114,8 @@ def _effect(one: Edit, one_fields: Fields, two: Edit, two_fields: Fields) -> str
         return _scaled(one_fields, two, two_fields)
     if isinstance(one, Scale) and isinstance(two, SubspaceFilter):
         return "the filter sees scaled channels, so it removes other directions of the unscaled vector"
+    if isinstance(one, Scale | SubspaceFilter) and isinstance(two, WeightDelta):
+        return "the delta comes first, so what it adds is scaled or filtered too"
     if isinstance(one, SubspaceFilter):
         for kind, rule in _BESIDE_A_FILTER.items():
             if isinstance(two, kind):

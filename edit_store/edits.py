@@ -5,10 +5,11 @@ float32 (indices as int32). `apply` is the reference in numpy, one token a row, 
 
 Several edits may meet at one site. They apply in this order, whatever their order in the bundle:
 
-    1. scale             factors multiply
-    2. low_rank, gate    every one reads what 1 gave, and all are added: their order does not matter
-    3. subspace_filter   one after the other, by `part`
-    4. offset            all are added; then, if one of them asks for it, the norm from before 4 is restored
+    1. weight_delta      added to the weight: the others edit what the new weight gives
+    2. scale             factors multiply
+    3. low_rank, gate    every one reads what 2 gave, and all are added: their order does not matter
+    4. subspace_filter   one after the other, by `part`
+    5. offset            all are added; then, if one of them asks for it, the norm from before 5 is restored
 
 An edit that reads another point of its layer reads it as that point's own edits left it. `scope` says for which tokens
 an edit counts, and a request's strength s, within the bundle's bounds, how much: what an edit adds is multiplied by s
@@ -324,12 +325,12 @@ INDEX_FIELDS = ("rows", "columns")
 Edit = Scale | LowRank | Gate | SubspaceFilter | Offset | WeightDelta
 AnyEdit = Annotated[Edit, Field(discriminator="kind")]
 KINDS: dict[str, type[Edit]] = {
+    "weight_delta": WeightDelta,
     "scale": Scale,
     "low_rank": LowRank,
     "gate": Gate,
     "subspace_filter": SubspaceFilter,
     "offset": Offset,
-    "weight_delta": WeightDelta,
 }
 """Every kind, in the order in which they apply at one site."""
 SERVED_PER_REQUEST = tuple(kind for kind in KINDS if kind != "weight_delta")

@@ -18,7 +18,20 @@ from hypothesis import HealthCheck, settings
 from prometheus_client import CollectorRegistry
 from torch import Tensor, nn
 
-from edit_store import BaseModelRef, Bundle, EditStore, Gate, LowRank, Offset, Provenance, Site, TagEntry, Widths, check
+from edit_store import (
+    BaseModelRef,
+    Bundle,
+    EditStore,
+    Gate,
+    LowRank,
+    Offset,
+    Provenance,
+    Site,
+    TagEntry,
+    WeightDelta,
+    Widths,
+    check,
+)
 from edit_store.backends import Backend, Item
 from edit_store.cache import NodeCache
 from edit_store.edits import Array, order_at_site
@@ -166,7 +179,9 @@ def edits_by_formula(pairs: Sequence[tuple[Any, Mapping[str, Array]]]) -> At:
         here = sorted((pair for pair in pairs if pair[0].site == site), key=lambda pair: order_at_site(pair[0]))
         adding: Array | None = None
         for edit, fields in here:
-            if isinstance(edit, LowRank | Gate):
+            if isinstance(edit, WeightDelta):
+                value = edit.apply(seen[edit.source], value, **fields)
+            elif isinstance(edit, LowRank | Gate):
                 adding = value if adding is None else adding
                 x = adding if edit.source == site else seen[edit.source]
                 value = edit.apply(x, value, **fields)

@@ -10,7 +10,19 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from edit_store import Bundle, EditStore, Gate, LowRank, Offset, Scale, Scope, Strength, SubspaceFilter, check
+from edit_store import (
+    Bundle,
+    EditStore,
+    Gate,
+    LowRank,
+    Offset,
+    Scale,
+    Scope,
+    Strength,
+    SubspaceFilter,
+    WeightDelta,
+    check,
+)
 from edit_store.cli import app
 from edit_store.compose import compose, conflicts
 from edit_store.errors import BundleRefused
@@ -119,6 +131,8 @@ def test_a_composition_is_named_after_its_parts() -> None:
          made("b", SubspaceFilter(site=RESID, rank=1), basis=AXES[:1]), "takes away 100% of what it adds"),
         (made("a", Scale(site=OUT, per="channel"), factor=np.r_[0.0, np.ones(7)]),
          made("b", LowRank(site=OUT, reads="layers.1.mlp.h", rank=1), write=AXES[:1]), "is not scaled"),
+        (made("a", Scale(site=OUT, per="channel")), made("b", WeightDelta(site=OUT, reads="layers.1.mlp.h")),
+         "what it adds is scaled or filtered too"),
         (made("a", Offset(site=RESID)), made("b", Offset(site=RESID, renorm=True)), "restored after both"),
         (made("a", Offset(site=RESID)), made("b", SubspaceFilter(site="layers.2.resid", rank=1)), None),
     ],

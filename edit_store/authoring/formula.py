@@ -88,10 +88,12 @@ class _AtSite:
         before_adding, before_moving, renorm = None, None, torch.tensor(False)
         for edit, fields in self.edits:
             numbers = {name: field.to(wide) if field.is_floating_point() else field for name, field in fields.items()}
-            if isinstance(edit, LowRank | Gate | WeightDelta):
+            if isinstance(edit, WeightDelta):
+                now = now + self._weight(edit) * _delta(edit, numbers, seen[edit.source].to(wide), now)
+            elif isinstance(edit, LowRank | Gate):
                 before_adding = now if before_adding is None else before_adding
                 x = before_adding if edit.source == edit.site else seen[edit.source].to(wide)
-                now = now + self._weight(edit) * _added(edit, numbers, x, now)
+                now = now + self._weight(edit) * _added(edit, numbers, x)
             elif isinstance(edit, Scale):
                 factor = numbers["factor"].repeat_interleave(now.shape[-1] // len(numbers["factor"]))
                 now = now + self._weight(edit) * (factor - 1) * now
@@ -117,15 +119,17 @@ class _AtSite:
         return self.request.covered(edit.scope) * self.strength
 
 
-def _added(edit: LowRank | Gate | WeightDelta, numbers: dict[str, Tensor], x: Tensor, now: Tensor) -> Tensor:
+def _added(edit: LowRank | Gate, numbers: dict[str, Tensor], x: Tensor) -> Tensor:
     if isinstance(edit, LowRank):
         return (x @ numbers["read"].T) @ numbers["write"]
-    if isinstance(edit, Gate):
-        if edit.normalise:
-            on_sphere = (x - numbers["norm_bias"]) / numbers["norm_weight"] / x.shape[-1] ** 0.5 - numbers["centroid"]
-            x = on_sphere / on_sphere.norm(dim=-1, keepdim=True)
-        z = x @ numbers["read"].T + numbers["bias"]
-        return _ACTIVATIONS[edit.activation](z, edit.threshold) @ numbers["write"]
+    if edit.normalise:
+        on_sphere = (x - numbers["norm_bias"]) / numbers["norm_weight"] / x.shape[-1] ** 0.5 - numbers["centroid"]
+        x = on_sphere / on_sphere.norm(dim=-1, keepdim=True)
+    z = x @ numbers["read"].T + numbers["bias"]
+    return _ACTIVATIONS[edit.activation](z, edit.threshold) @ numbers["write"]
+
+
+def _delta(edit: WeightDelta, numbers: dict[str, Tensor], x: Tensor, now: Tensor) -> Tensor:
     if edit.layout == "dense":
         return x @ numbers["delta"].T
     parts = x[..., numbers["columns"]] * numbers["values"]
