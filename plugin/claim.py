@@ -11,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from plugin.traits import PLAIN
 from plugin.variants import Choice
 
 CLAIM = "vllm_edits_claim"
@@ -24,20 +26,21 @@ FORK = "vllm_edits_fork"
 
 
 def cache_salt(choice: Choice | None, caller_salt: str | None, prompt: int | None = None) -> str | None:
-    """Salt of a request's blocks: sha256 over version, strength, prompt length and caller's salt, each with its length.
+    """Salt of a request's blocks: sha256 over version, strength, prompt length and caller's salt, each with its length,
+    and what has been in the engine's weights until now, if anything has.
 
-    Without version and salt there is none: the base model shares its cache as if the plugin were not there. The lengths
+    Without all of these there is none: the base model shares its cache as if the plugin were not there. The lengths
     make the tuple unambiguous, and the hash keeps a caller from writing a salt that is another version's.
     """
-    version = choice.version if choice else None
-    if version is None and caller_salt is None:
+    version, epoch = (choice.version, choice.epoch) if choice else (None, 0)
+    if version is None and caller_salt is None and not epoch:
         return None
     bound = choice is not None and choice.traits.bound_to_prompt
     # Where the prompt's length matters and is not known, nothing is shared with anybody.
     length = "" if not bound else str(prompt) if prompt is not None else secrets.token_hex(16)
     strength = "" if choice is None or choice.strength == 1 else repr(choice.strength)
     hasher = hashlib.sha256()
-    for part in (version or "", strength, length, caller_salt or ""):
+    for part in (version or "", strength, length, caller_salt or "", *([str(epoch)] if epoch else ())):
         data = part.encode()
         hasher.update(len(data).to_bytes(8, "big") + data)
     return hasher.hexdigest()
@@ -53,7 +56,7 @@ def address(prompt: Any, sampling_params: Any, choice: Choice | None, slot: int,
         arguments[CLAIM] = [slot, choice.version, choice.strength]
         if forks and choice.traits.tail is not None:
             arguments[FORK] = [cache_salt(choice, None, _length(prompt)), choice.traits.tail]
-            choice = None
+            choice = replace(choice, version=None, strength=1.0, traits=PLAIN)
     marked = sampling_params.clone()
     marked.extra_args = arguments or None
     return _salted(prompt, choice), marked
@@ -68,7 +71,7 @@ def _salted(prompt: Any, choice: Choice | None) -> Any:
     if isinstance(prompt, Mapping):
         salt = cache_salt(choice, prompt.get("cache_salt"), _length(prompt))
         return prompt if salt is None else {**prompt, "cache_salt": salt}
-    if (choice is None or choice.version is None) and not hasattr(prompt, "cache_salt"):
+    if cache_salt(choice, None) is None and not hasattr(prompt, "cache_salt"):
         return prompt
     raise TypeError(
         f"a prompt of type {type(prompt).__name__} cannot be kept apart in the prefix cache; send text or tokens"

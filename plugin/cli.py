@@ -15,6 +15,7 @@ import httpx
 import typer
 import yaml
 
+from edit_store.architectures import supported
 from edit_store.base_model import identify
 from edit_store.cli import JsonOption, StoreOption, app, as_script, counted, explained, plain, show
 from edit_store.errors import EditsError, SettingsError
@@ -69,27 +70,35 @@ def plan(
     against what would be reserved.
     """
     from plugin import plan as planning  # brings torch
+    from plugin import weights_room
     from plugin.price import price
+    from plugin.weight_form import formless
 
     settings = read_settings({KEY: {"store": store, **dict(_assignment(text) for text in setting or [])}})
     room = bytes_of(memory) if memory else None
     with counted("hashing the model", in_bytes=True) as update:
         update(total=sum(path.stat().st_size for path in model.glob("*.safetensors")))
         base = identify(model, progress=lambda size: update(advance=size))
-    versions = planning.promoted(settings, base)
-    reservation = planning.reserve(settings, base, versions)
-    of_room = price(base.widths, planning.dtype_of(model, dtype))
+    promoted = planning.promoted(settings, base)
+    reservation = planning.reserve(settings, base, promoted)
+    kind = planning.dtype_of(model, dtype)
+    of_room = price(base.widths, kind)
     found = planning.Plan.of(reservation, of_room)
     rows = planning.rows(found, reservation)
     refused = {
         manifest.name: [reason.message for reason in missing]
-        for manifest in versions
+        for manifest in promoted.per_request
         if (missing := reservation.missing(manifest, of_room))
     }
+    patched = planning.reserve_weights(settings, base, promoted)
+    patch = weights_room.bytes_kept(patched, supported(base.architecture), base.widths, kind.itemsize)
+    if promoted.in_weights and (missing := formless(promoted.in_weights.edits, supported(base.architecture))):
+        refused[promoted.in_weights.name] = [reason.message for reason in missing]
     fits = None if room is None else found.most(room)
     if as_json:
         as_script({"rooms": rows, "bytes_per_slot": found.slot, "slots": settings.slots,
-                   "bytes": found.total(settings.slots), "fit": fits, "refused": refused})  # fmt: skip
+                   "bytes": found.total(settings.slots), "fit": fits, "refused": refused,
+                   "weights": {"projections": len(patched), "bytes": patch}})  # fmt: skip
         return
     columns = {"kind": "kind", "point": "at", "reads": "reads", "rank": "rank", "features": "with", "sites": "layers"}
     show([{**row, "size": sized(row["bytes"])} for row in rows], {**columns, "size": "bytes per slot"}, False)
@@ -97,6 +106,9 @@ def plan(
           f"{sized(found.total(settings.slots))}")  # fmt: skip
     if room is not None:
         plain(f"{fits} slots fit into {sized(room)}")
+    if patched:
+        plain(f"{settings.weights} in the weights: up to {sized(patch)} of {len(patched)} projections, as much "
+              "host memory for every version that is prepared, and on a CPU once more")  # fmt: skip
     for name, reasons in refused.items():
         plain(f"{name} would be refused: {'; '.join(reasons)}")
 

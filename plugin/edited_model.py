@@ -61,6 +61,11 @@ class Prepared:
     row: Tensor
     scopes: tuple[Scope, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        return self.row.nbytes
+
 
 class EditedModel:
     """Slot tensors for `slots` versions and the base model in slot 0."""
@@ -80,6 +85,8 @@ class EditedModel:
         self.dtype = dtype
         self.step = Step(max_tokens, 1 + reservation.scopes, device)
         self.held: dict[int, str] = {}
+        self.in_weights: set[str | None] = {None}
+        """what requests without a slot may be computed with: the version in the weights, None for the base model"""
         self._scopes: dict[int, tuple[Scope, ...]] = {}
         self._gates: dict[int, list[tuple[str, Tensor]]] = {}
         self._filler = StepFiller(self.step, self.slot_of, self._scopes, pinned=device.type == "cuda")
@@ -217,19 +224,31 @@ class EditedModel:
 
     def slot_of(self, claim: Any) -> int:
         """The slot a request may use; a false claim stops the step."""
-        if claim is None:
-            return BASE_SLOT
-        slot, version, _ = claim
-        if slot not in self.held or self.held[slot] != version:
+        slot, version = (BASE_SLOT, None) if claim is None else claim[:2]
+        if slot == BASE_SLOT and version not in self.in_weights:
+            raise RuntimeError(
+                f"a request wants {_named(version)}, and the weights hold {' or '.join(map(_named, self.in_weights))}: "
+                "refusing to answer it with other weights"
+            )
+        if slot != BASE_SLOT and (None not in self.in_weights or self.held.get(slot) != version):
             raise RuntimeError(
                 f"a request claims version {str(version)[:12]} in slot {slot}, which holds "
                 f"{self.held.get(slot, 'nothing')[:12]}: refusing to answer it with other edits"
             )
         return int(slot)
 
+    def weights_hold(self, version: str | None, *, besides: bool) -> None:
+        """What is in the weights from now on; `besides`: requests that were computed with others go on."""
+        self.in_weights = {version, *(self.in_weights if besides else ())}
+        self._filler.forget()
+
     def set_step(self, batch: Batch) -> None:
         """Say which slot each token of the coming step belongs to, and how much it weighs in each lane."""
         self._filler.fill(batch)
+
+
+def _named(version: str | None) -> str:
+    return "the base model" if version is None else f"version {version[:12]}"
 
 
 def _counted(place: SlotTensors, edits: Iterable[Edit]) -> Iterator[tuple[str, Tensor]]:

@@ -19,7 +19,7 @@ from plugin.variants import Choice
 class EngineGate:
     """An engine client whose `generate` serves the version of the current lease."""
 
-    def __init__(self, engine: Any, renew: Callable[[Choice], Awaitable[Lease]], *, forks: bool = False) -> None:
+    def __init__(self, engine: Any, renew: Callable[[Choice | None], Awaitable[Lease]], *, forks: bool = False) -> None:
         self._engine = engine
         self._renew = renew
         self._forks = forks
@@ -32,16 +32,12 @@ class EngineGate:
     ) -> AsyncIterator[Any]:
         """vLLM's generate, for one version. The lease is held until the engine has let go of the request."""
         lease = CURRENT_LEASE.get()
-        if lease is not None and lease.released:
+        if lease is None:
+            # What reaches the engine by a way that the middleware does not cover is for the base model.
+            lease = await self._renew(None)
+        elif lease.released:
             # Work that outlives its HTTP request (a background response) still runs on the version it began with.
             lease = await self._renew(lease.choice)
-        if lease is None:
-            prompt, sampling_params = address(prompt, sampling_params, None, 0, forks=False)
-            outputs = self._engine.generate(prompt, sampling_params, request_id, *args, **kwargs)
-            async with aclosing(outputs):
-                async for output in outputs:
-                    yield output
-            return
         with lease.hold():
             watch = _Watch(lease.usage, deltas=getattr(sampling_params.output_kind, "name", "") == "DELTA")
             prompt, sampling_params = address(prompt, sampling_params, lease.choice, lease.slot, forks=self._forks)

@@ -6,22 +6,33 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import Generic, Protocol, TypeVar
 
 from edit_store.errors import EditsError
-from plugin.edited_model import Prepared
 
 
-class HostCache:
+class Ready(Protocol):
+    """A version that is ready to be installed."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+
+
+R = TypeVar("R", bound=Ready)
+
+
+class HostCache(Generic[R]):
     """Reads, checks and converts versions in the background, and keeps them; the least recently used go first.
 
     Used from the worker's thread. A version that could not be read is forgotten once that was told, so that the next
     attempt reads it anew.
     """
 
-    def __init__(self, prepare: Callable[[str], Prepared], limit_bytes: int) -> None:
+    def __init__(self, prepare: Callable[[str], R], limit_bytes: int) -> None:
         self._prepare = prepare
         self._limit_bytes = limit_bytes
-        self._versions: OrderedDict[str, Future[Prepared]] = OrderedDict()
+        self._versions: OrderedDict[str, Future[R]] = OrderedDict()
 
     def stage(self, version: str) -> None:
         """Begin to read a version, unless it is there or on its way."""
@@ -51,7 +62,7 @@ class HostCache:
         self._shrink(version)
         return True
 
-    def get(self, version: str) -> Prepared | None:
+    def get(self, version: str) -> R | None:
         """A ready version, now the most recently used one; None when it is not here."""
         future = self._versions.get(version)
         if future is None or not future.done() or future.exception() is not None:
@@ -61,7 +72,7 @@ class HostCache:
 
     def _shrink(self, newest: str) -> None:
         self._versions.move_to_end(newest)
-        ready = [(name, future.result().row.nbytes) for name, future in self._versions.items()
+        ready = [(name, future.result().nbytes) for name, future in self._versions.items()
                  if future.done() and future.exception() is None]  # fmt: skip
         excess = sum(size for _, size in ready) - self._limit_bytes
         for name, size in ready[:-1]:

@@ -96,3 +96,6 @@ class _OfflineWorkers:
     async def call(self, method: str, *args: Any) -> list[dict[str, Any]]:
         answers: list[dict[str, Any]] = self._llm.collective_rpc(method, args=args)
         return answers
+
+    async def abort_all(self) -> None:
+        """Nothing runs between two calls of `generate`."""

@@ -15,31 +15,55 @@ from edit_store.architectures import supported
 from edit_store.base_model import CONFIG_FILE
 from edit_store.bundle import BaseModelRef, Manifest
 from edit_store.errors import SettingsError
+from edit_store.refs import Ref
+from plugin import weights_room
 from plugin.reading import open_reader
 from plugin.reservation import Place, Price, Reservation
 from plugin.sizes import sized
+from plugin.weights_room import WeightsRoom
 from server_config.settings import EditSettings
 
 logger = logging.getLogger("vllm.edits")
 
 
-def promoted(settings: EditSettings, base: BaseModelRef) -> list[Manifest]:
+@dataclass(frozen=True)
+class Promoted:
+    """What a store promotes for a model, by how a server with these settings serves it."""
+
+    per_request: Sequence[Manifest]
+    in_weights: Manifest | None = None
+
+
+def promoted(settings: EditSettings, base: BaseModelRef) -> Promoted:
     """What the store promotes for this model now, as a server that starts would believe it."""
-    reader = open_reader(settings)
-    entries = [reader.believed(entry) for tags in reader.look().heads.values() for entry in tags.values()]
-    manifests = [reader.manifest(entry.version) for entry in entries if entry is not None and not entry.withdrawn]
-    return [manifest for manifest in manifests if manifest.base.files == base.files]
+    reader, in_weights = open_reader(settings), weights_key(settings)
+    heads = {(name, tag): reader.believed(entry)
+             for name, tags in reader.look().heads.items() for tag, entry in tags.items()}  # fmt: skip
+    found = {key: reader.manifest(head.version) for key, head in heads.items() if head and not head.withdrawn}
+    ours = {key: manifest for key, manifest in found.items() if manifest.base.files == base.files}
+    own = None if in_weights is None else ours.pop(in_weights, None)
+    return Promoted(list(ours.values()), own)
 
 
-def reserve(settings: EditSettings, base: BaseModelRef, versions: Sequence[Manifest] | None = None) -> Reservation:
+def weights_key(settings: EditSettings) -> tuple[str, str] | None:
+    """Name and tag of the variant that is served from the weights, if one is."""
+    if settings.weights is None:
+        return None
+    ref = Ref.parse(settings.weights, settings.default_tag)
+    return ref.name, ref.selector
+
+
+def reserve(settings: EditSettings, base: BaseModelRef, found: Promoted | None = None) -> Reservation:
     """What the settings say, or what the store promotes for this model now, or what is usual for an empty store.
 
-    versions: what is `promoted`, for who has read that already
+    A server that serves a variant from its weights and is asked for no other sets nothing apart, which costs nothing.
+    found: what is `promoted`, for who has read that already
     """
     architecture = supported(base.architecture)
     if settings.reserve is not None:
         return Reservation.from_settings(settings.reserve, architecture, base.widths, settings.scopes or 0)
-    if versions := promoted(settings, base) if versions is None else versions:
+    versions = (promoted(settings, base) if found is None else found).per_request
+    if versions or settings.weights is not None:
         made = Reservation.for_versions(versions)
         return made if settings.scopes is None else replace(made, scopes=settings.scopes)
     usual = Reservation.usual(architecture, base.widths)
@@ -50,6 +74,18 @@ def reserve(settings: EditSettings, base: BaseModelRef, versions: Sequence[Manif
         usual,
     )
     return usual
+
+
+def reserve_weights(settings: EditSettings, base: BaseModelRef, found: Promoted | None = None) -> WeightsRoom:
+    """The projections that a version in the weights may change; none without `edits.weights`."""
+    architecture = supported(base.architecture)
+    if settings.weights is None:
+        return {}
+    if settings.weights_reserve is not None:
+        return weights_room.asked_for(settings.weights_reserve, architecture, base.widths)
+    version = (promoted(settings, base) if found is None else found).in_weights
+    room = weights_room.for_version(version, architecture) if version else {}
+    return room or weights_room.usual(architecture, base.widths)
 
 
 @dataclass(frozen=True)

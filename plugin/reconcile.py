@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from edit_store import verify
-from edit_store.bundle import BaseModelRef
+from edit_store.bundle import BaseModelRef, Bundle
 from edit_store.errors import BundleRefused, EditsError, InstallRefused, NotTrusted, Reason
 from edit_store.reader import Reader
 from edit_store.store import TagEntry
@@ -30,6 +30,7 @@ from plugin.reservation import Price, Reservation
 from plugin.residency import Plan, Residency
 from plugin.traits import PLAIN, Traits
 from plugin.variants import BASE, Choice, VariantTable, VersionWanted
+from plugin.weights_mode import Running, WeightsMode
 
 logger = logging.getLogger("vllm.edits")
 
@@ -43,6 +44,9 @@ class Workers(Protocol):
 
     async def call(self, method: str, *args: Any) -> list[dict[str, Any]]:
         """Call a method of `EditsWorker` on all workers, between two steps of the engine."""
+
+    async def abort_all(self) -> None:
+        """End every request that the engine has."""
 
 
 @dataclass
@@ -92,6 +96,9 @@ class Reconciler:
         price: Price,
         slots: int,
         default_tag: str,
+        weights_key: tuple[str, str] | None = None,
+        weights_running: Running = "finish",
+        weights_patience_seconds: float = 60.0,
     ) -> None:
         self.reader = reader
         self.table = VariantTable(base_names, default_tag)
@@ -117,6 +124,10 @@ class Reconciler:
         self._ready: set[str] = set()  # versions in the memory of every worker, as far as is known
         self._reading: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._weights = WeightsMode(
+            weights_key, self._all, running=weights_running, patience_seconds=weights_patience_seconds,
+            inside=self._in_flight.total, abort_all=workers.abort_all,
+        )  # fmt: skip
         metrics.slots_total.set(slots)
         metrics.signature_policy.labels(reader.trust.enforcement).set(1)
         if reader.trust.enforcement is Enforcement.OFF:
@@ -181,8 +192,12 @@ class Reconciler:
         swap = self.last_swap = Swap(entry.name, entry.tag, old, new)
         try:
             await self._require_trust(entry)
-            if new is not None and new != old:
-                await self._bring_in(swap, new)
+            if key == self._weights.key:
+                await self._exchange_weights(swap, entry, new)
+            else:
+                if new is not None and new != old:
+                    await self._bring_in(swap, new)
+                self._switch(entry, new)
         except EditsError as error:
             if isinstance(error, NotTrusted) and key not in self._heads:
                 await self._fall_back(entry)
@@ -190,7 +205,6 @@ class Reconciler:
             swap.error = str(error)
             self._refuse(entry, error, serving=self.table.promoted.get(entry.name, {}).get(entry.tag))
             return swap
-        self._switch(entry, new)
         self._refused.pop(key, None)
         self._metrics.swaps.labels("ok").inc()
         logger.info("swap committed variant=%s@%s version=%s seconds=%s", *key, (new or "none")[:12], swap.seconds)
@@ -228,8 +242,27 @@ class Reconciler:
         if believed is not None:
             await self._follow_tag(believed)
 
-    async def _bring_in(self, swap: Swap, version: str) -> None:
-        """Everything before the switch: nothing here is visible to clients."""
+    async def _exchange_weights(self, swap: Swap, entry: TagEntry, new: str | None) -> None:
+        """Follow the tag of the variant that is served from the weights."""
+        if new == self._weights.version and not self._weights.doubt:
+            self._switch(entry, new)
+            return
+        if new is not None:
+            await self._checked(swap, new)
+            with swap.phase("stage", self._metrics):
+                await self._prepared("edits_stage_weights", "edits_weights_staged", new)
+
+        def switch() -> None:
+            self._switch(entry, new)
+            self.table = replace(self.table, in_weights=new, epoch=self._weights.epoch)
+
+        try:
+            await self._weights.exchange(new, switch, lambda phase: swap.phase(phase, self._metrics))
+        finally:
+            self.table = replace(self.table, epoch=self._weights.epoch)
+
+    async def _checked(self, swap: Swap, version: str) -> Bundle:
+        """A version out of the store, as far as can be said of it here. Nothing of this is visible to clients."""
         if swap.variant in (*self.table.base_names, *RESERVED_NAMES):
             why = f"{swap.variant!r} names the base model or a label of its own here; publish it under another name"
             raise BundleRefused(f"variant {swap.variant!r}", [Reason("name", why)])
@@ -237,9 +270,14 @@ class Reconciler:
             bundle = await asyncio.to_thread(self.reader.bundle, version)
         with swap.phase("verify", self._metrics):
             await asyncio.to_thread(verify.check, bundle, self._base)
-            if missing := self._reservation.missing(bundle.manifest, self._price):
-                raise InstallRefused(f"version {version[:12]} of {swap.variant!r}", missing)
         self._traits[version] = Traits.of(bundle.manifest)
+        return bundle
+
+    async def _bring_in(self, swap: Swap, version: str) -> None:
+        """Everything before the switch of a variant that is served per request."""
+        bundle = await self._checked(swap, version)
+        if missing := self._reservation.missing(bundle.manifest, self._price):
+            raise InstallRefused(f"version {version[:12]} of {swap.variant!r}", missing)
         with swap.phase("stage", self._metrics):
             await self._make_ready(version)
         # At start there may be more variants than slots: those beyond are paged in by the first request.
@@ -273,37 +311,66 @@ class Reconciler:
         NotFound for a name that is not served; RequestRefused for a strength that its version does not take;
         InstallRefused when the version cannot be brought in.
         """
-        found = self.table.resolve(model)
-        if isinstance(found, VersionWanted):
-            ref, served = found.ref, self.table.promoted[found.ref.name].values()
-            known = ref.selector in served  # a whole digest that is served needs no store
-            version = ref.selector if known else await asyncio.to_thread(self.reader.resolve, str(ref))
-            found = Choice(model, ref.name, version)
-        traits = PLAIN if found.version is None else await self._traits_of(found.version)
-        return await self.renew(replace(found, strength=traits.strength_of(strength, model), traits=traits))
+        while True:
+            await self._weights.admitted()
+            found = self.table.resolve(model)
+            if isinstance(found, VersionWanted):
+                ref, served = found.ref, self.table.promoted[found.ref.name].values()
+                known = ref.selector in served  # a whole digest that is served needs no store
+                version = ref.selector if known else await asyncio.to_thread(self.reader.resolve, str(ref))
+                found = self.table.chosen(model, ref.name, version)
+            traits = PLAIN if found.version is None else await self._traits_of(found.version)
+            if self._weights.open and found.epoch == self.table.epoch:  # else they changed while the store was asked
+                strength = traits.strength_of(strength, model, fixed=found.in_weights)
+                return await self._enter(replace(found, strength=strength, traits=traits))
 
     async def _traits_of(self, version: str) -> Traits:
         if version not in self._traits:
             self._traits[version] = Traits.of(await asyncio.to_thread(self.reader.manifest, version))
         return self._traits[version]
 
-    async def renew(self, choice: Choice) -> Lease:
-        """A slot for a choice already made: the same version, whatever its name means by now."""
-        slot = 0 if choice.version is None else await self._acquire(choice.version)
-        self._in_flight[choice.variant, choice.version] += 1
-        self._metrics.requests_in_flight.labels(self._metrics.labels(choice.variant, choice.version)[0]).inc()
+    async def renew(self, choice: Choice | None) -> Lease:
+        """A slot for a choice already made: the same version, whatever its name means by now. None: the base model.
+
+        InstallRefused when the engine's weights are others by now: there the version is no more.
+        """
+        if choice is None:
+            return await self.lease("")
+        await self._weights.admitted()
+        if choice.epoch != self.table.epoch:
+            gone = Reason("weights", f"the engine's weights were exchanged since {choice.requested!r} was chosen")
+            raise InstallRefused("a request that outlived its weights", [gone])
+        return await self._enter(choice)
+
+    async def _enter(self, choice: Choice) -> Lease:
+        """Whoever waits for a slot is inside already: the weights do not change under a choice."""
+        self._count_in(choice)
+        try:
+            in_slot = choice.version is not None and not choice.in_weights
+            slot = await self._acquire(choice.version) if in_slot and choice.version else 0
+        except BaseException:
+            self._count_out(choice)
+            raise
         return Lease(choice, slot, self._release)
 
-    def _release(self, lease: Lease) -> None:
-        variant, version = lease.choice.variant, lease.choice.version
+    def _count_in(self, choice: Choice) -> None:
+        self._in_flight[choice.variant, choice.version] += 1
+        self._metrics.requests_in_flight.labels(self._metrics.labels(choice.variant, choice.version)[0]).inc()
+
+    def _count_out(self, choice: Choice) -> None:
+        variant, version = choice.variant, choice.version
         self._in_flight[variant, version] -= 1
         if not self._in_flight[variant, version]:
             del self._in_flight[variant, version]
         self._metrics.requests_in_flight.labels(self._metrics.labels(variant, version)[0]).dec()
-        if version is not None:
-            self.residency.release(version)
+        self._weights.left()
+
+    def _release(self, lease: Lease) -> None:
+        if lease.slot and lease.choice.version is not None:
+            self.residency.release(lease.choice.version)
             self._slot_released.set()
             self._sweep()
+        self._count_out(lease.choice)
 
     async def _acquire(self, version: str) -> int:
         if self.residency.is_resident(version):
@@ -359,14 +426,18 @@ class Reconciler:
 
     async def _stage(self, version: str) -> None:
         try:
-            await self._all("edits_stage", version)
-            # Workers read it in threads of their own processes: there is nothing here to wait on but their word.
-            while any("pending" in answer for answer in await self._all("edits_staged", version)):  # noqa: ASYNC110
-                await asyncio.sleep(_STAGING_POLL_SECONDS)
+            await self._prepared("edits_stage", "edits_staged", version)
         except EditsError as failure:
             self._count_install(failure)
             raise
         self._ready.add(version)
+
+    async def _prepared(self, stage: str, staged: str, version: str) -> None:
+        """Have every worker prepare a version."""
+        await self._all(stage, version)
+        # Workers read it in threads of their own processes: there is nothing here to wait on but their word.
+        while any("pending" in answer for answer in await self._all(staged, version)):  # noqa: ASYNC110
+            await asyncio.sleep(_STAGING_POLL_SECONDS)
 
     async def _install(self, plan: Plan, version: str) -> None:
         answers = await self._all("edits_install", plan.slot, version, plan.evicted)
@@ -480,6 +551,11 @@ class Reconciler:
                 for (name, tag), trouble in sorted(self._troubles.items())
             ],
             "signatures": self.reader.trust.enforcement,
+            "weights": {
+                "variant": "@".join(self._weights.key) if self._weights.key else None,
+                "version": self._weights.version,
+                "doubt": self._weights.doubt,
+            },
             "slots": {
                 "total": self.residency.slots,
                 "used": self.residency.used,

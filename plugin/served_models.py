@@ -39,6 +39,8 @@ class ServedModels:
         """`GET /v1/models`: base models, then each variant with its version as `root` and the base as `parent`."""
         listed = await self._models.show_available_models()
         base, table = listed.data[0], self._table()
+        if table.in_weights is not None:
+            listed.data.clear()
         for name in table.names():
             variant, _, tag = name.partition("@")
             version = table.promoted[variant][tag or table.default_tag]

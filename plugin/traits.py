@@ -41,10 +41,15 @@ class Traits:
             manifest.name, any(isinstance(edit, Gate) and edit.activation in SILENT for edit in manifest.edits),
         )  # fmt: skip
 
-    def strength_of(self, asked: float | None, model: str) -> float:
-        """The strength a request gets. RequestRefused says what it may ask for."""
+    def strength_of(self, asked: float | None, model: str, *, fixed: bool = False) -> float:
+        """The strength a request gets; `fixed`: the default is in the weights. RequestRefused says what it may ask."""
         if asked is None:
             return 1.0 if self.strength is None else self.strength.default
+        if fixed and self.strength is not None and asked != self.strength.default:
+            raise RequestRefused(
+                f"{model!r} is in the engine's weights with a strength of {self.strength.default:g}, found {asked:g}. "
+                f"Leave out {STRENGTH_ARGUMENT}"
+            )
         if self.strength is None:
             raise RequestRefused(
                 f"{model!r} takes no strength, found {asked:g}: its author allows none. Leave out {STRENGTH_ARGUMENT}"

@@ -22,6 +22,10 @@ class Choice:
     version: str | None
     strength: float = 1.0
     traits: Traits = PLAIN
+    in_weights: bool = False
+    """whether the version is in the engine's weights, so that it needs no slot"""
+    epoch: int = 0
+    """counts what has been in the engine's weights: what was computed with others is never shared"""
 
 
 @dataclass(frozen=True)
@@ -33,16 +37,23 @@ class VersionWanted:
 
 @dataclass(frozen=True)
 class VariantTable:
-    """Names of the base model, and the promoted version of every tag of every variant."""
+    """Names of the base model, and the promoted version of every tag of every variant.
+
+    While a version is in the engine's weights it is all that is served: edits are relative to the base model, and that
+    is not there then.
+    """
 
     base_names: tuple[str, ...]
     default_tag: str
     promoted: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    in_weights: str | None = None
+    """the version in the engine's weights"""
+    epoch: int = 0
 
     def resolve(self, model: str) -> Choice | VersionWanted:
         """Look a name up. NotFound lists what is served and the nearest names."""
         if not model or model in self.base_names:
-            return Choice(model or self.base_names[0], BASE, None)
+            return self._served(Choice(model or self.base_names[0], BASE, None))
         try:
             ref = Ref.parse(model, self.default_tag)
         except NotFound:
@@ -51,8 +62,21 @@ class VariantTable:
         if tags is None or (ref.selector not in tags and not ref.is_version):
             raise self._unknown(model)
         if ref.selector in tags:
-            return Choice(model, ref.name, tags[ref.selector])
+            return self._served(Choice(model, ref.name, tags[ref.selector]))
         return VersionWanted(ref)
+
+    def chosen(self, model: str, name: str, version: str) -> Choice:
+        """What a request gets that named a version which is not promoted."""
+        return self._served(Choice(model, name, version))
+
+    def _served(self, choice: Choice) -> Choice:
+        if self.in_weights is not None and choice.version != self.in_weights:
+            raise NotFound(
+                f"The model `{choice.requested}` is not served now: version {self.in_weights[:12]} is in the engine's "
+                f"weights, and edits are relative to the base model. Served: {', '.join(self.names())}. Use another "
+                "server, or withdraw what is in the weights"
+            )
+        return replace(choice, in_weights=self.in_weights is not None, epoch=self.epoch)
 
     def moved(self, name: str, tag: str, version: str | None) -> VariantTable:
         """The table after a tag was moved; with None it is not served any more."""
@@ -69,7 +93,8 @@ class VariantTable:
         return [
             name if tag == self.default_tag else f"{name}@{tag}"
             for name, tags in sorted(self.promoted.items())
-            for tag in sorted(tags)
+            for tag, version in sorted(tags.items())
+            if self.in_weights in (None, version)
         ]
 
     def versions(self) -> set[str]:
@@ -77,5 +102,5 @@ class VariantTable:
         return {version for tags in self.promoted.values() for version in tags.values()}
 
     def _unknown(self, model: str) -> NotFound:
-        served = [*self.base_names, *self.names()]
+        served = [*(self.base_names if self.in_weights is None else ()), *self.names()]
         return NotFound(f"The model `{model}` does not exist. Served: {', '.join(served)}.{nearest(model, served)}")

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from edit_store.cache import DEFAULT_LIMIT_BYTES
 from edit_store.edits import MAX_RANK
 from edit_store.errors import SettingsError, nearest
-from edit_store.refs import DEFAULT_TAG, is_name, is_version_prefix
+from edit_store.refs import DEFAULT_TAG, is_bundle_name, is_name, is_version_prefix
 from edit_store.trust import Enforcement
 
 KEY = "edits"
@@ -33,6 +33,22 @@ class Reserve(BaseModel):
     features: tuple[Literal["dual", "normalise", "onto", "renorm", "weighted"], ...] = Field(
         default=(), description="what else an edit there may be; refusals name what is missing"
     )
+
+
+class ReserveWeight(BaseModel):
+    """A projection that versions in the weights may change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    site: str = Field(description="what the projection gives, or a pattern, e.g. layers.*.mlp.out")
+    bias: bool = Field(default=False, description="give it a bias of zeros if it has none, so constants can be added")
+
+
+def _variant(text: str) -> str:
+    name, at, tag = text.partition("@")
+    if not is_bundle_name(name) or (at and (not is_name(tag) or is_version_prefix(tag))):
+        raise ValueError("expected one variant, as name or name@tag; several are composed (`vllm-edits compose a b`)")
+    return text
 
 
 def _tag(text: str) -> str:
@@ -93,6 +109,22 @@ class EditSettings(BaseModel):
         description="memory of each worker for versions ready to be paged in; the least recently used go first",
     )
     inner_load_format: str = Field(default="auto", description="vLLM load format that reads the base model's weights")
+    weights: Annotated[str, AfterValidator(_variant)] | None = Field(
+        default=None,
+        description="a variant (`name` or `name@tag`) that is served from the weights, at no cost per step and alone",
+    )
+    weights_reserve: tuple[ReserveWeight, ...] | None = Field(
+        default=None,
+        description="projections that it may change; by default those that what it promotes at the start changes",
+    )
+    weights_running: Literal["finish", "abort", "keep"] = Field(
+        default="finish",
+        description="requests that run when the weights change: they `finish` first, `abort`, or `keep` running on "
+        "the new ones",
+    )
+    weights_patience_seconds: float = Field(
+        default=60.0, ge=0, le=3600, description="how long a change of the weights waits for requests to finish"
+    )
 
 
 def read_settings(additional_config: object) -> EditSettings:
@@ -112,6 +144,7 @@ def _explain(problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] != "extra_forbidden":
         return f"  - {KEY}.{where}: {problem['msg']}, found {problem.get('input')!r}"
-    known = Reserve.model_fields if problem["loc"][0] == "reserve" else EditSettings.model_fields
+    kinds: dict[str, type[BaseModel]] = {"reserve": Reserve, "weights_reserve": ReserveWeight}
+    known = kinds.get(problem["loc"][0], EditSettings).model_fields
     name = str(problem["loc"][-1])
     return f"  - {KEY}.{where}: unknown setting.{nearest(name, known) or ' Known: ' + ', '.join(known) + '.'}"

@@ -32,6 +32,7 @@ from edit_store import (
     Widths,
     check,
 )
+from edit_store.architectures import supported
 from edit_store.backends import Backend, Item
 from edit_store.cache import NodeCache
 from edit_store.edits import Array, order_at_site
@@ -39,9 +40,12 @@ from edit_store.errors import BundleRefused, EditsError, StoreUnavailable
 from edit_store.reader import Reader
 from edit_store.signing import SigningKey
 from edit_store.trust import Trust
+from plugin import weights_room
 from plugin.edited_model import EditedModel, Prepared
 from plugin.lease import Lease
 from plugin.metrics import PREFIX, Metrics
+from plugin.patched_weights import Part, Patch, PatchedWeights
+from plugin.plain_weight import PlainWeight
 from plugin.reconcile import Reconciler
 from plugin.reservation import Place, Reservation, Room
 from plugin.residency import Resident
@@ -67,9 +71,10 @@ class Projection(nn.Module):
     def __init__(self, reads: int, writes: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(writes, reads) / reads**0.5, requires_grad=False)
+        self.bias: nn.Parameter | None = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return x @ self.weight.T, None
+        return nn.functional.linear(x, self.weight, self.bias), None
 
 
 class TinyAttention(nn.Module):
@@ -202,6 +207,22 @@ def edited_model(
     return EditedModel(sites, reservation, slots=slots, max_tokens=MAX_TOKENS, dtype=dtype, device=cpu)
 
 
+def plain_weights(model: TinyModel) -> PatchedWeights:
+    """Every projection of the tiny model, those of `attn.out` and `mlp.out` with a bias."""
+    architecture, sites = supported(BASE.architecture), anchors(model, BASE.architecture, WIDTHS)
+    names = {module: name for name, module in model.named_modules()}
+    room = weights_room.usual(architecture, WIDTHS)
+    for site in room:
+        module: Any = sites[site].module
+        if site.point in ("attn.out", "mlp.out"):
+            module.bias = nn.Parameter(torch.zeros(WIDTHS.hidden), requires_grad=False)
+    modules = {
+        names[sites[site].module]: PlainWeight(sites[site].module.weight, sites[site].module.bias) for site in room
+    }
+    parts = {site: Part(names[sites[site].module], sites[site].start or 0, sites[site].width) for site in room}
+    return PatchedWeights(modules, parts, architecture)
+
+
 @dataclass(frozen=True, eq=False)
 class RequestStep:
     """What a request has in the coming step. `claim` is None for the base, else [slot, version, strength]."""
@@ -225,10 +246,13 @@ class FakeWorker:
     """`EditsWorker` without vLLM: the same answers, around a real EditedModel."""
 
     def __init__(self, store: EditStore, reservation: Reservation, slots: int, staging_ready: asyncio.Event) -> None:
-        self.edited = edited_model(TinyModel(), reservation, slots=slots)
+        self.model = TinyModel()
+        self.edited = edited_model(self.model, reservation, slots=slots)
         self._store = store
         self._staging_ready = staging_ready
         self.ready: dict[str, Prepared] = {}
+        self.weights = plain_weights(self.model)
+        self.patches: dict[str, Patch] = {}
 
     def edits_stage(self, version: str) -> Answer:
         return {}
@@ -243,6 +267,29 @@ class FakeWorker:
             return {}
 
         return answered(prepare)
+
+    def edits_stage_weights(self, version: str) -> Answer:
+        return {}
+
+    def edits_weights_staged(self, version: str) -> Answer:
+        def prepare() -> Answer:
+            bundle = self._store.bundle(version)
+            self.patches[version] = self.weights.prepare(version, bundle.manifest, check(bundle, BASE))
+            return {}
+
+        return answered(prepare) if self._staging_ready.is_set() else {"pending": True}
+
+    def edits_put_weights(self, version: str | None, epoch: int, besides: bool) -> Answer:
+        def put() -> Answer:
+            if self.weights.version != version:
+                patch = None if version is None else self.weights.known(version) or self.patches.pop(version, None)
+                if version is not None and patch is None:
+                    return {"absent": True}
+                self.weights.install(patch, epoch)
+                self.edited.weights_hold(version, besides=besides)
+            return {"digest": self.weights.digest}
+
+        return answered(put)
 
     def edits_install(self, slot: int, version: str, leaving: str | None) -> Answer:
         def install() -> Answer:
@@ -303,7 +350,11 @@ class FakeWorkers:
         self.overrides: dict[str, Callable[[int, Callable[[], Answer]], Answer]] = {}
         self.gates: dict[str, asyncio.Event] = {}
         self.calls: list[tuple[Any, ...]] = []
+        self.aborted = asyncio.Event()
         self._engine = asyncio.Lock()
+
+    async def abort_all(self) -> None:
+        self.aborted.set()
 
     async def call(self, method: str, *args: Any) -> list[Answer]:
         return await asyncio.shield(asyncio.ensure_future(self._carried_out(method, *args)))
@@ -404,7 +455,7 @@ class Server:
     """One API process over two fake workers and a store in memory that can be cut off."""
 
     def __init__(self, url: str, slots: int = SLOTS, trust: Trust | None = None, node: Path | None = None,
-                 signer: SigningKey | None = None) -> None:  # fmt: skip
+                 signer: SigningKey | None = None, *, weights: str | None = None, **options: Any) -> None:  # fmt: skip
         self.store = EditStore(url, create=True, signer=signer)
         self.backend = FlakyBackend(self.store.backend)
         self.store.backend = self.backend
@@ -423,6 +474,8 @@ class Server:
             price=lambda _, room: 1024 * room.rank,
             slots=slots,
             default_tag="prod",
+            weights_key=(weights, "prod") if weights else None,
+            **options,
         )
 
     def metric(self, name: str, **labels: str) -> float:

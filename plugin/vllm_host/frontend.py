@@ -19,6 +19,7 @@ from plugin.engine_gate import EngineGate
 from plugin.http.middleware import VariantMiddleware
 from plugin.http.routes import router
 from plugin.metrics import Metrics
+from plugin.plan import weights_key
 from plugin.price import price
 from plugin.reading import open_reader
 from plugin.reconcile import Reconciler, Workers
@@ -40,6 +41,10 @@ class EngineWorkers:
     async def call(self, method: str, *args: Any) -> list[dict[str, Any]]:
         answers: list[dict[str, Any]] = await self._engine.collective_rpc(method, args=args)
         return answers
+
+    async def abort_all(self) -> None:
+        await self._engine.pause_generation(mode="abort", clear_cache=False)
+        await self._engine.resume_generation()
 
 
 class EditsEndpoints:
@@ -113,12 +118,17 @@ async def start(
         price=price(base.widths, getattr(torch, described["dtype"])),
         slots=described["slots"],
         default_tag=settings.default_tag,
+        weights_key=weights_key(settings),
+        weights_running=settings.weights_running,
+        weights_patience_seconds=settings.weights_patience_seconds,
     )
     await reconciler.sync()
     sites, mebibytes = len(reservation.sites()), described["bytes"] / 2**20
+    patched, kept = described["weights"]["sites"], described["weights"]["bytes"] / 2**20
+    in_weights = f"; {settings.weights} in the weights, {patched} projections of {kept:.1f} MiB" if patched else ""
     return reconciler, (
         f"runner {described['runner']}, {len(answers)} worker(s), {described['slots']} slots, {sites} sites, "
-        f"{mebibytes:.1f} MiB reserved: {reservation}"
+        f"{mebibytes:.1f} MiB reserved: {reservation}{in_weights}"
     )
 
 

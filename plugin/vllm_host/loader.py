@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,22 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from edit_store import verify
+from edit_store.architectures import supported
 from edit_store.base_model import identify
-from edit_store.bundle import BaseModelRef
+from edit_store.bundle import BaseModelRef, Manifest
+from edit_store.edits import Tensors
 from edit_store.errors import UnsupportedHost
+from plugin import weights_room
 from plugin.edited_model import EditedModel, Prepared
-from plugin.host_cache import HostCache
-from plugin.plan import Plan, reserve
+from plugin.host_cache import HostCache, R
+from plugin.patched_weights import Patch, PatchedWeights
+from plugin.plan import Plan, promoted, reserve, reserve_weights
 from plugin.price import price
 from plugin.reading import open_reader
 from plugin.vllm_host import compat
 from plugin.vllm_host.architectures import anchors
 from plugin.vllm_host.runner_v2 import use_edits_model_state
+from plugin.vllm_host.weights import keep_loaded, patchable
 from plugin.vllm_host.worker import EditsWorker
 from server_config.settings import KEY, EditSettings, read_settings
 
@@ -75,12 +81,23 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
             )
         settings = read_settings(vllm_config.additional_config)
         compat.check_config(vllm_config)
-        model: Any = self._loader(settings).load_model(
-            vllm_config=vllm_config, model_config=model_config, prefix=prefix
-        )
         base = identify(model_folder(model_config), name=model_config.model)
+        found = promoted(settings, base)
+        reservation, room = reserve(settings, base, found), reserve_weights(settings, base, found)
+        architecture, kept = supported(base.architecture), dict[nn.Module, torch.Tensor]()
+        inner = self._loader(settings)
+        load_weights = inner.load_weights
+
+        def load_and_keep(model: nn.Module, model_config: ModelConfig) -> None:
+            load_weights(model, model_config)
+            sites = anchors(model, base.architecture, base.widths)
+            kept.update(keep_loaded(sites[site].module for site in room))
+
+        inner.load_weights = load_and_keep
+        model: Any = inner.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        sites = anchors(model, base.architecture, base.widths)
+        weights = patchable(model, sites, room, kept, architecture)
         device = next(model.parameters()).device
-        reservation = reserve(settings, base)
         plan = Plan.of(reservation, price(base.widths, model_config.dtype))
         plan.require(settings.slots, free_bytes(vllm_config, device))
         # The compiled graph depends on what is reserved, so that must be in the compile cache's key.
@@ -88,10 +105,11 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
             **vllm_config.additional_config[KEY],
             "reserve": reservation.to_settings(),
             "scopes": reservation.scopes,
+            **({"weights_reserve": weights_room.to_settings(room)} if room else {}),
         }
         vllm_config.additional_config["edits_plugin_version"] = importlib.metadata.version("vllm-edits")
         edited = EditedModel(
-            anchors(model, base.architecture, base.widths),
+            sites,
             reservation,
             slots=settings.slots,
             max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
@@ -99,7 +117,10 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
             device=device,
         )
         EditsWorker.extend(resolve_obj_by_qualname(vllm_config.parallel_config.worker_cls))
-        model.loaded_edits = LoadedEdits(edited, base, _host_cache(edited, base, settings))
+        model.loaded_edits = LoadedEdits(
+            edited, base, _ready(edited.prepare, base, settings, settings.host_cache_bytes),
+            weights, _ready(weights.prepare, base, settings, 0),
+        )  # fmt: skip
         use_edits_model_state(model, model.loaded_edits)
         return model
 
@@ -110,17 +131,23 @@ class LoadedEdits:
 
     edited: EditedModel
     base: BaseModelRef
-    ready: HostCache
+    ready: HostCache[Prepared]
+    weights: PatchedWeights
+    patches: HostCache[Patch]
     runner: str = "V1"
     """Which model runner feeds the token slots; the V2 runner's state says so when it is built."""
 
 
-def _host_cache(edited: EditedModel, base: BaseModelRef, settings: EditSettings) -> HostCache:
-    def prepare(version: str) -> Prepared:
-        bundle = open_reader(settings).bundle(version)
-        return edited.prepare(version, bundle.manifest, verify.check(bundle, base))
+def _ready(
+    prepare: Callable[[str, Manifest, Tensors], R], base: BaseModelRef, settings: EditSettings, limit_bytes: int
+) -> HostCache[R]:
+    """Versions read from the store, checked and prepared."""
 
-    return HostCache(prepare, settings.host_cache_bytes)
+    def read(version: str) -> R:
+        bundle = open_reader(settings).bundle(version)
+        return prepare(version, bundle.manifest, verify.check(bundle, base))
+
+    return HostCache(read, limit_bytes)
 
 
 def free_bytes(vllm_config: VllmConfig, device: torch.device) -> int:

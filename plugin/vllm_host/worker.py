@@ -50,6 +50,12 @@ class EditsWorker:
             "bytes": loaded.edited.bytes_reserved,
             "dtype": str(loaded.edited.dtype).removeprefix("torch."),
             "runner": loaded.runner,
+            "weights": {
+                "sites": len(loaded.weights.parts),
+                "bytes": loaded.weights.bytes_touched,
+                "version": loaded.weights.version,
+                "epoch": loaded.weights.epoch,
+            },
         }
 
     def edits_stage(self, version: str) -> Answer:
@@ -81,6 +87,36 @@ class EditsWorker:
             return {"digest": edited.install(slot, prepared), "firings": firings}
 
         return _answer(install)
+
+    def edits_stage_weights(self, version: str) -> Answer:
+        """Begin to read and check a version, and to compute the weights with its edits, in the background."""
+        self._edits().patches.stage(version)
+        return {}
+
+    def edits_weights_staged(self, version: str) -> Answer:
+        """{'pending': True}, or {} when the version is ready to be put into the weights, or its refusal."""
+        return _answer(lambda: {} if self._edits().patches.is_ready(version) else {"pending": True})
+
+    def edits_put_weights(self, version: str | None, epoch: int, besides: bool) -> Answer:
+        """Put a staged version into the weights, or with None the loaded model; failing that, all stays as it was.
+
+        besides: requests that were computed with other weights may go on. Answers what the weights now hold, or
+        {'absent': True} with nothing changed when the version is not ready here. Asked again it answers the same.
+        """
+
+        def put() -> Answer:
+            loaded = self._edits()
+            weights, patch = loaded.weights, None
+            if weights.version != version:
+                if version is not None:
+                    patch = weights.known(version) or loaded.patches.get(version)
+                    if patch is None:
+                        return {"absent": True}
+                weights.install(patch, epoch)
+                loaded.edited.weights_hold(version, besides=besides)
+            return {"digest": weights.digest}
+
+        return _answer(put)
 
     def edits_firings(self) -> Answer:
         """How often each gate on the device has fired since it was installed: [version, edit, times]."""

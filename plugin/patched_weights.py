@@ -1,0 +1,214 @@
+"""The weights of one worker, and the version whose edits are in them. No vLLM here.
+
+A patch holds, for every projection that a version changes, the weight that takes the place of the loaded one, in the
+form the engine computes with. To install it is to exchange the two, so the patch then holds what was loaded, bit for
+bit, and exchanging again restores it. All that takes time, or can fail, comes before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edit_store.architectures import Architecture
+from edit_store.bundle import Manifest
+from edit_store.edits import Edit, Tensors, order_at_site
+from edit_store.errors import InstallRefused, Reason
+from edit_store.sites import Site
+from plugin.weight_form import Numbers, formless, patched, touched
+
+
+@dataclass
+class Copy:
+    """A weight beside the engine's own: `weight` in whatever form that takes, `bias` [out] or None.
+
+    `fingerprint` is that of the numbers it was made of; None where telling it is quick enough to wait for the exchange.
+    """
+
+    weight: Any
+    bias: Tensor | None
+    nbytes: int
+    fingerprint: bytes | None = None
+
+
+class LiveWeight(Protocol):
+    """Weight and bias of one module, as the engine computes with them."""
+
+    dtype: torch.dtype
+    bias: Tensor | None
+
+    def loaded(self, aside: Copy | None) -> Tensor:
+        """The weight [out, in] as it was loaded; `aside` is the copy that holds it while another takes its place."""
+
+    def copy(self, weight: Tensor, bias: Tensor | None) -> Copy:
+        """A copy of these numbers, ready to be exchanged."""
+
+    def exchange(self, copy: Copy) -> None:
+        """Let the engine and the copy change places, in an instant, at the same addresses."""
+
+    def fingerprint(self, copy: Copy | None) -> bytes:
+        """Of a copy, or of what the engine computes with now: equal where the numbers are."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A projection inside a module: rows of its weight from `start` on."""
+
+    module: str
+    start: int
+    width: int
+
+
+@dataclass
+class Patch:
+    """A version's weights by module; while it is installed, the weights that were loaded."""
+
+    version: str
+    copies: Mapping[str, Copy]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        return sum(copy.nbytes for copy in self.copies.values())
+
+
+class PatchedWeights:
+    """What a version may be installed in: some projections of the model, by the site of what they give."""
+
+    def __init__(
+        self, modules: Mapping[str, LiveWeight], parts: Mapping[Site, Part], architecture: Architecture
+    ) -> None:
+        self.parts = parts
+        self.epoch = 0
+        """counts what has been in the weights; whoever exchanges them says"""
+        self.digest = ""
+        """over all weights that are not the loaded ones; equal on workers that hold the same"""
+        self._modules = modules
+        self._architecture = architecture
+        self._installed: Patch | None = None
+        self._before: Patch | None = None
+        self._exchanging = threading.Lock()
+
+    @property
+    def version(self) -> str | None:
+        """The version in the weights, None for the model as it was loaded."""
+        return self._installed.version if self._installed else None
+
+    @property
+    def biased(self) -> list[Site]:
+        """Projections that can take a constant."""
+        return [site for site, part in self.parts.items() if self._modules[part.module].bias is not None]
+
+    @property
+    def bytes_touched(self) -> int:
+        """Bytes of every weight that may be changed: at most so much does a patch take."""
+        return sum(module.loaded(None).nbytes for module in self._modules.values())
+
+    def prepare(self, version: str, manifest: Manifest, tensors: Tensors) -> Patch:
+        """A version's weights. InstallRefused when its edits have no weight form, or not here."""
+        edits = sorted(manifest.edits, key=order_at_site)
+        own = {edit: edit.numbers(tensors, manifest.base.widths) for edit in edits}
+        numbers = {edit: {name: np.array(array) for name, array in fields.items()} for edit, fields in own.items()}
+        reasons = formless(edits, self._architecture) or self._unreserved(edits)
+        strength = manifest.strength.default if manifest.strength else 1.0
+        copies: dict[str, Copy] = {}
+        if not reasons:
+            changed = {self.parts[site].module for edit in edits for site in touched(edit, self._architecture)}
+            for name in sorted(changed):
+                weight, bias = self._patched(name, edits, numbers, strength)
+                reasons += self._without_bias(name, bias)
+                live = self._modules[name]
+                copies[name] = live.copy(weight.to(live.dtype), None if live.bias is None else bias.to(live.bias.dtype))
+        if reasons:
+            raise InstallRefused(f"version {version[:12]} of {manifest.name!r} in the weights", reasons)
+        return Patch(version, copies)
+
+    def _patched(
+        self, name: str, edits: Sequence[Edit], numbers: Mapping[Edit, Mapping[str, Any]], strength: float
+    ) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a module, every part of it, in a type wide enough to round once."""
+        live, aside = self._modules[name], None
+        with self._exchanging:
+            aside = self._installed.copies.get(name) if self._installed else None
+            own = live.loaded(aside)
+            wide = torch.float64 if own.dtype == torch.float32 else torch.float32
+            weight = own.to(device="cpu", dtype=wide, copy=True)
+            own_bias = live.bias if aside is None else aside.bias
+            bias = torch.zeros(len(weight), dtype=wide) if own_bias is None else own_bias.to("cpu", wide, copy=True)
+        for site, part in self.parts.items():
+            if part.module == name:
+                rows = slice(part.start, part.start + part.width)
+                reads = site.beside(self._architecture.projections()[site.point])
+                given, read = (_at(each, edits, numbers) for each in (site, reads))
+                weight[rows], bias[rows] = patched(weight[rows], bias[rows], given, read, strength)
+        return weight, bias
+
+    def _unreserved(self, edits: Sequence[Edit]) -> list[Reason]:
+        found = {site: edit for edit in edits for site in touched(edit, self._architecture) if site not in self.parts}
+        return [
+            Reason(
+                "reserve",
+                f"{edit.kind} at {edit.site} changes the projection to {site}, which was not set apart for that. "
+                f'Add {{"site": "{site}"}} to edits.weights_reserve and restart',
+            )
+            for site, edit in found.items()
+        ]
+
+    def _without_bias(self, name: str, bias: Tensor) -> list[Reason]:
+        if self._modules[name].bias is not None or not bias.any():
+            return []
+        sites = [site for site, part in self.parts.items()
+                 if part.module == name and bias[part.start : part.start + part.width].any()]  # fmt: skip
+        return [
+            Reason(
+                "bias",
+                f"its edits add a constant to {site}, where this model's projection has no bias. "
+                f'Add {{"site": "{site}", "bias": true}} to edits.weights_reserve and restart, or serve it per request',
+            )
+            for site in sites
+        ]
+
+    def install(self, patch: Patch | None, epoch: int) -> None:
+        """Put a version into the weights, or with None the model as it was loaded; whatever fails is undone.
+
+        Ends with an error, and the weights as they were, when a weight is not what was prepared.
+        """
+        hasher = hashlib.sha256((patch.version if patch else "").encode())
+        with self._exchanging:
+            leaving, done = self._installed, list[tuple[str, Copy]]()
+            try:
+                for each in filter(None, (leaving, patch)):
+                    for name, copy in each.copies.items():
+                        done.append((name, copy))
+                        fingerprint = self._exchange(name, copy)
+                        if each is patch:
+                            hasher.update(name.encode() + fingerprint)
+            except BaseException:
+                for name, copy in reversed(done):
+                    self._modules[name].exchange(copy)
+                raise
+            self._installed, self._before, self.epoch, self.digest = patch, leaving, epoch, hasher.hexdigest()
+
+    def _exchange(self, name: str, copy: Copy) -> bytes:
+        live = self._modules[name]
+        expected = copy.fingerprint or live.fingerprint(copy)
+        live.exchange(copy)
+        copy.fingerprint = None
+        if live.fingerprint(None) != expected:
+            raise RuntimeError(f"the weight of {name} is not what was prepared")
+        return expected
+
+    def known(self, version: str) -> Patch | None:
+        """A version that is in the weights or was just before."""
+        return next((each for each in (self._installed, self._before) if each and each.version == version), None)
+
+
+def _at(site: Site, edits: Sequence[Edit], numbers: Mapping[Edit, Mapping[str, Any]]) -> Numbers:
+    return [(edit, numbers[edit]) for edit in edits if edit.site == str(site)]

@@ -1,0 +1,61 @@
+"""A weight that the engine reads from an ordinary parameter, as on a GPU. No vLLM here."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from plugin.patched_weights import Copy
+
+_AT_ONCE = 1 << 22
+
+
+class PlainWeight:
+    """`weight` [out, in] and `bias` [out] or None, read where they lie at every step. Copies lie in host memory."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.dtype = weight.dtype
+        self.bias = bias
+        self._weight = weight
+
+    def loaded(self, aside: Copy | None) -> Tensor:
+        loaded: Tensor = self._weight if aside is None else aside.weight
+        return loaded
+
+    def copy(self, weight: Tensor, bias: Tensor | None) -> Copy:
+        if self._weight.is_cuda:
+            weight = weight.pin_memory()
+        made = Copy(weight, bias, weight.nbytes)
+        made.fingerprint = self.fingerprint(made)
+        return made
+
+    def exchange(self, copy: Copy) -> None:
+        was = self._weight.to(copy.weight.device, copy=True)
+        self._weight.copy_(copy.weight)
+        copy.weight = was
+        exchange_bias(self.bias, copy)
+
+    def fingerprint(self, copy: Copy | None) -> bytes:
+        weight, bias = (self._weight, self.bias) if copy is None else (copy.weight, copy.bias)
+        return fingerprint(weight) + (b"" if bias is None else fingerprint(bias))
+
+
+def exchange_bias(bias: Tensor | None, copy: Copy) -> None:
+    """Let a module's bias and a copy's change places."""
+    if bias is not None and copy.bias is not None:
+        was = bias.to(copy.bias.device, copy=True)
+        bias.copy_(copy.bias)
+        copy.bias = was
+
+
+def fingerprint(tensor: Tensor) -> bytes:
+    """Tells tensors apart whose bits differ, where they lie: a sum of the bits, each weighed by its place."""
+    bits = tensor.detach().reshape(-1).view(torch.int16 if tensor.element_size() == 2 else torch.int32)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, len(bits), _AT_ONCE):
+        some = bits[start : start + _AT_ONCE].long()
+        places = torch.arange(start, start + len(some), device=tensor.device) * 0x9E3779B1 + 1
+        total += (some * places).sum()
+    return hashlib.sha256(str(int(total)).encode()).digest()

@@ -1,0 +1,111 @@
+"""Finds the weights of a loaded model that a version may be installed in, and how each is exchanged.
+
+On a GPU vLLM computes with the parameter itself. On a CPU it packs the weight for oneDNN when it is loaded and drops
+the parameter; what its kernels read then is the address of the packed weight, in a tensor, so exchanging two weights is
+exchanging two addresses. The loaded weights are kept besides, since what is packed cannot be read back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import vllm
+from torch import Tensor, nn
+from vllm import _custom_ops as ops
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+from edit_store.architectures import Architecture
+from edit_store.errors import UnsupportedHost
+from edit_store.sites import Site
+from plugin.edited_model import Anchor
+from plugin.patched_weights import Copy, LiveWeight, Part, PatchedWeights
+from plugin.plain_weight import PlainWeight, exchange_bias
+
+_PRIMITIVES = 32
+"""how many shapes oneDNN remembers a plan for, as vLLM asks"""
+_PROBES = 4
+
+
+class PackedWeight:
+    """A weight in oneDNN's packed form, on a CPU. `loaded_weight` [out, in] is the one it was packed from."""
+
+    def __init__(self, handler: Any, loaded_weight: Tensor, bias: Tensor | None) -> None:
+        self.dtype = loaded_weight.dtype
+        self.bias = bias
+        self._handler = handler
+        self._loaded = loaded_weight
+        random = torch.Generator().manual_seed(0)
+        self._probes = torch.randn(_PROBES, loaded_weight.shape[1], generator=random).to(self.dtype)
+
+    def loaded(self, aside: Copy | None) -> Tensor:
+        del aside
+        return self._loaded
+
+    def copy(self, weight: Tensor, bias: Tensor | None) -> Copy:
+        return Copy(ops.create_onednn_mm(weight.t(), _PRIMITIVES), bias, weight.nbytes)
+
+    def exchange(self, copy: Copy) -> None:
+        # Each handler frees what it points to when it goes, so addresses are exchanged and never copied.
+        mine, other = self._handler.handler_tensor, copy.weight.handler_tensor
+        address = mine.clone()
+        mine.copy_(other)
+        other.copy_(address)
+        exchange_bias(self.bias, copy)
+
+    def fingerprint(self, copy: Copy | None) -> bytes:
+        """What it makes of fixed vectors: packed weights cannot be read, but multiplied with."""
+        handler, bias = (self._handler, self.bias) if copy is None else (copy.weight, copy.bias)
+        said: bytes = ops.onednn_mm(handler, self._probes, bias).view(torch.uint8).numpy().tobytes()
+        return said
+
+
+def keep_loaded(modules: Iterable[Any]) -> dict[nn.Module, Tensor]:
+    """The weights of these modules as they were loaded; to be called before vLLM packs them. Nothing is copied."""
+    kept = {}
+    for module in modules:
+        method = getattr(module, "quant_method", None)
+        if not isinstance(module, LinearBase) or not isinstance(method, UnquantizedLinearMethod):
+            raise UnsupportedHost(
+                f"edits.weights needs ordinary weights, found a {type(module).__name__} with {type(method).__name__}. "
+                "Serve an unquantised checkpoint, or leave out edits.weights and serve every variant per request"
+            )
+        kept[module] = module.weight.detach()
+    return kept
+
+
+def patchable(
+    model: nn.Module, anchors: Mapping[Site, Anchor], room: Mapping[Site, bool], kept: Mapping[nn.Module, Tensor],
+    architecture: Architecture,
+) -> PatchedWeights:  # fmt: skip
+    """The weights of a loaded model that a version may be installed in.
+
+    room: the projections that are set apart, by what they give, and whether each is to have a bias; one that has none
+    gets zeros, which add nothing.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    parts = {
+        site: Part(names[anchors[site].module], anchors[site].start or 0, anchors[site].width) for site in sorted(room)
+    }
+    for site, biased in room.items():
+        module: Any = anchors[site].module
+        if biased and module.bias is None:
+            zeros = torch.zeros(len(kept[module]), dtype=kept[module].dtype, device=kept[module].device)
+            module.bias = nn.Parameter(zeros, requires_grad=False)
+    modules = {names[module]: _live(names[module], module, weight) for module, weight in kept.items()}
+    return PatchedWeights(modules, parts, architecture)
+
+
+def _live(name: str, module: Any, loaded: Tensor) -> LiveWeight:
+    bias = None if module.bias is None else module.bias.detach()
+    if module.weight.data_ptr() == loaded.data_ptr():
+        return PlainWeight(loaded, bias)
+    computes = getattr(module, "cpu_linear", None)
+    held = dict(zip(computes.__code__.co_freevars, computes.__closure__ or (), strict=True)) if computes else {}
+    if "handler" not in held:
+        raise UnsupportedHost(
+            f"vLLM {vllm.__version__} packs the weight of {name} in a way that edits.weights does not know, as it does "
+            "for AMX. Leave out edits.weights and serve every variant per request, or serve in float32"
+        )
+    return PackedWeight(held["handler"].cell_contents, loaded, bias)
