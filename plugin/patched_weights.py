@@ -88,7 +88,7 @@ class PatchedWeights:
         self.parts = parts
         self.epoch = 0
         """counts what has been in the weights; whoever exchanges them says"""
-        self.digest = ""
+        self.digest = hashlib.sha256().hexdigest()
         """over all weights that are not the loaded ones; equal on workers that hold the same"""
         self._modules = modules
         self._architecture = architecture
