@@ -41,7 +41,8 @@ test-gpu: gpu $(READY) ## run the engine's tests on an NVIDIA GPU: V2 runner, fu
 
 bench-gpu: gpu $(READY) ## measure on an NVIDIA GPU, on SmolLM2 and on larger shapes with random weights
 	for model in "" llama-1b; do $(BIN)/python -m loadtests.bench --model "$$model" --only idle --only kinds \
-	    --only distinct --only alternatives --only launches --only swaps --only paging $(ARGS) || exit 1; done
+	    --only distinct --only alternatives --only launches --only swaps --only paging --only weights --only weight_swaps \
+	    $(ARGS) || exit 1; done
 	$(BIN)/python -m loadtests.bench --model llama-8b --only idle --only launches --only swaps $(ARGS)  # 4 engines fit
 
 gpu:

@@ -12,6 +12,7 @@ from loadtests.bench_report import Comparison, summarise_rates
 from loadtests.bench_rounds import Experiment, Phase, Side, rates_by_round
 from loadtests.bench_run import Measured, Run
 from loadtests.bench_sides import Engine
+from loadtests.bench_swap import IN_WEIGHTS
 
 MAX_MODEL_LEN = 2048
 KV_BLOCK_TOKENS = 128
@@ -54,6 +55,14 @@ class Engines:
         settings = {"store": str(store), "slots": variants, "cache_folder": str(inputs.node)}
         extra = {"load_format": "edits", "additional_config": {"edits": settings}}
         return self._engine(inputs, label, extra, plugins="edits"), names
+
+    def in_weights(self, inputs: Inputs) -> Side:
+        """vLLM with the plugin and the edits in its weights: one variant, and nothing set apart for others."""
+        (name,), store = inputs.make_store("weights-store", 1)
+        settings = {"store": str(store), "slots": 1, "cache_folder": str(inputs.node), "weights": name}
+        extra = {"load_format": "edits", "additional_config": {"edits": settings}}
+        engine = self._engine(inputs, "in_weights", extra, plugins="edits")
+        return Side("one variant, in the engine's weights", engine, [name])
 
     def lora(self, inputs: Inputs) -> dict[str, Side]:
         """vLLM's LoRA with the low-rank edits as eight adapters, so that it never has to page one in."""
@@ -189,8 +198,18 @@ def alternatives(engines: Engines) -> Experiment:
     )
 
 
+def weights(engines: Engines) -> Experiment:
+    """Rank one and factors at every layer, in the weights: no step should cost more than without the plugin."""
+    phases = [phase for requests in engines.batches[:2] for phase in batch(requests)]
+    sides = {**engines.plain(), "in weights": engines.in_weights(engines.inputs.everywhere(IN_WEIGHTS))}
+    noise = against("plain again", ["plain"], phases, None, None)
+    return Experiment(
+        "A variant in the weights", sides, phases, [*noise, *against("in weights", PLAIN, phases, IDLE, IDLE)]
+    )
+
+
 EXPERIMENTS: Mapping[str, Callable[[Engines], Experiment]] = {
-    "demo": demo, "kinds": kinds, "idle": idle, "distinct": distinct, "alternatives": alternatives,
+    "demo": demo, "kinds": kinds, "idle": idle, "distinct": distinct, "alternatives": alternatives, "weights": weights,
 }  # fmt: skip
 """By the name that --only takes."""
 

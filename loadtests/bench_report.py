@@ -280,8 +280,8 @@ def _show_launches(found: Mapping[str, Any], console: Console) -> None:
 
 
 _SHOWN: Mapping[str, Callable[[Mapping[str, Any], Console], None]] = {
-    "swaps": _show_swaps, "paging": _show_paging, "endurance": _show_endurance, "traffic": _show_traffic,
-    "launches": _show_launches,
+    "swaps": _show_swaps, "weight_swaps": _show_swaps, "paging": _show_paging, "endurance": _show_endurance,
+    "traffic": _show_traffic, "launches": _show_launches,
 }  # fmt: skip
 """How a part of the summary is told, unless it compares the rates of sides."""
 

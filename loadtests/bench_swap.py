@@ -32,6 +32,7 @@ SHORT_TOKENS = 16
 HEAD_START_SECONDS = 0.1
 STREAM_TOKENS = 1800
 MAX_MODEL_LEN = 2048
+IN_WEIGHTS = ("scale", "low_rank")
 PROMPT = "Write down everything you know about the sea, the mountains and the rivers of your country."
 
 
@@ -53,16 +54,20 @@ class SwapPlan:
     window_seconds: float = WINDOW_SECONDS
 
 
-def measure_swaps(run: Run) -> Measured:
-    """Start a server, and swap one of its variants to a version after another while the base and others stream."""
+def measure_swaps(run: Run, *, weights: bool = False) -> Measured:
+    """Start a server, and swap one of its variants to a version after another while the base and others stream.
+
+    weights: the variant is in the weights, so that all stream it, and go on when it is swapped
+    """
     plan, progress = SwapPlan(3 if run.quick else run.swaps, run.dtype), run.progress
-    inputs = run.inputs.everywhere(SERVED_PER_REQUEST)
-    (name, *others), folder = inputs.make_store("swap-store", VARIANTS)
+    inputs = run.inputs.everywhere(IN_WEIGHTS if weights else SERVED_PER_REQUEST)
+    (name, *others), folder = inputs.make_store("swap-store", 1 if weights else VARIANTS)
     store = EditStore(str(folder))
     versions = [store.publish(inputs.version(name, strength / 2)) for strength in strengths(plan.swaps)]
-    models = ["base", *others][: plan.streams]
+    models = [name] * plan.streams if weights else ["base", *others][: plan.streams]
     flags = ("--dtype", plan.dtype, "--max-model-len", str(MAX_MODEL_LEN))
     settings = {"poll_seconds": 3600, "cache_folder": str(inputs.node)}
+    settings |= {"weights": name, "weights_running": "keep"} if weights else {}
     server = Server.with_edits(inputs.model, folder, inputs.folder / "server.log", *flags, settings=settings)
     starting = progress.add_task("starting a server (a first start compiles for minutes)", total=None)
     with server:

@@ -3,8 +3,9 @@
     python -m tests.parity [ARCHITECTURE or FOLDER …] [--dtype bfloat16] [--eager] [--write tests/PARITY.md]
 
 Of an architecture a tiny random model is made; a folder holds a real one. One engine holds all edits, each in a slot of
-its own, and answers all in one batch: a prompt, some tokens after it. Prints a table; with --write those of all
-architectures are also written down.
+its own, and answers all in one batch: a prompt, some tokens after it. Another one takes every edit that has a weight
+form into its weights, one after the other. Prints a table of each; with --write those of all architectures are also
+written down.
 """
 
 from __future__ import annotations
@@ -22,11 +23,23 @@ from typing import Any
 
 import numpy as np
 
-from edit_store import BaseModelRef, Bundle, Gate, LowRank, Offset, Scale, SubspaceFilter, check, identify
-from edit_store.architectures import ARCHITECTURES, supported
-from edit_store.edits import IN_PLACE, READS, SERVED_PER_REQUEST, Edit
+from edit_store import (
+    BaseModelRef,
+    Bundle,
+    Gate,
+    LowRank,
+    Offset,
+    Scale,
+    SubspaceFilter,
+    WeightDelta,
+    check,
+    identify,
+)
+from edit_store.architectures import ARCHITECTURES, Architecture, supported
+from edit_store.edits import IN_PLACE, KINDS, READS, Edit
 from edit_store.sites import Site
 from edit_store.verify import edit_rules
+from plugin.weight_form import formless
 from tests.conftest import bundle_of
 from tests.tiny_models import VOCABULARY, make_tiny
 
@@ -58,14 +71,25 @@ class Row:
     """the formula - the unedited model: what the edit changes"""
 
 
-def every_edit(base: BaseModelRef, strength: float = 0.4) -> Iterator[tuple[str, Pair]]:
-    """Every kind at every site of a middle layer and outside the layers, in every form, with random numbers."""
+def every_edit(base: BaseModelRef, strength: float = 0.4, *, weights: bool = False) -> Iterator[tuple[str, Pair]]:
+    """Every kind at every site of a middle layer and outside the layers, in every form, with random numbers.
+
+    weights: only what has a weight form, and weight deltas besides
+    """
     architecture, middle = ARCHITECTURES[base.architecture], base.widths.layers // 2
     for site in architecture.sites(base.widths.layers):
         if site.layer in (None, middle):
-            for number, (label, edit) in enumerate(_forms(site, base.widths.of(site.point))):
-                if not edit_rules([edit], base):
+            forms = [*_forms(site, base.widths.of(site.point)), *(_deltas(site, architecture) if weights else ())]
+            for number, (label, edit) in enumerate(forms):
+                if not edit_rules([edit], base) and not (weights and formless([edit], architecture)):
                     yield label, (edit, random_numbers(edit, base, number, strength))
+
+
+def _deltas(site: Site, architecture: Architecture) -> Iterator[tuple[str, Edit]]:
+    if read := architecture.projections().get(site.point):
+        where = {"site": str(site), "reads": str(site.beside(read))}
+        yield "weight_delta", WeightDelta(**where)  # type: ignore[arg-type]
+        yield "weight_delta/sparse", WeightDelta(**where, layout="sparse", count=20)  # type: ignore[arg-type]
 
 
 def _forms(site: Site, width: int) -> Iterator[tuple[str, Edit]]:
@@ -100,6 +124,12 @@ def random_numbers(edit: Edit, base: BaseModelRef, seed: int, strength: float = 
         if edit.oblique:  # another right inverse of the basis
             beside = random.normal(size=shapes["basis"]) * strength
             numbers["dual"] = numbers["basis"] + beside - (beside @ numbers["basis"].T) @ numbers["basis"]
+    if isinstance(edit, WeightDelta) and edit.count is not None:
+        width = base.widths.of(Site.parse(edit.reads).point)
+        places = np.sort(random.choice(base.widths.of(Site.parse(edit.site).point) * width, edit.count, replace=False))
+        numbers |= {"rows": places // width, "columns": places % width}
+        return {field: np.asarray(array, dtype=np.float32 if field == "values" else np.int32)
+                for field, array in numbers.items()}  # fmt: skip
     if isinstance(edit, Gate):
         # Each neuron beside its opposite: where trained activations are large, one of them is silent for every token.
         numbers["read"][1::2] = -numbers["read"][::2][: edit.rank // 2]
@@ -110,8 +140,9 @@ def random_numbers(edit: Edit, base: BaseModelRef, seed: int, strength: float = 
     return {field: np.asarray(array, dtype=np.float32) for field, array in numbers.items()}
 
 
-def compare(model: Path, prompt: list[int], dtype: str, *, eager: bool, store: Path) -> list[Row]:
-    """Serve every edit of a model in one batch, and hold each against the formula."""
+def compare(model: Path, prompt: list[int], dtype: str, *, eager: bool, store: Path, weights: bool) -> list[Row]:
+    """Serve every edit of a model, in one batch or one after the other in the weights, and hold each against the
+    formula."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -119,11 +150,12 @@ def compare(model: Path, prompt: list[int], dtype: str, *, eager: bool, store: P
 
     base = identify(model)
     # The embeddings of trained models are small: what is to be compared should not be drowned.
-    wanted = list(every_edit(base, 0.4 if base.widths.vocab == VOCABULARY else 0.05))
+    wanted = list(every_edit(base, 0.4 if base.widths.vocab == VOCABULARY else 0.05, weights=weights))
     bundles = [bundle_of(f"edit-{number}", base, [pair]) for number, (_, pair) in enumerate(wanted)]
     # vLLM changes classes of transformers that it builds upon, so the reference has a process of its own.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_in_a_process_of_its_own) as pool:
-        served = pool.submit(serve, model, prompt, store, bundles, dtype=dtype, eager=eager).result()
+        how = serve_from_weights if weights else serve
+        served = pool.submit(how, model, prompt, store, bundles, dtype=dtype, eager=eager).result()
     torch.set_num_threads(1)
     # The plain implementations: others leave out soft caps, or have no float64.
     plainly = {"attn_implementation": "eager", "experts_implementation": "eager"}
@@ -170,31 +202,66 @@ def serve(
     model: Path, prompt: list[int], store: Path, bundles: list[Bundle], *, dtype: str, eager: bool
 ) -> list[Answer]:
     """What the base model and every bundle, each in its slot, say to one prompt, all in one batch."""
-    from vllm import LLM, SamplingParams
+    from plugin.reservation import Reservation
+
+    reserve = Reservation.for_versions(bundle.manifest for bundle in bundles).to_settings()
+    settings = {"slots": len(bundles), "reserve": reserve}
+    llm, loaded = _engine(model, store, settings, dtype=dtype, eager=eager, at_once=len(bundles) + 1)
+    for slot, bundle in enumerate(bundles, 1):
+        loaded.edited.install(slot, loaded.edited.prepare(bundle.version, bundle.manifest, check(bundle)))
+    return _says(llm, prompt, [None, *([slot, bundle.version, 1.0] for slot, bundle in enumerate(bundles, 1))])
+
+
+def serve_from_weights(
+    model: Path, prompt: list[int], store: Path, bundles: list[Bundle], *, dtype: str, eager: bool
+) -> list[Answer]:
+    """What the base model and every bundle, one after the other in the weights, say to one prompt; then the base model
+    must say again what it said."""
+    settings = {"weights": "edit-0", "weights_reserve": [{"site": "*", "bias": True}]}
+    llm, loaded = _engine(model, store, settings, dtype=dtype, eager=eager, at_once=1)
+    answers = _says(llm, prompt, [None])
+    for epoch, bundle in enumerate(bundles, 1):
+        loaded.weights.install(loaded.weights.prepare(bundle.version, bundle.manifest, check(bundle)), epoch)
+        loaded.edited.weights_hold(bundle.version, besides=False)
+        answers += _says(llm, prompt, [[0, bundle.version, 1.0]])
+    loaded.weights.install(None, len(bundles) + 1)
+    loaded.edited.weights_hold(None, besides=False)
+    (again,) = _says(llm, prompt, [None])
+    if not np.array_equal(again.logprobs, answers[0].logprobs):
+        raise RuntimeError("the base model is not what it was before its weights were exchanged")
+    return answers
+
+
+def _engine(
+    model: Path, store: Path, settings: dict[str, Any], *, dtype: str, eager: bool, at_once: int
+) -> tuple[Any, Any]:
+    """An engine with the plugin, and what the plugin made of its model."""
+    from vllm import LLM
 
     from edit_store import EditStore
-    from plugin.claim import CLAIM
-    from plugin.reservation import Reservation
     from plugin.vllm_host.loader import edits_of
 
     EditStore(str(store), create=True)
-    reserve = Reservation.for_versions(bundle.manifest for bundle in bundles).to_settings()
-    settings = {"store": str(store), "slots": len(bundles), "reserve": reserve}
     llm = LLM(
-        str(model), load_format="edits", additional_config={"edits": settings}, dtype=dtype, enforce_eager=eager,
-        skip_tokenizer_init=True, max_model_len=64, max_logprobs=TOLD, enable_prefix_caching=False, seed=0,
-        max_num_seqs=len(bundles) + 1,
+        str(model), load_format="edits", additional_config={"edits": {"store": str(store), **settings}}, dtype=dtype,
+        enforce_eager=eager, skip_tokenizer_init=True, max_model_len=64, max_logprobs=TOLD,
+        enable_prefix_caching=False, seed=0, max_num_seqs=at_once,
     )  # fmt: skip
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    loaded = edits_of(runner.get_model())
     llm.collective_rpc("edits_attach")
-    for slot, bundle in enumerate(bundles, 1):
-        loaded.edited.install(slot, loaded.edited.prepare(bundle.version, bundle.manifest, check(bundle)))
-    claims = [{}, *({CLAIM: [slot, bundle.version, 1.0]} for slot, bundle in enumerate(bundles, 1))]
+    return llm, edits_of(runner.get_model())
+
+
+def _says(llm: Any, prompt: list[int], claims: list[Any]) -> list[Answer]:
+    """What requests with these claims answer to one prompt, in one batch."""
+    from vllm import SamplingParams
+
+    from plugin.claim import CLAIM
+
     sampling = [
         SamplingParams(
             max_tokens=NEW_TOKENS, temperature=0, logprobs=TOLD, prompt_logprobs=TOLD, detokenize=False,
-            ignore_eos=True, extra_args=claim,
+            ignore_eos=True, extra_args={CLAIM: claim} if claim else {},
         )
         for claim in claims
     ]  # fmt: skip
@@ -239,6 +306,7 @@ class Findings:
     dtype: str
     compiled: bool
     rows: tuple[Row, ...]
+    weights: bool = False
 
     def faults(self) -> list[Row]:
         """Rows that are not exact, or whose edit cannot be seen."""
@@ -272,15 +340,17 @@ class Findings:
         worst = max(row.served for row in self.rows)
         noise, base = max(row.rounded for row in self.rows), self.rows[0].served
         lost = f"; {self.lost_in_rounding():.0%} change less than rounding may" if self.dtype != "float32" else ""
+        where = "one after the other in the weights" if self.weights else "in one batch"
         summary = (
-            f"{len(self.rows) - 1} edits in one batch, {self.dtype}, {how}; largest error {worst:.1e}, of the base "
+            f"{len(self.rows) - 1} edits {where}, {self.dtype}, {how}; largest error {worst:.1e}, of the base "
             f"model {base:.1e}, of transformers in the same dtype {noise:.1e}{lost}."
         )
-        heading = "| site | " + " | ".join(SERVED_PER_REQUEST) + " |"
-        lines = [f"## {self.architecture}", "", summary, "", heading, "|" + "---|" * (len(SERVED_PER_REQUEST) + 1)]
+        kinds = [kind for kind in KINDS if any(_kind(row) == kind for row in self.rows)]
+        title = f"### {self.architecture}, in the weights" if self.weights else f"## {self.architecture}"
+        lines = [title, "", summary, "", f"| site | {' | '.join(kinds)} |", "|" + "---|" * (len(kinds) + 1)]
         for site in dict.fromkeys(row.site for row in self.rows[1:]):
             cells = []
-            for kind in SERVED_PER_REQUEST:
+            for kind in kinds:
                 found = [row.served for row in self.rows if row.site == site and _kind(row) == kind]
                 cells.append(f"{max(found):.0e}" if found else "")
             lines.append(f"| `{site}` | {' | '.join(cells)} |")
@@ -295,17 +365,18 @@ def _kind(row: Row) -> str:
 _HEAD = """# Every kind at every site of every architecture
 
 Written by `make parity`. Each edit is served by vLLM with random numbers, on a tiny random model of each architecture,
-and on trained weights where the heading says so, all edits of a model in one batch. The log-probabilities for a prompt
-and the tokens generated after it are held against transformers in float64 with the edit's formula applied by hooks. A
-cell is the largest difference over the largest log-probability (centred), over all forms of the kind there (per head
-and per channel, off and onto, what it reads, activations). Every edit also changes the model by at least ten times its
-error, but two that nothing can show: an offset of all keys without rotary positions, and a factor on the only head of
-values before a norm.
+and on trained weights where the heading says so: per request, all edits of a model in one batch; and those that have a
+weight form also one after the other in the weights, after which the base model must say again what it said, bit for
+bit. The log-probabilities for a prompt and the tokens generated after it are held against transformers in float64 with
+the edit's formula applied by hooks. A cell is the largest difference over the largest log-probability (centred), over
+all forms of the kind there (per head and per channel, off and onto, what it reads, activations, dense and sparse).
+Every edit also changes the model by at least ten times its error, but two that nothing can show: an offset of all keys
+without rotary positions, and a factor on the only head of values before a norm.
 
 """
 
 
-def find(model: str, dtype: str, *, eager: bool) -> Findings:
+def find(model: str, dtype: str, *, eager: bool, weights: bool = False) -> Findings:
     """Run an architecture, by a tiny random model of its name, or the real model in a folder."""
     with tempfile.TemporaryDirectory() as folder:
         if model in ARCHITECTURES:
@@ -314,9 +385,9 @@ def find(model: str, dtype: str, *, eager: bool) -> Findings:
         else:
             checkpoint = Path(model)
             prompt = _tokens(checkpoint, TEXT)
-        rows = compare(checkpoint, prompt, dtype, eager=eager, store=Path(folder, "store"))
+        rows = compare(checkpoint, prompt, dtype, eager=eager, store=Path(folder, "store"), weights=weights)
     name = model if model in ARCHITECTURES else f"{checkpoint.name} (real weights)"
-    return Findings(name, dtype, not eager, tuple(rows))
+    return Findings(name, dtype, not eager, tuple(rows), weights)
 
 
 def _tokens(checkpoint: Path, text: str) -> list[int]:
@@ -335,13 +406,15 @@ def main() -> None:
     options = parser.parse_args()
     tables, faulty = [], 0
     for name in [*(ARCHITECTURES if options.write or not options.models else ()), *options.models]:
-        findings = find(name if Path(name).is_dir() else supported(name).name, options.dtype, eager=options.eager)
-        tables.append(findings.table())
-        sys.stdout.write(tables[-1] + "\n")
-        for row in findings.faults():
-            faulty += 1
-            sys.stdout.write(f"  WRONG {row}\n")
-        sys.stdout.flush()
+        model = name if Path(name).is_dir() else supported(name).name
+        for weights in (False, True):
+            findings = find(model, options.dtype, eager=options.eager, weights=weights)
+            tables.append(findings.table())
+            sys.stdout.write(tables[-1] + "\n")
+            for row in findings.faults():
+                faulty += 1
+                sys.stdout.write(f"  WRONG {row}\n")
+            sys.stdout.flush()
     if options.write and not faulty:
         options.write.write_text(_HEAD + "\n".join(tables))
     sys.exit(faulty > 0)

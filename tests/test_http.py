@@ -18,6 +18,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
 
+from edit_store import LowRank
 from edit_store.cache import NodeCache
 from edit_store.reader import Reader
 from plugin.claim import CLAIM, cache_salt
@@ -873,3 +874,32 @@ async def test_with_the_store_down_a_change_is_unavailable(site: Site) -> None:
     answer = await site.client.post("/v1/edits/polite/rollback", json={}, headers=TOKEN)
     assert answer.status_code == 503
     site.server.backend.down = None
+
+
+# -- a variant in the weights ------------------------------------------------------------------------------------------
+
+
+async def test_a_change_of_the_weights_does_not_wait_for_the_request_that_asks_for_it(tmp_path: Path) -> None:
+    """Promote, roll back, sync and withdraw over HTTP; what is not served meanwhile is vLLM's own 404."""
+    token_file = tmp_path / "token"
+    token_file.write_text("let-me-in")
+    site = Site(Server(f"memory://{tmp_path}", weights="polite"), token_file)
+    edit = LowRank(site="layers.0.mlp.out", reads="layers.0.mlp.h", rank=1)
+    (first,) = await site.server.promote(version_of("polite", edit=edit))
+    second = publish(site.server.store, version_of("polite", edit=edit), tag=None)
+    assert (await site.ask("polite")).headers["x-edits-version"] == first
+    answer = await site.ask("tiny")
+    assert answer.status_code == 404
+    assert "is in the engine's weights" in answer.json()["error"]["message"]
+    for change, expected in (
+        (site.client.put("/v1/edits/polite", json={"version": second}, headers=TOKEN), second),
+        (site.client.post("/v1/edits/polite/rollback", json={}, headers=TOKEN), first),
+        (site.client.post("/v1/edits/sync", json={}), first),
+    ):
+        assert (await asyncio.wait_for(change, 10)).status_code == 200
+        assert (await site.ask("polite")).headers["x-edits-version"] == expected
+    assert [card["id"] for card in (await site.client.get("/v1/models")).json()] == ["polite"]
+    assert (await site.client.delete("/v1/edits/polite", headers=TOKEN)).status_code == 200
+    assert (await site.ask("tiny")).headers["x-edits-version"] == "base"
+    assert site.engine.claims == [first, second, first, first, None]
+    await site.client.aclose()

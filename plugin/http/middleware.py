@@ -1,7 +1,8 @@
 """Reads which variant a request names, holds its version for as long as the request lives, and says so in the answer.
 
 Pure ASGI, so streaming is untouched and the lease's context variable reaches vLLM's handlers. The body is passed on
-byte for byte. Any POST with a JSON body is looked at, whatever its path: an unknown name never reaches vLLM.
+byte for byte. Any POST with a JSON body is looked at, whatever its path: an unknown name never reaches vLLM. Only what
+is said to the plugin itself is not: a change of the weights would wait for the very request that asks for it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from plugin.traits import STRENGTH_ARGUMENT, STRENGTH_HEADER
 
 Scope = dict[str, Any]
 VARIANT_HEADER, VERSION_HEADER = b"x-edits-variant", b"x-edits-version"
-_ANTHROPIC_PATH = "/v1/messages"
+OURS, _ANTHROPIC_PATH = "/v1/edits", "/v1/messages"
 
 
 class _Named(msgspec.Struct):
@@ -45,12 +46,15 @@ class VariantMiddleware:
         self._serving = serving
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or not _is_json(scope):
+        if scope["type"] != "http" or scope["method"] != "POST" or not _is_json(scope) or _is_ours(scope["path"]):
             await self._app(scope, receive, send)
             return
         reconciler, metrics = self._serving()
         arrived = time.monotonic()
         body, replay = await _buffered(receive)
+        if not body:  # asks no model for anything
+            await self._app(scope, replay, send)
+            return
         model = _model_named_in(body)
         try:
             lease = await _unless_gone(reconciler.lease(model, _strength(scope, body)), receive)
@@ -117,6 +121,10 @@ def _record(lease: Lease, metrics: Metrics, status: int, finished: bool) -> None
 def _headers(lease: Lease) -> list[tuple[bytes, bytes]]:
     choice = lease.choice
     return [(VARIANT_HEADER, choice.variant.encode()), (VERSION_HEADER, (choice.version or "base").encode())]
+
+
+def _is_ours(path: str) -> bool:
+    return path == OURS or path.startswith(f"{OURS}/")
 
 
 def _is_json(scope: Scope) -> bool:

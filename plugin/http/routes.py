@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from edit_store.errors import AmbiguousVersion, BundleRefused, Conflict, EditsError, NotFound
 from edit_store.trust import Enforcement
+from plugin.http.middleware import OURS
 from plugin.reconcile import Reconciler
 
 ADMIN_TOKEN_HEADER = "x-edits-admin-token"  # noqa: S105  a header's name, not a secret
@@ -48,7 +49,7 @@ ReasonQuery = Annotated[str, Query(description="why, for the history")]
 
 def router(reconciler: Callable[[], Reconciler], admin_token_file: Callable[[], str | None]) -> APIRouter:
     """The routes; both arguments are asked at each request."""
-    routes = APIRouter(prefix="/v1/edits", tags=["edits"])
+    routes = APIRouter(prefix=OURS, tags=["edits"])
 
     @routes.get("", summary="Variants, versions, slots, in-flight requests, last swap, last error, store head")
     async def status() -> Any:

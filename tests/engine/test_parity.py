@@ -38,14 +38,40 @@ def test_every_kind_at_every_site_is_its_formula(architecture: str, dtype: str, 
     assert findings.lost_in_rounding() < (0.01 if dtype == "float32" else 0.25)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("model", ["smollm2", "gemma"])
-def test_every_kind_at_every_site_of_a_real_model_is_its_formula(model: str, request: pytest.FixtureRequest) -> None:
-    folder = str(request.getfixturevalue(model))
-    findings = find(folder, "float32", eager=True)
+def in_weights(name: str, dtype: str) -> object:
+    """Fused weights, post-norms, and biases belong to the quick tests."""
+    quick = dtype == "float32" and name in DIFFERENT[:3]
+    return pytest.param(name, dtype, id=f"{name}-{dtype}", marks=[] if quick else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype"), [in_weights(name, dtype) for dtype in ("float32", "bfloat16") for name in ARCHITECTURES]
+)
+def test_every_linear_kind_in_the_weights_is_its_formula(architecture: str, dtype: str) -> None:
+    findings = find(architecture, dtype, eager=True, weights=True)
     print(f"\n{findings.table()}")  # noqa: T201
     assert not findings.faults()
-    assert len(findings.rows) > 100
+    assert {row.kind.split("/")[0] for row in findings.rows} >= {
+        "weight_delta",
+        "scale",
+        "low_rank",
+        "filter",
+        "offset",
+    }
+    assert findings.lost_in_rounding() < (0.01 if dtype == "float32" else 0.25)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("model", ["smollm2", "gemma"])
+def test_every_kind_at_every_site_of_a_real_model_is_its_formula(
+    model: str, weights: bool, request: pytest.FixtureRequest
+) -> None:
+    folder = str(request.getfixturevalue(model))
+    findings = find(folder, "float32", eager=True, weights=weights)
+    print(f"\n{findings.table()}")  # noqa: T201
+    assert not findings.faults()
+    assert len(findings.rows) > (50 if weights else 100)
 
 
 @pytest.fixture
