@@ -400,7 +400,7 @@ def _tokens(checkpoint: Path, text: str) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="ARCHITECTURE|FOLDER", help="without any: every architecture")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--eager", action="store_true", help="do not compile")
     parser.add_argument("--write", type=Path, help="every architecture too, and write the tables there")
     options = parser.parse_args()

@@ -8,6 +8,7 @@ import vllm
 from packaging.version import Version
 
 from edit_store.errors import UnsupportedHost
+from plugin.reservation import Reservation
 
 LOAD_FORMAT = "edits"
 PLUGIN_NAME = "edits"
@@ -27,7 +28,7 @@ def check_version() -> None:
 
 
 def check_config(config: Any) -> None:
-    """UnsupportedHost, with all reasons, for ways of running that are not proven exact yet."""
+    """UnsupportedHost, with all reasons, for ways of running that are not proven exact: see tests/CONFIGURATIONS.md."""
     parallel, reasons = config.parallel_config, []
     for name, size in (
         ("tensor parallel", parallel.tensor_parallel_size),
@@ -38,14 +39,27 @@ def check_config(config: Any) -> None:
             reasons.append(f"{name} size {size}; start with 1")
     if config.lora_config is not None:
         reasons.append("LoRA beside edits; start without --enable-lora")
-    if config.speculative_config is not None:
-        reasons.append("speculative decoding; start without --speculative-config")
+    speculative = config.speculative_config
+    if speculative is not None and speculative.method != "ngram":
+        reasons.append(
+            f"speculative decoding by {speculative.method!r}, whose own model is not edited; use the method ngram, or "
+            "start without --speculative-config"
+        )
     if config.quant_config is not None:
         reasons.append(
             f"a quantised base model ({type(config.quant_config).__name__}); serve an unquantised checkpoint"
         )
     if reasons:
         raise UnsupportedHost("edits are not proven exact with: " + "; ".join(reasons))
+
+
+def check_reservation(config: Any, reservation: Reservation) -> None:
+    """UnsupportedHost for room that this way of running has no exact use for."""
+    if config.speculative_config is not None and any(site.point == "logits" for site in reservation.sites()):
+        raise UnsupportedHost(
+            "edits at logits are not proven exact with speculative decoding, where a step wants the logits of more "
+            "than its last tokens: start without --speculative-config, or without what reserves room there"
+        )
 
 
 def need(owner: Any, *path: str) -> Any:

@@ -84,6 +84,7 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
         base = identify(model_folder(model_config), name=model_config.model)
         found = promoted(settings, base)
         reservation, room = reserve(settings, base, found), reserve_weights(settings, base, found)
+        compat.check_reservation(vllm_config, reservation)
         architecture, kept = supported(base.architecture), dict[nn.Module, torch.Tensor]()
         inner = self._loader(settings)
         load_weights = inner.load_weights

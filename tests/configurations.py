@@ -1,0 +1,290 @@
+"""The ways in which vLLM can be run, and whether edits are exact in each: served, and compared with transformers.
+
+    python -m tests.configurations [NAME …] [--write]
+
+In every way a tiny Llama answers as the base model and with edits of every kind, with scopes too, all in one batch; and
+with every linear kind in its weights. The log-probabilities of what it generates are held against transformers in
+float64 with the edits' formulas applied by hooks. A way that is refused must say why before a model is loaded. With
+--write the table becomes tests/CONFIGURATIONS.md; tests/engine/test_configurations.py holds every line of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edit_store import (
+    BaseModelRef,
+    Bundle,
+    EditStore,
+    Gate,
+    LowRank,
+    Offset,
+    Scale,
+    SubspaceFilter,
+    WeightDelta,
+    check,
+    identify,
+)
+from edit_store.architectures import supported
+from edit_store.errors import UnsupportedHost
+from edit_store.scope import Scope
+from plugin.weight_form import formless
+from tests.conftest import bundle_of
+from tests.parity import ENVIRONMENT, Pair, random_numbers
+from tests.tiny_models import VOCABULARY, make_tiny
+
+TABLE = Path(__file__).with_name("CONFIGURATIONS.md")
+MODEL = "LlamaForCausalLM"
+PROMPT_TOKENS, NEW_TOKENS, TOLD = 40, 12, 40
+TOLERANCE = {"float32": 1e-4, "bfloat16": 6e-2, "float16": 6e-3}
+"""Of a log-probability, relative to the largest: about three times what transformers is off in that type."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """Arguments of vLLM, by which it runs otherwise than usual; `sampling` likewise of a request."""
+
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    slow: bool = False
+
+    @property
+    def dtype(self) -> str:
+        return str(self.arguments.get("dtype", "float32"))
+
+
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+WAYS: dict[str, Way] = {
+    "usual: float32, not compiled": Way(),
+    "compiled": Way({"enforce_eager": False}, slow=True),
+    "bfloat16": Way({"dtype": "bfloat16"}, slow=True),
+    "float16": Way({"dtype": "float16"}, slow=True),
+    "prefix caching": Way({"enable_prefix_caching": True}),
+    "chunked prefill, 16 tokens a step": Way({"max_num_batched_tokens": 16, "max_num_seqs": 8}),
+    "asynchronous scheduling": Way({"async_scheduling": True}, slow=True),
+    "n-gram speculative decoding": Way({"speculative_config": NGRAM}),
+    "several answers (n = 3)": Way(sampling={"n": 3, "temperature": 1.0, "seed": 0}, slow=True),
+    "tensor parallel": Way({"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}),
+    "pipeline parallel": Way({"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}),
+    "data parallel": Way({"data_parallel_size": 2}),
+    "LoRA": Way({"enable_lora": True}),
+    "a draft model": Way({"speculative_config": {"model": "", "num_speculative_tokens": 2}}),
+    "a quantised base model": Way({"quantization": "fp8"}),
+}
+"""By what the table calls them. An empty model of a draft is the model itself."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a way fared: the largest error per install mode, or why it is refused."""
+
+    errors: Mapping[str, float] = field(default_factory=dict)
+    refused: str = ""
+
+    def faults(self, way: Way) -> list[str]:
+        """What is not exact."""
+        return [f"{mode}: off by {error:.1e}" for mode, error in self.errors.items() if error > TOLERANCE[way.dtype]]
+
+
+def edits_of_every_kind(base: BaseModelRef) -> list[Pair]:
+    """One of each kind at a point of its own, two with scopes, and all that has a weight form at fused projections."""
+    edits: Sequence[Any] = (
+        LowRank(site="layers.1.mlp.out", reads="layers.1.mlp.h", rank=2),
+        LowRank(site="layers.0.q.out", reads="layers.0.attn.in", rank=1),
+        Scale(site="layers.1.attn.z"),
+        Scale(site="layers.0.mlp.in", per="channel"),
+        SubspaceFilter(site="layers.0.attn.out", rank=2),
+        SubspaceFilter(site="layers.0.resid", rank=2),
+        Gate(site="layers.1.mlp.out", reads="layers.1.mlp.in", rank=4),
+        Offset(site="layers.1.up.out"),
+        Offset(site="layers.0.resid", renorm=True),
+        Offset(site="layers.1.resid", scope=Scope(phase="generated")),
+        LowRank(site="layers.0.mlp.out", reads="layers.0.mlp.h", rank=1, scope=Scope(last=5)),
+        WeightDelta(site="layers.0.gate.out", reads="layers.0.mlp.in"),
+    )
+    return [(edit, random_numbers(edit, base, number)) for number, edit in enumerate(edits)]
+
+
+@dataclass(frozen=True)
+class Said:
+    """One answer: its tokens, and of each the ids that were told of with their log-probabilities."""
+
+    tokens: list[int]
+    told: np.ndarray
+    logprobs: np.ndarray
+
+
+def run(way: Way, folder: Path) -> Outcome:
+    """Run one way in a process of its own, and hold what it says against the formulas."""
+    model = make_tiny(MODEL, folder / "model")
+    base = identify(model)
+    prompts = np.random.default_rng(0).integers(3, VOCABULARY, (2, PROMPT_TOKENS // 2))
+    prompt = [int(token) for token in np.concatenate([prompts[0], prompts[0]])]  # repeats itself, for n-grams
+    pairs = edits_of_every_kind(base)
+    architecture = supported(base.architecture)
+    by_mode: dict[str, list[Pair]] = {
+        "per request": [pair for pair in pairs if pair[0].kind != "weight_delta"],
+        "in the weights": [pair for pair in pairs if not formless([pair[0]], architecture)],
+    }
+    errors = {}
+    for mode, chosen in by_mode.items():
+        bundles = [bundle_of(f"edit-{number}", base, [pair]) for number, pair in enumerate(chosen)]
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_environment) as pool:
+            answers = pool.submit(_serve, model, folder / mode, prompt, bundles, way=way, mode=mode).result()
+        if isinstance(answers, str):
+            return Outcome(refused=answers)
+        errors[mode] = _largest_error(model, prompt, [[], *([pair] for pair in chosen)], answers)
+    return Outcome(errors)
+
+
+def _environment() -> None:
+    import os
+
+    os.environ.update(ENVIRONMENT)
+
+
+def _serve(
+    model: Path, store: Path, prompt: list[int], bundles: list[Bundle], *, way: Way, mode: str
+) -> list[list[Said]] | str:
+    """What the base model and every bundle say; or why this way is refused."""
+    from vllm import LLM, SamplingParams
+    from vllm.engine.arg_utils import EngineArgs
+
+    from plugin.offline import Variants
+    from plugin.vllm_host.compat import check_config
+
+    opened = EditStore(str(store), create=True)
+    names = [bundle.manifest.name for bundle in bundles]
+    settings: dict[str, Any] = {"store": str(store), "slots": len(bundles)}
+    if mode == "in the weights":
+        settings |= {"weights": "edit-0", "weights_reserve": [{"site": "*", "bias": True}]}
+    else:
+        for bundle in bundles:
+            opened.promote(f"{bundle.manifest.name}@{opened.publish(bundle)}")
+    arguments: dict[str, Any] = {
+        "load_format": "edits", "additional_config": {"edits": settings}, "dtype": "float32", "enforce_eager": True,
+        "skip_tokenizer_init": True, "max_model_len": 96, "max_logprobs": TOLD, "seed": 0,
+        "enable_prefix_caching": False, "kv_cache_memory_bytes": 1 << 26, **way.arguments,
+    }  # fmt: skip
+    if "speculative_config" in arguments:
+        own = arguments["speculative_config"]
+        arguments["speculative_config"] = {**own, "model": str(model)} if own.get("model") == "" else dict(own)
+    try:
+        check_config(EngineArgs(model=str(model), **arguments).create_engine_config())
+        llm = LLM(str(model), **arguments)
+    except UnsupportedHost as refusal:
+        return str(refusal)
+    variants = Variants(llm)
+    usual = {"max_tokens": NEW_TOKENS, "temperature": 0, "logprobs": TOLD, "detokenize": False, "ignore_eos": True}
+    sampling = SamplingParams(**{**usual, **way.sampling})
+
+    def said(chosen: Sequence[str | None]) -> list[list[Said]]:
+        asked: list[Any] = [{"prompt_token_ids": prompt}] * len(chosen)
+        return [
+            list(map(_said, output.outputs)) for output in variants.generate(chosen, asked, sampling, use_tqdm=False)
+        ]
+
+    if mode == "per request":
+        said([None, *names])  # a second time the prefix cache, where there is one, knows every prompt
+        return said([None, *names])
+    answers = said([None])
+    for bundle in bundles:
+        renamed = Bundle.create(
+            "edit-0", bundle.manifest.base, [(edit, edit.numbers(check(bundle), bundle.manifest.base.widths))
+            for edit in bundle.manifest.edits], bundle.manifest.provenance,
+        )  # fmt: skip
+        opened.promote(f"edit-0@{opened.publish(renamed)}")
+        variants.sync()
+        answers += said(["edit-0"])
+    return answers
+
+
+def _said(output: Any) -> Said:
+    likeliest = [sorted(told, key=lambda token: told[token].rank)[:TOLD] for told in output.logprobs]
+    logprobs = [[told[token].logprob for token in ids] for told, ids in zip(output.logprobs, likeliest, strict=True)]
+    return Said(list(output.token_ids), np.asarray(likeliest), np.asarray(logprobs))
+
+
+def _largest_error(model: Path, prompt: list[int], chosen: list[list[Pair]], answers: list[list[Said]]) -> float:
+    """Over all answers, relative to the largest log-probability. Every edit must also be seen."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from edit_store.authoring.formula import Request, edited
+
+    torch.set_num_threads(1)
+    host = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, attn_implementation="eager").eval()
+
+    def truth(ids: list[int], pairs: list[Pair], said: Said) -> np.ndarray:
+        with torch.no_grad(), edited(host, pairs, request=Request(ids, len(prompt))):
+            logits = host(torch.tensor([ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        return np.take_along_axis(logits.numpy(), said.told, -1)
+
+    errors = []
+    for pairs, outputs in zip(chosen, answers, strict=True):
+        for said in outputs:
+            ids = [*prompt, *said.tokens]
+            expected = truth(ids, pairs, said)
+            size = np.abs(expected).max()
+            errors.append(float(np.abs(said.logprobs - expected).max() / size))
+            if pairs and np.abs(truth(ids, [], said) - expected).max() / size < 2 * max(errors[-1], 1e-3):
+                raise RuntimeError(f"{pairs[0][0]} cannot be seen: nothing was compared")
+    return max(errors)
+
+
+_HEAD = """# Ways of running vLLM, and whether edits are exact in them
+
+Written by `python -m tests.configurations --write`; `tests/engine/test_configurations.py` holds every line. In each way
+a tiny Llama answers with edits of every kind, with scopes too, and with every linear kind in its weights; a figure is
+the largest difference of a log-probability from transformers in float64 with the formula, relative to the largest of
+them. What is refused is refused at the start, with this reason.
+
+| way | per request | in the weights |
+|---|---|---|
+"""
+
+
+def line(name: str, outcome: Outcome) -> str:
+    """A way's line of the table."""
+    if outcome.refused:
+        return f"| {name} | refused: {outcome.refused.partition(': ')[2]} | refused too |\n"
+    return f"| {name} | {' | '.join(f'exact ({error:.0e})' for error in outcome.errors.values())} |\n"
+
+
+def find(name: str) -> Outcome:
+    """Run the way of that name."""
+    with tempfile.TemporaryDirectory() as folder:
+        return run(WAYS[name], Path(folder))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="beginnings of the ways' names; without any: all")
+    parser.add_argument("--write", action="store_true", help="write the table of all of them")
+    options = parser.parse_args()
+    chosen = [name for name in WAYS if options.write or not options.names or name.startswith(tuple(options.names))]
+    table, faulty = _HEAD, 0
+    for name in chosen:
+        outcome = find(name)
+        table += line(name, outcome)
+        faults = outcome.faults(WAYS[name])
+        faulty += len(faults)
+        sys.stdout.write("".join([line(name, outcome), *(f"  WRONG {fault}\n" for fault in faults)]))
+        sys.stdout.flush()
+    if options.write and not faulty:
+        TABLE.write_text(table)
+    sys.exit(faulty > 0)
+
+
+if __name__ == "__main__":
+    main()

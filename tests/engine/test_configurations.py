@@ -1,0 +1,27 @@
+"""Every line of tests/CONFIGURATIONS.md: exact, or refused with that very reason."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.configurations import TABLE, WAYS, find, line
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if way.slow else []) for name, way in WAYS.items()]
+)
+def test_every_way_is_what_the_table_says(name: str) -> None:
+    outcome = find(name)
+    assert not outcome.faults(WAYS[name])
+    (told,) = [row for row in TABLE.read_text().splitlines(keepends=True) if row.startswith(f"| {name} |")]
+    if outcome.refused:
+        assert line(name, outcome) == told
+    else:
+        assert told.count("exact (") == len(outcome.errors)
+
+
+def test_the_table_has_every_way_and_no_other() -> None:
+    told = [row.split("|")[1].strip() for row in TABLE.read_text().splitlines() if row.startswith("| ")][1:]
+    assert told == list(WAYS)
