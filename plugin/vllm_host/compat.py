@@ -37,6 +37,11 @@ def check_config(config: Any) -> None:
     ):
         if size > 1:
             reasons.append(f"{name} size {size}; start with 1")
+    if (processes := getattr(parallel, "_api_process_count", 1)) > 1:
+        reasons.append(
+            f"{processes} API server processes, each of which would give the same slots to other versions; start with "
+            "--api-server-count 1, and for more of them another server on the same store"
+        )
     if config.lora_config is not None:
         reasons.append("LoRA beside edits; start without --enable-lora")
     speculative = config.speculative_config
@@ -45,6 +50,10 @@ def check_config(config: Any) -> None:
             f"speculative decoding by {speculative.method!r}, whose own model is not edited; use the method ngram, or "
             "start without --speculative-config"
         )
+    if config.model_config.enable_sleep_mode:
+        reasons.append("sleep mode, which may drop what the slots hold; start without --enable-sleep-mode")
+    if getattr(config, "weight_transfer_config", None) is not None:
+        reasons.append("base weights that are replaced while it runs; start without --weight-transfer-config")
     if config.quant_config is not None:
         reasons.append(
             f"a quantised base model ({type(config.quant_config).__name__}); serve an unquantised checkpoint"

@@ -1,0 +1,73 @@
+"""Which ways of running vLLM are refused before anything is served, and with what reason."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from edit_store import Offset, Site
+from edit_store.errors import UnsupportedHost
+from plugin.reservation import Reservation
+from plugin.vllm_host.compat import check_config, check_reservation
+from tests.conftest import bundle_of
+from tests.fakes import BASE
+from tests.parity import random_numbers
+
+
+def config(**changes: Any) -> Any:
+    """As much of vLLM's config as is looked at: the usual way of running, but for these; `a__b` is b of a."""
+    sizes = dict.fromkeys(("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"), 1)
+    made = SimpleNamespace(
+        parallel_config=SimpleNamespace(**sizes), model_config=SimpleNamespace(enable_sleep_mode=False),
+        lora_config=None, speculative_config=None, quant_config=None, weight_transfer_config=None,
+    )  # fmt: skip
+    for path, value in changes.items():
+        *owner, name = path.split("__", 1)
+        setattr(getattr(made, owner[0]) if owner else made, name, value)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"parallel_config__tensor_parallel_size": 2}, "tensor parallel size 2; start with 1"),
+        ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallel size 2; start with 1"),
+        ({"parallel_config__data_parallel_size": 4}, "data parallel size 4; start with 1"),
+        ({"parallel_config___api_process_count": 2}, "another server on the same store"),
+        ({"lora_config": object()}, "start without --enable-lora"),
+        ({"speculative_config": SimpleNamespace(method="eagle")}, "speculative decoding by 'eagle'"),
+        ({"speculative_config": SimpleNamespace(method="ngram")}, None),
+        ({"model_config__enable_sleep_mode": True}, "start without --enable-sleep-mode"),
+        ({"weight_transfer_config": object()}, "start without --weight-transfer-config"),
+        ({"quant_config": object()}, "serve an unquantised checkpoint"),
+        ({}, None),
+    ],
+)
+def test_what_is_not_proven_exact_is_refused_with_what_to_do(changes: dict[str, Any], why: str | None) -> None:
+    if why is None:
+        check_config(config(**changes))
+    else:
+        with pytest.raises(UnsupportedHost) as refusal:
+            check_config(config(**changes))
+        assert why in str(refusal.value)
+
+
+def test_all_reasons_are_told_at_once() -> None:
+    with pytest.raises(UnsupportedHost, match=r"tensor parallel size 2.*; LoRA beside edits.*; a quantised base model"):
+        check_config(config(parallel_config__tensor_parallel_size=2, lora_config=object(), quant_config=object()))
+
+
+def test_logits_are_not_edited_while_tokens_are_guessed() -> None:
+    """Other sites are."""
+    guessing = config(speculative_config=SimpleNamespace(method="ngram"))
+    for point, refused in ((Site(None, "logits"), True), (Site(1, "resid"), False)):
+        edit = Offset(site=str(point))
+        room = Reservation.for_versions([bundle_of("polite", BASE, [(edit, random_numbers(edit, BASE, 0))]).manifest])
+        check_reservation(config(), room)
+        if refused:
+            with pytest.raises(UnsupportedHost, match="start without --speculative-config"):
+                check_reservation(guessing, room)
+        else:
+            check_reservation(guessing, room)
