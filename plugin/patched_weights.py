@@ -51,7 +51,7 @@ class LiveWeight(Protocol):
         """A copy of these numbers, ready to be exchanged."""
 
     def exchange(self, copy: Copy) -> None:
-        """Let the engine and the copy change places, in an instant, at the same addresses."""
+        """Let the engine and the copy change places, at the same addresses; or fail with nothing changed."""
 
     def fingerprint(self, copy: Copy | None) -> bytes:
         """Of a copy, or of what the engine computes with now: equal where the numbers are."""
@@ -182,32 +182,32 @@ class PatchedWeights:
         """
         hasher = hashlib.sha256((patch.version if patch else "").encode())
         with self._exchanging:
-            leaving, done = self._installed, list[tuple[str, Copy]]()
+            leaving, done = self._installed, list[tuple[LiveWeight, Copy]]()
             try:
                 for each in filter(None, (leaving, patch)):
                     for name, copy in each.copies.items():
-                        done.append((name, copy))
-                        fingerprint = self._exchange(name, copy)
+                        live = self._modules[name]
+                        expected = copy.fingerprint or live.fingerprint(copy)
+                        live.exchange(copy)
+                        done.append((live, copy))
+                        copy.fingerprint = None
+                        _require_equal(live.fingerprint(None), expected, name)
                         if each is patch:
-                            hasher.update(name.encode() + fingerprint)
+                            hasher.update(name.encode() + expected)
             except BaseException:
-                for name, copy in reversed(done):
-                    self._modules[name].exchange(copy)
+                for live, copy in reversed(done):
+                    live.exchange(copy)
                 raise
             self._installed, self._before, self.epoch, self.digest = patch, leaving, epoch, hasher.hexdigest()
-
-    def _exchange(self, name: str, copy: Copy) -> bytes:
-        live = self._modules[name]
-        expected = copy.fingerprint or live.fingerprint(copy)
-        live.exchange(copy)
-        copy.fingerprint = None
-        if live.fingerprint(None) != expected:
-            raise RuntimeError(f"the weight of {name} is not what was prepared")
-        return expected
 
     def known(self, version: str) -> Patch | None:
         """A version that is in the weights or was just before."""
         return next((each for each in (self._installed, self._before) if each and each.version == version), None)
+
+
+def _require_equal(found: bytes, expected: bytes, name: str) -> None:
+    if found != expected:
+        raise RuntimeError(f"the weight of {name} is not what was prepared")
 
 
 def _at(site: Site, edits: Sequence[Edit], numbers: Mapping[Edit, Mapping[str, Any]]) -> Numbers:

@@ -39,7 +39,7 @@ from plugin.reading import open_reader
 from plugin.vllm_host import compat
 from plugin.vllm_host.architectures import anchors
 from plugin.vllm_host.runner_v2 import use_edits_model_state
-from plugin.vllm_host.weights import keep_loaded, patchable
+from plugin.vllm_host.weights import keeping_loaded, patchable
 from plugin.vllm_host.worker import EditsWorker
 from server_config.settings import KEY, EditSettings, read_settings
 
@@ -85,19 +85,16 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
         found = promoted(settings, base)
         reservation, room = reserve(settings, base, found), reserve_weights(settings, base, found)
         compat.check_reservation(vllm_config, reservation)
-        architecture, kept = supported(base.architecture), dict[nn.Module, torch.Tensor]()
-        inner = self._loader(settings)
-        load_weights = inner.load_weights
 
-        def load_and_keep(model: nn.Module, model_config: ModelConfig) -> None:
-            load_weights(model, model_config)
+        def patched(model: nn.Module) -> list[nn.Module]:
             sites = anchors(model, base.architecture, base.widths)
-            kept.update(keep_loaded(sites[site].module for site in room))
+            return [sites[site].module for site in room]
 
-        inner.load_weights = load_and_keep
-        model: Any = inner.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        inner = self._loader(settings)
+        with keeping_loaded(inner, patched) as kept:
+            model: Any = inner.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         sites = anchors(model, base.architecture, base.widths)
-        weights = patchable(model, sites, room, kept, architecture)
+        weights = patchable(model, sites, room, kept, supported(base.architecture))
         device = next(model.parameters()).device
         plan = Plan.of(reservation, price(base.widths, model_config.dtype))
         plan.require(settings.slots, free_bytes(vllm_config, device))

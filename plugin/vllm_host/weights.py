@@ -7,7 +7,8 @@ exchanging two addresses. The loaded weights are kept besides, since what is pac
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,9 +62,27 @@ class PackedWeight:
         return said
 
 
-def keep_loaded(modules: Iterable[Any]) -> dict[nn.Module, Tensor]:
-    """The weights of these modules as they were loaded; to be called before vLLM packs them. Nothing is copied."""
-    kept = {}
+@contextmanager
+def keeping_loaded(
+    loader: Any, wanted: Callable[[nn.Module], Iterable[nn.Module]]
+) -> Iterator[dict[nn.Module, Tensor]]:
+    """While `loader` loads a model inside: the weights of the wanted modules as loaded, before vLLM packs them."""
+    kept: dict[nn.Module, Tensor] = {}
+    load_weights = loader.load_weights
+
+    def load_and_keep(model: nn.Module, model_config: Any) -> None:
+        load_weights(model, model_config)
+        kept.update(_weights_of(wanted(model)))
+
+    loader.load_weights = load_and_keep
+    try:
+        yield kept
+    finally:
+        loader.load_weights = load_weights
+
+
+def _weights_of(modules: Iterable[Any]) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Nothing is copied: they are only not let go."""
     for module in modules:
         method = getattr(module, "quant_method", None)
         if not isinstance(module, LinearBase) or not isinstance(method, UnquantizedLinearMethod):
@@ -71,8 +90,7 @@ def keep_loaded(modules: Iterable[Any]) -> dict[nn.Module, Tensor]:
                 f"edits.weights needs ordinary weights, found a {type(module).__name__} with {type(method).__name__}. "
                 "Serve an unquantised checkpoint, or leave out edits.weights and serve every variant per request"
             )
-        kept[module] = module.weight.detach()
-    return kept
+        yield module, module.weight.detach()
 
 
 def patchable(
