@@ -41,6 +41,7 @@ from edit_store.scope import Scope
 from plugin.weight_form import formless
 from tests.conftest import bundle_of
 from tests.parity import ENVIRONMENT, Pair, random_numbers
+from tests.quantised import Scheme, quantise
 from tests.tiny_models import VOCABULARY, make_tiny
 
 TABLE = Path(__file__).with_name("CONFIGURATIONS.md")
@@ -56,13 +57,18 @@ class Way:
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    quantised: Scheme | None = None
     slow: bool = False
+    untested: str = ""
+    """why nobody knows"""
 
     @property
     def dtype(self) -> str:
         return str(self.arguments.get("dtype", "float32"))
 
 
+MODES = ("per request", "in the weights")
+_REFUSED = "edits are not proven exact with: "
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 WAYS: dict[str, Way] = {
     "usual: float32, not compiled": Way(),
@@ -79,17 +85,22 @@ WAYS: dict[str, Way] = {
     "data parallel": Way({"data_parallel_size": 2}),
     "LoRA": Way({"enable_lora": True}),
     "a draft model": Way({"speculative_config": {"model": "", "num_speculative_tokens": 2}}),
-    "a quantised base model": Way({"quantization": "fp8"}),
+    "8-bit weights and activations (compressed-tensors)": Way(quantised="int8"),
+    "4-bit weights (compressed-tensors)": Way(
+        {"dtype": "bfloat16"}, quantised="int4", untested="vLLM's CPU build has no kernel for them without AVX-512"
+    ),
+    "another quantisation (fp8)": Way({"quantization": "fp8"}),
+    "a GPU: V2 runner, CUDA graphs": Way(untested="no GPU was at hand; `make test-gpu` runs it"),
 }
 """By what the table calls them. An empty model of a draft is the model itself."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a way fared: the largest error per install mode, or why it is refused."""
+    """How a way fared in each install mode: the largest error, or why it is refused."""
 
     errors: Mapping[str, float] = field(default_factory=dict)
-    refused: str = ""
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     def faults(self, way: Way) -> list[str]:
         """What is not exact."""
@@ -117,34 +128,37 @@ def edits_of_every_kind(base: BaseModelRef) -> list[Pair]:
 
 @dataclass(frozen=True)
 class Said:
-    """One answer: its tokens, and of each the ids that were told of with their log-probabilities."""
+    """One answer: prompt and generated tokens, and of these the ids that were told of with their log-probabilities."""
 
-    tokens: list[int]
+    ids: list[int]
     told: np.ndarray
     logprobs: np.ndarray
 
 
 def run(way: Way, folder: Path) -> Outcome:
     """Run one way in a process of its own, and hold what it says against the formulas."""
-    model = make_tiny(MODEL, folder / "model")
+    plain = make_tiny(MODEL, folder / "plain")
+    model = plain if way.quantised is None else quantise(plain, folder / "model", way.quantised)
     base = identify(model)
     prompts = np.random.default_rng(0).integers(3, VOCABULARY, (2, PROMPT_TOKENS // 2))
     prompt = [int(token) for token in np.concatenate([prompts[0], prompts[0]])]  # repeats itself, for n-grams
     pairs = edits_of_every_kind(base)
     architecture = supported(base.architecture)
-    by_mode: dict[str, list[Pair]] = {
-        "per request": [pair for pair in pairs if pair[0].kind != "weight_delta"],
-        "in the weights": [pair for pair in pairs if not formless([pair[0]], architecture)],
-    }
-    errors = {}
+    per_request = [pair for pair in pairs if pair[0].kind != "weight_delta"]
+    if way.quantised:  # what vLLM's own modules can be hooked for
+        per_request = [pair for pair in per_request if "resid" not in pair[0].site and pair[0].scope.everything]
+    linear = [pair for pair in pairs if not formless([pair[0]], architecture)]
+    by_mode = dict(zip(MODES, (per_request, linear), strict=True))
+    errors, refused = dict[str, float](), dict[str, str]()
     for mode, chosen in by_mode.items():
         bundles = [bundle_of(f"edit-{number}", base, [pair]) for number, pair in enumerate(chosen)]
         with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_environment) as pool:
             answers = pool.submit(_serve, model, folder / mode, prompt, bundles, way=way, mode=mode).result()
         if isinstance(answers, str):
-            return Outcome(refused=answers)
-        errors[mode] = _largest_error(model, prompt, [[], *([pair] for pair in chosen)], answers)
-    return Outcome(errors)
+            refused[mode] = answers
+            continue
+        errors[mode] = _largest_error(model, way, [[], *([pair] for pair in chosen)], answers, folder)
+    return Outcome(errors, refused)
 
 
 def _environment() -> None:
@@ -166,7 +180,7 @@ def _serve(
     opened = EditStore(str(store), create=True)
     names = [bundle.manifest.name for bundle in bundles]
     settings: dict[str, Any] = {"store": str(store), "slots": len(bundles)}
-    if mode == "in the weights":
+    if mode == MODES[1]:
         settings |= {"weights": "edit-0", "weights_reserve": [{"site": "*", "bias": True}]}
     else:
         for bundle in bundles:
@@ -190,11 +204,10 @@ def _serve(
 
     def said(chosen: Sequence[str | None]) -> list[list[Said]]:
         asked: list[Any] = [{"prompt_token_ids": prompt}] * len(chosen)
-        return [
-            list(map(_said, output.outputs)) for output in variants.generate(chosen, asked, sampling, use_tqdm=False)
-        ]
+        outputs = variants.generate(chosen, asked, sampling, use_tqdm=False)
+        return [[_said(prompt, one) for one in output.outputs] for output in outputs]
 
-    if mode == "per request":
+    if mode == MODES[0]:
         said([None, *names])  # a second time the prefix cache, where there is one, knows every prompt
         return said([None, *names])
     answers = said([None])
@@ -209,14 +222,43 @@ def _serve(
     return answers
 
 
-def _said(output: Any) -> Said:
+def _said(prompt: list[int], output: Any) -> Said:
     likeliest = [sorted(told, key=lambda token: told[token].rank)[:TOLD] for told in output.logprobs]
     logprobs = [[told[token].logprob for token in ids] for told, ids in zip(output.logprobs, likeliest, strict=True)]
-    return Said(list(output.token_ids), np.asarray(likeliest), np.asarray(logprobs))
+    return Said([*prompt, *output.token_ids], np.asarray(likeliest), np.asarray(logprobs))
 
 
-def _largest_error(model: Path, prompt: list[int], chosen: list[list[Pair]], answers: list[list[Said]]) -> float:
+@dataclass(frozen=True)
+class Question:
+    """What a model with edits makes of some tokens: the log-probabilities of `told` [generated, TOLD] at the last."""
+
+    ids: list[int]
+    pairs: list[Pair]
+    told: np.ndarray
+
+
+def _largest_error(model: Path, way: Way, chosen: list[list[Pair]], answers: list[list[Said]], folder: Path) -> float:
     """Over all answers, relative to the largest log-probability. Every edit must also be seen."""
+    said = [(pairs, output) for pairs, outputs in zip(chosen, answers, strict=True) for output in outputs]
+    questions = [Question(output.ids, pairs, output.told) for pairs, output in said]
+    plain = [Question(output.ids, [], output.told) for _, output in said]
+    if way.quantised:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_environment) as pool:
+            known = pool.submit(_by_hooks_in_vllm, model, folder / "hooks", questions + plain, way).result()
+    else:
+        known = _by_formula(model, questions + plain)
+    errors = []
+    for number, (pairs, output) in enumerate(said):
+        expected, unedited = known[number], known[number + len(said)]
+        size = np.abs(expected).max()
+        errors.append(float(np.abs(output.logprobs - expected).max() / size))
+        if pairs and np.abs(unedited - expected).max() / size < 2 * max(errors[-1], 1e-3):
+            raise RuntimeError(f"{pairs[0][0]} cannot be seen: nothing was compared")
+    return max(errors)
+
+
+def _by_formula(model: Path, questions: list[Question]) -> list[np.ndarray]:
+    """By transformers in float64."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -224,22 +266,33 @@ def _largest_error(model: Path, prompt: list[int], chosen: list[list[Pair]], ans
 
     torch.set_num_threads(1)
     host = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, attn_implementation="eager").eval()
+    found = []
+    for asked in questions:
+        with torch.no_grad(), edited(host, asked.pairs, request=Request(asked.ids, PROMPT_TOKENS)):
+            logits = host(torch.tensor([asked.ids])).logits[0, PROMPT_TOKENS - 1 : -1].log_softmax(-1)
+        found.append(np.take_along_axis(logits.numpy(), asked.told, -1))
+    return found
 
-    def truth(ids: list[int], pairs: list[Pair], said: Said) -> np.ndarray:
-        with torch.no_grad(), edited(host, pairs, request=Request(ids, len(prompt))):
-            logits = host(torch.tensor([ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        return np.take_along_axis(logits.numpy(), said.told, -1)
 
-    errors = []
-    for pairs, outputs in zip(chosen, answers, strict=True):
-        for said in outputs:
-            ids = [*prompt, *said.tokens]
-            expected = truth(ids, pairs, said)
-            size = np.abs(expected).max()
-            errors.append(float(np.abs(said.logprobs - expected).max() / size))
-            if pairs and np.abs(truth(ids, [], said) - expected).max() / size < 2 * max(errors[-1], 1e-3):
-                raise RuntimeError(f"{pairs[0][0]} cannot be seen: nothing was compared")
-    return max(errors)
+def _by_hooks_in_vllm(model: Path, _: Path, questions: list[Question], way: Way) -> list[np.ndarray]:
+    """By vLLM without the plugin, the formulas in hooks: where transformers does not compute as vLLM does."""
+    from vllm import LLM, SamplingParams
+
+    from edit_store.authoring.formula import edited
+
+    llm = LLM(
+        str(model), dtype=way.dtype, enforce_eager=True, skip_tokenizer_init=True, max_model_len=96, seed=0,
+        max_logprobs=VOCABULARY, enable_prefix_caching=False, kv_cache_memory_bytes=1 << 26,
+    )  # fmt: skip
+    host = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+    sampling = SamplingParams(max_tokens=1, prompt_logprobs=VOCABULARY, detokenize=False)
+    found = []
+    for asked in questions:
+        with edited(host, asked.pairs):
+            (output,) = llm.generate([{"prompt_token_ids": asked.ids}], sampling, use_tqdm=False)
+        rows = zip(output.prompt_logprobs[PROMPT_TOKENS:], asked.told, strict=True)
+        found.append(np.asarray([[row[int(token)].logprob for token in told] for row, told in rows]))
+    return found
 
 
 _HEAD = """# Ways of running vLLM, and whether edits are exact in them
@@ -256,13 +309,16 @@ them. What is refused is refused at the start, with this reason.
 
 def line(name: str, outcome: Outcome) -> str:
     """A way's line of the table."""
-    if outcome.refused:
-        return f"| {name} | refused: {outcome.refused.partition(': ')[2]} | refused too |\n"
-    return f"| {name} | {' | '.join(f'exact ({error:.0e})' for error in outcome.errors.values())} |\n"
+    told = {mode: f"exact ({error:.0e})" for mode, error in outcome.errors.items()}
+    told |= {mode: f"refused: {why.removeprefix(_REFUSED)}" for mode, why in outcome.refused.items()}
+    untested = f"untested: {WAYS[name].untested}"
+    return f"| {name} | {' | '.join(told.get(mode, untested) for mode in MODES)} |\n"
 
 
 def find(name: str) -> Outcome:
-    """Run the way of that name."""
+    """Run the way of that name, unless it is known that it does not run here."""
+    if WAYS[name].untested:
+        return Outcome()
     with tempfile.TemporaryDirectory() as folder:
         return run(WAYS[name], Path(folder))
 

@@ -41,7 +41,11 @@ def config(**changes: Any) -> Any:
         ({"speculative_config": SimpleNamespace(method="ngram")}, None),
         ({"model_config__enable_sleep_mode": True}, "start without --enable-sleep-mode"),
         ({"weight_transfer_config": object()}, "start without --weight-transfer-config"),
-        ({"quant_config": object()}, "serve an unquantised checkpoint"),
+        (
+            {"quant_config": SimpleNamespace(get_name=lambda: "fp8")},
+            "quantised by 'fp8'; serve one of compressed-tensors",
+        ),
+        ({"quant_config": SimpleNamespace(get_name=lambda: "compressed-tensors")}, None),
         ({}, None),
     ],
 )
@@ -55,8 +59,10 @@ def test_what_is_not_proven_exact_is_refused_with_what_to_do(changes: dict[str, 
 
 
 def test_all_reasons_are_told_at_once() -> None:
-    with pytest.raises(UnsupportedHost, match=r"tensor parallel size 2.*; LoRA beside edits.*; a quantised base model"):
-        check_config(config(parallel_config__tensor_parallel_size=2, lora_config=object(), quant_config=object()))
+    with pytest.raises(UnsupportedHost, match=r"tensor parallel size 2.*; LoRA beside edits.*; sleep mode"):
+        check_config(
+            config(parallel_config__tensor_parallel_size=2, lora_config=object(), model_config__enable_sleep_mode=True)
+        )
 
 
 def test_logits_are_not_edited_while_tokens_are_guessed() -> None:

@@ -15,6 +15,8 @@ PLUGIN_NAME = "edits"
 
 SUPPORTED_VLLM = (Version("0.26"), Version("0.34"))
 """From the first version with every seam up to, not including, the first not yet looked at."""
+QUANTISED = ("compressed-tensors",)
+"""Ways of quantising the base model under which edits, which stay in full precision around it, are proven."""
 
 
 def check_version() -> None:
@@ -54,9 +56,10 @@ def check_config(config: Any) -> None:
         reasons.append("sleep mode, which may drop what the slots hold; start without --enable-sleep-mode")
     if getattr(config, "weight_transfer_config", None) is not None:
         reasons.append("base weights that are replaced while it runs; start without --weight-transfer-config")
-    if config.quant_config is not None:
+    if config.quant_config is not None and config.quant_config.get_name() not in QUANTISED:
         reasons.append(
-            f"a quantised base model ({type(config.quant_config).__name__}); serve an unquantised checkpoint"
+            f"a base model quantised by {config.quant_config.get_name()!r}; serve one of {', '.join(QUANTISED)}, or an "
+            "unquantised checkpoint"
         )
     if reasons:
         raise UnsupportedHost("edits are not proven exact with: " + "; ".join(reasons))
