@@ -139,10 +139,7 @@ def status(
 
 
 def _show_status(found: dict[str, Any]) -> None:
-    rows = [
-        {**row, "digits": row["version"][:12], "resident": "yes" if row["resident"] else "paged out"}
-        for row in found["variants"]
-    ]
+    rows = [{**row, "digits": row["version"][:12], "resident": _place(row)} for row in found["variants"]]
     columns = {
         "name": "variant", "tag": "tag", "digits": "version", "sequence": "#", "resident": "on device",
         "in_flight": "in flight",
@@ -154,14 +151,24 @@ def _show_status(found: dict[str, Any]) -> None:
         f"slots {slots['used']} of {slots['total']}; store {store['url']}, read {_age(store)}, "
         f"signatures {found['signatures']}"
     )
+    if found["weights"]["variant"]:
+        held = (found["weights"]["version"] or "the base model")[:14]
+        plain(f"weights are for {found['weights']['variant']}, and hold {held}")
+    if found["weights"]["doubt"]:
+        plain(f"weights in doubt, nothing is answered: {found['weights']['doubt']}")
     if swap:
         phases = ", ".join(f"{phase} {seconds * 1000:.0f} ms" for phase, seconds in swap["seconds"].items())
         ended = swap["error"] or phases or "nothing to install"
-        plain(f"last swap {swap['variant']}@{swap['tag']} to {swap['to_version'][:12]} at {swap['at']}: {ended}")
+        version = (swap["to_version"] or "none")[:12]
+        plain(f"last swap {swap['variant']}@{swap['tag']} to {version} at {swap['at']}: {ended}")
     for refused in found["refused"]:
         plain(f"refused {refused['name']}@{refused['tag']}: {refused['error']}")
     for trouble in found["troubles"]:
         plain(f"history in trouble {trouble['name']}@{trouble['tag']}: {trouble['error']}")
+
+
+def _place(row: dict[str, Any]) -> str:
+    return "in weights" if row["in_weights"] else "yes" if row["resident"] else "paged out"
 
 
 def _age(store: dict[str, Any]) -> str:

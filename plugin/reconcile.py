@@ -296,7 +296,7 @@ class Reconciler:
         if old is not None and old != new:
             if old not in self.table.promoted.get(entry.name, {}).values():
                 self._metrics.variant_info.labels(*self._metrics.labels(entry.name, old)).set(0)
-            if old not in self.table.versions():
+            if old not in self.table.versions() and self.residency.is_resident(old):
                 self._retired_at[old] = time.monotonic()
                 self.residency.retire(old)
                 self._sweep()
@@ -536,6 +536,7 @@ class Reconciler:
                     "version": version,
                     "sequence": self._heads[name, tag].sequence,
                     "resident": self.residency.is_resident(version),
+                    "in_weights": version == self.table.in_weights,
                     "in_flight": self._in_flight[name, version],
                     "refused": self._refusal_of(name, tag),
                 }

@@ -162,7 +162,18 @@ def test_no_command_shows_help(run: Run) -> None:
     shown = run().output
     assert all(
         name in shown
-        for name in ("init", "publish", "list", "history", "inspect", "promote", "rollback", "serve", "status")
+        for name in (
+            "init",
+            "publish",
+            "list",
+            "history",
+            "inspect",
+            "promote",
+            "rollback",
+            "withdraw",
+            "serve",
+            "status",
+        )
     )
 
 
@@ -259,7 +270,18 @@ def test_status_without_a_server_says_so(run: Run, free_port: int) -> None:
 
 
 def test_help_is_there_for_every_command(run: Run) -> None:
-    for command in ("init", "publish", "list", "history", "inspect", "promote", "rollback", "serve", "status"):
+    for command in (
+        "init",
+        "publish",
+        "list",
+        "history",
+        "inspect",
+        "promote",
+        "rollback",
+        "withdraw",
+        "serve",
+        "status",
+    ):
         assert run(command, "--help").exit_code == 0
 
 

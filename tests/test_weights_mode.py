@@ -13,6 +13,7 @@ import pytest
 from edit_store import Bundle, Gate, LowRank, Provenance, Strength
 from edit_store.errors import EditsError, InstallRefused, NotFound, RequestRefused
 from plugin.claim import cache_salt
+from plugin.cli import _show_status
 from tests.conftest import publish
 from tests.fakes import BASE, WIDTHS, Answer, Server, version_of
 from tests.test_reconcile import InFlight, soon, start
@@ -99,6 +100,27 @@ async def test_a_worker_answers_only_who_wants_what_its_weights_hold(server: Ser
     for claim in (None, [0, "f" * 64, 1.0], [slot, kind, 1.0]):
         with pytest.raises(RuntimeError, match="refusing to answer it with other"):
             edited.slot_of(claim)
+
+
+async def test_the_operator_sees_what_the_weights_hold(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    """In `vllm-edits status`, also after a withdrawal and in doubt."""
+
+    def shown() -> str:
+        _show_status(server.core.status())
+        return capsys.readouterr().out
+
+    (polite,) = await server.promote(version())
+    assert f"weights are for polite@prod, and hold {polite[:14]}" in shown()
+    assert "in weights" in shown()
+    server.store.withdraw("polite")
+    await server.core.sync()
+    told = shown()
+    assert "weights are for polite@prod, and hold the base model" in told
+    assert "last swap polite@prod to none at" in told
+    server.workers.overrides["edits_put_weights"] = fails_on(0, after=False)
+    server.store.rollback("polite")
+    await server.core.sync()
+    assert "weights in doubt, nothing is answered: a worker failed" in shown()
 
 
 async def test_strength_is_fixed_in_the_weights(tmp_path: Path) -> None:
