@@ -60,6 +60,21 @@ def test_preemption_and_chunked_prefill_change_nothing(small_server: Serving) ->
     assert len({text for _, text in solo}) == len(prompts)
 
 
+def test_structured_output_and_several_answers_are_the_variants_own(small_server: Serving) -> None:
+    """A grammar chooses among what the variant likes: of many pairs of words not all are chosen as the base would."""
+    pairs = [["yes", "no"], ["red", "blue"], ["sea", "hill"], ["one", "two"], ["old", "new"], ["day", "night"]]
+    chosen = {}
+    for model in ("base", *VARIANTS):
+        said = [complete(small_server.url, model, "It is", 8, structured_outputs={"choice": pair}) for pair in pairs]
+        chosen[model] = [answer["choices"][0]["text"] for answer in said]
+        assert all(text in pair for text, pair in zip(chosen[model], pairs, strict=True)), chosen
+        version = "base" if model == "base" else small_server.store.resolve(model)
+        assert {answer["headers"]["x-edits-version"] for answer in said} == {version}
+    assert len(set(map(tuple, chosen.values()))) > 1, "positive control"
+    answer = complete(small_server.url, "variant-0", "It is", 6, n=3, temperature=1, seed=1)
+    assert len({choice["text"] for choice in answer["choices"]}) > 1
+
+
 def test_a_version_can_be_named_by_its_beginning_or_by_a_tag(small_server: Serving) -> None:
     version = publish(small_server.store, random_bundle("variant-0", small_server.base, seed=77), tag="staging")
     small_server.sync()
