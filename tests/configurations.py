@@ -89,7 +89,6 @@ WAYS: dict[str, Way] = {
     "4-bit weights (compressed-tensors)": Way(
         {"dtype": "bfloat16"}, quantised="int4", untested="vLLM's CPU build has no kernel for them without AVX-512"
     ),
-    "another quantisation (fp8)": Way({"quantization": "fp8"}),
     "a GPU: V2 runner, CUDA graphs": Way(untested="no GPU was at hand; `make test-gpu` runs it"),
 }
 """By what the table calls them. An empty model of a draft is the model itself."""
