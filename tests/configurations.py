@@ -187,7 +187,7 @@ def _serve(
     arguments: dict[str, Any] = {
         "load_format": "edits", "additional_config": {"edits": settings}, "dtype": "float32", "enforce_eager": True,
         "skip_tokenizer_init": True, "max_model_len": 96, "max_logprobs": TOLD, "seed": 0,
-        "enable_prefix_caching": False, "kv_cache_memory_bytes": 1 << 26, **way.arguments,
+        "enable_prefix_caching": False, "kv_cache_memory_bytes": 1 << 26, "disable_log_stats": False, **way.arguments,
     }  # fmt: skip
     if "speculative_config" in arguments:
         own = arguments["speculative_config"]
@@ -208,7 +208,10 @@ def _serve(
 
     if mode == MODES[0]:
         said([None, *names])  # a second time the prefix cache, where there is one, knows every prompt
-        return said([None, *names])
+        answers = said([None, *names])
+        if "speculative_config" in arguments:
+            _require_accepted(llm)
+        return answers
     answers = said([None])
     for bundle in bundles:
         renamed = Bundle.create(
@@ -219,6 +222,13 @@ def _serve(
         variants.sync()
         answers += said(["edit-0"])
     return answers
+
+
+def _require_accepted(llm: Any) -> None:
+    """Positive control: guesses were made, and some were right."""
+    counted = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    if not counted.get("vllm:spec_decode_num_accepted_tokens"):
+        raise RuntimeError(f"no guess was accepted: nothing was compared; counted {sorted(counted)}")
 
 
 def _said(prompt: list[int], output: Any) -> Said:
