@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from edit_store.bundle import Manifest
 from edit_store.edits import Edit, Tensors, order_at_site
 from edit_store.errors import InstallRefused, Reason
 from edit_store.sites import Site
+from plugin.sizes import sized
 from plugin.weight_form import Numbers, formless, patched, touched
 
 
@@ -83,9 +84,15 @@ class PatchedWeights:
     """What a version may be installed in: some projections of the model, by the site of what they give."""
 
     def __init__(
-        self, modules: Mapping[str, LiveWeight], parts: Mapping[Site, Part], architecture: Architecture
+        self,
+        modules: Mapping[str, LiveWeight],
+        parts: Mapping[Site, Part],
+        architecture: Architecture,
+        free_bytes: Callable[[], int],
     ) -> None:
+        """free_bytes: host memory that is left for a version's weights."""
         self.parts = parts
+        self._free_bytes = free_bytes
         self.epoch = 0
         """counts what has been in the weights; whoever exchanges them says"""
         self.digest = hashlib.sha256().hexdigest()
@@ -121,7 +128,8 @@ class PatchedWeights:
         copies: dict[str, Copy] = {}
         if not reasons:
             changed = {self.parts[site].module for edit in edits for site in touched(edit, self._architecture)}
-            for name in sorted(changed):
+            reasons += self._without_room(changed)
+            for name in sorted(changed if not reasons else ()):
                 weight, bias = self._patched(name, edits, numbers, strength)
                 reasons += self._without_bias(name, bias)
                 live = self._modules[name]
@@ -159,6 +167,18 @@ class PatchedWeights:
                 f'Add {{"site": "{site}"}} to edits.weights_reserve and restart',
             )
             for site, edit in found.items()
+        ]
+
+    def _without_room(self, changed: Iterable[str]) -> list[Reason]:
+        needed, free = sum(self._modules[name].loaded(None).nbytes for name in changed), self._free_bytes()
+        if needed <= free:
+            return []
+        return [
+            Reason(
+                "memory",
+                f"its weights take {sized(needed)} of host memory beside the loaded ones, and {sized(free)} are free. "
+                "Change fewer projections, or serve it per request",
+            )
         ]
 
     def _without_bias(self, name: str, bias: Tensor) -> list[Reason]:

@@ -220,7 +220,7 @@ def plain_weights(model: TinyModel) -> PatchedWeights:
         names[sites[site].module]: PlainWeight(sites[site].module.weight, sites[site].module.bias) for site in room
     }
     parts = {site: Part(names[sites[site].module], sites[site].start or 0, sites[site].width) for site in room}
-    return PatchedWeights(modules, parts, architecture)
+    return PatchedWeights(modules, parts, architecture, lambda: 1 << 30)
 
 
 @dataclass(frozen=True, eq=False)

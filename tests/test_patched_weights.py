@@ -139,6 +139,16 @@ def test_constants_need_a_bias_and_projections_must_be_set_apart() -> None:
     assert engine.bits() != loaded
 
 
+def test_weights_that_do_not_fit_into_memory_are_refused() -> None:
+    """With what they take, before anything is computed."""
+    engine = Engine()
+    engine.weights._free_bytes = lambda: 500
+    with pytest.raises(InstallRefused, match="take 512 bytes of host memory beside the loaded ones, and 500"):
+        engine.put(bundle_with(EDITS[:1]))
+    engine.weights._free_bytes = lambda: 512
+    engine.put(bundle_with(EDITS[:1]))
+
+
 @pytest.mark.parametrize("failing", [0, 1, 3])
 def test_an_exchange_that_fails_midway_is_undone(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the first weight, a later one, or with a version in them already: what was there stays, bit for bit."""

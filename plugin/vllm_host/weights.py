@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
 import torch
 import vllm
 from torch import Tensor, nn
@@ -112,7 +113,7 @@ def patchable(
             zeros = torch.zeros(len(kept[module]), dtype=kept[module].dtype, device=kept[module].device)
             module.bias = nn.Parameter(zeros, requires_grad=False)
     modules = {names[module]: _live(names[module], module, weight) for module, weight in kept.items()}
-    return PatchedWeights(modules, parts, architecture)
+    return PatchedWeights(modules, parts, architecture, lambda: int(psutil.virtual_memory().available))
 
 
 def _live(name: str, module: Any, loaded: Tensor) -> LiveWeight:
