@@ -58,7 +58,8 @@ class Way:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)
     quantised: Scheme | None = None
-    slow: bool = False
+    quick: bool = False
+    """whether it belongs to the quick tests"""
     untested: str = ""
     """why nobody knows"""
 
@@ -72,20 +73,20 @@ _REFUSED = "edits are not proven exact with: "
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 WAYS: dict[str, Way] = {
     "usual: float32, not compiled": Way(),
-    "compiled": Way({"enforce_eager": False}, slow=True),
-    "bfloat16": Way({"dtype": "bfloat16"}, slow=True),
-    "float16": Way({"dtype": "float16"}, slow=True),
+    "compiled": Way({"enforce_eager": False}),
+    "bfloat16": Way({"dtype": "bfloat16"}),
+    "float16": Way({"dtype": "float16"}),
     "prefix caching": Way({"enable_prefix_caching": True}),
     "chunked prefill, 16 tokens a step": Way({"max_num_batched_tokens": 16, "max_num_seqs": 8}),
-    "asynchronous scheduling": Way({"async_scheduling": True}, slow=True),
-    "n-gram speculative decoding": Way({"speculative_config": NGRAM}),
-    "several answers (n = 3)": Way(sampling={"n": 3, "temperature": 1.0, "seed": 0}, slow=True),
-    "tensor parallel": Way({"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}),
+    "asynchronous scheduling": Way({"async_scheduling": True}),
+    "n-gram speculative decoding": Way({"speculative_config": NGRAM}, quick=True),
+    "several answers (n = 3)": Way(sampling={"n": 3, "temperature": 1.0, "seed": 0}),
+    "tensor parallel": Way({"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}, quick=True),
     "pipeline parallel": Way({"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}),
     "data parallel": Way({"data_parallel_size": 2}),
     "LoRA": Way({"enable_lora": True}),
     "a draft model": Way({"speculative_config": {"model": "", "num_speculative_tokens": 2}}),
-    "8-bit weights and activations (compressed-tensors)": Way(quantised="int8"),
+    "8-bit weights and activations (compressed-tensors)": Way(quantised="int8", quick=True),
     "4-bit weights (compressed-tensors)": Way(
         {"dtype": "bfloat16"}, quantised="int4", untested="vLLM's CPU build has no kernel for them without AVX-512"
     ),
