@@ -25,20 +25,20 @@ def main(model: str, store_folder: str, second: str) -> None:
     assert base == again != loud
     assert texts(["loud"]) == [loud]
 
-    edited = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model().loaded_edits.edited
-    prepare = edited.prepare
+    ready = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model().loaded_edits.ready
+    prepare = ready._prepare
 
     def refuse(*_: object) -> None:
         raise InstallRefused("install", [Reason("test", "this worker refuses")])
 
-    edited.prepare = refuse
+    ready._prepare = refuse
     store.promote(f"loud@{second}")
     variants.sync()
     assert variants.reconciler.last_swap is not None
     assert "this worker refuses" in variants.reconciler.last_swap.error
     assert texts(["loud", None]) == [loud, base]
 
-    edited.prepare = prepare
+    ready._prepare = prepare
     variants.sync()
     assert not variants.reconciler.last_swap.error
     swapped, still = texts(["loud", None])
