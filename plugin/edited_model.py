@@ -230,7 +230,8 @@ class EditedModel:
                 f"a request wants {_named(version)}, and the weights hold {' or '.join(map(_named, self.in_weights))}: "
                 "refusing to answer it with other weights"
             )
-        if slot != BASE_SLOT and (None not in self.in_weights or self.held.get(slot) != version):
+        holds = slot == BASE_SLOT or (slot in self.held and self.held[slot] == version and None in self.in_weights)
+        if not holds:
             raise RuntimeError(
                 f"a request claims version {str(version)[:12]} in slot {slot}, which holds "
                 f"{self.held.get(slot, 'nothing')[:12]}: refusing to answer it with other edits"
