@@ -26,7 +26,7 @@ from loadtests.bench_run import Measured, NotMeasured, Run
 from loadtests.server import Server
 
 VARIANTS = 8
-WINDOW_SECONDS = 2.0
+WINDOW_SECONDS, WEIGHTS_WINDOW_SECONDS = 2.0, 8.0  # weights are computed anew before they change
 SETTLED_TOKENS = 16  # tokens that every stream must have before a window opens
 SHORT_TOKENS = 16
 HEAD_START_SECONDS = 0.1
@@ -59,7 +59,9 @@ def measure_swaps(run: Run, *, weights: bool = False) -> Measured:
 
     weights: the variant is in the weights, so that all stream it, and go on when it is swapped
     """
-    plan, progress = SwapPlan(3 if run.quick else run.swaps, run.dtype), run.progress
+    window = WEIGHTS_WINDOW_SECONDS if weights else WINDOW_SECONDS
+    plan = SwapPlan(3 if run.quick else run.swaps, run.dtype, window_seconds=window)
+    progress = run.progress
     inputs = run.inputs.everywhere(IN_WEIGHTS if weights else SERVED_PER_REQUEST)
     (name, *others), folder = inputs.make_store("swap-store", 1 if weights else VARIANTS)
     store = EditStore(str(folder))
@@ -73,14 +75,17 @@ def measure_swaps(run: Run, *, weights: bool = False) -> Measured:
     with server:
         progress.remove_task(starting)
         task = progress.add_task("swaps", total=len(versions))
-        swaps = asyncio.run(_measure(server.url, store, name, versions, models, done=lambda: progress.advance(task)))
+        swaps = asyncio.run(
+            _measure(server.url, store, name, versions, models, window=window, done=lambda: progress.advance(task))
+        )
     progress.remove_task(task)
     return Measured(asdict(plan), [asdict(swap) for swap in swaps], summarise_swaps(swaps))
 
 
 async def _measure(
-    url: str, store: EditStore, name: str, versions: Sequence[str], models: Sequence[str], *, done: Callable[[], None]
-) -> list[Swap]:
+    url: str, store: EditStore, name: str, versions: Sequence[str], models: Sequence[str], *, window: float,
+    done: Callable[[], None],
+) -> list[Swap]:  # fmt: skip
     swaps = []
     async with httpx.AsyncClient(base_url=url, timeout=120) as client:
         for number, version in enumerate(versions):
@@ -88,27 +93,27 @@ async def _measure(
                 swapped: dict[str, Any] = {}
                 for swapping in (True, False) if number % 2 else (False, True):
                     if swapping:
-                        begin, swapped = await _swap_window(client, store, name, version)
-                        stall = max(gaps_within(token_times, begin, begin + WINDOW_SECONDS))
+                        begin, swapped = await _swap_window(client, store, name, version, window)
+                        stall = max(gaps_within(token_times, begin, begin + window))
                     else:
-                        begin = await _calm_window(client, name)
-                        calm = gaps_within(token_times, begin, begin + WINDOW_SECONDS)
+                        begin = await _calm_window(client, name, window)
+                        calm = gaps_within(token_times, begin, begin + window)
             swaps.append(Swap(**swapped, stall=stall, calm_stall=max(calm), step=statistics.median(calm)))
             done()
     return swaps
 
 
-async def _calm_window(client: httpx.AsyncClient, name: str) -> float:
+async def _calm_window(client: httpx.AsyncClient, name: str, window: float) -> float:
     short = await _in_flight(client, name)
     begin = time.monotonic()
     await ask(client, name, 1)
     await short
-    await _until(begin + WINDOW_SECONDS)
+    await _until(begin + window, window)
     return begin
 
 
 async def _swap_window(
-    client: httpx.AsyncClient, store: EditStore, name: str, version: str
+    client: httpx.AsyncClient, store: EditStore, name: str, version: str, window: float
 ) -> tuple[float, dict[str, Any]]:
     """The window's begin, and what was timed of the swap in it."""
     short = await _in_flight(client, name)
@@ -119,7 +124,7 @@ async def _swap_window(
     synced = time.monotonic()
     first, before = await ask(client, name, 1), await short
     status = (await client.get("/v1/edits")).raise_for_status().json()
-    await _until(begin + WINDOW_SECONDS)
+    await _until(begin + window, window)
     if first.version != version or before.version == version:
         raise NotMeasured(
             f"expected the request before the swap on the old version and the one after it on {version[:12]}, found "
@@ -140,9 +145,9 @@ async def _in_flight(client: httpx.AsyncClient, name: str) -> asyncio.Task[Answe
     return task
 
 
-async def _until(moment: float) -> None:
+async def _until(moment: float, window: float) -> None:
     if (left := moment - time.monotonic()) <= 0:
-        raise NotMeasured(f"the window of {WINDOW_SECONDS} s was over {-left:.1f} s before everything in it had ended")
+        raise NotMeasured(f"the window of {window} s was over {-left:.1f} s before everything in it had ended")
     await asyncio.sleep(left)
 
 
