@@ -89,7 +89,10 @@ class WeightsMode:
         if self._running == "keep":
             return
         if self._running == "abort" and self._inside():
-            await self._abort_all()
+            try:
+                await self._abort_all()
+            except Exception as error:
+                raise EditsError(f"running requests could not be aborted, so the weights stay: {error!r}") from error
         deadline = time.monotonic() + self._patience
         while running := self._inside():
             self._left.clear()
@@ -110,7 +113,7 @@ class WeightsMode:
             self.epoch += 1
             try:
                 await asyncio.shield(self._all_hold(self.version))
-            except Exception as worse:
+            except BaseException as worse:  # whoever is cancelled meanwhile does not know either
                 self.doubt = f"{failure}; and putting back what was there failed too: {worse}"
                 logger.exception("the engine's weights are in doubt, nothing is answered")
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -341,6 +341,42 @@ async def test_weights_that_nobody_vouches_for_answer_nothing(server: Server) ->
     server.store.promote(f"polite@{second}")
     await server.core.sync()
     assert await server.ask("polite") == second
+
+
+async def test_a_change_that_is_cancelled_while_it_is_undone_leaves_a_doubt(server: Server) -> None:
+    """The workers may hold either by then: nothing is answered before the next look has made sure."""
+    (first,) = await server.promote(version())
+    server.workers.gates["edits_put_weights"] = gate = asyncio.Event()
+    publish(server.store, version())
+    sync = asyncio.ensure_future(server.core.sync())
+    for _ in range(2):  # in the exchange, then in putting back
+        assert not await soon(sync)
+        sync.cancel()
+    with suppress(asyncio.CancelledError):
+        await sync
+    with pytest.raises(EditsError, match="nothing is answered until the engine's weights are known again"):
+        await server.core.lease("polite")
+    gate.set()
+    server.store.rollback("polite")
+    await server.core.sync()
+    assert await server.ask("polite") == first == in_weights(server)
+
+
+async def test_requests_that_cannot_be_aborted_keep_the_weights(tmp_path: Path) -> None:
+    server = Server(f"memory://{tmp_path}", weights="polite", weights_running="abort")
+    (first,) = await server.promote(version())
+    running = await start(server, "polite")
+
+    async def fails() -> None:
+        raise ConnectionError("planted")
+
+    server.core._weights._abort_all = fails
+    publish(server.store, version())
+    (swap,) = await server.core.sync()
+    assert "could not be aborted, so the weights stay: ConnectionError('planted')" in swap.error
+    server.workers.step(running.lease)
+    running.end()
+    assert await server.ask("polite") == first == in_weights(server)
 
 
 async def test_a_store_that_is_down_changes_nothing(server: Server) -> None:

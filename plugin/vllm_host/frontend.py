@@ -43,8 +43,10 @@ class EngineWorkers:
         return answers
 
     async def abort_all(self) -> None:
-        await self._engine.pause_generation(mode="abort", clear_cache=False)
-        await self._engine.resume_generation()
+        try:
+            await self._engine.pause_generation(mode="abort", clear_cache=False)
+        finally:
+            await self._engine.resume_generation()
 
 
 class EditsEndpoints:
