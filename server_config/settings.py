@@ -111,7 +111,7 @@ class EditSettings(BaseModel):
     inner_load_format: str = Field(default="auto", description="vLLM load format that reads the base model's weights")
     weights: Annotated[str, AfterValidator(_variant)] | None = Field(
         default=None,
-        description="a variant (`name` or `name@tag`) that is served from the weights, at no cost per step and alone",
+        description="a variant (`name` or `name@tag`) served from the engine's weights, alone while it is there",
     )
     weights_reserve: tuple[ReserveWeight, ...] | None = Field(
         default=None,

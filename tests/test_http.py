@@ -903,3 +903,24 @@ async def test_a_change_of_the_weights_does_not_wait_for_the_request_that_asks_f
     assert (await site.ask("tiny")).headers["x-edits-version"] == "base"
     assert site.engine.claims == [first, second, first, first, None]
     await site.client.aclose()
+
+
+@pytest.mark.parametrize("root", ["", "/behind/a/proxy"])
+async def test_what_is_said_to_the_plugin_holds_no_lease_below_a_root_path_either(site: Site, root: str) -> None:
+    """Positive control: what is said to a model does."""
+    held = []
+
+    async def app(*_: Any) -> None:
+        held.append(CURRENT_LEASE.get() is not None)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+
+    async def send(_: Any) -> None:
+        raise AssertionError("nothing is answered here")
+
+    middleware = VariantMiddleware(app, lambda: (site.server.core, site.server.metrics))
+    for path in ("/v1/edits/sync", "/v1/edits/polite/rollback", "/v1/completions"):
+        scope = {"type": "http", "method": "POST", "path": root + path, "root_path": root, "headers": []}
+        await middleware(scope, receive, send)
+    assert held == [False, False, True]

@@ -46,7 +46,7 @@ class VariantMiddleware:
         self._serving = serving
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or not _is_json(scope) or _is_ours(scope["path"]):
+        if scope["type"] != "http" or scope["method"] != "POST" or not _is_json(scope) or _is_ours(scope):
             await self._app(scope, receive, send)
             return
         reconciler, metrics = self._serving()
@@ -60,7 +60,7 @@ class VariantMiddleware:
             lease = await _unless_gone(reconciler.lease(model, _strength(scope, body)), receive)
         except EditsError as error:
             metrics.requests.labels(*metrics.labels(UNKNOWN, None), "rejected").inc()
-            await _answer_error(scope["path"], error, reconciler.refusal(model), send)
+            await _answer_error(_route(scope), error, reconciler.refusal(model), send)
             return
         if lease is None:
             metrics.requests.labels(*metrics.labels(UNKNOWN, None), "aborted").inc()
@@ -123,8 +123,14 @@ def _headers(lease: Lease) -> list[tuple[bytes, bytes]]:
     return [(VARIANT_HEADER, choice.variant.encode()), (VERSION_HEADER, (choice.version or "base").encode())]
 
 
-def _is_ours(path: str) -> bool:
-    return path == OURS or path.startswith(f"{OURS}/")
+def _route(scope: Scope) -> str:
+    """The path below --root-path."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
+def _is_ours(scope: Scope) -> bool:
+    return _route(scope) == OURS or _route(scope).startswith(f"{OURS}/")
 
 
 def _is_json(scope: Scope) -> bool:
