@@ -88,6 +88,13 @@ def reserve_weights(settings: EditSettings, base: BaseModelRef, found: Promoted 
     return room or weights_room.usual(architecture, base.widths)
 
 
+def set_apart(settings: EditSettings, base: BaseModelRef) -> tuple[Reservation, WeightsRoom]:
+    """Both of these, for one look at the store, and none where the settings say it all."""
+    told = settings.reserve is not None and (settings.weights is None or settings.weights_reserve is not None)
+    found = None if told else promoted(settings, base)
+    return reserve(settings, base, found), reserve_weights(settings, base, found)
+
+
 @dataclass(frozen=True)
 class Plan:
     """The bytes of one slot, by place. Slot 0, the base model's, takes as much as any other."""

@@ -40,7 +40,7 @@ from edit_store.errors import UnsupportedHost
 from edit_store.scope import Scope
 from plugin.weight_form import formless
 from tests.conftest import bundle_of
-from tests.parity import ENVIRONMENT, Pair, random_numbers
+from tests.parity import Answer, Pair, in_a_process_of_its_own, random_numbers
 from tests.quantised import Scheme, quantise
 from tests.tiny_models import VOCABULARY, make_tiny
 
@@ -126,15 +126,6 @@ def edits_of_every_kind(base: BaseModelRef) -> list[Pair]:
     return [(edit, random_numbers(edit, base, number)) for number, edit in enumerate(edits)]
 
 
-@dataclass(frozen=True)
-class Said:
-    """One answer: prompt and generated tokens, and of these the ids that were told of with their log-probabilities."""
-
-    ids: list[int]
-    told: np.ndarray
-    logprobs: np.ndarray
-
-
 def run(way: Way, folder: Path) -> Outcome:
     """Run one way in a process of its own, and hold what it says against the formulas."""
     plain = make_tiny(MODEL, folder / "plain")
@@ -152,7 +143,7 @@ def run(way: Way, folder: Path) -> Outcome:
     errors, refused = dict[str, float](), dict[str, str]()
     for mode, chosen in by_mode.items():
         bundles = [bundle_of(f"edit-{number}", base, [pair]) for number, pair in enumerate(chosen)]
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_environment) as pool:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=in_a_process_of_its_own) as pool:
             answers = pool.submit(_serve, model, folder / mode, prompt, bundles, way=way, mode=mode).result()
         if isinstance(answers, str):
             refused[mode] = answers
@@ -161,15 +152,9 @@ def run(way: Way, folder: Path) -> Outcome:
     return Outcome(errors, refused)
 
 
-def _environment() -> None:
-    import os
-
-    os.environ.update(ENVIRONMENT)
-
-
 def _serve(
     model: Path, store: Path, prompt: list[int], bundles: list[Bundle], *, way: Way, mode: str
-) -> list[list[Said]] | str:
+) -> list[list[Answer]] | str:
     """What the base model and every bundle say; or why this way is refused."""
     from vllm import LLM, SamplingParams
     from vllm.engine.arg_utils import EngineArgs
@@ -202,10 +187,12 @@ def _serve(
     usual = {"max_tokens": NEW_TOKENS, "temperature": 0, "logprobs": TOLD, "detokenize": False, "ignore_eos": True}
     sampling = SamplingParams(**{**usual, **way.sampling})
 
-    def said(chosen: Sequence[str | None]) -> list[list[Said]]:
+    def said(chosen: Sequence[str | None]) -> list[list[Answer]]:
         asked: list[Any] = [{"prompt_token_ids": prompt}] * len(chosen)
         outputs = variants.generate(chosen, asked, sampling, use_tqdm=False)
-        return [[_said(prompt, one) for one in output.outputs] for output in outputs]
+        return [
+            [Answer.of([*prompt, *one.token_ids], one.logprobs, TOLD) for one in output.outputs] for output in outputs
+        ]
 
     if mode == MODES[0]:
         said([None, *names])  # a second time the prefix cache, where there is one, knows every prompt
@@ -232,12 +219,6 @@ def _require_accepted(llm: Any) -> None:
         raise RuntimeError(f"no guess was accepted: nothing was compared; counted {sorted(counted)}")
 
 
-def _said(prompt: list[int], output: Any) -> Said:
-    likeliest = [sorted(told, key=lambda token: told[token].rank)[:TOLD] for told in output.logprobs]
-    logprobs = [[told[token].logprob for token in ids] for told, ids in zip(output.logprobs, likeliest, strict=True)]
-    return Said([*prompt, *output.token_ids], np.asarray(likeliest), np.asarray(logprobs))
-
-
 @dataclass(frozen=True)
 class Question:
     """What a model with edits makes of some tokens: the log-probabilities of `told` [generated, TOLD] at the last."""
@@ -247,13 +228,13 @@ class Question:
     told: np.ndarray
 
 
-def _largest_error(model: Path, way: Way, chosen: list[list[Pair]], answers: list[list[Said]], folder: Path) -> float:
+def _largest_error(model: Path, way: Way, chosen: list[list[Pair]], answers: list[list[Answer]], folder: Path) -> float:
     """Over all answers, relative to the largest log-probability. Every edit must also be seen."""
     said = [(pairs, output) for pairs, outputs in zip(chosen, answers, strict=True) for output in outputs]
     questions = [Question(output.ids, pairs, output.told) for pairs, output in said]
     plain = [Question(output.ids, [], output.told) for _, output in said]
     if way.quantised:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_environment) as pool:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=in_a_process_of_its_own) as pool:
             known = pool.submit(_by_hooks_in_vllm, model, folder / "hooks", questions + plain, way).result()
     else:
         known = _by_formula(model, questions + plain)

@@ -14,7 +14,7 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -153,7 +153,7 @@ def compare(model: Path, prompt: list[int], dtype: str, *, eager: bool, store: P
     wanted = list(every_edit(base, 0.4 if base.widths.vocab == VOCABULARY else 0.05, weights=weights))
     bundles = [bundle_of(f"edit-{number}", base, [pair]) for number, (_, pair) in enumerate(wanted)]
     # vLLM changes classes of transformers that it builds upon, so the reference has a process of its own.
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_in_a_process_of_its_own) as pool:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=in_a_process_of_its_own) as pool:
         how = serve_from_weights if weights else serve
         served = pool.submit(how, model, prompt, store, bundles, dtype=dtype, eager=eager).result()
     torch.set_num_threads(1)
@@ -193,8 +193,16 @@ class Answer:
     told: np.ndarray
     logprobs: np.ndarray
 
+    @classmethod
+    def of(cls, ids: list[int], told: Sequence[Any], most: int) -> Answer:
+        """Of what vLLM tells of each token the `most` likeliest: what was given or sampled may be told besides."""
+        likeliest = [sorted(said, key=lambda token: said[token].rank)[:most] for said in told]
+        logprobs = [[said[token].logprob for token in ids] for said, ids in zip(told, likeliest, strict=True)]
+        return cls(ids, np.asarray(likeliest), np.asarray(logprobs))
 
-def _in_a_process_of_its_own() -> None:
+
+def in_a_process_of_its_own() -> None:
+    """Set up the process that serves."""
     os.environ.update(ENVIRONMENT)
 
 
@@ -266,16 +274,14 @@ def _says(llm: Any, prompt: list[int], claims: list[Any]) -> list[Answer]:
         for claim in claims
     ]  # fmt: skip
     prompts = [{"prompt_token_ids": prompt}] * len(sampling)
-    return [_answer(output) for output in llm.generate(prompts, sampling, use_tqdm=False)]
-
-
-def _answer(output: Any) -> Answer:
-    told = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
-    # What was given or sampled is told of besides the likeliest: the likeliest alone are equally many everywhere.
-    likeliest = [sorted(said, key=lambda token: said[token].rank)[:TOLD] for said in told]
-    logprobs = [[said[token].logprob for token in ids] for said, ids in zip(told, likeliest, strict=True)]
-    ids = [*output.prompt_token_ids, *output.outputs[0].token_ids]
-    return Answer(ids, np.asarray(likeliest), np.asarray(logprobs))
+    return [
+        Answer.of(
+            [*output.prompt_token_ids, *output.outputs[0].token_ids],
+            [*output.prompt_logprobs[1:], *output.outputs[0].logprobs],
+            TOLD,
+        )
+        for output in llm.generate(prompts, sampling, use_tqdm=False)
+    ]
 
 
 def centred(scores: np.ndarray) -> np.ndarray:

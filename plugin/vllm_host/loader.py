@@ -33,7 +33,7 @@ from plugin import weights_room
 from plugin.edited_model import EditedModel, Prepared
 from plugin.host_cache import HostCache, R
 from plugin.patched_weights import Patch, PatchedWeights
-from plugin.plan import Plan, reserve, reserve_weights
+from plugin.plan import Plan, set_apart
 from plugin.price import price
 from plugin.reading import open_reader
 from plugin.vllm_host import compat
@@ -82,7 +82,7 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
         settings = read_settings(vllm_config.additional_config)
         compat.check_config(vllm_config)
         base = identify(model_folder(model_config), name=model_config.model)
-        reservation, room = reserve(settings, base), reserve_weights(settings, base)
+        reservation, room = set_apart(settings, base)
         compat.check_reservation(vllm_config, reservation)
 
         def patched(model: nn.Module) -> list[nn.Module]:
