@@ -58,6 +58,10 @@ class Architecture:
     post_norms: tuple[str, str] | None = None
     """norms after attention and MLP, before their outputs join the residual stream"""
     final_norm: str = "norm"
+    transposed: bool = False
+    """whether checkpoints hold weights as [in, out]"""
+    undivided: str = ""
+    """why tensor parallel divides such a model otherwise than the others; '' where it does not"""
     notes: str = field(default="", compare=False)
 
     def hidden(self, point: str) -> str | None:
@@ -151,11 +155,15 @@ ARCHITECTURES = {
             "Gemma3ForCausalLM", qk_norm=True, heads_first=True, post_norms=_GEMMA, notes="norms scale by 1 + w"
         ),
         Architecture("Phi3ForCausalLM", notes="fused checkpoints"),
-        Architecture("Olmo2ForCausalLM", qk_norm=True, post_norms=_GEMMA, notes="no norm before attention and MLP"),
+        Architecture(
+            "Olmo2ForCausalLM", qk_norm=True, post_norms=_GEMMA,
+            undivided="its norms of queries and keys go over all heads, which vLLM gathers for them",
+            notes="no norm before attention and MLP",
+        ),
         Architecture("GraniteForCausalLM", notes="multipliers at embeddings, residual stream and logits"),
         Architecture(
             "GPT2LMHeadModel", decoder="transformer", layers="h", attention="attn", fused_qkv="c_attn",
-            output="c_proj", up="c_fc", down="c_proj", gated=False, final_norm="ln_f",
+            output="c_proj", up="c_fc", down="c_proj", gated=False, final_norm="ln_f", transposed=True,
             notes="LayerNorm, biases everywhere, learned positions",
         ),
     )

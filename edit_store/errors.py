@@ -10,6 +10,7 @@ EditsError
 ├── StoreCorrupt       stored bytes do not match the digest or chain that names them
 ├── SettingsError      a setting is unknown or impossible
 ├── UnsupportedHost    this vLLM, or the way it was started, cannot serve edits exactly
+├── NotServed          a promoted variant that this server refuses
 └── InstallRefused     a worker cannot hold a version; the old one keeps serving
 """
 
@@ -71,6 +72,10 @@ class StoreUnavailable(EditsError):
 
 class StoreCorrupt(EditsError):
     """Stored bytes do not match the digest that names them."""
+
+
+class NotServed(EditsError):
+    """A variant is promoted, and this server refuses it."""
 
 
 class RequestRefused(EditsError):

@@ -69,6 +69,15 @@ class Widths(BaseModel):
         """How many heads the vector at `point` is made of, or None where it has none."""
         return self.heads if point in _QUERIES else self.kv_heads if point in _KEYS_VALUES else None
 
+    def per_worker(self, workers: int) -> Widths:
+        """The sizes in each of so many workers among which heads and MLP are divided, as tensor parallel does it.
+
+        With fewer key-value heads than workers each has one, and several have the same.
+        """
+        kv_heads = max(1, self.kv_heads // workers)
+        divided = {"heads": self.heads // workers, "kv_heads": kv_heads, "mlp": self.mlp // workers}
+        return self.model_copy(update=divided)
+
 
 @total_ordering
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 A real server; clients stream without a pause while one variant is moved from version to version. After every swap a
 request to the variant must come from the new version. In between the memory that is each process's own (USS), its open
-files and its threads are read.
+files and its threads are read. Then the same requests go on without swaps: what grows there too is not the swaps'.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -29,7 +29,7 @@ from loadtests.server import Server
 
 PROMPT = "Tell me about the sea."
 STREAM_TOKENS = 200
-QUICK = {"swaps": 40, "look_every": 2}
+QUICK = {"swaps": 40, "calm": 40, "look_every": 2}
 SETTLED = 0.2
 """the share of the swaps after which caches are full and growth begins to count"""
 
@@ -40,6 +40,8 @@ class EndurancePlan:
 
     dtype: str
     swaps: int = 1000
+    calm: int = 400
+    """rounds of the same requests after the last swap"""
     versions: int = 48
     streams: int = 4
     look_every: int = 10
@@ -53,10 +55,15 @@ class Look:
     swaps: int
     seconds: float
     """from the promotion to the first answer on the new version, median since the last look"""
-    memory: int
-    """bytes that no other process shares"""
+    memory: Mapping[str, int]
+    """bytes that no other process shares, of each process"""
     files: int
     threads: int
+
+    @property
+    def total(self) -> int:
+        """Memory of all processes."""
+        return sum(self.memory.values())
 
 
 def measure_endurance(run: Run) -> Measured:
@@ -70,7 +77,7 @@ def measure_endurance(run: Run) -> Measured:
     flags = ("--dtype", plan.dtype, "--max-model-len", "512")
     task = run.progress.add_task("starting a server (a first start compiles for minutes)", total=None)
     with Server.with_edits(inputs.model, folder, inputs.folder / "endurance.log", *flags, settings=settings) as server:
-        run.progress.update(task, description="swapping", total=plan.swaps, completed=0)
+        run.progress.update(task, description="swapping", total=plan.swaps + plan.calm, completed=0)
         looks = asyncio.run(
             _measure(server, store, names, versions, plan=plan, done=lambda: run.progress.advance(task))
         )
@@ -87,9 +94,10 @@ async def _measure(
     assert server.process is not None  # noqa: S101  it runs
     root, looks, seconds = psutil.Process(server.process.pid), list[Look](), list[float]()
     async with httpx.AsyncClient(base_url=server.url, timeout=120) as client, _load(client, ["base", *others]):
-        for number in range(1, plan.swaps + 1):
-            version, began = versions[number % len(versions)], time.monotonic()
-            await asyncio.to_thread(store.promote, f"{name}@{version}")
+        for number in range(1, plan.swaps + plan.calm + 1):
+            version, began = versions[min(number, plan.swaps) % len(versions)], time.monotonic()
+            if number <= plan.swaps:
+                await asyncio.to_thread(store.promote, f"{name}@{version}")
             (await client.post("/v1/edits/sync")).raise_for_status()
             answer = await ask(client, name, 1)
             seconds.append(answer.at - began)
@@ -123,7 +131,7 @@ def _look(root: psutil.Process, swaps: int, seconds: float) -> Look:
     processes = [root, *root.children(recursive=True)]
     return Look(
         swaps, seconds,
-        memory=sum(each.memory_full_info().uss for each in processes),
+        memory={f"{number} {each.name()}": each.memory_full_info().uss for number, each in enumerate(processes)},
         files=sum(each.num_fds() for each in processes),
         threads=sum(each.num_threads() for each in processes),
     )  # fmt: skip
@@ -131,16 +139,26 @@ def _look(root: psutil.Process, swaps: int, seconds: float) -> Look:
 
 def summarise(plan: EndurancePlan, looks: Sequence[Look]) -> dict[str, Any]:
     """Growth per swap once everything has settled, and how long the first swaps took and the last."""
-    settled = [look for look in looks if look.swaps > SETTLED * plan.swaps]
+    swapping = [look for look in looks if look.swaps <= plan.swaps]
+    calm = [look for look in looks if look.swaps >= plan.swaps]
+    settled = [look for look in swapping if look.swaps > SETTLED * plan.swaps]
     swaps, most = [look.swaps for look in settled], plan.target_bytes_per_swap
-    memory = Figure.of_slope(swaps, [look.memory for look in settled])
-    tenth = max(1, len(looks) // 10)
+    memory = Figure.of_slope(swaps, [look.total for look in settled])
+    without = Figure.of_slope([look.swaps for look in calm], [look.total for look in calm])
+    tenth = max(1, len(swapping) // 10)
     return {
-        "swaps": looks[-1].swaps,
-        "memory": {"at the end": looks[-1].memory, "bytes_per_swap": {
-            **asdict(memory), "target": most, "verdict": verdict(memory, most, at_most=True)}},
+        "swaps": plan.swaps,
+        "memory": {
+            "at the end": looks[-1].total,
+            "bytes_per_swap": {**asdict(memory), "target": most, "verdict": verdict(memory, most, at_most=True)},
+            "bytes_per_round_without": asdict(without),
+            "bytes_per_swap_by_process": {
+                name: Figure.of_slope(swaps, [look.memory.get(name, 0) for look in settled]).median
+                for name in settled[-1].memory
+            },
+        },
         "files_per_swap": asdict(Figure.of_slope(swaps, [look.files for look in settled])),
         "threads_per_swap": asdict(Figure.of_slope(swaps, [look.threads for look in settled])),
-        "seconds": {"first tenth": statistics.median(look.seconds for look in looks[:tenth]),
-                    "last tenth": statistics.median(look.seconds for look in looks[-tenth:])},
+        "seconds": {"first tenth": statistics.median(look.seconds for look in swapping[:tenth]),
+                    "last tenth": statistics.median(look.seconds for look in swapping[-tenth:])},
     }  # fmt: skip

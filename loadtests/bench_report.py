@@ -248,6 +248,7 @@ def _show_endurance(found: Mapping[str, Any], console: Console) -> None:
     memory = found["memory"]["bytes_per_swap"]
     rows = [
         ("memory, bytes", memory, f"≤ {memory['target']}", memory["verdict"]),
+        ("memory without a swap, the same requests", found["memory"]["bytes_per_round_without"], "", ""),
         ("open files", found["files_per_swap"], "", ""),
         ("threads", found["threads_per_swap"], "", ""),
     ]

@@ -26,7 +26,7 @@ from loadtests.bench_run import Measured, NotMeasured, Run
 from loadtests.server import Server
 
 VARIANTS = 8
-WINDOW_SECONDS, WEIGHTS_WINDOW_SECONDS = 2.0, 8.0  # weights are computed anew before they change
+WINDOW_SECONDS, WEIGHTS_WINDOW_SECONDS = 4.0, 8.0  # weights are computed anew before they change
 SETTLED_TOKENS = 16  # tokens that every stream must have before a window opens
 SHORT_TOKENS = 16
 HEAD_START_SECONDS = 0.1

@@ -62,6 +62,9 @@ def plan(
     setting: SettingOption = None,
     dtype: Annotated[str, typer.Option(help="as vLLM's --dtype", show_default="as vLLM chooses")] = "auto",
     memory: Annotated[str, typer.Option(help="say how many slots fit into this, e.g. 8GiB")] = "",
+    workers: Annotated[
+        int, typer.Option("--tensor-parallel-size", min=1, help="as vLLM's; the figures are each worker's")
+    ] = 1,
     as_json: JsonOption = False,
 ) -> None:
     """What `serve` with these settings would make room for, and the device memory that takes.
@@ -82,7 +85,9 @@ def plan(
     promoted = planning.promoted(settings, base)
     reservation = planning.reserve(settings, base, promoted)
     kind = planning.dtype_of(model, dtype)
-    of_room = price(base.widths, kind)
+    if base.widths.heads % workers:
+        raise SettingsError(f"{base.widths.heads} heads cannot be divided among {workers} workers")
+    of_room = price(base.widths, kind, workers)
     found = planning.Plan.of(reservation, of_room)
     rows = planning.rows(found, reservation)
     refused = {
@@ -91,7 +96,8 @@ def plan(
         if (missing := reservation.missing(manifest, of_room))
     }
     patched = planning.reserve_weights(settings, base, promoted)
-    patch = weights_room.bytes_kept(patched, supported(base.architecture), base.widths, kind.itemsize)
+    mine = base.widths.per_worker(workers)
+    patch = weights_room.bytes_kept(patched, supported(base.architecture), mine, kind.itemsize)
     if promoted.in_weights and (missing := formless(promoted.in_weights.edits, supported(base.architecture))):
         refused[promoted.in_weights.name] = [reason.message for reason in missing]
     fits = None if room is None else found.most(room)

@@ -5,6 +5,7 @@ much. Slot 0 is the base model: its tensors are zeros, so it adds exactly zero, 
 but for the sign of a zero. Gathering by slot costs the same for any number of slots.
 
 Shapes: T tokens, S slots, K rank, I and O width of what is read and written; `slots` is [T], values are [T, width].
+Where a worker has a part of the vector that is read, `total` adds up all workers' parts of the dot products.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from plugin.share import Sum, alone
 
 ACTIVATION_CODES = {"relu": 0, "jump_relu": 1, "step": 2, "silu": 3, "sigmoid": 4}
 """How a slot says which activation a neuron has."""
@@ -23,19 +26,20 @@ def scale(x: Tensor, change: Tensor, slots: Tensor) -> Tensor:
     return x * change[slots]
 
 
-def low_rank(x: Tensor, read: Tensor, write: Tensor, slots: Tensor) -> Tensor:
+def low_rank(x: Tensor, read: Tensor, write: Tensor, slots: Tensor, total: Sum = alone) -> Tensor:
     """sum_k write[s, k] (read[s, k] . x[t]).   x: [T, I], read: [S, K, I], write: [S, K, O]"""
-    return _combine((read[slots].float() * x.unsqueeze(1)).sum(-1), write, slots)
+    return _combine(total((read[slots].float() * x.unsqueeze(1)).sum(-1)), write, slots)
 
 
 def gate(
-    x: Tensor, slots: Tensor, *, read: Tensor, bias: Tensor, write: Tensor, activation: Tensor, threshold: Tensor
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, slots: Tensor, *, read: Tensor, bias: Tensor, write: Tensor, activation: Tensor, threshold: Tensor,
+    total: Sum = alone,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """sum_k write[s, k] sigma_sk(read[s, k] . x[t] + bias[s, k]), and what each neuron gave, [T, K].
 
     x: [T, I] after phi, read: [S, K, I], write: [S, K, O], bias, activation (a code) and threshold: [S, K]
     """
-    z = (read[slots] * x.unsqueeze(1)).sum(-1) + bias[slots]
+    z = total((read[slots] * x.unsqueeze(1)).sum(-1)) + bias[slots]
     code, positive = activation[slots], z > threshold[slots]
     fired = torch.relu(z)
     for name, form in _ACTIVATIONS.items():
@@ -51,20 +55,24 @@ _ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def normalised(x: Tensor, slots: Tensor, *, stretch: Tensor, centre: Tensor, normalise: Tensor) -> Tensor:
+def normalised(
+    x: Tensor, slots: Tensor, *, stretch: Tensor, centre: Tensor, normalise: Tensor, total: Sum = alone
+) -> Tensor:
     """unit(x[t] * stretch[s] - centre[s]) where normalise[s], x[t] elsewhere.   stretch, centre: [S, I]"""
     on_sphere = x * stretch[slots] - centre[slots]
-    on_sphere = on_sphere * torch.rsqrt((on_sphere * on_sphere).sum(-1, keepdim=True))
+    on_sphere = on_sphere * torch.rsqrt(total((on_sphere * on_sphere).sum(-1, keepdim=True)))
     return torch.where(normalise[slots].unsqueeze(-1), on_sphere, x)
 
 
-def subspace_filter(x: Tensor, read: Tensor, write: Tensor | None, shift: Tensor, slots: Tensor) -> Tensor:
+def subspace_filter(
+    x: Tensor, slots: Tensor, *, read: Tensor, write: Tensor | None, shift: Tensor, total: Sum = alone
+) -> Tensor:
     """sum_k write[s, k] (read[s, k] . x[t] - shift[s, k]); without `write` it is -read, one gather for both.
 
     x: [T, O], read and write: [S, K, O], shift: [S, K]
     """
     directions = read[slots].float()
-    excess = (directions * x.unsqueeze(1)).sum(-1) - shift[slots]
+    excess = total((directions * x.unsqueeze(1)).sum(-1)) - shift[slots]
     if write is not None:
         return _combine(excess, write, slots)
     return -(directions * excess.unsqueeze(-1)).sum(1)
@@ -75,10 +83,11 @@ def pull(x: Tensor, drop: Tensor, constant: Tensor, slots: Tensor) -> Tensor:
     return constant[slots] - drop[slots].unsqueeze(-1) * x
 
 
-def renormed(x: Tensor, step: Tensor, renorm: Tensor) -> Tensor:
+def renormed(x: Tensor, step: Tensor, renorm: Tensor, total: Sum = alone) -> Tensor:
     """step[t]; where renorm[t], such that x[t] + step[t] has the norm of x[t].   x, step: [T, O], renorm: [T, 1]"""
     moved = x + step
-    ratio = (x * x).sum(-1, keepdim=True).sqrt() / (moved * moved).sum(-1, keepdim=True).sqrt()
+    before, after = (total((each * each).sum(-1, keepdim=True)).sqrt() for each in (x, moved))
+    ratio = before / after
     # Where nothing moves the norms are equal; 0 / 0 of an empty row must not reach it.
     return torch.where(renorm & (ratio > 0), moved * ratio - x, step)
 

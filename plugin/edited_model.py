@@ -35,6 +35,7 @@ from plugin.edited_site import (
 )
 from plugin.price import price
 from plugin.reservation import Place, Reservation, places, scopes_of
+from plugin.share import SOLE, Share, Sum, Worker, alone
 from plugin.slot_rows import Layout
 from plugin.step_filler import Batch, StepFiller
 
@@ -48,7 +49,8 @@ class Anchor:
     module: nn.Module
     side: str
     start: int | None
-    width: int
+    share: Share
+    """what this worker has of the site's vector"""
     is_layer: bool = False
 
 
@@ -60,6 +62,8 @@ class Prepared:
     edits: Mapping[Place, tuple[Edit, ...]]
     row: Tensor
     scopes: tuple[Scope, ...]
+    digest: str
+    """sha256 over what the slot must hold: equal on workers that have the same share of the model"""
 
     @property
     def nbytes(self) -> int:
@@ -79,7 +83,11 @@ class EditedModel:
         max_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
+        worker: Worker = SOLE,
+        over_workers: Sum = alone,
     ) -> None:
+        """over_workers: adds up, in the graph, what all workers among which the model is divided have of a sum."""
+        self.worker = worker
         self.reservation = reservation
         self.slots = slots
         self.dtype = dtype
@@ -93,18 +101,25 @@ class EditedModel:
         self._output: Tensor | None = None
         self._carried: dict[int | None, dict[str, Tensor]] = {}
         self._places: dict[Place, SlotTensors] = {}
+        self._over_workers = over_workers
         read_elsewhere = reservation.read_elsewhere()
         taps = {site: self._tap(site, anchors[site]) for site in sorted({*reservation.sites(), *read_elsewhere})}
+        joining = {place for place in reservation.rooms if _joins_sum(place, reservation, anchors)}
+        within = {site: self._tap_within(site, anchors[site]) for site in {place.site for place in joining}}
         for site in read_elsewhere:
             if site.point != "final":  # read by the logits, which are given it
                 taps[site].carries_as = str(site)
-            last = max(place.site for place in reservation.rooms if place.reads == site != place.site)
-            taps[last].forgets.append(str(site))
+            readers = [place for place in reservation.rooms if place.reads == site != place.site]
+            last = max(place.site for place in readers)
+            joined = joining.issuperset(place for place in readers if place.site == last)
+            (within if joined else taps)[last].forgets.append(str(site))
         self._layout = Layout()
         for place, room in sorted(reservation.rooms.items(), key=lambda item: item[0]):
-            shape = Shape(room, anchors[place.reads].width, anchors[place.site].width, dtype)
+            reads, writes = anchors[place.reads].share, anchors[place.site].share
+            shape = Shape(room, reads, writes, dtype, alone if place in joining else reads.sum(over_workers))
             tensors = self._places[place] = SLOT_TENSORS[place.kind](shape, self._layout)
-            taps[place.site].add(place.kind, tensors, None if place.reads == place.site else str(place.reads))
+            tap = (within if place in joining else taps)[place.site]
+            tap.add(place.kind, tensors, None if place.reads == place.site else str(place.reads))
         self._rows = self._layout.rows(slots + 1, device)
         for tensors in self._places.values():
             tensors.bind(self._rows)
@@ -127,11 +142,11 @@ class EditedModel:
         module: Any = anchor.module
         carried = self._carried.setdefault(site.layer, {})
         if site.point == "logits":
-            tap = Tap(Step(1, 1, self.step.slots.device), anchor.width, carried)
+            tap = Tap(Step(1, 1, self.step.slots.device), anchor.share.width, carried)
             module.edits = LogitsEdits(tap, self.step, self._logit_rows)
             module.__class__ = edited_logits(module.__class__)
             return tap
-        tap = Tap(self.step, anchor.width, carried)
+        tap = Tap(self.step, anchor.share.width, carried, anchor.share.sum(self._over_workers))
         if "forward" in vars(module):
             raise UnsupportedHost(
                 f"the module behind {site} has a forward of its own, which edits would not be part of"
@@ -146,6 +161,14 @@ class EditedModel:
             module.edits.starts.append(anchor.start)
         return tap
 
+    def _tap_within(self, site: Site, anchor: Anchor) -> Tap:
+        """A tap on what this worker adds to a module's output, before all workers' are added up."""
+        module: Any = anchor.module
+        tap = Tap(self.step, anchor.share.width, self._carried[site.layer])
+        module.reduce_results = False
+        module.edits.within, module.edits.sum = tap, self._over_workers
+        return tap
+
     @property
     def bytes_reserved(self) -> int:
         """Device memory of all slots."""
@@ -155,7 +178,7 @@ class EditedModel:
 
     def prepare(self, version: str, manifest: Manifest, tensors: Tensors) -> Prepared:
         """Everything that can fail or take time, before a slot is touched. InstallRefused when there is no room."""
-        if missing := self.reservation.missing(manifest, price(manifest.base.widths, self.dtype)):
+        if missing := self.reservation.missing(manifest, price(manifest.base.widths, self.dtype, self.worker.size)):
             raise InstallRefused(f"version {version[:12]} of {manifest.name!r}", missing)
         widths = manifest.base.widths
 
@@ -167,10 +190,13 @@ class EditedModel:
         for place, edits in by_place.items():
             lane = 0 if edits[0].scope.everything else 1 + scopes.index(edits[0].scope)
             self._places[place].fill(row, [numbers(edit) for edit in edits], lane)
-        return Prepared(version, by_place, row[0], scopes)
+        return Prepared(version, by_place, row[0], scopes, _digest(version, row[0]))
 
     def install(self, slot: int, prepared: Prepared) -> str:
-        """Write a prepared version into a free slot; returns the digest of what the slot now holds."""
+        """Write a prepared version into a free slot; returns the digest of what the slot now holds.
+
+        RuntimeError, and the slot to be cleared, when that is not what was prepared.
+        """
         if not BASE_SLOT < slot <= self.slots or slot in self.held:
             raise ValueError(f"slot {slot} is not a free slot of 1 to {self.slots}")
         self._rows[slot].copy_(prepared.row, non_blocking=True)
@@ -178,7 +204,9 @@ class EditedModel:
             self._gates.setdefault(slot, []).extend(_counted(self._places[place], edits))
         self.held[slot], self._scopes[slot] = prepared.version, prepared.scopes
         self._filler.forget()
-        return self.digest(slot)
+        if (found := self.digest(slot)) != prepared.digest:
+            raise RuntimeError(f"slot {slot} does not hold version {prepared.version[:12]} as it was prepared")
+        return found
 
     def clear(self, slot: int) -> None:
         """Make a slot's edits the identity again."""
@@ -191,9 +219,8 @@ class EditedModel:
         self._filler.forget()
 
     def digest(self, slot: int) -> str:
-        """sha256 over what a slot holds: equal on workers that hold the same."""
-        row = self._rows[slot].cpu().numpy().tobytes()
-        return hashlib.sha256(self.held.get(slot, "").encode() + row).hexdigest()
+        """sha256 over what a slot holds: equal on workers that have the same share of the model and hold the same."""
+        return _digest(self.held.get(slot, ""), self._rows[slot])
 
     def firings(self, slot: int) -> list[tuple[str, int]]:
         """How often the neurons of each gate in a slot have given something since it was installed, by edit."""
@@ -246,6 +273,24 @@ class EditedModel:
     def set_step(self, batch: Batch) -> None:
         """Say which slot each token of the coming step belongs to, and how much it weighs in each lane."""
         self._filler.fill(batch)
+
+
+def _joins_sum(place: Place, reservation: Reservation, anchors: Mapping[Site, Anchor]) -> bool:
+    """Whether what a place adds can join the sum over workers that its module makes anyway, which costs nothing.
+
+    That is so where it is linear in a divided vector. Scales come before it and in-place edits read what it has not
+    changed, so with these at the site its dot products are added up by themselves.
+    """
+    if place.kind != "low_rank" or anchors[place.site].share.divided or not anchors[place.reads].share.divided:
+        return False
+    others = (each for each in reservation.rooms if each.site == place.site)
+    return not any(
+        each.kind == "scale" or (each.kind in ("low_rank", "gate") and each.reads == each.site) for each in others
+    )
+
+
+def _digest(version: str, row: Tensor) -> str:
+    return hashlib.sha256(version.encode() + row.cpu().numpy().tobytes()).hexdigest()
 
 
 def _named(version: str | None) -> str:

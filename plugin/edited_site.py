@@ -20,6 +20,7 @@ from edit_store.edits import Array, Edit, Gate, Offset, SubspaceFilter
 from plugin import edit_math
 from plugin.fold import fold_filters
 from plugin.reservation import Room
+from plugin.share import Share, Sum, alone
 from plugin.slot_rows import Columns, Layout
 
 Numbers = Sequence[tuple[Edit, Mapping[str, Array]]]
@@ -28,12 +29,13 @@ Numbers = Sequence[tuple[Edit, Mapping[str, Array]]]
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides the shapes of one place's slot tensors."""
+    """What decides the shapes of one place's slot tensors, and how dot products with what it reads become whole."""
 
     room: Room
-    reads: int
-    writes: int
+    reads: Share
+    writes: Share
     dtype: torch.dtype
+    total: Sum = alone
 
 
 class SlotTensors(nn.Module):
@@ -52,6 +54,7 @@ class SlotTensors(nn.Module):
         self._shape = shape
         self._layout = layout
         self._columns: dict[str, Columns] = {}
+        self._shares: dict[str, Share] = {}
         self._keep("lane", dtype=torch.int32, feature="weighted")
 
     def bind(self, rows: Tensor) -> None:
@@ -64,6 +67,8 @@ class SlotTensors(nn.Module):
         for name, values in {**self._values(numbers), "lane": lane}.items():
             if name in self._columns:
                 target, source = self._columns[name].of(row)[0], torch.as_tensor(values)
+                if name in self._shares:
+                    source = self._shares[name].of(source)
                 (target[: len(source)] if source.ndim else target).copy_(source)
 
     def forward(self, x: Tensor, slots: Tensor, step: Step) -> Tensor:
@@ -83,10 +88,18 @@ class SlotTensors(nn.Module):
         """What the tensors hold for several edits at once, in any type; what there are no columns for is left out."""
         raise NotImplementedError
 
-    def _keep(self, name: str, *shape: int, dtype: torch.dtype | None = None, feature: str | None = None) -> None:
-        """Columns for a tensor; None is in its place where there is no room for the `feature` it serves."""
+    def _keep(
+        self, name: str, *shape: int | Share, dtype: torch.dtype | None = None, feature: str | None = None
+    ) -> None:
+        """Columns for a tensor; None is in its place where there is no room for the `feature` it serves.
+
+        Of a tensor whose last dimension is a vector's, what the worker has no share in is not kept.
+        """
         if feature is None or feature in self._shape.room.features:
-            self._columns[name] = self._layout.take(shape, dtype or self._shape.dtype)
+            sizes = tuple(size.width if isinstance(size, Share) else size for size in shape)
+            self._columns[name] = self._layout.take(sizes, dtype or self._shape.dtype)
+            if shape and isinstance(shape[-1], Share):
+                self._shares[name] = shape[-1]
         else:
             self.register_buffer(name, None, persistent=False)
 
@@ -104,10 +117,10 @@ class ScaleSlots(SlotTensors):
         return edit_math.scale(x, self.change, slots)
 
     def _values(self, numbers: Numbers) -> dict[str, Any]:
-        factor = torch.ones(self._shape.writes, dtype=torch.float64)
+        factor = torch.ones(self._shape.writes.whole, dtype=torch.float64)
         for _, fields in numbers:
             each = torch.as_tensor(fields["factor"], dtype=torch.float64)
-            factor *= each.repeat_interleave(self._shape.writes // len(each))
+            factor *= each.repeat_interleave(len(factor) // len(each))
         return {"change": (factor - 1).float()}
 
 
@@ -123,7 +136,7 @@ class LowRankSlots(SlotTensors):
         self._keep("write", shape.room.rank, shape.writes)
 
     def _added(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
-        return edit_math.low_rank(x, self.read, self.write, slots)
+        return edit_math.low_rank(x, self.read, self.write, slots, self._shape.total)
 
     def _values(self, numbers: Numbers) -> dict[str, Any]:
         return {field: _stacked(numbers, field) for field in ("read", "write")}
@@ -201,10 +214,12 @@ class GateSlots(SlotTensors):
 
     def _added(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
         if self.normalise is not None:
-            x = edit_math.normalised(x, slots, stretch=self.stretch, centre=self.centre, normalise=self.normalise)
+            x = edit_math.normalised(
+                x, slots, stretch=self.stretch, centre=self.centre, normalise=self.normalise, total=self._shape.total
+            )
         added, fired = edit_math.gate(
             x, slots, read=self.read, bias=self.bias, write=self.write,
-            activation=self.activation, threshold=self.threshold,
+            activation=self.activation, threshold=self.threshold, total=self._shape.total,
         )  # fmt: skip
         if self.firings is not None:
             self.firings.note(self.column, (fired if weight is None else fired * weight) != 0)
@@ -221,7 +236,7 @@ class GateSlots(SlotTensors):
         edit, fields = gates[0]
         if edit.normalise:  # the only one of its place
             weight, bias = (torch.as_tensor(fields[name], dtype=torch.float64) for name in ("norm_weight", "norm_bias"))
-            stretch = 1 / (weight * self._shape.reads**0.5)
+            stretch = 1 / (weight * self._shape.reads.whole**0.5)
             centre = bias * stretch + torch.as_tensor(fields["centroid"], dtype=torch.float64)
             values |= {"stretch": stretch.float(), "centre": centre.float(), "normalise": torch.tensor(True)}
         return values
@@ -249,7 +264,9 @@ class SubspaceFilterSlots(SlotTensors):
         self._keep("constant", shape.writes, dtype=torch.float32, feature="onto")
 
     def _added(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
-        added = edit_math.subspace_filter(x, self.read, self.write, self.shift, slots)
+        added = edit_math.subspace_filter(
+            x, slots, read=self.read, write=self.write, shift=self.shift, total=self._shape.total
+        )
         if self.drop is not None:
             added = added + edit_math.pull(x, self.drop, self.constant, slots)
         return added
@@ -321,10 +338,12 @@ class Step(nn.Module):
 class Tap(nn.Module):
     """All edits of one site, in the order that `edit_store.edits` lays down."""
 
-    def __init__(self, step: Step, width: int, carried: dict[str, Tensor]) -> None:
+    def __init__(self, step: Step, width: int, carried: dict[str, Tensor], total: Sum = alone) -> None:
+        """width: of the worker's share of the vector; total: how sums over the vector become whole."""
         super().__init__()
         self.step = step
         self.width = width
+        self.total = total
         self.carries_as: str | None = None
         """the name under which later taps of the layer find this site's vector, if any of them reads it"""
         self._carried = carried
@@ -376,7 +395,7 @@ class Tap(nn.Module):
             asked = moving.keeps_norm(slots, self.step)
             if asked is not None:
                 keeps = asked if keeps is None else keeps | asked
-        return moved if keeps is None else edit_math.renormed(value, moved, keeps)
+        return moved if keeps is None else edit_math.renormed(value, moved, keeps, self.total)
 
     def keep(self, value: Tensor) -> None:
         """Let later taps of the layer read this site's vector."""
@@ -416,6 +435,10 @@ class ModuleEdits(nn.Module):
         self.argument, self.position = argument, position
         """name and place of the input among the forward's arguments"""
         self.before: Tap | None = None
+        self.within: Tap | None = None
+        """on what this worker adds to an output that is the sum of what all workers give"""
+        self.sum: Sum = alone
+        """what then makes that sum, in the module's place"""
         self.after = nn.ModuleList()
         self.starts: list[int | None] = []
 
@@ -440,6 +463,8 @@ class ModuleEdits(nn.Module):
         return self._edited_parts(first), *rest
 
     def _edited_parts(self, output: Tensor) -> Tensor:
+        if self.within is not None:
+            output = self.sum(self.within.edited(output, None))
         for tap, start in self._outputs():
             output = tap.edited(output, start)
         return output

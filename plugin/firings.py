@@ -10,12 +10,12 @@ class Firings:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._seen: dict[tuple[str, str], int] = {}
+        self._seen: dict[tuple[str, str, int], int] = {}
 
-    def count(self, name: str, version: str, edit: str, total: int) -> None:
-        """Add what is new in how often an edit of a bundle's version has fired since it was installed."""
-        new = total - self._seen.get((version, edit), 0)
-        self._seen[version, edit] = total
+    def count(self, name: str, version: str, edit: str, worker: int, total: int) -> None:
+        """Add what is new in how often an edit of a bundle's version has fired on a worker since it was installed."""
+        new = total - self._seen.get((version, edit, worker), 0)
+        self._seen[version, edit, worker] = total
         self._metrics.gate_firings.labels(*self._metrics.labels(name, version), edit).inc(new)
 
     def forget(self, version: str) -> None:

@@ -20,23 +20,22 @@ from torch import Tensor
 from edit_store.architectures import Architecture
 from edit_store.bundle import Manifest
 from edit_store.edits import Edit, Tensors, order_at_site
-from edit_store.errors import InstallRefused, Reason
+from edit_store.errors import InstallRefused, Reason, UnsupportedHost
 from edit_store.sites import Site
+from plugin.share import Share
 from plugin.sizes import sized
 from plugin.weight_form import Numbers, formless, patched, touched
 
 
 @dataclass
 class Copy:
-    """A weight beside the engine's own: `weight` in whatever form that takes, `bias` [out] or None.
-
-    `fingerprint` is that of the numbers it was made of; None where telling it is quick enough to wait for the exchange.
-    """
+    """A weight beside the engine's own: `weight` in whatever form that takes, `bias` [out] or None."""
 
     weight: Any
     bias: Tensor | None
     nbytes: int
-    fingerprint: bytes | None = None
+    fingerprint: bytes = b""
+    """of the numbers that it must hold"""
 
 
 class LiveWeight(Protocol):
@@ -49,7 +48,7 @@ class LiveWeight(Protocol):
         """The weight [out, in] as it was loaded; `aside` is the copy that holds it while another takes its place."""
 
     def copy(self, weight: Tensor, bias: Tensor | None) -> Copy:
-        """A copy of these numbers, ready to be exchanged."""
+        """A copy of these numbers with its fingerprint, ready to be exchanged."""
 
     def exchange(self, copy: Copy) -> None:
         """Let the engine and the copy change places, at the same addresses; or fail with nothing changed."""
@@ -60,11 +59,30 @@ class LiveWeight(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """A projection inside a module: rows of its weight from `start` on."""
+    """A projection inside a module: rows of its weight from `start` on, and what this worker has of the whole."""
 
     module: str
     start: int
-    width: int
+    rows: Share
+    columns: Share
+
+    @property
+    def slice(self) -> slice:
+        """Its rows in the module's weight."""
+        return slice(self.start, self.start + self.rows.width)
+
+    @property
+    def divided(self) -> bool:
+        """Whether other workers have the rest of it."""
+        return self.rows.divided or self.columns.divided
+
+    def of(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """This worker's part of a whole weight and bias."""
+        return self.columns.of(self.rows.of(weight.T).T), self.rows.of(bias)
+
+
+Whole = Callable[[Site], tuple[Tensor, Tensor | None]]
+"""Weight and bias of a projection, whole, as the model's files hold them."""
 
 
 @dataclass
@@ -89,9 +107,11 @@ class PatchedWeights:
         parts: Mapping[Site, Part],
         architecture: Architecture,
         free_bytes: Callable[[], int],
+        whole: Whole | None = None,
     ) -> None:
-        """free_bytes: host memory that is left for a version's weights."""
+        """free_bytes: host memory that is left for a version's weights; whole: for projections that are divided."""
         self.parts = parts
+        self._whole = whole
         self._free_bytes = free_bytes
         self.epoch = 0
         """counts what has been in the weights; whoever exchanges them says"""
@@ -101,6 +121,8 @@ class PatchedWeights:
         self._architecture = architecture
         self._installed: Patch | None = None
         self._before: Patch | None = None
+        self._fingerprints: dict[str, bytes] = {}
+        """of what the engine computes with, by module; of those that were ever exchanged"""
         self._exchanging = threading.Lock()
 
     @property
@@ -152,10 +174,30 @@ class PatchedWeights:
             bias = torch.zeros(len(weight), dtype=wide) if own_bias is None else own_bias.to("cpu", wide, copy=True)
         for site, part in self.parts.items():
             if part.module == name:
-                rows = slice(part.start, part.start + part.width)
                 reads = site.beside(self._architecture.projections()[site.point])
                 given, read = (_at(each, edits, numbers) for each in (site, reads))
-                weight[rows], bias[rows] = patched(weight[rows], bias[rows], given, read, strength)
+                rows = part.slice
+                if part.divided and (given or read):
+                    whole = self._whole_of(site, weight[rows], bias[rows])
+                    weight[rows], bias[rows] = part.of(*patched(*whole, given, read, strength))
+                else:
+                    weight[rows], bias[rows] = patched(weight[rows], bias[rows], given, read, strength)
+        return weight, bias
+
+    def _whole_of(self, site: Site, own: Tensor, own_bias: Tensor) -> tuple[Tensor, Tensor]:
+        """All of a projection of which this worker has a part: what an edit makes of the part depends on the rest.
+
+        UnsupportedHost when the files say otherwise of the part than what was loaded.
+        """
+        part, dtype = self.parts[site], self._modules[self.parts[site].module].dtype
+        found, found_bias = self._whole(site) if self._whole else (None, None)
+        if found is None:
+            raise UnsupportedHost(f"the projection to {site} is divided, and nothing tells the whole of it")
+        weight = found.to(dtype).to(own.dtype)
+        bias = own.new_zeros(len(weight)) if found_bias is None else found_bias.to(dtype).to(own.dtype)
+        mine, mine_bias = part.of(weight, bias)
+        if not (torch.equal(mine, own) and torch.equal(mine_bias, own_bias)):
+            raise UnsupportedHost(f"the model's files hold another projection to {site} than the one that was loaded")
         return weight, bias
 
     def _unreserved(self, edits: Sequence[Edit]) -> list[Reason]:
@@ -185,7 +227,7 @@ class PatchedWeights:
         if self._modules[name].bias is not None or not bias.any():
             return []
         sites = [site for site, part in self.parts.items()
-                 if part.module == name and bias[part.start : part.start + part.width].any()]  # fmt: skip
+                 if part.module == name and bias[part.slice].any()]  # fmt: skip
         return [
             Reason(
                 "bias",
@@ -200,34 +242,38 @@ class PatchedWeights:
 
         Ends with an error, and the weights as they were, when a weight is not what was prepared.
         """
-        hasher = hashlib.sha256((patch.version if patch else "").encode())
         with self._exchanging:
-            leaving, done = self._installed, list[tuple[LiveWeight, Copy]]()
+            leaving, done = self._installed, list[tuple[str, Copy]]()
             try:
                 for each in filter(None, (leaving, patch)):
                     for name, copy in each.copies.items():
-                        live = self._modules[name]
-                        expected = copy.fingerprint or live.fingerprint(copy)
-                        live.exchange(copy)
-                        done.append((live, copy))
-                        copy.fingerprint = None
-                        _require_equal(live.fingerprint(None), expected, name)
-                        if each is patch:
-                            hasher.update(name.encode() + expected)
+                        self._exchange(name, copy)
+                        done.append((name, copy))
+                for name in dict(done):
+                    self._require_as_prepared(name)
             except BaseException:
-                for live, copy in reversed(done):
-                    live.exchange(copy)
+                for name, copy in reversed(done):
+                    self._exchange(name, copy)
                 raise
-            self._installed, self._before, self.epoch, self.digest = patch, leaving, epoch, hasher.hexdigest()
+            self._installed, self._before, self.epoch = patch, leaving, epoch
+            hasher = hashlib.sha256((patch.version if patch else "").encode())
+            for name in patch.copies if patch else ():
+                hasher.update(name.encode() + self._fingerprints[name])
+            self.digest = hasher.hexdigest()
+
+    def _exchange(self, name: str, copy: Copy) -> None:
+        live = self._modules[name]
+        was = self._fingerprints.get(name) or live.fingerprint(None)
+        live.exchange(copy)
+        self._fingerprints[name], copy.fingerprint = copy.fingerprint, was
+
+    def _require_as_prepared(self, name: str) -> None:
+        if self._modules[name].fingerprint(None) != self._fingerprints[name]:
+            raise RuntimeError(f"the weight of {name} is not what was prepared")
 
     def known(self, version: str) -> Patch | None:
         """A version that is in the weights or was just before."""
         return next((each for each in (self._installed, self._before) if each and each.version == version), None)
-
-
-def _require_equal(found: bytes, expected: bytes, name: str) -> None:
-    if found != expected:
-        raise RuntimeError(f"the weight of {name} is not what was prepared")
 
 
 def _at(site: Site, edits: Sequence[Edit], numbers: Mapping[Edit, Mapping[str, Any]]) -> Numbers:

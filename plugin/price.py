@@ -7,15 +7,17 @@ import torch
 from edit_store.sites import Widths
 from plugin.edited_site import SLOT_TENSORS, Shape
 from plugin.reservation import Place, Price, Room
+from plugin.share import Worker
 from plugin.slot_rows import Layout
 
 
-def price(widths: Widths, dtype: torch.dtype) -> Price:
-    """Bytes of one slot for room in a model of these widths."""
+def price(widths: Widths, dtype: torch.dtype, workers: int = 1) -> Price:
+    """Bytes of one slot on each worker, for room in a model of these widths that so many workers divide."""
 
     def of_room(place: Place, room: Room) -> int:
         layout = Layout()
-        shape = Shape(room, widths.of(place.reads.point), widths.of(place.site.point), dtype)
+        reads, writes = (Worker(0, workers).share(widths, site.point) for site in (place.reads, place.site))
+        shape = Shape(room, reads, writes, dtype)
         return SLOT_TENSORS[place.kind](shape, layout).counters + layout.width
 
     return of_room

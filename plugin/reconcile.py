@@ -257,7 +257,7 @@ class Reconciler:
             self.table = replace(self.table, in_weights=new, epoch=self._weights.epoch)
 
         try:
-            await self._weights.exchange(new, switch, lambda phase: swap.phase(phase, self._metrics))
+            await self._weights.exchange(new, entry.sequence, switch, lambda phase: swap.phase(phase, self._metrics))
         finally:
             self.table = replace(self.table, epoch=self._weights.epoch)
 
@@ -446,9 +446,11 @@ class Reconciler:
             await self._make_ready(version)
             answers = await self._all("edits_install", plan.slot, version, plan.evicted)
         self._count_firings(answers)
-        digests = {answer["digest"] for answer in answers}
-        if len(digests) != 1:
-            raise EditsError(f"workers disagree on what version {version[:12]} is: {sorted(digests)}")
+        # Workers that divide a model hold different numbers, each checked there against what was prepared; those that
+        # have the same share of it must hold the same.
+        held = {(answer["share"], answer["digest"]) for answer in answers}
+        if len(held) != len({share for share, _ in held}):
+            raise EditsError(f"workers disagree on what version {version[:12]} is: {sorted(held)}")
 
     async def _undo(self, slot: int, version: str) -> None:
         """Take an uncommitted version out of every worker. A slot that cannot be cleared is not used again."""
@@ -490,9 +492,10 @@ class Reconciler:
                 logger.warning("the firings of gates were not read: %s", error)
 
     def _count_firings(self, answers: list[dict[str, Any]]) -> None:
-        """Every worker of a tensor-parallel engine sees every token, so one worker's word counts."""
-        for version, edit, times in answers[0]["firings"]:
-            self._firings.count(self._traits.get(version, PLAIN).name, version, edit, times)
+        """Workers that divide a model see the same tokens, so of each engine the word of its first worker counts."""
+        for worker, answer in enumerate(answers):
+            for version, edit, times in answer["firings"] if answer["share"] == 0 else ():
+                self._firings.count(self._traits.get(version, PLAIN).name, version, edit, worker, times)
 
     def _sweep(self) -> None:
         """Clear the slots of retired versions that nobody uses any more, in the background."""

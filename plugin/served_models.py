@@ -6,19 +6,19 @@ it, so a path that the middleware does not cover answers 404 rather than with th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from plugin.lease import CURRENT_LEASE
-from plugin.variants import VariantTable
+from plugin.owner import Served
 
 
 class ServedModels:
-    """vLLM's list of served models, with the variants of `table` added."""
+    """vLLM's list of served models, with the variants that are `served` added."""
 
-    def __init__(self, models: Any, table: Callable[[], VariantTable]) -> None:
+    def __init__(self, models: Any, served: Callable[[], Awaitable[Served]]) -> None:
         self._models = models
-        self._table = table
+        self._served = served
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._models, name)
@@ -38,12 +38,10 @@ class ServedModels:
     async def show_available_models(self) -> Any:
         """`GET /v1/models`: base models, then each variant with its version as `root` and the base as `parent`."""
         listed = await self._models.show_available_models()
-        base, table = listed.data[0], self._table()
-        if table.in_weights is not None:
+        base, served = listed.data[0], await self._served()
+        if not served.base:
             listed.data.clear()
-        for name in table.names():
-            variant, _, tag = name.partition("@")
-            version = table.promoted[variant][tag or table.default_tag]
+        for name, variant, version in served.variants:
             card = {"id": name, "root": f"{variant}@{version}", "parent": base.id}
             listed.data.append(base.model_copy(update=card))
         return listed

@@ -43,6 +43,7 @@ class WeightsMode:
         self._patience = patience_seconds
         self._inside = inside
         self._abort_all = abort_all
+        self._waited_for = 0
         self._open = asyncio.Event()
         self._open.set()
         self._left = asyncio.Event()
@@ -63,14 +64,17 @@ class WeightsMode:
         """A request has ended."""
         self._left.set()
 
-    async def exchange(self, version: str | None, switch: Callable[[], None], phase: Callable[[str], Any]) -> None:
+    async def exchange(
+        self, version: str | None, entry: int, switch: Callable[[], None], phase: Callable[[str], Any]
+    ) -> None:
         """Put a staged version into the weights of every worker, or with None the loaded model; then `switch`.
 
-        EditsError when it cannot be done; then everything is as before. `phase` times what goes on inside it.
+        EditsError when it cannot be done; then everything is as before. `entry`: number of the tag's entry that asks
+        for it; `phase` times what goes on inside it.
         """
         with self._closed():
             with phase("wait"):
-                await self._settled()
+                await self._settled(entry)
             with phase("install"):
                 await self._put(version)
             self.version = version
@@ -84,8 +88,8 @@ class WeightsMode:
         finally:
             self._open.set()
 
-    async def _settled(self) -> None:
-        """Nobody is inside any more, or may stay."""
+    async def _settled(self, entry: int) -> None:
+        """Nobody is inside any more, or may stay. For one entry the door is held shut once: then it must be so."""
         if self._running == "keep":
             return
         if self._running == "abort" and self._inside():
@@ -93,7 +97,8 @@ class WeightsMode:
                 await self._abort_all()
             except Exception as error:
                 raise EditsError(f"running requests could not be aborted, so the weights stay: {error!r}") from error
-        deadline = time.monotonic() + self._patience
+        deadline = time.monotonic() + (0 if entry == self._waited_for else self._patience)
+        self._waited_for = entry
         while running := self._inside():
             self._left.clear()
             try:
@@ -101,8 +106,8 @@ class WeightsMode:
             except TimeoutError:
                 raise EditsError(
                     f"{running} request(s) were still running after {self._patience:g} s. The weights are changed at "
-                    "the next look when none is; or set edits.weights_running to abort or keep, or raise "
-                    "edits.weights_patience_seconds"
+                    "the next look when none is; or promote again to wait again, set edits.weights_running to abort or "
+                    "keep, or raise edits.weights_patience_seconds"
                 ) from None
 
     async def _put(self, version: str | None) -> None:
@@ -123,6 +128,6 @@ class WeightsMode:
         answers = await self._call("edits_put_weights", version, self.epoch, self._running == "keep")
         if any("absent" in answer for answer in answers):
             raise EditsError("a worker no longer has the version ready; the next look prepares it again")
-        digests = {answer["digest"] for answer in answers}
-        if len(digests) != 1:
-            raise EditsError(f"workers disagree on what is in their weights: {sorted(digests)}")
+        held = {(answer["share"], answer["digest"]) for answer in answers}
+        if len(held) != len({share for share, _ in held}):
+            raise EditsError(f"workers disagree on what is in their weights: {sorted(held)}")

@@ -108,6 +108,9 @@ class EditSettings(BaseModel):
         ge=0,
         description="memory of each worker for versions ready to be paged in; the least recently used go first",
     )
+    any_vllm: bool = Field(
+        default=False, description="start on a vLLM outside the supported range too; what it lacks is logged"
+    )
     inner_load_format: str = Field(default="auto", description="vLLM load format that reads the base model's weights")
     weights: Annotated[str, AfterValidator(_variant)] | None = Field(
         default=None,

@@ -11,6 +11,7 @@ float64 with the edits' formulas applied by hooks. A way that is refused must sa
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -40,7 +41,7 @@ from edit_store.errors import UnsupportedHost
 from edit_store.scope import Scope
 from plugin.weight_form import formless
 from tests.conftest import bundle_of
-from tests.parity import Answer, Pair, in_a_process_of_its_own, random_numbers
+from tests.parity import Answer, Pair, cores_apart, in_a_process_of_its_own, random_numbers
 from tests.quantised import Scheme, quantise
 from tests.tiny_models import VOCABULARY, make_tiny
 
@@ -111,6 +112,7 @@ def edits_of_every_kind(base: BaseModelRef) -> list[Pair]:
     """One of each kind at a point of its own, two with scopes, and all that has a weight form at fused projections."""
     edits: Sequence[Any] = (
         LowRank(site="layers.1.mlp.out", reads="layers.1.mlp.h", rank=2),
+        LowRank(site="layers.0.attn.out", reads="layers.0.attn.z", rank=2),
         LowRank(site="layers.0.q.out", reads="layers.0.attn.in", rank=1),
         Scale(site="layers.1.attn.z"),
         Scale(site="layers.0.mlp.in", per="channel"),
@@ -175,6 +177,8 @@ def _serve(
         "skip_tokenizer_init": True, "max_model_len": 96, "max_logprobs": TOLD, "seed": 0,
         "enable_prefix_caching": False, "kv_cache_memory_bytes": 1 << 26, "disable_log_stats": False, **way.arguments,
     }  # fmt: skip
+    if (workers := arguments.get("tensor_parallel_size", 1)) > 1:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = cores_apart(workers)
     if "speculative_config" in arguments:
         own = arguments["speculative_config"]
         arguments["speculative_config"] = {**own, "model": str(model)} if own.get("model") == "" else dict(own)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,11 +45,12 @@ from plugin import weights_room
 from plugin.edited_model import EditedModel, Prepared
 from plugin.lease import Lease
 from plugin.metrics import PREFIX, Metrics
-from plugin.patched_weights import Part, Patch, PatchedWeights
+from plugin.patched_weights import Part, Patch, PatchedWeights, Whole
 from plugin.plain_weight import PlainWeight
 from plugin.reconcile import Reconciler
 from plugin.reservation import Place, Reservation, Room
 from plugin.residency import Resident
+from plugin.share import SOLE, Sum, Worker, alone
 from plugin.step_filler import Batch
 from plugin.vllm_host.architectures import anchors
 from tests.conftest import publish
@@ -77,17 +79,31 @@ class Projection(nn.Module):
         return nn.functional.linear(x, self.weight, self.bias), None
 
 
+class SummingProjection(Projection):
+    """One of a vector that workers may divide: what each gives is added up."""
+
+    reduce_results = True
+    over_workers = staticmethod(alone)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        output, bias = super().forward(x)
+        return (self.over_workers(output) if self.reduce_results else output), bias
+
+
 class TinyAttention(nn.Module):
     """Fused queries, keys and values; token-wise, so nothing here mixes tokens."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.widths = WIDTHS
         self.qkv_proj = Projection(WIDTHS.hidden, sum(map(WIDTHS.of, ("q.out", "k.out", "v.out"))))
-        self.o_proj = Projection(WIDTHS.of("attn.z"), WIDTHS.hidden)
+        self.o_proj = SummingProjection(WIDTHS.of("attn.z"), WIDTHS.hidden)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        q, k, v = self.qkv_proj(hidden_states)[0].split([WIDTHS.of(name) for name in ("q.out", "k.out", "v.out")], -1)
-        output: Tensor = self.o_proj(q.tanh() * k.repeat(1, 2) + v.repeat(1, 2))[0]
+        widths = [self.widths.of(name) for name in ("q.out", "k.out", "v.out")]
+        q, k, v = self.qkv_proj(hidden_states)[0].split(widths, -1)
+        group = self.widths.heads // self.widths.kv_heads
+        output: Tensor = self.o_proj(q.tanh() * k.repeat(1, group) + v.repeat(1, group))[0]
         return output
 
 
@@ -95,7 +111,7 @@ class TinyMLP(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.gate_up_proj = Projection(WIDTHS.hidden, 2 * WIDTHS.mlp)
-        self.down_proj = Projection(WIDTHS.mlp, WIDTHS.hidden)
+        self.down_proj = SummingProjection(WIDTHS.mlp, WIDTHS.hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x)[0].chunk(2, -1)
@@ -153,6 +169,24 @@ class TinyModel(nn.Module):
         return computed
 
 
+def divided(model: TinyModel, worker: Worker, over_workers: Sum) -> TinyModel:
+    """One worker's part of a model, cut as tensor parallel cuts it."""
+    mine = copy.deepcopy(model)
+    for layer in mine.model.layers:
+        layer.self_attn.widths = WIDTHS.per_worker(worker.size)
+        for projection, points in (
+            (layer.self_attn.qkv_proj, ("q.out", "k.out", "v.out")), (layer.mlp.gate_up_proj, ("gate.out", "up.out")),
+        ):  # fmt: skip
+            parts = projection.weight.split([WIDTHS.of(point) for point in points])
+            own = [worker.share(WIDTHS, point).of(part.T).T for point, part in zip(points, parts, strict=True)]
+            projection.weight = nn.Parameter(torch.cat(own), requires_grad=False)
+        for projection, point in ((layer.self_attn.o_proj, "attn.z"), (layer.mlp.down_proj, "mlp.h")):
+            own_columns = worker.share(WIDTHS, point).of(projection.weight)
+            projection.weight = nn.Parameter(own_columns.contiguous(), requires_grad=False)
+            projection.over_workers = over_workers
+    return mine
+
+
 At = Callable[[str, Array], Array]
 """What becomes of a vector at a site."""
 
@@ -199,17 +233,20 @@ def edits_by_formula(pairs: Sequence[tuple[Any, Mapping[str, Array]]]) -> At:
 
 
 def edited_model(
-    model: TinyModel, reservation: Reservation, *, slots: int, dtype: torch.dtype = torch.float32
-) -> EditedModel:
-    """The real thing on a tiny model."""
-    sites = anchors(model, BASE.architecture, WIDTHS)
-    cpu = torch.device("cpu")
-    return EditedModel(sites, reservation, slots=slots, max_tokens=MAX_TOKENS, dtype=dtype, device=cpu)
+    model: TinyModel, reservation: Reservation, *, slots: int, dtype: torch.dtype = torch.float32,
+    worker: Worker = SOLE, over_workers: Sum = alone,
+) -> EditedModel:  # fmt: skip
+    """The real thing on a tiny model, or on one worker's part of it."""
+    sites = anchors(model, BASE.architecture, WIDTHS, worker)
+    return EditedModel(
+        sites, reservation, slots=slots, max_tokens=MAX_TOKENS, dtype=dtype, device=torch.device("cpu"),
+        worker=worker, over_workers=over_workers,
+    )  # fmt: skip
 
 
-def plain_weights(model: TinyModel) -> PatchedWeights:
+def plain_weights(model: TinyModel, worker: Worker = SOLE, whole: Whole | None = None) -> PatchedWeights:
     """Every projection of the tiny model, those of `attn.out` and `mlp.out` with a bias."""
-    architecture, sites = supported(BASE.architecture), anchors(model, BASE.architecture, WIDTHS)
+    architecture, sites = supported(BASE.architecture), anchors(model, BASE.architecture, WIDTHS, worker)
     names = {module: name for name, module in model.named_modules()}
     room = weights_room.usual(architecture, WIDTHS)
     for site in room:
@@ -219,8 +256,12 @@ def plain_weights(model: TinyModel) -> PatchedWeights:
     modules = {
         names[sites[site].module]: PlainWeight(sites[site].module.weight, sites[site].module.bias) for site in room
     }
-    parts = {site: Part(names[sites[site].module], sites[site].start or 0, sites[site].width) for site in room}
-    return PatchedWeights(modules, parts, architecture, lambda: 1 << 30)
+    reads = architecture.projections()
+    parts = {
+        site: Part(names[at.module], at.start or 0, at.share, sites[site.beside(reads[site.point])].share)
+        for site, at in ((site, sites[site]) for site in room)
+    }
+    return PatchedWeights(modules, parts, architecture, lambda: 1 << 30, whole)
 
 
 @dataclass(frozen=True, eq=False)
@@ -287,31 +328,34 @@ class FakeWorker:
                     return {"absent": True}
                 self.weights.install(patch, epoch)
                 self.edited.weights_hold(version, besides=besides)
-            return {"digest": self.weights.digest}
+            return {"digest": self.weights.digest, "share": 0}
 
         return answered(put)
 
     def edits_install(self, slot: int, version: str, leaving: str | None) -> Answer:
         def install() -> Answer:
             if self.edited.held.get(slot) == version:
-                return {"digest": self.edited.digest(slot), "firings": []}
+                return {"digest": self.edited.digest(slot), "share": 0, "firings": []}
             if version not in self.ready:
                 return {"absent": True}
             firings = self._firings(slot)
             if leaving is not None:
                 self.edited.clear(slot)
-            return {"digest": self.edited.install(slot, self.ready[version]), "firings": firings}
+            return {"digest": self.edited.install(slot, self.ready[version]), "share": 0, "firings": firings}
 
         return answered(install)
 
+    def edits_fence(self) -> Answer:
+        return {}
+
     def edits_firings(self) -> Answer:
-        return {"firings": [told for slot in self.edited.held for told in self._firings(slot)]}
+        return {"share": 0, "firings": [told for slot in self.edited.held for told in self._firings(slot)]}
 
     def edits_clear(self, slot: int) -> Answer:
         def clear() -> Answer:
             firings = self._firings(slot)
             self.edited.clear(slot)
-            return {"firings": firings}
+            return {"share": 0, "firings": firings}
 
         return answered(clear)
 
@@ -460,7 +504,8 @@ class Server:
         self.backend = FlakyBackend(self.store.backend)
         self.store.backend = self.backend
         site = Site(1, "resid")
-        reservation = Reservation({Place(site, kind, site): Room() for kind in ("offset", "gate")})
+        room = Room(features=frozenset({"weighted"}))
+        reservation = Reservation({Place(site, kind, site): room for kind in ("offset", "gate")}, scopes=1)
         self.workers = FakeWorkers(self.store, reservation, slots=slots)
         self.registry = CollectorRegistry()
         self.metrics = Metrics(self.registry)

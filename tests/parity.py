@@ -4,8 +4,8 @@
 
 Of an architecture a tiny random model is made; a folder holds a real one. One engine holds all edits, each in a slot of
 its own, and answers all in one batch: a prompt, some tokens after it. Another one takes every edit that has a weight
-form into its weights, one after the other. Prints a table of each; with --write those of all architectures are also
-written down.
+form into its weights, one after the other. Two more do so with the model divided among two workers (tensor parallel).
+Prints a table of each; with --write those of all architectures are also written down.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import argparse
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,6 @@ from edit_store import (
     Scale,
     SubspaceFilter,
     WeightDelta,
-    check,
     identify,
 )
 from edit_store.architectures import ARCHITECTURES, Architecture, supported
@@ -55,6 +55,21 @@ ENVIRONMENT = {
 """Of the process that serves."""
 TEXT = "The capital of France is Paris, and its longest river is the Loire."
 Pair = tuple[Any, dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class How:
+    """How edits are served: per request, by one worker or several that divide the model, or in the weights."""
+
+    dtype: str = "float32"
+    eager: bool = True
+    workers: int = 1
+    weights: bool = False
+
+    def __str__(self) -> str:
+        """What is unusual of it."""
+        divided = f"divided among {self.workers} workers" if self.workers > 1 else ""
+        return ", ".join(filter(None, (divided, "in the weights" if self.weights else "")))
 
 
 @dataclass(frozen=True)
@@ -140,7 +155,7 @@ def random_numbers(edit: Edit, base: BaseModelRef, seed: int, strength: float = 
     return {field: np.asarray(array, dtype=np.float32) for field, array in numbers.items()}
 
 
-def compare(model: Path, prompt: list[int], dtype: str, *, eager: bool, store: Path, weights: bool) -> list[Row]:
+def compare(model: Path, prompt: list[int], how: How, store: Path) -> list[Row]:
     """Serve every edit of a model, in one batch or one after the other in the weights, and hold each against the
     formula."""
     import torch
@@ -150,21 +165,21 @@ def compare(model: Path, prompt: list[int], dtype: str, *, eager: bool, store: P
 
     base = identify(model)
     # The embeddings of trained models are small: what is to be compared should not be drowned.
-    wanted = list(every_edit(base, 0.4 if base.widths.vocab == VOCABULARY else 0.05, weights=weights))
+    wanted = list(every_edit(base, 0.4 if base.widths.vocab == VOCABULARY else 0.05, weights=how.weights))
     bundles = [bundle_of(f"edit-{number}", base, [pair]) for number, (_, pair) in enumerate(wanted)]
     # vLLM changes classes of transformers that it builds upon, so the reference has a process of its own.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=in_a_process_of_its_own) as pool:
-        how = serve_from_weights if weights else serve
-        served = pool.submit(how, model, prompt, store, bundles, dtype=dtype, eager=eager).result()
+        serving = serve_from_weights if how.weights else serve
+        served = pool.submit(serving, model, prompt, store, bundles, how).result()
     torch.set_num_threads(1)
     # The plain implementations: others leave out soft caps, or have no float64.
     plainly = {"attn_implementation": "eager", "experts_implementation": "eager"}
     exact, rounded = (
         AutoModelForCausalLM.from_pretrained(model, dtype=kind, **plainly).eval()
-        for kind in (torch.float64, getattr(torch, dtype))
+        for kind in (torch.float64, getattr(torch, how.dtype))
     )
 
-    flips = ROUTED_ELSEWHERE if supported(base.architecture).experts and dtype != "float32" else 0
+    flips = ROUTED_ELSEWHERE if supported(base.architecture).experts and how.dtype != "float32" else 0
 
     @torch.no_grad()
     def says(host: Any, answer: Answer) -> np.ndarray:
@@ -206,58 +221,76 @@ def in_a_process_of_its_own() -> None:
     os.environ.update(ENVIRONMENT)
 
 
-def serve(
-    model: Path, prompt: list[int], store: Path, bundles: list[Bundle], *, dtype: str, eager: bool
-) -> list[Answer]:
+def serve(model: Path, prompt: list[int], store: Path, bundles: list[Bundle], how: How) -> list[Answer]:
     """What the base model and every bundle, each in its slot, say to one prompt, all in one batch."""
+    from edit_store import EditStore
     from plugin.reservation import Reservation
 
+    opened = EditStore(str(store), create=True)
+    versions = [opened.publish(bundle) for bundle in bundles]
     reserve = Reservation.for_versions(bundle.manifest for bundle in bundles).to_settings()
-    settings = {"slots": len(bundles), "reserve": reserve}
-    llm, loaded = _engine(model, store, settings, dtype=dtype, eager=eager, at_once=len(bundles) + 1)
-    for slot, bundle in enumerate(bundles, 1):
-        loaded.edited.install(slot, loaded.edited.prepare(bundle.version, bundle.manifest, check(bundle)))
-    return _says(llm, prompt, [None, *([slot, bundle.version, 1.0] for slot, bundle in enumerate(bundles, 1))])
+    llm = _engine(model, store, {"slots": len(bundles), "reserve": reserve}, how, at_once=len(bundles) + 1)
+    llm.collective_rpc("edits_attach")
+    for slot, version in enumerate(versions, 1):
+        _prepared(llm, "edits_stage", "edits_staged", version)
+        _told(llm, "edits_install", slot, version, None)
+    return _says(llm, prompt, [None, *([slot, version, 1.0] for slot, version in enumerate(versions, 1))])
 
 
-def serve_from_weights(
-    model: Path, prompt: list[int], store: Path, bundles: list[Bundle], *, dtype: str, eager: bool
-) -> list[Answer]:
+def _told(llm: Any, method: str, *arguments: Any) -> list[dict[str, Any]]:
+    """What every worker answers; none may refuse."""
+    answers: list[dict[str, Any]] = llm.collective_rpc(method, args=arguments)
+    if refused := [answer["error"] for answer in answers if "error" in answer]:
+        raise RuntimeError(f"{method}{arguments}: {refused[0]}")
+    return answers
+
+
+def serve_from_weights(model: Path, prompt: list[int], store: Path, bundles: list[Bundle], how: How) -> list[Answer]:
     """What the base model and every bundle, one after the other in the weights, say to one prompt; then the base model
     must say again what it said."""
+    from edit_store import EditStore
+
+    opened = EditStore(str(store), create=True)
     settings = {"weights": "edit-0", "weights_reserve": [{"site": "*", "bias": True}]}
-    llm, loaded = _engine(model, store, settings, dtype=dtype, eager=eager, at_once=1)
+    llm = _engine(model, store, settings, how, at_once=1)
+    llm.collective_rpc("edits_attach")
     answers = _says(llm, prompt, [None])
-    for epoch, bundle in enumerate(bundles, 1):
-        loaded.weights.install(loaded.weights.prepare(bundle.version, bundle.manifest, check(bundle)), epoch)
-        loaded.edited.weights_hold(bundle.version, besides=False)
-        answers += _says(llm, prompt, [[0, bundle.version, 1.0]])
-    loaded.weights.install(None, len(bundles) + 1)
-    loaded.edited.weights_hold(None, besides=False)
+    for epoch, version in enumerate(map(opened.publish, bundles), 1):
+        _prepared(llm, "edits_stage_weights", "edits_weights_staged", version)
+        _told(llm, "edits_put_weights", version, epoch, False)
+        answers += _says(llm, prompt, [[0, version, 1.0]])
+    _told(llm, "edits_put_weights", None, len(bundles) + 1, False)
     (again,) = _says(llm, prompt, [None])
     if not np.array_equal(again.logprobs, answers[0].logprobs):
         raise RuntimeError("the base model is not what it was before its weights were exchanged")
     return answers
 
 
-def _engine(
-    model: Path, store: Path, settings: dict[str, Any], *, dtype: str, eager: bool, at_once: int
-) -> tuple[Any, Any]:
-    """An engine with the plugin, and what the plugin made of its model."""
+def _prepared(llm: Any, stage: str, staged: str, version: str) -> None:
+    _told(llm, stage, version)
+    while any(_told(llm, staged, version)):
+        time.sleep(0.001)
+
+
+def _engine(model: Path, store: Path, settings: dict[str, Any], how: How, *, at_once: int) -> Any:
+    """An engine with the plugin."""
     from vllm import LLM
 
-    from edit_store import EditStore
-    from plugin.vllm_host.loader import edits_of
-
-    EditStore(str(store), create=True)
-    llm = LLM(
-        str(model), load_format="edits", additional_config={"edits": {"store": str(store), **settings}}, dtype=dtype,
-        enforce_eager=eager, skip_tokenizer_init=True, max_model_len=64, max_logprobs=TOLD,
-        enable_prefix_caching=False, seed=0, max_num_seqs=at_once,
+    divided: dict[str, Any] = {}
+    if how.workers > 1:
+        divided = {"tensor_parallel_size": how.workers, "distributed_executor_backend": "mp"}
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = cores_apart(how.workers)
+    return LLM(
+        str(model), load_format="edits", additional_config={"edits": {"store": str(store), **settings}},
+        dtype=how.dtype, enforce_eager=how.eager, skip_tokenizer_init=True, max_model_len=64, max_logprobs=TOLD,
+        enable_prefix_caching=False, seed=0, max_num_seqs=at_once, **divided,
     )  # fmt: skip
-    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    llm.collective_rpc("edits_attach")
-    return llm, edits_of(runner.get_model())
+
+
+def cores_apart(workers: int) -> str:
+    """A core for each worker, in turn; by itself vLLM wants a NUMA node for each."""
+    cores = sorted(os.sched_getaffinity(0))
+    return "|".join(str(cores[worker % len(cores)]) for worker in range(workers))
 
 
 def _says(llm: Any, prompt: list[int], claims: list[Any]) -> list[Answer]:
@@ -309,10 +342,8 @@ class Findings:
     """All rows of one architecture, and how they were got."""
 
     architecture: str
-    dtype: str
-    compiled: bool
+    how: How
     rows: tuple[Row, ...]
-    weights: bool = False
 
     def faults(self) -> list[Row]:
         """Rows that are not exact, or whose edit cannot be seen."""
@@ -320,7 +351,7 @@ class Findings:
 
     def _tolerance(self, row: Row) -> float:
         """1e-4 in float32; elsewhere about what transformers is off in that dtype (one answer of each)."""
-        return 1e-4 if self.dtype == "float32" else 3 * row.rounded + 5e-3
+        return 1e-4 if self.how.dtype == "float32" else 3 * row.rounded + 5e-3
 
     def _exact(self, row: Row) -> bool:
         return row.served <= self._tolerance(row)
@@ -329,7 +360,7 @@ class Findings:
         """In float32 every edit is; elsewhere those are that change more than rounding may."""
         if row.kind == "base" or (self.architecture, row.site.split(".", 2)[-1], row.kind) in UNFELT:
             return True
-        if self.dtype == "float32":
+        if self.how.dtype == "float32":
             return row.effect > 10 * row.served
         return row.effect > 2 * row.served or self._lost(row)
 
@@ -342,17 +373,17 @@ class Findings:
 
     def table(self) -> str:
         """Markdown: the largest error of every kind at every site, over all forms of the kind."""
-        how = "compiled" if self.compiled else "not compiled"
+        how = "not compiled" if self.how.eager else "compiled"
         worst = max(row.served for row in self.rows)
         noise, base = max(row.rounded for row in self.rows), self.rows[0].served
-        lost = f"; {self.lost_in_rounding():.0%} change less than rounding may" if self.dtype != "float32" else ""
-        where = "one after the other in the weights" if self.weights else "in one batch"
+        lost = f"; {self.lost_in_rounding():.0%} change less than rounding may" if self.how.dtype != "float32" else ""
+        where = "one after the other in the weights" if self.how.weights else "in one batch"
         summary = (
-            f"{len(self.rows) - 1} edits {where}, {self.dtype}, {how}; largest error {worst:.1e}, of the base "
+            f"{len(self.rows) - 1} edits {where}, {self.how.dtype}, {how}; largest error {worst:.1e}, of the base "
             f"model {base:.1e}, of transformers in the same dtype {noise:.1e}{lost}."
         )
         kinds = [kind for kind in KINDS if any(_kind(row) == kind for row in self.rows)]
-        title = f"### {self.architecture}, in the weights" if self.weights else f"## {self.architecture}"
+        title = f"### {self.architecture}, {self.how}" if str(self.how) else f"## {self.architecture}"
         lines = [title, "", summary, "", f"| site | {' | '.join(kinds)} |", "|" + "---|" * (len(kinds) + 1)]
         for site in dict.fromkeys(row.site for row in self.rows[1:]):
             cells = []
@@ -373,16 +404,17 @@ _HEAD = """# Every kind at every site of every architecture
 Written by `make parity`. Each edit is served by vLLM with random numbers, on a tiny random model of each architecture,
 and on trained weights where the heading says so: per request, all edits of a model in one batch; and those that have a
 weight form also one after the other in the weights, after which the base model must say again what it said, bit for
-bit. The log-probabilities for a prompt and the tokens generated after it are held against transformers in float64 with
-the edit's formula applied by hooks. A cell is the largest difference over the largest log-probability (centred), over
-all forms of the kind there (per head and per channel, off and onto, what it reads, activations, dense and sparse).
+bit; both again with the model divided among two workers (tensor parallel). The log-probabilities for a prompt and
+the tokens generated after it are held against transformers in float64 with the edit's formula applied by hooks. A cell
+is the largest difference over the largest log-probability (centred), over all forms of the kind there (per head and per
+channel, off and onto, what it reads, activations, dense and sparse).
 Every edit also changes the model by at least ten times its error, but two that nothing can show: an offset of all keys
 without rotary positions, and a factor on the only head of values before a norm.
 
 """
 
 
-def find(model: str, dtype: str, *, eager: bool, weights: bool = False) -> Findings:
+def find(model: str, how: How) -> Findings:
     """Run an architecture, by a tiny random model of its name, or the real model in a folder."""
     with tempfile.TemporaryDirectory() as folder:
         if model in ARCHITECTURES:
@@ -391,9 +423,20 @@ def find(model: str, dtype: str, *, eager: bool, weights: bool = False) -> Findi
         else:
             checkpoint = Path(model)
             prompt = _tokens(checkpoint, TEXT)
-        rows = compare(checkpoint, prompt, dtype, eager=eager, store=Path(folder, "store"), weights=weights)
+        rows = compare(checkpoint, prompt, how, Path(folder, "store"))
     name = model if model in ARCHITECTURES else f"{checkpoint.name} (real weights)"
-    return Findings(name, dtype, not eager, tuple(rows), weights)
+    return Findings(name, how, tuple(rows))
+
+
+def ways(model: str, dtype: str, *, eager: bool) -> Iterator[How]:
+    """How a model is run: per request, divided among two workers where it can be, and in the weights."""
+    plain = How(dtype, eager=eager)
+    yield plain
+    base = identify(Path(model)) if Path(model).is_dir() else None
+    if not supported(base.architecture if base else model).undivided and (base is None or base.widths.heads % 2 == 0):
+        yield replace(plain, workers=2)
+        yield replace(plain, workers=2, weights=True)
+    yield replace(plain, weights=True)
 
 
 def _tokens(checkpoint: Path, text: str) -> list[int]:
@@ -413,8 +456,8 @@ def main() -> None:
     tables, faulty = [], 0
     for name in [*(ARCHITECTURES if options.write or not options.models else ()), *options.models]:
         model = name if Path(name).is_dir() else supported(name).name
-        for weights in (False, True):
-            findings = find(model, options.dtype, eager=options.eager, weights=weights)
+        for how in ways(model, options.dtype, eager=options.eager):
+            findings = find(model, how)
             tables.append(findings.table())
             sys.stdout.write(tables[-1] + "\n")
             for row in findings.faults():

@@ -10,7 +10,7 @@ import pytest
 from edit_store import Offset, Site
 from edit_store.errors import UnsupportedHost
 from plugin.reservation import Reservation
-from plugin.vllm_host.compat import check_config, check_reservation
+from plugin.vllm_host.compat import check_config, check_room
 from tests.conftest import bundle_of
 from tests.fakes import BASE
 from tests.parity import random_numbers
@@ -20,7 +20,10 @@ def config(**changes: Any) -> Any:
     """As much of vLLM's config as is looked at: the usual way of running, but for these; `a__b` is b of a."""
     sizes = dict.fromkeys(("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"), 1)
     made = SimpleNamespace(
-        parallel_config=SimpleNamespace(**sizes), model_config=SimpleNamespace(enable_sleep_mode=False),
+        parallel_config=SimpleNamespace(
+            **sizes, enable_expert_parallel=False, data_parallel_external_lb=False, data_parallel_hybrid_lb=False
+        ),
+        model_config=SimpleNamespace(enable_sleep_mode=False),
         lora_config=None, speculative_config=None, quant_config=None, weight_transfer_config=None,
     )  # fmt: skip
     for path, value in changes.items():
@@ -32,10 +35,15 @@ def config(**changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"parallel_config__tensor_parallel_size": 2}, "tensor parallel size 2; start with 1"),
+        ({"parallel_config__tensor_parallel_size": 2}, None),
+        (
+            {"parallel_config__tensor_parallel_size": 2, "parallel_config__enable_expert_parallel": True},
+            "start without --enable-expert-parallel",
+        ),
         ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallel size 2; start with 1"),
-        ({"parallel_config__data_parallel_size": 4}, "data parallel size 4; start with 1"),
-        ({"parallel_config___api_process_count": 2}, "another server on the same store"),
+        ({"parallel_config__data_parallel_size": 4}, None),
+        ({"parallel_config__data_parallel_external_lb": True}, "start each as a server of its own"),
+        ({"parallel_config___api_process_count": 2}, None),
         ({"lora_config": object()}, "start without --enable-lora"),
         ({"speculative_config": SimpleNamespace(method="eagle")}, "speculative decoding by 'eagle'"),
         ({"speculative_config": SimpleNamespace(method="ngram")}, None),
@@ -59,9 +67,11 @@ def test_what_is_not_proven_exact_is_refused_with_what_to_do(changes: dict[str, 
 
 
 def test_all_reasons_are_told_at_once() -> None:
-    with pytest.raises(UnsupportedHost, match=r"tensor parallel size 2.*; LoRA beside edits.*; sleep mode"):
+    with pytest.raises(UnsupportedHost, match=r"pipeline parallel size 2.*; LoRA beside edits.*; sleep mode"):
         check_config(
-            config(parallel_config__tensor_parallel_size=2, lora_config=object(), model_config__enable_sleep_mode=True)
+            config(
+                parallel_config__pipeline_parallel_size=2, lora_config=object(), model_config__enable_sleep_mode=True
+            )
         )
 
 
@@ -71,9 +81,23 @@ def test_logits_are_not_edited_while_tokens_are_guessed() -> None:
     for point, refused in ((Site(None, "logits"), True), (Site(1, "resid"), False)):
         edit = Offset(site=str(point))
         room = Reservation.for_versions([bundle_of("polite", BASE, [(edit, random_numbers(edit, BASE, 0))]).manifest])
-        check_reservation(config(), room)
+        check_room(config(), BASE, room)
         if refused:
             with pytest.raises(UnsupportedHost, match="start without --speculative-config"):
-                check_reservation(guessing, room)
+                check_room(guessing, BASE, room)
         else:
-            check_reservation(guessing, room)
+            check_room(guessing, BASE, room)
+
+
+def test_what_workers_that_divide_a_model_cannot_do_is_refused() -> None:
+    """Models that vLLM divides otherwise than the others."""
+    divided, nothing = config(parallel_config__tensor_parallel_size=2), Reservation({})
+    check_room(divided, BASE, nothing)
+    olmo = BASE.model_copy(update={"architecture": "Olmo2ForCausalLM"})
+    check_room(config(), olmo, nothing)
+    with pytest.raises(UnsupportedHost, match="norms of queries and keys go over all heads"):
+        check_room(divided, olmo, nothing)
+    copied = config(parallel_config__data_parallel_size=2)
+    check_room(copied, BASE, nothing)
+    with pytest.raises(UnsupportedHost, match="which divides its experts"):
+        check_room(copied, BASE.model_copy(update={"architecture": "Qwen3MoeForCausalLM"}), nothing)

@@ -30,6 +30,7 @@ from edit_store.edits import SILENT, Array
 from edit_store.errors import InstallRefused, UnsupportedHost
 from plugin.edited_model import EditedModel
 from plugin.reservation import Place, Reservation, Room
+from plugin.share import Share
 from plugin.vllm_host.architectures import anchors
 from tests.conftest import Pairs, random_bundle, random_pairs
 from tests.fakes import (
@@ -591,7 +592,7 @@ def test_an_edited_module_is_still_the_same_object_of_the_same_kind() -> None:
     assert isinstance(layer, TinyLayer)
     assert type(layer) is not TinyLayer
     assert isinstance(layer.mlp.down_proj, Projection)
-    assert type(layer.mlp.down_proj).__name__ == "EditedProjection"
+    assert type(layer.mlp.down_proj).__name__ == "EditedSummingProjection"
     assert type(model.lm_head) is Projection  # no site, no change
     assert all(isinstance(place, nn.Module) for place in edited._places.values())
 
@@ -653,6 +654,6 @@ def test_every_site_of_the_model_has_an_anchor_of_the_right_widths() -> None:
     found: Mapping[Site, Any] = anchors(TinyModel(), BASE.architecture, WIDTHS)
     assert list(found) == ARCHITECTURES[BASE.architecture].sites(WIDTHS.layers)
     assert all(one < other for one, other in pairwise(found))
-    assert all(anchor.width == WIDTHS.of(site.point) for site, anchor in found.items())
+    assert all(anchor.share == Share.all_of(WIDTHS.of(site.point)) for site, anchor in found.items())
     fused = [found[Site(0, point)].start for point in ("q.out", "k.out", "v.out", "gate.out", "up.out")]
     assert fused == [0, 8, 12, 0, 16]

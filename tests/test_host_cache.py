@@ -30,7 +30,7 @@ class Reading:
         self.read.append(version)
         if self.down:
             raise StoreUnavailable("the store is down")
-        return Prepared(version, {}, torch.zeros(ROW, dtype=torch.uint8), ())
+        return Prepared(version, {}, torch.zeros(ROW, dtype=torch.uint8), (), "")
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -7,6 +7,7 @@ import enum
 import functools
 import json
 from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,14 +19,17 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
 
-from edit_store import LowRank
+from edit_store import LowRank, Offset
 from edit_store.cache import NodeCache
 from edit_store.reader import Reader
+from edit_store.scope import Scope as EditScope
 from plugin.claim import CLAIM, cache_salt
 from plugin.engine_gate import EngineGate
 from plugin.http.middleware import VariantMiddleware
 from plugin.http.routes import ADMIN_TOKEN_HEADER, router
 from plugin.lease import CURRENT_LEASE
+from plugin.owner import LocalOwner, Owner
+from plugin.owner_socket import FencedWorkers, OwnerServer, RemoteOwner
 from plugin.served_models import ServedModels
 from plugin.variants import Choice
 from tests.conftest import publish
@@ -243,16 +247,15 @@ class Handlers:
 class Site:
     """The app with the plugin attached as `plugin.vllm_host.frontend` attaches it."""
 
-    def __init__(self, server: Server, admin_token_file: Path | None) -> None:
+    def __init__(self, server: Server, admin_token_file: Path | None, owner: Owner | None = None) -> None:
         self.server = server
         self.engine = FakeEngine(server.workers)
         self.app = FastAPI()
-        self.app.add_middleware(VariantMiddleware, serving=lambda: (server.core, server.metrics))
-        self.app.include_router(
-            router(lambda: server.core, lambda: str(admin_token_file) if admin_token_file else None)
-        )
-        models = ServedModels(FakeModels(), lambda: server.core.table)
-        Handlers(EngineGate(self.engine, server.core.renew), models).add_to(self.app)
+        self.owner = owner or LocalOwner(server.core)
+        self.app.add_middleware(VariantMiddleware, serving=lambda: (self.owner, server.metrics))
+        self.app.include_router(router(lambda: self.owner, lambda: str(admin_token_file) if admin_token_file else None))
+        models = ServedModels(FakeModels(), self.owner.served)
+        Handlers(EngineGate(self.engine, self.owner.renew), models).add_to(self.app)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://server")
 
@@ -276,16 +279,35 @@ class Site:
         )
 
 
-@pytest.fixture
-async def site(tmp_path: Path) -> AsyncIterator[Site]:
-    """Serves the base as `tiny`; the admin token is `let-me-in`."""
+@asynccontextmanager
+async def another_process(server: Server, path: Path) -> AsyncIterator[RemoteOwner]:
+    """An owner that is asked over its socket, as the other processes of an API server do."""
+    listening = OwnerServer(path)
+    await listening.start(LocalOwner(server.core))
+    remote = RemoteOwner(path, lambda: server.workers.call("edits_fence"))
+    await remote.connect()
+    server.core._workers = FencedWorkers(server.workers, listening.fence)
+    yield remote
+    await remote.close()
+    await listening.close()
+
+
+@pytest.fixture(params=["its own process", "another process"])
+async def site(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Site]:
+    """Serves the base as `tiny`; the admin token is `let-me-in`. The slots' owner is in this process or in another."""
     token_file = tmp_path / "token"
     token_file.write_text("let-me-in\n")
-    made = Site(Server(f"memory://{tmp_path}"), token_file)
-    yield made
-    await made.client.aclose()
-    await made.server.core.settle()
-    assert made.is_quiet()
+    server = Server(f"memory://{tmp_path}")
+    async with AsyncExitStack() as processes:
+        owner = None
+        if request.param == "another process":
+            owner = await processes.enter_async_context(another_process(server, tmp_path / "owner.sock"))
+        made = Site(server, token_file, owner)
+        yield made
+        await made.client.aclose()
+        await made.server.core.settle()
+        while not made.is_quiet():  # noqa: ASYNC110  what is given back over a socket arrives a little later
+            await asyncio.sleep(0.001)
 
 
 class Call:
@@ -568,6 +590,20 @@ async def test_a_caller_cannot_write_the_claim(site: Site, model: str) -> None:
     await site.ask(model, vllm_xargs={CLAIM: [slot, strict, 1.0], "theirs": 1})
     assert site.engine.claims == [polite if model == "polite" else None]
     assert site.engine.requests[0].extra_args["theirs"] == 1
+
+
+async def test_beam_search_on_what_edits_prompt_and_answer_differently_is_a_400(site: Site) -> None:
+    """vLLM asks the engine anew for every token, with the answer so far as prompt. Other variants are searched."""
+    said = Offset(site="layers.1.resid", scope=EditScope(phase="generated"))
+    (scoped,) = await site.server.promote(version_of("scoped", edit=said))
+    await site.server.promote(version_of("polite"))
+    answer = await site.ask("scoped", use_beam_search=True)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "use_beam_search"
+    assert "Leave out use_beam_search" in answer.json()["error"]["message"]
+    assert site.engine.requests == []
+    assert (await site.ask("scoped", use_beam_search=False)).headers["x-edits-version"] == scoped
+    assert (await site.ask("polite", use_beam_search=True)).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -864,7 +900,7 @@ async def test_a_promotion_that_this_server_cannot_follow_says_so(site: Site) ->
     bad = publish(site.server.store, version_of("polite", BASE.model_copy(update={"files": {"x": "b" * 64}})), tag=None)
     answer = await site.client.put("/v1/edits/polite", json={"version": bad}, headers=TOKEN)
     assert answer.status_code == 422
-    assert "this server keeps the old version" in answer.json()["detail"]
+    assert "stands in the store, but this server keeps what it served" in answer.json()["detail"]
     assert (await site.ask("polite")).headers["x-edits-version"] == good
 
 
@@ -913,14 +949,19 @@ async def test_what_is_said_to_the_plugin_holds_no_lease_below_a_root_path_eithe
     async def app(*_: Any) -> None:
         held.append(CURRENT_LEASE.get() is not None)
 
-    async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": b"{}", "more_body": False}
+    def client() -> Callable[[], Any]:
+        said = [{"type": "http.request", "body": b"{}", "more_body": False}]
+
+        async def receive() -> Any:
+            return said.pop() if said else await asyncio.Event().wait()
+
+        return receive
 
     async def send(_: Any) -> None:
         raise AssertionError("nothing is answered here")
 
-    middleware = VariantMiddleware(app, lambda: (site.server.core, site.server.metrics))
+    middleware = VariantMiddleware(app, lambda: (site.owner, site.server.metrics))
     for path in ("/v1/edits/sync", "/v1/edits/polite/rollback", "/v1/completions"):
         scope = {"type": "http", "method": "POST", "path": root + path, "root_path": root, "headers": []}
-        await middleware(scope, receive, send)
+        await middleware(scope, client(), send)
     assert held == [False, False, True]

@@ -67,6 +67,9 @@ def test_planning_on_the_command_line(checkpoint: Path, tmp_path: Path) -> None:
     assert plan.total(told["fit"]) <= 1 << 20 < plan.total(told["fit"] + 1)
     assert sum(row["bytes"] for row in told["rooms"]) == plan.slot
     assert told["refused"] == {}
+    each = planned(checkpoint, store, "--dtype", "float32", "--tensor-parallel-size", "2", "--json")
+    divided = Plan.of(Reservation.for_versions([bundle.manifest]), price(bundle.manifest.base.widths, torch.float32, 2))
+    assert each["bytes_per_slot"] == divided.slot < plan.slot
     small = json.dumps([{"kind": "offset", "site": "final"}])
     assert "polite would be refused" in planned(checkpoint, store, "--set", f"reserve={small}")
     half = planned(checkpoint, store, "--json")

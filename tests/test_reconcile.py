@@ -707,8 +707,8 @@ async def test_firings_that_cannot_be_read_are_counted_at_the_next_look(server: 
     gate = Gate(site="layers.1.resid", reads="layers.1.resid", rank=1)
     (version,) = await server.promote(version_of("polite", edit=gate))
 
-    def told(times: int) -> Answer:
-        return {"firings": [[version, "layers.1.resid", times]]}
+    def told(times: int, share: int = 0) -> Answer:
+        return {"share": share, "firings": [[version, "layers.1.resid", times]]}
 
     async def counted() -> float:
         await server.core.sync()
@@ -716,12 +716,14 @@ async def test_firings_that_cannot_be_read_are_counted_at_the_next_look(server: 
         labels = {"variant": "polite", "version": version[:12], "edit": "layers.1.resid"}
         return server.metric("gate_firings_total", **labels)
 
-    server.workers.overrides["edits_firings"] = lambda _, __: told(2)
-    assert await counted() == 2
+    server.workers.overrides["edits_firings"] = lambda number, _: told(2 + number)
+    assert await counted() == 2 + 3, "two engines, each with tokens of its own"
     server.workers.overrides["edits_firings"] = lambda _, __: {"error": "the engine is gone"}
-    assert await counted() == 2
-    server.workers.overrides["edits_firings"] = lambda _, __: told(5)
     assert await counted() == 5
+    server.workers.overrides["edits_firings"] = lambda number, _: told(7 + number)
+    assert await counted() == 7 + 8
+    server.workers.overrides["edits_firings"] = lambda number, _: told(9, share=number)
+    assert await counted() == 9 + 8, "two workers that divide a model see the same tokens"
     assert server.metric("store_errors_total") == 0
 
 

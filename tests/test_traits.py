@@ -81,9 +81,11 @@ def test_firings_only_grow_also_when_a_version_comes_back() -> None:
         return registry.get_sample_value("vllm_edits_gate_firings_total", labels) or 0
 
     for total in (3, 3, 5):
-        firings.count("polite", "v1", "layers.1.mlp.out", total)
+        firings.count("polite", "v1", "layers.1.mlp.out", 0, total)
     assert counted() == 5
     firings.forget("v1")
-    firings.count("polite", "v1", "layers.1.mlp.out", 2)
-    firings.count("polite", "v2", "layers.1.mlp.out", 9)
+    firings.count("polite", "v1", "layers.1.mlp.out", 0, 2)
+    firings.count("polite", "v2", "layers.1.mlp.out", 0, 9)
     assert counted() == 7
+    firings.count("polite", "v1", "layers.1.mlp.out", 1, 4)
+    assert counted() == 11, "another worker, with tokens of its own"

@@ -216,6 +216,24 @@ async def test_patience_ends_and_the_next_look_tries_again(tmp_path: Path) -> No
     assert await server.ask("polite") == second == in_weights(server)
 
 
+async def test_for_one_entry_the_door_is_held_shut_once(tmp_path: Path) -> None:
+    """A long request must not shut everybody out at every look. Whoever promotes again asks to wait again."""
+    server = Server(f"memory://{tmp_path}", weights="polite", weights_patience_seconds=0.05)
+    await server.promote(version())
+    running = await start(server, "polite")
+    second = publish(server.store, version())
+    assert "still running" in (await server.core.sync())[0].error
+    server.core._weights._patience = 1000
+    for _ in range(2):
+        assert "still running" in (await asyncio.wait_for(server.core.sync(), 10))[0].error
+    server.store.promote(f"polite@{second}")
+    sync = asyncio.ensure_future(server.core.sync())
+    assert not await soon(sync)
+    running.end()
+    await sync
+    assert in_weights(server) == second
+
+
 async def test_running_requests_can_be_aborted(tmp_path: Path) -> None:
     server = Server(f"memory://{tmp_path}", weights="polite", weights_running="abort")
     await server.promote(version())

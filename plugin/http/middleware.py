@@ -18,18 +18,29 @@ import msgspec
 from edit_store.errors import AmbiguousVersion, EditsError, NotFound, RequestRefused
 from plugin.lease import CURRENT_LEASE, Lease
 from plugin.metrics import UNKNOWN, Metrics
-from plugin.reconcile import Reconciler
+from plugin.owner import Owner
 from plugin.traits import STRENGTH_ARGUMENT, STRENGTH_HEADER
 
 Scope = dict[str, Any]
 VARIANT_HEADER, VERSION_HEADER = b"x-edits-variant", b"x-edits-version"
 OURS, _ANTHROPIC_PATH = "/v1/edits", "/v1/messages"
+BEAMS = "use_beam_search"
 
 
 class _Named(msgspec.Struct):
     """The field of every request body that is looked at."""
 
     model: str | None = None
+
+
+class _Searching(msgspec.Struct):
+    """The field that asks vLLM for beam search."""
+
+    use_beam_search: bool | None = None
+
+
+class BeamsRefused(RequestRefused):
+    """A beam search on a variant that edits prompt and answer differently."""
 
 
 class _Arguing(msgspec.Struct):
@@ -39,9 +50,9 @@ class _Arguing(msgspec.Struct):
 
 
 class VariantMiddleware:
-    """ASGI middleware; `serving` gives the reconciler and the metrics once the server is up."""
+    """ASGI middleware; `serving` gives the slots' owner and the metrics once the server is up."""
 
-    def __init__(self, app: Any, serving: Callable[[], tuple[Reconciler, Metrics]]) -> None:
+    def __init__(self, app: Any, serving: Callable[[], tuple[Owner, Metrics]]) -> None:
         self._app = app
         self._serving = serving
 
@@ -49,7 +60,7 @@ class VariantMiddleware:
         if scope["type"] != "http" or scope["method"] != "POST" or not _is_json(scope) or _is_ours(scope):
             await self._app(scope, receive, send)
             return
-        reconciler, metrics = self._serving()
+        owner, metrics = self._serving()
         arrived = time.monotonic()
         body, replay = await _buffered(receive)
         if not body:  # asks no model for anything
@@ -57,10 +68,17 @@ class VariantMiddleware:
             return
         model = _model_named_in(body)
         try:
-            lease = await _unless_gone(reconciler.lease(model, _strength(scope, body)), receive)
+            lease = await _unless_gone(owner.lease(model, _strength(scope, body)), receive)
+            if lease is not None and lease.choice.traits.bound_to_prompt and _searches_beams(body):
+                with lease.hold():
+                    pass
+                raise BeamsRefused(
+                    f"{model!r} edits prompt and answer differently, and beam search asks the engine anew for every "
+                    f"token, with the answer so far as prompt. Leave out {BEAMS}"
+                )
         except EditsError as error:
             metrics.requests.labels(*metrics.labels(UNKNOWN, None), "rejected").inc()
-            await _answer_error(_route(scope), error, reconciler.refusal(model), send)
+            await _answer_error(_route(scope), error, send)
             return
         if lease is None:
             metrics.requests.labels(*metrics.labels(UNKNOWN, None), "aborted").inc()
@@ -169,6 +187,15 @@ def _strength(scope: Scope, body: bytes) -> float | None:
     return strength
 
 
+def _searches_beams(body: bytes) -> bool:
+    if BEAMS.encode() not in body:
+        return False
+    try:
+        return bool(msgspec.json.decode(body, type=_Searching).use_beam_search)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return False  # vLLM's to refuse
+
+
 async def _unless_gone(lease: Coroutine[Any, Any, Lease], receive: Any) -> Lease | None:
     """The lease, or None if the client leaves while it waits for a slot: nothing is installed for nobody.
 
@@ -209,15 +236,14 @@ async def _buffered(receive: Any) -> tuple[bytes, Any]:
     return body, replay
 
 
-async def _answer_error(path: str, error: EditsError, refusal: str, send: Any) -> None:
+async def _answer_error(path: str, error: EditsError, send: Any) -> None:
     """An error in the form of the endpoint that was asked: OpenAI's, or Anthropic's below /v1/messages."""
     parameter = "model"
     if isinstance(error, NotFound | AmbiguousVersion):
         status, kind, message = 404, "NotFoundError", str(error)
-        if refusal:
-            status, kind, message = 503, "ServiceUnavailableError", f"This variant cannot be served: {refusal}"
     elif isinstance(error, RequestRefused):
-        status, kind, parameter, message = 400, "BadRequestError", STRENGTH_ARGUMENT, str(error)
+        parameter = BEAMS if isinstance(error, BeamsRefused) else STRENGTH_ARGUMENT
+        status, kind, message = 400, "BadRequestError", str(error)
     else:
         status, kind, message = 503, "ServiceUnavailableError", str(error)
     content: dict[str, Any]

@@ -5,10 +5,9 @@ Below /v1, so vLLM's own --api-key guards it too. Changes need the admin token b
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,12 +15,13 @@ from fastapi import APIRouter, HTTPException, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from edit_store.errors import AmbiguousVersion, BundleRefused, Conflict, EditsError, NotFound
-from edit_store.trust import Enforcement
 from plugin.http.middleware import OURS
-from plugin.reconcile import Reconciler
+from plugin.owner import CannotSign, Change, NotFollowed, Owner
 
 ADMIN_TOKEN_HEADER = "x-edits-admin-token"  # noqa: S105  a header's name, not a secret
-_STATUS = {NotFound: 404, AmbiguousVersion: 409, Conflict: 409, BundleRefused: 422}
+_STATUS = {
+    CannotSign: 403, NotFound: 404, AmbiguousVersion: 409, Conflict: 409, BundleRefused: 422, NotFollowed: 422,
+}  # fmt: skip
 
 
 class Promotion(BaseModel):
@@ -47,66 +47,39 @@ TagQuery = Annotated[str | None, Query(description="tag; the server's default ta
 ReasonQuery = Annotated[str, Query(description="why, for the history")]
 
 
-def router(reconciler: Callable[[], Reconciler], admin_token_file: Callable[[], str | None]) -> APIRouter:
+def router(owner: Callable[[], Owner], admin_token_file: Callable[[], str | None]) -> APIRouter:
     """The routes; both arguments are asked at each request."""
     routes = APIRouter(prefix=OURS, tags=["edits"])
 
     @routes.get("", summary="Variants, versions, slots, in-flight requests, last swap, last error, store head")
     async def status() -> Any:
-        return reconciler().status()
+        return await owner().status()
 
     @routes.post("/sync", summary="Read the store now and follow what moved; count what gates did")
     async def sync() -> Any:
-        core = reconciler()
-        swaps = await core.sync(retry_refused=True)
-        await core.read_firings()
-        return {"swaps": [asdict(swap) for swap in swaps], "last_error": core.last_error}
+        return await owner().sync()
+
+    async def changed(request: Request, change: Change) -> Any:
+        asked, actor = owner(), _authorized(request, admin_token_file())
+        try:
+            return await asked.change(replace(change, actor=actor))
+        except EditsError as error:
+            status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 503)
+            raise HTTPException(status, detail=str(error)) from error
 
     @routes.put("/{name}", summary="Promote a version: append to the store, then follow it")
     async def promote(name: str, body: Promotion, request: Request) -> Any:
-        core = reconciler()
-        tag = body.tag or core.table.default_tag
-        actor = _authorized(request, admin_token_file())
-        reference = f"{name}@{body.version}"
-        return await _changed(
-            core, lambda: core.reader.store.promote(reference, tag=tag, reason=body.reason, actor=actor)
-        )
+        return await changed(request, Change("promote", name, body.tag, body.version, body.reason))
 
     @routes.post("/{name}/rollback", summary="Return to the version promoted before")
     async def rollback(name: str, body: Return, request: Request) -> Any:
-        core = reconciler()
-        tag = body.tag or core.table.default_tag
-        actor = _authorized(request, admin_token_file())
-        return await _changed(core, lambda: core.reader.store.rollback(name, tag=tag, reason=body.reason, actor=actor))
+        return await changed(request, Change("rollback", name, body.tag, reason=body.reason))
 
     @routes.delete("/{name}", summary="Withdraw: the tag promotes nothing any more, and requests for it are not found")
     async def withdraw(name: str, request: Request, tag: TagQuery = None, reason: ReasonQuery = "") -> Any:
-        core = reconciler()
-        moved = tag or core.table.default_tag
-        actor = _authorized(request, admin_token_file())
-        return await _changed(core, lambda: core.reader.store.withdraw(name, tag=moved, reason=reason, actor=actor))
+        return await changed(request, Change("withdraw", name, tag, reason=reason))
 
     return routes
-
-
-async def _changed(core: Reconciler, change: Callable[[], Any]) -> Any:
-    """Append to the store, follow it at once, and answer with the entry and the swap."""
-    if core.reader.trust.enforcement is Enforcement.REQUIRE and not core.reader.store.signs:
-        raise HTTPException(
-            403,
-            detail="promotions must be signed, and this server has no key: set edits.signing_key_file, or use "
-            "`vllm-edits promote --key` on the store",
-        )
-    try:
-        entry = await asyncio.to_thread(change)
-    except EditsError as error:
-        status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 503)
-        raise HTTPException(status, detail=str(error)) from error
-    swaps = await core.sync(retry_refused=True)
-    swap = next((swap for swap in swaps if (swap.variant, swap.tag) == (entry.name, entry.tag)), None)
-    if swap is not None and swap.error:
-        raise HTTPException(422, detail=f"promoted in the store, but this server keeps the old version: {swap.error}")
-    return {"entry": entry.model_dump(mode="json"), "swap": asdict(swap) if swap else None}
 
 
 def _authorized(request: Request, token_file: str | None) -> str:

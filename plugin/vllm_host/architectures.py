@@ -6,29 +6,51 @@ from typing import Any
 
 from torch import nn
 
-from edit_store.architectures import Architecture, supported
+from edit_store.architectures import Architecture, ModuleSide, supported
 from edit_store.errors import UnsupportedHost
 from edit_store.sites import LAYER_POINTS, Site, Widths
 from plugin.edited_model import Anchor
+from plugin.share import SOLE, Share, Worker
 
 
-def anchors(model: nn.Module, name: str, widths: Widths) -> dict[Site, Anchor]:
-    """The module behind every site of `model`. UnsupportedHost names what is missing."""
+def anchors(model: nn.Module, name: str, widths: Widths, worker: Worker = SOLE) -> dict[Site, Anchor]:
+    """The module behind every site of `model`, and what the worker that holds it has of the vector there.
+
+    UnsupportedHost names what is missing, or divided among workers otherwise than expected.
+    """
     architecture = supported(name)
-    return {site: _anchor(model, architecture, widths, site) for site in architecture.sites(widths.layers)}
+    return {site: _anchor(model, architecture, widths, site, worker) for site in architecture.sites(widths.layers)}
 
 
-def _anchor(model: nn.Module, architecture: Architecture, widths: Widths, site: Site) -> Anchor:
+def _anchor(model: nn.Module, architecture: Architecture, widths: Widths, site: Site, worker: Worker) -> Anchor:
     try:
         root: Any = model
         if site.layer is not None:
             root = model.get_submodule(architecture.layer_path(site.layer))
         modules = dict(root.named_modules())
-        at = architecture.side_of(site.point, widths, modules.__contains__)
+        at = architecture.side_of(site.point, widths.per_worker(worker.size), modules.__contains__)
         module = modules["logits_processor"] if site.point == "logits" else modules[at.path]
     except (AttributeError, KeyError) as error:
         raise UnsupportedHost(
             f"this vLLM builds {architecture.name} otherwise than expected: no module behind {site} ({error})"
         ) from error
     is_layer = site.point in LAYER_POINTS and at.path == ""
-    return Anchor(module, at.side, at.start, widths.of(site.point), is_layer)
+    share = worker.share(widths, site.point)
+    if worker.size > 1:
+        _require_divided_so(module, at, share, site)
+    return Anchor(module, at.side, at.start, share, is_layer)
+
+
+def _require_divided_so(module: Any, at: ModuleSide, share: Share, site: Site) -> None:
+    """UnsupportedHost where a projection has another part of a vector, or of a sum, than edits there are made for."""
+    found = getattr(module, f"{at.side}_size_per_partition", None)
+    fits = found is None or (found == share.width if at.start is None else at.start + share.width <= found)
+    if not fits:
+        why = f"{share.width} numbers of it for each, found {found}"
+    elif at.side == "output" and not getattr(module, "reduce_results", True):
+        why = "all of it for each, found a part of a sum"
+    else:
+        return
+    raise UnsupportedHost(
+        f"this vLLM divides {site} among workers otherwise than expected: {why}. Start with --tensor-parallel-size 1"
+    )

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import vllm
 from packaging.version import Version
 
+from edit_store.architectures import supported
+from edit_store.bundle import BaseModelRef
 from edit_store.errors import UnsupportedHost
 from plugin.reservation import Reservation
+from plugin.vllm_host import seams
+
+logger = logging.getLogger("vllm.edits")
 
 LOAD_FORMAT = "edits"
 PLUGIN_NAME = "edits"
@@ -19,54 +27,75 @@ QUANTISED = ("compressed-tensors",)
 """Ways of quantising the base model under which edits, which stay in full precision around it, are proven."""
 
 
-def check_version() -> None:
-    """UnsupportedHost outside the supported range."""
+GUESSING = ("ngram", "draft_model")
+"""Methods of speculative decoding under which what is answered is proven to be the edited model's."""
+
+
+def check_version(*, any_vllm: bool = False) -> None:
+    """UnsupportedHost outside the supported range; with `any_vllm` only a warning of what could break."""
     low, high = SUPPORTED_VLLM
     found = Version(vllm.__version__)
-    if not low <= Version(found.base_version) < high:
-        raise UnsupportedHost(
-            f"vllm-edits supports vLLM {low} up to (not including) {high}, found {found}. Install one of these"
-        )
+    if low <= Version(found.base_version) < high:
+        return
+    outside = f"vllm-edits supports vLLM {low} up to (not including) {high}, found {found}"
+    if not any_vllm:
+        raise UnsupportedHost(f"{outside}. Install one of these, or try this one with edits.any_vllm = true")
+    lacking = "; ".join(seams.missing(_installed)) or "nothing is known to"
+    logger.warning("%s, and edits.any_vllm asks to start all the same. What would break: %s", outside, lacking)
+
+
+def _installed(file: str) -> str | None:
+    path = Path(vllm.__file__).parent / file
+    return path.read_text() if path.is_file() else None
 
 
 def check_config(config: Any) -> None:
     """UnsupportedHost, with all reasons, for ways of running that are not proven exact: see tests/CONFIGURATIONS.md."""
-    parallel, reasons = config.parallel_config, []
-    for name, size in (
-        ("tensor parallel", parallel.tensor_parallel_size),
-        ("pipeline parallel", parallel.pipeline_parallel_size),
-        ("data parallel", parallel.data_parallel_size),
-    ):
-        if size > 1:
-            reasons.append(f"{name} size {size}; start with 1")
-    if (processes := getattr(parallel, "_api_process_count", 1)) > 1:
-        reasons.append(
-            f"{processes} API server processes, each of which would give the same slots to other versions; start with "
-            "--api-server-count 1, and for more of them another server on the same store"
-        )
-    if config.lora_config is not None:
-        reasons.append("LoRA beside edits; start without --enable-lora")
-    speculative = config.speculative_config
-    if speculative is not None and speculative.method != "ngram":
-        reasons.append(
-            f"speculative decoding by {speculative.method!r}, whose own model is not edited; use the method ngram, or "
-            "start without --speculative-config"
-        )
-    if config.model_config.enable_sleep_mode:
-        reasons.append("sleep mode, which may drop what the slots hold; start without --enable-sleep-mode")
-    if getattr(config, "weight_transfer_config", None) is not None:
-        reasons.append("base weights that are replaced while it runs; start without --weight-transfer-config")
-    if config.quant_config is not None and config.quant_config.get_name() not in QUANTISED:
-        reasons.append(
-            f"a base model quantised by {config.quant_config.get_name()!r}; serve one of {', '.join(QUANTISED)}, or an "
-            "unquantised checkpoint"
-        )
+    reasons = [*_unproven_processes(config.parallel_config), *_unproven_models(config)]
     if reasons:
         raise UnsupportedHost("edits are not proven exact with: " + "; ".join(reasons))
 
 
-def check_reservation(config: Any, reservation: Reservation) -> None:
+def _unproven_processes(parallel: Any) -> Iterator[str]:
+    """What is not proven of how the work is divided."""
+    if (size := parallel.pipeline_parallel_size) > 1:
+        yield f"pipeline parallel size {size}; start with 1"
+    if parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb:
+        yield "engines of one data-parallel group behind several servers; start each as a server of its own"
+    if parallel.tensor_parallel_size > 1 and parallel.enable_expert_parallel:
+        yield "experts divided among workers; start without --enable-expert-parallel"
+
+
+def _unproven_models(config: Any) -> Iterator[str]:
+    """What is not proven of the base model, and of what stands beside it or takes its place."""
+    if config.lora_config is not None:
+        yield "LoRA beside edits; start without --enable-lora"
+    speculative = config.speculative_config
+    if speculative is not None and speculative.method not in GUESSING:
+        yield (
+            f"speculative decoding by {speculative.method!r}; use {' or '.join(GUESSING)}, or start without "
+            "--speculative-config"
+        )
+    if config.model_config.enable_sleep_mode:
+        yield "sleep mode, which may drop what the slots hold; start without --enable-sleep-mode"
+    if getattr(config, "weight_transfer_config", None) is not None:
+        yield "base weights that are replaced while it runs; start without --weight-transfer-config"
+    if config.quant_config is not None and config.quant_config.get_name() not in QUANTISED:
+        yield (
+            f"a base model quantised by {config.quant_config.get_name()!r}; serve one of {', '.join(QUANTISED)}, or an "
+            "unquantised checkpoint"
+        )
+
+
+def check_room(config: Any, base: BaseModelRef, reservation: Reservation) -> None:
     """UnsupportedHost for room that this way of running has no exact use for."""
+    if config.parallel_config.tensor_parallel_size > 1 and (why := supported(base.architecture).undivided):
+        raise UnsupportedHost(f"{base.architecture} with tensor parallel: {why}. Start with --tensor-parallel-size 1")
+    if config.parallel_config.data_parallel_size > 1 and supported(base.architecture).experts:
+        raise UnsupportedHost(
+            f"edits are not proven exact with {base.architecture} and data parallel, which divides its experts: start "
+            "with --data-parallel-size 1, and for more engines another server on the same store"
+        )
     if config.speculative_config is not None and any(site.point == "logits" for site in reservation.sites()):
         raise UnsupportedHost(
             "edits at logits are not proven exact with speculative decoding, where a step wants the logits of more "

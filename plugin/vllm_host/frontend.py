@@ -6,6 +6,7 @@ import asyncio
 import importlib.metadata
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from plugin.engine_gate import EngineGate
 from plugin.http.middleware import VariantMiddleware
 from plugin.http.routes import router
 from plugin.metrics import Metrics
+from plugin.owner import LocalOwner, Owner
+from plugin.owner_socket import FencedWorkers, OwnerServer, RemoteOwner, socket_path
 from plugin.plan import weights_key
 from plugin.price import price
 from plugin.reading import open_reader
@@ -33,14 +36,28 @@ logger = logging.getLogger("vllm.edits")
 
 
 class EngineWorkers:
-    """`Workers` over the engine client's collective call."""
+    """`Workers` over the engine client's collective call; with data parallel, those of every engine."""
 
     def __init__(self, engine_client: Any) -> None:
         self._engine = engine_client
 
+    @property
+    def api_process(self) -> tuple[int, int]:
+        """Which one of how many API server processes this is."""
+        parallel = self._engine.vllm_config.parallel_config
+        return getattr(parallel, "_api_process_rank", 0), getattr(parallel, "_api_process_count", 1)
+
     async def call(self, method: str, *args: Any) -> list[dict[str, Any]]:
-        answers: list[dict[str, Any]] = await self._engine.collective_rpc(method, args=args)
-        return answers
+        if self._engine.vllm_config.parallel_config.data_parallel_size == 1:
+            answers: list[dict[str, Any]] = await self._engine.collective_rpc(method, args=args)
+            return answers
+        # The public call reaches every engine too, and tells what the first one answers.
+        client = compat.need(self._engine, "engine_core")
+        ask, engines = compat.need(client, "_call_utility_async"), compat.need(client, "core_engines")
+        by_engine = await asyncio.gather(
+            *(ask("collective_rpc", method, None, args, None, engine=engine) for engine in engines)
+        )
+        return [answer for answers in by_engine for answer in answers]
 
     async def abort_all(self) -> None:
         try:
@@ -56,24 +73,23 @@ class EditsEndpoints:
     required_tasks: tuple[str, ...] | None = ("generate",)
 
     def __init__(self) -> None:
-        self._reconciler: Reconciler | None = None
+        self._owner: Owner | None = None
         self._metrics: Metrics | None = None
         self._settings: EditSettings | None = None
         self._following: asyncio.Task[None] | None = None
 
     def attach_router(self, app: Any) -> None:
         """Called while vLLM builds its app."""
-        app.add_middleware(VariantMiddleware, serving=lambda: (self._core(), self._metrics))
-        app.include_router(router(self._core, lambda: self._settings.admin_token_file if self._settings else None))
+        app.add_middleware(VariantMiddleware, serving=lambda: (self._asked(), self._metrics))
+        app.include_router(router(self._asked, lambda: self._settings.admin_token_file if self._settings else None))
 
-    def _core(self) -> Reconciler:
-        if self._reconciler is None:
+    def _asked(self) -> Owner:
+        if self._owner is None:
             raise UnsupportedHost("edits are not attached to an engine yet")
-        return self._reconciler
+        return self._owner
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Everything that must hold before the first request; an exception here ends the start."""
-        compat.check_version()
         config = engine_client.vllm_config
         load_format = config.load_config.load_format
         if load_format != compat.LOAD_FORMAT:
@@ -82,16 +98,36 @@ class EditsEndpoints:
                 f"Start with --load-format {compat.LOAD_FORMAT}, or without edits in VLLM_PLUGINS"
             )
         settings = self._settings = read_settings(config.additional_config)
+        compat.check_version(any_vllm=settings.any_vllm)
         _require_file(settings.admin_token_file)
         models = compat.need(state, "openai_serving_models")
-        workers = EngineWorkers(engine_client)
         self._metrics = Metrics()
         base_names = tuple(path.name for path in models.base_model_paths)
-        self._reconciler, description = await start(workers, settings, self._metrics, base_names)
-        gate = EngineGate(engine_client, self._reconciler.renew, forks=forks(config))
-        put_before_handlers(state, {engine_client: gate, models: ServedModels(models, lambda: self._core().table)})
-        self._following = asyncio.create_task(self._reconciler.follow(settings.poll_seconds))
+        workers = EngineWorkers(engine_client)
+        self._owner, description = await self._owning(workers, settings, self._metrics, base_names)
+        gate = EngineGate(engine_client, self._owner.renew, forks=forks(config))
+        put_before_handlers(state, {engine_client: gate, models: ServedModels(models, self._owner.served)})
         logger.info("%s; %s", versions(config), description)
+
+    async def _owning(
+        self, workers: EngineWorkers, settings: EditSettings, metrics: Metrics, base_names: tuple[str, ...]
+    ) -> tuple[Owner, str]:
+        """Whoever owns the slots: the first of the API server's processes, which the others ask."""
+        rank, count = workers.api_process
+        if rank:
+            remote = RemoteOwner(socket_path(), partial(workers.call, "edits_fence"))
+            await remote.connect()
+            return remote, f"API server process {rank + 1} of {count}, asks the first"
+        asked: Workers = workers
+        if count > 1:
+            server = OwnerServer(socket_path())
+            asked = FencedWorkers(workers, server.fence)
+        reconciler, description = await start(asked, settings, metrics, base_names)
+        owner = LocalOwner(reconciler)
+        if count > 1:
+            await server.start(owner)
+        self._following = asyncio.create_task(reconciler.follow(settings.poll_seconds))
+        return owner, description
 
 
 async def start(
@@ -117,7 +153,7 @@ async def start(
         base=base,
         base_names=base_names,
         reservation=reservation,
-        price=price(base.widths, getattr(torch, described["dtype"])),
+        price=price(base.widths, getattr(torch, described["dtype"]), described["workers"]),
         slots=described["slots"],
         default_tag=settings.default_tag,
         weights_key=weights_key(settings),

@@ -19,6 +19,11 @@ from torch import nn
 from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.utils.import_utils import resolve_obj_by_qualname
@@ -30,12 +35,14 @@ from edit_store.bundle import BaseModelRef, Manifest
 from edit_store.edits import Tensors
 from edit_store.errors import UnsupportedHost
 from plugin import weights_room
+from plugin.checkpoint import Checkpoint
 from plugin.edited_model import EditedModel, Prepared
 from plugin.host_cache import HostCache, R
 from plugin.patched_weights import Patch, PatchedWeights
 from plugin.plan import Plan, set_apart
 from plugin.price import price
 from plugin.reading import open_reader
+from plugin.share import Worker
 from plugin.vllm_host import compat
 from plugin.vllm_host.architectures import anchors
 from plugin.vllm_host.runner_v2 import use_edits_model_state
@@ -73,29 +80,34 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> Any:
         """Load the base model and reserve the slot tensors. Any doubt ends the start here, with the reason."""
-        compat.check_version()
+        settings = read_settings(vllm_config.additional_config)
+        compat.check_version(any_vllm=settings.any_vllm)
         if envs.VLLM_PLUGINS is None or compat.PLUGIN_NAME not in envs.VLLM_PLUGINS:
             raise UnsupportedHost(
                 f"load format `edits` needs VLLM_PLUGINS to name {compat.PLUGIN_NAME!r}, found {envs.VLLM_PLUGINS}: "
                 "without it vLLM does not load the plugin's HTTP side. Start with VLLM_PLUGINS=edits (no spaces)"
             )
-        settings = read_settings(vllm_config.additional_config)
+        if model_config.runner_type == "draft":  # it guesses as the base model would, and the edited one decides
+            return self._loader(settings).load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         compat.check_config(vllm_config)
-        base = identify(model_folder(model_config), name=model_config.model)
+        folder = model_folder(model_config)
+        base = identify(folder, name=model_config.model)
+        architecture = supported(base.architecture)
         reservation, room = set_apart(settings, base)
-        compat.check_reservation(vllm_config, reservation)
+        compat.check_room(vllm_config, base, reservation)
+        tensor_parallel = Worker(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
 
         def patched(model: nn.Module) -> list[nn.Module]:
-            sites = anchors(model, base.architecture, base.widths)
+            sites = anchors(model, base.architecture, base.widths, tensor_parallel)
             return [sites[site].module for site in room]
 
         inner = self._loader(settings)
         with keeping_loaded(inner, patched) as kept:
             model: Any = inner.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
-        sites = anchors(model, base.architecture, base.widths)
-        weights = patchable(model, sites, room, kept, supported(base.architecture))
+        sites = anchors(model, base.architecture, base.widths, tensor_parallel)
+        weights = patchable(model, sites, room, kept, Checkpoint(folder, architecture, base.widths))
         device = next(model.parameters()).device
-        plan = Plan.of(reservation, price(base.widths, model_config.dtype))
+        plan = Plan.of(reservation, price(base.widths, model_config.dtype, tensor_parallel.size))
         plan.require(settings.slots, free_bytes(vllm_config, device))
         # The compiled graph depends on what is reserved, so that must be in the compile cache's key.
         vllm_config.additional_config[KEY] = {
@@ -112,6 +124,8 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
             max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
             dtype=model_config.dtype,
             device=device,
+            worker=tensor_parallel,
+            over_workers=tensor_model_parallel_all_reduce,
         )
         EditsWorker.extend(resolve_obj_by_qualname(vllm_config.parallel_config.worker_cls))
         model.loaded_edits = LoadedEdits(

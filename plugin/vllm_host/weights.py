@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
-from edit_store.architectures import Architecture
 from edit_store.errors import UnsupportedHost
 from edit_store.sites import Site
+from plugin.checkpoint import Checkpoint
 from plugin.edited_model import Anchor
 from plugin.patched_weights import Copy, LiveWeight, Part, PatchedWeights
 from plugin.plain_weight import PlainWeight, exchange_bias
@@ -46,7 +46,9 @@ class PackedWeight:
         return self._loaded
 
     def copy(self, weight: Tensor, bias: Tensor | None) -> Copy:
-        return Copy(ops.create_onednn_mm(weight.t(), _PRIMITIVES), bias, weight.nbytes)
+        made = Copy(ops.create_onednn_mm(weight.t(), _PRIMITIVES), bias, weight.nbytes)
+        made.fingerprint = self.fingerprint(made)
+        return made
 
     def exchange(self, copy: Copy) -> None:
         # Each handler frees what it points to when it goes, so addresses are exchanged and never copied.
@@ -96,16 +98,18 @@ def _weights_of(modules: Iterable[Any]) -> Iterator[tuple[nn.Module, Tensor]]:
 
 def patchable(
     model: nn.Module, anchors: Mapping[Site, Anchor], room: Mapping[Site, bool], kept: Mapping[nn.Module, Tensor],
-    architecture: Architecture,
+    checkpoint: Checkpoint,
 ) -> PatchedWeights:  # fmt: skip
     """The weights of a loaded model that a version may be installed in.
 
     room: the projections that are set apart, by what they give, and whether each is to have a bias; one that has none
-    gets zeros, which add nothing.
+    gets zeros, which add nothing. checkpoint: what the model was loaded from
     """
-    names = {module: name for name, module in model.named_modules()}
+    architecture = checkpoint.architecture
+    names, reads = {module: name for name, module in model.named_modules()}, architecture.projections()
     parts = {
-        site: Part(names[anchors[site].module], anchors[site].start or 0, anchors[site].width) for site in sorted(room)
+        site: Part(names[at.module], at.start or 0, at.share, anchors[site.beside(reads[site.point])].share)
+        for site, at in ((site, anchors[site]) for site in sorted(room))
     }
     for site, biased in room.items():
         module: Any = anchors[site].module
@@ -113,7 +117,11 @@ def patchable(
             zeros = torch.zeros(len(kept[module]), dtype=kept[module].dtype, device=kept[module].device)
             module.bias = nn.Parameter(zeros, requires_grad=False)
     modules = {names[module]: _live(names[module], module, weight) for module, weight in kept.items()}
-    return PatchedWeights(modules, parts, architecture, lambda: int(psutil.virtual_memory().available))
+    return PatchedWeights(modules, parts, architecture, _free_bytes, checkpoint.projection)
+
+
+def _free_bytes() -> int:
+    return int(psutil.virtual_memory().available)
 
 
 def _live(name: str, module: Any, loaded: Tensor) -> LiveWeight:

@@ -50,6 +50,7 @@ class EditsWorker:
             "bytes": loaded.edited.bytes_reserved,
             "dtype": str(loaded.edited.dtype).removeprefix("torch."),
             "runner": loaded.runner,
+            "workers": loaded.edited.worker.size,
             "weights": {
                 "sites": len(loaded.weights.parts),
                 "bytes": loaded.weights.bytes_touched,
@@ -70,21 +71,23 @@ class EditsWorker:
     def edits_install(self, slot: int, version: str, leaving: str | None) -> Answer:
         """Write a staged version into a slot in place of the one that leaves it, if any.
 
-        Answers the digest of what the slot then holds and the last firings of the one that left, or {'absent': True}
-        with nothing changed when the version is no longer ready here. Asked again it answers the same.
+        Answers the digest of what the slot then holds, which share of the model that is, and the last firings of the
+        one that left; or {'absent': True} with nothing changed when the version is no longer ready here. Asked again it
+        answers the same.
         """
 
         def install() -> Answer:
             loaded = self._edits()
             edited, prepared = loaded.edited, loaded.ready.get(version)
+            share = edited.worker.rank
             if edited.held.get(slot) == version:
-                return {"digest": edited.digest(slot), "firings": []}
+                return {"digest": edited.digest(slot), "share": share, "firings": []}
             if prepared is None:
                 return {"absent": True}
             firings = _firings(edited, slot)
             if leaving is not None:
                 edited.clear(slot)
-            return {"digest": edited.install(slot, prepared), "firings": firings}
+            return {"digest": edited.install(slot, prepared), "share": share, "firings": firings}
 
         return _answer(install)
 
@@ -114,16 +117,21 @@ class EditsWorker:
                         return {"absent": True}
                 weights.install(patch, epoch)
                 loaded.edited.weights_hold(version, besides=besides)
-            return {"digest": weights.digest}
+            return {"digest": weights.digest, "share": loaded.edited.worker.rank}
 
         return _answer(put)
+
+    def edits_fence(self) -> Answer:
+        """Nothing; but what a process sent to the engine before it asked has arrived."""
+        return {}
 
     def edits_firings(self) -> Answer:
         """How often each gate on the device has fired since it was installed: [version, edit, times]."""
 
         def firings() -> Answer:
             edited = self._edits().edited
-            return {"firings": [told for slot in edited.held for told in _firings(edited, slot)]}
+            told = [each for slot in edited.held for each in _firings(edited, slot)]
+            return {"share": edited.worker.rank, "firings": told}
 
         return _answer(firings)
 
@@ -134,7 +142,7 @@ class EditsWorker:
             edited = self._edits().edited
             firings = _firings(edited, slot)
             edited.clear(slot)
-            return {"firings": firings}
+            return {"share": edited.worker.rank, "firings": firings}
 
         return _answer(clear)
 

@@ -16,6 +16,7 @@ from loadtests.metrics import Metrics
 from loadtests.record import gpu
 from loadtests.server import Server
 from tests.conftest import KINDS, base_of, bundle_of, publish, random_bundle, random_pairs
+from tests.parity import cores_apart
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Serving:
     model: Path
     bundles: dict[str, Bundle]
     signer: SigningKey
+    engines: int = 1
 
     @property
     def url(self) -> str:
@@ -61,8 +63,9 @@ def variants_of_every_kind(base: BaseModelRef, strength: float) -> dict[str, Bun
 
 
 def serve(
-    model: Path, folder: Path, bundles: list[Bundle], *flags: str, settings: dict[str, Any] | None = None
-) -> Serving:
+    model: Path, folder: Path, bundles: list[Bundle], *flags: str, settings: dict[str, Any] | None = None,
+    environment: dict[str, str] | None = None,
+) -> Serving:  # fmt: skip
     """A server that asks for signatures, and a store that gives them."""
     signer = SigningKey.generate()
     roles = (Role.AUTHOR, Role.PROMOTER)
@@ -75,7 +78,8 @@ def serve(
         "poll_seconds": 3600, "trust_file": str(folder / "trust.json"), "signing_key_file": str(folder / "server.key"),
         "cache_folder": str(folder / "node"), **(settings or {}),
     }  # fmt: skip
-    server = Server.with_edits(model, folder / "store", folder / "server.log", *flags, settings=ours)
+    log = folder / "server.log"
+    server = Server.with_edits(model, folder / "store", log, *flags, settings=ours, environment=environment)
     return Serving(server.start(), store, base_of(model), model, {each.manifest.name: each for each in bundles}, signer)
 
 
@@ -101,8 +105,10 @@ def exact_server(
     serving.server.stop()
 
 
-@pytest.fixture(scope="session")
-def small_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+@pytest.fixture(scope="session", params=["one process", "two engines behind two processes"])
+def small_server(
+    request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Serving]:
     """A tiny model in float32 with two slots, little KV cache and small steps: everything is scarce."""
     base = base_of(tiny_model)
     bundles = [random_bundle(f"variant-{seed}", base, seed) for seed in range(6)]
@@ -111,7 +117,13 @@ def small_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     flags = ("--dtype", "float32", "--max-model-len", "640", "--max-num-batched-tokens", "96", "--block-size", "32",
              "--num-gpu-blocks-override", "48", "--max-num-seqs", "16",
              "--enable-auto-tool-choice", "--tool-call-parser", "hermes")  # fmt: skip
+    environment = {}
+    if request.param != "one process":
+        flags += ("--data-parallel-size", "2", "--api-server-count", "2")
+        environment = {"VLLM_CPU_OMP_THREADS_BIND": cores_apart(2)}
     folder = tmp_path_factory.mktemp("small")
-    serving = serve(tiny_model, folder, bundles, *flags, settings={"slots": 2, "admin_token_file": token_file})
+    settings = {"slots": 2, "admin_token_file": token_file}
+    serving = serve(tiny_model, folder, bundles, *flags, settings=settings, environment=environment)
+    serving.engines = 1 if request.param == "one process" else 2
     yield serving
     serving.server.stop()

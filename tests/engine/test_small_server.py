@@ -47,7 +47,8 @@ def test_more_variants_than_slots_are_all_served(small_server: Serving) -> None:
 def test_preemption_and_chunked_prefill_change_nothing(small_server: Serving) -> None:
     """Long prompts through short steps and a small KV cache: requests are chunked, evicted and computed again, and
     every one answers as it does alone."""
-    prompts = [f"Chapter {number}. " + "The sea, the hills and the road between them. " * 30 for number in range(6)]
+    sentence = "The sea, the hills and the road between them. "
+    prompts = [f"Chapter {number}. " + sentence * 30 for number in range(6 * small_server.engines)]
     asked = [(("base", "variant-0", "variant-1")[number % 3], prompt) for number, prompt in enumerate(prompts)]
     solo = [ask(small_server, *pair, 150) for pair in asked]
     before = small_server.metric("vllm:num_preemptions_total")
@@ -73,6 +74,17 @@ def test_structured_output_and_several_answers_are_the_variants_own(small_server
     assert len(set(map(tuple, chosen.values()))) > 1, "positive control"
     answer = complete(small_server.url, "variant-0", "It is", 6, n=3, temperature=1, seed=1)
     assert len({choice["text"] for choice in answer["choices"]}) > 1
+
+
+def test_beam_search_is_the_variants_own(small_server: Serving) -> None:
+    """One beam is the greedy answer; the best of several is at least as likely. vLLM asks for every token anew."""
+    prompt, found = "One two three", {}
+    for name in ("base", *VARIANTS):
+        greedy = ask(small_server, name, prompt, 6)
+        assert ask(small_server, name, prompt, 6, use_beam_search=True) == greedy
+        found[name] = ask(small_server, name, prompt, 6, use_beam_search=True, n=3)
+        assert found[name][0] == greedy[0]
+    assert len({text for _, text in found.values()}) > len(VARIANTS) / 2, "positive control: variants differ"
 
 
 def test_a_version_can_be_named_by_its_beginning_or_by_a_tag(small_server: Serving) -> None:

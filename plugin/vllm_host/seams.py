@@ -1,0 +1,158 @@
+"""What of vLLM this plugin leans on, in one table, and whether a vLLM's sources have it. Nothing of vLLM is imported.
+
+A version inside the supported range has all of it: tests read the sources of the oldest and the newest build and of the
+newest release for GPUs. Outside the range the table says what would break.
+"""
+
+from __future__ import annotations
+
+import ast
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+Read = Callable[[str], str | None]
+"""The text of a file of the package `vllm`, None where there is none."""
+
+
+@dataclass(frozen=True)
+class Seam:
+    """A name in a module of vLLM: a function, a class, or `Class.attribute`; and what a function must take."""
+
+    file: str
+    name: str
+    needed_for: str
+    takes: tuple[str, ...] = ()
+
+
+_V2 = "token slots on a GPU"
+_V1 = "token slots on the V1 runner"
+_BOUND = "where sites are divided among workers"
+_WEIGHTS = "a variant in the weights"
+_CPU_WEIGHTS = "a variant in the weights of a CPU server"
+_CACHE = "cache blocks shared with the base model up to the first edit"
+
+SEAMS = (
+    Seam("plugins/__init__.py", "ENDPOINT_PLUGINS_GROUP", "the HTTP side"),
+    Seam("plugins/endpoint_plugins/interface.py", "EndpointPlugin.attach_router", "the HTTP side", ("app",)),
+    Seam("plugins/endpoint_plugins/interface.py", "EndpointPlugin.init_state", "the HTTP side",
+         ("engine_client", "state", "args")),
+    Seam("v1/engine/async_llm.py", "AsyncLLM.generate", "claims on slots", ("prompt", "sampling_params", "request_id")),
+    Seam("v1/engine/async_llm.py", "AsyncLLM.collective_rpc", "installing versions", ("method", "args")),
+    Seam("v1/engine/async_llm.py", "AsyncLLM.pause_generation", "weights_running = abort", ("mode", "clear_cache")),
+    Seam("v1/engine/async_llm.py", "AsyncLLM.resume_generation", "weights_running = abort"),
+    Seam("v1/engine/core_client.py", "AsyncMPClient._call_utility_async", "data parallel", ("method", "engine")),
+    Seam("v1/engine/core_client.py", "MPClient.core_engines", "data parallel"),
+    Seam("model_executor/model_loader/__init__.py", "register_model_loader", "the load format", ("load_format",)),
+    Seam("model_executor/model_loader/__init__.py", "_LOAD_FORMAT_TO_MODEL_LOADER", "the load format"),
+    Seam("model_executor/model_loader/__init__.py", "get_model_loader", "the load format", ("load_config",)),
+    Seam("model_executor/model_loader/base_loader.py", "BaseModelLoader.load_model", "the load format",
+         ("vllm_config", "model_config", "prefix")),
+    Seam("model_executor/model_loader/base_loader.py", "BaseModelLoader.load_weights", _WEIGHTS, ("model",)),
+    Seam("model_executor/layers/logits_processor.py", "LogitsProcessor.forward", "edits at logits",
+         ("lm_head", "hidden_states")),
+    Seam("model_executor/layers/linear.py", "RowParallelLinear.reduce_results", _BOUND),
+    Seam("model_executor/layers/linear.py", "RowParallelLinear.input_size_per_partition", _BOUND),
+    Seam("model_executor/layers/linear.py", "ColumnParallelLinear.output_size_per_partition", _BOUND),
+    Seam("distributed/communication_op.py", "tensor_model_parallel_all_reduce", _BOUND, ("input_",)),
+    Seam("distributed/parallel_state.py", "get_tensor_model_parallel_rank", _BOUND),
+    Seam("distributed/parallel_state.py", "get_tensor_model_parallel_world_size", _BOUND),
+    Seam("model_executor/layers/linear.py", "UnquantizedLinearMethod", _WEIGHTS),
+    Seam("_custom_ops.py", "CPUDNNLGEMMHandler.handler_tensor", _CPU_WEIGHTS),
+    Seam("_custom_ops.py", "create_onednn_mm", _CPU_WEIGHTS, ("weight",)),
+    Seam("_custom_ops.py", "onednn_mm", _CPU_WEIGHTS, ("dnnl_handler", "x", "bias")),
+    Seam("v1/worker/gpu_model_runner.py", "GPUModelRunner.input_batch", _V1),
+    Seam("v1/worker/gpu_model_runner.py", "GPUModelRunner.requests", _V1),
+    Seam("v1/worker/gpu_model_runner.py", "GPUModelRunner.query_start_loc", _V1),
+    Seam("v1/worker/gpu_input_batch.py", "InputBatch.req_ids", _V1),
+    Seam("v1/worker/gpu_input_batch.py", "InputBatch.num_reqs", _V1),
+    Seam("v1/worker/gpu_input_batch.py", "InputBatch.num_computed_tokens_cpu", _V1),
+    Seam("v1/worker/gpu_input_batch.py", "InputBatch.num_prompt_tokens", _V1),
+    Seam("v1/worker/gpu/model_states/__init__.py", "init_model_state", _V2),
+    Seam("v1/worker/gpu/model_states/default.py", "DefaultModelState.add_request", _V2,
+         ("req_index", "new_req_data")),
+    Seam("v1/worker/gpu/model_states/interface.py", "ModelState.remove_request", _V2, ("req_id",)),
+    Seam("v1/worker/gpu/model_states/default.py", "DefaultModelState.prepare_inputs", _V2,
+         ("input_batch", "req_states")),
+    Seam("v1/core/sched/scheduler.py", "Scheduler.add_request", _CACHE, ("request",)),
+    Seam("v1/core/sched/async_scheduler.py", "AsyncScheduler", _CACHE),
+    Seam("v1/request.py", "Request._block_hasher", _CACHE),
+    Seam("v1/request.py", "Request.block_hashes", _CACHE),
+    Seam("v1/request.py", "Request.update_block_hashes", _CACHE),
+)  # fmt: skip
+
+
+def missing(read: Read) -> list[str]:
+    """What a vLLM's sources do not have, each with what it is needed for."""
+    modules: dict[str, ast.Module | None] = {}
+    found = []
+    for seam in SEAMS:
+        if seam.file not in modules:
+            text = read(seam.file)
+            modules[seam.file] = None if text is None else _parsed(text)
+        module = modules[seam.file]
+        why = f"no file vllm/{seam.file}" if module is None else _fault(module, seam)
+        if why:
+            found.append(f"{seam.needed_for}: {why}")
+    return found
+
+
+def _parsed(text: str) -> ast.Module:
+    # A collection that happens to run meanwhile makes Python 3.11 lose count of its depth, and fail.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return ast.parse(text)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _fault(module: ast.Module, seam: Seam) -> str:
+    """Why a module does not have what it should, or ''."""
+    place: ast.AST | None = module
+    for part in seam.name.split("."):
+        place = _member(module, place, part) if place is not None else None
+    if place is None:
+        return f"no {seam.name} in vllm/{seam.file}"
+    if not seam.takes:
+        return ""
+    if not isinstance(place, ast.FunctionDef | ast.AsyncFunctionDef):
+        return f"{seam.name} in vllm/{seam.file} is no function"
+    arguments = place.args
+    names = [each.arg for each in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+    absent = [name for name in seam.takes if name not in names]
+    return f"{seam.name} in vllm/{seam.file} takes no {' and no '.join(absent)}" if absent else ""
+
+
+def _member(module: ast.Module, place: ast.AST, name: str) -> ast.AST | None:
+    """What is called so in a module or a class, or in a base of the class that the same module holds."""
+    for node in _members(place):
+        if name in _names(node, inside_class=isinstance(place, ast.ClassDef)):
+            return node
+    if isinstance(place, ast.ClassDef):
+        for base in place.bases:
+            held = _member(module, module, base.id) if isinstance(base, ast.Name) else None
+            if isinstance(held, ast.ClassDef) and (inherited := _member(module, held, name)) is not None:
+                return inherited
+    return None
+
+
+def _members(place: ast.AST) -> Iterator[ast.AST]:
+    """Statements of a module, also below `if` and `try`; of a class also what its methods do."""
+    for node in ast.iter_child_nodes(place):
+        yield node
+        if isinstance(node, ast.If | ast.Try) or isinstance(place, ast.ClassDef):
+            yield from (each for each in ast.walk(node) if each is not node)
+
+
+def _names(node: ast.AST, *, inside_class: bool) -> list[str]:
+    """What a statement gives a name to; inside a class also what is set on self."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [node.name]
+    if isinstance(node, ast.ImportFrom | ast.Import):
+        return [each.asname or each.name for each in node.names]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    plain = [target.id for target in targets if isinstance(target, ast.Name)]
+    own = [target.attr for target in targets if isinstance(target, ast.Attribute) and inside_class]
+    return plain + own
