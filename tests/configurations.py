@@ -11,16 +11,19 @@ float64 with the edits' formulas applied by hooks. A way that is refused must sa
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import httpx
 import numpy as np
 
 from edit_store import (
@@ -39,6 +42,8 @@ from edit_store import (
 from edit_store.architectures import supported
 from edit_store.errors import UnsupportedHost
 from edit_store.scope import Scope
+from loadtests.metrics import Metrics
+from loadtests.server import Server
 from plugin.weight_form import formless
 from tests.conftest import bundle_of
 from tests.parity import Answer, Pair, cores_apart, in_a_process_of_its_own, random_numbers
@@ -47,7 +52,7 @@ from tests.tiny_models import VOCABULARY, make_tiny
 
 TABLE = Path(__file__).with_name("CONFIGURATIONS.md")
 MODEL = "LlamaForCausalLM"
-PROMPT_TOKENS, NEW_TOKENS, TOLD = 40, 12, 40
+NEW_TOKENS, TOLD = 12, 40
 TOLERANCE = {"float32": 1e-4, "bfloat16": 6e-2, "float16": 6e-3}
 """Of a log-probability, relative to the largest: about three times what transformers is off in that type."""
 
@@ -58,7 +63,11 @@ class Way:
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    flags: Sequence[str] = ()
+    """of a server, for what only a server can do"""
     quantised: Scheme | None = None
+    prompt: int = 40
+    """its length in tokens"""
     quick: bool = False
     """whether it belongs to the quick tests"""
     untested: str = ""
@@ -78,13 +87,19 @@ WAYS: dict[str, Way] = {
     "bfloat16": Way({"dtype": "bfloat16"}),
     "float16": Way({"dtype": "float16"}),
     "prefix caching": Way({"enable_prefix_caching": True}),
+    "long contexts, 400 tokens": Way({"max_model_len": 448}, prompt=400),
     "chunked prefill, 16 tokens a step": Way({"max_num_batched_tokens": 16, "max_num_seqs": 8}),
     "asynchronous scheduling": Way({"async_scheduling": True}),
     "n-gram speculative decoding": Way({"speculative_config": NGRAM}, quick=True),
     "several answers (n = 3)": Way(sampling={"n": 3, "temperature": 1.0, "seed": 0}),
     "tensor parallel": Way({"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}, quick=True),
+    "tensor parallel, compiled": Way(
+        {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "enforce_eager": False}
+    ),
     "pipeline parallel": Way({"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}),
-    "data parallel": Way({"data_parallel_size": 2}),
+    "data parallel, behind two API server processes": Way(
+        flags=("--data-parallel-size", "2", "--api-server-count", "2"), quick=True
+    ),
     "LoRA": Way({"enable_lora": True}),
     "a draft model": Way({"speculative_config": {"model": "", "num_speculative_tokens": 2}}),
     "8-bit weights and activations (compressed-tensors)": Way(quantised="int8", quick=True),
@@ -133,7 +148,7 @@ def run(way: Way, folder: Path) -> Outcome:
     plain = make_tiny(MODEL, folder / "plain")
     model = plain if way.quantised is None else quantise(plain, folder / "model", way.quantised)
     base = identify(model)
-    prompts = np.random.default_rng(0).integers(3, VOCABULARY, (2, PROMPT_TOKENS // 2))
+    prompts = np.random.default_rng(0).integers(3, VOCABULARY, (2, way.prompt // 2))
     prompt = [int(token) for token in np.concatenate([prompts[0], prompts[0]])]  # repeats itself, for n-grams
     pairs = edits_of_every_kind(base)
     architecture = supported(base.architecture)
@@ -158,12 +173,6 @@ def _serve(
     model: Path, store: Path, prompt: list[int], bundles: list[Bundle], *, way: Way, mode: str
 ) -> list[list[Answer]] | str:
     """What the base model and every bundle say; or why this way is refused."""
-    from vllm import LLM, SamplingParams
-    from vllm.engine.arg_utils import EngineArgs
-
-    from plugin.offline import Variants
-    from plugin.vllm_host.compat import check_config
-
     opened = EditStore(str(store), create=True)
     names = [bundle.manifest.name for bundle in bundles]
     settings: dict[str, Any] = {"store": str(store), "slots": len(bundles)}
@@ -172,6 +181,78 @@ def _serve(
     else:
         for bundle in bundles:
             opened.promote(f"{bundle.manifest.name}@{opened.publish(bundle)}")
+    try:
+        with (_server if way.flags else _offline)(model, settings, way) as host:
+            if mode == MODES[0]:
+                host.says(prompt, [None, *names])  # a second time the prefix cache, if there is one, knows every prompt
+                answers = host.says(prompt, [None, *names])
+                host.require_in_use()
+                return answers
+            answers = host.says(prompt, [None])
+            for bundle in bundles:
+                numbers = check(bundle)
+                renamed = Bundle.create(
+                    "edit-0", bundle.manifest.base, [(edit, edit.numbers(numbers, bundle.manifest.base.widths))
+                    for edit in bundle.manifest.edits], bundle.manifest.provenance,
+                )  # fmt: skip
+                opened.promote(f"edit-0@{opened.publish(renamed)}")
+                host.sync()
+                answers += host.says(prompt, ["edit-0"])
+            return answers
+    except UnsupportedHost as refusal:
+        return str(refusal)
+
+
+class Host(Protocol):
+    """Something that serves edits."""
+
+    def says(self, prompt: list[int], names: Sequence[str | None]) -> list[list[Answer]]:
+        """What each variant, or the base model, answers, all asked at once."""
+
+    def sync(self) -> None:
+        """Follow the store."""
+
+    def require_in_use(self) -> None:
+        """Positive control: what is special about this way has been used."""
+
+
+class _Offline:
+    """`vllm.LLM` in this process."""
+
+    def __init__(self, model: Path, arguments: Mapping[str, Any], way: Way) -> None:
+        from vllm import LLM, SamplingParams
+
+        from plugin.offline import Variants
+
+        self._guesses = "speculative_config" in arguments
+        self._llm = LLM(str(model), **arguments)
+        self._variants = Variants(self._llm)
+        usual = {"max_tokens": NEW_TOKENS, "temperature": 0, "logprobs": TOLD, "detokenize": False, "ignore_eos": True}
+        self._sampling = SamplingParams(**{**usual, **way.sampling})
+
+    def says(self, prompt: list[int], names: Sequence[str | None]) -> list[list[Answer]]:
+        asked: list[Any] = [{"prompt_token_ids": prompt}] * len(names)
+        outputs = self._variants.generate(names, asked, self._sampling, use_tqdm=False)
+        return [
+            [Answer.of([*prompt, *one.token_ids], one.logprobs, TOLD) for one in output.outputs] for output in outputs
+        ]
+
+    def sync(self) -> None:
+        self._variants.sync()
+
+    def require_in_use(self) -> None:
+        """Guesses were made, and some were right."""
+        counted = {metric.name: metric.value for metric in self._llm.get_metrics() if hasattr(metric, "value")}
+        if self._guesses and not counted.get("vllm:spec_decode_num_accepted_tokens"):
+            raise RuntimeError(f"no guess was accepted: nothing was compared; counted {sorted(counted)}")
+
+
+@contextmanager
+def _offline(model: Path, settings: dict[str, Any], way: Way) -> Iterator[Host]:
+    from vllm.engine.arg_utils import EngineArgs
+
+    from plugin.vllm_host.compat import check_config
+
     arguments: dict[str, Any] = {
         "load_format": "edits", "additional_config": {"edits": settings}, "dtype": "float32", "enforce_eager": True,
         "skip_tokenizer_init": True, "max_model_len": 96, "max_logprobs": TOLD, "seed": 0,
@@ -182,45 +263,55 @@ def _serve(
     if "speculative_config" in arguments:
         own = arguments["speculative_config"]
         arguments["speculative_config"] = {**own, "model": str(model)} if own.get("model") == "" else dict(own)
-    try:
-        check_config(EngineArgs(model=str(model), **arguments).create_engine_config())
-        llm = LLM(str(model), **arguments)
-    except UnsupportedHost as refusal:
-        return str(refusal)
-    variants = Variants(llm)
-    usual = {"max_tokens": NEW_TOKENS, "temperature": 0, "logprobs": TOLD, "detokenize": False, "ignore_eos": True}
-    sampling = SamplingParams(**{**usual, **way.sampling})
-
-    def said(chosen: Sequence[str | None]) -> list[list[Answer]]:
-        asked: list[Any] = [{"prompt_token_ids": prompt}] * len(chosen)
-        outputs = variants.generate(chosen, asked, sampling, use_tqdm=False)
-        return [
-            [Answer.of([*prompt, *one.token_ids], one.logprobs, TOLD) for one in output.outputs] for output in outputs
-        ]
-
-    if mode == MODES[0]:
-        said([None, *names])  # a second time the prefix cache, where there is one, knows every prompt
-        answers = said([None, *names])
-        if "speculative_config" in arguments:
-            _require_accepted(llm)
-        return answers
-    answers = said([None])
-    for bundle in bundles:
-        renamed = Bundle.create(
-            "edit-0", bundle.manifest.base, [(edit, edit.numbers(check(bundle), bundle.manifest.base.widths))
-            for edit in bundle.manifest.edits], bundle.manifest.provenance,
-        )  # fmt: skip
-        opened.promote(f"edit-0@{opened.publish(renamed)}")
-        variants.sync()
-        answers += said(["edit-0"])
-    return answers
+    check_config(EngineArgs(model=str(model), **arguments).create_engine_config())
+    yield _Offline(model, arguments, way)
 
 
-def _require_accepted(llm: Any) -> None:
-    """Positive control: guesses were made, and some were right."""
-    counted = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
-    if not counted.get("vllm:spec_decode_num_accepted_tokens"):
-        raise RuntimeError(f"no guess was accepted: nothing was compared; counted {sorted(counted)}")
+class _Server:
+    """A real server, asked for tokens by tokens."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    def says(self, prompt: list[int], names: Sequence[str | None]) -> list[list[Answer]]:
+        def ask(name: str | None) -> list[Answer]:
+            body = {
+                "model": name or "base", "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0,
+                "ignore_eos": True, "logprobs": TOLD, "return_token_ids": True, "return_tokens_as_token_ids": True,
+            }  # fmt: skip
+            answer = httpx.post(f"{self._server.url}/v1/completions", json=body, timeout=120).raise_for_status()
+            (choice,) = answer.json()["choices"]
+            rows = [sorted(told.items(), key=lambda each: -each[1])[:TOLD]
+                    for told in choice["logprobs"]["top_logprobs"]]  # fmt: skip
+            told = [[int(token.removeprefix("token_id:")) for token, _ in row] for row in rows]
+            logprobs = [[logprob for _, logprob in row] for row in rows]
+            return [Answer([*prompt, *choice["token_ids"]], np.asarray(told), np.asarray(logprobs))]
+
+        with ThreadPoolExecutor(len(names)) as pool:
+            return list(pool.map(ask, names))
+
+    def sync(self) -> None:
+        httpx.post(f"{self._server.url}/v1/edits/sync", timeout=60).raise_for_status()
+
+    def require_in_use(self) -> None:
+        """Every engine has computed tokens."""
+        by_engine = Metrics.of(self._server.url).by("vllm:generation_tokens_total", "engine")
+        if len(by_engine) < 2 or not all(by_engine.values()):
+            raise RuntimeError(f"not every engine was asked: nothing was compared; tokens by engine {by_engine}")
+
+
+@contextmanager
+def _server(model: Path, settings: dict[str, Any], way: Way) -> Iterator[Host]:
+    flags = (
+        "--dtype", way.dtype, "--enforce-eager", "--skip-tokenizer-init", "--max-model-len", "96", "--max-logprobs",
+        str(TOLD), "--no-enable-prefix-caching", "--kv-cache-memory-bytes", str(1 << 26), *way.flags,
+    )  # fmt: skip
+    chosen = {name: json.dumps(value) if isinstance(value, list) else value for name, value in settings.items()}
+    store = Path(chosen.pop("store"))
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": cores_apart(2)}
+    log = store.with_suffix(".log")
+    with Server.with_edits(model, store, log, *flags, settings=chosen, environment=environment) as server:
+        yield _Server(server)
 
 
 @dataclass(frozen=True)
@@ -241,7 +332,7 @@ def _largest_error(model: Path, way: Way, chosen: list[list[Pair]], answers: lis
         with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=in_a_process_of_its_own) as pool:
             known = pool.submit(_by_hooks_in_vllm, model, folder / "hooks", questions + plain, way).result()
     else:
-        known = _by_formula(model, questions + plain)
+        known = _by_formula(model, questions + plain, way.prompt)
     errors = []
     for number, (pairs, output) in enumerate(said):
         expected, unedited = known[number], known[number + len(said)]
@@ -252,7 +343,7 @@ def _largest_error(model: Path, way: Way, chosen: list[list[Pair]], answers: lis
     return max(errors)
 
 
-def _by_formula(model: Path, questions: list[Question]) -> list[np.ndarray]:
+def _by_formula(model: Path, questions: list[Question], prompt: int) -> list[np.ndarray]:
     """By transformers in float64."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -263,8 +354,8 @@ def _by_formula(model: Path, questions: list[Question]) -> list[np.ndarray]:
     host = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, attn_implementation="eager").eval()
     found = []
     for asked in questions:
-        with torch.no_grad(), edited(host, asked.pairs, request=Request(asked.ids, PROMPT_TOKENS)):
-            logits = host(torch.tensor([asked.ids])).logits[0, PROMPT_TOKENS - 1 : -1].log_softmax(-1)
+        with torch.no_grad(), edited(host, asked.pairs, request=Request(asked.ids, prompt)):
+            logits = host(torch.tensor([asked.ids])).logits[0, prompt - 1 : -1].log_softmax(-1)
         found.append(np.take_along_axis(logits.numpy(), asked.told, -1))
     return found
 
@@ -285,7 +376,7 @@ def _by_hooks_in_vllm(model: Path, _: Path, questions: list[Question], way: Way)
     for asked in questions:
         with edited(host, asked.pairs):
             (output,) = llm.generate([{"prompt_token_ids": asked.ids}], sampling, use_tqdm=False)
-        rows = zip(output.prompt_logprobs[PROMPT_TOKENS:], asked.told, strict=True)
+        rows = zip(output.prompt_logprobs[way.prompt :], asked.told, strict=True)
         found.append(np.asarray([[row[int(token)].logprob for token in told] for row, told in rows]))
     return found
 

@@ -105,7 +105,10 @@ def exact_server(
     serving.server.stop()
 
 
-@pytest.fixture(scope="session", params=["one process", "two engines behind two processes"])
+@pytest.fixture(
+    scope="session",
+    params=["one process", pytest.param("two engines behind two processes", marks=pytest.mark.slow)],
+)
 def small_server(
     request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Serving]:

@@ -47,8 +47,9 @@ def test_more_variants_than_slots_are_all_served(small_server: Serving) -> None:
 def test_preemption_and_chunked_prefill_change_nothing(small_server: Serving) -> None:
     """Long prompts through short steps and a small KV cache: requests are chunked, evicted and computed again, and
     every one answers as it does alone."""
-    sentence = "The sea, the hills and the road between them. "
-    prompts = [f"Chapter {number}. " + sentence * 30 for number in range(6 * small_server.engines)]
+    if small_server.engines > 1:
+        pytest.skip("each of several engines preempts by itself, as one does")
+    prompts = [f"Chapter {number}. " + "The sea, the hills and the road between them. " * 30 for number in range(6)]
     asked = [(("base", "variant-0", "variant-1")[number % 3], prompt) for number, prompt in enumerate(prompts)]
     solo = [ask(small_server, *pair, 150) for pair in asked]
     before = small_server.metric("vllm:num_preemptions_total")
