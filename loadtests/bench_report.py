@@ -280,9 +280,16 @@ def _show_launches(found: Mapping[str, Any], console: Console) -> None:
     console.print(table)
 
 
+def _show_guesses(found: Mapping[str, Any], console: Console) -> None:
+    table = Table("", "strength", "guesses kept", title="Speculative decoding with an unedited draft model")
+    for name, row in found["guesses"].items():
+        table.add_row(name, f"{row['strength']:.2f}", f"{row['kept']:.1%}")
+    console.print(table)
+
+
 _SHOWN: Mapping[str, Callable[[Mapping[str, Any], Console], None]] = {
     "swaps": _show_swaps, "weight_swaps": _show_swaps, "paging": _show_paging, "endurance": _show_endurance,
-    "traffic": _show_traffic, "launches": _show_launches,
+    "traffic": _show_traffic, "launches": _show_launches, "guesses": _show_guesses,
 }  # fmt: skip
 """How a part of the summary is told, unless it compares the rates of sides."""
 

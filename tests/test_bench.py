@@ -15,6 +15,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from loadtests.bench import app
+from loadtests.bench_guesses import GUESSED, KEPT
+from loadtests.bench_guesses import summarise as guesses
 from loadtests.bench_launches import LaunchPlan
 from loadtests.bench_launches import summarise as launches
 from loadtests.bench_report import (
@@ -190,6 +192,13 @@ def test_what_a_step_calls_is_counted_by_what_it_is() -> None:
     (row,) = launches(LaunchPlan("float32", short=1, long=3), {"plain": "alone"}, {"plain": calls})["launches"].values()
     assert row == {
         "what": "alone", "operators": 4, "copies": 2, "kernel launches": 2, "graph launches": 1, "kernels": 5,
+    }  # fmt: skip
+
+
+def test_the_share_of_guesses_that_are_kept_is_told_by_strength() -> None:
+    counts = {"base": {GUESSED: 90, KEPT: 90}, "variant-00": {GUESSED: 120, KEPT: 30}}
+    assert guesses({"base": 0.0, "variant-00": 0.5}, counts)["guesses"] == {
+        "base": {"strength": 0.0, "kept": 1.0}, "variant-00": {"strength": 0.5, "kept": 0.25},
     }  # fmt: skip
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import importlib.metadata
 import logging
+import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -120,7 +122,9 @@ class EditsEndpoints:
             return remote, f"API server process {rank + 1} of {count}, asks the first"
         asked: Workers = workers
         if count > 1:
-            server = OwnerServer(socket_path())
+            path = socket_path()
+            atexit.register(shutil.rmtree, path.parent, ignore_errors=True)
+            server = OwnerServer(path)
             asked = FencedWorkers(workers, server.fence)
         reconciler, description = await start(asked, settings, metrics, base_names)
         owner = LocalOwner(reconciler)
