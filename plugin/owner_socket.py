@@ -297,8 +297,11 @@ class RemoteOwner:
             answer.set_result(message["value"])
 
     async def _fenced(self, number: int) -> None:
-        await self._reach_engine()
-        self._write({"id": number, "call": "fenced"})
+        try:
+            await self._reach_engine()
+            self._write({"id": number, "call": "fenced"})
+        except EditsError as error:
+            logger.warning("the owner of the slots hears nothing from here: %s", error)
 
     def _start(self, work: Any) -> None:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)

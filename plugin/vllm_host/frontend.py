@@ -17,7 +17,7 @@ import vllm
 
 from edit_store.architectures import supported
 from edit_store.bundle import BaseModelRef
-from edit_store.errors import SettingsError, UnsupportedHost
+from edit_store.errors import EditsError, SettingsError, UnsupportedHost
 from plugin.engine_gate import EngineGate
 from plugin.http.middleware import VariantMiddleware
 from plugin.http.routes import router
@@ -36,6 +36,8 @@ from server_config.settings import EditSettings, Reserve, read_settings
 
 logger = logging.getLogger("vllm.edits")
 
+_LOOK_SECONDS = 0.5
+
 
 class EngineWorkers:
     """`Workers` over the engine client's collective call; with data parallel, those of every engine."""
@@ -50,6 +52,17 @@ class EngineWorkers:
         return getattr(parallel, "_api_process_rank", 0), getattr(parallel, "_api_process_count", 1)
 
     async def call(self, method: str, *args: Any) -> list[dict[str, Any]]:
+        answering = asyncio.ensure_future(self._answers(method, *args))
+        try:
+            # vLLM never answers a call that its engine died of.
+            while not (await asyncio.wait({answering}, timeout=_LOOK_SECONDS))[0]:
+                if self._engine.errored:
+                    raise EditsError("the engine has ended")
+            return answering.result()
+        finally:
+            answering.cancel()
+
+    async def _answers(self, method: str, *args: Any) -> list[dict[str, Any]]:
         if self._engine.vllm_config.parallel_config.data_parallel_size == 1:
             answers: list[dict[str, Any]] = await self._engine.collective_rpc(method, args=args)
             return answers

@@ -39,6 +39,7 @@ SEAMS = (
          ("engine_client", "state", "args")),
     Seam("v1/engine/async_llm.py", "AsyncLLM.generate", "claims on slots", ("prompt", "sampling_params", "request_id")),
     Seam("v1/engine/async_llm.py", "AsyncLLM.collective_rpc", "installing versions", ("method", "args")),
+    Seam("v1/engine/async_llm.py", "AsyncLLM.errored", "an engine that ends while versions are installed"),
     Seam("v1/engine/async_llm.py", "AsyncLLM.pause_generation", "weights_running = abort", ("mode", "clear_cache")),
     Seam("v1/engine/async_llm.py", "AsyncLLM.resume_generation", "weights_running = abort"),
     Seam("v1/engine/core_client.py", "AsyncMPClient._call_utility_async", "data parallel", ("method", "engine")),
