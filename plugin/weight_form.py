@@ -158,6 +158,11 @@ def _formless(edit: Edit, architecture: Architecture) -> str | None:
         return "it has a scope, and a weight is the same for every token. Serve it per request"
     if isinstance(edit, Offset) and edit.renorm:
         return "keeping a norm is not linear. Serve it per request, or leave renorm out"
+    if isinstance(edit, WeightDelta) and Site.parse(edit.site).point == "logits":
+        return (
+            "the output head is often the embeddings too, which would change with it. Make a low_rank edit from final "
+            "to logits of it, and serve that per request"
+        )
     if not touched(edit, architecture):
         given, read = ", ".join(projections), ", ".join(dict.fromkeys(projections.values()))
         return (

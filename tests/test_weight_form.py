@@ -95,6 +95,7 @@ def test_strength_goes_from_the_base_to_the_whole_edit(name: str) -> None:
         (Offset(site=OUT, renorm=True), "not linear"),
         (SubspaceFilter(site=HERE + "resid", rank=1), "give q.out, k.out, v.out, attn.out, gate.out, up.out, mlp.out"),
         (Offset(site="logits"), "no projection gives or reads"),
+        (WeightDelta(site="logits", reads="final"), "the output head is often the embeddings too"),
         (LowRank(site=OUT, reads=HERE + "mlp.in", rank=1), "more than one weight lies between layers.1.mlp.in"),
         (LowRank(site=OUT, reads=IN, rank=1), None),
         (Scale(site=HERE + "attn.z"), None),
