@@ -251,8 +251,8 @@ class RemoteOwner:
     async def _ask(self, call: str, number: int | None = None, **arguments: Any) -> Any:
         number = next(self._numbers) if number is None else number
         answer = self._waiting[number] = asyncio.get_running_loop().create_future()
-        self._write({"id": number, "call": call, **arguments})
         try:
+            self._write({"id": number, "call": call, **arguments})
             return await answer
         except asyncio.CancelledError:
             if answer.cancelled():
@@ -300,8 +300,8 @@ class RemoteOwner:
         try:
             await self._reach_engine()
             self._write({"id": number, "call": "fenced"})
-        except EditsError as error:
-            logger.warning("the owner of the slots hears nothing from here: %s", error)
+        except Exception:
+            logger.exception("the owner of the slots hears nothing from here")
 
     def _start(self, work: Any) -> None:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
