@@ -20,7 +20,7 @@ from edit_store import BaseModelRef, Bundle, Scope, Strength
 from edit_store.edits import SERVED_PER_REQUEST
 from tests.conftest import base_of, bundle_of
 from tests.engine.conftest import Serving, serve
-from tests.parity import every_edit, random_numbers
+from tests.parity import cores_apart, every_edit, random_numbers
 
 pytestmark = pytest.mark.vllm
 
@@ -67,13 +67,26 @@ def random_bundle(name: str, base: BaseModelRef, seed: int) -> Bundle:
     return Bundle(made.manifest.model_copy(update={"strength": bounds}), made.tensor_bytes)
 
 
-@pytest.fixture(scope="module")
-def serving(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+WAYS = {
+    "usual": (),
+    "two workers": ("--tensor-parallel-size", "2"),
+    "two engines behind two processes": ("--data-parallel-size", "2", "--api-server-count", "2"),
+}
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(way, marks=[] if way == "usual" else [pytest.mark.slow]) for way in WAYS]
+)
+def serving(
+    request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Serving]:
     base = base_of(tiny_model)
     bundles = [random_bundle(f"variant-{number:02}", base, number) for number in range(VARIANTS)]
     flags = ("--dtype", "float32", "--max-model-len", "320", "--max-num-batched-tokens", "96", "--block-size", "32",
-             "--num-gpu-blocks-override", "64", "--max-num-seqs", "16")  # fmt: skip
-    running = serve(tiny_model, tmp_path_factory.mktemp("fuzz"), bundles, *flags, settings={"slots": SLOTS})
+             "--num-gpu-blocks-override", "64", "--max-num-seqs", "16", *WAYS[request.param])  # fmt: skip
+    environment = {} if request.param == "usual" else {"VLLM_CPU_OMP_THREADS_BIND": cores_apart(2)}
+    folder = tmp_path_factory.mktemp("fuzz")
+    running = serve(tiny_model, folder, bundles, *flags, settings={"slots": SLOTS}, environment=environment)
     yield running
     running.server.stop()
 
