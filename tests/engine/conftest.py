@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from edit_store import BaseModelRef, Bundle, EditStore, Role, SigningKey, TrustedKey, TrustPolicy
 from loadtests.metrics import Metrics
@@ -17,6 +18,14 @@ from loadtests.record import gpu
 from loadtests.server import Server
 from tests.conftest import KINDS, base_of, bundle_of, publish, random_bundle, random_pairs
 from tests.parity import cores_apart
+
+
+def needs_devices(count: int) -> pytest.MarkDecorator:
+    """So many workers or engines need as many GPUs, or none."""
+    return pytest.mark.skipif(0 < torch.cuda.device_count() < count, reason=f"needs {count} GPUs")
+
+
+SLOW_ON_TWO = [pytest.mark.slow, needs_devices(2)]
 
 
 @dataclass
@@ -107,7 +116,10 @@ def exact_server(
 
 @pytest.fixture(
     scope="session",
-    params=["one process", pytest.param("two engines behind two processes", marks=pytest.mark.slow)],
+    params=[
+        "one process",
+        pytest.param("two engines behind two processes", marks=SLOW_ON_TWO),
+    ],
 )
 def small_server(
     request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory

@@ -6,14 +6,19 @@ import re
 
 import pytest
 
-from tests.configurations import TABLE, WAYS, find, line
+from tests.configurations import TABLE, WAYS, Way, find, line
+from tests.engine.conftest import needs_devices
 
 pytestmark = pytest.mark.vllm
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if way.quick else [pytest.mark.slow]) for name, way in WAYS.items()]
-)
+def marks_of(way: Way) -> list[pytest.MarkDecorator]:
+    """Which tests a way belongs to, and what it needs."""
+    divided = way.flags or way.arguments.get("tensor_parallel_size", 1) > 1
+    return [*([] if way.quick else [pytest.mark.slow]), *([needs_devices(2)] if divided else [])]
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(way)) for name, way in WAYS.items()])
 def test_every_way_is_what_the_table_says(name: str) -> None:
     outcome = find(name)
     assert not outcome.faults(WAYS[name])

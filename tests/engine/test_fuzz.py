@@ -19,7 +19,7 @@ import pytest
 from edit_store import BaseModelRef, Bundle, Scope, Strength
 from edit_store.edits import SERVED_PER_REQUEST
 from tests.conftest import base_of, bundle_of
-from tests.engine.conftest import Serving, serve
+from tests.engine.conftest import SLOW_ON_TWO, Serving, serve
 from tests.parity import cores_apart, every_edit, random_numbers
 
 pytestmark = pytest.mark.vllm
@@ -75,7 +75,8 @@ WAYS = {
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(way, marks=[] if way == "usual" else [pytest.mark.slow]) for way in WAYS]
+    scope="module",
+    params=[pytest.param(way, marks=[] if way == "usual" else SLOW_ON_TWO) for way in WAYS],
 )
 def serving(
     request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory

@@ -12,11 +12,11 @@ import pytest
 
 from loadtests.server import Server
 from tests.conftest import base_of
-from tests.engine.conftest import Serving, serve
+from tests.engine.conftest import SLOW_ON_TWO, Serving, serve
 from tests.engine.test_weights_server import linear_bundle, says
 from tests.parity import cores_apart
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, *SLOW_ON_TWO]
 HOLDING = """
 import importlib.util, os, pathlib, sys, time
 
