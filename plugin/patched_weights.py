@@ -34,8 +34,8 @@ class Copy:
     weight: Any
     bias: Tensor | None
     nbytes: int
-    fingerprint: bytes = b""
-    """of the numbers that it must hold"""
+    fingerprint: bytes | None = None
+    """of the numbers that it must hold; None where only the engine's own thread may tell it"""
 
 
 class LiveWeight(Protocol):
@@ -48,7 +48,7 @@ class LiveWeight(Protocol):
         """The weight [out, in] as it was loaded; `aside` is the copy that holds it while another takes its place."""
 
     def copy(self, weight: Tensor, bias: Tensor | None) -> Copy:
-        """A copy of these numbers with its fingerprint, ready to be exchanged."""
+        """A copy of these numbers, ready to be exchanged. Called while the engine computes."""
 
     def exchange(self, copy: Copy) -> None:
         """Let the engine and the copy change places, at the same addresses; or fail with nothing changed."""
@@ -264,8 +264,9 @@ class PatchedWeights:
     def _exchange(self, name: str, copy: Copy) -> None:
         live = self._modules[name]
         was = self._fingerprints.get(name) or live.fingerprint(None)
+        becomes = copy.fingerprint or live.fingerprint(copy)
         live.exchange(copy)
-        self._fingerprints[name], copy.fingerprint = copy.fingerprint, was
+        self._fingerprints[name], copy.fingerprint = becomes, was
 
     def _require_as_prepared(self, name: str) -> None:
         if self._modules[name].fingerprint(None) != self._fingerprints[name]:

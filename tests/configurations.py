@@ -65,6 +65,8 @@ class Way:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     flags: Sequence[str] = ()
     """of a server, for what only a server can do"""
+    workers: int = 2
+    """processes that compute, of such a server"""
     quantised: Scheme | None = None
     prompt: int = 40
     """its length in tokens"""
@@ -99,6 +101,9 @@ WAYS: dict[str, Way] = {
     "pipeline parallel": Way({"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}),
     "data parallel, behind two API server processes": Way(
         flags=("--data-parallel-size", "2", "--api-server-count", "2"), quick=True
+    ),
+    "two workers for each of two engines, behind two API server processes": Way(
+        flags=("--tensor-parallel-size", "2", "--data-parallel-size", "2", "--api-server-count", "2"), workers=4
     ),
     "LoRA": Way({"enable_lora": True}),
     "a draft model": Way({"speculative_config": {"model": "", "num_speculative_tokens": 2}}),
@@ -308,7 +313,7 @@ def _server(model: Path, settings: dict[str, Any], way: Way) -> Iterator[Host]:
     )  # fmt: skip
     chosen = {name: json.dumps(value) if isinstance(value, list) else value for name, value in settings.items()}
     store = Path(chosen.pop("store"))
-    environment = {"VLLM_CPU_OMP_THREADS_BIND": cores_apart(2)}
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": cores_apart(way.workers)}
     log = store.with_suffix(".log")
     with Server.with_edits(model, store, log, *flags, settings=chosen, environment=environment) as server:
         yield _Server(server)

@@ -14,8 +14,8 @@ pytestmark = pytest.mark.vllm
 
 def marks_of(way: Way) -> list[pytest.MarkDecorator]:
     """Which tests a way belongs to, and what it needs."""
-    divided = way.flags or way.arguments.get("tensor_parallel_size", 1) > 1
-    return [*([] if way.quick else [pytest.mark.slow]), *([needs_devices(2)] if divided else [])]
+    devices = way.workers if way.flags else way.arguments.get("tensor_parallel_size", 1)
+    return [*([] if way.quick else [pytest.mark.slow]), needs_devices(devices)]
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(way)) for name, way in WAYS.items()])
