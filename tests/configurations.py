@@ -102,9 +102,6 @@ WAYS: dict[str, Way] = {
     "data parallel, behind two API server processes": Way(
         flags=("--data-parallel-size", "2", "--api-server-count", "2"), quick=True
     ),
-    "two workers for each of two engines, behind two API server processes": Way(
-        flags=("--tensor-parallel-size", "2", "--data-parallel-size", "2", "--api-server-count", "2"), workers=4
-    ),
     "LoRA": Way({"enable_lora": True}),
     "a draft model": Way({"speculative_config": {"model": "", "num_speculative_tokens": 2}}),
     "8-bit weights and activations (compressed-tensors)": Way(quantised="int8", quick=True),
