@@ -28,6 +28,7 @@ from plugin.lease import Lease
 from plugin.metrics import OTHER, UNKNOWN, Metrics
 from plugin.reservation import Price, Reservation
 from plugin.residency import Plan, Residency
+from plugin.share import require_agreement
 from plugin.traits import PLAIN, Traits
 from plugin.variants import BASE, Choice, VariantTable, VersionWanted
 from plugin.weights_mode import Running, WeightsMode
@@ -446,11 +447,7 @@ class Reconciler:
             await self._make_ready(version)
             answers = await self._all("edits_install", plan.slot, version, plan.evicted)
         self._count_firings(answers)
-        # Workers that divide a model hold different numbers, each checked there against what was prepared; those that
-        # have the same share of it must hold the same.
-        held = {(answer["share"], answer["digest"]) for answer in answers}
-        if len(held) != len({share for share, _ in held}):
-            raise EditsError(f"workers disagree on what version {version[:12]} is: {sorted(held)}")
+        require_agreement(answers, f"what version {version[:12]} is")
 
     async def _undo(self, slot: int, version: str) -> None:
         """Take an uncommitted version out of every worker. A slot that cannot be cleared is not used again."""

@@ -6,12 +6,14 @@ reads. Every worker has all of the other vectors. With one worker nothing is div
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from edit_store.errors import EditsError
 from edit_store.sites import Widths
 
 Sum = Callable[[Tensor], Tensor]
@@ -69,3 +71,13 @@ class Worker:
 
 
 SOLE = Worker()
+
+
+def require_agreement(answers: Iterable[Mapping[str, Any]], on: str) -> None:
+    """EditsError unless workers that have the same share of the model answer the same digest.
+
+    Those that divide a model hold different numbers; each has checked them there against what was prepared.
+    """
+    held = {(answer["share"], answer["digest"]) for answer in answers}
+    if len(held) != len({share for share, _ in held}):
+        raise EditsError(f"workers disagree on {on}: {sorted(held)}")

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 from edit_store.errors import EditsError
+from plugin.share import require_agreement
 
 logger = logging.getLogger("vllm.edits")
 
@@ -128,6 +129,4 @@ class WeightsMode:
         answers = await self._call("edits_put_weights", version, self.epoch, self._running == "keep")
         if any("absent" in answer for answer in answers):
             raise EditsError("a worker no longer has the version ready; the next look prepares it again")
-        held = {(answer["share"], answer["digest"]) for answer in answers}
-        if len(held) != len({share for share, _ in held}):
-            raise EditsError(f"workers disagree on what is in their weights: {sorted(held)}")
+        require_agreement(answers, "what is in their weights")

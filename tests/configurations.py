@@ -65,8 +65,6 @@ class Way:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     flags: Sequence[str] = ()
     """of a server, for what only a server can do"""
-    workers: int = 2
-    """processes that compute, of such a server"""
     quantised: Scheme | None = None
     prompt: int = 40
     """its length in tokens"""
@@ -310,7 +308,7 @@ def _server(model: Path, settings: dict[str, Any], way: Way) -> Iterator[Host]:
     )  # fmt: skip
     chosen = {name: json.dumps(value) if isinstance(value, list) else value for name, value in settings.items()}
     store = Path(chosen.pop("store"))
-    environment = {"VLLM_CPU_OMP_THREADS_BIND": cores_apart(way.workers)}
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": cores_apart(2)}
     log = store.with_suffix(".log")
     with Server.with_edits(model, store, log, *flags, settings=chosen, environment=environment) as server:
         yield _Server(server)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.vllm
 
 def marks_of(way: Way) -> list[pytest.MarkDecorator]:
     """Which tests a way belongs to, and what it needs."""
-    devices = way.workers if way.flags else way.arguments.get("tensor_parallel_size", 1)
+    devices = 2 if way.flags else way.arguments.get("tensor_parallel_size", 1)
     return [*([] if way.quick else [pytest.mark.slow]), needs_devices(devices)]
 
 
