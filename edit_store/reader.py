@@ -51,12 +51,15 @@ class Reader:
         if self.trust.enforcement is Enforcement.OFF:
             return []
         what = f"{entry.name}@{entry.tag} entry {entry.sequence}"
-        version = f"version {entry.version[:12]} of {entry.name}"
-        policy, signatures = self.trust.policy, self._store.signatures
-        return [
-            *policy.check(Role.PROMOTER, entry.digest, what, signatures(entry.digest)),
-            *policy.check(Role.AUTHOR, entry.version, version, signatures(entry.version)),
-        ]
+        promoters = self.trust.policy.check(Role.PROMOTER, entry.digest, what, self._store.signatures(entry.digest))
+        return [*promoters, *self.author_doubts(entry.name, entry.version)]
+
+    def author_doubts(self, name: str, version: str) -> list[Reason]:
+        """What is missing for a version to be believed, whoever promotes it; empty also when nobody asks for it."""
+        if self.trust.enforcement is Enforcement.OFF:
+            return []
+        what = f"version {version[:12]} of {name}"
+        return self.trust.policy.check(Role.AUTHOR, version, what, self._store.signatures(version))
 
     def believed(self, entry: TagEntry) -> TagEntry | None:
         """This entry, or the newest one before it that can be believed: what a server that never stopped serves."""

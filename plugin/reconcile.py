@@ -229,10 +229,19 @@ class Reconciler:
 
     async def _require_trust(self, entry: TagEntry) -> None:
         """NotTrusted when signatures are required and missing; where they are only wished for, a line in the log."""
-        doubts = await asyncio.to_thread(self.reader.doubts, entry)
+        self._weigh(
+            f"{entry.name}@{entry.tag} entry {entry.sequence}", await asyncio.to_thread(self.reader.doubts, entry)
+        )
+
+    async def _require_author(self, name: str, version: str) -> None:
+        """The same for a version that no tag promotes: a client may name it, so nobody has vouched for it yet."""
+        doubts = await asyncio.to_thread(self.reader.author_doubts, name, version)
+        self._weigh(f"version {version[:12]} of {name}", doubts)
+
+    def _weigh(self, what: str, doubts: list[Reason]) -> None:
         if not doubts:
             return
-        refusal = NotTrusted(f"{entry.name}@{entry.tag} entry {entry.sequence}", doubts)
+        refusal = NotTrusted(what, doubts)
         if self.reader.trust.enforcement is Enforcement.REQUIRE:
             raise refusal
         logger.warning("served although %s", refusal)
@@ -320,13 +329,14 @@ class Reconciler:
                 known = ref.selector in served  # a whole digest that is served needs no store
                 version = ref.selector if known else await asyncio.to_thread(self.reader.resolve, str(ref))
                 found = self.table.chosen(model, ref.name, version)
-            traits = PLAIN if found.version is None else await self._traits_of(found.version)
+            traits = PLAIN if found.version is None else await self._traits_of(found.variant, found.version)
             if self._weights.open and found.epoch == self.table.epoch:  # else they changed while the store was asked
                 strength = traits.strength_of(strength, model, fixed=found.in_weights)
                 return await self._enter(replace(found, strength=strength, traits=traits))
 
-    async def _traits_of(self, version: str) -> Traits:
+    async def _traits_of(self, name: str, version: str) -> Traits:
         if version not in self._traits:
+            await self._require_author(name, version)
             self._traits[version] = Traits.of(await asyncio.to_thread(self.reader.manifest, version))
         return self._traits[version]
 

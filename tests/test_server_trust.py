@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from edit_store import EditStore, Enforcement, Role, SigningKey, TrustedKey, TrustPolicy
-from edit_store.errors import NotFound, SettingsError
+from edit_store.errors import NotFound, NotTrusted, SettingsError
 from edit_store.trust import Trust
 from tests.conftest import publish
 from tests.fakes import Server, version_of
@@ -57,6 +57,22 @@ async def test_only_what_is_signed_is_followed(tmp_path: Path) -> None:
     assert "expected 1 author signature(s), found none" in server.core.refusal("polite")
     await follow(server)
     assert server.metric("swaps_total", result="refused") == 1, "told once, not at every look"
+
+
+async def test_a_version_that_a_client_names_must_be_signed_by_an_author(tmp_path: Path) -> None:
+    """No tag promotes it, so nobody has vouched for it: whoever can write to the store must not be able to serve."""
+    server = Server(f"memory://{tmp_path}", trust=trust())
+    publish(signed(server), version_of("polite"))
+    await follow(server)
+    good, bad = signed(server).publish(version_of("polite")), signed(server, None).publish(version_of("polite"))
+    assert await server.ask(f"polite@{good}") == good
+    for _ in range(2):
+        with pytest.raises(NotTrusted, match=r"expected 1 author signature\(s\), found none"):
+            await server.ask(f"polite@{bad}")
+    assert bad not in server.residents()
+    lenient = Server(server.store.url, trust=trust(Enforcement.WARN))
+    await follow(lenient)
+    assert await lenient.ask(f"polite@{bad}") == bad
 
 
 async def test_a_second_promoter_lets_a_promotion_through(tmp_path: Path) -> None:
