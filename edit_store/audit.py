@@ -9,6 +9,8 @@ from edit_store import verify
 from edit_store.backends import get_or_none
 from edit_store.bundle import sha256
 from edit_store.errors import EditsError
+from edit_store.experiment_log import log_of
+from edit_store.experiments import FOLDER, ExperimentEntry, fold, versions_named
 from edit_store.signing import read_envelopes
 from edit_store.store import EditStore, TagEntry
 
@@ -54,7 +56,8 @@ def audit(store: EditStore, progress: Progress = lambda *_: None) -> Audit:
     }
     blobs = {item.key.rpartition("/")[2]: item.key for item in store.backend.list("blobs/")}
     used = _check_versions(store, found, sorted(manifests), progress)
-    promoted = {entry.version for entry in entries}
+    experiments = _check_experiments(store, found)
+    promoted = {entry.version for entry in entries} | versions_named(experiments)
     for version in sorted((recorded | promoted) - set(manifests)):
         where = "promoted" if version in promoted else "published"
         mend = "publish the same bundle again, or copy the version from another store"
@@ -64,7 +67,7 @@ def audit(store: EditStore, progress: Progress = lambda *_: None) -> Audit:
         found.findings.append(Finding(f"version {version[:12]}", "it is promoted, but under no name published", mend))
     found.garbage += [manifests[version] for version in sorted(set(manifests) - recorded - promoted)]
     found.garbage += [blobs[digest] for digest in sorted(set(blobs) - used)]
-    _check_signatures(store, found, set(manifests) | {entry.digest for entry in entries})
+    _check_signatures(store, found, set(manifests) | {entry.digest for entry in [*entries, *experiments]})
     return found
 
 
@@ -93,6 +96,20 @@ def _check_tags(store: EditStore, found: Audit, progress: Progress) -> list[TagE
         found.tags += bool(history)
         found.entries += len(history)
         entries += history
+    return entries
+
+
+def _check_experiments(store: EditStore, found: Audit) -> list[ExperimentEntry]:
+    try:
+        entries = log_of(store).history()
+    except EditsError as error:
+        mend = f"restore the folder `{FOLDER}` from a copy; its entries are written once and never change"
+        found.findings.append(Finding("experiments", str(error), mend))
+        return []
+    found.entries += len(entries)
+    _, troubles = fold(entries)
+    mend = "nothing need be done: it has no effect, and this program does not write such entries"
+    found.findings += [Finding("experiments", trouble, mend) for trouble in troubles]
     return entries
 
 

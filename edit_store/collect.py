@@ -1,8 +1,9 @@
 """Delete what no history, no record young enough, and no writer refers to. Dry unless told otherwise.
 
-Kept: every version that any tag's history names (not the heads alone), every version published within the grace time,
-every object that a writer is about to refer to (`intents.py` says why no clock is needed for that), and all tag
-entries. Deleted in the order of a publication backwards, so an interrupted run leaves garbage, never a dangling name.
+Kept: every version that any tag's history names (not the heads alone) or an arm of an experiment, every version
+published within the grace time, every object that a writer is about to refer to (`intents.py` says why no clock is
+needed for that), and all entries of logs. Deleted in the order of a publication backwards, so an interrupted run leaves
+garbage, never a dangling name.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from edit_store.backends import PROBES, Item, LocalFolder
+from edit_store.experiment_log import log_of
+from edit_store.experiments import versions_named
 from edit_store.intents import CONDEMNED, condemned_key, old_intents, relied_on
 from edit_store.store import EditStore
 
@@ -41,8 +44,9 @@ def plan(store: EditStore, grace_hours: float = DEFAULT_GRACE_HOURS) -> Garbage:
     before = time.time() - grace_hours * 3600
     backend = store.backend
     histories = [store.history(name, tag) for name, tag in _every_tag(store)]
-    promoted = {entry.version for history in histories for entry in history}
-    entries = {entry.digest for history in histories for entry in history}
+    experiments = log_of(store).history()
+    promoted = {entry.version for history in histories for entry in history} | versions_named(experiments)
+    entries = {entry.digest for history in [*histories, experiments] for entry in history}
     records = list(backend.list("versions/"))
     old_records = [item for item in records if item.modified < before and _digest(item) not in promoted]
     kept = promoted | ({_digest(item) for item in records} - {_digest(item) for item in old_records})

@@ -2,7 +2,9 @@
 
 EditsError
 ├── BundleRefused      a bundle breaks rules; carries every reason at once
-│   └── NotTrusted     a promotion or its version lacks signatures that the trust file asks for
+│   ├── NotTrusted     a promotion or its version lacks signatures that the trust file asks for
+│   ├── InstallRefused a worker cannot hold a version; the old one keeps serving
+│   └── ExperimentRefused  so does an experiment, or a change of one; what runs goes on
 ├── NotFound           a name, tag, version or object does not exist; names the nearest that do
 ├── AmbiguousVersion   an abbreviated version fits several
 ├── Conflict           somebody else changed the same thing first; nothing was written
@@ -10,8 +12,7 @@ EditsError
 ├── StoreCorrupt       stored bytes do not match the digest or chain that names them
 ├── SettingsError      a setting is unknown or impossible
 ├── UnsupportedHost    this vLLM, or the way it was started, cannot serve edits exactly
-├── NotServed          a promoted variant that this server refuses
-└── InstallRefused     a worker cannot hold a version; the old one keeps serving
+└── NotServed          a promoted variant that this server refuses
 """
 
 from __future__ import annotations
@@ -52,6 +53,10 @@ class NotTrusted(BundleRefused):
 
 class InstallRefused(BundleRefused):
     """A version cannot be held by this server as it was started. The old version keeps serving."""
+
+
+class ExperimentRefused(BundleRefused):
+    """An experiment, or a change of one, breaks one or more rules. What runs goes on."""
 
 
 class NotFound(EditsError):

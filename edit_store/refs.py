@@ -30,6 +30,11 @@ def is_version_prefix(text: str) -> bool:
     return _PREFIX.fullmatch(text) is not None
 
 
+def is_digest(text: str) -> bool:
+    """Whether `text` is a version in full."""
+    return len(text) == 64 and is_version_prefix(text)
+
+
 @dataclass(frozen=True)
 class Ref:
     """A parsed reference: a bundle name with a tag or an abbreviated version."""

@@ -7,6 +7,7 @@
     versions/<name>/<digest>.json                that a version was published under a name, by whom and when
     index/<20-digit sequence>.json               every tag that has a history, in the order they began
     tags/<name>/<tag>/<20-digit sequence>.json   one entry per promotion, rollback or pin, chained by sha256
+    experiments/<20-digit sequence>.json         one entry per change of any experiment, likewise
 
 Objects are written in that order. The tag entry is the commit point: a crash before it leaves garbage, never half a
 state. FORMAT.md tells the same to those who write another program.
@@ -17,7 +18,7 @@ from __future__ import annotations
 import getpass
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
@@ -33,7 +34,7 @@ from edit_store.errors import (
     nearest,
 )
 from edit_store.intents import relying_on
-from edit_store.log import Entry, Log, now
+from edit_store.log import E, Entry, Log, now
 from edit_store.refs import DEFAULT_TAG, Ref, is_bundle_name, is_name, is_version_prefix
 from edit_store.signing import Role, Signature, SigningKey, attestation_folder, attestation_key, read_envelopes
 from edit_store.tensor_file import MAX_TENSOR_FILE_BYTES
@@ -346,14 +347,18 @@ class EditStore:
             return
 
     def _append(self, head: TagEntry | None, name: str, tag: str, *, actor: str | None, **change: str) -> TagEntry:
-        self._require_writable()
-        log = self.tag_log(name, tag)
-        return log.append(head, before=self._signed, name=name, tag=tag, actor=actor or _user(), **change)
+        return self.append(self.tag_log(name, tag), head, f"{name}@{tag}", actor=actor, name=name, tag=tag, **change)
 
-    def _signed(self, entry: TagEntry) -> None:
-        if self._signer is not None:
-            what = f"{entry.name}@{entry.tag} entry {entry.sequence}"
-            self.attest(entry.digest, self._signer.sign(Role.PROMOTER, entry.digest, what))
+    def append(self, log: Log[E], head: E | None, what: str, *, actor: str | None, **fields: Any) -> E:
+        """Append to a log of this store, signed as a promoter where this object signs. `what` names it for signers."""
+        self._require_writable()
+
+        def signed(entry: E) -> None:
+            if self._signer is not None:
+                called = f"{what} entry {entry.sequence}"
+                self.attest(entry.digest, self._signer.sign(Role.PROMOTER, entry.digest, called))
+
+        return log.append(head, before=signed, actor=actor or _user(), **fields)
 
     def _get(self, key: str, what: str) -> bytes:
         try:

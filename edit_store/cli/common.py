@@ -33,7 +33,7 @@ console = Console()
 _errors = Console(stderr=True)
 
 
-def _known(context: typer.Context) -> EditStore | None:
+def known_store(context: typer.Context) -> EditStore | None:
     """The store that the line being completed is about; none is no error while somebody types."""
     url = context.params.get("store") or os.environ.get(STORE_VARIABLE)
     try:
@@ -44,14 +44,14 @@ def _known(context: typer.Context) -> EditStore | None:
 
 def complete_name(context: typer.Context, incomplete: str) -> list[str]:
     """Names of the store that begin so."""
-    store = _known(context)
+    store = known_store(context)
     return [name for name in store.names() if name.startswith(incomplete)] if store else []
 
 
 def complete_reference(context: typer.Context, incomplete: str) -> list[str]:
     """Names, and after an @ the tags and abbreviated versions of that name."""
     name, at, selector = incomplete.partition("@")
-    store = _known(context)
+    store = known_store(context)
     if not at or store is None:
         return complete_name(context, incomplete)
     try:

@@ -1,0 +1,303 @@
+"""The document of an experiment: which arms share the requests for one model name, how, and what would end it. Pure.
+
+    name: milder
+    model: polite                       # the name that clients ask for
+    arms:                               # the first is the control
+      - {name: control, serves: polite@prod, weight: 0.5}
+      - {name: treatment, serves: polite@4f1c9a2b, weight: 0.5}
+    coverage: 0.02                      # so one unit of a hundred gets the treatment
+    ramp: [{after: 1h, coverage: 0.1}, {after: 1d, coverage: 1}]
+    guardrails: [{metric: error, maximum: 0.02}]
+
+Units that take no part, and those of an arm that was withdrawn, are served by the control.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from edit_store import assignment
+from edit_store.bundle import Name
+from edit_store.durations import Seconds
+from edit_store.errors import ExperimentRefused, NotFound, Reason
+from edit_store.refs import Ref
+
+BASE = "base"
+"""What an arm serves that is not edited."""
+MAX_DOCUMENT_BYTES = 1 << 15
+UNIT_HEADER = "x-edits-unit"
+BUILT_IN: dict[str, Literal["increase", "decrease", ""]] = {
+    "error": "decrease", "first_token_seconds": "decrease", "seconds_per_token": "decrease", "output_tokens": "",
+    "empty": "decrease", "looping": "decrease", "corrupted": "decrease",
+}  # fmt: skip
+"""Metrics that every request has, and which way is better; of the rest clients say, as feedback."""
+GATE_FIRINGS = "gate_firings"
+"""How often the gates of an arm fired for each token: for guardrails only, since it is counted by version."""
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _servable(text: str) -> str:
+    if text != BASE:
+        try:
+            Ref.parse(text)
+        except NotFound as error:
+            raise ValueError(f"{error}, or {BASE}") from None
+    return text
+
+
+class Arm(_Record):
+    """One way to serve a unit's requests."""
+
+    name: Name
+    serves: Annotated[str, AfterValidator(_servable)] = Field(description="base, name, name@tag or name@version")
+    weight: float = Field(gt=0, le=1, description="its share of the units that take part")
+
+
+class Namespace(_Record):
+    """A part of all units. Experiments with parts of the same namespace that do not overlap share no unit."""
+
+    name: Name
+    start: Share
+    end: Share
+
+    @model_validator(mode="after")
+    def _is_a_part(self) -> Self:
+        if self.start >= self.end:
+            raise ValueError(f"expected start below end, found {self.start:g} and {self.end:g}: nobody is in it")
+        return self
+
+    def overlaps(self, other: Namespace) -> bool:
+        """Whether some unit may be in both."""
+        return self.name == other.name and self.start < other.end and other.start < self.end
+
+    def holds(self, unit: str) -> bool:
+        """Whether a unit is in this part."""
+        return self.start <= assignment.bucket(f"namespace/{self.name}", unit) < self.end
+
+
+class Holdout(_Record):
+    """Units that take part in no experiment that names this holdout."""
+
+    name: Name
+    share: Share
+
+    def holds(self, unit: str) -> bool:
+        """Whether a unit is held out."""
+        return assignment.bucket(f"holdout/{self.name}", unit) < self.share
+
+
+class RampStep(_Record):
+    """From so long after the start on, so many units take part."""
+
+    after: Seconds
+    coverage: Share
+
+
+class Feedback(_Record):
+    """A metric that clients report. Values beyond the bounds are refused."""
+
+    name: Name
+    minimum: float = 0.0
+    maximum: float = 1.0
+    goal: Literal["increase", "decrease"] = "increase"
+
+    @model_validator(mode="after")
+    def _is_bounded(self) -> Self:
+        if self.minimum >= self.maximum:
+            raise ValueError(f"expected minimum below maximum, found {self.minimum:g} and {self.maximum:g}")
+        return self
+
+
+class Guardrail(_Record):
+    """A rule that withdraws an arm, in the words of Argo Rollouts' analysis.
+
+    Every interval the mean of a metric over the arm's requests of that interval is measured. It fails beyond a limit,
+    succeeds when it is clear of it by the hysteresis, and is inconclusive with too few requests. Failures that no
+    success came between are counted; more than `failure_limit` of them withdraw the arm.
+    """
+
+    metric: str
+    maximum: float | None = Field(default=None, description="what the arm's mean may not exceed")
+    minimum: float | None = Field(default=None, description="what the arm's mean may not be below")
+    maximum_ratio: float | None = Field(default=None, gt=0, description="the same, over the control's mean")
+    minimum_ratio: float | None = Field(default=None, gt=0, description="the same, over the control's mean")
+    interval: Annotated[Seconds, Field(gt=0)] = 30.0
+    warm_up: Seconds = Field(default=0.0, description="how long after the phase began nothing is measured")
+    failure_limit: int = Field(default=0, ge=0, description="failed measurements that are tolerated")
+    minimum_requests: int = Field(default=20, ge=1, description="requests of the arm that a measurement needs")
+    inconclusive_limit: int = Field(
+        default=4, ge=0, description="measurements without enough requests before the ramp holds"
+    )
+    no_data_limit: int = Field(
+        default=20, ge=1, description="measurements without enough requests before the arm is withdrawn"
+    )
+    hysteresis: float = Field(
+        default=0.1, ge=0, lt=1, description="how clear of the limit a success is, as a part of it"
+    )
+
+    @model_validator(mode="after")
+    def _has_one_limit(self) -> Self:
+        limits = {"maximum": self.maximum, "minimum": self.minimum, "maximum_ratio": self.maximum_ratio,
+                  "minimum_ratio": self.minimum_ratio}  # fmt: skip
+        given = [name for name, value in limits.items() if value is not None]
+        if len(given) != 1:
+            raise ValueError(f"expected one of {', '.join(limits)}, found {' and '.join(given) or 'none'}")
+        if self.no_data_limit <= self.inconclusive_limit:
+            raise ValueError("no_data_limit must be above inconclusive_limit: an arm is held before it is withdrawn")
+        return self
+
+
+class Shadow(_Record):
+    """A share of the control's requests that an arm answers too, unseen by the client, for comparison."""
+
+    arm: Name
+    share: Annotated[float, Field(gt=0, le=1)]
+
+
+class Experiment(_Record):
+    """A document. `Experiment.load` reads one, and says everything that is wrong with it at once."""
+
+    schema_version: Literal[1] = 1
+    name: Name
+    model: str = Field(min_length=1, max_length=200, description="name that clients ask for: of a variant, of the base "
+                       "model, or one that is the experiment's own")  # fmt: skip
+    description: str = Field(default="", max_length=4000)
+    unit_header: str = Field(default=UNIT_HEADER, pattern=r"^[a-z0-9-]+$", description="header that names the unit; "
+                             "else it is the user of the request, its API key, or the request itself")  # fmt: skip
+    arms: Annotated[tuple[Arm, ...], Field(min_length=2, max_length=16)]
+    coverage: Share = 1.0
+    ramp: tuple[RampStep, ...] = ()
+    namespace: Namespace | None = None
+    holdout: Holdout | None = None
+    feedback: tuple[Feedback, ...] = ()
+    guardrails: tuple[Guardrail, ...] = ()
+    shadow: Shadow | None = None
+
+    @classmethod
+    def load(cls, path: Path) -> Experiment:
+        """Read a YAML or JSON document; ExperimentRefused lists everything that is wrong with it."""
+        what = f"experiment {path}"
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise ExperimentRefused(what, [Reason("document", f"it cannot be read: {error.strerror}")]) from None
+        if len(data) > MAX_DOCUMENT_BYTES:
+            why = f"it has {len(data)} bytes, at most {MAX_DOCUMENT_BYTES} are a document"
+            raise ExperimentRefused(what, [Reason("document", why)])
+        try:
+            return cls.parse(yaml.safe_load(data), what)
+        except yaml.YAMLError as error:
+            raise ExperimentRefused(what, [Reason("document", f"it is neither YAML nor JSON: {error}")]) from None
+
+    @classmethod
+    def parse(cls, document: Any, what: str = "experiment") -> Experiment:
+        """Check what was read; ExperimentRefused lists everything that is wrong."""
+        try:
+            found = cls.model_validate(document)
+        except ValidationError as error:
+            raise ExperimentRefused(what, list(_explained(error))) from None
+        if reasons := list(found.broken()):
+            raise ExperimentRefused(f"experiment {found.name!r}", reasons)
+        return found
+
+    @property
+    def control(self) -> Arm:
+        """What the other arms are held against."""
+        return self.arms[0]
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return tuple(arm.weight for arm in self.arms)
+
+    @property
+    def steps(self) -> tuple[RampStep, ...]:
+        """The whole ramp, from the start on."""
+        return (RampStep(after=0, coverage=self.coverage), *self.ramp)
+
+    @property
+    def allotment(self) -> tuple[Any, ...]:
+        """All that decides, but for the coverage, which arm a unit is in and what that serves."""
+        return self.name, self.model, self.unit_header, self.arms, self.namespace, self.holdout
+
+    def arm(self, name: str) -> Arm:
+        """The arm of that name; NotFound names those there are."""
+        for arm in self.arms:
+            if arm.name == name:
+                return arm
+        raise NotFound(f"experiment {self.name!r} has no arm {name!r}; it has {', '.join(a.name for a in self.arms)}")
+
+    def coverage_after(self, elapsed: float) -> float:
+        """The share of units that take part so many seconds after the start."""
+        return [step.coverage for step in self.steps if step.after <= elapsed][-1]
+
+    def metrics(self) -> dict[str, Literal["increase", "decrease", ""]]:
+        """Every metric of a request, and which way is better."""
+        return BUILT_IN | {metric.name: metric.goal for metric in self.feedback}
+
+    def broken(self) -> Iterator[Reason]:
+        """What is wrong between the fields."""
+        total = sum(self.weights)
+        if abs(total - 1) > 1e-9:
+            yield Reason("weights", f"expected weights that sum to 1, found {total:g} of {_listed(self.weights)}")
+        for what, names in (
+            ("arms", [arm.name for arm in self.arms]),
+            ("feedback", [metric.name for metric in self.feedback]),
+        ):
+            if twice := [name for name, times in Counter(names).items() if times > 1]:
+                yield Reason("names", f"{what}: {_listed(twice)} stands there more than once")
+        yield from self._broken_ramp()
+        if taken := [metric.name for metric in self.feedback if metric.name in {*BUILT_IN, GATE_FIRINGS}]:
+            yield Reason("names", f"feedback: {_listed(taken)} is measured by the server; choose another name")
+        for rule in self.guardrails:
+            if rule.metric not in {*self.metrics(), GATE_FIRINGS}:
+                known = _listed([*self.metrics(), GATE_FIRINGS])
+                yield Reason("guardrails", f"there is no metric {rule.metric!r}; there are {known}")
+        if self.shadow is not None and self.shadow.arm not in [arm.name for arm in self.arms[1:]]:
+            known = _listed([arm.name for arm in self.arms[1:]])
+            yield Reason("shadow", f"expected an arm other than the control ({known}), found {self.shadow.arm!r}")
+
+    def _broken_ramp(self) -> Iterator[Reason]:
+        for before, after in pairwise(self.steps):
+            if after.after <= before.after:
+                yield Reason(
+                    "ramp", f"expected steps in order of time, found {after.after:g} s after {before.after:g} s"
+                )
+            if after.coverage < before.coverage:
+                yield Reason(
+                    "ramp",
+                    f"coverage {after.coverage:g} after {before.coverage:g} would take units out of their arms. "
+                    "A ramp only grows; to narrow it, stop the experiment and start it anew",
+                )
+        least = min(step.coverage for step in self.steps if step.coverage or step == self.steps[-1])
+        for arm in self.arms:
+            if 0 < least * arm.weight < 1 / assignment.BUCKETS or not least:
+                yield Reason(
+                    "ramp",
+                    f"arm {arm.name!r} has {least * arm.weight:.2g} of all units at coverage {least:g}; "
+                    f"the hash tells {assignment.BUCKETS} parts apart, so it may be none",
+                )
+
+
+def _explained(error: ValidationError) -> Iterator[Reason]:
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = "there is no such field"
+        yield Reason("document", f"{where}: {message}" if where else message)
+
+
+def _listed(values: Sequence[object]) -> str:
+    return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)

@@ -1,0 +1,127 @@
+"""Experiments in a store: what commands and servers do to them, each one entry of the log."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from edit_store.bundle import Manifest
+from edit_store.errors import AmbiguousVersion, ExperimentRefused, NotFound, Reason
+from edit_store.experiment import BASE, Arm, Experiment
+from edit_store.experiments import (
+    FOLDER,
+    Change,
+    ExperimentEntry,
+    Standing,
+    Standings,
+    after,
+    fold,
+    is_of_variant,
+    need,
+)
+from edit_store.intents import relying_on
+from edit_store.log import Log, now
+from edit_store.refs import DEFAULT_TAG, Ref
+from edit_store.store import EditStore
+
+
+def log_of(store: EditStore) -> Log[ExperimentEntry]:
+    """The log of all experiments of a store."""
+    return Log(store.backend, FOLDER, ExperimentEntry, "the experiments", "vllm-edits experiment history")
+
+
+class Experiments:
+    """The experiments of one store. A change is decided on the whole log, and appended to what it was decided on."""
+
+    def __init__(self, store: EditStore) -> None:
+        self._store = store
+        self._log = log_of(store)
+
+    def history(self, name: str | None = None) -> list[ExperimentEntry]:
+        """All entries, or those of one experiment, oldest first, the chain checked."""
+        entries = self._log.history()
+        if name is None:
+            return entries
+        need(fold(entries)[0], name)
+        return [entry for entry in entries if entry.experiment == name]
+
+    def standings(self) -> tuple[Standings, list[str]]:
+        """How every experiment stands, and what is wrong with the log."""
+        return fold(self._log.history())
+
+    def create(self, document: Experiment, *, reason: str = "", actor: str | None = None) -> Standing:
+        """Write a document: a new experiment, or another document for one that does not run.
+
+        One that runs takes a document that moves no unit. Versions that arms name are written out in full.
+        """
+        versions, document = self._resolved(document)
+        blobs = [self._store.manifest(version).tensors.sha256 for version in versions]
+        with relying_on(self._store.backend, [*versions, *blobs]):
+            change = Change(experiment=document.name, operation="create", document=document)
+            return self.change(change, reason=reason, actor=actor)
+
+    def change(self, change: Change, *, reason: str = "", actor: str | None = None) -> Standing:
+        """Append a change. NotFound, Conflict, ExperimentRefused with all reasons: nothing was written then."""
+        entries = self._log.history()
+        standing = after(fold(entries)[0], change, now(), reason)
+        if change.operation == "start":
+            self._resolved(standing.document)
+        self._store.append(
+            self._log, entries[-1] if entries else None, f"experiment {change.experiment}", reason=reason, actor=actor,
+            **{name: getattr(change, name) for name in Change.model_fields},
+        )  # fmt: skip
+        return standing
+
+    def promote(
+        self, name: str, arm: str, *, tag: str = DEFAULT_TAG, reason: str = "", actor: str | None = None
+    ) -> Standing:
+        """Give everybody an arm.
+
+        Where the arm serves the very variant that clients ask for, its version becomes the promoted one of the
+        variant's tag and the experiment ends; else the experiment goes on deciding, and gives every unit that arm.
+        """
+        standing = need(self.standings()[0], name)
+        change = Change(experiment=name, operation="promote", arm=arm)
+        after({name: standing}, change, now(), reason)  # refused before the tag moves
+        if is_of_variant(standing.document, arm):
+            # First the tag: what a crash leaves is an experiment that runs on, and the command can be given again.
+            serves = standing.document.arm(arm).serves
+            version = self._store.resolve(serves)
+            head = self._store.head(Ref.parse(serves).name, tag)
+            if head is None or head.withdrawn or head.version != version:
+                why = reason or f"arm {arm} of experiment {name}"
+                self._store.promote(f"{Ref.parse(serves).name}@{version}", tag=tag, reason=why, actor=actor)
+        return self.change(change, reason=reason, actor=actor)
+
+    def _resolved(self, document: Experiment) -> tuple[list[str], Experiment]:
+        """The versions that arms name, and the document with these in full; ExperimentRefused for what is not there."""
+        reasons: list[Reason] = []
+        arms, manifests, named = [], {}, []
+        for arm in document.arms:
+            try:
+                version = None if arm.serves == BASE else self._store.resolve(arm.serves)
+            except (NotFound, AmbiguousVersion) as error:
+                reasons.append(Reason("arm", f"arm {arm.name!r} cannot be served: {error}"))
+                continue
+            if version is not None:
+                manifests[arm.name] = self._store.manifest(version)
+                ref = Ref.parse(arm.serves)
+                if ref.is_version:
+                    named.append(version)
+                    arm = Arm(name=arm.name, serves=f"{ref.name}@{version}", weight=arm.weight)  # noqa: PLW2901
+            arms.append(arm)
+        reasons += _of_several_bases(manifests)
+        if reasons:
+            raise ExperimentRefused(f"experiment {document.name!r}", reasons)
+        return named, document.model_copy(update={"arms": tuple(arms)})
+
+
+def _of_several_bases(manifests: dict[str, Manifest]) -> Iterator[Reason]:
+    """Arms that no one server could serve, because they edit different models."""
+    first = next(iter(manifests), None)
+    for arm, manifest in manifests.items():
+        if first is not None and manifest.base != manifests[first].base:
+            yield Reason(
+                "arm",
+                f"arm {arm!r} edits {manifest.base.name}, and arm {first!r} {manifests[first].base.name}: other files, "
+                "so no server has both",
+            )

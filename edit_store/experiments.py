@@ -1,0 +1,261 @@
+"""How experiments stand, and the log that says so: one chain for all of them, folded entry by entry.
+
+One log, not one for each: two experiments that share units may not be started side by side, and create-if-absent of
+the next number is what decides between two who try. A follower reads one small object a look. The fold is pure, and
+the same for who writes (what would break a rule is refused before it is written) and who reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from edit_store.bundle import Name
+from edit_store.durations import spoken
+from edit_store.errors import Conflict, EditsError, ExperimentRefused, NotFound, Reason, nearest
+from edit_store.experiment import BASE, Experiment, Share
+from edit_store.log import Entry
+from edit_store.refs import Ref, is_digest
+
+FOLDER = "experiments"
+Status = Literal["draft", "running", "stopped", "promoted"]
+
+
+class Change(BaseModel):
+    """What is done to an experiment: `document` is of create, `arm` of withdraw and promote, `coverage` of widen."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    experiment: Name
+    operation: Literal["create", "start", "widen", "hold", "resume", "withdraw", "promote", "stop"]
+    document: Experiment | None = None
+    arm: Name | None = None
+    coverage: Share | None = None
+
+
+class ExperimentEntry(Change, Entry):
+    """One line of the log."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How one experiment stands. A phase is a time in which no unit leaves its arm for another."""
+
+    document: Experiment
+    status: Status = "draft"
+    phase: int = 0
+    """counts from 1; the seed of the assignment"""
+    began_at: datetime | None = None
+    """when the phase began"""
+    ramped: float = 0.0
+    """seconds that the ramp has run until `ramping_since`"""
+    ramping_since: datetime | None = None
+    """None while the ramp does not go on"""
+    widened: float = 0.0
+    """coverage that somebody widened to"""
+    withdrawn: frozenset[str] = frozenset()
+    everyone: str | None = None
+    """the arm that everyone gets, once it was promoted"""
+    reason: str = ""
+    """why the last change was made"""
+
+    @property
+    def seed(self) -> str:
+        return f"{self.document.name}/{self.phase}"
+
+    @property
+    def serving(self) -> bool:
+        """Whether requests for the model are decided by it."""
+        return self.status in ("running", "promoted")
+
+    def elapsed(self, at: datetime) -> float:
+        """Seconds that the ramp has run."""
+        return self.ramped + (max(0.0, (at - self.ramping_since).total_seconds()) if self.ramping_since else 0.0)
+
+    def coverage(self, at: datetime) -> float:
+        """The share of units that take part."""
+        return max(self.widened, self.document.coverage_after(self.elapsed(at)))
+
+    def held(self, at: datetime) -> Standing:
+        """The same with the ramp standing still."""
+        return replace(self, ramped=self.elapsed(at), ramping_since=None)
+
+
+Standings = Mapping[str, Standing]
+"""How every experiment stands, by name."""
+
+
+def fold(entries: Iterable[ExperimentEntry]) -> tuple[dict[str, Standing], list[str]]:
+    """How experiments stand after these entries, and what is wrong with those that do not fit and are passed over."""
+    standings: dict[str, Standing] = {}
+    troubles = []
+    for entry in entries:
+        try:
+            standings[entry.experiment] = after(standings, entry, entry.at, entry.reason)
+        except EditsError as trouble:
+            troubles.append(f"entry {entry.sequence} of the experiments is passed over: {trouble}")
+    return standings, troubles
+
+
+def after(standings: Standings, change: Change, at: datetime, reason: str = "") -> Standing:
+    """How an experiment stands after a change. NotFound, Conflict, ExperimentRefused: nothing is changed then."""
+    if change.operation == "create":
+        return replace(_created(standings.get(change.experiment), change, at), reason=reason)
+    standing = need(standings, change.experiment)
+    made = {
+        "start": _started, "widen": _widened, "hold": _held, "resume": _resumed, "withdraw": _withdrawn,
+        "promote": _promoted, "stop": _stopped,
+    }[change.operation](standing, change, at)  # fmt: skip
+    if change.operation == "start" and (reasons := list(_overlaps(standings, made))):
+        raise ExperimentRefused(f"the start of experiment {change.experiment!r}", reasons)
+    return replace(made, reason=reason)
+
+
+def need(standings: Standings, name: str) -> Standing:
+    """How the experiment of that name stands; NotFound says what there is."""
+    if name not in standings:
+        raise NotFound(f"there is no experiment {name!r}.{nearest(name, standings)} See: vllm-edits experiment list")
+    return standings[name]
+
+
+def is_of_variant(document: Experiment, arm: str) -> bool:
+    """Whether to promote that arm is to promote a version of the very variant that clients ask for."""
+    serves = document.arm(arm).serves
+    return serves != BASE and Ref.parse(serves).name == document.model.partition("@")[0]
+
+
+def versions_named(entries: Iterable[ExperimentEntry]) -> set[str]:
+    """Versions that documents name by their digests: they are needed though no tag may ever promote them."""
+    refs = [Ref.parse(arm.serves) for entry in entries if entry.document for arm in entry.document.arms
+            if arm.serves != BASE]  # fmt: skip
+    return {ref.selector for ref in refs if is_digest(ref.selector)}
+
+
+def _created(known: Standing | None, change: Change, at: datetime) -> Standing:
+    document = change.document
+    if document is None or document.name != change.experiment:
+        raise ExperimentRefused(
+            f"experiment {change.experiment!r}", [Reason("document", "it comes without its document")]
+        )
+    if reasons := list(document.broken()):
+        raise ExperimentRefused(f"experiment {document.name!r}", reasons)
+    if known is None:
+        return Standing(document)
+    if not known.serving:
+        return replace(known, document=document)
+    if reasons := list(_moves(known, document, at)):
+        raise ExperimentRefused(f"the change of experiment {document.name!r}, which is {known.status},", reasons)
+    return replace(known, document=document)
+
+
+def _moves(known: Standing, document: Experiment, at: datetime) -> Iterable[Reason]:
+    """Why units would change their arms if this became the document in the same phase."""
+    anew = f"Stop it (`vllm-edits experiment stop {document.name}`), create it again and start it: a new phase"
+    if document.allotment != known.document.allotment:
+        fields = ("model", "unit_header", "arms", "namespace", "holdout")
+        changed = [name for name in fields if getattr(document, name) != getattr(known.document, name)]
+        yield Reason("moves", f"{', '.join(changed)}: units would change their arms. {anew}")
+    reached, would = known.coverage(at), max(known.widened, document.coverage_after(known.elapsed(at)))
+    if would < reached:
+        yield Reason("moves", f"coverage is {reached:g} by now and would be {would:g}: units would leave. {anew}")
+
+
+def _started(standing: Standing, change: Change, at: datetime) -> Standing:
+    name = change.experiment
+    if standing.status == "running":
+        raise Conflict(
+            f"experiment {name!r} runs already, in phase {standing.phase} since {standing.began_at:%Y-%m-%d %H:%M}"
+        )
+    if standing.status == "promoted":
+        raise Conflict(
+            f"arm {standing.everyone!r} of experiment {name!r} was promoted: everyone gets it. "
+            f"End that first with: vllm-edits experiment stop {name}"
+        )
+    return replace(standing, status="running", phase=standing.phase + 1, began_at=at, ramped=0.0, ramping_since=at,
+                   widened=0.0, withdrawn=frozenset(), everyone=None)  # fmt: skip
+
+
+def _overlaps(standings: Standings, started: Standing) -> Iterable[Reason]:
+    mine = started.document
+    for name, other in standings.items():
+        theirs = other.document
+        if not other.serving or name == mine.name:
+            continue
+        if mine.namespace and theirs.namespace and mine.namespace.overlaps(theirs.namespace):
+            yield Reason(
+                "namespace",
+                f"it has {mine.namespace.start:g} to {mine.namespace.end:g} of namespace {mine.namespace.name!r}, and "
+                f"{name!r}, which runs, {theirs.namespace.start:g} to {theirs.namespace.end:g}. Choose a free part",
+            )
+        apart = mine.namespace and theirs.namespace and mine.namespace.name == theirs.namespace.name
+        if mine.model == theirs.model and not apart:
+            yield Reason(
+                "model",
+                f"{name!r} decides already for {mine.model!r}. Stop it, or give each a part of one namespace",
+            )
+
+
+def _need_running(standing: Standing, what: str) -> None:
+    if standing.status != "running":
+        raise Conflict(f"experiment {standing.document.name!r} is {standing.status}: {what}")
+
+
+def _widened(standing: Standing, change: Change, at: datetime) -> Standing:
+    _need_running(standing, "there is nothing to widen")
+    reached = standing.coverage(at)
+    if change.coverage is None or change.coverage <= reached:
+        why = (
+            f"coverage is {reached:g}, and {change.coverage or 0:g} is not wider: units would leave their arms. "
+            "To narrow it, stop it, create it again and start it: a new phase"
+        )
+        raise ExperimentRefused(f"the change of experiment {change.experiment!r}", [Reason("moves", why)])
+    return replace(standing, widened=change.coverage)
+
+
+def _held(standing: Standing, change: Change, at: datetime) -> Standing:
+    _need_running(standing, "there is no ramp to hold")
+    if standing.ramping_since is None:
+        raise Conflict(
+            f"the ramp of experiment {change.experiment!r} is held already, {spoken(round(standing.ramped))} in"
+        )
+    return standing.held(at)
+
+
+def _resumed(standing: Standing, change: Change, at: datetime) -> Standing:
+    _need_running(standing, "there is no ramp to resume")
+    if standing.ramping_since is not None:
+        raise Conflict(f"the ramp of experiment {change.experiment!r} is not held")
+    return replace(standing, ramping_since=at)
+
+
+def _withdrawn(standing: Standing, change: Change, at: datetime) -> Standing:
+    _need_running(standing, "no unit is in any arm")
+    arm = standing.document.arm(change.arm or "").name
+    if arm == standing.document.control.name:
+        why = f"{arm!r} is the control, which serves the units of arms that are withdrawn. Stop the experiment instead"
+        raise ExperimentRefused(f"the change of experiment {change.experiment!r}", [Reason("arm", why)])
+    if arm in standing.withdrawn:
+        raise Conflict(f"arm {arm!r} of experiment {change.experiment!r} is withdrawn already: {standing.reason}")
+    return replace(standing.held(at), withdrawn=standing.withdrawn | {arm})
+
+
+def _promoted(standing: Standing, change: Change, at: datetime) -> Standing:
+    arm = standing.document.arm(change.arm or "").name
+    if standing.status not in ("running", "stopped"):
+        raise Conflict(f"experiment {change.experiment!r} is {standing.status}: start it before you promote an arm")
+    if arm in standing.withdrawn:
+        why = f"arm {arm!r} was withdrawn. If it is right after all, start the experiment anew"
+        raise ExperimentRefused(f"the change of experiment {change.experiment!r}", [Reason("arm", why)])
+    if is_of_variant(standing.document, arm):  # then the variant's own tag says so, and nothing is left to decide
+        return replace(standing.held(at), status="stopped")
+    return replace(standing.held(at), status="promoted", everyone=arm)
+
+
+def _stopped(standing: Standing, change: Change, at: datetime) -> Standing:
+    if not standing.serving:
+        raise Conflict(f"experiment {change.experiment!r} is {standing.status}: there is nothing to stop")
+    return replace(standing.held(at), status="stopped", everyone=None)
