@@ -12,7 +12,9 @@ EditsError
 ├── StoreCorrupt       stored bytes do not match the digest or chain that names them
 ├── SettingsError      a setting is unknown or impossible
 ├── UnsupportedHost    this vLLM, or the way it was started, cannot serve edits exactly
-└── NotServed          a promoted variant that this server refuses
+├── NotServed          a promoted variant that this server refuses
+├── RequestRefused     a request asks for what its variant or experiment does not allow
+└── FeedbackRefused    feedback that its experiment does not take
 """
 
 from __future__ import annotations
@@ -85,6 +87,14 @@ class NotServed(EditsError):
 
 class RequestRefused(EditsError):
     """A request asks for something that its variant does not allow."""
+
+
+class ArmRefused(RequestRefused):
+    """A request asks for an arm that no experiment about its model has, or that is not served."""
+
+
+class FeedbackRefused(EditsError):
+    """Feedback of a metric, or a value, that its experiment does not have; nothing was counted."""
 
 
 class SettingsError(EditsError):

@@ -1,4 +1,4 @@
-"""What a server does every two seconds: see which tags moved, for one small read per tag.
+"""What a server does every two seconds: see which tags moved, and what became of experiments, for one small read each.
 
 The first look reads every tag's head. Later ones ask for the entry after the last known one, which is mostly not there.
 The highest entries seen are remembered on the node, so a log that was wound back is refused also after a restart.
@@ -8,35 +8,59 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from edit_store.bundle import sha256
 from edit_store.errors import EditsError, StoreCorrupt
+from edit_store.experiment_log import log_of
+from edit_store.experiments import ExperimentEntry, Standings, fold
+from edit_store.log import E, Entry
 from edit_store.store import EditStore, Heads, IndexEntry, TagEntry
 
 Key = tuple[str, str]
 """Name and tag."""
 
 
+EXPERIMENTS: Key = ("experiments", "*")
+"""What stands for the log of experiments where others are named by their tags; no tag is called so."""
+
+
 @dataclass(frozen=True)
 class Look:
-    """The last entry of every tag, withdrawals too. A tag in trouble keeps its last good one, and the others go on."""
+    """The last entry of every tag, withdrawals too, and how experiments stand.
+
+    A log in trouble keeps its last good entry, and the others go on. `passed_over` tells of entries of the experiments
+    that have no effect.
+    """
 
     heads: Heads
     troubles: Mapping[Key, EditsError]
+    experiments: Standings = field(default_factory=dict)
+    passed_over: Sequence[str] = ()
 
 
 class Follower:
-    """The heads of every tag of one store, kept up to date. Not safe to use from two threads at once."""
+    """The logs of one store, kept up to date. Not safe to use from two threads at once.
 
-    def __init__(self, store: EditStore, seen: Seen | None = None) -> None:
+    `believed` says whether an entry of the experiments counts; one that does not is asked about again at every look.
+    """
+
+    def __init__(
+        self, store: EditStore, seen: Seen | None = None,
+        believed: Callable[[ExperimentEntry], bool] = lambda _: True,
+    ) -> None:  # fmt: skip
         self._store = store
         self._seen = seen
+        self._believed = believed
         self._index: IndexEntry | None = None
         self._heads: dict[Key, TagEntry | None] = {}
+        self._experiments: list[ExperimentEntry] = []
+        self._read_experiments = False
+        self._doubted: list[ExperimentEntry] = []
+        self._folded: tuple[Standings, list[str]] = {}, []
 
     def look(self) -> Look:
         """Read what is new. StoreUnavailable when the store is gone or does not answer: gone is not empty."""
@@ -55,9 +79,35 @@ class Follower:
         for (name, tag), head in self._heads.items():
             if head is not None:
                 heads.setdefault(name, {})[tag] = head
+        try:
+            self._follow_experiments()
+        except StoreCorrupt as trouble:
+            troubles[EXPERIMENTS] = trouble
         if self._seen is not None:
-            self._seen.remember(heads)
-        return Look(heads, troubles)
+            self._seen.remember(self._last_entries())
+        return Look(heads, troubles, *self._folded)
+
+    def _last_entries(self) -> dict[Key, Entry]:
+        last: dict[Key, Entry] = {key: head for key, head in self._heads.items() if head is not None}
+        if self._experiments:
+            last[EXPERIMENTS] = self._experiments[-1]
+        return last
+
+    def _follow_experiments(self) -> None:
+        log = log_of(self._store)
+        if self._read_experiments:
+            new = log.after(self._experiments[-1] if self._experiments else None)
+        else:
+            new = log.history()
+            if self._seen is not None:
+                self._seen.require(EXPERIMENTS, new[-1] if new else None, log.get)
+            self._read_experiments = True
+        self._experiments += new
+        waiting = [*self._doubted, *new]
+        self._doubted = [entry for entry in waiting if not self._believed(entry)]
+        if len(self._doubted) < len(waiting):
+            doubted = {entry.sequence for entry in self._doubted}
+            self._folded = fold(entry for entry in self._experiments if entry.sequence not in doubted)
 
     def _newest(self, key: Key) -> TagEntry | StoreCorrupt | None:
         known, log = self._heads[key], self._store.tag_log(*key)
@@ -73,7 +123,7 @@ class Follower:
 
 
 class Seen:
-    """The highest entry of every tag that this node has seen of one store, in a file that outlives the process."""
+    """The highest entry of every log that this node has seen of one store, in a file that outlives the process."""
 
     def __init__(self, folder: Path, url: str) -> None:
         self._path = folder / "seen" / f"{sha256(url.encode())[:16]}.json"
@@ -91,12 +141,13 @@ class Seen:
                 "If you trust the store as it is, delete the file"
             ) from None
 
-    def require(self, key: Key, head: TagEntry | None, get: Callable[[int], TagEntry | None]) -> None:
-        """StoreCorrupt when a tag ends before what was seen, or says something else there."""
+    def require(self, key: Key, head: E | None, get: Callable[[int], E | None]) -> None:
+        """StoreCorrupt when a log ends before what was seen, or says something else there."""
         number, digest = self._known.get("/".join(key), (0, ""))
         if number == 0:
             return
-        name, mend = "@".join(key), f"Restore the store; if it is right as it is, delete {self._path}"
+        name = "the experiments" if key == EXPERIMENTS else "@".join(key)
+        mend = f"Restore the store; if it is right as it is, delete {self._path}"
         end = head.sequence if head else 0
         entry = head if end == number else get(number)
         if end < number or entry is None:
@@ -108,16 +159,10 @@ class Seen:
                 f"history of {name} was rewritten: entry {number} is not the one this node has seen. {mend}"
             )
 
-    def remember(self, heads: Heads) -> None:
+    def remember(self, heads: Mapping[Key, Entry]) -> None:
         """Note these heads, never a lower one than any process of this node has noted."""
-        found = {
-            (name, tag): (head.sequence, head.digest) for name, tags in heads.items() for tag, head in tags.items()
-        }
-        higher = {
-            key: value
-            for key, value in (("/".join(each), value) for each, value in found.items())
-            if value[0] > self._known.get(key, (0, ""))[0]
-        }
+        found = {"/".join(key): (head.sequence, head.digest) for key, head in heads.items()}
+        higher = {key: value for key, value in found.items() if value[0] > self._known.get(key, (0, ""))[0]}
         if not higher:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)

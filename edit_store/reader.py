@@ -5,6 +5,7 @@ from __future__ import annotations
 from edit_store.bundle import Bundle, Manifest
 from edit_store.cache import NodeCache
 from edit_store.errors import Reason
+from edit_store.experiments import ExperimentEntry
 from edit_store.follow import Follower, Look, Seen
 from edit_store.signing import Role
 from edit_store.store import EditStore, TagEntry
@@ -18,7 +19,7 @@ class Reader:
         self.trust = trust or Trust()
         self._store = store
         self._cache = cache or NodeCache()
-        self._follower = Follower(store, Seen(self._cache.folder, store.url))
+        self._follower = Follower(store, Seen(self._cache.folder, store.url), self._believed)
 
     @property
     def store(self) -> EditStore:
@@ -60,6 +61,13 @@ class Reader:
             return []
         what = f"version {version[:12]} of {name}"
         return self.trust.policy.check(Role.AUTHOR, version, what, self._store.signatures(version))
+
+    def _believed(self, entry: ExperimentEntry) -> bool:
+        """Whether promoters have signed for what is done to an experiment, where that is asked for."""
+        if self.trust.enforcement is not Enforcement.REQUIRE:
+            return True
+        what = f"experiment {entry.experiment} entry {entry.sequence}"
+        return not self.trust.policy.check(Role.PROMOTER, entry.digest, what, self._store.signatures(entry.digest))
 
     def believed(self, entry: TagEntry) -> TagEntry | None:
         """This entry, or the newest one before it that can be believed: what a server that never stopped serves."""

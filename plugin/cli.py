@@ -20,6 +20,7 @@ from edit_store.base_model import identify
 from edit_store.cli import JsonOption, StoreOption, app, as_script, counted, explained, plain, show
 from edit_store.errors import EditsError, SettingsError
 from plugin.claim import SCHEDULER
+from plugin.experiments import cli as _experiments  # noqa: F401  importing it registers its command
 from plugin.reading import open_reader
 from plugin.sizes import bytes_of, sized
 from server_config.settings import KEY, read_settings

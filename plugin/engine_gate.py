@@ -12,6 +12,7 @@ from contextlib import aclosing
 from typing import Any
 
 from plugin.claim import address
+from plugin.experiments.repeats import LOOKED_AT
 from plugin.lease import CURRENT_LEASE, Lease, Usage
 from plugin.variants import Choice
 
@@ -39,7 +40,8 @@ class EngineGate:
             # Work that outlives its HTTP request (a background response) still runs on the version it began with.
             lease = await self._renew(lease.choice)
         with lease.hold():
-            watch = _Watch(lease.usage, deltas=getattr(sampling_params.output_kind, "name", "") == "DELTA")
+            deltas = getattr(sampling_params.output_kind, "name", "") == "DELTA"
+            watch = _Watch(lease.usage, deltas=deltas, keeps_tail=lease.choice.assignment is not None)
             prompt, sampling_params = address(prompt, sampling_params, lease.choice, lease.slot, forks=self._forks)
             outputs = self._engine.generate(prompt, sampling_params, request_id, *args, **kwargs)
             # Closing the inner generator awaits the abort, so the slot is not released before the engine knows.
@@ -61,9 +63,10 @@ class EngineGate:
 class _Watch:
     """Adds what one engine request reports to its lease's usage."""
 
-    def __init__(self, usage: Usage, *, deltas: bool) -> None:
+    def __init__(self, usage: Usage, *, deltas: bool, keeps_tail: bool = False) -> None:
         self._usage = usage
         self._deltas = deltas
+        self._keeps_tail = keeps_tail
         self._prompt_counted = False
         self._lengths: dict[int, int] = {}
         usage.engine_requests += 1
@@ -78,6 +81,11 @@ class _Watch:
             new_tokens += length if self._deltas else length - seen
             self._lengths[completion.index] = length
             usage.aborted = usage.aborted or completion.finish_reason == "abort"
+            usage.wrote = usage.wrote or bool(completion.text.strip())
+            if self._keeps_tail and completion.index == 0:
+                new = completion.token_ids if self._deltas else completion.token_ids[seen:]
+                usage.tail = [*usage.tail, *new][-LOOKED_AT:]
+        usage.corrupted = usage.corrupted or getattr(output.metrics, "is_corrupted", False)
         if new_tokens:
             usage.output_tokens += new_tokens
             # The engine's own stamps are exact where it delivers the whole answer at once; both clocks are monotonic.

@@ -28,6 +28,12 @@ class Usage:
     output_tokens: int = 0
     engine_requests: int = 0
     aborted: bool = False
+    wrote: bool = False
+    """whether any answer had a character that is no space"""
+    corrupted: bool = False
+    """whether vLLM found NaN among the logits (it looks with VLLM_COMPUTE_NANS_IN_LOGITS=1)"""
+    tail: list[int] = field(default_factory=list)
+    """the last tokens, of a request that takes part in an experiment"""
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Summary
 
 PREFIX = "vllm_edits_"
 OTHER = "other"
@@ -34,7 +34,7 @@ class Metric:
     """One series: `edges` are a histogram's buckets; `across_processes` joins the gauges of several."""
 
     name: str
-    kind: Literal["counter", "gauge", "histogram"]
+    kind: Literal["counter", "gauge", "histogram", "summary"]
     help: str
     labels: tuple[str, ...] = ()
     edges: Seconds = ()
@@ -94,6 +94,38 @@ METRICS = (
         ("variant", "version", "edit"),
     ),
     Metric(
+        "exposures",
+        "counter",
+        "Requests of experiments by arm: by hash, asked for, or instead (by the control); by the unit's source.",
+        ("experiment", "arm", "chosen", "source"),
+    ),
+    Metric(
+        "arm_requests",
+        "counter",
+        "Requests that were assigned by hash, by how they ended.",
+        ("experiment", "arm", "outcome"),
+    ),
+    Metric(
+        "arm_time_to_first_token_seconds",
+        "histogram",
+        "The same: from arrival to the first token.",
+        ("experiment", "arm"),
+        FIRST_TOKEN,
+    ),
+    Metric(
+        "arm_time_per_output_token_seconds",
+        "histogram",
+        "The same: mean time between output tokens of a request.",
+        ("experiment", "arm"),
+        PER_TOKEN,
+    ),
+    Metric("feedback", "summary", "Values that clients reported, by metric.", ("experiment", "arm", "metric")),
+    Metric(
+        "guardrail_failures", "gauge", "Failed measurements since the last success.", ("experiment", "arm", "metric")
+    ),
+    Metric("experiment_rollbacks", "counter", "Arms that this server withdrew.", ("experiment", "arm", "metric")),
+    Metric("exposures_lost", "gauge", "Requests of experiments that could not be written down."),
+    Metric(
         "variant_info",
         "gauge",
         "1 for the version a variant serves, 0 for one it served before.",
@@ -123,6 +155,14 @@ class Metrics:
     signature_policy: Gauge
     bundles_rejected: Counter
     gate_firings: Counter
+    exposures: Counter
+    arm_requests: Counter
+    arm_time_to_first_token_seconds: Histogram
+    arm_time_per_output_token_seconds: Histogram
+    feedback: Summary
+    guardrail_failures: Gauge
+    experiment_rollbacks: Counter
+    exposures_lost: Gauge
     variant_info: Gauge
 
     def __init__(self, registry: CollectorRegistry = REGISTRY, *, label_limit: int = 256) -> None:
@@ -130,13 +170,15 @@ class Metrics:
         self._pairs: set[tuple[str, str]] = set()
         for metric in METRICS:
             name = PREFIX + metric.name
-            made: Counter | Gauge | Histogram
+            made: Counter | Gauge | Histogram | Summary
             if metric.kind == "counter":
                 made = Counter(name, metric.help, metric.labels, registry=registry)
             elif metric.kind == "gauge":
                 made = Gauge(
                     name, metric.help, metric.labels, registry=registry, multiprocess_mode=metric.across_processes
                 )
+            elif metric.kind == "summary":
+                made = Summary(name, metric.help, metric.labels, registry=registry)
             else:
                 made = Histogram(name, metric.help, metric.labels, registry=registry, buckets=metric.edges)
             setattr(self, metric.name, made)

@@ -9,6 +9,8 @@ from typing import Any, Literal, Protocol
 
 from edit_store.errors import AmbiguousVersion, EditsError, NotFound, NotServed
 from edit_store.trust import Enforcement
+from plugin.experiments.asking import NOBODY, Asking
+from plugin.experiments.records import Exposure
 from plugin.lease import Lease
 from plugin.reconcile import Reconciler
 from plugin.variants import Choice
@@ -41,13 +43,15 @@ class Served:
 
     variants: Sequence[tuple[str, str, str]]
     base: bool
+    experiments: Sequence[str] = ()
+    """names that only experiments give a meaning"""
 
 
 class Owner(Protocol):
     """Whoever owns the slots. Its answers are plain data, but for leases."""
 
-    async def lease(self, model: str, strength: float | None = None) -> Lease:
-        """A slot for a request that names `model`; waits while all slots are in use.
+    async def lease(self, model: str, strength: float | None = None, asking: Asking = NOBODY) -> Lease:
+        """A slot for a request that names `model`; waits while all slots are in use. `asking` decides its arm.
 
         NotFound, AmbiguousVersion, NotServed, RequestRefused; InstallRefused when the version cannot be brought in.
         """
@@ -67,6 +71,12 @@ class Owner(Protocol):
     async def change(self, change: Change) -> Mapping[str, Any]:
         """Append a change to the store and follow it at once; the entry, and the swap."""
 
+    def ended(self, exposure: Exposure) -> None:
+        """A request that took part in an experiment has ended."""
+
+    async def feedback(self, request: str, metric: str, value: float) -> Mapping[str, Any]:
+        """How a request went; NotFound, FeedbackRefused. What was counted."""
+
 
 class LocalOwner:
     """The owner is in this process: its reconciler."""
@@ -74,9 +84,9 @@ class LocalOwner:
     def __init__(self, reconciler: Reconciler) -> None:
         self._core = reconciler
 
-    async def lease(self, model: str, strength: float | None = None) -> Lease:
+    async def lease(self, model: str, strength: float | None = None, asking: Asking = NOBODY) -> Lease:
         try:
-            return await self._core.lease(model, strength)
+            return await self._core.lease(model, strength, asking)
         except (NotFound, AmbiguousVersion) as error:
             if refusal := self._core.refusal(model):
                 raise NotServed(f"This variant cannot be served: {refusal}") from error
@@ -91,7 +101,8 @@ class LocalOwner:
         for name in table.names():
             variant, _, tag = name.partition("@")
             variants.append((name, variant, table.promoted[variant][tag or table.default_tag]))
-        return Served(variants, table.in_weights is None)
+        known = {*table.base_names, *table.names()}
+        return Served(variants, table.in_weights is None, sorted(self._core.experiments.names - known))
 
     async def status(self) -> Mapping[str, Any]:
         return self._core.status()
@@ -100,6 +111,12 @@ class LocalOwner:
         swaps = await self._core.sync(retry_refused=True)
         await self._core.read_firings()
         return {"swaps": [asdict(swap) for swap in swaps], "last_error": self._core.last_error}
+
+    def ended(self, exposure: Exposure) -> None:
+        self._core.experiments.ended(exposure)
+
+    async def feedback(self, request: str, metric: str, value: float) -> Mapping[str, Any]:
+        return self._core.experiments.feedback(request, metric, value)
 
     async def change(self, change: Change) -> Mapping[str, Any]:
         core = self._core

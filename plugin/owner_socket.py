@@ -32,6 +32,8 @@ from pydantic import TypeAdapter
 from edit_store import errors
 from edit_store.errors import BundleRefused, EditsError, Reason, UnsupportedHost
 from plugin import owner as owning
+from plugin.experiments.asking import NOBODY, Asking
+from plugin.experiments.records import Exposure
 from plugin.lease import Lease
 from plugin.owner import Change, Owner, Served
 from plugin.reconcile import Workers
@@ -125,6 +127,8 @@ class _Process:
         number, call = message["id"], message["call"]
         if call == "release":
             self._leases.pop(number).close()
+        elif call == "ended":
+            self._owner.ended(msgspec.convert(message["exposure"], Exposure))
         elif call == "cancel":
             if number in self._tasks:
                 self._tasks[number].cancel()
@@ -149,7 +153,8 @@ class _Process:
 
     async def _asked(self, number: int, call: str, message: Message) -> Any:
         if call == "lease":
-            return self._kept(number, await self._owner.lease(message["model"], message["strength"]))
+            asking = Asking(**message["asking"])
+            return self._kept(number, await self._owner.lease(message["model"], message["strength"], asking))
         if call == "renew":
             choice = message["choice"]
             return self._kept(number, await self._owner.renew(choice and _CHOICE.validate_python(choice)))
@@ -157,6 +162,8 @@ class _Process:
             return asdict(await self._owner.served())
         if call == "change":
             return await self._owner.change(Change(**message["change"]))
+        if call == "feedback":
+            return await self._owner.feedback(message["request"], message["metric"], message["value"])
         return await (self._owner.status() if call == "status" else self._owner.sync())
 
     def _kept(self, number: int, lease: Lease) -> Message:
@@ -216,15 +223,19 @@ class RemoteOwner:
         for task in list(self._tasks):
             task.cancel()
 
-    async def lease(self, model: str, strength: float | None = None) -> Lease:
-        return await self._leased("lease", model=model, strength=strength)
+    async def lease(self, model: str, strength: float | None = None, asking: Asking = NOBODY) -> Lease:
+        return await self._leased("lease", model=model, strength=strength, asking=asdict(asking))
+
+    def ended(self, exposure: Exposure) -> None:
+        with suppress(EditsError):  # an owner that is gone ends the server
+            self._write({"id": next(self._numbers), "call": "ended", "exposure": msgspec.to_builtins(exposure)})
 
     async def renew(self, choice: Choice | None) -> Lease:
         return await self._leased("renew", choice=choice and _CHOICE.dump_python(choice, mode="json"))
 
     async def served(self) -> Served:
         found = await self._ask("served")
-        return Served([tuple(each) for each in found["variants"]], found["base"])
+        return Served([tuple(each) for each in found["variants"]], found["base"], found["experiments"])
 
     async def status(self) -> Mapping[str, Any]:
         found: Mapping[str, Any] = await self._ask("status")
@@ -236,6 +247,10 @@ class RemoteOwner:
 
     async def change(self, change: Change) -> Mapping[str, Any]:
         found: Mapping[str, Any] = await self._ask("change", change=asdict(change))
+        return found
+
+    async def feedback(self, request: str, metric: str, value: float) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = await self._ask("feedback", request=request, metric=metric, value=value)
         return found
 
     async def _leased(self, call: str, **arguments: Any) -> Lease:

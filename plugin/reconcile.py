@@ -19,10 +19,17 @@ from typing import Any, Protocol
 
 from edit_store import verify
 from edit_store.bundle import BaseModelRef, Bundle
-from edit_store.errors import BundleRefused, EditsError, InstallRefused, NotTrusted, Reason
+from edit_store.errors import BundleRefused, EditsError, InstallRefused, NotTrusted, Reason, RequestRefused
+from edit_store.experiment_log import Experiments
+from edit_store.experiments import Change
 from edit_store.reader import Reader
 from edit_store.store import TagEntry
 from edit_store.trust import Enforcement
+from plugin.experiments.asking import NOBODY, Asking
+from plugin.experiments.deciding import Way
+from plugin.experiments.exposure_log import ExposureLog
+from plugin.experiments.handle import Handles
+from plugin.experiments.served import ServedExperiments
 from plugin.firings import Firings
 from plugin.lease import Lease
 from plugin.metrics import OTHER, UNKNOWN, Metrics
@@ -100,6 +107,8 @@ class Reconciler:
         weights_key: tuple[str, str] | None = None,
         weights_running: Running = "finish",
         weights_patience_seconds: float = 60.0,
+        exposures: ExposureLog | None = None,
+        handles: Handles | None = None,
     ) -> None:
         self.reader = reader
         self.table = VariantTable(base_names, default_tag)
@@ -129,6 +138,10 @@ class Reconciler:
             weights_key, self._all, running=weights_running, patience_seconds=weights_patience_seconds,
             inside=self._in_flight.total, abort_all=workers.abort_all,
         )  # fmt: skip
+        self.experiments = ServedExperiments(
+            metrics, exposures or ExposureLog(None, 0), handles or Handles.of(None), prepare=self.prepare,
+            append=self._append_change,
+        )  # fmt: skip
         metrics.slots_total.set(slots)
         metrics.signature_policy.labels(reader.trust.enforcement).set(1)
         if reader.trust.enforcement is Enforcement.OFF:
@@ -151,6 +164,12 @@ class Reconciler:
                 logger.exception("sync failed; what is installed keeps serving")
                 self._metrics.store_errors.inc()
             self._metrics.store_head_age_seconds.set(self._head_age() or 0)
+
+    def _append_change(self, change: Change, reason: str, actor: str) -> None:
+        store = self.reader.store
+        if self.reader.trust.enforcement is Enforcement.REQUIRE and not store.signs:
+            raise EditsError("entries must be signed, and this server has no key: set edits.signing_key_file")
+        Experiments(store).change(change, reason=reason, actor=actor)
 
     async def sync(self, *, retry_refused: bool = False) -> list[Swap]:
         """Read the store's heads once and follow every tag that moved. Returns the swaps that were tried."""
@@ -175,6 +194,7 @@ class Reconciler:
                     if refused and refused.lasting and refused.sequence == entry.sequence and not retry_refused:
                         continue
                     swaps.append(await self._follow_tag(entry))
+            await self.experiments.follow(look.experiments, tuple(look.passed_over))
             return swaps
 
     def _note_troubles(self, troubles: Mapping[tuple[str, str], EditsError]) -> None:
@@ -315,15 +335,37 @@ class Reconciler:
 
     # -- lending slots ---------------------------------------------------------------------------------------------
 
-    async def lease(self, model: str, strength: float | None = None) -> Lease:
+    async def lease(self, model: str, strength: float | None = None, asking: Asking = NOBODY) -> Lease:
         """A slot for a request that names `model`; waits while all slots are in use.
 
+        Where an experiment is about that name, the arm of who asks; the control's, when that arm cannot be served.
         NotFound for a name that is not served; RequestRefused for a strength that its version does not take;
         InstallRefused when the version cannot be brought in.
         """
+        way = self.experiments.decide(model, asking)
+        if way is None:
+            return await self._lease_of(model, strength)
+        try:
+            return await self._lease_on(way, model, strength)
+        except RequestRefused:
+            raise
+        except EditsError as error:
+            if way.instead is None:
+                raise
+            logger.warning("%s is served by the control, for %s cannot be: %s", model, way.serves, error)
+            return await self._lease_on(way.instead, model, strength)
+
+    async def _lease_on(self, way: Way, model: str, strength: float | None) -> Lease:
+        """A slot for what an experiment decided, under the name that was asked for."""
+        handle = self.experiments.handle(way)
+        lease = await self._lease_of("" if way.serves == BASE else way.serves, strength)
+        lease.choice = replace(lease.choice, requested=model, assignment=way.assignment, handle=handle)
+        return lease
+
+    async def _lease_of(self, model: str, strength: float | None) -> Lease:
         while True:
             await self._weights.admitted()
-            found = self.table.resolve(model)
+            found = self._found(model)
             if isinstance(found, VersionWanted):
                 ref, served = found.ref, self.table.promoted[found.ref.name].values()
                 known = ref.selector in served  # a whole digest that is served needs no store
@@ -333,6 +375,23 @@ class Reconciler:
             if self._weights.open and found.epoch == self.table.epoch:  # else they changed while the store was asked
                 strength = traits.strength_of(strength, model, fixed=found.in_weights)
                 return await self._enter(replace(found, strength=strength, traits=traits))
+
+    def _found(self, model: str) -> Choice | VersionWanted:
+        """What a name means. A version that an arm names is known, whether or not a tag promotes anything."""
+        name, _, selector = model.partition("@")
+        if self.experiments.names_version(selector):
+            return self.table.chosen(model, name, selector)
+        return self.table.resolve(model)
+
+    async def prepare(self, name: str, version: str) -> None:
+        """Have a version ready that an arm names; EditsError when it cannot be served here."""
+        await self._require_author(name, version)
+        bundle = await asyncio.to_thread(self.reader.bundle, version)
+        await asyncio.to_thread(verify.check, bundle, self._base)
+        if missing := self._reservation.missing(bundle.manifest, self._price):
+            raise InstallRefused(f"version {version[:12]} of {name!r}", missing)
+        self._traits[version] = Traits.of(bundle.manifest)
+        await self._make_ready(version)
 
     async def _traits_of(self, name: str, version: str) -> Traits:
         if version not in self._traits:
@@ -557,6 +616,7 @@ class Reconciler:
                 {"name": name, "tag": tag, "sequence": refusal.sequence, "error": refusal.error}
                 for (name, tag), refusal in sorted(self._refused.items())
             ],
+            "experiments": self.experiments.status(),
             "troubles": [
                 {"name": name, "tag": tag, "error": str(trouble)}
                 for (name, tag), trouble in sorted(self._troubles.items())

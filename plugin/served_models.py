@@ -31,7 +31,7 @@ class ServedModels:
     def model_name(self, lora_request: Any = None) -> str:
         """The name that answers carry: what the client asked for."""
         lease = CURRENT_LEASE.get()
-        if lora_request is None and lease is not None and lease.choice.version is not None:
+        if lora_request is None and lease is not None and not self._models.is_base_model(lease.choice.requested):
             return lease.choice.requested
         return str(self._models.model_name(lora_request))
 
@@ -44,4 +44,5 @@ class ServedModels:
         for name, variant, version in served.variants:
             card = {"id": name, "root": f"{variant}@{version}", "parent": base.id}
             listed.data.append(base.model_copy(update=card))
+        listed.data += [base.model_copy(update={"id": name, "parent": base.id}) for name in served.experiments]
         return listed

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from edit_store.errors import NotFound, nearest
 from edit_store.refs import Ref
+from plugin.experiments.deciding import Assignment
 from plugin.traits import PLAIN, Traits
 
 BASE = "base"
@@ -26,6 +27,10 @@ class Choice:
     """whether the version is in the engine's weights, so that it needs no slot"""
     epoch: int = 0
     """counts what has been in the engine's weights: what was computed with others is never shared"""
+    assignment: Assignment | None = None
+    """the arm of an experiment that this is, where the request takes part in one"""
+    handle: str = ""
+    """the id by which feedback on it may come"""
 
 
 @dataclass(frozen=True)

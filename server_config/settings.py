@@ -108,6 +108,15 @@ class EditSettings(BaseModel):
         ge=0,
         description="memory of each worker for versions ready to be paged in; the least recently used go first",
     )
+    exposure_folder: str | None = Field(
+        default=None, description="where requests of experiments are written down, a JSON line each; without it nowhere"
+    )
+    exposure_bytes: int = Field(default=1 << 28, ge=1 << 12, description="size at which such a file is begun anew")
+    feedback_key_file: str | None = Field(
+        default=None,
+        description="file with a secret that servers share, so that feedback on a request may go to any of them, and "
+        "after a restart; by default each has one of its own",
+    )
     any_vllm: bool = Field(
         default=False, description="start on a vLLM outside the supported range too; what it lacks is logged"
     )

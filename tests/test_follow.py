@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from edit_store import EditStore
 from edit_store.backends import Item
 from edit_store.errors import EditsError, StoreUnavailable
+from edit_store.experiment import Experiment
+from edit_store.experiment_log import Experiments
+from edit_store.experiments import Change
 from edit_store.follow import Follower, Seen
 from tests.fakes import FlakyBackend
+from tests.test_experiment import document
 from tests.test_store import promoted
 
 
@@ -64,8 +69,8 @@ def test_several_entries_at_once_end_at_the_last(store: EditStore) -> None:
 
 
 @pytest.mark.parametrize("tags", [1, 5])
-def test_a_look_at_an_unchanged_store_costs_one_read_per_tag_and_two(store: EditStore, tags: int) -> None:
-    """The format, the index, and the entry after the last of each tag; no listing, however long the histories."""
+def test_a_look_at_an_unchanged_store_costs_one_read_per_tag_and_three(store: EditStore, tags: int) -> None:
+    """The format, the index, the experiments, and the entry after the last of each tag; no listing, however long."""
     (version, *_) = promoted(store, "1", "2", "3")
     for number in range(tags - 1):
         store.promote(f"polite@{version}", tag=f"tag-{number}")
@@ -73,7 +78,7 @@ def test_a_look_at_an_unchanged_store_costs_one_read_per_tag_and_two(store: Edit
     follower.look()
     backend.reads = backend.listings = 0
     follower.look()
-    assert (backend.reads, backend.listings) == (tags + 2, 0)
+    assert (backend.reads, backend.listings) == (tags + 3, 0)
 
 
 def test_a_store_that_is_gone_is_not_empty(store: EditStore) -> None:
@@ -168,3 +173,47 @@ def test_a_memory_that_cannot_be_read_is_told(store: EditStore, tmp_path: Path) 
     path.write_text("{")
     with pytest.raises(EditsError, match="If you trust the store as it is, delete the file"):
         seen(store, tmp_path)
+
+
+def of_tone(operation: Any, **fields: Any) -> Change:
+    return Change(experiment="tone", operation=operation, **fields)
+
+
+def test_experiments_are_followed_entry_by_entry(store: EditStore) -> None:
+    """Those that were there before the first look, and those that came later."""
+    promoted(store, "1")
+    experiments, follower = Experiments(store), Follower(store)
+    assert follower.look().experiments == {}
+    experiments.create(Experiment.parse(document()))
+    assert follower.look().experiments["tone"].status == "draft"
+    experiments.change(of_tone("start"))
+    assert follower.look().experiments == Follower(store).look().experiments == experiments.standings()[0]
+
+
+def test_an_entry_that_is_not_believed_counts_when_it_is(store: EditStore) -> None:
+    """A start that a second promoter has still to sign for changes nothing until then."""
+    promoted(store, "1")
+    experiments, signed = Experiments(store), {1}
+    follower = Follower(store, believed=lambda entry: entry.sequence in signed)
+    experiments.create(Experiment.parse(document()))
+    experiments.change(of_tone("start"))
+    assert follower.look().experiments["tone"].status == "draft"
+    signed.add(2)
+    assert follower.look().experiments["tone"].status == "running"
+
+
+def test_experiments_that_were_wound_back_are_refused_after_a_restart(store: EditStore, tmp_path: Path) -> None:
+    """A stop that somebody took away: what this node has seen is remembered, the tags are followed all the same."""
+    promoted(store, "1")
+    experiments = Experiments(store)
+    experiments.create(Experiment.parse(document()))
+    experiments.change(of_tone("start"))
+    experiments.change(of_tone("stop"))
+    Follower(store, Seen(tmp_path, store.url)).look()
+    store.backend.delete(f"experiments/{3:020d}.json")
+    found = Follower(store, Seen(tmp_path, store.url)).look()
+    assert "the experiments was wound back" in str(found.troubles["experiments", "*"])
+    assert found.experiments == {}
+    assert "polite" in found.heads
+    never_saw = Follower(store, Seen(tmp_path / "other", store.url)).look()
+    assert never_saw.experiments["tone"].status == "running"

@@ -102,7 +102,9 @@ class FakeEngine:
                 last = step == sampling.max_tokens
                 if last or sampling.output_kind is OutputKind.DELTA:
                     ids = [step] if sampling.output_kind is OutputKind.DELTA else list(range(step))
-                    completion = SimpleNamespace(index=0, token_ids=ids, finish_reason="length" if last else None)
+                    completion = SimpleNamespace(
+                        index=0, token_ids=ids, text="word", finish_reason="length" if last else None
+                    )
                     yield SimpleNamespace(prompt_token_ids=[0] * PROMPT_TOKENS, outputs=[completion], metrics=None)
         except (asyncio.CancelledError, GeneratorExit):
             self._check(sampling.extra_args)  # until the engine knows, the slot must still be this request's

@@ -98,7 +98,8 @@ def test_edges_rise() -> None:
 def output(lengths: dict[int, int], finish: str | None = None, **stamps: float) -> Any:
     """One of the engine's outputs: so many token ids for each of a request's answers."""
     answers = [
-        SimpleNamespace(index=index, token_ids=[0] * length, finish_reason=finish) for index, length in lengths.items()
+        SimpleNamespace(index=index, token_ids=[0] * length, text=" word" * length, finish_reason=finish)
+        for index, length in lengths.items()
     ]
     return SimpleNamespace(
         prompt_token_ids=[0] * 5, outputs=answers, metrics=SimpleNamespace(**stamps) if stamps else None
@@ -147,3 +148,23 @@ def test_an_abort_of_the_engine_is_seen(reason: str | None, aborted: bool) -> No
     usage = Usage()
     _Watch(usage, deltas=True).see(output({0: 1}, reason))
     assert usage.aborted == aborted
+
+
+def test_whether_anything_was_written_and_the_last_tokens() -> None:
+    """Spaces are nothing; the tail is of the first answer, and only kept where it is asked for."""
+    usage = Usage()
+    watch = _Watch(usage, deltas=True, keeps_tail=True)
+    blank = output({0: 1, 1: 2})
+    blank.outputs[0].text, blank.outputs[1].text = " ", "\n"
+    watch.see(blank)
+    assert not usage.wrote
+    for _ in range(100):
+        watch.see(output({0: 2, 1: 3}))
+    assert usage.wrote
+    assert usage.tail == [0] * 128
+    without, cumulative = Usage(), Usage()
+    _Watch(without, deltas=True).see(output({0: 2}))
+    totals = _Watch(cumulative, deltas=False, keeps_tail=True)
+    for length in (1, 3, 4):
+        totals.see(output({0: length}))
+    assert (without.tail, cumulative.tail) == ([], [0] * 4)

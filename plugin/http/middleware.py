@@ -10,25 +10,37 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+import uuid
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import msgspec
 
-from edit_store.errors import AmbiguousVersion, EditsError, NotFound, RequestRefused
-from plugin.lease import CURRENT_LEASE, Lease
+from edit_store.errors import AmbiguousVersion, ArmRefused, EditsError, NotFound, RequestRefused
+from plugin.experiments.asking import ARM_HEADER, Asking
+from plugin.experiments.outcome import Outcome, count, exposure_of
+from plugin.lease import CURRENT_LEASE, Lease, Usage
 from plugin.metrics import UNKNOWN, Metrics
 from plugin.owner import Owner
 from plugin.traits import STRENGTH_ARGUMENT, STRENGTH_HEADER
 
 Scope = dict[str, Any]
 VARIANT_HEADER, VERSION_HEADER = b"x-edits-variant", b"x-edits-version"
+EXPERIMENT_HEADER, REQUEST_HEADER = b"x-edits-experiment", b"x-edits-request"
+VLLM_ID_HEADER = b"x-request-id"
 OURS, _ANTHROPIC_PATH = "/v1/edits", "/v1/messages"
 BEAMS = "use_beam_search"
 
 
 class _Named(msgspec.Struct):
-    """The field of every request body that is looked at."""
+    """The fields of every request body that are looked at."""
+
+    model: str | None = None
+    user: str | None = None
+
+
+class _OnlyModel(msgspec.Struct):
+    """The same without what may be of another shape."""
 
     model: str | None = None
 
@@ -66,9 +78,11 @@ class VariantMiddleware:
         if not body:  # asks no model for anything
             await self._app(scope, replay, send)
             return
-        model = _model_named_in(body)
+        said = _said_in(body)
+        model = said.model or ""
+        asking = Asking.of(scope["headers"], said.user or "", uuid.uuid4().hex)
         try:
-            lease = await _unless_gone(owner.lease(model, _strength(scope, body)), receive)
+            lease = await _unless_gone(owner.lease(model, _strength(scope, body), asking), receive)
             if lease is not None and lease.choice.traits.bound_to_prompt and _searches_beams(body):
                 with lease.hold():
                     pass
@@ -84,9 +98,17 @@ class VariantMiddleware:
             metrics.requests.labels(*metrics.labels(UNKNOWN, None), "aborted").inc()
             return
         lease.usage.started = arrived
-        await self._serve(lease, metrics, scope, replay, send)
+        outcome: Outcome = "error"
+        try:
+            outcome = await self._serve(lease, metrics, _with_id(scope, lease.choice.handle), replay, send)
+        finally:
+            if lease.choice.assignment is not None:
+                exposure = exposure_of(lease.choice, lease.choice.assignment, lease.usage, outcome)
+                count(exposure, metrics)
+                owner.ended(exposure)
 
-    async def _serve(self, lease: Lease, metrics: Metrics, scope: Scope, receive: Any, send: Any) -> None:
+    async def _serve(self, lease: Lease, metrics: Metrics, scope: Scope, receive: Any, send: Any) -> Outcome:
+        """Answer a request; returns how it ended."""
         status, finished, failed = 0, False, False
 
         async def receive_until_gone() -> Any:
@@ -113,18 +135,28 @@ class VariantMiddleware:
             raise
         finally:
             CURRENT_LEASE.reset(token)
-            _record(lease, metrics, 500 if failed else status, finished)
+            outcome = _outcome(lease.usage, 500 if failed else status, finished)
+            _record(lease, metrics, outcome)
+        return outcome
 
 
-def _record(lease: Lease, metrics: Metrics, status: int, finished: bool) -> None:
+def _outcome(usage: Usage, status: int, finished: bool) -> Outcome:
+    """How a request ended. What the engine never saw and nobody turned away (a count of tokens) is ok."""
+    if status >= 500:
+        return "error"
+    if not usage.engine_requests:
+        return "rejected" if status >= 400 else "ok"
+    return "aborted" if usage.aborted or not finished else "ok"
+
+
+def _record(lease: Lease, metrics: Metrics, outcome: Outcome) -> None:
     """Count a request when it has ended, if the engine saw it or it was turned away."""
     usage, now = lease.usage, time.monotonic()
     labels = metrics.labels(lease.choice.variant, lease.choice.version)
     if not usage.engine_requests:
-        if status >= 400:
-            metrics.requests.labels(*labels, "rejected" if status < 500 else "error").inc()
+        if outcome != "ok":
+            metrics.requests.labels(*labels, outcome).inc()
         return
-    outcome = "error" if status >= 500 else "aborted" if usage.aborted or not finished else "ok"
     metrics.requests.labels(*labels, outcome).inc()
     metrics.tokens.labels(*labels, "prompt").inc(usage.prompt_tokens)
     metrics.tokens.labels(*labels, "generation").inc(usage.output_tokens)
@@ -138,7 +170,18 @@ def _record(lease: Lease, metrics: Metrics, status: int, finished: bool) -> None
 
 def _headers(lease: Lease) -> list[tuple[bytes, bytes]]:
     choice = lease.choice
-    return [(VARIANT_HEADER, choice.variant.encode()), (VERSION_HEADER, (choice.version or "base").encode())]
+    found = [(VARIANT_HEADER, choice.variant.encode()), (VERSION_HEADER, (choice.version or "base").encode())]
+    if choice.assignment is not None:
+        found.append((EXPERIMENT_HEADER, f"{choice.assignment.experiment}/{choice.assignment.arm}".encode()))
+        found.append((REQUEST_HEADER, choice.handle.encode()))
+    return found
+
+
+def _with_id(scope: Scope, handle: str) -> Scope:
+    """The same request; one that takes part in an experiment, and has no id of its own, has its handle as that."""
+    if not handle or any(name == VLLM_ID_HEADER for name, _ in scope["headers"]):
+        return scope
+    return {**scope, "headers": [*scope["headers"], (VLLM_ID_HEADER, handle.encode())]}
 
 
 def _route(scope: Scope) -> str:
@@ -157,10 +200,19 @@ def _is_json(scope: Scope) -> bool:
     return not kinds or b"json" in kinds[-1].lower()
 
 
-def _model_named_in(body: bytes) -> str:
-    """The `model` of a JSON body, or '' when there is none; a body that is not JSON is vLLM's to refuse."""
+def _said_in(body: bytes) -> _Named:
+    """`model` and `user` of a JSON body, none where there are none; a body that is not JSON is vLLM's to refuse."""
     try:
-        return msgspec.json.decode(body, type=_Named).model or ""
+        return msgspec.json.decode(body, type=_Named)
+    except msgspec.ValidationError:  # a `user` that is no string does not hide the model
+        return _Named(_model_named_in(body))
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return _Named()
+
+
+def _model_named_in(body: bytes) -> str:
+    try:
+        return msgspec.json.decode(body, type=_OnlyModel).model or ""
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return ""
 
@@ -242,7 +294,8 @@ async def _answer_error(path: str, error: EditsError, send: Any) -> None:
     if isinstance(error, NotFound | AmbiguousVersion):
         status, kind, message = 404, "NotFoundError", str(error)
     elif isinstance(error, RequestRefused):
-        parameter = BEAMS if isinstance(error, BeamsRefused) else STRENGTH_ARGUMENT
+        parameters = {BeamsRefused: BEAMS, ArmRefused: ARM_HEADER}
+        parameter = parameters.get(type(error), STRENGTH_ARGUMENT)
         status, kind, message = 400, "BadRequestError", str(error)
     else:
         status, kind, message = 503, "ServiceUnavailableError", str(error)

@@ -15,6 +15,7 @@ from fastapi import APIRouter, HTTPException, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from edit_store.errors import AmbiguousVersion, BundleRefused, Conflict, EditsError, NotFound
+from plugin.http import experiment_routes
 from plugin.http.middleware import OURS
 from plugin.owner import CannotSign, Change, NotFollowed, Owner
 
@@ -54,6 +55,8 @@ def router(owner: Callable[[], Owner], admin_token_file: Callable[[], str | None
     @routes.get("", summary="Variants, versions, slots, in-flight requests, last swap, last error, store head")
     async def status() -> Any:
         return await owner().status()
+
+    experiment_routes.add_to(routes, owner)
 
     @routes.post("/sync", summary="Read the store now and follow what moved; count what gates did")
     async def sync() -> Any:

@@ -19,6 +19,8 @@ from edit_store.architectures import supported
 from edit_store.bundle import BaseModelRef
 from edit_store.errors import EditsError, SettingsError, UnsupportedHost
 from plugin.engine_gate import EngineGate
+from plugin.experiments.exposure_log import ExposureLog
+from plugin.experiments.handle import Handles
 from plugin.http.middleware import VariantMiddleware
 from plugin.http.routes import router
 from plugin.metrics import Metrics
@@ -91,7 +93,7 @@ class EditsEndpoints:
         self._owner: Owner | None = None
         self._metrics: Metrics | None = None
         self._settings: EditSettings | None = None
-        self._following: asyncio.Task[None] | None = None
+        self._following: list[asyncio.Task[None]] = []
 
     def attach_router(self, app: Any) -> None:
         """Called while vLLM builds its app."""
@@ -143,7 +145,10 @@ class EditsEndpoints:
         owner = LocalOwner(reconciler)
         if count > 1:
             await server.start(owner)
-        self._following = asyncio.create_task(reconciler.follow(settings.poll_seconds))
+        self._following = [
+            asyncio.create_task(reconciler.follow(settings.poll_seconds)),
+            asyncio.create_task(reconciler.experiments.watch()),
+        ]
         return owner, description
 
 
@@ -176,6 +181,8 @@ async def start(
         weights_key=weights_key(settings),
         weights_running=settings.weights_running,
         weights_patience_seconds=settings.weights_patience_seconds,
+        exposures=ExposureLog(_path(settings.exposure_folder), settings.exposure_bytes),
+        handles=Handles.of(_path(settings.feedback_key_file)),
     )
     await reconciler.sync()
     sites, mebibytes = len(reservation.sites()), described["bytes"] / 2**20
@@ -185,6 +192,10 @@ async def start(
         f"runner {described['runner']}, {len(answers)} worker(s), {described['slots']} slots, {sites} sites, "
         f"{mebibytes:.1f} MiB reserved: {reservation}{in_weights}"
     )
+
+
+def _path(setting: str | None) -> Path | None:
+    return None if setting is None else Path(setting)
 
 
 def _require_file(admin_token_file: str | None) -> None:

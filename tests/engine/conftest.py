@@ -38,6 +38,7 @@ class Serving:
     model: Path
     bundles: dict[str, Bundle]
     signer: SigningKey
+    exposures: Path
     engines: int = 1
 
     @property
@@ -85,11 +86,12 @@ def serve(
         publish(store, bundle)
     ours = {
         "poll_seconds": 3600, "trust_file": str(folder / "trust.json"), "signing_key_file": str(folder / "server.key"),
-        "cache_folder": str(folder / "node"), **(settings or {}),
+        "cache_folder": str(folder / "node"), "exposure_folder": str(folder / "exposures"), **(settings or {}),
     }  # fmt: skip
     log = folder / "server.log"
     server = Server.with_edits(model, folder / "store", log, *flags, settings=ours, environment=environment)
-    return Serving(server.start(), store, base_of(model), model, {each.manifest.name: each for each in bundles}, signer)
+    named = {each.manifest.name: each for each in bundles}
+    return Serving(server.start(), store, base_of(model), model, named, signer, folder / "exposures")
 
 
 def ways() -> list[Any]:

@@ -112,5 +112,5 @@ def started_again(serving: Serving, model: Path, folder: Path, promoted: str, en
         model, folder / "store", folder / "again.log", *FLAGS, settings=trust, environment=environment
     )
     with server:
-        again = Serving(server, serving.store, serving.base, model, serving.bundles, serving.signer)
+        again = Serving(server, serving.store, serving.base, model, serving.bundles, serving.signer, serving.exposures)
         assert says(again, "polite")[0] == promoted

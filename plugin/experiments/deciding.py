@@ -1,0 +1,111 @@
+"""Which arm a request gets, and what that serves. Pure: the same standings, unit and moment give the same answer."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Literal
+
+from edit_store.assignment import bucket, chosen
+from edit_store.errors import ArmRefused
+from edit_store.experiments import Standing, Standings
+from plugin.experiments.asking import ARM_HEADER, Asking, Source
+
+How = Literal["hash", "asked", "instead"]
+"""By the hash of its unit; because the request asked for it; the control in place of an arm that cannot be served."""
+ArmKey = tuple[str, str]
+"""Experiment and arm."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """That a request was given an arm. Only those by hash are evidence."""
+
+    experiment: str
+    phase: int
+    arm: str
+    how: How
+    unit: str
+    """hash of the unit"""
+    source: Source
+
+
+@dataclass(frozen=True)
+class Way:
+    """What to serve, what to note of it (nothing: it takes no part), and the way to go when it cannot be served."""
+
+    serves: str
+    assignment: Assignment | None = None
+    instead: Way | None = field(default=None, repr=False)
+
+
+def decide(
+    standings: Standings, model: str, asking: Asking, at: datetime, unavailable: Collection[ArmKey] = ()
+) -> Way | None:
+    """The way of a request for `model`; None when no experiment is about that name.
+
+    unavailable: arms that this server does not serve, whatever the store says. ArmRefused for an arm that is asked
+    for and is in no experiment here.
+    """
+    mine = [standings[name] for name in sorted(standings)]
+    mine = [standing for standing in mine if standing.serving and standing.document.model == model]
+    if asking.arm:
+        return _asked(mine, model, asking, unavailable)
+    if not mine:
+        return None
+    for standing in mine:
+        way = _decided(standing, asking, at, unavailable)
+        if way is not None:
+            return way
+    return Way(mine[0].document.control.serves)  # in the namespace part of none
+
+
+def _asked(mine: list[Standing], model: str, asking: Asking, unavailable: Collection[ArmKey]) -> Way:
+    for standing in mine:
+        document = standing.document
+        for arm in document.arms:
+            if arm.name == asking.arm:
+                if (document.name, arm.name) in unavailable:
+                    raise ArmRefused(f"arm {arm.name!r} of experiment {document.name!r} is not served here now")
+                return Way(arm.serves, _of(standing, arm.name, asking, "asked"))
+    known = (
+        ", ".join(arm.name for standing in mine for arm in standing.document.arms) or "none, since no experiment runs"
+    )
+    raise ArmRefused(f"{ARM_HEADER} asks for arm {asking.arm!r}; for {model!r} there are: {known}")
+
+
+def _decided(standing: Standing, asking: Asking, at: datetime, unavailable: Collection[ArmKey]) -> Way | None:
+    document = standing.document
+    unit = asking.unit(document.unit_header).value
+    if standing.everyone is not None:
+        control = Way(document.control.serves)
+        return Way(
+            document.arm(standing.everyone).serves,
+            instead=None if standing.everyone == document.control.name else control,
+        )
+    if document.namespace is not None and not document.namespace.holds(unit):
+        return None
+    if document.holdout is not None and document.holdout.holds(unit):
+        return Way(document.control.serves)
+    number = chosen(document.weights, standing.coverage(at), bucket(standing.seed, unit))
+    if number is None:
+        return Way(document.control.serves)
+    arm = document.arms[number]
+    assignment = _of(standing, arm.name, asking, "hash")
+    if number == 0:
+        return Way(arm.serves, assignment)
+    control = Way(document.control.serves, replace(assignment, how="instead"))
+    if arm.name in standing.withdrawn or (document.name, arm.name) in unavailable:
+        return control
+    return Way(arm.serves, assignment, control)
+
+
+def _of(standing: Standing, arm: str, asking: Asking, how: How) -> Assignment:
+    unit = asking.unit(standing.document.unit_header)
+    return Assignment(standing.document.name, standing.phase, arm, how, unit.hash, unit.source)
+
+
+def serving(standings: Standings) -> Iterator[Standing]:
+    """Those that decide something now."""
+    return (standing for standing in standings.values() if standing.serving)

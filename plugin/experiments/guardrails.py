@@ -1,0 +1,317 @@
+"""Whether the arms of a running phase keep the rules of its experiment, and what is to be done when one does not. Pure.
+
+    guardrails = Guardrails(arms, document.guardrails, began, now)
+    guardrails.see("treatment", {"error": 0.0, "first_token_seconds": 0.12}, now)     # whenever a request ended
+    for action in guardrails.measure(now):                                           # every second or so
+        ...
+
+Of what was observed only sums are kept, for each rule and arm. `now` is in seconds, of a clock that never goes back,
+and everything is called by one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from math import isfinite, sqrt
+from typing import Literal
+
+from edit_store.durations import spoken
+from edit_store.experiment import BUILT_IN, GATE_FIRINGS, Guardrail
+
+Result = Literal["successful", "failed", "inconclusive", "waiting"]
+
+CHANCE = 2.0
+"""Standard errors by which an arm's requests must be fewer than expected before they are missed.
+
+With none, an arm of 0.9 that has 12 healthy requests a window, of 20 needed, is withdrawn within hours: the control's 1
+or 2 are 3 at times, which lets 27 be expected of the arm, and only such windows would count.
+"""
+
+
+@dataclass(frozen=True)
+class Withdraw:
+    """The arm is to be withdrawn: it is not watched any more."""
+
+    arm: str
+    rule: Guardrail
+    reason: str
+
+
+@dataclass(frozen=True)
+class Hold:
+    """The ramp is to be held. To resume it is left to a person."""
+
+    arm: str
+    rule: Guardrail
+    reason: str
+
+
+Action = Withdraw | Hold
+
+
+@dataclass
+class Sums:
+    """What was observed of one metric in one arm.
+
+    number: over how many observations `total` is summed, tokens for gate firings. requests: with any built-in metric.
+    """
+
+    total: float = 0.0
+    number: int = 0
+    requests: int = 0
+
+    @property
+    def mean(self) -> float | None:
+        return self.total / self.number if self.number else None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one window of a rule came to for one arm.
+
+    waiting       too few requests, and no more could be expected but for chance: it says nothing
+    inconclusive  too few though more could be expected (`is_missing`); or a ratio to a control that has too few, or
+                  whose mean is not above 0; or neither beyond the limit nor clear of it
+    """
+
+    result: Result
+    explained: str
+    seconds: float = 0.0
+    mean: float | None = None
+    number: int = 0
+    control_mean: float | None = None
+    control_number: int = 0
+    is_missing: bool = False
+
+
+@dataclass(frozen=True)
+class State:
+    """How an arm stands with a rule, as plain data. rule: its place in the document, counted from 0."""
+
+    rule: int
+    metric: str
+    limit: str
+    arm: str
+    is_watched: bool
+    failures: int
+    missing: int
+    """measurements in a row without enough requests"""
+    last: Measurement
+
+
+@dataclass
+class _Record:
+    """What the measurements of one rule for one arm have come to."""
+
+    failures: int = 0
+    missing: int = 0
+    last: Measurement = Measurement("waiting", "nothing has been measured yet")
+
+
+@dataclass
+class _Watch:
+    """One rule with its window."""
+
+    rule: Guardrail
+    begins: float
+    opened: float
+    sums: dict[str, Sums]
+    records: dict[str, _Record] = field(default_factory=dict)
+
+
+class Guardrails:
+    """The rules of one phase on one server.
+
+    arms: their weights by name, the control first. began: when the phase began, for the warm-up. now: from when on this
+    server watches; the first windows cover nothing before that. withdrawn: arms that are not watched.
+    """
+
+    def __init__(
+        self,
+        arms: Mapping[str, float],
+        rules: Iterable[Guardrail],
+        began: float,
+        now: float,
+        withdrawn: Collection[str] = (),
+    ) -> None:
+        self.rules = tuple(rules)
+        self._weights = dict(arms)
+        self._control, *treatments = self._weights
+        self._watched = [arm for arm in treatments if arm not in withdrawn]
+        self._watches = [
+            _Watch(rule, began + rule.warm_up, max(now, began + rule.warm_up), self._no_sums(),
+                   {arm: _Record() for arm in treatments})
+            for rule in self.rules
+        ]  # fmt: skip
+
+    def see(self, arm: str, values: Mapping[str, float], now: float) -> None:
+        """A request of an arm has ended, or feedback came: metrics and their values.
+
+        A value that is no finite number is none: an arm of such values has no data, rather than a mean beyond no limit.
+        """
+        self._need(arm)
+        is_request = not BUILT_IN.keys().isdisjoint(values)
+        for watch in self._warm(now):
+            sums = watch.sums[arm]
+            sums.requests += is_request
+            value = values.get(watch.rule.metric)
+            if value is not None and isfinite(value):
+                sums.total += value
+                sums.number += 1
+
+    def count(self, arm: str, metric: str, total: float, number: int, now: float) -> None:
+        """Add what was counted elsewhere: a sum, and over how many observations it is.
+
+        Gate firings are over tokens, and an arm without gates has 0 over its tokens. ValueError: number is below 0.
+        """
+        self._need(arm)
+        if number < 0:
+            raise ValueError(f"expected how many observations of {metric!r} were added up, found {number}")
+        for watch in self._warm(now):
+            if watch.rule.metric == metric and isfinite(total):
+                watch.sums[arm].total += total
+                watch.sums[arm].number += number
+
+    def measure(self, now: float) -> list[Action]:
+        """Close the windows whose interval has passed, and say what is to be done.
+
+        A call that comes late closes one window, as long as it was: windows that nobody could have filled say nothing.
+        """
+        actions: list[Action] = []
+        for watch in self._watches:
+            seconds = now - watch.opened
+            if seconds < watch.rule.interval:
+                continue
+            sums, watch.sums, watch.opened = watch.sums, self._no_sums(), now
+            for arm in list(self._watched):
+                share = self._weights[arm] / self._weights[self._control]
+                measured = measurement(watch.rule, sums[arm], sums[self._control], share, seconds)
+                action = _judged(watch.records[arm], watch.rule, arm, measured)
+                if isinstance(action, Withdraw):
+                    self.stop_watching(arm)
+                if action is not None:
+                    actions.append(action)
+        return actions
+
+    def stop_watching(self, arm: str) -> None:
+        """An arm was withdrawn, by whomever."""
+        self._need(arm)
+        if arm in self._watched:
+            self._watched.remove(arm)
+
+    def states(self) -> list[State]:
+        """How every arm but the control stands with every rule."""
+        return [
+            State(place, watch.rule.metric, limit_of(watch.rule), arm, arm in self._watched, record.failures,
+                  record.missing, record.last)
+            for place, watch in enumerate(self._watches)
+            for arm, record in watch.records.items()
+        ]  # fmt: skip
+
+    def _warm(self, now: float) -> Iterable[_Watch]:
+        return (watch for watch in self._watches if now >= watch.begins)
+
+    def _no_sums(self) -> dict[str, Sums]:
+        return {arm: Sums() for arm in self._weights}
+
+    def _need(self, arm: str) -> None:
+        if arm not in self._weights:
+            raise ValueError(f"expected an arm of {', '.join(self._weights)}, found {arm!r}")
+
+
+def measurement(rule: Guardrail, arm: Sums, control: Sums, share: float, seconds: float) -> Measurement:
+    """What a window of so many seconds comes to. share: the arm's weight over the control's."""
+    result, why, is_missing = _verdict(rule, arm, control, share)
+    length, beside = spoken(round(seconds, 1)), _amount(rule, control)
+    explained = f"{rule.metric} was {_amount(rule, arm)} in {length} (control: {beside}); {why}"
+    return Measurement(result, explained, seconds, arm.mean, arm.number, control.mean, control.number, is_missing)
+
+
+def _verdict(rule: Guardrail, arm: Sums, control: Sums, share: float) -> tuple[Result, str, bool]:
+    """The result, why, and whether data are missing.
+
+    value      = mean of the arm, over the control's mean for a ratio
+    failed     : value beyond limit
+    successful : value at or beyond limit - hysteresis·|limit| on the other side, + for a minimum
+    missing    : fewer than needed, of expected = share · control that are enough, by more than chance = CHANCE standard
+                 errors of expected - found, √(expected + share·expected) as both are counts
+    """
+    needed, beside = rule.minimum_requests, _requests(rule, control)
+    found = _requests(rule, arm) if arm.number else 0
+    if arm.mean is None or found < needed:
+        # Not from all of the control's requests: where those have no first token, none can be missed here.
+        expected = beside * share
+        chance = CHANCE * sqrt(expected * (1 + share))
+        why = f"{needed} are needed, and {expected:.1f} could be expected, give or take {chance:.1f}"
+        if expected < needed or found + chance >= expected:
+            return "waiting", why, False
+        return "inconclusive", f"no data: {why}", True
+    limit, is_upper, is_ratio = _limit(rule)
+    value, allowed = arm.mean, f"allowed is {limit_of(rule)}"
+    if is_ratio:
+        if control.mean is None or beside < needed:
+            return "inconclusive", f"the control has too few for a ratio, {needed} are needed", False
+        if control.mean <= 0:  # over 0 is no number, and over less than 0 the lower mean has the higher ratio
+            return "inconclusive", "there is no ratio to such a control; a maximum or minimum would judge it", False
+        value = arm.mean / control.mean
+        allowed = f"{value:g} times the control, {allowed}"
+    margin = rule.hysteresis * abs(limit)  # of the amount, so that clear of a limit below 0 is not beyond it
+    if (value > limit) if is_upper else (value < limit):
+        return "failed", allowed, False
+    if (value <= limit - margin) if is_upper else (value >= limit + margin):
+        return "successful", allowed, False
+    return "inconclusive", f"{allowed}, and a success is clear of that by {rule.hysteresis:g} of it", False
+
+
+def limit_of(rule: Guardrail) -> str:
+    """The limit of a rule in words."""
+    limit, is_upper, is_ratio = _limit(rule)
+    return f"at {'most' if is_upper else 'least'} {limit:g}{' times the control' if is_ratio else ''}"
+
+
+def _limit(rule: Guardrail) -> tuple[float, bool, bool]:
+    """The limit, whether it is an upper one, and whether it is a ratio to the control."""
+    for limit, is_upper, is_ratio in (
+        (rule.maximum, True, False),
+        (rule.minimum, False, False),
+        (rule.maximum_ratio, True, True),
+        (rule.minimum_ratio, False, True),
+    ):
+        if limit is not None:
+            return limit, is_upper, is_ratio
+    raise AssertionError("a rule has a limit: Guardrail refuses one that has none")
+
+
+def _judged(record: _Record, rule: Guardrail, arm: str, measured: Measurement) -> Action | None:
+    """Count a measurement, and say what it leads to."""
+    record.last = measured
+    if measured.result == "waiting":
+        return None
+    if measured.is_missing:
+        record.missing += 1
+        why = f"{measured.explained}. So it was {record.missing} times in a row"
+        if record.missing >= rule.no_data_limit:
+            return Withdraw(arm, rule, why)
+        is_news = record.missing == rule.inconclusive_limit + 1  # by one at a time, so it passes here once
+        return Hold(arm, rule, why) if is_news else None
+    record.missing = 0
+    if measured.result == "successful":
+        record.failures = 0
+    elif measured.result == "failed":
+        record.failures += 1
+        if record.failures > rule.failure_limit:
+            failed = f"{record.failures} failed without a success between, tolerated are {rule.failure_limit}"
+            return Withdraw(arm, rule, f"{measured.explained}. Measurements: {failed}")
+    return None
+
+
+def _requests(rule: Guardrail, sums: Sums) -> int:
+    """How many requests tell of the metric. Gate firings come by token, from any gate: so many requests there were."""
+    return sums.requests if rule.metric == GATE_FIRINGS else sums.number
+
+
+def _amount(rule: Guardrail, sums: Sums) -> str:
+    """A mean and what it is over, in words."""
+    tokens = f"{sums.number} tokens of " if rule.metric == GATE_FIRINGS else ""
+    return f"{'unknown' if sums.mean is None else f'{sums.mean:g}'} over {tokens}{_requests(rule, sums)} requests"

@@ -1,0 +1,325 @@
+"""The experiments of one server: how they stand, which arms it can serve, what came of requests, what must be ended.
+
+Lives in the process that owns the slots, on its event loop. What decides and judges is pure and lies elsewhere
+(`deciding`, `guardrails`); this object keeps what they decide on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from edit_store.errors import (
+    BundleRefused,
+    Conflict,
+    EditsError,
+    ExperimentRefused,
+    FeedbackRefused,
+    NotFound,
+    NotTrusted,
+    StoreUnavailable,
+)
+from edit_store.experiment import BASE
+from edit_store.experiments import Change, Standing, Standings
+from edit_store.refs import Ref, is_digest
+from plugin.experiments.asking import Asking
+from plugin.experiments.deciding import ArmKey, Way, decide
+from plugin.experiments.exposure_log import ExposureLog
+from plugin.experiments.guardrails import Action, Guardrails, Withdraw
+from plugin.experiments.handle import Handles
+from plugin.experiments.records import Exposure, Feedback
+from plugin.metrics import Metrics
+
+logger = logging.getLogger("vllm.edits")
+
+RAMP_GOES_ON_FOR = timedelta(seconds=60)
+"""how long a ramp goes on that nobody could stop, since the store is not read"""
+REMEMBERED_FEEDBACK = 100_000
+TICK_SECONDS = 1.0
+
+Prepare = Callable[[str, str], Awaitable[None]]
+"""Has every worker make a version ready, by name and digest; EditsError when this server cannot serve it."""
+Append = Callable[[Change, str, str], Any]
+"""Appends a change to the store's log, with its reason and who makes it; called in a thread."""
+
+
+class ServedExperiments:
+    """What this server knows of experiments. `follow` takes what the store says, `decide` answers for each request."""
+
+    def __init__(
+        self, metrics: Metrics, log: ExposureLog, handles: Handles, *, prepare: Prepare, append: Append,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:  # fmt: skip
+        self.standings: Standings = {}
+        self.passed_over: tuple[str, ...] = ()
+        self._metrics = metrics
+        self._log = log
+        self._handles = handles
+        self._prepare = prepare
+        self._append = append
+        self._now = now
+        self._read_at = now()
+        self._servable: set[str] = set()
+        """versions that are named by arms and ready"""
+        self._refused: dict[str, EditsError] = {}
+        """versions that are named by arms, and why they cannot be served here"""
+        self._guards: dict[tuple[str, int], Guardrails] = {}
+        self._withdrawn: dict[tuple[str, int, str], str] = {}
+        """arms by experiment and phase that this server withdrew, and why"""
+        self._held: dict[tuple[str, int], float] = {}
+        """ramps that this server holds, and how many seconds they had run"""
+        self._waiting: list[tuple[Change, str]] = []
+        """what the store has still to be told"""
+        self._heard: OrderedDict[tuple[str, str], float] = OrderedDict()
+        self._told: set[str] = set()
+
+    # -- following ---------------------------------------------------------------------------------------------------
+
+    async def follow(self, standings: Standings, passed_over: tuple[str, ...] = ()) -> None:
+        """Take over how experiments stand by the store. What is withdrawn or stopped there is so at once."""
+        self._read_at = self._now()
+        self.standings = {name: self._as_held(standing) for name, standing in standings.items()}
+        self.passed_over = passed_over
+        for line in passed_over:
+            self._tell(line)
+        serving = {(name, each.phase): each for name, each in self.standings.items() if each.serving}
+        self._guards = {key: self._guard(key, standing) for key, standing in serving.items()}
+        for state in [key for key in self._withdrawn if key[:2] not in serving]:
+            del self._withdrawn[state]
+        if serving and not self._log.keeps:
+            self._tell("experiments run and their exposures are not written down: set edits.exposure_folder")
+        for standing in serving.values():
+            for arm in standing.document.arms:
+                await self._make_ready(arm.serves)
+
+    def _as_held(self, standing: Standing) -> Standing:
+        """A ramp that this server holds stands still here until the store says so; then it is the store's to say."""
+        key = standing.document.name, standing.phase
+        if key in self._held and standing.ramping_since is None:
+            del self._held[key]
+        return replace(standing, ramped=self._held[key], ramping_since=None) if key in self._held else standing
+
+    def _guard(self, key: tuple[str, int], standing: Standing) -> Guardrails:
+        known = self._guards.get(key)
+        if known is None or known.rules != standing.document.guardrails:
+            known = self._new_guard(standing)
+        for arm in standing.document.arms[1:]:
+            if arm.name in standing.withdrawn or (*key, arm.name) in self._withdrawn:
+                known.stop_watching(arm.name)
+        return known
+
+    def _new_guard(self, standing: Standing) -> Guardrails:
+        document, now = standing.document, time.monotonic()
+        ago = (self._now() - standing.began_at).total_seconds() if standing.began_at else 0.0
+        weights = {arm.name: arm.weight for arm in document.arms}
+        return Guardrails(weights, document.guardrails, now - ago, now, standing.withdrawn)
+
+    async def _make_ready(self, serves: str) -> None:
+        """Have a version ready that an arm names. One that a tag promotes is: that is followed like any."""
+        ref = None if serves == BASE else Ref.parse(serves)
+        if ref is None or not is_digest(ref.selector) or ref.selector in self._servable:
+            return
+        before = self._refused.get(ref.selector)
+        if isinstance(before, BundleRefused) and not isinstance(before, NotTrusted):  # it stays what it is
+            return
+        try:
+            await self._prepare(ref.name, ref.selector)
+        except EditsError as error:
+            self._refused[ref.selector] = error
+            self._tell(f"an arm that serves {ref.name}@{ref.selector[:12]} is served by the control: {error}")
+        else:
+            self._refused.pop(ref.selector, None)
+            self._servable.add(ref.selector)
+
+    def names_version(self, version: str) -> bool:
+        """Whether an arm names that version and it is ready here."""
+        return version in self._servable
+
+    # -- deciding ----------------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> set[str]:
+        """Names that experiments decide about now."""
+        return {standing.document.model for standing in self.standings.values() if standing.serving}
+
+    def decide(self, model: str, asking: Asking) -> Way | None:
+        """The way of a request, None when no experiment is about that name. ArmRefused for an unknown arm."""
+        if not self.standings:
+            return decide({}, model, asking, self._read_at) if asking.arm else None
+        at = min(self._now(), self._read_at + RAMP_GOES_ON_FOR)
+        unavailable = {arm for each in self.standings.values() if each.serving for arm in self._unavailable(each)}
+        return decide(self.standings, model, asking, at, unavailable)
+
+    def handle(self, way: Way) -> str:
+        """The id by which feedback on a request that takes part may come; '' for one that does not."""
+        if way.assignment is None:
+            return ""
+        arms = [arm.name for arm in self.standings[way.assignment.experiment].document.arms]
+        if way.assignment.arm not in arms:  # another document came while the request waited
+            return ""
+        return self._handles.make(way.assignment, arms.index(way.assignment.arm))
+
+    def _unavailable(self, standing: Standing) -> set[ArmKey]:
+        """Arms that are served by the control here: what they serve is not ready, or they were withdrawn here."""
+        name, phase = standing.document.name, standing.phase
+        return {
+            (name, arm.name)
+            for arm in standing.document.arms
+            if (name, phase, arm.name) in self._withdrawn or not self._can_serve(arm.serves)
+        }
+
+    def _can_serve(self, serves: str) -> bool:
+        selector = serves.partition("@")[2]
+        return not is_digest(selector) or selector in self._servable
+
+    # -- what came of it ---------------------------------------------------------------------------------------------
+
+    def ended(self, exposure: Exposure) -> None:
+        """A request that took part has ended."""
+        self._log.write(exposure)
+        self._metrics.exposures_lost.set(self._log.lost)
+        guard = self._guards.get((exposure.experiment, exposure.phase))
+        if guard is not None and exposure.chosen == "hash":
+            guard.see(exposure.arm, exposure.metrics(), time.monotonic())
+
+    def feedback(self, request: str, metric: str, value: float) -> Mapping[str, Any]:
+        """A client says how a request went; saying the same again is harmless.
+
+        NotFound for a request that is of no experiment here; FeedbackRefused for a metric that its experiment does not
+        have, a value beyond the bounds, or another value than was given before.
+        """
+        handed = self._handles.read(request, self.standings)
+        known = {each.name: each for each in self.standings[handed.experiment].document.feedback}
+        if metric not in known:
+            there = ", ".join(known) or "none"
+            raise FeedbackRefused(f"experiment {handed.experiment!r} has no feedback {metric!r}; it has {there}")
+        low, high = known[metric].minimum, known[metric].maximum
+        if not low <= value <= high:
+            raise FeedbackRefused(f"expected a value of {metric!r} from {low:g} to {high:g}, found {value:g}")
+        answer = {"experiment": handed.experiment, "metric": metric, "value": value, "counted": handed.evidence}
+        before = self._heard.get((handed.request, metric))
+        if before is not None and before != value:
+            raise FeedbackRefused(f"{metric!r} of this request is {before:g} already; the first value counts")
+        if before is None:
+            self._hear((handed.request, metric), value)
+            if handed.evidence:
+                self._log.write(
+                    Feedback(at=self._now(), request=handed.request, experiment=handed.experiment, phase=handed.phase,
+                             arm=handed.arm, unit=handed.unit, metric=metric, value=value)
+                )  # fmt: skip
+                self._metrics.feedback.labels(handed.experiment, handed.arm, metric).observe(value)
+                guard = self._guards.get((handed.experiment, handed.phase))
+                if guard is not None:
+                    guard.see(handed.arm, {metric: value}, time.monotonic())
+        return answer
+
+    def _hear(self, key: tuple[str, str], value: float) -> None:
+        self._heard[key] = value
+        if len(self._heard) > REMEMBERED_FEEDBACK:
+            self._heard.popitem(last=False)
+
+    # -- ending what must be ended -----------------------------------------------------------------------------------
+
+    async def watch(self) -> None:
+        """Measure for ever."""
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            try:
+                await self.measure()
+            except Exception:  # the loop must outlive any fault of one measurement
+                logger.exception("guardrails were not measured")
+
+    async def measure(self) -> None:
+        """Do what the guardrails ask for: here at once, and by an entry in the store for all other servers."""
+        for (name, phase), guard in list(self._guards.items()):
+            unavailable = self._unavailable(self.standings[name])
+            for action in guard.measure(time.monotonic()):
+                if (name, action.arm) in unavailable:  # that is this server's fault, and says nothing of the arm
+                    self._guards[name, phase] = self._new_guard(self.standings[name])
+                else:
+                    self._act(name, phase, action)
+            for state in guard.states():
+                failing = state.failures if state.is_watched else 0
+                self._metrics.guardrail_failures.labels(name, state.arm, state.metric).set(failing)
+        await self._tell_the_store()
+
+    def _act(self, name: str, phase: int, action: Action) -> None:
+        if isinstance(action, Withdraw):
+            self._withdrawn[name, phase, action.arm] = action.reason
+            self._metrics.experiment_rollbacks.labels(name, action.arm, action.rule.metric).inc()
+            logger.error("arm withdrawn experiment=%s arm=%s: %s", name, action.arm, action.reason)
+            change = Change(experiment=name, operation="withdraw", arm=action.arm)
+        else:
+            standing = self.standings[name]
+            if standing.ramping_since is None:
+                return
+            self._held[name, phase] = standing.elapsed(self._now())
+            self.standings = {**self.standings, name: self._as_held(standing)}
+            logger.warning("ramp held experiment=%s because of arm=%s: %s", name, action.arm, action.reason)
+            change = Change(experiment=name, operation="hold")
+        self._waiting.append((change, action.reason))
+
+    async def _tell_the_store(self) -> None:
+        """Append what was decided here. What the store knows already is well; what it cannot hear now is told later."""
+        actor = f"guardrail:{socket.gethostname()}"
+        while self._waiting:
+            change, reason = self._waiting[0]
+            try:
+                await asyncio.to_thread(self._append, change, reason, actor)
+            except StoreUnavailable as error:
+                self._tell(f"the store does not know yet that {change.operation} of {change.experiment} was: {error}")
+                return
+            except (Conflict, NotFound, ExperimentRefused) as error:
+                logger.info("%s of experiment %s needs no entry: %s", change.operation, change.experiment, error)
+            except EditsError as error:
+                self._tell(f"{change.operation} of {change.experiment} holds on this server only: {error}")
+            self._waiting.pop(0)
+
+    def _tell(self, line: str) -> None:
+        """Into the log, once."""
+        if line not in self._told:
+            self._told.add(line)
+            logger.warning(line)
+
+    # -- telling -----------------------------------------------------------------------------------------------------
+
+    def status(self) -> list[Mapping[str, Any]]:
+        """What `GET /v1/edits/experiments` answers."""
+        return [self._row(name, standing) for name, standing in sorted(self.standings.items())]
+
+    def _row(self, name: str, standing: Standing) -> Mapping[str, Any]:
+        guard = self._guards.get((name, standing.phase))
+        at = min(self._now(), self._read_at + RAMP_GOES_ON_FOR)
+        return {
+            "name": name,
+            "model": standing.document.model,
+            "status": standing.status,
+            "phase": standing.phase,
+            "began_at": standing.began_at.isoformat() if standing.began_at else None,
+            "coverage": standing.coverage(at),
+            "ramp_held": standing.status == "running" and standing.ramping_since is None,
+            "everyone": standing.everyone,
+            "reason": standing.reason,
+            "arms": [
+                {"name": arm.name, "serves": arm.serves, "weight": arm.weight,
+                 "by_control": self._why_by_control(standing, arm.name, arm.serves)}
+                for arm in standing.document.arms
+            ],
+            "guardrails": [asdict(state) for state in guard.states()] if guard else [],
+        }  # fmt: skip
+
+    def _why_by_control(self, standing: Standing, arm: str, serves: str) -> str:
+        """Why an arm's units are served by the control here, or ''."""
+        if arm in standing.withdrawn:
+            return "withdrawn"
+        if why := self._withdrawn.get((standing.document.name, standing.phase, arm)):
+            return why
+        error = self._refused.get(serves.partition("@")[2])
+        return str(error) if error else "" if self._can_serve(serves) else "it is being made ready"

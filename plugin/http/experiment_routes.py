@@ -1,0 +1,42 @@
+"""`/v1/edits/experiments` and `/v1/edits/feedback`: how experiments stand here, and what clients say of answers.
+
+Feedback needs what any request needs, vLLM's own --api-key, and no admin token: it comes from clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import APIRouter, HTTPException
+from pydantic import BaseModel, ConfigDict, Field
+
+from edit_store.errors import FeedbackRefused, NotFound
+from plugin.owner import Owner
+
+
+class Feedback(BaseModel):
+    """Body of POST /v1/edits/feedback."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    request_id: str = Field(description="the `id` of an answer, or its header x-edits-request")
+    metric: str = Field(description="one of those that the experiment's document declares")
+    value: float = Field(allow_inf_nan=False)
+
+
+def add_to(routes: APIRouter, owner: Callable[[], Owner]) -> None:
+    """Add the routes; `owner` is asked at each request."""
+
+    @routes.get("/experiments", summary="Experiments as this server follows them: arms, coverage, guardrails")
+    async def experiments() -> Any:
+        return (await owner().status())["experiments"]
+
+    @routes.post("/feedback", summary="Say how a request of an experiment went; saying the same again is harmless")
+    async def feedback(body: Feedback) -> Any:
+        try:
+            return await owner().feedback(body.request_id, body.metric, body.value)
+        except NotFound as error:
+            raise HTTPException(404, detail=str(error)) from error
+        except FeedbackRefused as error:
+            raise HTTPException(422, detail=str(error)) from error

@@ -1,0 +1,138 @@
+"""Experiments on a real server, with slots that are too few: arms, evidence, feedback, a guardrail, a report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+import plugin.cli  # noqa: F401  adds the report
+from edit_store.assignment import bucket, chosen
+from edit_store.cli import app
+from edit_store.experiment import Experiment
+from edit_store.experiment_log import Experiments
+from edit_store.experiments import Change
+from loadtests.client import complete
+from plugin.experiments.evidence import gather
+from tests.engine.conftest import Serving
+
+pytestmark = pytest.mark.vllm
+
+UNITS = [f"user-{number}" for number in range(40)]
+PROMPT = "One two three"
+
+
+@pytest.fixture
+def trial(small_server: Serving) -> Iterator[Serving]:
+    """`variant-0`, shared by the base, and two versions that clients could also name; stopped afterwards."""
+    yield small_server
+    log = Experiments(small_server.store)
+    if log.standings()[0]["tone"].serving:
+        do(small_server, "stop")
+
+
+def do(serving: Serving, operation: Any, **fields: Any) -> None:
+    Experiments(serving.store).change(Change(experiment="tone", operation=operation, **fields))
+    serving.sync()
+
+
+def begin(serving: Serving, **fields: Any) -> int:
+    """Start a new phase; returns its number."""
+    serves = ["base", *(f"{name}@{serving.store.resolve(name)}" for name in ("variant-1", "variant-2"))]
+    arms = [{"name": name, "serves": each, "weight": weight}
+            for name, each, weight in zip(("control", "one", "two"), serves, (0.4, 0.3, 0.3), strict=True)]  # fmt: skip
+    log = Experiments(serving.store)
+    log.create(Experiment.parse({"name": "tone", "model": "variant-0", "arms": arms, **fields}))
+    do(serving, "start")
+    return log.standings()[0]["tone"].phase
+
+
+def arm(unit: str, phase: int, coverage: float = 1.0) -> str | None:
+    number = chosen((0.4, 0.3, 0.3), coverage, bucket(f"tone/{phase}", unit))
+    return None if number is None else ("control", "one", "two")[number]
+
+
+def ask(serving: Serving, unit: str, **options: Any) -> dict[str, Any]:
+    return complete(serving.url, "variant-0", PROMPT, 8, ignore_eos=True, user=unit, **options)
+
+
+def text(answer: dict[str, Any]) -> str:
+    return str(answer["choices"][0]["text"])
+
+
+def test_units_get_what_their_arms_say_and_all_of_it_is_written_down(trial: Serving) -> None:
+    """Under load, through two slots; what a unit is answered equals what its version answers when it is named."""
+    solo = {"control": text(complete(trial.url, "base", PROMPT, 8, ignore_eos=True))}
+    for name, variant in (("one", "variant-1"), ("two", "variant-2")):
+        solo[name] = text(complete(trial.url, variant, PROMPT, 8, ignore_eos=True))
+    assert len(set(solo.values())) == 3, "positive control: arms differ"
+    before = trial.metric("vllm_edits_arm_requests_total")
+    phase = begin(trial)
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda unit: ask(trial, unit), UNITS * 2))
+    for unit, answer in zip(UNITS * 2, answers, strict=True):
+        assert answer["headers"]["x-edits-experiment"] == f"tone/{arm(unit, phase)}"
+        assert text(answer) == solo[arm(unit, phase) or "control"]
+        assert answer["model"] == "variant-0"
+    assert trial.metric("vllm_edits_arm_requests_total") - before == len(answers)
+    evidence = gather([trial.exposures], "tone", phase)
+    assert evidence.units == Counter(arm(unit, phase) for unit in UNITS)
+    assert sum(evidence.metrics["error"]["one"].counts) == 2 * evidence.units["one"]
+    assert not any(value for arms in evidence.metrics["error"].values() for value in arms.sums)
+
+
+def test_feedback_by_the_id_of_an_answer_and_a_report(trial: Serving) -> None:
+    """Whichever process answers. The planted effect is told by the command, and its negative control is not."""
+    phase = begin(trial, feedback=[{"name": "thumbs"}, {"name": "stars", "maximum": 5}])
+    ids = {}
+    with ThreadPoolExecutor(12) as pool:
+        units = [f"reader-{number}" for number in range(400)]
+        for unit, answer in zip(units, pool.map(lambda unit: ask(trial, unit), units), strict=True):
+            ids[unit] = answer["id"]
+    with httpx.Client(base_url=trial.url) as client:
+        for number, (unit, request) in enumerate(ids.items()):
+            likes = float(arm(unit, phase) == "two" or number % 4 == 0)
+            for metric, value in (("thumbs", likes), ("stars", float(number % 5))):
+                told = {"request_id": request, "metric": metric, "value": value}
+                assert client.post("/v1/edits/feedback", json=told).status_code == 200
+        again = client.post("/v1/edits/feedback", json={"request_id": request, "metric": "thumbs", "value": 1 - likes})
+        assert again.status_code == 422
+        unknown = client.post("/v1/edits/feedback", json={"request_id": "cmpl-x", "metric": "thumbs", "value": 1})
+        assert unknown.status_code == 404
+    words = ["experiment", "report", "tone", str(trial.exposures), "--store", trial.store.url, "--json"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.stderr
+    lines = {(line["metric"], line["arm"]): line for line in json.loads(result.stdout)["lines"]}
+    assert lines["thumbs", "two"]["verdict"] == "better"
+    assert lines["stars", "two"]["verdict"] == "no difference seen yet"
+    assert lines["thumbs", "control"]["requests"] == sum(arm(unit, phase) == "control" for unit in ids)
+
+
+def test_a_guardrail_withdraws_an_arm_while_requests_run_and_none_fails(trial: Serving) -> None:
+    """Clients dislike one arm: it is withdrawn within its window, the others stay, and the store says why."""
+    rule = {"metric": "thumbs", "minimum": 0.5, "interval": "2s", "minimum_requests": 5}
+    phase = begin(trial, feedback=[{"name": "thumbs"}], guardrails=[rule])
+    disliked, told = "tone/one", 0
+    deadline = time.monotonic() + 60
+    with httpx.Client(base_url=trial.url) as client, ThreadPoolExecutor(8) as pool:
+        while not Experiments(trial.store).standings()[0]["tone"].withdrawn:
+            assert time.monotonic() < deadline, "the guardrail did not trip"
+            for answer in pool.map(lambda unit: ask(trial, unit), UNITS[:24]):
+                value = float(answer["headers"]["x-edits-experiment"] != disliked)
+                request = {"request_id": answer["id"], "metric": "thumbs", "value": value}
+                assert client.post("/v1/edits/feedback", json=request).status_code == 200
+                told += 1
+    standing = Experiments(trial.store).standings()[0]["tone"]
+    assert standing.withdrawn == {"one"}, f"after {told} answers"
+    assert "thumbs was 0 over" in standing.reason
+    unit = next(unit for unit in UNITS if arm(unit, phase) == "one")
+    assert ask(trial, unit)["headers"]["x-edits-version"] == "base"
+    other = next(unit for unit in UNITS if arm(unit, phase) == "two")
+    assert ask(trial, other)["headers"]["x-edits-version"] == trial.store.resolve("variant-2")
