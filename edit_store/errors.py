@@ -93,6 +93,10 @@ class ArmRefused(RequestRefused):
     """A request asks for an arm that no experiment about its model has, or that is not served."""
 
 
+class CompareRefused(RequestRefused):
+    """A request asks to compare what cannot be compared."""
+
+
 class FeedbackRefused(EditsError):
     """Feedback of a metric, or a value, that its experiment does not have; nothing was counted."""
 

@@ -12,6 +12,9 @@ from contextlib import aclosing
 from typing import Any
 
 from plugin.claim import address
+from plugin.compared_generation import Beside, LeaseOf
+from plugin.experiments.pairs import comparable
+from plugin.experiments.records import Compared
 from plugin.experiments.repeats import LOOKED_AT
 from plugin.lease import CURRENT_LEASE, Lease, Usage
 from plugin.variants import Choice
@@ -20,10 +23,16 @@ from plugin.variants import Choice
 class EngineGate:
     """An engine client whose `generate` serves the version of the current lease."""
 
-    def __init__(self, engine: Any, renew: Callable[[Choice | None], Awaitable[Lease]], *, forks: bool = False) -> None:
+    def __init__(
+        self, engine: Any, renew: Callable[[Choice | None], Awaitable[Lease]], *, forks: bool = False,
+        lease_of: LeaseOf | None = None, note: Callable[[Compared], None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        """lease_of: a lease by name, for requests that are answered twice; note: told where the two answers part."""
         self._engine = engine
         self._renew = renew
         self._forks = forks
+        self._lease_of = lease_of
+        self._note = note
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -42,13 +51,26 @@ class EngineGate:
         with lease.hold():
             deltas = getattr(sampling_params.output_kind, "name", "") == "DELTA"
             watch = _Watch(lease.usage, deltas=deltas, keeps_tail=lease.choice.assignment is not None)
+            beside = None
+            if self._lease_of is not None and lease.choice.beside:
+                sampling_params = comparable(sampling_params)
+                beside = Beside(lease, deltas=deltas, note=self._note)
+                beside.start(self._engine, self._lease_of, (prompt, sampling_params, request_id), forks=self._forks)
             prompt, sampling_params = address(prompt, sampling_params, lease.choice, lease.slot, forks=self._forks)
             outputs = self._engine.generate(prompt, sampling_params, request_id, *args, **kwargs)
-            # Closing the inner generator awaits the abort, so the slot is not released before the engine knows.
-            async with aclosing(outputs):
-                async for output in outputs:
-                    watch.see(output)
-                    yield output
+            whole = False
+            try:
+                # Closing the inner generator awaits the abort, so the slot is not released before the engine knows.
+                async with aclosing(outputs):
+                    async for output in outputs:
+                        watch.see(output)
+                        if beside is not None:
+                            beside.hear(output)
+                        yield output
+                whole = True
+            finally:
+                if beside is not None:
+                    beside.end(whole=whole)
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
         """Pooling has no edited form: refused for a variant, untouched for the base."""

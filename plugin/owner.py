@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
 from edit_store.errors import AmbiguousVersion, EditsError, NotFound, NotServed
 from edit_store.trust import Enforcement
 from plugin.experiments.asking import NOBODY, Asking
-from plugin.experiments.records import Exposure
+from plugin.experiments.records import Record
 from plugin.lease import Lease
 from plugin.reconcile import Reconciler
 from plugin.variants import Choice
@@ -71,11 +71,16 @@ class Owner(Protocol):
     async def change(self, change: Change) -> Mapping[str, Any]:
         """Append a change to the store and follow it at once; the entry, and the swap."""
 
-    def ended(self, exposure: Exposure) -> None:
-        """A request that took part in an experiment has ended."""
+    def ended(self, record: Record) -> None:
+        """A request that took part in an experiment, or was answered twice, has ended."""
 
     async def feedback(self, request: str, metric: str, value: float) -> Mapping[str, Any]:
         """How a request went; NotFound, FeedbackRefused. What was counted."""
+
+
+def lease_of(owner: Owner) -> Callable[[str], Awaitable[Lease]]:
+    """Leases by what an arm serves, past any experiment."""
+    return lambda serves: owner.lease(serves, None, Asking(serves=serves))
 
 
 class LocalOwner:
@@ -102,7 +107,7 @@ class LocalOwner:
             variant, _, tag = name.partition("@")
             variants.append((name, variant, table.promoted[variant][tag or table.default_tag]))
         known = {*table.base_names, *table.names()}
-        return Served(variants, table.in_weights is None, sorted(self._core.experiments.names - known))
+        return Served(variants, table.in_weights is None, tuple(sorted(self._core.experiments.names - known)))
 
     async def status(self) -> Mapping[str, Any]:
         return self._core.status()
@@ -112,8 +117,8 @@ class LocalOwner:
         await self._core.read_firings()
         return {"swaps": [asdict(swap) for swap in swaps], "last_error": self._core.last_error}
 
-    def ended(self, exposure: Exposure) -> None:
-        self._core.experiments.ended(exposure)
+    def ended(self, record: Record) -> None:
+        self._core.experiments.ended(record)
 
     async def feedback(self, request: str, metric: str, value: float) -> Mapping[str, Any]:
         return self._core.experiments.feedback(request, metric, value)

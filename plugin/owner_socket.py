@@ -33,7 +33,7 @@ from edit_store import errors
 from edit_store.errors import BundleRefused, EditsError, Reason, UnsupportedHost
 from plugin import owner as owning
 from plugin.experiments.asking import NOBODY, Asking
-from plugin.experiments.records import Exposure
+from plugin.experiments.records import Record
 from plugin.lease import Lease
 from plugin.owner import Change, Owner, Served
 from plugin.reconcile import Workers
@@ -128,7 +128,7 @@ class _Process:
         if call == "release":
             self._leases.pop(number).close()
         elif call == "ended":
-            self._owner.ended(msgspec.convert(message["exposure"], Exposure))
+            self._owner.ended(msgspec.convert(message["record"], Record))
         elif call == "cancel":
             if number in self._tasks:
                 self._tasks[number].cancel()
@@ -226,16 +226,16 @@ class RemoteOwner:
     async def lease(self, model: str, strength: float | None = None, asking: Asking = NOBODY) -> Lease:
         return await self._leased("lease", model=model, strength=strength, asking=asdict(asking))
 
-    def ended(self, exposure: Exposure) -> None:
+    def ended(self, record: Record) -> None:
         with suppress(EditsError):  # an owner that is gone ends the server
-            self._write({"id": next(self._numbers), "call": "ended", "exposure": msgspec.to_builtins(exposure)})
+            self._write({"id": next(self._numbers), "call": "ended", "record": msgspec.to_builtins(record)})
 
     async def renew(self, choice: Choice | None) -> Lease:
         return await self._leased("renew", choice=choice and _CHOICE.dump_python(choice, mode="json"))
 
     async def served(self) -> Served:
         found = await self._ask("served")
-        return Served([tuple(each) for each in found["variants"]], found["base"], found["experiments"])
+        return Served([tuple(each) for each in found["variants"]], found["base"], tuple(found["experiments"]))
 
     async def status(self) -> Mapping[str, Any]:
         found: Mapping[str, Any] = await self._ask("status")

@@ -359,7 +359,8 @@ class Reconciler:
         """A slot for what an experiment decided, under the name that was asked for."""
         handle = self.experiments.handle(way)
         lease = await self._lease_of("" if way.serves == BASE else way.serves, strength)
-        lease.choice = replace(lease.choice, requested=model, assignment=way.assignment, handle=handle)
+        lease.choice = replace(lease.choice, requested=model, assignment=way.assignment, handle=handle,
+                               beside=way.beside)  # fmt: skip
         return lease
 
     async def _lease_of(self, model: str, strength: float | None) -> Lease:

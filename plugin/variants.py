@@ -31,6 +31,8 @@ class Choice:
     """the arm of an experiment that this is, where the request takes part in one"""
     handle: str = ""
     """the id by which feedback on it may come"""
+    beside: str = ""
+    """what answers the request too, unseen by the client"""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import asyncio
 import enum
 import functools
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from plugin.engine_gate import EngineGate
 from plugin.http.middleware import VariantMiddleware
 from plugin.http.routes import ADMIN_TOKEN_HEADER, router
 from plugin.lease import CURRENT_LEASE
-from plugin.owner import LocalOwner, Owner
+from plugin.owner import LocalOwner, Owner, lease_of
 from plugin.owner_socket import FencedWorkers, OwnerServer, RemoteOwner
 from plugin.served_models import ServedModels
 from plugin.variants import Choice
@@ -60,6 +60,9 @@ class Sampling:
     max_tokens: int
     output_kind: OutputKind
     extra_args: dict[str, Any] | None = None
+    logprobs: int | None = None
+    seed: int | None = None
+    temperature: float = 0.0
 
     def clone(self) -> Sampling:
         return replace(self)
@@ -101,9 +104,11 @@ class FakeEngine:
                 self._check(sampling.extra_args)
                 last = step == sampling.max_tokens
                 if last or sampling.output_kind is OutputKind.DELTA:
-                    ids = [step] if sampling.output_kind is OutputKind.DELTA else list(range(step))
+                    steps = [step] if sampling.output_kind is OutputKind.DELTA else range(step)
+                    ids = [self.token(number, sampling.extra_args) for number in steps]
+                    told = None if sampling.logprobs is None else [{token: -token / 8} for token in ids]
                     completion = SimpleNamespace(
-                        index=0, token_ids=ids, text="word", finish_reason="length" if last else None
+                        index=0, token_ids=ids, text="word", logprobs=told, finish_reason="length" if last else None
                     )
                     yield SimpleNamespace(prompt_token_ids=[0] * PROMPT_TOKENS, outputs=[completion], metrics=None)
         except (asyncio.CancelledError, GeneratorExit):
@@ -112,6 +117,10 @@ class FakeEngine:
             raise
         finally:
             self.running -= 1
+
+    def token(self, step: int, extra_args: dict[str, Any] | None) -> int:
+        """Which token comes at that step."""
+        return step
 
     def _check(self, extra_args: dict[str, Any] | None) -> None:
         """What a worker does on each step: raises on a false claim."""
@@ -257,7 +266,8 @@ class Site:
         self.app.add_middleware(VariantMiddleware, serving=lambda: (self.owner, server.metrics))
         self.app.include_router(router(lambda: self.owner, lambda: str(admin_token_file) if admin_token_file else None))
         models = ServedModels(FakeModels(), self.owner.served)
-        Handlers(EngineGate(self.engine, self.owner.renew), models).add_to(self.app)
+        gate = EngineGate(self.engine, self.owner.renew, lease_of=lease_of(self.owner), note=self.owner.ended)
+        Handlers(gate, models).add_to(self.app)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://server")
 
@@ -316,8 +326,9 @@ class Call:
     """One request driven as uvicorn drives it: what was sent can be seen meanwhile, and the client can go away."""
 
     def __init__(
-        self, app: Any, body: dict[str, Any], *, pieces: int = 1, cut: bool = False, path: str = "/v1/completions"
-    ) -> None:
+        self, app: Any, body: dict[str, Any], *, pieces: int = 1, cut: bool = False, path: str = "/v1/completions",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         data = json.dumps(body).encode()
         size = -(-len(data) // pieces)
         self._body = [data[begin : begin + size] for begin in range(0, len(data), size)]
@@ -326,10 +337,12 @@ class Call:
             self._body.pop()
         self._gone = asyncio.Event()
         self.sent: list[dict[str, Any]] = []
+        told = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
         scope = {
             "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST",
             "scheme": "http", "path": path, "raw_path": path.encode(), "root_path": "", "query_string": b"",
-            "headers": [(b"content-type", b"application/json")], "client": ("127.0.0.1", 1), "server": ("server", 80),
+            "headers": [(b"content-type", b"application/json"), *told], "client": ("127.0.0.1", 1),
+            "server": ("server", 80),
         }  # fmt: skip
         self.task = asyncio.create_task(app(scope, self._receive, self._send))
 

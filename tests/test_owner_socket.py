@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from edit_store.errors import (
 )
 from edit_store.scope import Scope
 from plugin import owner_socket
+from plugin.experiments.asking import NOBODY, Asking
+from plugin.experiments.deciding import Assignment
+from plugin.experiments.records import Compared, Exposure, Record, Said
 from plugin.lease import Lease
 from plugin.owner import Change, LocalOwner, NotFollowed, Owner, Served
 from plugin.owner_socket import FencedWorkers, OwnerServer, RemoteOwner, socket_path
@@ -90,8 +94,8 @@ class Says:
     def _released(self, _: Lease) -> None:
         self.released += 1
 
-    async def lease(self, model: str, strength: float | None = None) -> Lease:
-        return Lease(await self._said(model, strength), 3, self._released)
+    async def lease(self, model: str, strength: float | None = None, asking: Asking = NOBODY) -> Lease:
+        return Lease(await self._said(model, strength, asking), 3, self._released)
 
     async def renew(self, choice: Choice | None) -> Lease:
         return Lease(await self._said(choice), 2, self._released)
@@ -108,17 +112,36 @@ class Says:
     async def change(self, change: Change) -> Any:
         return await self._said(change)
 
+    def ended(self, record: Record) -> None:
+        self.asked.append(record)
+
+    async def feedback(self, request: str, metric: str, value: float) -> Any:
+        return await self._said(request, metric, value)
+
 
 TRAITS = Traits(Strength(minimum=0, maximum=2, default=0.5), bound_to_prompt=True, tail=4, name="polite", fires=True)
-CHOICE = Choice("polite@prod", "polite", "a" * 64, 0.5, TRAITS, in_weights=False, epoch=3)
+ASSIGNED = Assignment("tone", 2, "milder", "hash", "0" * 16, "user")
+CHOICE = Choice(
+    "polite@prod",
+    "polite",
+    "a" * 64,
+    0.5,
+    TRAITS,
+    in_weights=False,
+    epoch=3,
+    assignment=ASSIGNED,
+    handle="h",
+    beside="b",
+)
+ASKING = Asking({"x-edits-unit": "ann"}, "bob", "key", "request")
 
 
 @pytest.mark.parametrize("choice", [CHOICE, Choice("base", "base", None), replace(CHOICE, in_weights=True)])
 async def test_a_lease_arrives_as_it_was_given_and_is_given_back_once(choice: Choice, tmp_path: Path) -> None:
     async with processes(tmp_path, says := Says(choice)) as made:
         remote = await made.another()
-        lease = await remote.lease("polite@prod", 0.5)
-        assert (lease.choice, lease.slot, says.asked) == (choice, 3, [("polite@prod", 0.5)])
+        lease = await remote.lease("polite@prod", 0.5, ASKING)
+        assert (lease.choice, lease.slot, says.asked) == (choice, 3, [("polite@prod", 0.5, ASKING)])
         assert says.released == 0
         with lease.hold():
             pass
@@ -181,6 +204,27 @@ async def test_everything_that_is_asked_of_an_owner_can_be(server: Server, tmp_p
         assert (await remote.served()).variants == []
         await remote.close()
     await server.core.settle()
+
+
+async def test_what_requests_of_experiments_came_to_is_told_and_asked(tmp_path: Path) -> None:
+    """Records arrive as they were; feedback is answered."""
+    now = datetime.now(UTC)
+    exposure = Exposure(
+        at=now, request="h", experiment="tone", phase=1, arm="milder", version="base", unit="0" * 16, source="user",
+        chosen="hash", outcome="ok", prompt_tokens=1, output_tokens=2, seconds=0.5, first_token_seconds=None,
+        seconds_per_token=None, empty=False, looping=False, corrupted=False,
+    )  # fmt: skip
+    pair = Compared(
+        at=now, request="h", experiment="", versions=("a", "base"), parted_at=3, said=(Said(token=1, logprob=-0.5), None),
+        tokens=(4, 3), finish=("stop", "length"), seconds=(0.1, 0.2),
+    )  # fmt: skip
+    async with processes(tmp_path, says := Says({"counted": True})) as made:
+        remote = await made.another()
+        remote.ended(exposure)
+        remote.ended(pair)
+        assert await remote.feedback("h", "thumbs", 1.0) == {"counted": True}
+        assert says.asked == [exposure, pair, ("h", "thumbs", 1.0)]
+        await remote.close()
 
 
 async def test_who_stops_waiting_for_a_slot_holds_nothing(server: Server, tmp_path: Path) -> None:

@@ -19,14 +19,15 @@ from edit_store.assignment import bucket, chosen
 from edit_store.experiment import Experiment
 from edit_store.experiment_log import Experiments
 from edit_store.experiments import Change
+from plugin.claim import CLAIM
 from plugin.experiments.asking import Asking
 from plugin.experiments.evidence import Logs, collect
 from plugin.experiments.exposure_log import ExposureLog
 from plugin.experiments.handle import Handles
-from plugin.experiments.records import Exposure, Feedback, Record
+from plugin.experiments.records import Compared, Exposure, Feedback, Record, Said
 from plugin.http.middleware import _with_id
 from tests.fakes import Server, version_of
-from tests.test_http import Site, another_process
+from tests.test_http import Call, Site, another_process, until
 
 pytestmark = pytest.mark.anyio
 UNITS = [f"user-{number}" for number in range(60)]
@@ -381,6 +382,86 @@ async def test_a_promoted_arm_is_for_everybody_until_it_is_stopped(trial: Trial)
     assert {version(await trial.say(unit)) for unit in UNITS} == {"base"}
     await trial.do("stop")
     assert version(await trial.say("ann")) == trial.promoted
+
+
+def edited_from(place: int) -> Any:
+    """An engine's tokens where an edit shows from that place on."""
+    return lambda step, arguments: step + (100 if CLAIM in (arguments or {}) and step >= place else 0)
+
+
+async def comparison(trial: Trial) -> Compared:
+    """The one there is, once it is."""
+
+    def found() -> list[Compared]:
+        written = trial.records() if trial.folder.exists() else []
+        return [record for record in written if isinstance(record, Compared)]
+
+    await until(lambda: bool(found()))
+    (compared,) = found()
+    return compared
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_two_answers_to_one_request_and_where_they_part(trial: Trial, stream: bool) -> None:
+    """The client gets what the first says, word for word as without the second; the record says the rest."""
+    await trial.begin()
+    trial.engine.token = edited_from(3)  # type: ignore[method-assign]
+    alone = await trial.ask(f"polite@{trial.promoted}", max_tokens=6, stream=stream)
+    pair = {"x-edits-compare": f"polite@{trial.promoted[:10]}, base"}
+    answer = await trial.say("ann", pair, max_tokens=6, stream=stream)
+    assert (version(answer), answer.text) == (trial.promoted, alone.text.replace(f"polite@{trial.promoted}", "polite"))
+    found = await comparison(trial)
+    first = 1 if stream else 0  # the engine's steps count from 1, a whole answer's tokens from 0
+    assert (found.versions, found.parted_at) == ((trial.promoted, "base"), 3 - first)
+    assert found.said == (Said(token=103, logprob=-103 / 8), Said(token=3, logprob=-3 / 8))
+    assert (found.tokens, found.finish) == ((6, 6), ("length", "length"))
+    assert trial.is_quiet()
+
+
+async def test_answers_that_are_the_same_do_not_part(trial: Trial) -> None:
+    await trial.begin()
+    await trial.say("ann", {"x-edits-compare": f"base,polite@{trial.promoted}"}, max_tokens=6)
+    assert (await comparison(trial)).parted_at is None
+
+
+async def test_a_share_of_the_controls_requests_is_answered_by_the_shadow_too(trial: Trial) -> None:
+    """Drawn request by request, as evidence of the control alone."""
+    await trial.begin(shadow={"arm": "milder", "share": 0.5})
+    units = [unit for unit in UNITS if trial.arm(unit) == 0]
+    for unit in units:
+        assert version(await trial.say(unit)) == "base"
+    await trial.say(next(unit for unit in UNITS if trial.arm(unit) == 1))
+    await asyncio.sleep(0.2)
+    pairs = [record for record in trial.records() if isinstance(record, Compared)]
+    assert 0 < len(pairs) < len(units)
+    assert {(pair.experiment, pair.versions) for pair in pairs} == {("tone", ("base", trial.treatment))}
+    assert collect(trial.records(), "tone", 1).units == {"control": len(units), "milder": 1}
+
+
+async def test_what_cannot_be_compared_is_refused_or_leaves_the_client_alone(trial: Trial) -> None:
+    """Not two names, a name that is not there; a second one that fails is nobody's loss but the record's."""
+    await trial.begin()
+    wrong = await trial.say("ann", {"x-edits-compare": "base"})
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "x-edits-compare")
+    assert (await trial.say("ann", {"x-edits-compare": "rude,base"})).status_code == 404
+    answer = await trial.say("ann", {"x-edits-compare": "base,rude"})
+    assert version(answer) == "base"
+    await asyncio.sleep(0.05)
+    assert not trial.folder.exists()
+    assert trial.is_quiet()
+
+
+async def test_a_client_that_leaves_ends_both(trial: Trial) -> None:
+    await trial.begin()
+    trial.engine.pause()
+    headers = {"x-edits-compare": f"base,polite@{trial.promoted}"}
+    call = Call(trial.app, {"model": "polite", "max_tokens": 6, "stream": True}, headers=headers)
+    await until(lambda: trial.engine.running == 2)
+    call.leave()
+    await until(lambda: trial.engine.running == 0)
+    assert trial.engine.aborted == 2
+    await call.task
+    trial.engine.resume()
 
 
 async def test_files_are_begun_anew_when_they_are_full_and_a_full_disk_loses_lines_only(

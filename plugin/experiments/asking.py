@@ -40,6 +40,8 @@ class Asking:
     """sha256 of the API key"""
     request: str = ""
     """the request's own id"""
+    serves: str = ""
+    """what it is to be served by, whatever experiments say: of requests that the server makes itself"""
 
     @classmethod
     def of(cls, headers: list[tuple[bytes, bytes]], user: str, request: str) -> Asking:

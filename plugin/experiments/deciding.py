@@ -11,6 +11,7 @@ from edit_store.assignment import bucket, chosen
 from edit_store.errors import ArmRefused
 from edit_store.experiments import Standing, Standings
 from plugin.experiments.asking import ARM_HEADER, Asking, Source
+from plugin.experiments.pairs import compared_in
 
 How = Literal["hash", "asked", "instead"]
 """By the hash of its unit; because the request asked for it; the control in place of an arm that cannot be served."""
@@ -38,6 +39,8 @@ class Way:
     serves: str
     assignment: Assignment | None = None
     instead: Way | None = field(default=None, repr=False)
+    beside: str = ""
+    """what answers too, unseen by the client"""
 
 
 def decide(
@@ -50,6 +53,10 @@ def decide(
     """
     mine = [standings[name] for name in sorted(standings)]
     mine = [standing for standing in mine if standing.serving and standing.document.model == model]
+    if asking.serves:
+        return Way(asking.serves)
+    if pair := compared_in(asking.headers):
+        return Way(pair[0], beside=pair[1])
     if asking.arm:
         return _asked(mine, model, asking, unavailable)
     if not mine:
@@ -94,11 +101,21 @@ def _decided(standing: Standing, asking: Asking, at: datetime, unavailable: Coll
     arm = document.arms[number]
     assignment = _of(standing, arm.name, asking, "hash")
     if number == 0:
-        return Way(arm.serves, assignment)
+        return Way(arm.serves, assignment, beside=_shadow(standing, asking, unavailable))
     control = Way(document.control.serves, replace(assignment, how="instead"))
     if arm.name in standing.withdrawn or (document.name, arm.name) in unavailable:
         return control
     return Way(arm.serves, assignment, control)
+
+
+def _shadow(standing: Standing, asking: Asking, unavailable: Collection[ArmKey]) -> str:
+    """What the shadow arm serves, for the share of requests that it answers too, or ''."""
+    document = standing.document
+    shadow = document.shadow
+    if shadow is None or shadow.arm in standing.withdrawn or (document.name, shadow.arm) in unavailable:
+        return ""
+    drawn = bucket(f"shadow/{standing.seed}", asking.request) < shadow.share
+    return document.arm(shadow.arm).serves if drawn else ""
 
 
 def _of(standing: Standing, arm: str, asking: Asking, how: How) -> Assignment:

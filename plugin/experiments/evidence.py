@@ -17,7 +17,7 @@ import numpy as np
 
 from edit_store.errors import EditsError, NotFound
 from edit_store.experiment import BUILT_IN
-from plugin.experiments.records import Exposure, Record
+from plugin.experiments.records import Compared, Exposure, Record
 from plugin.experiments.sequences import Counts, Flags, Floats
 
 PATTERN = "exposures-*.jsonl"
@@ -133,7 +133,7 @@ def collect(records: Iterable[Record], experiment: str, phase: int) -> Evidence:
     shown: _Table[str] = _Table(_COLUMNS + len(BUILT_IN))
     told: _Table[tuple[str, str]] = _Table(5)
     for record in records:
-        if record.experiment != experiment or record.phase != phase:
+        if isinstance(record, Compared) or record.experiment != experiment or record.phase != phase:
             continue
         place = record.at.timestamp(), arms[record.arm], units[record.unit]
         if isinstance(record, Exposure):

@@ -70,4 +70,28 @@ class Feedback(msgspec.Struct, frozen=True, gc=False, tag_field="kind", tag="fee
     value: float
 
 
-Record = Exposure | Feedback
+class Said(msgspec.Struct, frozen=True):
+    """A token and its log-probability; None behind the end of an answer."""
+
+    token: int | None
+    logprob: float | None
+
+
+class Compared(msgspec.Struct, frozen=True, tag_field="kind", tag="compared"):
+    """A request that was answered twice; of every pair the client's own answer is the first."""
+
+    at: Instant
+    request: str
+    experiment: str
+    """'' for one that asked for it"""
+    versions: tuple[str, str]
+    parted_at: int | None
+    """the first token that is not the same, counted from 0; None when all are"""
+    said: tuple[Said | None, Said | None]
+    """what each said there"""
+    tokens: tuple[int, int]
+    finish: tuple[str, str]
+    seconds: tuple[float, float]
+
+
+Record = Exposure | Feedback | Compared

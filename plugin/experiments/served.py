@@ -34,7 +34,7 @@ from plugin.experiments.deciding import ArmKey, Way, decide
 from plugin.experiments.exposure_log import ExposureLog
 from plugin.experiments.guardrails import Action, Guardrails, Withdraw
 from plugin.experiments.handle import Handles
-from plugin.experiments.records import Exposure, Feedback
+from plugin.experiments.records import Exposure, Feedback, Record
 from plugin.metrics import Metrics
 
 logger = logging.getLogger("vllm.edits")
@@ -151,8 +151,6 @@ class ServedExperiments:
 
     def decide(self, model: str, asking: Asking) -> Way | None:
         """The way of a request, None when no experiment is about that name. ArmRefused for an unknown arm."""
-        if not self.standings:
-            return decide({}, model, asking, self._read_at) if asking.arm else None
         at = min(self._now(), self._read_at + RAMP_GOES_ON_FOR)
         unavailable = {arm for each in self.standings.values() if each.serving for arm in self._unavailable(each)}
         return decide(self.standings, model, asking, at, unavailable)
@@ -181,13 +179,14 @@ class ServedExperiments:
 
     # -- what came of it ---------------------------------------------------------------------------------------------
 
-    def ended(self, exposure: Exposure) -> None:
-        """A request that took part has ended."""
-        self._log.write(exposure)
+    def ended(self, record: Record) -> None:
+        """A request that took part, or was answered twice, has ended."""
+        self._log.write(record)
         self._metrics.exposures_lost.set(self._log.lost)
-        guard = self._guards.get((exposure.experiment, exposure.phase))
-        if guard is not None and exposure.chosen == "hash":
-            guard.see(exposure.arm, exposure.metrics(), time.monotonic())
+        if isinstance(record, Exposure) and record.chosen == "hash":
+            guard = self._guards.get((record.experiment, record.phase))
+            if guard is not None:
+                guard.see(record.arm, record.metrics(), time.monotonic())
 
     def feedback(self, request: str, metric: str, value: float) -> Mapping[str, Any]:
         """A client says how a request went; saying the same again is harmless.

@@ -16,9 +16,10 @@ from typing import Any
 
 import msgspec
 
-from edit_store.errors import AmbiguousVersion, ArmRefused, EditsError, NotFound, RequestRefused
+from edit_store.errors import AmbiguousVersion, ArmRefused, CompareRefused, EditsError, NotFound, RequestRefused
 from plugin.experiments.asking import ARM_HEADER, Asking
 from plugin.experiments.outcome import Outcome, count, exposure_of
+from plugin.experiments.pairs import COMPARE_HEADER
 from plugin.lease import CURRENT_LEASE, Lease, Usage
 from plugin.metrics import UNKNOWN, Metrics
 from plugin.owner import Owner
@@ -294,7 +295,7 @@ async def _answer_error(path: str, error: EditsError, send: Any) -> None:
     if isinstance(error, NotFound | AmbiguousVersion):
         status, kind, message = 404, "NotFoundError", str(error)
     elif isinstance(error, RequestRefused):
-        parameters = {BeamsRefused: BEAMS, ArmRefused: ARM_HEADER}
+        parameters = {BeamsRefused: BEAMS, ArmRefused: ARM_HEADER, CompareRefused: COMPARE_HEADER}
         parameter = parameters.get(type(error), STRENGTH_ARGUMENT)
         status, kind, message = 400, "BadRequestError", str(error)
     else:

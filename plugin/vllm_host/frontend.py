@@ -24,7 +24,7 @@ from plugin.experiments.handle import Handles
 from plugin.http.middleware import VariantMiddleware
 from plugin.http.routes import router
 from plugin.metrics import Metrics
-from plugin.owner import LocalOwner, Owner
+from plugin.owner import LocalOwner, Owner, lease_of
 from plugin.owner_socket import FencedWorkers, OwnerServer, RemoteOwner, socket_path
 from plugin.plan import weights_key
 from plugin.price import price
@@ -122,7 +122,8 @@ class EditsEndpoints:
         base_names = tuple(path.name for path in models.base_model_paths)
         workers = EngineWorkers(engine_client)
         self._owner, description = await self._owning(workers, settings, self._metrics, base_names)
-        gate = EngineGate(engine_client, self._owner.renew, forks=forks(config))
+        owner = self._owner
+        gate = EngineGate(engine_client, owner.renew, forks=forks(config), lease_of=lease_of(owner), note=owner.ended)
         put_before_handlers(state, {engine_client: gate, models: ServedModels(models, self._owner.served)})
         logger.info("%s; %s", versions(config), description)
 

@@ -1,0 +1,93 @@
+"""One request, answered twice: by what the client gets, and unseen by another arm; and where the two part. Pure.
+
+With the same seed, or greedily, both say the same tokens until their distributions differ enough; the first token that
+is not the same is where an edit begins to show.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import zip_longest
+from typing import Any
+
+from edit_store.errors import CompareRefused
+from plugin.experiments.records import Compared, Said
+
+COMPARE_HEADER = "x-edits-compare"
+"""`polite@a,polite@b`: the client gets what the first says."""
+
+
+def compared_in(headers: Mapping[str, str]) -> tuple[str, str] | None:
+    """The two that a request asks to compare; CompareRefused when they are not two."""
+    told = headers.get(COMPARE_HEADER)
+    if told is None:
+        return None
+    names = [name.strip() for name in told.split(",")]
+    if len(names) != 2 or not all(names):
+        raise CompareRefused(f"expected two names in {COMPARE_HEADER}, as in polite@a,polite@b; found {told!r}")
+    return names[0], names[1]
+
+
+def comparable(sampling_params: Any) -> Any:
+    """A copy of a request's sampling parameters under which two answers can be compared, for both of them.
+
+    The log-probability of every token is asked for, and one seed for both; the client is answered as it asked.
+    """
+    made = sampling_params.clone()
+    made.logprobs = made.logprobs or 0
+    if made.seed is None and made.temperature > 0:
+        made.seed = secrets.randbits(31)
+    return made
+
+
+@dataclass
+class Transcript:
+    """What one of two answers said, token by token."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish: str = ""
+
+    def hear(self, output: Any, *, deltas: bool) -> None:
+        """One of the engine's outputs; of several answers the first counts."""
+        for completion in output.outputs:
+            if completion.index == 0:
+                seen = 0 if deltas else len(self.tokens)
+                new = list(completion.token_ids)[seen:]
+                told = list(completion.logprobs or ())[seen:]
+                self.tokens += new
+                self.logprobs += [_logprob(each, token) for token, each in zip(new, told, strict=False)]
+                self.finish = completion.finish_reason or self.finish
+
+    def at(self, place: int) -> Said:
+        """The token there and how likely it was; nothing behind the end."""
+        token = self.tokens[place] if place < len(self.tokens) else None
+        return Said(token=token, logprob=self.logprobs[place] if place < len(self.logprobs) else None)
+
+
+def _logprob(position: Any, token: int) -> float:
+    found = position[token]
+    return float(getattr(found, "logprob", found))
+
+
+def parted(one: Sequence[int], other: Sequence[int]) -> int | None:
+    """The first place at which two answers are not the same; None when they are the same to the end."""
+    pairs = zip_longest(one, other)
+    return next((place for place, (left, right) in enumerate(pairs) if left != right), None)
+
+
+def compared(
+    request: str, versions: tuple[str, str], transcripts: tuple[Transcript, Transcript], seconds: tuple[float, float],
+    experiment: str = "",
+) -> Compared:  # fmt: skip
+    """The record of a comparison, of what the client got first."""
+    place = parted(transcripts[0].tokens, transcripts[1].tokens)
+    said = (None, None) if place is None else (transcripts[0].at(place), transcripts[1].at(place))
+    return Compared(
+        at=datetime.now(UTC), request=request, experiment=experiment, versions=versions, parted_at=place,
+        said=said, tokens=(len(transcripts[0].tokens), len(transcripts[1].tokens)),
+        finish=(transcripts[0].finish, transcripts[1].finish), seconds=seconds,
+    )  # fmt: skip
