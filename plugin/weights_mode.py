@@ -98,15 +98,16 @@ class WeightsMode:
                 await self._abort_all()
             except Exception as error:
                 raise EditsError(f"running requests could not be aborted, so the weights stay: {error!r}") from error
-        deadline = time.monotonic() + (0 if entry == self._waited_for else self._patience)
-        self._waited_for = entry
+        patience = 0.0 if entry == self._waited_for else self._patience
+        deadline, self._waited_for = time.monotonic() + patience, entry
         while running := self._inside():
             self._left.clear()
             try:
                 await asyncio.wait_for(self._left.wait(), max(0.0, deadline - time.monotonic()))
             except TimeoutError:
+                waited = f"after {patience:g} s" if patience else "when the weights were looked at again"
                 raise EditsError(
-                    f"{running} request(s) were still running after {self._patience:g} s. The weights are changed at "
+                    f"{running} request(s) were still running {waited}. The weights are changed at "
                     "the next look when none is; or promote again to wait again, set edits.weights_running to abort or "
                     "keep, or raise edits.weights_patience_seconds"
                 ) from None

@@ -70,12 +70,19 @@ class Way:
     """its length in tokens"""
     quick: bool = False
     """whether it belongs to the quick tests"""
+    needs: str = ""
+    """what the CPU must have, as the kernel calls it"""
     untested: str = ""
     """why nobody knows"""
 
     @property
     def dtype(self) -> str:
         return str(self.arguments.get("dtype", "float32"))
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether the CPU has what it needs."""
+        return not self.needs or self.needs in Path("/proc/cpuinfo").read_text().split()
 
 
 MODES = ("per request", "in the weights")
@@ -103,9 +110,7 @@ WAYS: dict[str, Way] = {
     "LoRA": Way({"enable_lora": True}),
     "a draft model": Way({"speculative_config": {"model": "", "num_speculative_tokens": 2}}),
     "8-bit weights and activations (compressed-tensors)": Way(quantised="int8", quick=True),
-    "4-bit weights (compressed-tensors)": Way(
-        {"dtype": "bfloat16"}, quantised="int4", untested="vLLM's CPU build has no kernel for them without AVX-512"
-    ),
+    "4-bit weights (compressed-tensors), AVX-512": Way({"dtype": "bfloat16"}, quantised="int4", needs="avx512f"),
     "a GPU: V2 runner, CUDA graphs": Way(untested="no GPU was at hand; `make test-gpu` runs it"),
 }
 """By what the table calls them. An empty model of a draft is the model itself."""
@@ -401,6 +406,12 @@ def line(name: str, outcome: Outcome) -> str:
     return f"| {name} | {' | '.join(told.get(mode, untested) for mode in MODES)} |\n"
 
 
+def told_of(name: str) -> str:
+    """A way's line in the table that is there."""
+    (told,) = [row for row in TABLE.read_text().splitlines(keepends=True) if row.startswith(f"| {name} |")]
+    return told
+
+
 def find(name: str) -> Outcome:
     """Run the way of that name, unless it is known that it does not run here."""
     if WAYS[name].untested:
@@ -417,6 +428,10 @@ def main() -> None:
     chosen = [name for name in WAYS if options.write or not options.names or name.startswith(tuple(options.names))]
     table, faulty = _HEAD, 0
     for name in chosen:
+        if not WAYS[name].runs_here:
+            table += told_of(name)
+            sys.stdout.write(f"{name}: not run, this CPU has no {WAYS[name].needs}; its line stays as it is\n")
+            continue
         outcome = find(name)
         table += line(name, outcome)
         faults = outcome.faults(WAYS[name])

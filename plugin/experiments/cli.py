@@ -26,7 +26,7 @@ def report(
     ],
     *,
     store: StoreOption,
-    phase: Annotated[int, typer.Option(min=1, help="which phase", show_default="the last")] = 0,
+    phase: Annotated[int | None, typer.Option(min=1, help="which phase", show_default="the last")] = None,
     alpha: Annotated[
         float, typer.Option(min=1e-6, max=0.5, help="how often an interval may be wrong, at any look")
     ] = 0.05,
@@ -60,7 +60,7 @@ def report(
     show(*table(found), as_json=False)
 
 
-def _document(store: EditStore, name: str, phase: int) -> tuple[Experiment, int]:
+def _document(store: EditStore, name: str, phase: int | None) -> tuple[Experiment, int]:
     """The document that a phase ended with, and the phase's number."""
     documents: dict[int, Experiment] = {}
     document, started = None, 0
