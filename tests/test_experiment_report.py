@@ -18,6 +18,7 @@ from edit_store.experiment_log import Experiments
 from edit_store.experiments import Change
 from plugin.experiments.exposure_log import ExposureLog
 from plugin.experiments.records import Exposure
+from plugin.experiments.replay import Answer, Parting, bodies, summary
 from tests.conftest import random_bundle
 from tests.fakes import BASE
 from tests.test_experiment_log import two_arms
@@ -80,3 +81,38 @@ def test_what_cannot_be_reported_says_why(run: Run, tmp_path: Path) -> None:
         result = run(*words)
         assert result.exit_code == 1
         assert said in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "holds no prompt"),
+        ("One\n{'prompt': 1}\n", "line 2: expected JSON"),
+        ('{"text": "x"}\n', "expected a field `prompt` or `messages`, found text"),
+        (None, "cannot be read"),
+        ("One two\n", "Is the server up? Name it with --url"),
+    ],
+)
+def test_what_cannot_be_replayed_says_why(tmp_path: Path, text: str | None, said: str) -> None:
+    if text is not None:
+        (tmp_path / "prompts").write_text(text)
+    words = ["experiment", "replay", str(tmp_path / "prompts"), "a", "b", "--url", "http://127.0.0.1:9"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 1
+    assert said in result.stderr
+
+
+def test_prompts_are_read_as_text_and_as_requests(tmp_path: Path) -> None:
+    (tmp_path / "prompts").write_text('One two\n\n{"messages": [], "max_tokens": 3}\n')
+    assert bodies(tmp_path / "prompts") == [{"prompt": "One two"}, {"messages": [], "max_tokens": 3}]
+
+
+def test_a_summary_of_where_answers_part() -> None:
+    one, other = Answer("a", [1, 2, 3], [-0.1, -0.2, -0.3], "x"), Answer("b", [1, 9], [-0.1, -0.9], "y")
+    parting = Parting.of("p", one, other)
+    assert (parting.parted_at, parting.logprobs) == (1, (-0.2, -0.9))
+    same = Parting.of("p", one, one)
+    assert (same.parted_at, same.logprobs) == (None, (None, None))
+    longer = Parting.of("p", one, Answer("b", [1, 2], [-0.1, -0.2], "y"))
+    assert (longer.parted_at, longer.logprobs) == (2, (-0.3, None))
+    assert summary([parting, same, longer]) == {"prompts": 3, "parted": 2, "share": 2 / 3, "median_place": 1.5}

@@ -1,7 +1,9 @@
-"""`vllm-edits experiment report`: what the evidence of an experiment comes to."""
+"""`vllm-edits experiment report` and `replay`: what the evidence comes to, and where two versions part."""
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +16,7 @@ from edit_store.experiment import Experiment
 from edit_store.experiment_log import Experiments
 from edit_store.store import EditStore
 from plugin.experiments.evidence import gather
+from plugin.experiments.replay import bodies, replay, summary
 from plugin.experiments.report import ArmShare, as_json, html, picture, remarks, summarise, table
 
 
@@ -73,3 +76,41 @@ def _document(store: EditStore, name: str, phase: int | None) -> tuple[Experimen
     if wanted not in documents:
         raise NotFound(f"experiment {name!r} has had {len(documents)} phase(s): there is no evidence of phase {wanted}")
     return documents[wanted], wanted
+
+
+@experiment.command(name="replay")
+@explained
+def replay_prompts(
+    prompts: Annotated[
+        Path, typer.Argument(help="file of prompts: a line of text each, or of JSON with `prompt` or `messages`")
+    ],
+    first: Annotated[str, typer.Argument(help="base model, variant, name@tag or name@version")],
+    second: Annotated[str, typer.Argument(help="the same, to compare with")],
+    *,
+    url: Annotated[str, typer.Option("--url", help="address of the server")] = "http://127.0.0.1:8000",
+    api_key: Annotated[str, typer.Option("--api-key", envvar="VLLM_API_KEY", help="its API key, if it has one")] = "",
+    max_tokens: Annotated[int, typer.Option(min=1, help="of each answer, where a prompt does not say it")] = 64,
+    as_data: JsonOption = False,
+) -> None:
+    """Ask the same prompts of two versions, and tell where their answers part, token by token.
+
+    Answers are greedy unless a prompt says otherwise, so what differs is the edit.
+    """
+    requests = bodies(prompts)
+    with counted("asking", total=len(requests)) as update:
+        found = asyncio.run(
+            replay(url, (first, second), requests, max_tokens=max_tokens, api_key=api_key,
+                   progress=lambda: update(advance=1))
+        )  # fmt: skip
+    told = summary(found)
+    if as_data:
+        as_script({"summary": told, "partings": [asdict(each) for each in found]})
+        return
+    rows = [
+        {"prompt": each.prompt[:40], "place": "-" if each.parted_at is None else each.parted_at,
+         first: each.said[0][:40], second: each.said[1][:40]}
+        for each in found
+    ]  # fmt: skip
+    show(rows, {"prompt": "prompt", "place": "parts at token", first: first, second: second}, as_json=False)
+    where = "" if told["median_place"] is None else f", in the middle at token {told['median_place']:g}"
+    plain(f"{told['parted']} of {told['prompts']} answers part{where}")

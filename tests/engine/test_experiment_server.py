@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,7 +21,8 @@ from edit_store.experiment import Experiment
 from edit_store.experiment_log import Experiments
 from edit_store.experiments import Change
 from loadtests.client import complete
-from plugin.experiments.evidence import gather
+from plugin.experiments.evidence import Logs, gather
+from plugin.experiments.records import Compared
 from tests.engine.conftest import Serving
 
 pytestmark = pytest.mark.vllm
@@ -33,8 +35,8 @@ PROMPT = "One two three"
 def trial(small_server: Serving) -> Iterator[Serving]:
     """`variant-0`, shared by the base, and two versions that clients could also name; stopped afterwards."""
     yield small_server
-    log = Experiments(small_server.store)
-    if log.standings()[0]["tone"].serving:
+    standing = Experiments(small_server.store).standings()[0].get("tone")
+    if standing is not None and standing.serving:
         do(small_server, "stop")
 
 
@@ -136,3 +138,47 @@ def test_a_guardrail_withdraws_an_arm_while_requests_run_and_none_fails(trial: S
     assert ask(trial, unit)["headers"]["x-edits-version"] == "base"
     other = next(unit for unit in UNITS if arm(unit, phase) == "two")
     assert ask(trial, other)["headers"]["x-edits-version"] == trial.store.resolve("variant-2")
+
+
+def test_two_answers_to_one_request_part_where_two_solo_runs_do(trial: Serving, tmp_path: Path) -> None:
+    """The client's answer is its version's own; the record's token and both likelihoods are those of the solo runs, and
+    so is what the command says that asks a file of prompts."""
+    one, two = (f"{name}@{trial.store.resolve(name)}" for name in ("variant-3", "variant-4"))
+    prompts = ["One two three", "The sea and the hills", "A long road"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    words = ["replay", str(tmp_path / "prompts.txt"), one, two, "--url", trial.url, "--max-tokens", "12", "--json"]
+    replayed = CliRunner().invoke(app, ["experiment", *words])
+    assert replayed.exit_code == 0, replayed.stderr
+    partings = json.loads(replayed.stdout)["partings"]
+    places = []
+    for prompt, told in zip(prompts, partings, strict=True):
+        options = {"ignore_eos": False, "logprobs": 0, "return_token_ids": True}
+        left, right = (complete(trial.url, model, prompt, 12, **options)["choices"][0] for model in (one, two))
+        tokens = zip(left["token_ids"], right["token_ids"], strict=False)
+        place = next((at for at, (ours, theirs) in enumerate(tokens) if ours != theirs), None)
+        known = len(pairs_of(trial))
+        headers = {"x-edits-compare": f"{one},{two}"}
+        body = {"model": "base", "prompt": prompt, "max_tokens": 12, "temperature": 0, "return_token_ids": True}
+        answer = httpx.post(f"{trial.url}/v1/completions", json=body, headers=headers, timeout=60).json()
+        assert answer["choices"][0]["token_ids"] == left["token_ids"]
+        assert answer["choices"][0]["logprobs"] is None, "the client did not ask for them"
+        deadline = time.monotonic() + 30
+        while len(pairs_of(trial)) == known:
+            assert time.monotonic() < deadline, "the pair was not written down"
+            time.sleep(0.05)
+        found = pairs_of(trial)[-1]
+        assert found.versions == (trial.store.resolve("variant-3"), trial.store.resolve("variant-4"))
+        assert found.parted_at == told["parted_at"] == place
+        if place is not None:
+            for said, solo in zip(found.said, (left, right), strict=True):
+                assert said is not None
+                assert said.token == solo["token_ids"][place]
+                assert said.logprob == pytest.approx(solo["logprobs"]["token_logprobs"][place], abs=1e-3)
+        places.append(place)
+    assert any(place is not None for place in places), "positive control: some part"
+
+
+def pairs_of(serving: Serving) -> list[Compared]:
+    if not list(serving.exposures.glob("exposures-*")):
+        return []
+    return [record for record in Logs([serving.exposures]) if isinstance(record, Compared)]
