@@ -73,6 +73,10 @@ class Conflict(EditsError):
     """Somebody else wrote first. Read the new state, decide again; nothing was written."""
 
 
+class Overtaken(Conflict):
+    """Somebody else wrote the entry first that this one was to be: decide on what stands now."""
+
+
 class StoreUnavailable(EditsError):
     """The store cannot be opened, read or written."""
 

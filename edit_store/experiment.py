@@ -174,7 +174,7 @@ class Experiment(_Record):
     model: str = Field(min_length=1, max_length=200, description="name that clients ask for: of a variant, of the base "
                        "model, or one that is the experiment's own")  # fmt: skip
     description: str = Field(default="", max_length=4000)
-    unit_header: str = Field(default=UNIT_HEADER, pattern=r"^[a-z0-9-]+$", description="header that names the unit; "
+    unit_header: str = Field(default=UNIT_HEADER, pattern=r"^x-[a-z0-9-]+$", description="header that names the unit; "
                              "else it is the user of the request, its API key, or the request itself")  # fmt: skip
     arms: Annotated[tuple[Arm, ...], Field(min_length=2, max_length=16)]
     coverage: Share = 1.0

@@ -35,6 +35,8 @@ class Change(BaseModel):
     document: Experiment | None = None
     arm: Name | None = None
     coverage: Share | None = None
+    phase: int | None = None
+    """the phase that is meant; without it the present one"""
 
 
 class ExperimentEntry(Change, Entry):
@@ -106,6 +108,8 @@ def after(standings: Standings, change: Change, at: datetime, reason: str = "") 
     if change.operation == "create":
         return replace(_created(standings.get(change.experiment), change, at), reason=reason)
     standing = need(standings, change.experiment)
+    if change.phase not in (None, standing.phase):
+        raise Conflict(f"experiment {change.experiment!r} is in phase {standing.phase} by now, not {change.phase}")
     made = {
         "start": _started, "widen": _widened, "hold": _held, "resume": _resumed, "withdraw": _withdrawn,
         "promote": _promoted, "stop": _stopped,

@@ -21,7 +21,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from edit_store.backends import AlreadyExists, Backend, get_many, get_or_none
 from edit_store.bundle import Digest, canonical_json, sha256
-from edit_store.errors import Conflict, StoreCorrupt, StoreUnavailable
+from edit_store.errors import Overtaken, StoreCorrupt, StoreUnavailable
 
 MAX_ENTRY_BYTES = 1 << 16
 _ENTRY_FILE = re.compile(r"([0-9]{20})\.json")
@@ -104,7 +104,7 @@ class Log(Generic[E]):
         return new
 
     def append(self, head: E | None, *, before: Callable[[E], None] = lambda _: None, **fields: Any) -> E:
-        """Write the entry after `head`, on which the change was decided; Conflict when it is the head no more.
+        """Write the entry after `head`, on which the change was decided; Overtaken when it is the head no more.
 
         `before` sees the entry first: what it stores (a signature) is there when the entry is. An answer that was lost
         is looked up: the nonce says whether the entry at this number is this very one.
@@ -125,7 +125,7 @@ class Log(Generic[E]):
                     continue
                 if found == data:
                     return entry
-                raise Conflict(
+                raise Overtaken(
                     f"{self._what} was changed by somebody else meanwhile; look at `{self._see}` and decide again"
                 ) from None
             except StoreUnavailable as error:

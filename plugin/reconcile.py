@@ -562,7 +562,8 @@ class Reconciler:
         """Workers that divide a model see the same tokens, so of each engine the word of its first worker counts."""
         for worker, answer in enumerate(answers):
             for version, edit, times in answer["firings"] if answer["share"] == 0 else ():
-                self._firings.count(self._traits.get(version, PLAIN).name, version, edit, worker, times)
+                new = self._firings.count(self._traits.get(version, PLAIN).name, version, edit, worker, times)
+                self.experiments.fired(version, new)
 
     def _sweep(self) -> None:
         """Clear the slots of retired versions that nobody uses any more, in the background."""

@@ -404,7 +404,7 @@ _HEAD = """# Every kind at every site of every architecture
 Written by `make parity`. Each edit is served by vLLM with random numbers, on a tiny random model of each architecture,
 and on trained weights where the heading says so: per request, all edits of a model in one batch; and those that have a
 weight form also one after the other in the weights, after which the base model must say again what it said, bit for
-bit; both again with the model divided among two workers (tensor parallel). The log-probabilities for a prompt and
+bit; both again, on the tiny ones, with the model divided among two workers (tensor parallel). The log-probabilities for a prompt and
 the tokens generated after it are held against transformers in float64 with the edit's formula applied by hooks. A cell
 is the largest difference over the largest log-probability (centred), over all forms of the kind there (per head and per
 channel, off and onto, what it reads, activations, dense and sparse).
@@ -429,11 +429,14 @@ def find(model: str, how: How) -> Findings:
 
 
 def ways(model: str, dtype: str, *, eager: bool) -> Iterator[How]:
-    """How a model is run: per request, divided among two workers where it can be, and in the weights."""
+    """How a model is run: per request, divided among two workers where it can be, and in the weights.
+
+    Trained ones are not divided: SmolLM2 has nine heads, and two workers with a slot for each edit of Gemma's 262,144
+    logits take more than 24 GiB.
+    """
     plain = How(dtype, eager=eager)
     yield plain
-    base = identify(Path(model)) if Path(model).is_dir() else None
-    if not supported(base.architecture if base else model).undivided and (base is None or base.widths.heads % 2 == 0):
+    if not Path(model).is_dir() and not supported(model).undivided:
         yield replace(plain, workers=2)
         yield replace(plain, workers=2, weights=True)
     yield replace(plain, weights=True)

@@ -19,6 +19,7 @@ from edit_store.assignment import bucket, chosen
 from edit_store.experiment import Experiment
 from edit_store.experiment_log import Experiments
 from edit_store.experiments import Change
+from edit_store.log import Log
 from plugin.claim import CLAIM
 from plugin.experiments.asking import Asking
 from plugin.experiments.evidence import Logs, collect
@@ -178,6 +179,8 @@ async def test_who_says_what_it_wants_gets_that(trial: Trial) -> None:
     assert "for 'polite' there are: control, milder" in wrong.json()["error"]["message"]
     none = await trial.client.post("/v1/completions", json={"model": "tiny"}, headers={"x-edits-arm": "control"})
     assert "none, since no experiment runs" in none.json()["error"]["message"]
+    await trial.do("withdraw", arm="milder")
+    assert "is not served here now" in (await trial.say(None, {"x-edits-arm": "milder"})).json()["error"]["message"]
     await asyncio.sleep(0.05)
     assert [exposure.chosen for exposure in trial.exposures()] == ["asked"]
 
@@ -311,6 +314,63 @@ async def test_a_guardrail_withdraws_an_arm_here_at_once_and_everywhere_by_an_en
     lease = await other.core.lease("polite", None, _asking(treated[0]))
     with lease.hold():
         assert lease.choice.version is None
+
+
+async def test_an_arm_whose_gates_fire_too_often_is_withdrawn(trial: Trial) -> None:
+    """For each token that it answered with: two tokens of nine are too many where one of five is allowed."""
+    rule = {"metric": "gate_firings", "maximum": 0.2, "interval": 0.01, "minimum_requests": 5}
+    await trial.begin(guardrails=[rule])
+    treated = [unit for unit in UNITS if trial.arm(unit) == 1][:10]
+    experiments = trial.server.core.experiments
+    for times, withdrawn in ((10, frozenset[str]()), (20, {"milder"})):
+        for unit in treated:
+            assert version(await trial.say(unit, max_tokens=5)) == trial.treatment
+        await asyncio.sleep(0.05)
+        experiments.fired(trial.promoted, 1000)
+        experiments.fired(trial.treatment, times)
+        await experiments.measure()
+        assert trial.log.standings()[0]["tone"].withdrawn == withdrawn
+
+
+async def test_an_entry_about_something_else_is_no_reason_to_be_silent(
+    trial: Trial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody writes to the log between a server's reading and its writing: it decides again, and writes."""
+    await trial.begin(guardrails=[{"metric": "error", "maximum": 0.1, "interval": 0.01, "minimum_requests": 5}])
+    for unit in [unit for unit in UNITS if trial.arm(unit) == 1][:10]:
+        await trial.say(unit, prompt="crash")
+    await asyncio.sleep(0.05)
+    other = Experiment.parse(
+        {"name": "other", "model": "x", "arms": [{"name": n, "serves": "base", "weight": 0.5} for n in "ab"]}
+    )
+    history, overtaken = Log.history, iter([True])
+
+    def overtake(log: Any) -> Any:
+        found = history(log)
+        if next(overtaken, False):
+            Experiments(trial.server.store).create(other)
+        return found
+
+    monkeypatch.setattr(Log, "history", overtake)
+    await trial.server.core.experiments.measure()
+    assert [entry.operation for entry in trial.log.history()] == ["create", "start", "create", "withdraw"]
+
+
+async def test_a_withdrawal_of_a_phase_that_is_over_is_not_of_the_next(trial: Trial) -> None:
+    """The store was away when the arm broke its rule; meanwhile a person began anew."""
+    await trial.begin(guardrails=[{"metric": "error", "maximum": 0.1, "interval": 0.01, "minimum_requests": 5}])
+    for unit in [unit for unit in UNITS if trial.arm(unit) == 1][:10]:
+        await trial.say(unit, prompt="crash")
+    await asyncio.sleep(0.05)
+    trial.server.backend.down = ""
+    await trial.server.core.experiments.measure()
+    trial.server.backend.down = None
+    trial.log.change(Change(experiment="tone", operation="stop"))
+    await trial.do("start")
+    await trial.server.core.experiments.measure()
+    assert trial.log.standings()[0]["tone"].withdrawn == frozenset()
+    treated = next(unit for unit in UNITS if trial.arm(unit, phase=2) == 1)
+    assert version(await trial.say(treated)) == trial.treatment
 
 
 async def test_a_guardrail_leaves_an_arm_that_is_well(trial: Trial) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Literal
@@ -73,7 +73,7 @@ def _asked(mine: list[Standing], model: str, asking: Asking, unavailable: Collec
         document = standing.document
         for arm in document.arms:
             if arm.name == asking.arm:
-                if (document.name, arm.name) in unavailable:
+                if arm.name in standing.withdrawn or (document.name, arm.name) in unavailable:
                     raise ArmRefused(f"arm {arm.name!r} of experiment {document.name!r} is not served here now")
                 return Way(arm.serves, _of(standing, arm.name, asking, "asked"))
     known = (
@@ -121,8 +121,3 @@ def _shadow(standing: Standing, asking: Asking, unavailable: Collection[ArmKey])
 def _of(standing: Standing, arm: str, asking: Asking, how: How) -> Assignment:
     unit = asking.unit(standing.document.unit_header)
     return Assignment(standing.document.name, standing.phase, arm, how, unit.hash, unit.source)
-
-
-def serving(standings: Standings) -> Iterator[Standing]:
-    """Those that decide something now."""
-    return (standing for standing in standings.values() if standing.serving)

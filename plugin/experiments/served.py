@@ -18,15 +18,17 @@ from typing import Any
 
 from edit_store.errors import (
     BundleRefused,
+    CompareRefused,
     Conflict,
     EditsError,
     ExperimentRefused,
     FeedbackRefused,
     NotFound,
     NotTrusted,
+    Overtaken,
     StoreUnavailable,
 )
-from edit_store.experiment import BASE
+from edit_store.experiment import BASE, GATE_FIRINGS
 from edit_store.experiments import Change, Standing, Standings
 from edit_store.refs import Ref, is_digest
 from plugin.experiments.asking import Asking
@@ -34,6 +36,7 @@ from plugin.experiments.deciding import ArmKey, Way, decide
 from plugin.experiments.exposure_log import ExposureLog
 from plugin.experiments.guardrails import Action, Guardrails, Withdraw
 from plugin.experiments.handle import Handles
+from plugin.experiments.pairs import COMPARE_HEADER
 from plugin.experiments.records import Exposure, Feedback, Record
 from plugin.metrics import Metrics
 
@@ -73,6 +76,8 @@ class ServedExperiments:
         self._guards: dict[tuple[str, int], Guardrails] = {}
         self._withdrawn: dict[tuple[str, int, str], str] = {}
         """arms by experiment and phase that this server withdrew, and why"""
+        self._versions: dict[tuple[str, int, str], str] = {}
+        """what arms by experiment and phase have last answered with"""
         self._held: dict[tuple[str, int], float] = {}
         """ramps that this server holds, and how many seconds they had run"""
         self._waiting: list[tuple[Change, str]] = []
@@ -91,8 +96,11 @@ class ServedExperiments:
             self._tell(line)
         serving = {(name, each.phase): each for name, each in self.standings.items() if each.serving}
         self._guards = {key: self._guard(key, standing) for key, standing in serving.items()}
-        for state in [key for key in self._withdrawn if key[:2] not in serving]:
-            del self._withdrawn[state]
+        self._withdrawn = {key: why for key, why in self._withdrawn.items() if key[:2] in serving}
+        self._versions = {key: version for key, version in self._versions.items() if key[:2] in serving}
+        self._held = {key: elapsed for key, elapsed in self._held.items() if key in serving}
+        named = {arm.serves.partition("@")[2] for each in serving.values() for arm in each.document.arms}
+        self._servable &= named
         if serving and not self._log.keeps:
             self._tell("experiments run and their exposures are not written down: set edits.exposure_folder")
         for standing in serving.values():
@@ -151,6 +159,10 @@ class ServedExperiments:
 
     def decide(self, model: str, asking: Asking) -> Way | None:
         """The way of a request, None when no experiment is about that name. ArmRefused for an unknown arm."""
+        if COMPARE_HEADER in asking.headers and not self._log.keeps:
+            raise CompareRefused(
+                f"{COMPARE_HEADER}: where the two answers part would be noted nowhere. Set edits.exposure_folder"
+            )
         at = min(self._now(), self._read_at + RAMP_GOES_ON_FOR)
         unavailable = {arm for each in self.standings.values() if each.serving for arm in self._unavailable(each)}
         return decide(self.standings, model, asking, at, unavailable)
@@ -186,7 +198,17 @@ class ServedExperiments:
         if isinstance(record, Exposure) and record.chosen == "hash":
             guard = self._guards.get((record.experiment, record.phase))
             if guard is not None:
-                guard.see(record.arm, record.metrics(), time.monotonic())
+                tokens, now = record.prompt_tokens + record.output_tokens, time.monotonic()
+                self._versions[record.experiment, record.phase, record.arm] = record.version
+                guard.see(record.arm, record.metrics(), now)
+                guard.count(record.arm, GATE_FIRINGS, 0.0, tokens, now)
+
+    def fired(self, version: str, times: int) -> None:
+        """Gates of a version fired so often since they were last counted, for whomever it answered."""
+        for (name, phase), guard in self._guards.items():
+            for arm in self.standings[name].document.arms:
+                if self._versions.get((name, phase, arm.name)) == version:
+                    guard.count(arm.name, GATE_FIRINGS, float(times), 0, time.monotonic())
 
     def feedback(self, request: str, metric: str, value: float) -> Mapping[str, Any]:
         """A client says how a request went; saying the same again is harmless.
@@ -254,7 +276,7 @@ class ServedExperiments:
             self._withdrawn[name, phase, action.arm] = action.reason
             self._metrics.experiment_rollbacks.labels(name, action.arm, action.rule.metric).inc()
             logger.error("arm withdrawn experiment=%s arm=%s: %s", name, action.arm, action.reason)
-            change = Change(experiment=name, operation="withdraw", arm=action.arm)
+            change = Change(experiment=name, operation="withdraw", arm=action.arm, phase=phase)
         else:
             standing = self.standings[name]
             if standing.ramping_since is None:
@@ -262,7 +284,7 @@ class ServedExperiments:
             self._held[name, phase] = standing.elapsed(self._now())
             self.standings = {**self.standings, name: self._as_held(standing)}
             logger.warning("ramp held experiment=%s because of arm=%s: %s", name, action.arm, action.reason)
-            change = Change(experiment=name, operation="hold")
+            change = Change(experiment=name, operation="hold", phase=phase)
         self._waiting.append((change, action.reason))
 
     async def _tell_the_store(self) -> None:
@@ -272,6 +294,8 @@ class ServedExperiments:
             change, reason = self._waiting[0]
             try:
                 await asyncio.to_thread(self._append, change, reason, actor)
+            except Overtaken:  # by an entry about something else, perhaps
+                continue
             except StoreUnavailable as error:
                 self._tell(f"the store does not know yet that {change.operation} of {change.experiment} was: {error}")
                 return

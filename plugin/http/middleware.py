@@ -99,17 +99,9 @@ class VariantMiddleware:
             metrics.requests.labels(*metrics.labels(UNKNOWN, None), "aborted").inc()
             return
         lease.usage.started = arrived
-        outcome: Outcome = "error"
-        try:
-            outcome = await self._serve(lease, metrics, _with_id(scope, lease.choice.handle), replay, send)
-        finally:
-            if lease.choice.assignment is not None:
-                exposure = exposure_of(lease.choice, lease.choice.assignment, lease.usage, outcome)
-                count(exposure, metrics)
-                owner.ended(exposure)
+        await self._serve(lease, metrics, _with_id(scope, lease.choice.handle), replay, send)
 
-    async def _serve(self, lease: Lease, metrics: Metrics, scope: Scope, receive: Any, send: Any) -> Outcome:
-        """Answer a request; returns how it ended."""
+    async def _serve(self, lease: Lease, metrics: Metrics, scope: Scope, receive: Any, send: Any) -> None:
         status, finished, failed = 0, False, False
 
         async def receive_until_gone() -> Any:
@@ -138,7 +130,10 @@ class VariantMiddleware:
             CURRENT_LEASE.reset(token)
             outcome = _outcome(lease.usage, 500 if failed else status, finished)
             _record(lease, metrics, outcome)
-        return outcome
+            if lease.choice.assignment is not None:
+                exposure = exposure_of(lease.choice, lease.choice.assignment, lease.usage, outcome)
+                count(exposure, metrics)
+                self._serving()[0].ended(exposure)
 
 
 def _outcome(usage: Usage, status: int, finished: bool) -> Outcome:
