@@ -404,10 +404,10 @@ _HEAD = """# Every kind at every site of every architecture
 Written by `make parity`. Each edit is served by vLLM with random numbers, on a tiny random model of each architecture,
 and on trained weights where the heading says so: per request, all edits of a model in one batch; and those that have a
 weight form also one after the other in the weights, after which the base model must say again what it said, bit for
-bit; both again, on the tiny ones, with the model divided among two workers (tensor parallel). The log-probabilities for a prompt and
-the tokens generated after it are held against transformers in float64 with the edit's formula applied by hooks. A cell
-is the largest difference over the largest log-probability (centred), over all forms of the kind there (per head and per
-channel, off and onto, what it reads, activations, dense and sparse).
+bit; both again, on the tiny ones, with the model divided among two workers (tensor parallel). The log-probabilities
+for a prompt and the tokens generated after it are held against transformers in float64 with the edit's formula applied
+by hooks. A cell is the largest difference over the largest log-probability (centred), over all forms of the kind there
+(per head and per channel, off and onto, what it reads, activations, dense and sparse).
 Every edit also changes the model by at least ten times its error, but two that nothing can show: an offset of all keys
 without rotary positions, and a factor on the only head of values before a norm.
 
