@@ -86,6 +86,8 @@ def plan(
     promoted = planning.promoted(settings, base)
     reservation = planning.reserve(settings, base, promoted)
     kind = planning.dtype_of(model, dtype)
+    if workers > 1 and (why := supported(base.architecture).undivided):
+        raise SettingsError(f"{base.architecture} cannot be divided among {workers} workers: {why}")
     if base.widths.heads % workers:
         raise SettingsError(f"{base.widths.heads} heads cannot be divided among {workers} workers")
     of_room = price(base.widths, kind, workers)

@@ -76,6 +76,20 @@ def test_planning_on_the_command_line(checkpoint: Path, tmp_path: Path) -> None:
     assert half["bytes_per_slot"] < plan.slot, "vLLM makes a float32 checkpoint half as wide unless told otherwise"
 
 
+@pytest.mark.parametrize(
+    ("architecture", "workers", "said"),
+    [("Olmo2ForCausalLM", 2, "norms of queries and keys go over all heads"), ("LlamaForCausalLM", 3, "4 heads cannot")],
+)
+def test_a_model_that_cannot_be_divided_so_is_refused_before_the_start(
+    architecture: str, workers: int, said: str, tmp_path: Path
+) -> None:
+    model, store = make_tiny(architecture, tmp_path / "tiny"), EditStore(str(tmp_path / "store"), create=True)
+    words = ["plan", str(model), "--store", store.url, "--tensor-parallel-size", str(workers)]
+    ran = CliRunner().invoke(app, words)
+    assert (ran.exit_code, said in ran.stderr) == (1, True), ran.output
+    assert CliRunner().invoke(app, words[:-2]).exit_code == 0
+
+
 def test_versions_for_another_model_reserve_nothing(checkpoint: Path, tmp_path: Path) -> None:
     store = EditStore(str(tmp_path / "store"), create=True)
     publish(
