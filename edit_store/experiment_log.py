@@ -21,6 +21,7 @@ from edit_store.experiments import (
 from edit_store.intents import relying_on
 from edit_store.log import Log, now
 from edit_store.refs import DEFAULT_TAG, Ref
+from edit_store.signing import Role, SigningKey
 from edit_store.store import EditStore
 
 
@@ -70,6 +71,16 @@ class Experiments:
             **{name: getattr(change, name) for name in Change.model_fields},
         )  # fmt: skip
         return standing
+
+    def sign(self, name: str, signer: SigningKey) -> list[int]:
+        """Vouch for every entry of an experiment that this key has not vouched for; returns their numbers."""
+        signed = []
+        for entry in self.history(name):
+            if all(known.keyid != signer.keyid for known in self._store.signatures(entry.digest)):
+                what = f"experiment {name} entry {entry.sequence}"
+                self._store.attest(entry.digest, signer.sign(Role.PROMOTER, entry.digest, what))
+                signed.append(entry.sequence)
+        return signed
 
     def promote(
         self, name: str, arm: str, *, tag: str = DEFAULT_TAG, reason: str = "", actor: str | None = None

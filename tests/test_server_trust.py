@@ -10,7 +10,11 @@ import pytest
 
 from edit_store import EditStore, Enforcement, Role, SigningKey, TrustedKey, TrustPolicy
 from edit_store.errors import NotFound, NotTrusted, SettingsError
+from edit_store.experiment import Experiment, Guardrail
+from edit_store.experiment_log import Experiments
+from edit_store.experiments import Change
 from edit_store.trust import Trust
+from plugin.experiments.guardrails import Withdraw
 from tests.conftest import publish
 from tests.fakes import Server, version_of
 from tests.test_http import TOKEN, Site
@@ -183,3 +187,44 @@ def test_signatures_without_a_key_are_refused(tmp_path: Path, enforcement: Enfor
     for file in (None, str(tmp_path / "empty.json")):
         with pytest.raises(SettingsError, match=r"no key is trusted.*vllm-edits trust add"):
             Trust.configured(file, enforcement)
+
+
+async def test_experiments_are_followed_as_promotions_are(tmp_path: Path) -> None:
+    """Two promoters are asked for: what one did counts when the other has signed for it; what nobody signed, never."""
+    server = Server(f"memory://{tmp_path}", trust=trust(promoters=2))
+    arms = [{"name": name, "serves": "base", "weight": 0.5} for name in ("control", "same")]
+    log = Experiments(signed(server))
+    log.create(Experiment.parse({"name": "tone", "model": "polite", "arms": arms}))
+    log.change(Change(experiment="tone", operation="start"))
+    await follow(server)
+    assert server.core.experiments.standings == {}
+    assert log.sign("tone", BOB) == [1, 2]
+    assert log.sign("tone", BOB) == []
+    await follow(server)
+    assert server.core.experiments.standings["tone"].status == "running"
+    Experiments(signed(server, None)).change(Change(experiment="tone", operation="stop"))
+    await follow(server)
+    assert server.core.experiments.standings["tone"].status == "running"
+
+
+async def test_an_arm_must_be_signed_by_its_author_and_a_server_without_a_key_withdraws_for_itself(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = Server(f"memory://{tmp_path}", trust=trust())
+    good, bad = signed(server).publish(version_of("polite")), signed(server, None).publish(version_of("polite"))
+    serves = {"control": "base", "good": f"polite@{good}", "bad": f"polite@{bad}"}
+    arms = [{"name": name, "serves": each, "weight": 0.5 if each == "base" else 0.25} for name, each in serves.items()]
+    log = Experiments(signed(server))
+    log.create(Experiment.parse({"name": "tone", "model": "tone", "arms": arms}))
+    log.change(Change(experiment="tone", operation="start"))
+    await follow(server)
+    assert bad not in server.residents()
+    (told,) = server.core.experiments.status()
+    assert [bool(arm["by_control"]) for arm in told["arms"]] == [False, False, True]
+    assert "expected 1 author signature(s), found none" in told["arms"][2]["by_control"]
+    experiments = server.core.experiments
+    experiments._act("tone", 1, Withdraw("good", Guardrail(metric="error", maximum=0.1), "too many errors"))
+    await experiments.measure()
+    assert log.standings()[0]["tone"].withdrawn == frozenset()
+    assert "set edits.signing_key_file" in caplog.text
+    assert experiments.status()[0]["arms"][1]["by_control"] == "too many errors"

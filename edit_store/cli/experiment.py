@@ -26,6 +26,7 @@ from edit_store.experiment_log import Experiments
 from edit_store.experiments import Change, Standing, need
 from edit_store.log import now
 from edit_store.refs import DEFAULT_TAG
+from edit_store.signing import SigningKey
 
 experiment = typer.Typer(
     no_args_is_help=True, help="Share the requests for one model name among arms, and end that with evidence."
@@ -170,6 +171,24 @@ def stop(
 ) -> None:
     """End an experiment: its model name means again what it means without it. The evidence stays."""
     _changed(store, key, Change(experiment=name, operation="stop"), reason, as_json)
+
+
+@experiment.command(name="sign")
+@explained
+def sign_entries(
+    name: ExperimentArgument,
+    *,
+    store: StoreOption,
+    key: Annotated[Path, typer.Option("--key", envvar="VLLM_EDITS_KEY", help="private key")],
+    as_json: JsonOption = False,
+) -> None:
+    """Vouch as a promoter for all that was done to an experiment: for servers that ask for several promoters."""
+    target, signer = opened(store), SigningKey.load(key)
+    signed = Experiments(target).sign(name, signer)
+    if as_json:
+        as_script({"experiment": name, "signed": signed, "keyid": signer.keyid})
+    else:
+        typer.echo(f"signed {len(signed)} entries of {name}")
 
 
 @experiment.command(name="list")
