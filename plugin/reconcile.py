@@ -29,6 +29,7 @@ from plugin.experiments.asking import NOBODY, Asking
 from plugin.experiments.deciding import Way
 from plugin.experiments.exposure_log import ExposureLog
 from plugin.experiments.handle import Handles
+from plugin.experiments.resolver import Resolver
 from plugin.experiments.served import ServedExperiments
 from plugin.firings import Firings
 from plugin.lease import Lease
@@ -109,6 +110,7 @@ class Reconciler:
         weights_patience_seconds: float = 60.0,
         exposures: ExposureLog | None = None,
         handles: Handles | None = None,
+        resolver: Resolver | None = None,
     ) -> None:
         self.reader = reader
         self.table = VariantTable(base_names, default_tag)
@@ -140,7 +142,7 @@ class Reconciler:
         )  # fmt: skip
         self.experiments = ServedExperiments(
             metrics, exposures or ExposureLog(None, 0), handles or Handles.of(None), prepare=self.prepare,
-            append=self._append_change,
+            append=self._append_change, resolver=resolver,
         )  # fmt: skip
         metrics.slots_total.set(slots)
         metrics.signature_policy.labels(reader.trust.enforcement).set(1)

@@ -117,6 +117,10 @@ class EditSettings(BaseModel):
         description="file with a secret that servers share, so that feedback on a request may go to any of them, and "
         "after a restart; by default each has one of its own",
     )
+    arm_resolver: str | None = Field(
+        default=None,
+        description="`package.module:function` that may give requests of experiments their arms",
+    )
     any_vllm: bool = Field(
         default=False, description="start on a vLLM outside the supported range too; what it lacks is logged"
     )

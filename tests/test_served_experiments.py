@@ -16,6 +16,7 @@ import pytest
 
 from edit_store import Offset
 from edit_store.assignment import bucket, chosen
+from edit_store.errors import SettingsError
 from edit_store.experiment import Experiment
 from edit_store.experiment_log import Experiments
 from edit_store.experiments import Change
@@ -26,6 +27,7 @@ from plugin.experiments.evidence import Logs, collect
 from plugin.experiments.exposure_log import ExposureLog
 from plugin.experiments.handle import Handles
 from plugin.experiments.records import Compared, Exposure, Feedback, Record, Said
+from plugin.experiments.resolver import Resolver
 from plugin.http.middleware import _with_id
 from tests.fakes import Server, version_of
 from tests.test_http import Call, Site, another_process, until
@@ -522,6 +524,42 @@ async def test_a_client_that_leaves_ends_both(trial: Trial) -> None:
     assert trial.engine.aborted == 2
     await call.task
     trial.engine.resume()
+
+
+async def test_a_flag_system_may_give_arms(trial: Trial, caplog: pytest.LogCaptureFixture) -> None:
+    """Asked in OpenFeature's words. What it gives is no evidence; when it fails, or names no arm, the hash decides."""
+    await trial.begin()
+    asked: list[Any] = []
+
+    def resolve(flag: str, default: str, context: dict[str, str]) -> str:
+        asked.append((flag, default, context))
+        if context["targetingKey"] == "down":
+            raise OSError("no route")
+        return {"friend": "milder", "typo": "mildr"}.get(context["targetingKey"], default)
+
+    trial.server.core.experiments._resolver = Resolver(resolve)
+    assert version(await trial.say("friend")) == trial.treatment
+    names = ["control", "milder"]
+    for unit in ("down", "typo", "typo", *UNITS[:10]):
+        assert (version(await trial.say(unit)) == trial.treatment) == (trial.arm(unit) == 1)
+    context = {"targetingKey": "friend", "source": "header", "experiment": "tone", "phase": "1"}
+    assert asked[0] == ("edit.polite", names[trial.arm("friend") or 0], context)
+    await trial.ask("tiny")
+    await trial.say("friend", {"x-edits-arm": "control"})
+    assert len(asked) == 14, "not asked where no experiment decides, nor where the request says itself"
+    await asyncio.sleep(0.05)
+    assert Counter(exposure.chosen for exposure in trial.exposures()) == {"asked": 2, "hash": 13}
+    assert len(re.findall("the hash decides", caplog.text)) == 2
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [("json", "expected package.module:function"), ("no_such:f", "cannot be had"), ("json:nothing", "cannot be had"),
+     ("json:__name__", "is no function but a str")],
+)  # fmt: skip
+async def test_a_resolver_that_cannot_be_had_is_refused(where: str, said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        Resolver.of(where)
 
 
 async def test_files_are_begun_anew_when_they_are_full_and_a_full_disk_loses_lines_only(

@@ -40,6 +40,8 @@ class Asking:
     """sha256 of the API key"""
     request: str = ""
     """the request's own id"""
+    arm_given: str = ""
+    """the arm that an operator's resolver gives it"""
     serves: str = ""
     """what it is to be served by, whatever experiments say: of requests that the server makes itself"""
 
@@ -53,8 +55,8 @@ class Asking:
 
     @property
     def arm(self) -> str:
-        """The arm that it asks for itself, or ''."""
-        return self.headers.get(ARM_HEADER, "")
+        """The arm that it asks for itself, or was given by a resolver, or ''."""
+        return self.headers.get(ARM_HEADER, "") or self.arm_given
 
     def unit(self, header: str) -> Unit:
         """The unit: that header's value, else the user, else the API key's hash, else the request itself."""

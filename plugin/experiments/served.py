@@ -38,6 +38,7 @@ from plugin.experiments.guardrails import Action, Guardrails, Withdraw
 from plugin.experiments.handle import Handles
 from plugin.experiments.pairs import COMPARE_HEADER
 from plugin.experiments.records import Exposure, Feedback, Record
+from plugin.experiments.resolver import Resolver
 from plugin.metrics import Metrics
 
 logger = logging.getLogger("vllm.edits")
@@ -58,7 +59,7 @@ class ServedExperiments:
 
     def __init__(
         self, metrics: Metrics, log: ExposureLog, handles: Handles, *, prepare: Prepare, append: Append,
-        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        resolver: Resolver | None = None, now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:  # fmt: skip
         self.standings: Standings = {}
         self.passed_over: tuple[str, ...] = ()
@@ -67,6 +68,7 @@ class ServedExperiments:
         self._handles = handles
         self._prepare = prepare
         self._append = append
+        self._resolver = resolver
         self._now = now
         self._read_at = now()
         self._servable: set[str] = set()
@@ -165,7 +167,22 @@ class ServedExperiments:
             )
         at = min(self._now(), self._read_at + RAMP_GOES_ON_FOR)
         unavailable = {arm for each in self.standings.values() if each.serving for arm in self._unavailable(each)}
-        return decide(self.standings, model, asking, at, unavailable)
+        way = decide(self.standings, model, asking, at, unavailable)
+        if self._resolver is None or way is None or way.beside or asking.arm or asking.serves:
+            return way
+        arm = self._resolver.arm(*self._flag(model, asking, way))
+        return decide(self.standings, model, replace(asking, arm_given=arm), at, unavailable) if arm else way
+
+    def _flag(self, model: str, asking: Asking, way: Way) -> tuple[str, str, list[str], dict[str, str]]:
+        """What a resolver is asked: model, the arm by hash, the arms there are, and OpenFeature's context."""
+        decides = sorted(name for name, each in self.standings.items() if each.serving and each.document.model == model)
+        mine = self.standings[way.assignment.experiment if way.assignment else decides[0]]
+        unit = asking.unit(mine.document.unit_header)
+        context = {"targetingKey": unit.value, "source": unit.source, "experiment": mine.document.name,
+                   "phase": str(mine.phase)}  # fmt: skip
+        gone = {arm for _, arm in self._unavailable(mine)} | mine.withdrawn
+        arms = [arm.name for arm in mine.document.arms if arm.name not in gone]
+        return model, way.assignment.arm if way.assignment else "", arms, context
 
     def handle(self, way: Way) -> str:
         """The id by which feedback on a request that takes part may come; '' for one that does not."""

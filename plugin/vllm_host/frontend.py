@@ -21,6 +21,7 @@ from edit_store.errors import EditsError, SettingsError, UnsupportedHost
 from plugin.engine_gate import EngineGate
 from plugin.experiments.exposure_log import ExposureLog
 from plugin.experiments.handle import Handles
+from plugin.experiments.resolver import Resolver
 from plugin.http.middleware import VariantMiddleware
 from plugin.http.routes import router
 from plugin.metrics import Metrics
@@ -184,6 +185,7 @@ async def start(
         weights_patience_seconds=settings.weights_patience_seconds,
         exposures=ExposureLog(_path(settings.exposure_folder), settings.exposure_bytes),
         handles=Handles.of(_path(settings.feedback_key_file)),
+        resolver=Resolver.of(settings.arm_resolver),
     )
     await reconciler.sync()
     sites, mebibytes = len(reservation.sites()), described["bytes"] / 2**20
