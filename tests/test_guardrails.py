@@ -34,6 +34,7 @@ class Phase:
 
     def __init__(self, *rules: Guardrail, arms: Mapping[str, float] = ARMS, **fields: Any) -> None:
         self.now = BEGAN
+        self.sent = dict.fromkeys(arms, 1000)  # more than ever end
         self.guardrails = Guardrails(arms, rules, BEGAN, fields.pop("now", BEGAN), **fields)
 
     def fill(self, metric: str = "error", **arms: tuple[float, int]) -> None:
@@ -43,6 +44,8 @@ class Phase:
                 self.guardrails.see(arm, {metric: mean, "output_tokens": 7}, self.now)
 
     def after(self, seconds: float = INTERVAL) -> list[Action]:
+        for arm, times in self.sent.items():
+            self.guardrails.assign(arm, self.now, times)
         self.now += seconds
         return self.guardrails.measure(self.now)
 
@@ -557,6 +560,15 @@ def test_nothing_grows_with_requests() -> None:
             phase.guardrails.see("treatment", {"error": 1.0, "thumbs": 1.0, f"other-{next(numbers)}": 1.0}, phase.now)
         phase.after()
         sizes.add(sum(len(watch.sums) + len(watch.records) for watch in phase.guardrails._watches))
-        assert all(vars(sums).keys() == {"total", "number", "requests"}
+        assert all(vars(sums).keys() == {"total", "number", "requests", "assigned"}
                    for watch in phase.guardrails._watches for sums in watch.sums.values())  # fmt: skip
     assert sizes == {2 * (2 + 1)}
+
+
+@pytest.mark.parametrize(("sent", "withdrawn"), [(0, False), (NEEDED - 1, False), (NEEDED, True)])
+def test_nothing_is_missing_of_an_arm_that_nobody_was_sent_to(sent: int, withdrawn: bool) -> None:
+    """Few units may all be in other arms. What was sent and did not come back is missing."""
+    phase = Phase(rule(inconclusive_limit=0, no_data_limit=2))
+    phase.sent["treatment"] = sent
+    actions = [action for _ in range(3) for action in phase.window(control=BESIDE)]
+    assert any(isinstance(action, Withdraw) for action in actions) == withdrawn

@@ -55,11 +55,13 @@ class Sums:
     """What was observed of one metric in one arm.
 
     number: over how many observations `total` is summed, tokens for gate firings. requests: with any built-in metric.
+    assigned: requests that were sent to the arm, whatever became of them.
     """
 
     total: float = 0.0
     number: int = 0
     requests: int = 0
+    assigned: int = 0
 
     @property
     def mean(self) -> float | None:
@@ -144,6 +146,12 @@ class Guardrails:
                    {arm: _Record() for arm in treatments})
             for rule in self.rules
         ]  # fmt: skip
+
+    def assign(self, arm: str, now: float, times: int = 1) -> None:
+        """Requests were sent to an arm. Where none were, none is missing: of three API keys an arm may have none."""
+        self._need(arm)
+        for watch in self._warm(now):
+            watch.sums[arm].assigned += times
 
     def see(self, arm: str, values: Mapping[str, float], now: float) -> None:
         """A request of an arm has ended, or feedback came: metrics and their values.
@@ -234,8 +242,9 @@ def _verdict(rule: Guardrail, arm: Sums, control: Sums, share: float) -> tuple[R
     value      = mean of the arm, over the control's mean for a ratio
     failed     : value beyond limit
     successful : value at or beyond limit - hysteresis·|limit| on the other side, + for a minimum
-    missing    : fewer than needed, of expected = share · control that are enough, by more than chance = CHANCE standard
-                 errors of expected - found, √(expected + share·expected) as both are counts
+    missing    : fewer than needed, though as many were sent to the arm, and of expected = share · control that are
+                 enough, by more than chance = CHANCE standard errors of expected - found, √(expected + share·expected)
+                 as both are counts
     """
     needed, beside = rule.minimum_requests, _requests(rule, control)
     found = _requests(rule, arm) if arm.number else 0
@@ -244,6 +253,8 @@ def _verdict(rule: Guardrail, arm: Sums, control: Sums, share: float) -> tuple[R
         expected = beside * share
         chance = CHANCE * sqrt(expected * (1 + share))
         why = f"{needed} are needed, and {expected:.1f} could be expected, give or take {chance:.1f}"
+        if arm.assigned < needed:
+            return "waiting", f"{needed} are needed, and {arm.assigned} were sent to the arm", False
         if expected < needed or found + chance >= expected:
             return "waiting", why, False
         return "inconclusive", f"no data: {why}", True

@@ -168,10 +168,15 @@ class ServedExperiments:
         at = min(self._now(), self._read_at + RAMP_GOES_ON_FOR)
         unavailable = {arm for each in self.standings.values() if each.serving for arm in self._unavailable(each)}
         way = decide(self.standings, model, asking, at, unavailable)
-        if self._resolver is None or way is None or way.beside or asking.arm or asking.serves:
-            return way
-        arm = self._resolver.arm(*self._flag(model, asking, way))
-        return decide(self.standings, model, replace(asking, arm_given=arm), at, unavailable) if arm else way
+        if self._resolver is not None and way is not None and not (way.beside or asking.arm or asking.serves):
+            arm = self._resolver.arm(*self._flag(model, asking, way))
+            if arm:
+                way = decide(self.standings, model, replace(asking, arm_given=arm), at, unavailable)
+        if way is not None and way.assignment is not None and way.assignment.how == "hash":
+            guard = self._guards.get((way.assignment.experiment, way.assignment.phase))
+            if guard is not None:
+                guard.assign(way.assignment.arm, time.monotonic())
+        return way
 
     def _flag(self, model: str, asking: Asking, way: Way) -> tuple[str, str, list[str], dict[str, str]]:
         """What a resolver is asked: model, the arm by hash, the arms there are, and OpenFeature's context."""
