@@ -107,6 +107,9 @@ WAYS: dict[str, Way] = {
     "data parallel, behind two API server processes": Way(
         flags=("--data-parallel-size", "2", "--api-server-count", "2"), quick=True
     ),
+    "two engines, each divided among two workers": Way(
+        flags=("--data-parallel-size", "2", "--tensor-parallel-size", "2")
+    ),
     "LoRA": Way({"enable_lora": True}),
     "a draft model": Way({"speculative_config": {"model": "", "num_speculative_tokens": 2}}),
     "8-bit weights and activations (compressed-tensors)": Way(quantised="int8", quick=True),
@@ -313,7 +316,8 @@ def _server(model: Path, settings: dict[str, Any], way: Way) -> Iterator[Host]:
     )  # fmt: skip
     chosen = {name: json.dumps(value) if isinstance(value, list) else value for name, value in settings.items()}
     store = Path(chosen.pop("store"))
-    environment = {"VLLM_CPU_OMP_THREADS_BIND": cores_apart(2)}
+    workers = 4 if "--tensor-parallel-size" in way.flags else 2
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": cores_apart(workers)}
     log = store.with_suffix(".log")
     with Server.with_edits(model, store, log, *flags, settings=chosen, environment=environment) as server:
         yield _Server(server)
