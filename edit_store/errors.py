@@ -8,12 +8,15 @@ EditsError
 ├── NotFound           a name, tag, version or object does not exist; names the nearest that do
 ├── AmbiguousVersion   an abbreviated version fits several
 ├── Conflict           somebody else changed the same thing first; nothing was written
+│   └── Overtaken      somebody else wrote the log's next entry
 ├── StoreUnavailable   the store cannot be reached, read or written
 ├── StoreCorrupt       stored bytes do not match the digest or chain that names them
 ├── SettingsError      a setting is unknown or impossible
 ├── UnsupportedHost    this vLLM, or the way it was started, cannot serve edits exactly
 ├── NotServed          a promoted variant that this server refuses
 ├── RequestRefused     a request asks for what its variant or experiment does not allow
+│   ├── ArmRefused     an arm that is not there, or not served
+│   └── CompareRefused two answers that cannot be compared
 └── FeedbackRefused    feedback that its experiment does not take
 """
 

@@ -19,7 +19,7 @@ class Reader:
         self.trust = trust or Trust()
         self._store = store
         self._cache = cache or NodeCache()
-        self._follower = Follower(store, Seen(self._cache.folder, store.url), self._believed)
+        self._follower = Follower(store, Seen(self._cache.folder, store.url), self._counts)
 
     @property
     def store(self) -> EditStore:
@@ -52,22 +52,23 @@ class Reader:
         if self.trust.enforcement is Enforcement.OFF:
             return []
         what = f"{entry.name}@{entry.tag} entry {entry.sequence}"
-        promoters = self.trust.policy.check(Role.PROMOTER, entry.digest, what, self._store.signatures(entry.digest))
-        return [*promoters, *self.author_doubts(entry.name, entry.version)]
+        return [*self._unsigned(Role.PROMOTER, entry.digest, what), *self.author_doubts(entry.name, entry.version)]
 
     def author_doubts(self, name: str, version: str) -> list[Reason]:
         """What is missing for a version to be believed, whoever promotes it; empty also when nobody asks for it."""
         if self.trust.enforcement is Enforcement.OFF:
             return []
-        what = f"version {version[:12]} of {name}"
-        return self.trust.policy.check(Role.AUTHOR, version, what, self._store.signatures(version))
+        return self._unsigned(Role.AUTHOR, version, f"version {version[:12]} of {name}")
 
-    def _believed(self, entry: ExperimentEntry) -> bool:
+    def _unsigned(self, role: Role, digest: str, what: str) -> list[Reason]:
+        """What the trust file asks for, and the store does not have, over the object of that digest."""
+        return self.trust.policy.check(role, digest, what, self._store.signatures(digest))
+
+    def _counts(self, entry: ExperimentEntry) -> bool:
         """Whether promoters have signed for what is done to an experiment, where that is asked for."""
         if self.trust.enforcement is not Enforcement.REQUIRE:
             return True
-        what = f"experiment {entry.experiment} entry {entry.sequence}"
-        return not self.trust.policy.check(Role.PROMOTER, entry.digest, what, self._store.signatures(entry.digest))
+        return not self._unsigned(Role.PROMOTER, entry.digest, f"experiment {entry.experiment} entry {entry.sequence}")
 
     def believed(self, entry: TagEntry) -> TagEntry | None:
         """This entry, or the newest one before it that can be believed: what a server that never stopped serves."""

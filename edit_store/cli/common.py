@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from edit_store.errors import EditsError
+from edit_store.refs import is_digest
 from edit_store.signing import SigningKey
 from edit_store.store import EditStore
 
@@ -143,9 +144,9 @@ def moving(what: str) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def abbreviated(called: str) -> str:
-    """`name@version` with the version short, as people read it."""
-    name, at, version = called.partition("@")
-    return f"{name}{at}{version[:12]}"
+    """A reference with a version in full made short, as people read it; anything else as it is."""
+    name, at, selector = called.partition("@")
+    return f"{name}{at}{selector[:12] if is_digest(selector) else selector}"
 
 
 def megabytes(size: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -12,6 +12,7 @@ from edit_store.cli.common import (
     KeyOption,
     ReasonOption,
     StoreOption,
+    abbreviated,
     app,
     as_script,
     explained,
@@ -67,18 +68,26 @@ def create(
     _told(Experiments(opened(store, key)).create(found, reason=reason), as_json)
 
 
-@experiment.command()
-@explained
-def start(
-    name: ExperimentArgument,
-    *,
-    store: StoreOption,
-    reason: ReasonOption = "",
-    key: KeyOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Begin a new phase: servers assign units from their next look on. One that was stopped begins anew."""
-    _changed(store, key, Change(experiment=name, operation="start"), reason, as_json)
+def _plain(operation: Literal["start", "hold", "resume", "stop"], told: str) -> None:
+    """A command that needs the experiment's name alone."""
+
+    @experiment.command(name=operation, help=told)
+    @explained
+    def command(
+        name: ExperimentArgument,
+        *,
+        store: StoreOption,
+        reason: ReasonOption = "",
+        key: KeyOption = None,
+        as_json: JsonOption = False,
+    ) -> None:
+        _changed(store, key, Change(experiment=name, operation=operation), reason, as_json)
+
+
+_plain("start", "Begin a new phase: servers assign units from their next look on. One that was stopped begins anew.")
+_plain("hold", "Let the ramp stand still. Units stay in their arms.")
+_plain("resume", "Let a ramp that was held go on from where it stood.")
+_plain("stop", "End an experiment: its model name means again what it means without it. The evidence stays.")
 
 
 @experiment.command()
@@ -94,34 +103,6 @@ def widen(
 ) -> None:
     """Let more units take part at once. Nobody changes arms; to narrow, stop and start anew."""
     _changed(store, key, Change(experiment=name, operation="widen", coverage=coverage), reason, as_json)
-
-
-@experiment.command()
-@explained
-def hold(
-    name: ExperimentArgument,
-    *,
-    store: StoreOption,
-    reason: ReasonOption = "",
-    key: KeyOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Let the ramp stand still. Units stay in their arms."""
-    _changed(store, key, Change(experiment=name, operation="hold"), reason, as_json)
-
-
-@experiment.command()
-@explained
-def resume(
-    name: ExperimentArgument,
-    *,
-    store: StoreOption,
-    reason: ReasonOption = "",
-    key: KeyOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Let a ramp that was held go on from where it stood."""
-    _changed(store, key, Change(experiment=name, operation="resume"), reason, as_json)
 
 
 @experiment.command(name="withdraw")
@@ -157,20 +138,6 @@ def promote_arm(
     the experiment gives every unit that arm, until it is stopped.
     """
     _told(Experiments(opened(store, key)).promote(name, arm, tag=tag, reason=reason), as_json)
-
-
-@experiment.command()
-@explained
-def stop(
-    name: ExperimentArgument,
-    *,
-    store: StoreOption,
-    reason: ReasonOption = "",
-    key: KeyOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """End an experiment: its model name means again what it means without it. The evidence stays."""
-    _changed(store, key, Change(experiment=name, operation="stop"), reason, as_json)
 
 
 @experiment.command(name="sign")
@@ -286,17 +253,12 @@ def _row(standing: Standing) -> dict[str, Any]:
         "coverage": coverage, "began_at": standing.began_at.isoformat() if standing.began_at else "",
         "reason": standing.reason, "everyone": standing.everyone, "held": standing.ramping_since is None,
         "arms": [
-            {"name": arm.name, "serves": _short(arm.serves), "weight": arm.weight,
+            {"name": arm.name, "serves": abbreviated(arm.serves), "weight": arm.weight,
              "share": arm.weight * coverage * outside if standing.status == "running" else 0.0,
              "state": "withdrawn" if arm.name in standing.withdrawn else "control" if arm == document.control else ""}
             for arm in document.arms
         ],
     }  # fmt: skip
-
-
-def _short(serves: str) -> str:
-    name, at, selector = serves.partition("@")
-    return f"{name}{at}{selector[:12]}" if len(selector) == 64 else serves
 
 
 def _why(standing: Standing) -> str:
