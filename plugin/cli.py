@@ -22,6 +22,7 @@ from edit_store.errors import EditsError, SettingsError
 from plugin.claim import SCHEDULER
 from plugin.experiments import cli as _experiments  # noqa: F401  importing it registers its command
 from plugin.reading import open_reader
+from plugin.server_options import DEFAULT_URL, ApiKeyOption, UrlOption, authorization, no_answer
 from plugin.sizes import bytes_of, sized
 from server_config.settings import KEY, read_settings
 
@@ -125,19 +126,15 @@ def plan(
 @app.command()
 @explained
 def status(
-    url: Annotated[str, typer.Option("--url", help="address of the server")] = "http://127.0.0.1:8000",
-    api_key: Annotated[
-        str, typer.Option("--api-key", envvar="VLLM_API_KEY", help="the server's API key, if it has one")
-    ] = "",
+    url: UrlOption = DEFAULT_URL,
+    api_key: ApiKeyOption = "",
     as_json: JsonOption = False,
 ) -> None:
     """What a running server serves: variants, versions, slots, requests in flight, the last swap."""
     try:
-        answer = httpx.get(
-            f"{url}/v1/edits", headers={"Authorization": f"Bearer {api_key}"} if api_key else {}, timeout=10
-        )
+        answer = httpx.get(f"{url}/v1/edits", headers=authorization(api_key), timeout=10)
     except httpx.HTTPError as error:
-        raise EditsError(f"no answer from {url}: {error}. Is the server up? Name it with --url") from None
+        raise no_answer(url, error) from None
     if answer.status_code != httpx.codes.OK:
         raise EditsError(f"{url}/v1/edits answered {answer.status_code}: {answer.text[:200]}")
     found: dict[str, Any] = answer.json()

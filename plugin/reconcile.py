@@ -196,7 +196,7 @@ class Reconciler:
                     if refused and refused.lasting and refused.sequence == entry.sequence and not retry_refused:
                         continue
                     swaps.append(await self._follow_tag(entry))
-            await self.experiments.follow(look.experiments, tuple(look.passed_over))
+            await self.experiments.follow(look.experiments, look.passed_over)
             return swaps
 
     def _note_troubles(self, troubles: Mapping[tuple[str, str], EditsError]) -> None:
@@ -354,7 +354,7 @@ class Reconciler:
         except EditsError as error:
             if way.instead is None:
                 raise
-            logger.warning("%s is served by the control, for %s cannot be: %s", model, way.serves, error)
+            self.experiments.instead_of(way, error)
             return await self._lease_on(way.instead, model, strength)
 
     async def _lease_on(self, way: Way, model: str, strength: float | None) -> Lease:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+
+from plugin.experiments.records import Source
 
 ARM_HEADER = "x-edits-arm"
 """A request that says itself which arm it wants: gateways, flag systems, a tester."""
 PREFIX = "x-"
 """Headers that may name a unit begin so."""
 _SECRET = {"x-api-key", "x-edits-admin-token"}
-
-Source = Literal["header", "user", "key", "request"]
 
 
 @dataclass(frozen=True)

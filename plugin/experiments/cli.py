@@ -18,6 +18,7 @@ from edit_store.store import EditStore
 from plugin.experiments.evidence import gather
 from plugin.experiments.replay import bodies, replay, summary
 from plugin.experiments.report import ArmShare, as_json, html, picture, remarks, summarise, table
+from plugin.server_options import DEFAULT_URL, ApiKeyOption, UrlOption
 
 
 @experiment.command()
@@ -87,8 +88,8 @@ def replay_prompts(
     first: Annotated[str, typer.Argument(help="base model, variant, name@tag or name@version")],
     second: Annotated[str, typer.Argument(help="the same, to compare with")],
     *,
-    url: Annotated[str, typer.Option("--url", help="address of the server")] = "http://127.0.0.1:8000",
-    api_key: Annotated[str, typer.Option("--api-key", envvar="VLLM_API_KEY", help="its API key, if it has one")] = "",
+    url: UrlOption = DEFAULT_URL,
+    api_key: ApiKeyOption = "",
     max_tokens: Annotated[int, typer.Option(min=1, help="of each answer, where a prompt does not say it")] = 64,
     as_data: JsonOption = False,
 ) -> None:

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Literal
 
 from edit_store.assignment import bucket, chosen
 from edit_store.errors import ArmRefused
 from edit_store.experiments import Standing, Standings
-from plugin.experiments.asking import ARM_HEADER, Asking, Source
+from plugin.experiments.asking import ARM_HEADER, Asking, Unit
 from plugin.experiments.pairs import compared_in
+from plugin.experiments.records import How, Source
 
-How = Literal["hash", "asked", "instead"]
-"""By the hash of its unit; because the request asked for it; the control in place of an arm that cannot be served."""
 ArmKey = tuple[str, str]
 """Experiment and arm."""
 
@@ -75,7 +73,8 @@ def _asked(mine: list[Standing], model: str, asking: Asking, unavailable: Collec
             if arm.name == asking.arm:
                 if arm.name in standing.withdrawn or (document.name, arm.name) in unavailable:
                     raise ArmRefused(f"arm {arm.name!r} of experiment {document.name!r} is not served here now")
-                return Way(arm.serves, _of(standing, arm.name, asking, "asked"))
+                unit = asking.unit(document.unit_header)
+                return Way(arm.serves, _of(standing, arm.name, unit, "asked"))
     known = (
         ", ".join(arm.name for standing in mine for arm in standing.document.arms) or "none, since no experiment runs"
     )
@@ -84,22 +83,22 @@ def _asked(mine: list[Standing], model: str, asking: Asking, unavailable: Collec
 
 def _decided(standing: Standing, asking: Asking, at: datetime, unavailable: Collection[ArmKey]) -> Way | None:
     document = standing.document
-    unit = asking.unit(document.unit_header).value
+    unit = asking.unit(document.unit_header)
     if standing.everyone is not None:
         control = Way(document.control.serves)
         return Way(
             document.arm(standing.everyone).serves,
             instead=None if standing.everyone == document.control.name else control,
         )
-    if document.namespace is not None and not document.namespace.holds(unit):
+    if document.namespace is not None and not document.namespace.holds(unit.value):
         return None
-    if document.holdout is not None and document.holdout.holds(unit):
+    if document.holdout is not None and document.holdout.holds(unit.value):
         return Way(document.control.serves)
-    number = chosen(document.weights, standing.coverage(at), bucket(standing.seed, unit))
+    number = chosen(document.weights, standing.coverage(at), bucket(standing.seed, unit.value))
     if number is None:
         return Way(document.control.serves)
     arm = document.arms[number]
-    assignment = _of(standing, arm.name, asking, "hash")
+    assignment = _of(standing, arm.name, unit, "hash")
     if number == 0:
         return Way(arm.serves, assignment, beside=_shadow(standing, asking, unavailable))
     control = Way(document.control.serves, replace(assignment, how="instead"))
@@ -118,6 +117,5 @@ def _shadow(standing: Standing, asking: Asking, unavailable: Collection[ArmKey])
     return document.arm(shadow.arm).serves if drawn else ""
 
 
-def _of(standing: Standing, arm: str, asking: Asking, how: How) -> Assignment:
-    unit = asking.unit(standing.document.unit_header)
+def _of(standing: Standing, arm: str, unit: Unit, how: How) -> Assignment:
     return Assignment(standing.document.name, standing.phase, arm, how, unit.hash, unit.source)

@@ -58,7 +58,10 @@ class ExposureLog:
         self.lost += 1
         if why != self._failed:  # once, not for every request
             self._failed = why
-            logger.error("exposures are lost: %s cannot be written: %s", self._folder, why)
+            logger.error(
+                "exposures are lost: %s cannot be written: %s. Make room there, or name another edits.exposure_folder",
+                self._folder, why,
+            )  # fmt: skip
 
     def _begin(self, folder: Path) -> int:
         self.close()

@@ -16,17 +16,19 @@ import secrets
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from edit_store.errors import NotFound, SettingsError
 from edit_store.experiments import Standings
 from plugin.experiments.deciding import Assignment
+from plugin.experiments.records import How
 
 _FORM = struct.Struct(">4sBB8s8s")
 _CODE = 8
 _HANDLE = re.compile(r"(?:[a-z]+[-_])?([A-Za-z0-9_-]{40})(?:-[0-9]+)?")
 """With or without what vLLM puts around it: `chatcmpl-…`, `cmpl-…-0`."""
 MIN_KEY_BYTES = 16
-_HOW = ("hash", "asked", "instead")
+_HOW = get_args(How)
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime
-from typing import Literal
 
 from plugin.experiments.deciding import Assignment
-from plugin.experiments.records import Exposure
+from plugin.experiments.records import Exposure, Outcome
 from plugin.experiments.repeats import loops
 from plugin.lease import Usage
 from plugin.metrics import Metrics
 from plugin.variants import BASE, Choice
-
-Outcome = Literal["ok", "error", "aborted", "rejected"]
 
 
 def exposure_of(choice: Choice, assignment: Assignment, usage: Usage, outcome: Outcome) -> Exposure:

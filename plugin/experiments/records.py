@@ -14,6 +14,11 @@ import msgspec
 
 from edit_store.experiment import BUILT_IN
 
+Source = Literal["header", "user", "key", "request"]
+"""What a unit was made of."""
+How = Literal["hash", "asked", "instead"]
+"""By the hash of its unit; because the request asked for it; the control in place of an arm that cannot be served."""
+Outcome = Literal["ok", "error", "aborted", "rejected"]
 Instant = Annotated[datetime, msgspec.Meta(tz=True)]
 Amount = Annotated[float, msgspec.Meta(ge=0)]
 
@@ -29,11 +34,9 @@ class Exposure(msgspec.Struct, frozen=True, gc=False, tag_field="kind", tag="exp
     version: str
     """the digest in full, or base"""
     unit: str
-    source: Literal["header", "user", "key", "request"]
-    """what the unit was made of"""
-    chosen: Literal["hash", "asked", "instead"]
-    """by the unit's hash, by the request itself, or in place of an arm that could not answer"""
-    outcome: Literal["ok", "error", "aborted", "rejected"]
+    source: Source
+    chosen: How
+    outcome: Outcome
     prompt_tokens: int
     output_tokens: int
     seconds: Amount | None

@@ -14,6 +14,7 @@ import httpx
 
 from edit_store.errors import EditsError
 from plugin.experiments.pairs import parted
+from plugin.server_options import authorization, no_answer
 
 AT_ONCE = 8
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -23,7 +24,6 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 class Answer:
     """What one version said."""
 
-    version: str
     tokens: Sequence[int]
     logprobs: Sequence[float]
     text: str
@@ -83,9 +83,8 @@ async def replay(
     progress: Callable[[], None] = lambda: None,
 ) -> list[Parting]:  # fmt: skip
     """Ask each prompt of both at the same time, greedily unless the request says otherwise, and compare."""
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     turns = asyncio.Semaphore(AT_ONCE)
-    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=600) as client:
+    async with httpx.AsyncClient(base_url=url, headers=authorization(api_key), timeout=600) as client:
 
         async def both(body: dict[str, Any]) -> Parting:
             async with turns:
@@ -104,7 +103,7 @@ async def _ask(client: httpx.AsyncClient, model: str, body: dict[str, Any], max_
     try:
         answer = await client.post(CHAT if chat else COMPLETIONS, json=asked)
     except httpx.HTTPError as error:
-        raise EditsError(f"no answer from {client.base_url}: {error!r}. Is the server up? Name it with --url") from None
+        raise no_answer(str(client.base_url), error) from None
     if answer.status_code != httpx.codes.OK:
         raise EditsError(f"{model} answered {answer.status_code}: {answer.text[:300]}")
     choice = answer.json()["choices"][0]
@@ -113,7 +112,7 @@ async def _ask(client: httpx.AsyncClient, model: str, body: dict[str, Any], max_
         text = choice["message"]["content"] or ""
     else:
         logprobs, text = choice["logprobs"]["token_logprobs"], choice["text"]
-    return Answer(answer.headers.get("x-edits-version", "base"), choice["token_ids"], logprobs, text)
+    return Answer(choice["token_ids"], logprobs, text)
 
 
 def summary(partings: Sequence[Parting]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import logging
 import socket
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -62,7 +62,6 @@ class ServedExperiments:
         resolver: Resolver | None = None, now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:  # fmt: skip
         self.standings: Standings = {}
-        self.passed_over: tuple[str, ...] = ()
         self._metrics = metrics
         self._log = log
         self._handles = handles
@@ -89,11 +88,10 @@ class ServedExperiments:
 
     # -- following ---------------------------------------------------------------------------------------------------
 
-    async def follow(self, standings: Standings, passed_over: tuple[str, ...] = ()) -> None:
+    async def follow(self, standings: Standings, passed_over: Sequence[str] = ()) -> None:
         """Take over how experiments stand by the store. What is withdrawn or stopped there is so at once."""
         self._read_at = self._now()
         self.standings = {name: self._as_held(standing) for name, standing in standings.items()}
-        self.passed_over = passed_over
         for line in passed_over:
             self._tell(line)
         serving = {(name, each.phase): each for name, each in self.standings.items() if each.serving}
@@ -188,6 +186,10 @@ class ServedExperiments:
         gone = {arm for _, arm in self._unavailable(mine)} | mine.withdrawn
         arms = [arm.name for arm in mine.document.arms if arm.name not in gone]
         return model, way.assignment.arm if way.assignment else "", arms, context
+
+    def instead_of(self, way: Way, why: EditsError) -> None:
+        """The control serves a request, because what its arm serves cannot be."""
+        self._tell(f"{way.serves} is served by the control: {why}")
 
     def handle(self, way: Way) -> str:
         """The id by which feedback on a request that takes part may come; '' for one that does not."""

@@ -18,8 +18,9 @@ import msgspec
 
 from edit_store.errors import AmbiguousVersion, ArmRefused, CompareRefused, EditsError, NotFound, RequestRefused
 from plugin.experiments.asking import ARM_HEADER, Asking
-from plugin.experiments.outcome import Outcome, count, exposure_of
+from plugin.experiments.outcome import count, exposure_of
 from plugin.experiments.pairs import COMPARE_HEADER
+from plugin.experiments.records import Outcome
 from plugin.lease import CURRENT_LEASE, Lease, Usage
 from plugin.metrics import UNKNOWN, Metrics
 from plugin.owner import Owner

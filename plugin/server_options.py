@@ -1,0 +1,26 @@
+"""What commands that ask a running server share: its address, its key, and what to say when it does not answer."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import httpx
+import typer
+
+from edit_store.errors import EditsError
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+UrlOption = Annotated[str, typer.Option("--url", help="address of the server")]
+ApiKeyOption = Annotated[
+    str, typer.Option("--api-key", envvar="VLLM_API_KEY", help="the server's API key, if it has one")
+]
+
+
+def authorization(api_key: str) -> dict[str, str]:
+    """The header that a key is sent in; none for no key."""
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
+def no_answer(url: str, error: httpx.HTTPError) -> EditsError:
+    """What to raise when nobody answers there."""
+    return EditsError(f"no answer from {url}: {error}. Is the server up? Name it with --url")
