@@ -347,6 +347,8 @@ class Reconciler:
         way = self.experiments.decide(model, asking)
         if way is None:
             return await self._lease_of(model, strength)
+        if way.beside and model not in self.experiments.names:
+            self.table.resolve(model)  # to compare two does not make a name that is not served one that is
         try:
             return await self._lease_on(way, model, strength)
         except RequestRefused:

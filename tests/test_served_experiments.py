@@ -506,6 +506,8 @@ async def test_what_cannot_be_compared_is_refused_or_leaves_the_client_alone(tri
     wrong = await trial.say("ann", {"x-edits-compare": "base"})
     assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "x-edits-compare")
     assert (await trial.say("ann", {"x-edits-compare": "rude,base"})).status_code == 404
+    body, pair = {"model": "polit"}, {"x-edits-compare": "base,base"}
+    assert (await trial.client.post("/v1/completions", json=body, headers=pair)).status_code == 404
     answer = await trial.say("ann", {"x-edits-compare": "base,rude"})
     assert version(answer) == "base"
     await asyncio.sleep(0.05)
@@ -560,6 +562,23 @@ async def test_a_flag_system_may_give_arms(trial: Trial, caplog: pytest.LogCaptu
 async def test_a_resolver_that_cannot_be_had_is_refused(where: str, said: str) -> None:
     with pytest.raises(SettingsError, match=said):
         Resolver.of(where)
+
+
+async def test_a_promoted_arm_that_is_gone_is_an_error_and_never_the_control(trial: Trial) -> None:
+    """Nobody would know: what is promoted is no evidence, so no line could say that the base answered instead."""
+    await trial.begin()
+    await trial.do("stop")
+    arms = [
+        {"name": name, "serves": serves, "weight": 0.5} for name, serves in (("control", "base"), ("all", "polite"))
+    ]
+    trial.log.create(Experiment.parse({"name": "tone", "model": "tone-test", "arms": arms}))
+    await trial.do("start")
+    trial.log.promote("tone", "all")
+    await trial.server.core.sync()
+    assert version(await trial.ask("tone-test")) == trial.promoted
+    trial.server.store.withdraw("polite")
+    await trial.server.core.sync()
+    assert (await trial.ask("tone-test")).status_code == 404
 
 
 async def test_files_are_begun_anew_when_they_are_full_and_a_full_disk_loses_lines_only(

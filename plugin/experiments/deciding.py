@@ -84,12 +84,8 @@ def _asked(mine: list[Standing], model: str, asking: Asking, unavailable: Collec
 def _decided(standing: Standing, asking: Asking, at: datetime, unavailable: Collection[ArmKey]) -> Way | None:
     document = standing.document
     unit = asking.unit(document.unit_header)
-    if standing.everyone is not None:
-        control = Way(document.control.serves)
-        return Way(
-            document.arm(standing.everyone).serves,
-            instead=None if standing.everyone == document.control.name else control,
-        )
+    if standing.everyone is not None:  # a person's word: what cannot be served is an error then, not the control
+        return Way(document.arm(standing.everyone).serves)
     if document.namespace is not None and not document.namespace.holds(unit.value):
         return None
     if document.holdout is not None and document.holdout.holds(unit.value):
