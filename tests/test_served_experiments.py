@@ -405,6 +405,30 @@ async def test_what_the_store_cannot_hear_is_told_later(trial: Trial) -> None:
     assert trial.log.standings()[0]["tone"].withdrawn == {"milder"}
 
 
+async def test_an_arm_that_does_not_answer_holds_the_ramp_until_a_person_resumes_it(trial: Trial) -> None:
+    """Here at once, though the store is away; then by an entry. Requests were sent to it, and none came back whole."""
+    rule = {"metric": "first_token_seconds", "maximum": 9, "interval": 0.01, "minimum_requests": 5,
+            "inconclusive_limit": 0}  # fmt: skip
+    await trial.begin(coverage=0.6, ramp=[{"after": "1h", "coverage": 1}], guardrails=[rule])
+    experiments, start = trial.server.core.experiments, datetime.now(UTC)
+    for unit in [unit for unit in UNITS if trial.arm(unit, 0.6) is not None]:
+        for _ in range(2):
+            await trial.say(unit, prompt="bad" if trial.arm(unit) == 1 else "Hello")
+    await asyncio.sleep(0.05)
+    trial.server.backend.down = ""
+    await experiments.measure()
+    (told,) = experiments.status()
+    assert (told["ramp_held"], told["arms"][1]["by_control"]) == (True, "")
+    trial.server.backend.down = None
+    await experiments.measure()
+    assert trial.log.history()[-1].operation == "hold"
+    await trial.server.core.sync()
+    experiments._now = lambda: start + timedelta(hours=2)
+    assert experiments.status()[0]["coverage"] == 0.6
+    await trial.do("resume")
+    assert experiments.status()[0]["ramp_held"] is False
+
+
 async def test_a_ramp_stands_still_while_the_store_cannot_be_read(trial: Trial) -> None:
     """Nobody could stop it meanwhile. Whoever was in an arm stays in it; when the store is back it goes on."""
     await trial.begin(coverage=0.1, ramp=[{"after": "1h", "coverage": 1}])
