@@ -76,6 +76,10 @@ class BlobRef(_Record):
         return f"{self.size} bytes {self.sha256[:12]}"
 
 
+GATE_FIRINGS = "gate_firings"
+"""The measurement of how often a version's gates fire for each token, those of the prompt and of the answer."""
+
+
 class Measurement(_Record):
     """One figure the author measured: `base` and `edited` are the same metric before and after."""
 
@@ -136,6 +140,11 @@ class Manifest(_Record):
     parts: tuple[Part, ...] = ()
     """what a composition is made of, in the order of its edits; empty for any other bundle"""
     measurements: tuple[Measurement, ...] = ()
+
+    @property
+    def gate_firings(self) -> float | None:
+        """How often its gates fire for each token, as far as its author has measured that."""
+        return next((found.edited for found in self.measurements if found.metric == GATE_FIRINGS), None)
 
     def to_bytes(self) -> bytes:
         """The canonical bytes whose digest is the version."""

@@ -24,7 +24,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from edit_store import assignment
-from edit_store.bundle import Name
+from edit_store.bundle import GATE_FIRINGS, Name
 from edit_store.durations import Seconds
 from edit_store.errors import ExperimentRefused, NotFound, Reason
 from edit_store.refs import Ref
@@ -37,10 +37,8 @@ BUILT_IN: dict[str, Literal["increase", "decrease", ""]] = {
     "error": "decrease", "first_token_seconds": "decrease", "seconds_per_token": "decrease", "output_tokens": "",
     "empty": "decrease", "looping": "decrease", "corrupted": "decrease",
 }  # fmt: skip
-"""Metrics that every request has, and which way is better; of the rest clients say, as feedback."""
-GATE_FIRINGS = "gate_firings"
-"""How often the gates of an arm fired for each token: for guardrails only, since it is counted by version."""
-
+"""Metrics that every request has, and which way is better; of the rest clients say, as feedback. GATE_FIRINGS is none:
+it is counted by version, for guardrails only."""
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -133,6 +131,9 @@ class Guardrail(_Record):
     minimum: float | None = Field(default=None, description="what the arm's mean may not be below")
     maximum_ratio: float | None = Field(default=None, gt=0, description="the same, over the control's mean")
     minimum_ratio: float | None = Field(default=None, gt=0, description="the same, over the control's mean")
+    maximum_authored_ratio: float | None = Field(
+        default=None, gt=0, description="of gate_firings: over what the author of the arm's version measured"
+    )
     interval: Annotated[Seconds, Field(gt=0)] = 30.0
     warm_up: Seconds = Field(default=0.0, description="how long after the phase began nothing is measured")
     failure_limit: int = Field(default=0, ge=0, description="failed measurements that are tolerated")
@@ -150,10 +151,13 @@ class Guardrail(_Record):
     @model_validator(mode="after")
     def _has_one_limit(self) -> Self:
         limits = {"maximum": self.maximum, "minimum": self.minimum, "maximum_ratio": self.maximum_ratio,
-                  "minimum_ratio": self.minimum_ratio}  # fmt: skip
+                  "minimum_ratio": self.minimum_ratio,
+                  "maximum_authored_ratio": self.maximum_authored_ratio}  # fmt: skip
         given = [name for name, value in limits.items() if value is not None]
         if len(given) != 1:
             raise ValueError(f"expected one of {', '.join(limits)}, found {' and '.join(given) or 'none'}")
+        if self.maximum_authored_ratio is not None and self.metric != GATE_FIRINGS:
+            raise ValueError(f"maximum_authored_ratio is for {GATE_FIRINGS}, found {self.metric!r}")
         if self.no_data_limit <= self.inconclusive_limit:
             raise ValueError("no_data_limit must be above inconclusive_limit: an arm is held before it is withdrawn")
         return self

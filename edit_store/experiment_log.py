@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from edit_store.bundle import Manifest
+from edit_store.bundle import GATE_FIRINGS, Manifest
 from edit_store.errors import AmbiguousVersion, ExperimentRefused, NotFound, Reason
 from edit_store.experiment import BASE, Arm, Experiment
 from edit_store.experiments import (
@@ -121,9 +121,23 @@ class Experiments:
                     arm = Arm(name=arm.name, serves=f"{ref.name}@{version}", weight=arm.weight)  # noqa: PLW2901
             arms.append(arm)
         reasons += _of_several_bases(manifests)
+        reasons += _unmeasured(document, manifests)
         if reasons:
             raise ExperimentRefused(f"experiment {document.name!r}", reasons)
         return named, document.model_copy(update={"arms": tuple(arms)})
+
+
+def _unmeasured(document: Experiment, manifests: dict[str, Manifest]) -> Iterator[Reason]:
+    """Arms that a rule holds against a measurement which their author has not made."""
+    if all(rule.maximum_authored_ratio is None for rule in document.guardrails):
+        return
+    for arm in document.arms[1:]:
+        if arm.name in manifests and manifests[arm.name].gate_firings is None:
+            yield Reason(
+                "guardrails",
+                f"maximum_authored_ratio: the author of what arm {arm.name!r} serves has not measured {GATE_FIRINGS}. "
+                f"Publish it with that measurement, or give the rule a maximum",
+            )
 
 
 def _of_several_bases(manifests: dict[str, Manifest]) -> Iterator[Reason]:

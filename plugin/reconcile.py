@@ -142,7 +142,8 @@ class Reconciler:
         )  # fmt: skip
         self.experiments = ServedExperiments(
             metrics, exposures or ExposureLog(None, 0), handles or Handles.of(None), prepare=self.prepare,
-            append=self._append_change, resolver=resolver,
+            append=self._append_change, authored=lambda version: self._traits.get(version, PLAIN).authored_firings,
+            resolver=resolver,
         )  # fmt: skip
         metrics.slots_total.set(slots)
         metrics.signature_policy.labels(reader.trust.enforcement).set(1)

@@ -28,6 +28,8 @@ class Traits:
     """of the bundle"""
     fires: bool = False
     """whether it has gates whose firings are counted"""
+    authored_firings: float | None = None
+    """how often they fire for each token, as far as its author has measured that"""
 
     @classmethod
     def of(cls, manifest: Manifest) -> Traits:
@@ -39,6 +41,7 @@ class Traits:
         return cls(
             manifest.strength, any(scope.bound_to_prompt for scope in scopes), long - begins if begins > 0 else None,
             manifest.name, any(isinstance(edit, Gate) and edit.activation in SILENT for edit in manifest.edits),
+            manifest.gate_firings,
         )  # fmt: skip
 
     def strength_of(self, asked: float | None, model: str, *, fixed: bool = False) -> float:

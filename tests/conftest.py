@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from edit_store import (
     Bundle,
     EditStore,
     LowRank,
+    Measurement,
     Offset,
     Provenance,
     Scale,
@@ -25,6 +27,7 @@ from edit_store import (
     Widths,
     identify,
 )
+from edit_store.bundle import GATE_FIRINGS
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 settings.register_profile("no-clock", deadline=None)  # how long an example takes says more of the machine than of us
@@ -94,6 +97,12 @@ def bundle_of(name: str, base: BaseModelRef, pairs: Pairs, label: str = "") -> B
     """A bundle of given edits, made at a fixed time: the same numbers are the same version."""
     created = datetime(2026, 1, 1, tzinfo=UTC)
     return Bundle.create(name, base, pairs, Provenance(tool="tests", method="random"), label=label, created_at=created)
+
+
+def whose_gates_fire(bundle: Bundle, rate: float) -> Bundle:
+    """The same, with its author's word for how often its gates fire for each token."""
+    measured = (Measurement(metric=GATE_FIRINGS, base=0, edited=rate, n=1000),)
+    return replace(bundle, manifest=bundle.manifest.model_copy(update={"measurements": measured}))
 
 
 def publish(store: EditStore, bundle: Bundle, tag: str | None = "prod") -> str:

@@ -22,7 +22,7 @@ from edit_store.errors import Conflict, EditsError, ExperimentRefused, NotFound
 from edit_store.experiment import Experiment
 from edit_store.experiment_log import Experiments
 from edit_store.experiments import Change
-from tests.conftest import random_bundle
+from tests.conftest import random_bundle, whose_gates_fire
 from tests.fakes import BASE
 from tests.test_experiment import document
 
@@ -76,6 +76,18 @@ def test_arms_that_cannot_be_served_are_refused_all_at_once(store: EditStore) ->
             Experiments(store).create(two_arms(*arms))
         assert all(word in str(refused.value) for word in said)
     assert Experiments(store).history() == []
+
+
+def test_a_rule_about_what_an_author_measured_needs_that_measurement(store: EditStore, versions: list[str]) -> None:
+    """Of every arm but the control, and of no other rule; the base has no gates that fire."""
+    rules = [{"metric": "gate_firings", "maximum_authored_ratio": 2}]
+    measured = store.publish(whose_gates_fire(random_bundle("polite", BASE, 3), 0.1))
+    with pytest.raises(ExperimentRefused, match="the author of what arm 'milder' serves has not measured gate_firings"):
+        Experiments(store).create(two_arms("base", f"polite@{versions[1]}", guardrails=rules))
+    assert Experiments(store).history() == []
+    Experiments(store).create(two_arms(f"polite@{versions[1]}", f"polite@{measured}", guardrails=rules))
+    unruled = [{"metric": "gate_firings", "maximum": 2}]
+    Experiments(store).create(two_arms("base", f"polite@{versions[1]}", guardrails=unruled))
 
 
 @pytest.mark.usefixtures("versions")

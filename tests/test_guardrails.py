@@ -25,7 +25,8 @@ ARMS = {"control": 0.5, "treatment": 0.5}
 
 
 def rule(metric: str = "error", **fields: Any) -> Guardrail:
-    limit = {} if {"maximum", "minimum", "maximum_ratio", "minimum_ratio"} & fields.keys() else {"maximum": 0.1}
+    limits = {"maximum", "minimum", "maximum_ratio", "minimum_ratio", "maximum_authored_ratio"}
+    limit = {} if limits & fields.keys() else {"maximum": 0.1}
     return Guardrail.model_validate({"metric": metric, "minimum_requests": NEEDED, **limit, **fields})
 
 
@@ -35,6 +36,7 @@ class Phase:
     def __init__(self, *rules: Guardrail, arms: Mapping[str, float] = ARMS, **fields: Any) -> None:
         self.now = BEGAN
         self.sent = dict.fromkeys(arms, 1000)  # more than ever end
+        self.authored: dict[str, float] = {}
         self.guardrails = Guardrails(arms, rules, BEGAN, fields.pop("now", BEGAN), **fields)
 
     def fill(self, metric: str = "error", **arms: tuple[float, int]) -> None:
@@ -47,7 +49,7 @@ class Phase:
         for arm, times in self.sent.items():
             self.guardrails.assign(arm, self.now, times)
         self.now += seconds
-        return self.guardrails.measure(self.now)
+        return self.guardrails.measure(self.now, self.authored)
 
     def window(self, metric: str = "error", **arms: tuple[float, int]) -> list[Action]:
         self.fill(metric, **arms)
@@ -337,6 +339,26 @@ def test_gate_firings_are_a_mean_over_tokens() -> None:
     assert action.reason.startswith(
         "gate_firings was 0.75 over 800 tokens of 60 requests in 30s (control: unknown over 0 tokens of 60 requests); "
     )
+
+
+@pytest.mark.parametrize(
+    ("authored", "result"), [(0.2, "successful"), (0.1, "failed"), (0.0, "failed"), (None, "inconclusive")]
+)
+def test_gate_firings_are_held_against_what_their_author_measured(authored: float | None, result: str) -> None:
+    """A quarter for each token: below one and a half times a fifth, above that of a tenth. Gates that never fired for
+    their author may not fire at all; of what was not measured nothing can be said."""
+    phase = Phase(rule("gate_firings", maximum_authored_ratio=1.5, hysteresis=0))
+    if authored is not None:
+        phase.authored = {"treatment": authored, "control": 9}
+    assert bool(gates(phase, requests=60, firings=250, tokens=1000)) == (result == "failed")
+    assert phase.state().last.result == result
+    if result == "failed":
+        assert f"allowed is at most 1.5 times what its author measured, {authored:g}" in phase.state().last.explained
+
+
+def test_only_gate_firings_have_an_author_s_figure() -> None:
+    with pytest.raises(ValueError, match="maximum_authored_ratio is for gate_firings, found 'error'"):
+        rule("error", maximum_authored_ratio=2)
 
 
 @pytest.mark.parametrize(("requests", "tokens"), [(NEEDED - 1, 1000), (60, 0)])

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from edit_store import Offset
+from edit_store import Bundle, Offset
 from edit_store.assignment import bucket, chosen
 from edit_store.errors import SettingsError
 from edit_store.experiment import Experiment
@@ -29,6 +29,7 @@ from plugin.experiments.handle import Handles
 from plugin.experiments.records import Compared, Exposure, Feedback, Record, Said
 from plugin.experiments.resolver import Resolver
 from plugin.http.middleware import _with_id
+from tests.conftest import whose_gates_fire
 from tests.fakes import Server, version_of
 from tests.test_http import Call, Site, another_process, until
 
@@ -51,10 +52,10 @@ class Trial(Site):
         self.promoted = ""
         self.treatment = ""
 
-    async def begin(self, *, serves: str = "base", **fields: Any) -> None:
+    async def begin(self, *, serves: str = "base", treatment: Bundle | None = None, **fields: Any) -> None:
         """Publish, promote one version, and start."""
         (self.promoted,) = await self.server.promote(version_of("polite"))
-        self.treatment = self.server.store.publish(version_of("polite"))
+        self.treatment = self.server.store.publish(treatment or version_of("polite"))
         arms = [{"name": "control", "serves": serves, "weight": 0.5},
                 {"name": "milder", "serves": f"polite@{self.treatment}", "weight": 0.5}]  # fmt: skip
         self.log.create(Experiment.parse({"name": "tone", "model": "polite", "arms": arms, **fields}))
@@ -318,10 +319,12 @@ async def test_a_guardrail_withdraws_an_arm_here_at_once_and_everywhere_by_an_en
         assert lease.choice.version is None
 
 
-async def test_an_arm_whose_gates_fire_too_often_is_withdrawn(trial: Trial) -> None:
-    """For each token that it answered with: two tokens of nine are too many where one of five is allowed."""
-    rule = {"metric": "gate_firings", "maximum": 0.2, "interval": 0.01, "minimum_requests": 5}
-    await trial.begin(guardrails=[rule])
+@pytest.mark.parametrize("limit", [{"maximum": 0.2}, {"maximum_authored_ratio": 2}])
+async def test_an_arm_whose_gates_fire_too_often_is_withdrawn(trial: Trial, limit: dict[str, float]) -> None:
+    """For each token that it answered with: two tokens of nine are too many where one of five is allowed, by the rule
+    or as twice what the author of the version measured."""
+    rule = {"metric": "gate_firings", "interval": 0.01, "minimum_requests": 5, **limit}
+    await trial.begin(guardrails=[rule], treatment=whose_gates_fire(version_of("polite"), 0.1))
     treated = [unit for unit in UNITS if trial.arm(unit) == 1][:10]
     experiments = trial.server.core.experiments
     for times, withdrawn in ((10, frozenset[str]()), (20, {"milder"})):

@@ -2,7 +2,7 @@
 
     guardrails = Guardrails(arms, document.guardrails, began, now)
     guardrails.see("treatment", {"error": 0.0, "first_token_seconds": 0.12}, now)     # whenever a request ended
-    for action in guardrails.measure(now):                                           # every second or so
+    for action in guardrails.measure(now, authored):                                 # every second or so
         ...
 
 Of what was observed only sums are kept, for each rule and arm. `now` is in seconds, of a clock that never goes back,
@@ -14,11 +14,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite, sqrt
+from types import MappingProxyType
 from typing import Literal
 
+from edit_store.bundle import GATE_FIRINGS
 from edit_store.durations import spoken
-from edit_store.experiment import BUILT_IN, GATE_FIRINGS, Guardrail
+from edit_store.experiment import BUILT_IN, Guardrail
 
+CONTROL, AUTHOR = "the control", "what its author measured"
+"""What a limit may be a multiple of."""
 Result = Literal["successful", "failed", "inconclusive", "waiting"]
 
 CHANCE = 2.0
@@ -69,12 +73,24 @@ class Sums:
 
 
 @dataclass(frozen=True)
+class Known:
+    """What is known of an arm beforehand.
+
+    share: its weight over the control's. authored: firings of its gates for each token, as its author measured them.
+    """
+
+    share: float
+    authored: float | None
+
+
+@dataclass(frozen=True)
 class Measurement:
     """What one window of a rule came to for one arm.
 
     waiting       too few requests, and no more could be expected but for chance: it says nothing
     inconclusive  too few though more could be expected (`is_missing`); or a ratio to a control that has too few, or
-                  whose mean is not above 0; or neither beyond the limit nor clear of it
+                  whose mean is not above 0; or to an author's figure that is not there; or neither beyond the limit nor
+                  clear of it
     """
 
     result: Result
@@ -181,9 +197,10 @@ class Guardrails:
                 watch.sums[arm].total += total
                 watch.sums[arm].number += number
 
-    def measure(self, now: float) -> list[Action]:
+    def measure(self, now: float, authored: Mapping[str, float] = MappingProxyType({})) -> list[Action]:
         """Close the windows whose interval has passed, and say what is to be done.
 
+        authored: of each arm the firings of gates for each token that its author measured, where that was done.
         A call that comes late closes one window, as long as it was: windows that nobody could have filled say nothing.
         """
         actions: list[Action] = []
@@ -193,8 +210,8 @@ class Guardrails:
                 continue
             sums, watch.sums, watch.opened = watch.sums, self._no_sums(), now
             for arm in list(self._watched):
-                share = self._weights[arm] / self._weights[self._control]
-                measured = measurement(watch.rule, sums[arm], sums[self._control], share, seconds)
+                known = Known(self._weights[arm] / self._weights[self._control], authored.get(arm))
+                measured = measurement(watch.rule, sums[arm], sums[self._control], known, seconds)
                 action = _judged(watch.records[arm], watch.rule, arm, measured)
                 if isinstance(action, Withdraw):
                     self.stop_watching(arm)
@@ -228,20 +245,17 @@ class Guardrails:
             raise ValueError(f"expected an arm of {', '.join(self._weights)}, found {arm!r}")
 
 
-def measurement(rule: Guardrail, arm: Sums, control: Sums, share: float, seconds: float) -> Measurement:
-    """What a window of so many seconds comes to. share: the arm's weight over the control's."""
-    result, why, is_missing = _verdict(rule, arm, control, share)
+def measurement(rule: Guardrail, arm: Sums, control: Sums, known: Known, seconds: float) -> Measurement:
+    """What a window of so many seconds comes to."""
+    result, why, is_missing = _verdict(rule, arm, control, known)
     length, beside = spoken(round(seconds, 1)), _amount(rule, control)
     explained = f"{rule.metric} was {_amount(rule, arm)} in {length} (control: {beside}); {why}"
     return Measurement(result, explained, seconds, arm.mean, arm.number, control.mean, control.number, is_missing)
 
 
-def _verdict(rule: Guardrail, arm: Sums, control: Sums, share: float) -> tuple[Result, str, bool]:
+def _verdict(rule: Guardrail, arm: Sums, control: Sums, known: Known) -> tuple[Result, str, bool]:
     """The result, why, and whether data are missing.
 
-    value      = mean of the arm, over the control's mean for a ratio
-    failed     : value beyond limit
-    successful : value at or beyond limit - hysteresis·|limit| on the other side, + for a minimum
     missing    : fewer than needed, though as many were sent to the arm, and of expected = share · control that are
                  enough, by more than chance = CHANCE standard errors of expected - found, √(expected + share·expected)
                  as both are counts
@@ -250,47 +264,63 @@ def _verdict(rule: Guardrail, arm: Sums, control: Sums, share: float) -> tuple[R
     found = _requests(rule, arm) if arm.number else 0
     if arm.mean is None or found < needed:
         # Not from all of the control's requests: where those have no first token, none can be missed here.
-        expected = beside * share
-        chance = CHANCE * sqrt(expected * (1 + share))
+        expected = beside * known.share
+        chance = CHANCE * sqrt(expected * (1 + known.share))
         why = f"{needed} are needed, and {expected:.1f} could be expected, give or take {chance:.1f}"
         if arm.assigned < needed:
             return "waiting", f"{needed} are needed, and {arm.assigned} were sent to the arm", False
         if expected < needed or found + chance >= expected:
             return "waiting", why, False
         return "inconclusive", f"no data: {why}", True
-    limit, is_upper, is_ratio = _limit(rule)
-    value, allowed = arm.mean, f"allowed is {limit_of(rule)}"
-    if is_ratio:
-        if control.mean is None or beside < needed:
-            return "inconclusive", f"the control has too few for a ratio, {needed} are needed", False
+    return (*_judge(rule, arm.mean, control, known), False)
+
+
+def _judge(rule: Guardrail, mean: float, control: Sums, known: Known) -> tuple[Result, str]:
+    """The result of a mean, and why.
+
+    value      = mean of the arm, over the control's mean for a ratio
+    failed     : value beyond limit, which is a multiple of what the author measured where the rule says so
+    successful : value at or beyond limit - hysteresis·|limit| on the other side, + for a minimum
+    """
+    limit, is_upper, held_against = _limit(rule)
+    value, allowed = mean, f"allowed is {limit_of(rule)}"
+    if held_against == AUTHOR:
+        if known.authored is None:
+            return "inconclusive", f"its author has not measured {rule.metric}"
+        limit *= known.authored
+        allowed = f"{allowed}, {known.authored:g}"
+    elif held_against == CONTROL:
+        if control.mean is None or _requests(rule, control) < rule.minimum_requests:
+            return "inconclusive", f"the control has too few for a ratio, {rule.minimum_requests} are needed"
         if control.mean <= 0:  # over 0 is no number, and over less than 0 the lower mean has the higher ratio
-            return "inconclusive", "there is no ratio to such a control; a maximum or minimum would judge it", False
-        value = arm.mean / control.mean
+            return "inconclusive", "there is no ratio to such a control; a maximum or minimum would judge it"
+        value = mean / control.mean
         allowed = f"{value:g} times the control, {allowed}"
     margin = rule.hysteresis * abs(limit)  # of the amount, so that clear of a limit below 0 is not beyond it
     if (value > limit) if is_upper else (value < limit):
-        return "failed", allowed, False
+        return "failed", allowed
     if (value <= limit - margin) if is_upper else (value >= limit + margin):
-        return "successful", allowed, False
-    return "inconclusive", f"{allowed}, and a success is clear of that by {rule.hysteresis:g} of it", False
+        return "successful", allowed
+    return "inconclusive", f"{allowed}, and a success is clear of that by {rule.hysteresis:g} of it"
 
 
 def limit_of(rule: Guardrail) -> str:
     """The limit of a rule in words."""
-    limit, is_upper, is_ratio = _limit(rule)
-    return f"at {'most' if is_upper else 'least'} {limit:g}{' times the control' if is_ratio else ''}"
+    limit, is_upper, held_against = _limit(rule)
+    return f"at {'most' if is_upper else 'least'} {limit:g}{f' times {held_against}' if held_against else ''}"
 
 
-def _limit(rule: Guardrail) -> tuple[float, bool, bool]:
-    """The limit, whether it is an upper one, and whether it is a ratio to the control."""
-    for limit, is_upper, is_ratio in (
-        (rule.maximum, True, False),
-        (rule.minimum, False, False),
-        (rule.maximum_ratio, True, True),
-        (rule.minimum_ratio, False, True),
+def _limit(rule: Guardrail) -> tuple[float, bool, str]:
+    """The limit, whether it is an upper one, and what it is a multiple of."""
+    for limit, is_upper, held_against in (
+        (rule.maximum, True, ""),
+        (rule.minimum, False, ""),
+        (rule.maximum_ratio, True, CONTROL),
+        (rule.minimum_ratio, False, CONTROL),
+        (rule.maximum_authored_ratio, True, AUTHOR),
     ):
         if limit is not None:
-            return limit, is_upper, is_ratio
+            return limit, is_upper, held_against
     raise AssertionError("a rule has a limit: Guardrail refuses one that has none")
 
 

@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from edit_store.bundle import GATE_FIRINGS
 from edit_store.errors import (
     BundleRefused,
     CompareRefused,
@@ -28,7 +29,7 @@ from edit_store.errors import (
     Overtaken,
     StoreUnavailable,
 )
-from edit_store.experiment import BASE, GATE_FIRINGS
+from edit_store.experiment import BASE
 from edit_store.experiments import Change, Standing, Standings
 from edit_store.refs import Ref, is_digest
 from plugin.experiments.asking import Asking
@@ -50,6 +51,8 @@ TICK_SECONDS = 1.0
 
 Prepare = Callable[[str, str], Awaitable[None]]
 """Has every worker make a version ready, by name and digest; EditsError when this server cannot serve it."""
+Authored = Callable[[str], float | None]
+"""How often a version's gates fire for each token, as far as its author has measured that."""
 Append = Callable[[Change, str, str], Any]
 """Appends a change to the store's log, with its reason and who makes it; called in a thread."""
 
@@ -59,7 +62,7 @@ class ServedExperiments:
 
     def __init__(
         self, metrics: Metrics, log: ExposureLog, handles: Handles, *, prepare: Prepare, append: Append,
-        resolver: Resolver | None = None, now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        authored: Authored, resolver: Resolver | None = None, now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:  # fmt: skip
         self.standings: Standings = {}
         self._metrics = metrics
@@ -67,6 +70,7 @@ class ServedExperiments:
         self._handles = handles
         self._prepare = prepare
         self._append = append
+        self._authored = authored
         self._resolver = resolver
         self._now = now
         self._read_at = now()
@@ -285,7 +289,7 @@ class ServedExperiments:
         """Do what the guardrails ask for: here at once, and by an entry in the store for all other servers."""
         for (name, phase), guard in list(self._guards.items()):
             unavailable = self._unavailable(self.standings[name])
-            for action in guard.measure(time.monotonic()):
+            for action in guard.measure(time.monotonic(), self._authored_by_arm(name, phase)):
                 if (name, action.arm) in unavailable:  # that is this server's fault, and says nothing of the arm
                     self._guards[name, phase] = self._new_guard(self.standings[name])
                 else:
@@ -294,6 +298,11 @@ class ServedExperiments:
                 failing = state.failures if state.is_watched else 0
                 self._metrics.guardrail_failures.labels(name, state.arm, state.metric).set(failing)
         await self._tell_the_store()
+
+    def _authored_by_arm(self, name: str, phase: int) -> Mapping[str, float]:
+        """The firing rates that authors measured of what arms have last answered with."""
+        rates = {arm: self._authored(version) for (*of, arm), version in self._versions.items() if of == [name, phase]}
+        return {arm: rate for arm, rate in rates.items() if rate is not None}
 
     def _act(self, name: str, phase: int, action: Action) -> None:
         if isinstance(action, Withdraw):
