@@ -22,12 +22,18 @@ from demo.bundles import Claim, Exhibit, build
 from demo.model import ensure_model
 from edit_store import Bundle, EditStore, identify
 from edit_store.authoring import host
+from edit_store.experiment import Experiment
+from edit_store.experiment_log import Experiments
+from edit_store.experiments import Change
 from loadtests.client import Answer, stream
 from loadtests.metrics import Metrics
 from loadtests.server import Server, ServerFailed
+from plugin.experiments.evidence import Logs
+from plugin.experiments.records import Exposure
 
 FOLDER = Path(".cache/demo")
 BASE = "smollm2"
+EXPOSURES = FOLDER / "exposures"
 POLL_SECONDS = 2.0
 Made = tuple[Exhibit, Bundle]
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
@@ -99,7 +105,7 @@ def tell(claims: Claims, *, keep: bool) -> None:
         model, FOLDER / "store", FOLDER / "server.log", "--max-model-len", "2048", "--enable-prefix-caching",
         name=BASE,
         # Its own memory of the store: the user's remembers the last demo's, and would call this one rewritten.
-        settings={"poll_seconds": POLL_SECONDS, "cache_folder": FOLDER / "node"},
+        settings={"poll_seconds": POLL_SECONDS, "cache_folder": FOLDER / "node", "exposure_folder": EXPOSURES},
     )  # fmt: skip
     console.print(f"  [dim]{' '.join(server.command[1:])}[/dim]")
     with progress() as bar:
@@ -109,7 +115,7 @@ def tell(claims: Claims, *, keep: bool) -> None:
         line = next(line for line in server.log_text().splitlines() if "MiB reserved" in line)
         console.print(f"  [dim]{line.split('] ', 1)[-1]}[/dim]")
         sent = asyncio.run(play(server, store, made, first, claims))
-        chapter("6. Metrics, as Prometheus scrapes them")
+        chapter("7. Metrics, as Prometheus scrapes them")
         show_metrics(server, sent, claims)
         if keep:
             wait_for_the_player(server, store)
@@ -126,6 +132,8 @@ async def play(server: Server, store: EditStore, made: list[Made], first: dict[s
         sent += await swap_under_load(client, store, old, new, claims)
         chapter("5. Rolled back, while requests run")
         sent += await swap_under_load(client, store, new, old, claims, rollback=True)
+        chapter("6. An experiment: half of the users get the second version")
+        sent += await half_and_half(client, store, old, new, claims)
     return sent
 
 
@@ -229,6 +237,38 @@ async def swap_under_load(
     found = claim.measure(lambda *_: before, lambda *_: after)
     claims(f"asked again: {claim.metric}", not claim.broken(found), f"{found.base:.2f} → {found.edited:.2f}")
     return len(answers) + 2 * len(claim.prompts)
+
+
+async def half_and_half(client: httpx.AsyncClient, store: EditStore, old: Made, new: Made, claims: Claims) -> int:
+    """Users get their arms, the same ones again; the second version is withdrawn, and everybody gets the first."""
+    name, users = old[0].name, [f"user-{number}" for number in range(20)]
+    serves = {"control": f"{name}@{old[1].version}", "treatment": f"{name}@{new[1].version}"}
+    arms = [{"name": arm, "serves": version, "weight": 0.5} for arm, version in serves.items()]
+    log = Experiments(store)
+    log.create(Experiment.parse({"name": "trial", "model": name, "arms": arms}))
+
+    async def change(operation: Any, serving: str, **fields: Any) -> None:
+        log.change(Change(experiment="trial", operation=operation, **fields), reason="the demo")
+        while serving not in (await client.get("/v1/edits/experiments")).text:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+    async def versions() -> list[str]:
+        prompt = old[0].claims[0].prompts[0]
+        answers = await asyncio.gather(*(stream(client, name, prompt, 4, user=user) for user in users))
+        return [answer.version for answer in answers]
+
+    await change("start", "running")
+    first, second = await versions(), await versions()
+    both = {old[1].version, new[1].version}
+    counts = Counter(version[:12] for version in first)
+    claims("some users get the first version and some the second", set(first) == both, dict(counts))
+    claims("every user gets the same one again", first == second)
+    await change("withdraw", "withdrawn", arm="treatment")
+    lines = Counter(record.version for record in Logs([EXPOSURES]) if isinstance(record, Exposure))
+    claims("each of these answers left a line of evidence", lines == Counter(first + second), f"{lines.total()} lines")
+    claims("withdrawn: everybody gets the first version", set(await versions()) == {old[1].version})
+    await change("stop", "stopped")
+    return 3 * len(users)
 
 
 def show_metrics(server: Server, sent: int, claims: Claims) -> None:

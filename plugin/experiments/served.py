@@ -168,27 +168,29 @@ class ServedExperiments:
                 f"{COMPARE_HEADER}: where the two answers part would be noted nowhere. Set edits.exposure_folder"
             )
         at = min(self._now(), self._read_at + RAMP_GOES_ON_FOR)
-        unavailable = {arm for each in self.standings.values() if each.serving for arm in self._unavailable(each)}
-        way = decide(self.standings, model, asking, at, unavailable)
+        mine = {name: each for name, each in self.standings.items() if each.serving and each.document.model == model}
+        unavailable = {arm for each in mine.values() for arm in self._unavailable(each)}
+        way = decide(mine, model, asking, at, unavailable)
         if self._resolver is not None and way is not None and not (way.beside or asking.arm or asking.serves):
-            arm = self._resolver.arm(*self._flag(model, asking, way))
+            arm = self._resolver.arm(*self._flag(mine, model, asking, way))
             if arm:
-                way = decide(self.standings, model, replace(asking, arm_given=arm), at, unavailable)
+                way = decide(mine, model, replace(asking, arm_given=arm), at, unavailable)
         if way is not None and way.assignment is not None and way.assignment.how == "hash":
             guard = self._guards.get((way.assignment.experiment, way.assignment.phase))
             if guard is not None:
                 guard.assign(way.assignment.arm, time.monotonic())
         return way
 
-    def _flag(self, model: str, asking: Asking, way: Way) -> tuple[str, str, list[str], dict[str, str]]:
+    def _flag(
+        self, mine: Standings, model: str, asking: Asking, way: Way
+    ) -> tuple[str, str, list[str], dict[str, str]]:
         """What a resolver is asked: model, the arm by hash, the arms there are, and OpenFeature's context."""
-        decides = sorted(name for name, each in self.standings.items() if each.serving and each.document.model == model)
-        mine = self.standings[way.assignment.experiment if way.assignment else decides[0]]
-        unit = asking.unit(mine.document.unit_header)
-        context = {"targetingKey": unit.value, "source": unit.source, "experiment": mine.document.name,
-                   "phase": str(mine.phase)}  # fmt: skip
-        gone = {arm for _, arm in self._unavailable(mine)} | mine.withdrawn
-        arms = [arm.name for arm in mine.document.arms if arm.name not in gone]
+        standing = mine[way.assignment.experiment if way.assignment else min(mine)]
+        unit = asking.unit(standing.document.unit_header)
+        context = {"targetingKey": unit.value, "source": unit.source, "experiment": standing.document.name,
+                   "phase": str(standing.phase)}  # fmt: skip
+        gone = {arm for _, arm in self._unavailable(standing)} | standing.withdrawn
+        arms = [arm.name for arm in standing.document.arms if arm.name not in gone]
         return model, way.assignment.arm if way.assignment else "", arms, context
 
     def instead_of(self, way: Way, why: EditsError) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,14 @@ from tests.parity import cores_apart
 def needs_devices(count: int) -> pytest.MarkDecorator:
     """So many workers or engines need as many GPUs, or none."""
     return pytest.mark.skipif(0 < torch.cuda.device_count() < count, reason=f"needs {count} GPUs")
+
+
+def wait_until(true: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    """Ask again and again; an assertion says what did not come true in time."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"{what}: not within {seconds} s"
+        time.sleep(0.2)
 
 
 SLOW_ON_TWO = [pytest.mark.slow, needs_devices(2)]

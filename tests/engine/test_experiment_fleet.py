@@ -7,6 +7,7 @@ import os
 import secrets
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -26,6 +27,7 @@ from loadtests.client import complete
 from loadtests.server import Server
 from tests.conftest import base_of, random_bundle
 from tests.engine.conftest import Serving, needs_devices, serve
+from tests.engine.prometheus import needs_prometheus, prometheus
 from tests.parity import cores_apart
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, needs_devices(2)]
@@ -89,9 +91,11 @@ def seconds_until(serving: Serving, stands: Callable[[dict[str, Any]], bool]) ->
         time.sleep(0.05)
 
 
-def test_servers_agree_and_a_restart_moves_nobody(fleet: list[Serving]) -> None:
-    """Started, widened, withdrawn: both follow within a poll interval and a look. A server that is killed (-9) in the
-    middle of it gives every unit its arm again; feedback on its answers goes to the other one meanwhile; one report."""
+@needs_prometheus
+def test_servers_agree_and_a_restart_moves_nobody(fleet: list[Serving], tmp_path: Path) -> None:
+    """Started, widened, withdrawn: both follow within a poll interval and a look; Prometheus adds them up. A server
+    that is killed (-9) in the middle of it gives every unit its arm again; feedback on its answers goes to the other
+    one meanwhile; one report."""
     first, second = fleet
     version = first.store.resolve("variant-1")
     named = (("control", "base", 0.5), ("milder", f"variant-1@{version}", 0.5))
@@ -103,6 +107,10 @@ def test_servers_agree_and_a_restart_moves_nobody(fleet: list[Serving]) -> None:
     assert max(late) < POLL + 1.5
     before = arms(first)
     assert arms(second) == before
+    sent = Counter((arm.split()[0].removeprefix("tone/"),) for arm in before.values() if "tone/" in arm)
+    requests = 'sum by (arm) (vllm_edits_arm_requests_total{experiment="tone"})'
+    with prometheus([serving.url for serving in fleet], tmp_path / "prometheus") as reads:
+        assert reads.by(requests, "arm") == {arm: 2 * units for arm, units in sent.items()}
     assert len(set(before.values())) == 3, "control, milder, and those that take no part"
 
     unit, told = next((unit, arm) for unit, arm in before.items() if "milder" in arm)

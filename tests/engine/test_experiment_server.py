@@ -14,6 +14,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
+import edit_store
 import plugin.cli  # noqa: F401  adds the report
 from edit_store.assignment import bucket, chosen
 from edit_store.cli import app
@@ -23,10 +24,12 @@ from edit_store.experiments import Change
 from loadtests.client import complete
 from plugin.experiments.evidence import Logs, gather
 from plugin.experiments.records import Compared
-from tests.engine.conftest import Serving
+from tests.engine.conftest import Serving, wait_until
+from tests.engine.prometheus import needs_prometheus, prometheus
 
 pytestmark = pytest.mark.vllm
 
+DOCUMENTATION = Path(edit_store.__file__).with_name("EXPERIMENTS.md")
 UNITS = [f"user-{number}" for number in range(40)]
 PROMPT = "One two three"
 
@@ -115,6 +118,31 @@ def test_feedback_by_the_id_of_an_answer_and_a_report(trial: Serving) -> None:
     assert lines["thumbs", "two"]["verdict"] == "better"
     assert lines["stars", "two"]["verdict"] == "no difference seen yet"
     assert lines["thumbs", "control"]["requests"] == sum(arm(unit, phase) == "control" for unit in ids)
+
+
+@needs_prometheus
+def test_a_real_prometheus_reads_what_its_clients_counted(trial: Serving, tmp_path: Path) -> None:
+    """Of every arm, whichever processes answered; and each expression of the documentation has an answer."""
+    phase = begin(trial, feedback=[{"name": "thumbs"}])
+    tone = '{experiment="tone"}'
+    with prometheus([trial.url], tmp_path / "prometheus") as reads:
+
+        def counted(metric: str) -> Counter[tuple[str, ...]]:
+            return Counter(dict(reads.by(f"sum by (arm) (vllm_edits_{metric}{tone})", "arm")))  # type: ignore[arg-type]
+
+        series = ("arm_requests_total", "arm_time_to_first_token_seconds_count", "feedback_count")
+        before = {metric: counted(metric) for metric in series}
+        with ThreadPoolExecutor(12) as pool:
+            answers = list(pool.map(lambda unit: ask(trial, unit), UNITS * 2))
+        for answer in answers:
+            told = {"request_id": answer["id"], "metric": "thumbs", "value": 1}
+            httpx.post(f"{trial.url}/v1/edits/feedback", json=told, timeout=60).raise_for_status()
+        sent = Counter((str(arm(unit, phase)),) for unit in UNITS * 2)
+        wait_until(lambda: counted("feedback_count") - before["feedback_count"] == sent, "the last scrape", 20)
+        assert {metric: counted(metric) - before[metric] for metric in series} == dict.fromkeys(series, sent)
+        documented = DOCUMENTATION.read_text().split("```promql\n")[1].split("```")[0].replace("milder", "tone")
+        for expression in [line for line in documented.splitlines() if not line.startswith("#")]:
+            assert set(reads.by(expression, "arm")) == set(sent), expression
 
 
 def test_a_guardrail_withdraws_an_arm_while_requests_run_and_none_fails(trial: Serving) -> None:

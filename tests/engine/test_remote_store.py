@@ -3,11 +3,6 @@ keeps a copy on its node, and outlives the bucket's absence."""
 
 from __future__ import annotations
 
-import socket
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,60 +13,12 @@ from loadtests.metrics import Metrics
 from loadtests.object_servers import BUCKET, moto
 from loadtests.server import Server
 from tests.conftest import base_of, publish, random_bundle
+from tests.engine.conftest import wait_until
+from tests.engine.network import Line
 
 pytestmark = pytest.mark.vllm
 
 POLL_SECONDS = 0.5
-
-
-class Line:
-    """The network between the server and the bucket; it can be cut."""
-
-    def __init__(self, endpoint: str) -> None:
-        host, port = endpoint.removeprefix("http://").split(":")
-        self._target = host, int(port)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._open: set[socket.socket] = set()
-        self._cut = False
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    @contextmanager
-    def cut(self) -> Iterator[None]:
-        """Nothing gets through; what is open breaks."""
-        self._cut = True
-        for end in list(self._open):
-            end.close()
-        yield
-        self._cut = False
-
-    def _accept(self) -> None:
-        while True:
-            client, _ = self._listener.accept()
-            if self._cut:
-                client.close()
-                continue
-            server = socket.create_connection(self._target)
-            self._open |= {client, server}
-            for ends in ((client, server), (server, client)):
-                threading.Thread(target=self._carry, args=ends, daemon=True).start()
-
-    def _carry(self, source: socket.socket, target: socket.socket) -> None:
-        try:
-            while data := source.recv(65536):
-                target.sendall(data)
-        except OSError:
-            pass
-        for end in (source, target):
-            end.close()
-            self._open.discard(end)
-
-
-def wait_until(true: Callable[[], bool], what: str, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, f"{what}: not within {seconds} s"
-        time.sleep(0.2)
 
 
 ALICE, BOB = SigningKey.generate(), SigningKey.generate()
