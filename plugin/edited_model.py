@@ -36,7 +36,7 @@ from plugin.edited_site import (
 from plugin.price import price
 from plugin.reservation import Place, Reservation, places, scopes_of
 from plugin.share import SOLE, Share, Sum, Worker, alone
-from plugin.slot_rows import Layout
+from plugin.slot_rows import Layout, Rows
 from plugin.step_filler import Batch, StepFiller
 
 BASE_SLOT = 0
@@ -121,8 +121,9 @@ class EditedModel:
             tap = (within if place in joining else taps)[place.site]
             tap.add(place.kind, tensors, None if place.reads == place.site else str(place.reads))
         self._rows = self._layout.rows(slots + 1, device)
+        shared = Rows(self._rows, set().union(*(tensors.dtypes for tensors in self._places.values())))
         for tensors in self._places.values():
-            tensors.bind(self._rows)
+            tensors.bind(shared)
         self._firings = [self._count(taps, logits=logits) for logits in (False, True)]
 
     def _count(self, taps: Mapping[Site, Tap], *, logits: bool) -> Firings:

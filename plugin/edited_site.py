@@ -21,7 +21,7 @@ from plugin import edit_math
 from plugin.fold import fold_filters
 from plugin.reservation import Room
 from plugin.share import Share, Sum, alone
-from plugin.slot_rows import Columns, Layout
+from plugin.slot_rows import Columns, Layout, Rows
 
 Numbers = Sequence[tuple[Edit, Mapping[str, Array]]]
 """Edits that share one place in one version, in order, each with its arrays."""
@@ -39,13 +39,12 @@ class Shape:
 
 
 class SlotTensors(nn.Module):
-    """The tensors of one kind at one place, of every slot: views of the slots' rows. A row of zeros changes nothing.
+    """The tensors of one kind at one place, of every slot: columns of the slots' rows. A row of zeros changes nothing.
 
     `lane` [S] says which row of a step's weights a slot's edit is weighed by; None where no edit is. Called with the
     vectors that the edits read, `x` [T, reads], and each token's slot, [T], it gives what the edits add, in float32.
     """
 
-    lane: Tensor | None
     counters = 0
     """bytes of a slot outside its row"""
 
@@ -57,16 +56,30 @@ class SlotTensors(nn.Module):
         self._shares: dict[str, Share] = {}
         self._keep("lane", dtype=torch.int32, feature="weighted")
 
-    def bind(self, rows: Tensor) -> None:
-        """Let the tensors be views of these rows."""
-        for name, columns in self._columns.items():
-            self.register_buffer(name, columns.of(rows), persistent=False)
+    def bind(self, rows: Rows) -> None:
+        """Let the tensors be columns of these rows."""
+        self.rows = rows
+
+    def has(self, name: str) -> bool:
+        """Whether there is that tensor: some serve a feature, which there must be room for."""
+        return name in self._columns
+
+    def tensor(self, name: str) -> Tensor:
+        """One of the tensors in every slot: [S, *shape]."""
+        columns = self._columns[name]
+        return columns.of(self.rows.as_type(columns.dtype))
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """The types of the tensors."""
+        return {columns.dtype for columns in self._columns.values()}
 
     def fill(self, row: Tensor, numbers: Numbers, lane: int) -> None:
         """Write several edits at once into a row [1, bytes] of zeros. Ranks that they do not use stay zero."""
         for name, values in {**self._values(numbers), "lane": lane}.items():
-            if name in self._columns:
-                target, source = self._columns[name].of(row)[0], torch.as_tensor(values)
+            if self.has(name):
+                columns, source = self._columns[name], torch.as_tensor(values)
+                target = columns.of(row.view(columns.dtype))[0]
                 if name in self._shares:
                     source = self._shares[name].of(source)
                 (target[: len(source)] if source.ndim else target).copy_(source)
@@ -78,7 +91,7 @@ class SlotTensors(nn.Module):
 
     def weight(self, step: Step, slots: Tensor) -> Tensor | None:
         """[T, 1]: how much the edits count for each token; None where they count wholly for all."""
-        return None if self.lane is None else step.weight(self.lane, slots)
+        return step.weight(self.tensor("lane"), slots) if self.has("lane") else None
 
     def _added(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
         """What the edits add at full strength."""
@@ -91,7 +104,7 @@ class SlotTensors(nn.Module):
     def _keep(
         self, name: str, *shape: int | Share, dtype: torch.dtype | None = None, feature: str | None = None
     ) -> None:
-        """Columns for a tensor; None is in its place where there is no room for the `feature` it serves.
+        """Columns for a tensor, if there is room for the `feature` it serves.
 
         Of a tensor whose last dimension is a vector's, what the worker has no share in is not kept.
         """
@@ -100,21 +113,17 @@ class SlotTensors(nn.Module):
             self._columns[name] = self._layout.take(sizes, dtype or self._shape.dtype)
             if shape and isinstance(shape[-1], Share):
                 self._shares[name] = shape[-1]
-        else:
-            self.register_buffer(name, None, persistent=False)
 
 
 class ScaleSlots(SlotTensors):
     """change: [S, writes] = factor - 1, in float32."""
-
-    change: Tensor
 
     def __init__(self, shape: Shape, layout: Layout) -> None:
         super().__init__(shape, layout)
         self._keep("change", shape.writes, dtype=torch.float32)
 
     def _added(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
-        return edit_math.scale(x, self.change, slots)
+        return edit_math.scale(x, self.tensor("change"), slots)
 
     def _values(self, numbers: Numbers) -> dict[str, Any]:
         factor = torch.ones(self._shape.writes.whole, dtype=torch.float64)
@@ -127,16 +136,13 @@ class ScaleSlots(SlotTensors):
 class LowRankSlots(SlotTensors):
     """read: [S, rank, reads], write: [S, rank, writes]."""
 
-    read: Tensor
-    write: Tensor
-
     def __init__(self, shape: Shape, layout: Layout) -> None:
         super().__init__(shape, layout)
         self._keep("read", shape.room.rank, shape.reads)
         self._keep("write", shape.room.rank, shape.writes)
 
     def _added(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
-        return edit_math.low_rank(x, self.read, self.write, slots, self._shape.total)
+        return edit_math.low_rank(x, self.tensor("read"), self.tensor("write"), slots, self._shape.total)
 
     def _values(self, numbers: Numbers) -> dict[str, Any]:
         return {field: _stacked(numbers, field) for field in ("read", "write")}
@@ -183,15 +189,6 @@ class GateSlots(SlotTensors):
     With room for normalising gates also stretch and centre: [S, reads] in float32, normalise: [S].
     """
 
-    read: Tensor
-    bias: Tensor
-    write: Tensor
-    activation: Tensor
-    threshold: Tensor
-    stretch: Tensor
-    centre: Tensor
-    normalise: Tensor | None
-
     def __init__(self, shape: Shape, layout: Layout) -> None:
         super().__init__(shape, layout)
         rank = shape.room.rank
@@ -213,14 +210,11 @@ class GateSlots(SlotTensors):
         self.firings, self.column = firings, firings.take(self._shape.room.rank)
 
     def _added(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
-        if self.normalise is not None:
-            x = edit_math.normalised(
-                x, slots, stretch=self.stretch, centre=self.centre, normalise=self.normalise, total=self._shape.total
-            )
-        added, fired = edit_math.gate(
-            x, slots, read=self.read, bias=self.bias, write=self.write,
-            activation=self.activation, threshold=self.threshold, total=self._shape.total,
-        )  # fmt: skip
+        if self.has("normalise"):
+            on_sphere = {name: self.tensor(name) for name in ("stretch", "centre", "normalise")}
+            x = edit_math.normalised(x, slots, **on_sphere, total=self._shape.total)
+        neurons = {name: self.tensor(name) for name in ("read", "bias", "write", "activation", "threshold")}
+        added, fired = edit_math.gate(x, slots, **neurons, total=self._shape.total)
         if self.firings is not None:
             self.firings.note(self.column, (fired if weight is None else fired * weight) != 0)
         return added
@@ -248,12 +242,6 @@ class SubspaceFilterSlots(SlotTensors):
     With room for projections onto a subspace also drop: [S], constant: [S, writes], in float32.
     """
 
-    read: Tensor
-    shift: Tensor
-    write: Tensor | None
-    drop: Tensor | None
-    constant: Tensor
-
     def __init__(self, shape: Shape, layout: Layout) -> None:
         super().__init__(shape, layout)
         rank = shape.room.rank
@@ -264,11 +252,12 @@ class SubspaceFilterSlots(SlotTensors):
         self._keep("constant", shape.writes, dtype=torch.float32, feature="onto")
 
     def _added(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
+        write = self.tensor("write") if self.has("write") else None
         added = edit_math.subspace_filter(
-            x, slots, read=self.read, write=self.write, shift=self.shift, total=self._shape.total
+            x, slots, read=self.tensor("read"), write=write, shift=self.tensor("shift"), total=self._shape.total
         )
-        if self.drop is not None:
-            added = added + edit_math.pull(x, self.drop, self.constant, slots)
+        if self.has("drop"):
+            added = added + edit_math.pull(x, self.tensor("drop"), self.tensor("constant"), slots)
         return added
 
     def _values(self, numbers: Numbers) -> dict[str, Any]:
@@ -279,22 +268,19 @@ class SubspaceFilterSlots(SlotTensors):
 class OffsetSlots(SlotTensors):
     """vector: [S, writes]; with room for norm-preserving ones also renorm: [S]."""
 
-    vector: Tensor
-    renorm: Tensor | None
-
     def __init__(self, shape: Shape, layout: Layout) -> None:
         super().__init__(shape, layout)
         self._keep("vector", shape.writes)
         self._keep("renorm", dtype=torch.bool, feature="renorm")
 
     def _added(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
-        return self.vector[slots].float()
+        return self.tensor("vector")[slots].float()
 
     def keeps_norm(self, slots: Tensor, step: Step) -> Tensor | None:
         """[T, 1]: the tokens whose norm is to be restored; None where nobody's is."""
-        if self.renorm is None:
+        if not self.has("renorm"):
             return None
-        asked, weight = self.renorm[slots].unsqueeze(-1), self.weight(step, slots)
+        asked, weight = self.tensor("renorm")[slots].unsqueeze(-1), self.weight(step, slots)
         return asked if weight is None else asked & (weight != 0)
 
     def _values(self, numbers: Numbers) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class Guarded:
 
     def moved(self, name: str, seed: int) -> str:
         """The same with random offsets."""
-        return self.version(name, random_pairs("offset", 1, self.base.widths, seed))
+        return self.version(name, random_pairs("offset", 1, self.base.widths, seed, strength=1.0))
 
     def standing(self) -> Standing:
         return Experiments(self.store).standings()[0]["tone"]
@@ -96,8 +96,8 @@ def gate_that_fires(base: BaseModelRef, *, fires: bool) -> Pairs:
 
 def everything(base: BaseModelRef) -> Bundle:
     """Edits at every place where those of any arm here are."""
-    random = random_pairs("low_rank", 0, base.widths, 1) + random_pairs("offset", 1, base.widths, 1)
-    return bundle_of("polite", base, [*random, *gate_that_fires(base, fires=False)])
+    low_rank, offset = random_pairs("low_rank", 0, base.widths, 1), random_pairs("offset", 1, base.widths, 1, 1.0)
+    return bundle_of("polite", base, [*low_rank, *offset, *gate_that_fires(base, fires=False)])
 
 
 @pytest.fixture(scope="module")
