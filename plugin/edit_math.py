@@ -92,6 +92,12 @@ def renormed(x: Tensor, step: Tensor, renorm: Tensor, total: Sum = alone) -> Ten
     return torch.where(renorm & (ratio > 0), moved * ratio - x, step)
 
 
+def finite(x: Tensor) -> Tensor:
+    """x, and where that is infinite or NaN the largest number of its type. Finite numbers stay bit for bit."""
+    largest = torch.finfo(x.dtype).max
+    return torch.nan_to_num(x, nan=largest, posinf=largest, neginf=-largest)
+
+
 def _combine(strengths: Tensor, write: Tensor, slots: Tensor) -> Tensor:
     """sum_k strengths[t, k] write[s, k]."""
     return (write[slots].float() * strengths.unsqueeze(-1)).sum(1)

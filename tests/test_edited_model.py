@@ -28,6 +28,7 @@ from edit_store import (
 from edit_store.architectures import ARCHITECTURES
 from edit_store.edits import SILENT, Array
 from edit_store.errors import InstallRefused, UnsupportedHost
+from plugin.edit_math import finite
 from plugin.edited_model import EditedModel
 from plugin.reservation import Place, Reservation, Room
 from plugin.share import Share
@@ -660,3 +661,17 @@ def test_every_site_of_the_model_has_an_anchor_of_the_right_widths() -> None:
     assert all(anchor.share == Share.all_of(WIDTHS.of(site.point)) for site, anchor in found.items())
     fused = [found[Site(0, point)].start for point in ("q.out", "k.out", "v.out", "gate.out", "up.out")]
     assert fused == [0, 8, 12, 0, 16]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_cached_is_finite_and_finite_numbers_stay(dtype: torch.dtype) -> None:
+    """Bit for bit, the sign of a zero too; what is none becomes huge, so that its own request overflows all the same."""
+    largest = torch.finfo(dtype).max
+    x = torch.tensor([0.0, -0.0, 1.5, -3e-5, largest, -largest], dtype=dtype)
+    same = finite(x)
+    assert torch.equal(same, x)
+    assert torch.equal(same.signbit(), x.signbit())
+    wild = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=dtype)
+    assert finite(wild).tolist() == [largest, largest, -largest]
+    assert (finite(wild) * 0 == 0).all()
+    assert not torch.isfinite(finite(wild)[:1] * 2).any()

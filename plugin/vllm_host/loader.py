@@ -45,6 +45,7 @@ from plugin.reading import open_reader
 from plugin.share import Worker
 from plugin.vllm_host import compat
 from plugin.vllm_host.architectures import anchors
+from plugin.vllm_host.containment import contain
 from plugin.vllm_host.runner_v2 import use_edits_model_state
 from plugin.vllm_host.weights import keeping_loaded, patchable
 from plugin.vllm_host.worker import EditsWorker
@@ -127,6 +128,7 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
             worker=tensor_parallel,
             over_workers=tensor_model_parallel_all_reduce,
         )
+        contain(model)
         EditsWorker.extend(resolve_obj_by_qualname(vllm_config.parallel_config.worker_cls))
         model.loaded_edits = LoadedEdits(
             edited, base, _ready(edited.prepare, base, settings, settings.host_cache_bytes),

@@ -50,6 +50,8 @@ SEAMS = (
     Seam("model_executor/model_loader/base_loader.py", "BaseModelLoader.load_model", "the load format",
          ("vllm_config", "model_config", "prefix")),
     Seam("model_executor/model_loader/base_loader.py", "BaseModelLoader.load_weights", _WEIGHTS, ("model",)),
+    Seam("model_executor/layers/attention/attention.py", "Attention.forward", "keeping NaN from other requests",
+         ("query", "key", "value")),
     Seam("model_executor/layers/logits_processor.py", "LogitsProcessor.forward", "edits at logits",
          ("lm_head", "hidden_states")),
     Seam("model_executor/layers/linear.py", "RowParallelLinear.reduce_results", _BOUND),
