@@ -2,7 +2,8 @@
 
 A real server; clients stream without a pause while one variant is moved from version to version. After every swap a
 request to the variant must come from the new version. In between the memory that is each process's own (USS), its open
-files and its threads are read. Then the same requests go on without swaps: what grows there too is not the swaps'.
+files and its threads are read. Then the same requests go on without swaps: what a step of the engine leaves behind
+there (vLLM alone does so too) is not the swaps'.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from loadtests.bench_report import Figure, verdict
 from loadtests.bench_run import Measured, NotMeasured, Run
 from loadtests.bench_swap import ask
 from loadtests.client import stream
+from loadtests.metrics import Metrics
 from loadtests.server import Server
 
 PROMPT = "Tell me about the sea."
@@ -59,6 +61,8 @@ class Look:
     """bytes that no other process shares, of each process"""
     files: int
     threads: int
+    steps: int
+    """that the engine has made"""
 
     @property
     def total(self) -> int:
@@ -104,7 +108,8 @@ async def _measure(
             if answer.version != version:
                 raise NotMeasured(f"swap {number}: expected {version[:12]} to answer, found {answer.version[:12]}")
             if number % plan.look_every == 0:
-                looks.append(_look(root, number, statistics.median(seconds)))
+                steps = Metrics.of(server.url).sum("vllm:iteration_tokens_total_count")
+                looks.append(_look(root, number, statistics.median(seconds), int(steps)))
                 seconds.clear()
             done()
     return looks
@@ -127,31 +132,37 @@ async def _load(client: httpx.AsyncClient, models: Sequence[str]) -> AsyncIterat
             task.cancel()
 
 
-def _look(root: psutil.Process, swaps: int, seconds: float) -> Look:
+def _look(root: psutil.Process, swaps: int, seconds: float, steps: int) -> Look:
     processes = [root, *root.children(recursive=True)]
     return Look(
         swaps, seconds,
         memory={f"{number} {each.name()}": each.memory_full_info().uss for number, each in enumerate(processes)},
         files=sum(each.num_fds() for each in processes),
         threads=sum(each.num_threads() for each in processes),
+        steps=steps,
     )  # fmt: skip
 
 
 def summarise(plan: EndurancePlan, looks: Sequence[Look]) -> dict[str, Any]:
-    """Growth per swap once everything has settled, and how long the first swaps took and the last."""
+    """Growth per swap once everything has settled, and how long the first swaps took and the last.
+
+    memory = a + swaps bytes_per_swap + steps bytes_per_step, the latter from the rounds without swaps
+    """
     swapping = [look for look in looks if look.swaps <= plan.swaps]
     calm = [look for look in looks if look.swaps >= plan.swaps]
     settled = [look for look in swapping if look.swaps > SETTLED * plan.swaps]
     swaps, most = [look.swaps for look in settled], plan.target_bytes_per_swap
-    memory = Figure.of_slope(swaps, [look.total for look in settled])
-    without = Figure.of_slope([look.swaps for look in calm], [look.total for look in calm])
+    step = Figure.of_slope([look.steps for look in calm], [look.total for look in calm])
+    memory = Figure.of_slope(swaps, [look.total - step.median * look.steps for look in settled])
+    whole = Figure.of_slope(swaps, [look.total for look in settled])
     tenth = max(1, len(swapping) // 10)
     return {
         "swaps": plan.swaps,
         "memory": {
             "at the end": looks[-1].total,
             "bytes_per_swap": {**asdict(memory), "target": most, "verdict": verdict(memory, most, at_most=True)},
-            "bytes_per_round_without": asdict(without),
+            "bytes_per_swap_with_its_steps": asdict(whole),
+            "bytes_per_step": asdict(step),
             "bytes_per_swap_by_process": {
                 name: Figure.of_slope(swaps, [look.memory.get(name, 0) for look in settled]).median
                 for name in settled[-1].memory

@@ -248,7 +248,8 @@ def _show_endurance(found: Mapping[str, Any], console: Console) -> None:
     memory = found["memory"]["bytes_per_swap"]
     rows = [
         ("memory, bytes", memory, f"≤ {memory['target']}", memory["verdict"]),
-        ("memory without a swap, the same requests", found["memory"]["bytes_per_round_without"], "", ""),
+        ("with what the engine's steps leave", found["memory"]["bytes_per_swap_with_its_steps"], "", ""),
+        ("memory per step, without a swap", found["memory"]["bytes_per_step"], "", ""),
         ("open files", found["files_per_swap"], "", ""),
         ("threads", found["threads_per_swap"], "", ""),
     ]

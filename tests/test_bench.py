@@ -15,6 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from loadtests.bench import app
+from loadtests.bench_endurance import EndurancePlan, Look, summarise
 from loadtests.bench_guesses import GUESSED, KEPT
 from loadtests.bench_guesses import summarise as guesses
 from loadtests.bench_launches import LaunchPlan
@@ -217,3 +218,16 @@ def test_a_model_that_is_neither_a_shape_nor_a_checkpoint_is_refused(tmp_path: P
     result = CliRunner().invoke(app, ["--model", str(tmp_path)], env={"COLUMNS": "300"})
     assert result.exit_code == 2
     assert "is neither a shape (llama-1b, llama-8b) nor a folder with a config.json" in result.output
+
+
+def test_what_steps_leave_behind_is_not_the_swaps() -> None:
+    """Memory that grows by 70 bytes a swap and by 50 a step; a swap takes many steps, a round without one a few."""
+    plan, looks, steps = EndurancePlan("float32", swaps=100, calm=60, look_every=5), [], 0
+    for number in range(5, 165, 5):
+        steps += 5 * (40 + number % 7 if number <= plan.swaps else 6)
+        memory = {"0 engine": 10**9 + 70 * min(number, plan.swaps) + 50 * steps}
+        looks.append(Look(number, 0.5, memory, files=9, threads=3, steps=steps))
+    found = summarise(plan, looks)["memory"]
+    assert found["bytes_per_step"]["median"] == pytest.approx(50)
+    assert found["bytes_per_swap"]["median"] == pytest.approx(70)
+    assert found["bytes_per_swap_with_its_steps"]["median"] > 2000

@@ -665,7 +665,7 @@ def test_every_site_of_the_model_has_an_anchor_of_the_right_widths() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_is_cached_is_finite_and_finite_numbers_stay(dtype: torch.dtype) -> None:
-    """Bit for bit, the sign of a zero too; what is none becomes huge, so that its own request overflows all the same."""
+    """Bit for bit, the sign of a zero too; what is none becomes huge, so that its own request still overflows."""
     largest = torch.finfo(dtype).max
     x = torch.tensor([0.0, -0.0, 1.5, -3e-5, largest, -largest], dtype=dtype)
     same = finite(x)
