@@ -121,9 +121,11 @@ class EditedModel:
             tap = (within if place in joining else taps)[place.site]
             tap.add(place.kind, tensors, None if place.reads == place.site else str(place.reads))
         self._rows = self._layout.rows(slots + 1, device)
-        shared = Rows(self._rows, set().union(*(tensors.dtypes for tensors in self._places.values())))
-        for tensors in self._places.values():
-            tensors.bind(shared)
+        for layer in {place.site.layer for place in self._places}:
+            within_layer = [tensors for place, tensors in self._places.items() if place.site.layer == layer]
+            rows = Rows(self._rows, [each for tensors in within_layer for each in tensors.columns.values()])
+            for tensors in within_layer:
+                tensors.bind(rows)
         self._firings = [self._count(taps, logits=logits) for logits in (False, True)]
 
     def _count(self, taps: Mapping[Site, Tap], *, logits: bool) -> Firings:

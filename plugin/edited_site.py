@@ -52,7 +52,8 @@ class SlotTensors(nn.Module):
         super().__init__()
         self._shape = shape
         self._layout = layout
-        self._columns: dict[str, Columns] = {}
+        self.columns: dict[str, Columns] = {}
+        """where each tensor lies in a row"""
         self._shares: dict[str, Share] = {}
         self._keep("lane", dtype=torch.int32, feature="weighted")
 
@@ -62,23 +63,17 @@ class SlotTensors(nn.Module):
 
     def has(self, name: str) -> bool:
         """Whether there is that tensor: some serve a feature, which there must be room for."""
-        return name in self._columns
+        return name in self.columns
 
     def tensor(self, name: str) -> Tensor:
         """One of the tensors in every slot: [S, *shape]."""
-        columns = self._columns[name]
-        return columns.of(self.rows.as_type(columns.dtype))
-
-    @property
-    def dtypes(self) -> set[torch.dtype]:
-        """The types of the tensors."""
-        return {columns.dtype for columns in self._columns.values()}
+        return self.rows.tensor(self.columns[name])
 
     def fill(self, row: Tensor, numbers: Numbers, lane: int) -> None:
         """Write several edits at once into a row [1, bytes] of zeros. Ranks that they do not use stay zero."""
         for name, values in {**self._values(numbers), "lane": lane}.items():
             if self.has(name):
-                columns, source = self._columns[name], torch.as_tensor(values)
+                columns, source = self.columns[name], torch.as_tensor(values)
                 target = columns.of(row.view(columns.dtype))[0]
                 if name in self._shares:
                     source = self._shares[name].of(source)
@@ -110,7 +105,7 @@ class SlotTensors(nn.Module):
         """
         if feature is None or feature in self._shape.room.features:
             sizes = tuple(size.width if isinstance(size, Share) else size for size in shape)
-            self._columns[name] = self._layout.take(sizes, dtype or self._shape.dtype)
+            self.columns[name] = self._layout.take(sizes, dtype or self._shape.dtype)
             if shape and isinstance(shape[-1], Share):
                 self._shares[name] = shape[-1]
 

@@ -1,13 +1,13 @@
 """The memory of the slots: a row of bytes for each, of which every slot tensor is a range of columns.
 
 So a version is one row: it is installed by one copy, cleared by one fill, and compared between workers by one read,
-whatever the number of its edits. And a compiled graph takes few inputs, the rows as each type, of which slot tensors
-are views inside: collecting an input costs Python a microsecond in every step.
+whatever the number of its edits. And a compiled graph takes few inputs, the rows of a layer as each type, of which slot
+tensors are views inside: collecting an input costs Python a microsecond in every step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
 
@@ -30,10 +30,10 @@ class Columns:
         """The byte after its last."""
         return self.start + prod(self.shape) * self.dtype.itemsize
 
-    def of(self, rows: Tensor) -> Tensor:
-        """The tensor in all rows [S, width] at once, which are of its type, as a view [S, *shape]."""
-        size = self.dtype.itemsize
-        return rows[:, self.start // size : self.stop // size].view(rows.shape[0], *self.shape)
+    def of(self, rows: Tensor, begin: int = 0) -> Tensor:
+        """The tensor in all rows at once, as a view [S, *shape]. rows: of its type, from the byte `begin` on."""
+        first, size = (self.start - begin) // self.dtype.itemsize, prod(self.shape)
+        return rows[:, first : first + size].view(rows.shape[0], *self.shape)
 
 
 class Layout:
@@ -46,7 +46,7 @@ class Layout:
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Columns:
         """The next columns, for a tensor of this shape in each row."""
         columns = Columns(self.width, shape, dtype)
-        self.width = -(-columns.stop // ALIGNMENT) * ALIGNMENT
+        self.width = _aligned(columns.stop)
         return columns
 
     def rows(self, count: int, device: torch.device, *, pinned: bool = False) -> Tensor:
@@ -55,17 +55,26 @@ class Layout:
 
 
 class Rows(nn.Module):
-    """The rows of all slots, as each type that their tensors have."""
+    """A part of every slot's row, as each type that the tensors in it have.
 
-    def __init__(self, rows: Tensor, dtypes: Iterable[torch.dtype]) -> None:
+    One for each layer: where layers are alike so are the places in their parts, so that they share compiled code.
+    """
+
+    def __init__(self, rows: Tensor, held: Collection[Columns]) -> None:
+        """held: what lies in this part."""
         super().__init__()
-        for dtype in dtypes:
-            self.register_buffer(_name(dtype), rows.view(dtype), persistent=False)
+        self.begin = min(columns.start for columns in held)
+        stop = max(_aligned(columns.stop) for columns in held)
+        for dtype in {columns.dtype for columns in held}:
+            self.register_buffer(_name(dtype), rows[:, self.begin : stop].view(dtype), persistent=False)
 
-    def as_type(self, dtype: torch.dtype) -> Tensor:
-        """[S, numbers of that type in a row]."""
-        rows: Tensor = getattr(self, _name(dtype))
-        return rows
+    def tensor(self, columns: Columns) -> Tensor:
+        """One of the tensors, in every slot: [S, *shape]."""
+        return columns.of(getattr(self, _name(columns.dtype)), self.begin)
+
+
+def _aligned(byte: int) -> int:
+    return -(-byte // ALIGNMENT) * ALIGNMENT
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -437,7 +437,7 @@ def test_the_digest_sees_every_number_of_every_place() -> None:
     bundle = crowded(1)
     edited = edited_model(TinyModel(), reservation_of(bundle), slots=SLOTS)
     digests = {install(edited, 1, bundle)}
-    held = [place.tensor(name) for place in edited._places.values() for name in place._columns]
+    held = [place.tensor(name) for place in edited._places.values() for name in place.columns]
     assert {tensor.dtype for tensor in held} == {torch.float32, torch.int32, torch.bool}
     for tensor in held:
         last = tensor[1].view(-1)[-1]
