@@ -384,9 +384,9 @@ class Reconciler:
 
     def _found(self, model: str) -> Choice | VersionWanted:
         """What a name means. A version that an arm names is known, whether or not a tag promotes anything."""
-        name, _, selector = model.partition("@")
-        if self.experiments.names_version(selector):
-            return self.table.chosen(model, name, selector)
+        if self.experiments.has_ready(model):
+            name, _, version = model.partition("@")
+            return self.table.chosen(model, name, version)
         return self.table.resolve(model)
 
     async def prepare(self, name: str, version: str) -> None:

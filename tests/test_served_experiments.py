@@ -319,6 +319,23 @@ async def test_a_guardrail_withdraws_an_arm_here_at_once_and_everywhere_by_an_en
         assert lease.choice.version is None
 
 
+async def test_a_version_that_only_an_arm_names_is_served_by_its_name_and_until_the_end(trial: Trial) -> None:
+    """Its digest under another name is nothing that is served, nor is it after the experiment."""
+    await trial.begin()
+    alone = trial.server.store.publish(version_of("only-published"))
+    arms = [{"name": name, "serves": serves, "weight": 0.5}
+            for name, serves in (("control", "base"), ("alone", f"only-published@{alone}"))]  # fmt: skip
+    trial.log.create(Experiment.parse({"name": "lone", "model": "lonely", "arms": arms}))
+    trial.log.change(Change(experiment="lone", operation="start"))
+    await trial.server.core.sync()
+    assert version(await trial.ask(f"only-published@{alone}")) == alone
+    for name in ("lonely", "nobody"):
+        assert (await trial.ask(f"{name}@{alone}")).status_code == 404
+    trial.log.change(Change(experiment="lone", operation="stop"))
+    await trial.server.core.sync()
+    assert (await trial.ask(f"only-published@{alone}")).status_code == 404
+
+
 @pytest.mark.parametrize("limit", [{"maximum": 0.2}, {"maximum_authored_ratio": 2}])
 async def test_an_arm_whose_gates_fire_too_often_is_withdrawn(trial: Trial, limit: dict[str, float]) -> None:
     """For each token that it answered with: two tokens of nine are too many where one of five is allowed, by the rule

@@ -75,9 +75,9 @@ class ServedExperiments:
         self._now = now
         self._read_at = now()
         self._servable: set[str] = set()
-        """versions that are named by arms and ready"""
+        """versions that arms name, as `name@version`, and that are ready"""
         self._refused: dict[str, EditsError] = {}
-        """versions that are named by arms, and why they cannot be served here"""
+        """versions that arms name, and why they cannot be served here"""
         self._guards: dict[tuple[str, int], Guardrails] = {}
         self._withdrawn: dict[tuple[str, int, str], str] = {}
         """arms by experiment and phase that this server withdrew, and why"""
@@ -103,8 +103,7 @@ class ServedExperiments:
         self._withdrawn = {key: why for key, why in self._withdrawn.items() if key[:2] in serving}
         self._versions = {key: version for key, version in self._versions.items() if key[:2] in serving}
         self._held = {key: elapsed for key, elapsed in self._held.items() if key in serving}
-        named = {arm.serves.partition("@")[2] for each in serving.values() for arm in each.document.arms}
-        self._servable &= named
+        self._servable &= {arm.serves for each in serving.values() for arm in each.document.arms}
         if serving and not self._log.keeps:
             self._tell("experiments run and their exposures are not written down: set edits.exposure_folder")
         for standing in serving.values():
@@ -136,23 +135,23 @@ class ServedExperiments:
     async def _make_ready(self, serves: str) -> None:
         """Have a version ready that an arm names. One that a tag promotes is: that is followed like any."""
         ref = None if serves == BASE else Ref.parse(serves)
-        if ref is None or not is_digest(ref.selector) or ref.selector in self._servable:
+        if ref is None or not is_digest(ref.selector) or serves in self._servable:
             return
-        before = self._refused.get(ref.selector)
+        before = self._refused.get(serves)
         if isinstance(before, BundleRefused) and not isinstance(before, NotTrusted):  # it stays what it is
             return
         try:
             await self._prepare(ref.name, ref.selector)
         except EditsError as error:
-            self._refused[ref.selector] = error
+            self._refused[serves] = error
             self._tell(f"an arm that serves {ref.name}@{ref.selector[:12]} is served by the control: {error}")
         else:
-            self._refused.pop(ref.selector, None)
-            self._servable.add(ref.selector)
+            self._refused.pop(serves, None)
+            self._servable.add(serves)
 
-    def names_version(self, version: str) -> bool:
-        """Whether an arm names that version and it is ready here."""
-        return version in self._servable
+    def has_ready(self, model: str) -> bool:
+        """Whether that is a version, as `name@version`, which an arm names and is ready here."""
+        return model in self._servable
 
     # -- deciding ----------------------------------------------------------------------------------------------------
 
@@ -216,8 +215,7 @@ class ServedExperiments:
         }
 
     def _can_serve(self, serves: str) -> bool:
-        selector = serves.partition("@")[2]
-        return not is_digest(selector) or selector in self._servable
+        return serves in self._servable or not is_digest(serves.partition("@")[2])
 
     # -- what came of it ---------------------------------------------------------------------------------------------
 
@@ -379,5 +377,5 @@ class ServedExperiments:
             return "withdrawn"
         if why := self._withdrawn.get((standing.document.name, standing.phase, arm)):
             return why
-        error = self._refused.get(serves.partition("@")[2])
+        error = self._refused.get(serves)
         return str(error) if error else "" if self._can_serve(serves) else "it is being made ready"
