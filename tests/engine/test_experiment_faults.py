@@ -55,7 +55,13 @@ class Guarded:
         log.create(Experiment.parse({"name": "tone", "model": "polite", "arms": arms, **fields}))
         log.change(Change(experiment="tone", operation="start"))
         phase = self.standing().phase
-        wait_until(lambda: any(found["phase"] == phase for found in self.status()), "the start")
+        wait_until(lambda: self.serves_every_arm(phase), "the start")
+
+    def serves_every_arm(self, phase: int) -> bool:
+        """Whether the server follows the phase and has made ready what its arms name."""
+        return any(
+            found["phase"] == phase and not any(arm["by_control"] for arm in found["arms"]) for found in self.status()
+        )
 
     def version(self, name: str, numbers: Pairs, gate_firings: float = 0.0) -> str:
         """Publish one that no tag promotes; how an arm names it."""
@@ -169,7 +175,8 @@ def test_gates_that_fire_more_than_their_author_measured_withdraw_an_arm(guarded
     assert guarded.standing().withdrawn == {"unsound"}
     assert "allowed is at most 1.5 times what its author measured, 0.5" in guarded.standing().reason
     (sound,) = [state for state in guarded.status()[0]["guardrails"] if state["arm"] == "sound"]
-    assert 0.8 < sound["last"]["mean"] <= 1, "positive control: they are counted"
+    # Firings are read at every look, tokens counted when a request ends: a window may have more of the one.
+    assert 0.5 < sound["last"]["mean"] < 1.5, "positive control: they are counted"
 
 
 def test_answers_that_begin_too_late_withdraw_an_arm(guarded: Guarded) -> None:
