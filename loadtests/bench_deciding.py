@@ -28,6 +28,7 @@ from plugin.experiments.handle import Handles
 from plugin.experiments.records import Exposure
 from plugin.experiments.served import ServedExperiments
 from plugin.metrics import Metrics
+from plugin.traits import PLAIN
 
 REQUESTS, REPEATS = 500, 9
 app = typer.Typer(add_completion=False)
@@ -52,7 +53,7 @@ async def _measured(number: int, folder: Path) -> tuple[float, float]:
     metrics = Metrics(CollectorRegistry())
     served = ServedExperiments(
         metrics, ExposureLog(folder, 64 << 20), Handles(b"k" * 32),
-        prepare=_nothing, append=print, authored=lambda _: None,
+        prepare=_nothing, append=print, traits=lambda _: PLAIN,
     )  # fmt: skip
     await served.follow({f"experiment-{each}": _started(f"experiment-{each}") for each in range(number)})
     askings = [Asking.of([(b"x-edits-unit", f"user-{unit}".encode())], "", "request") for unit in range(REQUESTS)]

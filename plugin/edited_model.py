@@ -6,7 +6,7 @@ This is the worker's only state. No vLLM here: the loader hands over the modules
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,10 @@ class Prepared:
         return self.row.nbytes
 
 
+Counted = tuple[str, Firings, slice]
+"""An edit whose firings are counted, by what, and in which columns."""
+
+
 class EditedModel:
     """Slot tensors for `slots` versions and the base model in slot 0."""
 
@@ -96,8 +100,8 @@ class EditedModel:
         self.in_weights: set[str | None] = {None}
         """what requests without a slot may be computed with: the version in the weights, None for the base model"""
         self._scopes: dict[int, tuple[Scope, ...]] = {}
-        self._gates: dict[int, list[tuple[str, Tensor]]] = {}
-        self._filler = StepFiller(self.step, self.slot_of, self._scopes, pinned=device.type == "cuda")
+        self._gates: dict[int, list[Counted]] = {}
+        self._filler = StepFiller(self.step, self.slot_of, self._scopes, slots=slots, pinned=device.type == "cuda")
         self._output: Tensor | None = None
         self._carried: dict[int | None, dict[str, Tensor]] = {}
         self._places: dict[Place, SlotTensors] = {}
@@ -204,7 +208,8 @@ class EditedModel:
             raise ValueError(f"slot {slot} is not a free slot of 1 to {self.slots}")
         self._rows[slot].copy_(prepared.row, non_blocking=True)
         for place, edits in prepared.edits.items():
-            self._gates.setdefault(slot, []).extend(_counted(self._places[place], edits))
+            if counted := _counted(self._places[place], edits):
+                self._gates.setdefault(slot, []).extend(counted)
         self.held[slot], self._scopes[slot] = prepared.version, prepared.scopes
         self._filler.forget()
         if (found := self.digest(slot)) != prepared.digest:
@@ -216,6 +221,7 @@ class EditedModel:
         self._rows[slot].zero_()
         for firings in self._firings:
             firings.counts[slot] = 0
+        self._filler.tokens[slot] = 0
         self.held.pop(slot, None)
         self._scopes.pop(slot, None)
         self._gates.pop(slot, None)
@@ -225,9 +231,19 @@ class EditedModel:
         """sha256 over what a slot holds: equal on workers that have the same share of the model and hold the same."""
         return _digest(self.held.get(slot, ""), self._rows[slot])
 
-    def firings(self, slot: int) -> list[tuple[str, int]]:
-        """How often the neurons of each gate in a slot have given something since it was installed, by edit."""
-        return [(edit, int(counts[slot].sum())) for edit, counts in self._gates.get(slot, ())]
+    def firings(self, *slots: int) -> list[tuple[str, int, dict[str, int]]]:
+        """What the gates in these slots, or in all, did since they were installed; of slots without gates nothing.
+
+        For each slot its version, how many tokens were computed with that, and of these by edit how often the neurons
+        of a gate gave something. All of one moment: nothing is computed while the device is asked.
+        """
+        gated = [slot for slot in slots or self._gates if slot in self._gates]
+        counts = {firings: firings.counts.cpu().numpy() for firings in self._firings if gated}
+        return [
+            (self.held[slot], int(self._filler.tokens[slot]),
+             {edit: int(counts[firings][slot, columns].sum()) for edit, firings, columns in self._gates[slot]})
+            for slot in gated
+        ]  # fmt: skip
 
     # -- logits ----------------------------------------------------------------------------------------------------
 
@@ -300,9 +316,9 @@ def _named(version: str | None) -> str:
     return "the base model" if version is None else f"version {version[:12]}"
 
 
-def _counted(place: SlotTensors, edits: Iterable[Edit]) -> Iterator[tuple[str, Tensor]]:
-    """The edits of a place whose firings tell something, gates that are silent off their trigger: [S, rank] of each."""
-    begin = 0
+def _counted(place: SlotTensors, edits: Iterable[Edit]) -> list[Counted]:
+    """The edits of a place whose firings tell something: gates that are silent off their trigger."""
+    counted, begin = list[Counted](), 0
     for edit in edits:
         if (
             isinstance(edit, Gate)
@@ -311,5 +327,6 @@ def _counted(place: SlotTensors, edits: Iterable[Edit]) -> Iterator[tuple[str, T
             and edit.activation in SILENT
         ):
             first = place.column + begin
-            yield edit.label, place.firings.counts[:, first : first + edit.rank]
+            counted.append((edit.label, place.firings, slice(first, first + edit.rank)))
         begin += edit.capacity
+    return counted

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+
 from plugin.metrics import Metrics
 
 
@@ -10,17 +13,22 @@ class Firings:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._seen: dict[tuple[str, str, int], int] = {}
+        self._seen: dict[tuple[str, int], Counter[str]] = {}
+        """by version and worker: its tokens under '', firings under the name of an edit"""
 
-    def count(self, name: str, version: str, edit: str, worker: int, total: int) -> int:
-        """Add what is new in how often an edit of a bundle's version has fired on a worker since it was installed.
+    def count(self, name: str, version: str, worker: int, tokens: int, firings: Mapping[str, int]) -> tuple[int, int]:
+        """Add what is new of a bundle's version on a worker, whose totals since it was installed are given.
 
-        Returns what is new.
+        Returns how many tokens are new, and how many firings in them.
         """
-        new = total - self._seen.get((version, edit, worker), 0)
-        self._seen[version, edit, worker] = total
-        self._metrics.gate_firings.labels(*self._metrics.labels(name, version), edit).inc(new)
-        return new
+        total = Counter({"": tokens, **firings})
+        new = total - self._seen.get((version, worker), Counter())
+        self._seen[version, worker] = total
+        labels = self._metrics.labels(name, version)
+        self._metrics.gate_tokens.labels(*labels).inc(new[""])
+        for edit in firings:
+            self._metrics.gate_firings.labels(*labels, edit).inc(new[edit])
+        return new[""], sum(new[edit] for edit in firings)
 
     def forget(self, version: str) -> None:
         """A version left the device: when it comes back it counts from zero."""

@@ -94,6 +94,12 @@ METRICS = (
         ("variant", "version", "edit"),
     ),
     Metric(
+        "gate_tokens",
+        "counter",
+        "Tokens computed with a version that has gates, of which its firings are; cached prefixes are not computed.",
+        ("variant", "version"),
+    ),
+    Metric(
         "exposures",
         "counter",
         "Requests of experiments by arm: by hash, asked for, or instead (by the control); by the unit's source.",
@@ -155,6 +161,7 @@ class Metrics:
     signature_policy: Gauge
     bundles_rejected: Counter
     gate_firings: Counter
+    gate_tokens: Counter
     exposures: Counter
     arm_requests: Counter
     arm_time_to_first_token_seconds: Histogram

@@ -43,6 +43,8 @@ from plugin.weights_mode import Running, WeightsMode
 
 logger = logging.getLogger("vllm.edits")
 
+FIRINGS_SECONDS = 1.0
+"""how often the device is asked what its gates did"""
 _STAGING_POLL_SECONDS = 0.01
 RESERVED_NAMES = (BASE, UNKNOWN, OTHER)
 """What headers and labels call things that are no variant."""
@@ -142,8 +144,7 @@ class Reconciler:
         )  # fmt: skip
         self.experiments = ServedExperiments(
             metrics, exposures or ExposureLog(None, 0), handles or Handles.of(None), prepare=self.prepare,
-            append=self._append_change, authored=lambda version: self._traits.get(version, PLAIN).authored_firings,
-            resolver=resolver,
+            append=self._append_change, traits=lambda version: self._traits.get(version, PLAIN), resolver=resolver,
         )  # fmt: skip
         metrics.slots_total.set(slots)
         metrics.signature_policy.labels(reader.trust.enforcement).set(1)
@@ -162,7 +163,6 @@ class Reconciler:
             await asyncio.sleep(poll_seconds)
             try:
                 await self.sync()
-                await self.read_firings()
             except Exception:  # the loop must outlive any fault of one look
                 logger.exception("sync failed; what is installed keeps serving")
                 self._metrics.store_errors.inc()
@@ -555,6 +555,15 @@ class Reconciler:
         self._count_firings(await self._all("edits_clear", slot))
         self._firings.forget(version)
 
+    async def follow_firings(self) -> None:
+        """Count for ever; not by the store's clock, which stands while the store is away."""
+        while True:
+            await asyncio.sleep(FIRINGS_SECONDS)
+            try:
+                await self.read_firings()
+            except Exception:  # the loop must outlive any fault of one look
+                logger.exception("the firings of gates were not read")
+
     async def read_firings(self) -> None:
         """Count how often the gates on the device have fired. Failing that, the next look counts them."""
         if any(self._traits.get(version, PLAIN).fires for version in self.residency.residents()):
@@ -566,9 +575,10 @@ class Reconciler:
     def _count_firings(self, answers: list[dict[str, Any]]) -> None:
         """Workers that divide a model see the same tokens, so of each engine the word of its first worker counts."""
         for worker, answer in enumerate(answers):
-            for version, edit, times in answer["firings"] if answer["share"] == 0 else ():
-                new = self._firings.count(self._traits.get(version, PLAIN).name, version, edit, worker, times)
-                self.experiments.fired(version, new)
+            for version, tokens, times in answer["firings"] if answer["share"] == 0 else ():
+                name = self._traits.get(version, PLAIN).name
+                new_tokens, new_firings = self._firings.count(name, version, worker, tokens, times)
+                self.experiments.fired(version, new_firings, new_tokens)
 
     def _sweep(self) -> None:
         """Clear the slots of retired versions that nobody uses any more, in the background."""

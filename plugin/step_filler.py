@@ -43,10 +43,18 @@ class StepFiller:
     """Writes each token's slot, and its weight in each lane, into a `Step`."""
 
     def __init__(
-        self, step: Step, slot_of: Callable[[Any], int], scopes: Mapping[int, Sequence[Scope]], *, pinned: bool
+        self,
+        step: Step,
+        slot_of: Callable[[Any], int],
+        scopes: Mapping[int, Sequence[Scope]],
+        *,
+        slots: int,
+        pinned: bool,
     ) -> None:
         """slot_of: the slot a claim may use, or an error; scopes: of each slot in use, the first has lane 1."""
         self.all_base = True
+        self.tokens = np.zeros(slots + 1, dtype=np.int64)
+        """how many were computed with what each slot holds; for slot 0, the base, that is no count of anything"""
         self.last_tokens: Counts = np.zeros(0, dtype=np.int64)
         """the row of each request's last token in the step"""
         self._step = step
@@ -81,6 +89,8 @@ class StepFiller:
             self._send(self._step.slots, slots)
             self.all_base, self._filled = False, total
         self._sent_tokens = np.array(batch.tokens)
+        if not self.all_base:
+            np.add.at(self.tokens, self._slots, batch.tokens)
         self._fill_weights(batch, total)
 
     def _look_up(self, batch: Batch) -> bool:

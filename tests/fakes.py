@@ -338,7 +338,7 @@ class FakeWorker:
                 return {"digest": self.edited.digest(slot), "share": 0, "firings": []}
             if version not in self.ready:
                 return {"absent": True}
-            firings = self._firings(slot)
+            firings = self.edited.firings(slot)
             if leaving is not None:
                 self.edited.clear(slot)
             return {"digest": self.edited.install(slot, self.ready[version]), "share": 0, "firings": firings}
@@ -349,18 +349,15 @@ class FakeWorker:
         return {}
 
     def edits_firings(self) -> Answer:
-        return {"share": 0, "firings": [told for slot in self.edited.held for told in self._firings(slot)]}
+        return {"share": 0, "firings": self.edited.firings()}
 
     def edits_clear(self, slot: int) -> Answer:
         def clear() -> Answer:
-            firings = self._firings(slot)
+            firings = self.edited.firings(slot)
             self.edited.clear(slot)
             return {"share": 0, "firings": firings}
 
         return answered(clear)
-
-    def _firings(self, slot: int) -> list[list[Any]]:
-        return [[self.edited.held[slot], *each] for each in self.edited.firings(slot)]
 
 
 def answered(act: Callable[[], Answer]) -> Answer:

@@ -194,8 +194,8 @@ def test_the_firings_of_every_gate_are_counted_for_the_tokens_of_its_version(inp
     for slot, bundle in bundles.items():
         install(edited, slot, bundle)
     slots = [number % 4 for number in range(TOKENS)]
-    use_slots(edited, slots)
     for _ in range(2):
+        use_slots(edited, slots)
         run(model, edited, inputs)
     for slot, pairs in versions.items():
         mine = np.array(slots) == slot
@@ -203,11 +203,14 @@ def test_the_firings_of_every_gate_are_counted_for_the_tokens_of_its_version(inp
             edit.label: 2 * int((seen[edit.source][mine] @ numbers["read"].T + numbers["bias"] > 0).sum())
             for edit, numbers in pairs
         }
-        assert dict(edited.firings(slot)) == expected
+        assert edited.firings(slot) == [(bundles[slot].version, 2 * mine.sum(), expected)]
         assert sum(expected.values()) > 0, "positive control"
+    assert edited.firings() == [told for slot in versions for told in edited.firings(slot)]
     edited.clear(1)
+    assert edited.firings(1) == []
     install(edited, 1, bundles[1])
-    assert set(dict(edited.firings(1)).values()) == {0}
+    ((_, tokens, firings),) = edited.firings(1)
+    assert {tokens, *firings.values()} == {0}
 
 
 def test_every_token_is_computed_by_its_own_versions_formulas(inputs: Tensor) -> None:

@@ -708,13 +708,15 @@ async def test_firings_that_cannot_be_read_are_counted_at_the_next_look(server: 
     (version,) = await server.promote(version_of("polite", edit=gate))
 
     def told(times: int, share: int = 0) -> Answer:
-        return {"share": share, "firings": [[version, "layers.1.resid", times]]}
+        return {"share": share, "firings": [[version, 10 * times, {"layers.1.resid": times}]]}
 
     async def counted() -> float:
         await server.core.sync()
         await server.core.read_firings()
-        labels = {"variant": "polite", "version": version[:12], "edit": "layers.1.resid"}
-        return server.metric("gate_firings_total", **labels)
+        labels = {"variant": "polite", "version": version[:12]}
+        firings = server.metric("gate_firings_total", **labels, edit="layers.1.resid")
+        assert server.metric("gate_tokens_total", **labels) == 10 * firings
+        return firings
 
     server.workers.overrides["edits_firings"] = lambda number, _: told(2 + number)
     assert await counted() == 2 + 3, "two engines, each with tokens of its own"

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from edit_store import Bundle, Offset
+from edit_store import Bundle, Gate, Offset
 from edit_store.assignment import bucket, chosen
 from edit_store.errors import SettingsError
 from edit_store.experiment import Experiment
@@ -338,20 +338,32 @@ async def test_a_version_that_only_an_arm_names_is_served_by_its_name_and_until_
 
 @pytest.mark.parametrize("limit", [{"maximum": 0.2}, {"maximum_authored_ratio": 2}])
 async def test_an_arm_whose_gates_fire_too_often_is_withdrawn(trial: Trial, limit: dict[str, float]) -> None:
-    """For each token that it answered with: two tokens of nine are too many where one of five is allowed, by the rule
-    or as twice what the author of the version measured."""
+    """For two tokens of nine, where one of five is allowed, by the rule or as twice what the author of the version
+    measured."""
+    gate = Gate(site="layers.1.resid", reads="layers.1.resid", rank=1)
     rule = {"metric": "gate_firings", "interval": 0.01, "minimum_requests": 5, **limit}
-    await trial.begin(guardrails=[rule], treatment=whose_gates_fire(version_of("polite"), 0.1))
+    await trial.begin(guardrails=[rule], treatment=whose_gates_fire(version_of("polite", edit=gate), 0.1))
     treated = [unit for unit in UNITS if trial.arm(unit) == 1][:10]
     experiments = trial.server.core.experiments
     for times, withdrawn in ((10, frozenset[str]()), (20, {"milder"})):
         for unit in treated:
             assert version(await trial.say(unit, max_tokens=5)) == trial.treatment
         await asyncio.sleep(0.05)
-        experiments.fired(trial.promoted, 1000)
-        experiments.fired(trial.treatment, times)
+        experiments.fired("a version of no arm", 1000, 1000)
+        experiments.fired(trial.treatment, times, 90)
         await experiments.measure()
         assert trial.log.standings()[0]["tone"].withdrawn == withdrawn
+
+
+async def test_an_arm_without_gates_has_none_that_fire(trial: Trial) -> None:
+    """Its tokens are evidence of that, and not missing."""
+    await trial.begin(guardrails=[{"metric": "gate_firings", "interval": 0.01, "minimum_requests": 5, "maximum": 0.2}])
+    for unit in [unit for unit in UNITS if trial.arm(unit) == 1][:10]:
+        await trial.say(unit)
+    await asyncio.sleep(0.05)
+    await trial.server.core.experiments.measure()
+    ((state,),) = [row["guardrails"] for row in trial.server.core.experiments.status()]
+    assert (state["last"]["result"], state["last"]["mean"]) == ("successful", 0)
 
 
 async def test_an_entry_about_something_else_is_no_reason_to_be_silent(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
@@ -42,7 +43,7 @@ def filler_of(step: Step, asked: list[Any] | None = None) -> StepFiller:
             asked.append(claim)
         return 0 if claim is None else int(claim[0])
 
-    return StepFiller(step, slot_of, SCOPES, pinned=False)
+    return StepFiller(step, slot_of, SCOPES, slots=max(SCOPES), pinned=False)
 
 
 def fill(filler: StepFiller, running: list[Running], tokens: list[int], ids: torch.Tensor) -> None:
@@ -78,6 +79,7 @@ def test_every_token_has_the_slot_and_the_weights_of_its_request(everyone: list[
     step = Step(TOKENS, LANES, torch.device("cpu"))
     filler = filler_of(step)
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, 8, TOKENS))
+    computed = Counter[int]()
     for _ in range(8):
         running = data.draw(st.lists(st.sampled_from(everyone), unique_by=id, min_size=1))
         tokens = [data.draw(st.sampled_from([1, 1, 1, 2, 5])) for _ in running]
@@ -89,6 +91,7 @@ def test_every_token_has_the_slot_and_the_weights_of_its_request(everyone: list[
             for position in range(one.computed, one.computed + count):
                 slot, strength = (0, 1.0) if one.claim is None else (one.claim[0], one.claim[2])
                 assert step.slots[row] == slot
+                computed[slot] += 1
                 scopes = SCOPES.get(slot, ())
                 for lane in range(1 + len(scopes)) if slot else ():
                     met = lane == 0 or covered(scopes[lane - 1], position, one.prompt, int(ids[row]))
@@ -96,6 +99,7 @@ def test_every_token_has_the_slot_and_the_weights_of_its_request(everyone: list[
                 row += 1
             one.computed = data.draw(st.sampled_from([one.computed + count, one.computed + count, 0]))
         assert not step.slots[row:].any()
+    assert [filler.tokens[slot] for slot in SCOPES] == [computed[slot] for slot in SCOPES]
 
 
 def test_a_step_like_the_one_before_asks_and_sends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

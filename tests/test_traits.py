@@ -76,16 +76,20 @@ def test_firings_only_grow_also_when_a_version_comes_back() -> None:
     registry = CollectorRegistry()
     firings = Firings(Metrics(registry))
 
-    def counted() -> float:
-        labels = {"variant": "polite", "version": "v1", "edit": "layers.1.mlp.out"}
-        return registry.get_sample_value("vllm_edits_gate_firings_total", labels) or 0
+    def counted() -> tuple[float, float]:
+        labels = {"variant": "polite", "version": "v1"}
+        tokens = registry.get_sample_value("vllm_edits_gate_tokens_total", labels)
+        times = registry.get_sample_value("vllm_edits_gate_firings_total", {**labels, "edit": "layers.1.mlp.out"})
+        return tokens or 0, times or 0
 
-    for total in (3, 3, 5):
-        firings.count("polite", "v1", "layers.1.mlp.out", 0, total)
-    assert counted() == 5
+    def count(version: str, worker: int, tokens: int, times: int) -> tuple[int, int]:
+        return firings.count("polite", version, worker, tokens, {"layers.1.mlp.out": times, "layers.2.resid": 1})
+
+    assert [count("v1", 0, tokens, times) for tokens, times in ((9, 3), (9, 3), (20, 5))] == [(9, 4), (0, 0), (11, 2)]
+    assert counted() == (20, 5)
     firings.forget("v1")
-    firings.count("polite", "v1", "layers.1.mlp.out", 0, 2)
-    firings.count("polite", "v2", "layers.1.mlp.out", 0, 9)
-    assert counted() == 7
-    firings.count("polite", "v1", "layers.1.mlp.out", 1, 4)
-    assert counted() == 11, "another worker, with tokens of its own"
+    count("v1", 0, 4, 2)
+    count("v2", 0, 9, 9)
+    assert counted() == (24, 7)
+    count("v1", 1, 6, 4)
+    assert counted() == (30, 11), "another worker, with tokens of its own"

@@ -187,7 +187,7 @@ class Guardrails:
     def count(self, arm: str, metric: str, total: float, number: int, now: float) -> None:
         """Add what was counted elsewhere: a sum, and over how many observations it is.
 
-        Gate firings are over tokens, and an arm without gates has 0 over its tokens. ValueError: number is below 0.
+        Gate firings are over the tokens computed meanwhile; an arm without gates has 0. ValueError: number is below 0.
         """
         self._need(arm)
         if number < 0:

@@ -41,6 +41,7 @@ from plugin.experiments.pairs import COMPARE_HEADER
 from plugin.experiments.records import Exposure, Feedback, Record
 from plugin.experiments.resolver import Resolver
 from plugin.metrics import Metrics
+from plugin.traits import Traits
 
 logger = logging.getLogger("vllm.edits")
 
@@ -51,8 +52,8 @@ TICK_SECONDS = 1.0
 
 Prepare = Callable[[str, str], Awaitable[None]]
 """Has every worker make a version ready, by name and digest; EditsError when this server cannot serve it."""
-Authored = Callable[[str], float | None]
-"""How often a version's gates fire for each token, as far as its author has measured that."""
+TraitsOf = Callable[[str], Traits]
+"""What is known of a version."""
 Append = Callable[[Change, str, str], Any]
 """Appends a change to the store's log, with its reason and who makes it; called in a thread."""
 
@@ -62,7 +63,7 @@ class ServedExperiments:
 
     def __init__(
         self, metrics: Metrics, log: ExposureLog, handles: Handles, *, prepare: Prepare, append: Append,
-        authored: Authored, resolver: Resolver | None = None, now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        traits: TraitsOf, resolver: Resolver | None = None, now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:  # fmt: skip
         self.standings: Standings = {}
         self._metrics = metrics
@@ -70,7 +71,7 @@ class ServedExperiments:
         self._handles = handles
         self._prepare = prepare
         self._append = append
-        self._authored = authored
+        self._traits = traits
         self._resolver = resolver
         self._now = now
         self._read_at = now()
@@ -229,14 +230,15 @@ class ServedExperiments:
                 tokens, now = record.prompt_tokens + record.output_tokens, time.monotonic()
                 self._versions[record.experiment, record.phase, record.arm] = record.version
                 guard.see(record.arm, record.metrics(), now)
-                guard.count(record.arm, GATE_FIRINGS, 0.0, tokens, now)
+                if not self._traits(record.version).fires:
+                    guard.count(record.arm, GATE_FIRINGS, 0.0, tokens, now)
 
-    def fired(self, version: str, times: int) -> None:
-        """Gates of a version fired so often since they were last counted, for whomever it answered."""
+    def fired(self, version: str, times: int, tokens: int) -> None:
+        """Gates of a version fired so often in so many tokens since they were last counted, whomever it answered."""
         for (name, phase), guard in self._guards.items():
             for arm in self.standings[name].document.arms:
                 if self._versions.get((name, phase, arm.name)) == version:
-                    guard.count(arm.name, GATE_FIRINGS, float(times), 0, time.monotonic())
+                    guard.count(arm.name, GATE_FIRINGS, float(times), tokens, time.monotonic())
 
     def feedback(self, request: str, metric: str, value: float) -> Mapping[str, Any]:
         """A client says how a request went; saying the same again is harmless.
@@ -301,7 +303,8 @@ class ServedExperiments:
 
     def _authored_by_arm(self, name: str, phase: int) -> Mapping[str, float]:
         """The firing rates that authors measured of what arms have last answered with."""
-        rates = {arm: self._authored(version) for (*of, arm), version in self._versions.items() if of == [name, phase]}
+        mine = {arm: version for (*of, arm), version in self._versions.items() if of == [name, phase]}
+        rates = {arm: self._traits(version).authored_firings for arm, version in mine.items()}
         return {arm: rate for arm, rate in rates.items() if rate is not None}
 
     def _act(self, name: str, phase: int, action: Action) -> None:

@@ -149,6 +149,7 @@ class EditsEndpoints:
             await server.start(owner)
         self._following = [
             asyncio.create_task(reconciler.follow(settings.poll_seconds)),
+            asyncio.create_task(reconciler.follow_firings()),
             asyncio.create_task(reconciler.experiments.watch()),
         ]
         return owner, description

@@ -11,7 +11,6 @@ import traceback
 from typing import TYPE_CHECKING, Any
 
 from edit_store.errors import BundleRefused, EditsError
-from plugin.edited_model import EditedModel
 from plugin.vllm_host import runner_v1
 
 if TYPE_CHECKING:
@@ -84,7 +83,7 @@ class EditsWorker:
                 return {"digest": edited.digest(slot), "share": share, "firings": []}
             if prepared is None:
                 return {"absent": True}
-            firings = _firings(edited, slot)
+            firings = edited.firings(slot)
             if leaving is not None:
                 edited.clear(slot)
             return {"digest": edited.install(slot, prepared), "share": share, "firings": firings}
@@ -126,12 +125,11 @@ class EditsWorker:
         return {}
 
     def edits_firings(self) -> Answer:
-        """How often each gate on the device has fired since it was installed: [version, edit, times]."""
+        """What the gates on the device did since they were installed: [version, tokens, times by edit] of each."""
 
         def firings() -> Answer:
             edited = self._edits().edited
-            told = [each for slot in edited.held for each in _firings(edited, slot)]
-            return {"share": edited.worker.rank, "firings": told}
+            return {"share": edited.worker.rank, "firings": edited.firings()}
 
         return _answer(firings)
 
@@ -140,15 +138,11 @@ class EditsWorker:
 
         def clear() -> Answer:
             edited = self._edits().edited
-            firings = _firings(edited, slot)
+            firings = edited.firings(slot)
             edited.clear(slot)
             return {"share": edited.worker.rank, "firings": firings}
 
         return _answer(clear)
-
-
-def _firings(edited: EditedModel, slot: int) -> list[list[Any]]:
-    return [[edited.held[slot], *each] for each in edited.firings(slot)]
 
 
 def _answer(act: Any) -> Answer:

@@ -164,20 +164,19 @@ def test_an_arm_whose_logits_are_not_numbers_is_withdrawn_and_harms_nobody(guard
     assert Metrics.of(guarded.server.url).sum("vllm_edits_requests_total", outcome="error") == 0
 
 
-@pytest.mark.slow
 def test_gates_that_fire_more_than_their_author_measured_withdraw_an_arm(guarded: Guarded) -> None:
     """Two versions whose gates fire for every token. The author of one says so, that of the other says half of it."""
     fires = gate_that_fires(guarded.base, fires=True)
     honest, flattering = (guarded.version(name, fires, rate) for name, rate in (("honest", 1.0), ("flattering", 0.5)))
     guarded.begin("polite", honest, flattering, guardrails=[
-        {"metric": "gate_firings", "maximum_authored_ratio": 1.5, "interval": "12s", "minimum_requests": 3},
+        {"metric": "gate_firings", "maximum_authored_ratio": 1.5, "interval": "3s", "minimum_requests": 3},
     ])  # fmt: skip
-    wait_until(lambda: bool(guarded.ask_all()) and bool(guarded.standing().withdrawn), "the withdrawal", 120)
+    wait_until(lambda: bool(guarded.ask_all()) and bool(guarded.standing().withdrawn), "the withdrawal")
     assert guarded.standing().withdrawn == {"unsound"}
+    assert "gate_firings was 1 over" in guarded.standing().reason
     assert "allowed is at most 1.5 times what its author measured, 0.5" in guarded.standing().reason
     (sound,) = [state for state in guarded.status()[0]["guardrails"] if state["arm"] == "sound"]
-    # Firings are read at every look, tokens counted when a request ends: a window may have more of the one.
-    assert 0.5 < sound["last"]["mean"] < 1.5, "positive control: they are counted"
+    assert sound["last"]["mean"] == 1, "positive control: they are counted, and every token once"
 
 
 def test_answers_that_begin_too_late_withdraw_an_arm(guarded: Guarded) -> None:

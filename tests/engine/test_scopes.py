@@ -195,7 +195,9 @@ def test_the_firings_of_a_gate_are_counted(serving: Serving) -> None:
     """Prompt tokens and generated ones but the last, whose state is never computed; by the formula's own count."""
     exact = AutoModelForCausalLM.from_pretrained(serving.model, dtype=torch.float64).eval()
     labels = {"variant": "gated", "version": serving.bundles["gated"].version[:12], "edit": "layers.1.mlp.out"}
+    of_version = {name: labels[name] for name in ("variant", "version")}
     before = serving.metric("vllm_edits_gate_firings_total", **labels)
+    tokens_before = serving.metric("vllm_edits_gate_tokens_total", **of_version)
     choice = ask(serving, "gated", "A gate in a wall")
     ids = [*choice["prompt_token_ids"], *choice["token_ids"]]
     (pair,) = pairs_of(serving, "gated")
@@ -211,3 +213,4 @@ def test_the_firings_of_a_gate_are_counted(serving: Serving) -> None:
     httpx.post(f"{serving.url}/v1/edits/sync", timeout=60).raise_for_status()
     assert fired > 0
     assert serving.metric("vllm_edits_gate_firings_total", **labels) - before == fired
+    assert serving.metric("vllm_edits_gate_tokens_total", **of_version) - tokens_before == len(ids) - 1
