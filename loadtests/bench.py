@@ -23,6 +23,7 @@ from loadtests.bench_guesses import measure_guesses
 from loadtests.bench_inputs import Inputs
 from loadtests.bench_launches import measure_launches
 from loadtests.bench_paging import measure_paging
+from loadtests.bench_profile import measure_profile
 from loadtests.bench_report import show
 from loadtests.bench_run import Measured, NotMeasured, Run
 from loadtests.bench_swap import measure_swaps
@@ -43,7 +44,8 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptio
 PARTS: Mapping[str, Callable[[Run], Measured]] = {
     **{name: partial(bench_experiments.measure, name) for name in bench_experiments.EXPERIMENTS},
     "swaps": measure_swaps, "weight_swaps": partial(measure_swaps, weights=True), "endurance": measure_endurance,
-    "paging": measure_paging, "traffic": measure_traffic, "launches": measure_launches, "guesses": measure_guesses,
+    "paging": measure_paging, "traffic": measure_traffic, "launches": measure_launches, "profile": measure_profile,
+    "guesses": measure_guesses,
 }  # fmt: skip
 USUAL = ["demo", "swaps"]
 
@@ -118,9 +120,10 @@ def main(
     [bold]endurance.[/bold] A thousand swaps in a row under load: what grows. [bold]paging.[/bold] A thousand variants
     and 64 slots: what a version that is not on the device costs, and how often that happens. [bold]traffic.[/bold]
     `vllm bench serve` on every variant and on all of them mixed, beside vLLM alone. [bold]launches.[/bold] What a
-    decoding step calls: operators, and on a GPU kernels and graph launches. [bold]guesses.[/bold] How many guesses of
-    an unedited draft model a variant keeps. [bold]weights, weight_swaps.[/bold] A variant in the engine's weights: what
-    a step costs, and what a swap does to streams that go on.
+    decoding step calls: operators, and on a GPU kernels and graph launches. [bold]profile.[/bold] Where its time
+    goes. [bold]guesses.[/bold] How many guesses of an unedited draft model a variant keeps. [bold]weights,
+    weight_swaps.[/bold] A variant in the engine's weights: what a step costs, and what a swap does to streams that go
+    on.
 
     A missed target is shown and written, and does not fail the run. Nothing else should run on the machine meanwhile.
     """

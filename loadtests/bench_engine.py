@@ -4,7 +4,7 @@ Line by line on standard input and output, as JSON: first what to load, then one
 
     {"engine": {arguments of LLM}, "adapters": [folders]}             -> {"ready": true}
     {"prompts": [[ids]], "names": [variant, null, ...], "tokens": n}  -> {"requests": [RequestTimes]}
-    {..., "profile": true}  -> {"requests": [...], "calls": {"<device> <name>": count}}
+    {..., "profile": true}  -> {"requests": [...], "calls": {"<device> <name>": [count, microseconds]}}
 
 The engine runs in this very process (VLLM_ENABLE_V1_MULTIPROCESSING=0), so a side that waits for its next line is at
 rest, and the stamps are taken where the steps are.
@@ -15,13 +15,15 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any, TextIO
 
 from loadtests.bench_report import RequestTimes
 
+Calls = Mapping[str, tuple[int, float]]
+"""How often torch called what, by `<device> <name>`, and how many microseconds that took without what it called."""
 Generate = Callable[[list[str | None], list[Any], Any], list[Any]]
 
 
@@ -90,14 +92,16 @@ def _run(generate: Generate, batch: dict[str, Any]) -> list[RequestTimes]:
 
 
 @contextmanager
-def _profiled() -> Iterator[dict[str, int]]:
+def _profiled() -> Iterator[dict[str, tuple[int, float]]]:
     """Counts what torch calls inside: operators, and on a GPU kernels and launches. Filled at the end."""
     from torch.profiler import profile
 
-    calls: dict[str, int] = {}
+    calls: dict[str, tuple[int, float]] = {}
     with profile() as profiled:
         yield calls
-    calls.update({f"{event.device_type.name} {event.key}": event.count for event in profiled.key_averages()})
+    for event in profiled.key_averages():
+        taken = event.self_device_time_total if event.device_type.name != "CPU" else event.self_cpu_time_total
+        calls[f"{event.device_type.name} {event.key}"] = event.count, taken
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any, Self
 
 from edit_store.edits import SERVED_PER_REQUEST
@@ -32,10 +33,12 @@ class Engines:
     batches: Sequence[int]
     say: Callable[[str], None]
     """is told what takes long before the engines start"""
+    also: Mapping[str, Any]
+    """arguments of every engine besides"""
 
     @classmethod
-    def of(cls, run: Run, say: Callable[[str], None]) -> Self:
-        return cls(run.inputs, run.dtype, run.cores, run.batches, say)
+    def of(cls, run: Run, say: Callable[[str], None], also: Mapping[str, Any] = MappingProxyType({})) -> Self:
+        return cls(run.inputs, run.dtype, run.cores, run.batches, say, also)
 
     def plain(self) -> dict[str, Side]:
         """vLLM without the plugin, twice: how far apart the two are is the noise."""
@@ -86,6 +89,7 @@ class Engines:
             "model": str(inputs.model), "dtype": self.dtype, "seed": 0, "max_model_len": MAX_MODEL_LEN,
             "max_num_batched_tokens": MAX_MODEL_LEN, "kv_cache_memory_bytes": self._kv_cache_bytes(),
             "gpu_memory_utilization": 0.05,  # on a GPU vLLM asks for that much free memory, and takes the line above
+            **self.also,
             **extra,
         }  # fmt: skip
         return Engine(label, arguments, inputs.folder / f"{label}.log", self.cores, **options)

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from edit_store.edits import SERVED_PER_REQUEST
+from loadtests.bench_engine import Calls
 from loadtests.bench_experiments import Engines
 from loadtests.bench_rounds import Phase, Side
 from loadtests.bench_run import Measured, Run
@@ -56,9 +57,13 @@ def measure_launches(run: Run) -> Measured:
             engine = running.enter_context(side.engine)
             engine.run(side.batch(long, run.inputs, [number, 0]))  # once without being counted
             few, many = (engine.calls(side.batch(each, run.inputs, [number, each.tokens])) for each in (short, long))
-            counted[name] = dict(Counter(many) - Counter(few))
+            counted[name] = dict(_counts(many) - _counts(few))
     progress.remove_task(task)
     return Measured(asdict(plan), counted, summarise(plan, {name: side.what for name, side in sides.items()}, counted))
+
+
+def _counts(calls: Calls) -> Counter[str]:
+    return Counter({call: count for call, (count, _) in calls.items()})
 
 
 def summarise(plan: LaunchPlan, sides: Mapping[str, str], counted: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:

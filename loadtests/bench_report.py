@@ -281,6 +281,14 @@ def _show_launches(found: Mapping[str, Any], console: Console) -> None:
     console.print(table)
 
 
+def _show_profile(found: Mapping[str, Any], console: Console) -> None:
+    names = [name for name in next(iter(found["profile"].values())) if name != "what"]
+    table = Table("", "", *names, title="Where a decoding step's time goes: microseconds")
+    for side, row in found["profile"].items():
+        table.add_row(side, row["what"], *(f"{row[name]:.0f}" for name in names))
+    console.print(table)
+
+
 def _show_guesses(found: Mapping[str, Any], console: Console) -> None:
     table = Table("", "strength", "guesses kept", title="Speculative decoding with an unedited draft model")
     for name, row in found["guesses"].items():
@@ -290,7 +298,7 @@ def _show_guesses(found: Mapping[str, Any], console: Console) -> None:
 
 _SHOWN: Mapping[str, Callable[[Mapping[str, Any], Console], None]] = {
     "swaps": _show_swaps, "weight_swaps": _show_swaps, "paging": _show_paging, "endurance": _show_endurance,
-    "traffic": _show_traffic, "launches": _show_launches, "guesses": _show_guesses,
+    "traffic": _show_traffic, "launches": _show_launches, "profile": _show_profile, "guesses": _show_guesses,
 }  # fmt: skip
 """How a part of the summary is told, unless it compares the rates of sides."""
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from loadtests.bench_engine import Calls
 from loadtests.bench_report import RequestTimes
 from loadtests.bench_run import NotMeasured
 from loadtests.server import CPU_ENVIRONMENT
@@ -59,11 +60,10 @@ class Engine:
         answer = self._ask({"prompts": batch.prompts, "names": batch.names, "tokens": batch.tokens})
         return [RequestTimes(**times) for times in answer["requests"]]
 
-    def calls(self, batch: Batch) -> dict[str, int]:
-        """How often torch calls what while a batch runs, by `<device> <name>`; a profiled batch is slow."""
+    def calls(self, batch: Batch) -> Calls:
+        """What torch calls while a batch runs; a profiled batch is slow."""
         asked = {"prompts": batch.prompts, "names": batch.names, "tokens": batch.tokens, "profile": True}
-        found: dict[str, int] = self._ask(asked)["calls"]
-        return found
+        return {name: (count, taken) for name, (count, taken) in self._ask(asked)["calls"].items()}
 
     def _environment(self) -> dict[str, str]:
         cores = " ".join(map(str, self.cores))

@@ -20,6 +20,7 @@ from loadtests.bench_guesses import GUESSED, KEPT
 from loadtests.bench_guesses import summarise as guesses
 from loadtests.bench_launches import LaunchPlan
 from loadtests.bench_launches import summarise as launches
+from loadtests.bench_profile import parts
 from loadtests.bench_report import (
     Comparison,
     Figure,
@@ -193,6 +194,16 @@ def test_what_a_step_calls_is_counted_by_what_it_is() -> None:
     (row,) = launches(LaunchPlan("float32", short=1, long=3), {"plain": "alone"}, {"plain": calls})["launches"].values()
     assert row == {
         "what": "alone", "operators": 4, "copies": 2, "kernel launches": 2, "graph launches": 1, "kernels": 5,
+    }  # fmt: skip
+
+
+def test_what_a_step_takes_is_told_by_part() -> None:
+    """Of two runs, what both have once falls out; four steps differ."""
+    few = {"CPU _C::onednn_mm": (10, 100.0), "CPU Pregraph bytecode": (4, 8.0), "CPU aten::item": (1, 50.0)}
+    many = {"CPU _C::onednn_mm": (20, 300.0), "CPU Pregraph bytecode": (8, 16.0), "CPU aten::item": (1, 50.0),
+            "CPU graph_0_cpp_fused_onednn_mm_add_3": (4, 40.0), "CPU vllm::unified_attention": (4, 4.0)}  # fmt: skip
+    assert parts(few, many, 4) == {
+        "products": 50, "attention": 1, "compiled loops": 10, "graph's inputs": 2, "rest": 0,
     }  # fmt: skip
 
 
