@@ -41,8 +41,9 @@ class Shape:
 class SlotTensors(nn.Module):
     """The tensors of one kind at one place, of every slot: columns of the slots' rows. A row of zeros changes nothing.
 
-    `lane` [S] says which row of a step's weights a slot's edit is weighed by; None where no edit is. Called with the
-    vectors that the edits read, `x` [T, reads], and each token's slot, [T], it gives what the edits add, in float32.
+    `lane` [S], where there is room for weighted edits, says which row of a step's weights a slot's edit is weighed by.
+    Called with the vectors that the edits read, `x` [T, reads], and each token's slot, [T], it gives what the edits
+    add, in float32.
     """
 
     counters = 0
