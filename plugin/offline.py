@@ -49,7 +49,7 @@ class Variants:
 
     async def _sync(self) -> None:
         await self.reconciler.sync(retry_refused=True)
-        await self.reconciler.settle()
+        await self.reconciler.slots.settle()
 
     def generate(
         self,
@@ -68,7 +68,7 @@ class Variants:
         if len(names) != len(prompts):
             raise ValueError(f"expected one variant for each of {len(prompts)} prompts, found {len(names)}")
         params = sampling_params if isinstance(sampling_params, Sequence) else [sampling_params] * len(prompts)
-        distinct, slots = len(set(names) - {None}), self.reconciler.residency.slots
+        distinct, slots = len(set(names) - {None}), self.reconciler.slots.residency.slots
         if distinct > slots:
             raise ValueError(
                 f"{distinct} variants in one batch need as many slots, found {slots}. "
@@ -83,7 +83,7 @@ class Variants:
                 for prompt, each, lease in zip(prompts, params, leases, strict=True)
             ]
             outputs: list[Any] = self._llm.generate(*map(list, zip(*requests, strict=True)), **options)
-        self._loop.run_until_complete(self.reconciler.settle())
+        self._loop.run_until_complete(self.reconciler.slots.settle())
         return outputs
 
 

@@ -114,7 +114,7 @@ class LocalOwner:
 
     async def sync(self) -> Mapping[str, Any]:
         swaps = await self._core.sync(retry_refused=True)
-        await self._core.read_firings()
+        await self._core.slots.read_firings()
         return {"swaps": [asdict(swap) for swap in swaps], "last_error": self._core.last_error}
 
     def ended(self, record: Record) -> None:

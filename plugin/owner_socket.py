@@ -36,8 +36,8 @@ from plugin.experiments.asking import NOBODY, Asking
 from plugin.experiments.records import Record
 from plugin.lease import Lease
 from plugin.owner import Change, Owner, Served
-from plugin.reconcile import Workers
 from plugin.variants import Choice
+from plugin.workers import Workers
 
 logger = logging.getLogger("vllm.edits")
 

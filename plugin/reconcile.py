@@ -2,7 +2,7 @@
 
 A swap goes: fetch, verify, install into a free slot on every worker, compare what the workers hold, switch the name,
 and clear the old slot when its last request has ended. All before the switch can fail without a client seeing it.
-This object and `Residency` are the API process's only state. All methods run on one event loop.
+This object and `Slots` are the API process's only state. All methods run on one event loop.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 from edit_store import verify
 from edit_store.bundle import BaseModelRef, Bundle
@@ -31,33 +32,19 @@ from plugin.experiments.exposure_log import ExposureLog
 from plugin.experiments.handle import Handles
 from plugin.experiments.resolver import Resolver
 from plugin.experiments.served import ServedExperiments
-from plugin.firings import Firings
 from plugin.lease import Lease
 from plugin.metrics import OTHER, UNKNOWN, Metrics
 from plugin.reservation import Price, Reservation
-from plugin.residency import Plan, Residency
-from plugin.share import require_agreement
+from plugin.slots import Slots
 from plugin.traits import PLAIN, Traits
 from plugin.variants import BASE, Choice, VariantTable, VersionWanted
 from plugin.weights_mode import Running, WeightsMode
+from plugin.workers import Workers, ask, prepare
 
 logger = logging.getLogger("vllm.edits")
 
-FIRINGS_SECONDS = 1.0
-"""how often the device is asked what its gates did"""
-_STAGING_POLL_SECONDS = 0.01
 RESERVED_NAMES = (BASE, UNKNOWN, OTHER)
 """What headers and labels call things that are no variant."""
-
-
-class Workers(Protocol):
-    """Every worker of the engine at once. Each answers plain data; an answer with 'error' is a refusal."""
-
-    async def call(self, method: str, *args: Any) -> list[dict[str, Any]]:
-        """Call a method of `EditsWorker` on all workers, between two steps of the engine."""
-
-    async def abort_all(self) -> None:
-        """End every request that the engine has."""
 
 
 @dataclass
@@ -116,7 +103,6 @@ class Reconciler:
     ) -> None:
         self.reader = reader
         self.table = VariantTable(base_names, default_tag)
-        self.residency = Residency(slots)
         self.last_swap: Swap | None = None
         self.last_error = ""
         self.heads_read_at: float | None = None
@@ -126,27 +112,20 @@ class Reconciler:
         self._reservation = reservation
         self._price = price
         self._traits: dict[str, Traits] = {}  # small, and the same for ever, so never dropped
-        self._firings = Firings(metrics)
         self._heads: dict[tuple[str, str], TagEntry] = {}
         self._refused: dict[tuple[str, str], Refusal] = {}
         self._troubles: Mapping[tuple[str, str], EditsError] = {}
         self._in_flight: Counter[tuple[str, str | None]] = Counter()
-        self._retired_at: dict[str, float] = {}
         self._syncing = asyncio.Lock()
-        self._installing = asyncio.Lock()
-        self._slot_released = asyncio.Event()
-        self._ready: set[str] = set()  # versions in the memory of every worker, as far as is known
-        self._reading: dict[str, asyncio.Task[None]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
         self._weights = WeightsMode(
-            weights_key, self._all, running=weights_running, patience_seconds=weights_patience_seconds,
+            weights_key, partial(ask, workers), running=weights_running, patience_seconds=weights_patience_seconds,
             inside=self._in_flight.total, abort_all=workers.abort_all,
         )  # fmt: skip
         self.experiments = ServedExperiments(
             metrics, exposures or ExposureLog(None, 0), handles or Handles.of(None), prepare=self.prepare,
-            append=self._append_change, traits=lambda version: self._traits.get(version, PLAIN), resolver=resolver,
+            append=self._append_change, traits=self._known, resolver=resolver,
         )  # fmt: skip
-        metrics.slots_total.set(slots)
+        self.slots = Slots(slots, workers, metrics, traits=self._known, fired=self.experiments.fired)
         metrics.signature_policy.labels(reader.trust.enforcement).set(1)
         if reader.trust.enforcement is Enforcement.OFF:
             logger.warning(
@@ -283,7 +262,7 @@ class Reconciler:
         if new is not None:
             await self._checked(swap, new)
             with swap.phase("stage", self._metrics):
-                await self._prepared("edits_stage_weights", "edits_weights_staged", new)
+                await prepare(self._workers, "edits_stage_weights", "edits_weights_staged", new)
 
         def switch() -> None:
             self._switch(entry, new)
@@ -312,11 +291,12 @@ class Reconciler:
         if missing := self._reservation.missing(bundle.manifest, self._price):
             raise InstallRefused(f"version {version[:12]} of {swap.variant!r}", missing)
         with swap.phase("stage", self._metrics):
-            await self._make_ready(version)
+            await self.slots.make_ready(version)
         # At start there may be more variants than slots: those beyond are paged in by the first request.
-        if swap.from_version is not None or self.residency.used < self.residency.slots:
+        residency = self.slots.residency
+        if swap.from_version is not None or residency.used < residency.slots:
             with swap.phase("install", self._metrics):
-                await self._make_resident(version)
+                await self.slots.make_resident(version)
 
     def _switch(self, entry: TagEntry, new: str | None) -> None:
         """The commit point on this server: one reference is replaced."""
@@ -324,15 +304,12 @@ class Reconciler:
         self.table = self.table.moved(entry.name, entry.tag, new)
         self._heads[entry.name, entry.tag] = entry
         if new is not None:
-            self.residency.restore(new)
-            self._retired_at.pop(new, None)
+            self.slots.restore(new)
         if old is not None and old != new:
             if old not in self.table.promoted.get(entry.name, {}).values():
                 self._metrics.variant_info.labels(*self._metrics.labels(entry.name, old)).set(0)
-            if old not in self.table.versions() and self.residency.is_resident(old):
-                self._retired_at[old] = time.monotonic()
-                self.residency.retire(old)
-                self._sweep()
+            if old not in self.table.versions():
+                self.slots.retire(old)
         if new is not None:
             self._metrics.variant_info.labels(*self._metrics.labels(entry.name, new)).set(1)
 
@@ -397,7 +374,11 @@ class Reconciler:
         if missing := self._reservation.missing(bundle.manifest, self._price):
             raise InstallRefused(f"version {version[:12]} of {name!r}", missing)
         self._traits[version] = Traits.of(bundle.manifest)
-        await self._make_ready(version)
+        await self.slots.make_ready(version)
+
+    def _known(self, version: str) -> Traits:
+        """What is known of a version; of one that was never looked at, nothing."""
+        return self._traits.get(version, PLAIN)
 
     async def _traits_of(self, name: str, version: str) -> Traits:
         if version not in self._traits:
@@ -423,7 +404,7 @@ class Reconciler:
         self._count_in(choice)
         try:
             in_slot = choice.version is not None and not choice.in_weights
-            slot = await self._acquire(choice.version) if in_slot and choice.version else 0
+            slot = await self.slots.acquire(choice.version) if in_slot and choice.version else 0
         except BaseException:
             self._count_out(choice)
             raise
@@ -443,176 +424,14 @@ class Reconciler:
 
     def _release(self, lease: Lease) -> None:
         if lease.slot and lease.choice.version is not None:
-            self.residency.release(lease.choice.version)
-            self._slot_released.set()
-            self._sweep()
+            self.slots.release(lease.choice.version)
         self._count_out(lease.choice)
-
-    async def _acquire(self, version: str) -> int:
-        if self.residency.is_resident(version):
-            self._metrics.version_lookups.labels("device").inc()
-            return self.residency.acquire(version)
-        found, start = "host" if version in self._ready else "store", time.monotonic()
-        slot = await self._make_resident(version, acquire=True)
-        self._metrics.version_lookups.labels(found).inc()
-        self._metrics.page_in_seconds.labels(found).observe(time.monotonic() - start)
-        return slot
-
-    async def _make_resident(self, version: str, *, acquire: bool = False) -> int:
-        """Install a version on every worker, one install at a time; waits for a slot. Returns its slot."""
-        await self._make_ready(version)  # needs no slot: a slow store keeps nobody else from being paged in
-        async with self._installing:
-            if not self.residency.is_resident(version):
-                while (plan := self.residency.plan(version)) is None:
-                    self._slot_released.clear()
-                    await self._slot_released.wait()
-                try:
-                    await self._install(plan, version)
-                except BaseException as failure:
-                    await self._undo(plan.slot, version)
-                    self._count_install(failure)
-                    raise
-                finally:
-                    if plan.evicted is not None:
-                        self._firings.forget(plan.evicted)
-                self.residency.commit(version)
-                self._count_install(None)
-            return self.residency.acquire(version) if acquire else self.residency.residents()[version].slot
-
-    def _count_install(self, failure: BaseException | None) -> None:
-        ended = "ok" if failure is None else "refused" if isinstance(failure, BundleRefused) else "error"
-        self._metrics.installs.labels(ended).inc()
-        self._count_slots()
-
-    async def _make_ready(self, version: str) -> None:
-        """Have every worker read, check and convert a version; all who need the same one wait together."""
-        if version in self._ready:
-            return
-        reading = self._reading.get(version)
-        if reading is None:
-            reading = self._reading[version] = asyncio.get_running_loop().create_task(self._stage(version))
-            reading.add_done_callback(lambda task: self._has_read(version, task))
-        # Whoever gives up waiting does not stop it for the others.
-        await asyncio.shield(reading)
-
-    def _has_read(self, version: str, task: asyncio.Task[None]) -> None:
-        del self._reading[version]
-        if not task.cancelled() and (failure := task.exception()) is not None:  # asked for, so that it counts as told
-            logger.warning("version %s was not made ready: %s", version[:12], failure)
-
-    async def _stage(self, version: str) -> None:
-        try:
-            await self._prepared("edits_stage", "edits_staged", version)
-        except EditsError as failure:
-            self._count_install(failure)
-            raise
-        self._ready.add(version)
-
-    async def _prepared(self, stage: str, staged: str, version: str) -> None:
-        """Have every worker prepare a version."""
-        await self._all(stage, version)
-        # Workers read it in threads of their own processes: there is nothing here to wait on but their word.
-        while any("pending" in answer for answer in await self._all(staged, version)):  # noqa: ASYNC110
-            await asyncio.sleep(_STAGING_POLL_SECONDS)
-
-    async def _install(self, plan: Plan, version: str) -> None:
-        answers = await self._all("edits_install", plan.slot, version, plan.evicted)
-        while any("absent" in answer for answer in answers):  # a worker made room for others meanwhile
-            self._ready.discard(version)
-            await self._make_ready(version)
-            answers = await self._all("edits_install", plan.slot, version, plan.evicted)
-        self._count_firings(answers)
-        require_agreement(answers, f"what version {version[:12]} is")
-
-    async def _undo(self, slot: int, version: str) -> None:
-        """Take an uncommitted version out of every worker. A slot that cannot be cleared is not used again."""
-        try:
-            await self._clear(slot, version)
-        except EditsError:
-            logger.exception("slot %d could not be cleared and stays out of use", slot)
-            self.residency.lose(version)
-        else:
-            self.residency.abandon(version)
-
-    async def _all(self, method: str, *args: Any) -> list[dict[str, Any]]:
-        """Call every worker; the first refusal is raised with all its reasons."""
-        try:
-            answers = await self._workers.call(method, *args)
-        except Exception as error:
-            raise EditsError(f"the workers did not answer {method}: {error!r}") from error
-        for answer in answers:
-            if "error" in answer:
-                reasons = [Reason(code, message) for code, message in answer.get("reasons", ())]
-                raise (
-                    InstallRefused("install", reasons)
-                    if reasons
-                    else EditsError(f"a worker failed at {method}: {answer['error']}")
-                )
-        return answers
-
-    async def _clear(self, slot: int, version: str) -> None:
-        """Make a slot neutral on every worker, and count what its gates did last."""
-        self._count_firings(await self._all("edits_clear", slot))
-        self._firings.forget(version)
-
-    async def follow_firings(self) -> None:
-        """Count for ever; not by the store's clock, which stands while the store is away."""
-        while True:
-            await asyncio.sleep(FIRINGS_SECONDS)
-            try:
-                await self.read_firings()
-            except Exception:  # the loop must outlive any fault of one look
-                logger.exception("the firings of gates were not read")
-
-    async def read_firings(self) -> None:
-        """Count how often the gates on the device have fired. Failing that, the next look counts them."""
-        if any(self._traits.get(version, PLAIN).fires for version in self.residency.residents()):
-            try:
-                self._count_firings(await self._all("edits_firings"))
-            except EditsError as error:
-                logger.warning("the firings of gates were not read: %s", error)
-
-    def _count_firings(self, answers: list[dict[str, Any]]) -> None:
-        """Workers that divide a model see the same tokens, so of each engine the word of its first worker counts."""
-        for worker, answer in enumerate(answers):
-            for version, tokens, times in answer["firings"] if answer["share"] == 0 else ():
-                name = self._traits.get(version, PLAIN).name
-                new_tokens, new_firings = self._firings.count(name, version, worker, tokens, times)
-                self.experiments.fired(version, new_firings, new_tokens)
-
-    def _sweep(self) -> None:
-        """Clear the slots of retired versions that nobody uses any more, in the background."""
-        for version in self.residency.leaving():
-            slot = self.residency.remove(version)
-            task = asyncio.get_running_loop().create_task(self._drain(slot, version))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-    async def _drain(self, slot: int, version: str) -> None:
-        # Calls and requests reach the engine in order: the aborts and steps of the last user are behind this call.
-        try:
-            await self._clear(slot, version)
-        except Exception:
-            logger.exception(
-                "slot %d of retired version %s could not be cleared and stays out of use", slot, version[:12]
-            )
-            return
-        self.residency.give_back(slot)
-        self._count_slots()
-        seconds = time.monotonic() - self._retired_at.pop(version, time.monotonic())
-        self._metrics.swap_seconds.labels("drain").observe(seconds)
-        self._slot_released.set()
-        logger.info("drained version=%s slot=%d", version[:12], slot)
-
-    async def settle(self) -> None:
-        """Wait until no retired version is being cleared."""
-        while self._tasks:
-            await asyncio.gather(*self._tasks)
 
     # -- telling -----------------------------------------------------------------------------------------------------
 
     def status(self) -> Mapping[str, Any]:
         """What `GET /v1/edits` answers."""
+        residency = self.slots.residency
         return {
             "base": {"names": list(self.table.base_names), "in_flight": self._in_flight["base", None]},
             "variants": [
@@ -621,7 +440,7 @@ class Reconciler:
                     "tag": tag,
                     "version": version,
                     "sequence": self._heads[name, tag].sequence,
-                    "resident": self.residency.is_resident(version),
+                    "resident": residency.is_resident(version),
                     "in_weights": version == self.table.in_weights,
                     "in_flight": self._in_flight[name, version],
                     "refused": self._refusal_of(name, tag),
@@ -645,11 +464,11 @@ class Reconciler:
                 "doubt": self._weights.doubt,
             },
             "slots": {
-                "total": self.residency.slots,
-                "used": self.residency.used,
+                "total": residency.slots,
+                "used": residency.used,
                 "held": [
                     {"slot": resident.slot, "version": version, "users": resident.users, "retired": resident.retired}
-                    for version, resident in self.residency.residents().items()
+                    for version, resident in residency.residents().items()
                 ],
             },
             "last_swap": asdict(self.last_swap) if self.last_swap else None,
@@ -669,6 +488,3 @@ class Reconciler:
     def _head_age(self) -> float | None:
         """Seconds since the store's heads were read, None before the first time."""
         return None if self.heads_read_at is None else round(time.monotonic() - self.heads_read_at, 3)
-
-    def _count_slots(self) -> None:
-        self._metrics.slots_used.set(self.residency.used)

@@ -4,6 +4,7 @@ may share. Pure."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from edit_store.bundle import Manifest, Strength
@@ -63,3 +64,6 @@ class Traits:
 
 
 PLAIN = Traits()
+
+TraitsOf = Callable[[str], Traits]
+"""What is known of a version."""

@@ -53,6 +53,7 @@ from plugin.residency import Resident
 from plugin.share import SOLE, Sum, Worker, alone
 from plugin.step_filler import Batch
 from plugin.vllm_host.architectures import anchors
+from plugin.workers import Workers
 from tests.conftest import publish
 
 WIDTHS = Widths(layers=3, hidden=8, mlp=16, heads=2, kv_heads=1, head_dim=4, vocab=24)
@@ -492,6 +493,19 @@ def version_of(name: str, base: BaseModelRef = BASE, edit: Any = None) -> Bundle
     return Bundle.create(name, base, [(edit, fields)], Provenance(tool="tests", method="random"))
 
 
+@dataclass
+class Asked:
+    """The workers, by a way that may be exchanged for another."""
+
+    workers: Workers
+
+    async def call(self, method: str, *args: Any) -> list[Answer]:
+        return await self.workers.call(method, *args)
+
+    async def abort_all(self) -> None:
+        await self.workers.abort_all()
+
+
 class Server:
     """One API process over two fake workers and a store in memory that can be cut off."""
 
@@ -506,9 +520,10 @@ class Server:
         self.workers = FakeWorkers(self.store, reservation, slots=slots)
         self.registry = CollectorRegistry()
         self.metrics = Metrics(self.registry)
+        self.asked = Asked(self.workers)
         self.core = Reconciler(
             Reader(self.store, trust, NodeCache(node or Path(tempfile.mkdtemp()))),
-            self.workers,
+            self.asked,
             self.metrics,
             base=BASE,
             base_names=("tiny", "small"),
@@ -527,7 +542,7 @@ class Server:
         """Publish, promote and follow; returns the versions."""
         versions = [publish(self.store, bundle, tag) for bundle in bundles]
         await self.core.sync()
-        await self.core.settle()
+        await self.core.slots.settle()
         return versions
 
     async def ask(self, model: str) -> str | None:
@@ -535,14 +550,14 @@ class Server:
         lease = await self.core.lease(model)
         with lease.hold():
             self.workers.step(lease)
-        await self.core.settle()
+        await self.core.slots.settle()
         return lease.choice.version
 
     def residents(self) -> dict[str, Resident]:
-        return self.core.residency.residents()
+        return self.core.slots.residency.residents()
 
     def check(self) -> None:
         """Workers hold what the API process believes, the gauge says so, and no slot is lost."""
         assert self.workers.held == {one.slot: version for version, one in self.residents().items()}
-        assert self.core.residency.used == len(self.residents()) == self.metric("slots_used")
-        assert len(self.core.residency._free) == self.core.residency.slots - len(self.residents())
+        assert self.core.slots.residency.used == len(self.residents()) == self.metric("slots_used")
+        assert len(self.core.slots.residency._free) == self.core.slots.residency.slots - len(self.residents())

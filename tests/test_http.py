@@ -274,7 +274,7 @@ class Site:
     async def ask(self, model: str | None, path: str = "/v1/completions", **options: Any) -> httpx.Response:
         body = {**({"model": model} if model is not None else {}), **options}
         answer = await self.client.post(path, json=body)
-        await self.server.core.settle()
+        await self.server.core.slots.settle()
         assert CURRENT_LEASE.get() is None
         return answer
 
@@ -298,7 +298,7 @@ async def another_process(server: Server, path: Path) -> AsyncIterator[RemoteOwn
     await listening.start(LocalOwner(server.core))
     remote = RemoteOwner(path, lambda: server.workers.call("edits_fence"))
     await remote.connect()
-    server.core._workers = FencedWorkers(server.workers, listening.fence)
+    server.asked.workers = FencedWorkers(server.workers, listening.fence)
     yield remote
     await remote.close()
     await listening.close()
@@ -317,7 +317,7 @@ async def site(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
         made = Site(server, token_file, owner)
         yield made
         await made.client.aclose()
-        await made.server.core.settle()
+        await made.server.core.slots.settle()
         while not made.is_quiet():  # noqa: ASYNC110  what is given back over a socket arrives a little later
             await asyncio.sleep(0.001)
 
@@ -539,7 +539,7 @@ async def test_a_client_that_leaves_a_stream_frees_its_slot_and_is_counted(site:
     call.leave()
     await call.task
     await until(site.is_quiet)
-    await site.server.core.settle()
+    await site.server.core.slots.settle()
     assert site.engine.aborted == 1
     assert version not in site.server.residents()
     assert site.count("polite", version, "aborted") == 1
@@ -722,7 +722,7 @@ async def test_a_renewed_lease_is_given_back_when_the_prompt_is_refused(site: Si
     CURRENT_LEASE.reset(token)
     users = [one.users for one in site.server.residents().values()]
     for _ in range(sum(users)):  # so that the fixture finds the site quiet
-        site.server.core.residency.release(lease.choice.version or "")
+        site.server.core.slots.residency.release(lease.choice.version or "")
     assert users == [0]
 
 

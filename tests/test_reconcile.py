@@ -30,7 +30,7 @@ def anyio_backend() -> str:
 async def server(tmp_path: Path) -> AsyncIterator[Server]:
     made = Server(f"memory://{tmp_path}")
     yield made
-    await made.core.settle()
+    await made.core.slots.settle()
 
 
 class InFlight:
@@ -107,7 +107,7 @@ async def test_a_withdrawn_variant_is_not_found_and_ends_with_its_last_request(s
     assert version in server.residents()
     assert server.metric("variant_info", variant="polite", version=version[:12]) == 0
     running.end()
-    await server.core.settle()
+    await server.core.slots.settle()
     assert list(server.residents()) == [beta]
     assert await server.ask("polite@beta") == beta
     server.store.withdraw("polite", tag="beta")
@@ -306,7 +306,7 @@ async def test_a_slot_that_could_not_be_cleared_is_not_used_again(server: Server
     await server.promote(version_of("polite"))
     server.workers.overrides = {}
     assert old not in server.residents()
-    assert server.core.residency.used == 2  # the new version, and the slot that is out of use
+    assert server.core.slots.residency.used == 2  # the new version, and the slot that is out of use
     for name in ("anxious", "zealous"):
         await server.promote(version_of(name))
         await server.ask(name)
@@ -317,7 +317,7 @@ async def test_a_slot_that_a_worker_refuses_to_clear_is_not_used_again(server: S
     server.workers.overrides = {"edits_install": lie, "edits_clear": refuse}
     await server.promote(version_of("polite"))
     server.workers.overrides = {}
-    assert server.core.residency.used == 1
+    assert server.core.slots.residency.used == 1
     (version,) = await server.promote(version_of("polite"))
     assert await server.ask("polite") == version
 
@@ -329,7 +329,7 @@ async def test_a_version_whose_slot_was_lost_can_still_be_installed(server: Serv
     server.workers.overrides = {}
     await server.core.sync(retry_refused=True)
     assert await server.ask("polite") == version
-    assert server.core.residency.used == 2
+    assert server.core.slots.residency.used == 2
 
 
 async def test_the_gauge_of_used_slots_follows_a_failed_install(server: Server) -> None:
@@ -355,14 +355,14 @@ async def test_requests_end_on_the_version_they_began_with(server: Server) -> No
     server.workers.step(*(flight.lease for flight in flights), second_reader.lease)
     assert [server.residents()[version].retired for version in versions] == [True, True, False]
     flights[1].end()
-    await server.core.settle()
+    await server.core.slots.settle()
     assert versions[1] not in server.residents()
     flights[0].end()
-    await server.core.settle()
+    await server.core.slots.settle()
     server.workers.step(second_reader.lease, flights[2].lease)
     assert server.residents()[versions[0]].users == 1
     second_reader.end()
-    await server.core.settle()
+    await server.core.slots.settle()
     assert list(server.residents()) == [versions[2]]
     flights[2].end()
     server.check()
@@ -376,7 +376,7 @@ async def test_a_version_that_returns_while_it_drains_stays(server: Server) -> N
     server.store.rollback("polite")
     await server.core.sync()
     old_reader.end()
-    await server.core.settle()
+    await server.core.slots.settle()
     assert list(server.residents()) == first
     assert await server.ask("polite") == first[0]
     assert server.metric("installs_total", result="ok") == 2
@@ -493,7 +493,7 @@ async def test_a_swap_waits_for_a_slot_too(server: Server) -> None:
     assert await server.ask(names[0]) == new
     for flight in flights[:2]:
         flight.end()
-    await server.core.settle()
+    await server.core.slots.settle()
     server.check()
 
 
@@ -531,7 +531,7 @@ async def test_a_request_cancelled_in_the_middle_of_an_install_leaves_nothing_be
     server.workers.gates["edits_install"].set()
     with suppress(asyncio.CancelledError):
         await gone
-    assert server.core.residency.used == len(server.workers.held) == 2
+    assert server.core.slots.residency.used == len(server.workers.held) == 2
     for name in names:
         assert await server.ask(name) is not None
     server.check()
@@ -637,7 +637,7 @@ async def test_under_a_random_load_every_request_is_served_by_one_version_that_s
             assert not [one for one in ended if one and not isinstance(one, EditsError)]  # an install may be refused
 
     await asyncio.wait_for(asyncio.gather(operator(), crowd()), 60)
-    await server.core.settle()
+    await server.core.slots.settle()
     assert len(answered) > 50
     assert server.core.status()["base"]["in_flight"] == 0
     assert all(one.users == 0 for one in server.residents().values())
@@ -683,7 +683,7 @@ async def test_with_the_store_down_a_version_that_is_not_there_is_refused(server
     with pytest.raises(EditsError):
         await server.ask(names[3])
     assert await server.ask(names[4]) is not None
-    await server.core.settle()
+    await server.core.slots.settle()
     server.check()
 
 
@@ -712,7 +712,7 @@ async def test_firings_that_cannot_be_read_are_counted_at_the_next_look(server: 
 
     async def counted() -> float:
         await server.core.sync()
-        await server.core.read_firings()
+        await server.core.slots.read_firings()
         labels = {"variant": "polite", "version": version[:12]}
         firings = server.metric("gate_firings_total", **labels, edit="layers.1.resid")
         assert server.metric("gate_tokens_total", **labels) == 10 * firings

@@ -45,7 +45,7 @@ def signed(server: Server, signer: SigningKey | None = ALICE) -> EditStore:
 
 async def follow(server: Server) -> None:
     await server.core.sync()
-    await server.core.settle()
+    await server.core.slots.settle()
 
 
 async def test_only_what_is_signed_is_followed(tmp_path: Path) -> None:

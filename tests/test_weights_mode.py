@@ -31,7 +31,7 @@ def anyio_backend() -> str:
 async def server(tmp_path: Path) -> AsyncIterator[Server]:
     made = Server(f"memory://{tmp_path}", weights="polite")
     yield made
-    await made.core.settle()
+    await made.core.slots.settle()
 
 
 def version(name: str = "polite") -> Bundle:

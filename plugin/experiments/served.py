@@ -41,7 +41,7 @@ from plugin.experiments.pairs import COMPARE_HEADER
 from plugin.experiments.records import Exposure, Feedback, Record
 from plugin.experiments.resolver import Resolver
 from plugin.metrics import Metrics
-from plugin.traits import Traits
+from plugin.traits import TraitsOf
 
 logger = logging.getLogger("vllm.edits")
 
@@ -52,8 +52,6 @@ TICK_SECONDS = 1.0
 
 Prepare = Callable[[str, str], Awaitable[None]]
 """Has every worker make a version ready, by name and digest; EditsError when this server cannot serve it."""
-TraitsOf = Callable[[str], Traits]
-"""What is known of a version."""
 Append = Callable[[Change, str, str], Any]
 """Appends a change to the store's log, with its reason and who makes it; called in a thread."""
 

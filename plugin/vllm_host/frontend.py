@@ -30,11 +30,12 @@ from plugin.owner_socket import FencedWorkers, OwnerServer, RemoteOwner, socket_
 from plugin.plan import weights_key
 from plugin.price import price
 from plugin.reading import open_reader
-from plugin.reconcile import Reconciler, Workers
+from plugin.reconcile import Reconciler
 from plugin.reservation import Reservation
 from plugin.served_models import ServedModels
 from plugin.vllm_host import compat
 from plugin.vllm_host.scheduler import forks
+from plugin.workers import Workers
 from server_config.settings import EditSettings, Reserve, read_settings
 
 logger = logging.getLogger("vllm.edits")
@@ -149,7 +150,7 @@ class EditsEndpoints:
             await server.start(owner)
         self._following = [
             asyncio.create_task(reconciler.follow(settings.poll_seconds)),
-            asyncio.create_task(reconciler.follow_firings()),
+            asyncio.create_task(reconciler.slots.follow_firings()),
             asyncio.create_task(reconciler.experiments.watch()),
         ]
         return owner, description
