@@ -179,20 +179,31 @@ def compare(model: Path, prompt: list[int], how: How, store: Path) -> list[Row]:
         for kind in (torch.float64, getattr(torch, how.dtype))
     )
 
-    flips = ROUTED_ELSEWHERE if supported(base.architecture).experts and how.dtype != "float32" else 0
-
     @torch.no_grad()
     def says(host: Any, answer: Answer) -> np.ndarray:
         logits = np.asarray(host(torch.tensor([answer.ids])).logits[0, :-1].double())
         return centred(np.take_along_axis(logits, answer.told, -1))
 
+    @torch.no_grad()
+    def before_ties(answer: Answer) -> slice:
+        """The positions before the first one at which rounding may choose another expert."""
+        if how.dtype == "float32" or not supported(base.architecture).experts:
+            return slice(None)
+        routed = exact.model(torch.tensor([answer.ids[:-1]]), output_router_logits=True).router_logits
+        scores, last = torch.stack(routed).sort(-1, descending=True).values, exact.config.num_experts_per_tok
+        margins = (scores[..., last - 1] - scores[..., last]).amin(0) / scores.std()
+        return slice(next(iter((margins < NEAR_TIE).nonzero().flatten().tolist()), None))
+
     def row(site: str, label: str, pairs: list[Pair], answer: Answer) -> Row:
         plain = says(exact, answer)
         with edited(exact, pairs), edited(rounded, pairs):
-            truth, noisy = says(exact, answer), says(rounded, answer)
+            truth, noisy, sure = says(exact, answer), says(rounded, answer), before_ties(answer)
         size = float(np.abs(truth).max())
-        error, noise = (largest(each - truth, but=flips) / size for each in (centred(answer.logprobs), noisy))
-        return Row(site, label, error, noise, effect=largest(truth - plain) / size)
+        error, noise, effect = (
+            float(np.abs(said - than)[sure].max()) / size
+            for said, than in ((centred(answer.logprobs), truth), (noisy, truth), (truth, plain))
+        )
+        return Row(site, label, error, noise, effect)
 
     rows = [row("", "base", [], served[0])]
     for (label, pair), answer in zip(wanted, served[1:], strict=True):
@@ -322,14 +333,9 @@ def centred(scores: np.ndarray) -> np.ndarray:
     return np.asarray(scores - scores.mean(-1, keepdims=True))
 
 
-def largest(differences: np.ndarray, *, but: int = 0) -> float:
-    """Of [positions, tokens], leaving out the `but` positions that differ most."""
-    return float(np.sort(np.abs(differences).max(-1))[-1 - but])
-
-
-ROUTED_ELSEWHERE = 1
-"""Positions of an answer that a mixture of experts may give to another expert after rounding: there a near tie between
-two of them is a jump, whoever rounds."""
+NEAR_TIE = 0.02
+"""Standard deviations of a router's scores between the last expert that is chosen and the first that is not, below
+which rounding may exchange them: a jump there, felt behind it, whoever rounds. About one position in fifty."""
 UNFELT = {
     ("GPT2LMHeadModel", "k.out", "offset"),  # without rotary positions, one vector added to every key moves no softmax
     ("gemma-3-270m (real weights)", "v.out", "scale/head"),  # one head of values, and a norm after the projection
