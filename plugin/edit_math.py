@@ -58,10 +58,13 @@ _ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def normalised(
     x: Tensor, slots: Tensor, *, stretch: Tensor, centre: Tensor, normalise: Tensor, total: Sum = alone
 ) -> Tensor:
-    """unit(x[t] * stretch[s] - centre[s]) where normalise[s], x[t] elsewhere.   stretch, centre: [S, I]"""
+    """unit(x[t] * stretch[s] - centre[s]) where normalise[s], x[t] elsewhere.
+
+    x: [T, I], stretch, centre: [S, I], normalise, 0 or 1: [S]
+    """
     on_sphere = x * stretch[slots] - centre[slots]
     on_sphere = on_sphere * torch.rsqrt(total((on_sphere * on_sphere).sum(-1, keepdim=True)))
-    return torch.where(normalise[slots].unsqueeze(-1), on_sphere, x)
+    return torch.where(normalise[slots].unsqueeze(-1) != 0, on_sphere, x)
 
 
 def subspace_filter(

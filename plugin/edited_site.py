@@ -43,7 +43,7 @@ class SlotTensors(nn.Module):
 
     `lane` [S], where there is room for weighted edits, says which row of a step's weights a slot's edit is weighed by.
     Called with the vectors that the edits read, `x` [T, reads], and each token's slot, [T], it gives what the edits
-    add, in float32.
+    add, in float32. Flags and codes are kept in float32 too: each type is an input more of the graph, at every layer.
     """
 
     counters = 0
@@ -56,7 +56,7 @@ class SlotTensors(nn.Module):
         self.columns: dict[str, Columns] = {}
         """where each tensor lies in a row"""
         self._shares: dict[str, Share] = {}
-        self._keep("lane", dtype=torch.int32, feature="weighted")
+        self._keep("lane", dtype=torch.float32, feature="weighted")
 
     def bind(self, rows: Rows) -> None:
         """Let the tensors be columns of these rows."""
@@ -191,11 +191,11 @@ class GateSlots(SlotTensors):
         self._keep("read", rank, shape.reads, dtype=torch.float32)
         self._keep("bias", rank, dtype=torch.float32)
         self._keep("write", rank, shape.writes)
-        self._keep("activation", rank, dtype=torch.int32)
+        self._keep("activation", rank, dtype=torch.float32)
         self._keep("threshold", rank, dtype=torch.float32)
         self._keep("stretch", shape.reads, dtype=torch.float32, feature="normalise")
         self._keep("centre", shape.reads, dtype=torch.float32, feature="normalise")
-        self._keep("normalise", dtype=torch.bool, feature="normalise")
+        self._keep("normalise", dtype=torch.float32, feature="normalise")
         self.counters = rank * torch.int64.itemsize
         self.firings: Firings | None = None
         """what is told which neurons gave something"""
@@ -267,7 +267,7 @@ class OffsetSlots(SlotTensors):
     def __init__(self, shape: Shape, layout: Layout) -> None:
         super().__init__(shape, layout)
         self._keep("vector", shape.writes)
-        self._keep("renorm", dtype=torch.bool, feature="renorm")
+        self._keep("renorm", dtype=torch.float32, feature="renorm")
 
     def _added(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
         return self.tensor("vector")[slots].float()
@@ -276,7 +276,7 @@ class OffsetSlots(SlotTensors):
         """[T, 1]: the tokens whose norm is to be restored; None where nobody's is."""
         if not self.has("renorm"):
             return None
-        asked, weight = self.tensor("renorm")[slots].unsqueeze(-1), self.weight(step, slots)
+        asked, weight = self.tensor("renorm")[slots].unsqueeze(-1) != 0, self.weight(step, slots)
         return asked if weight is None else asked & (weight != 0)
 
     def _values(self, numbers: Numbers) -> dict[str, Any]:
@@ -314,7 +314,7 @@ class Step(nn.Module):
         """[T, 1]: each token's weight in the lane of its slot's edit."""
         # One flat index: a gather would compare lengths, and so fix the graph to one number of tokens.
         tokens = torch.arange(slots.shape[0], device=slots.device)
-        return self.weights.flatten()[lane[slots] * self.weights.shape[1] + tokens].unsqueeze(-1)
+        return self.weights.flatten()[lane[slots].long() * self.weights.shape[1] + tokens].unsqueeze(-1)
 
 
 class Tap(nn.Module):

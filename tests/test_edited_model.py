@@ -441,10 +441,10 @@ def test_the_digest_sees_every_number_of_every_place() -> None:
     edited = edited_model(TinyModel(), reservation_of(bundle), slots=SLOTS)
     digests = {install(edited, 1, bundle)}
     held = [place.tensor(name) for place in edited._places.values() for name in place.columns]
-    assert {tensor.dtype for tensor in held} == {torch.float32, torch.int32, torch.bool}
+    assert {tensor.dtype for tensor in held} == {torch.float32}, "each type would be an input more of the graph"
     for tensor in held:
         last = tensor[1].view(-1)[-1]
-        last.copy_(~last if tensor.dtype == torch.bool else last + 1)
+        last += 1
         seen = len(digests)
         digests.add(edited.digest(1))
         assert len(digests) == seen + 1
