@@ -74,10 +74,7 @@ WAYS = {
 }
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(way, marks=[] if way == "usual" else SLOW_ON_TWO) for way in WAYS],
-)
+@pytest.fixture(scope="module")
 def serving(
     request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Serving]:
@@ -151,7 +148,13 @@ async def all_at_once(serving: Serving, requests: list[Asked], swaps: int) -> li
 
 
 @pytest.mark.parametrize(
-    ("count", "swaps"), [pytest.param(120, 4, id="short"), pytest.param(1000, 30, id="long", marks=pytest.mark.slow)]
+    ("serving", "count", "swaps"),
+    [
+        pytest.param("usual", 120, 4, id="short"),
+        pytest.param("usual", 1000, 30, id="long", marks=pytest.mark.slow),
+        *(pytest.param(way, 120, 4, id=way, marks=SLOW_ON_TWO) for way in WAYS if way != "usual"),
+    ],
+    indirect=["serving"],
 )
 def test_every_request_answers_as_it_does_alone(serving: Serving, count: int, swaps: int) -> None:
     random = np.random.default_rng(count)
