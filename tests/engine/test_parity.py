@@ -84,7 +84,8 @@ def test_every_linear_kind_in_the_weights_is_its_formula(architecture: str, dtyp
         "filter",
         "offset",
     }
-    assert findings.lost_in_rounding() < (0.02 if dtype == "float32" else 0.25)  # one of GPT-2's 82 is never felt
+    # One of GPT-2's 82 is never felt. In bfloat16 weights small edits are rounded away; two thirds are not.
+    assert findings.lost_in_rounding() < (0.02 if dtype == "float32" else 1 / 3)
 
 
 @pytest.mark.slow
