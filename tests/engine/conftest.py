@@ -77,7 +77,9 @@ def kind_bundle(kind: str, base: BaseModelRef, strength: float) -> Bundle:
 
 def variants_of_every_kind(base: BaseModelRef, strength: float) -> dict[str, Bundle]:
     """One variant for each kind, and one with all kinds."""
-    made = {kind.replace("_", "-"): kind_bundle(kind, base, strength) for kind in KINDS}
+    # What an offset is added to is larger than what the others multiply: rounding would hide a weak one.
+    strengths = {kind: strength * (5 if kind == "offset" else 1) for kind in KINDS}
+    made = {kind.replace("_", "-"): kind_bundle(kind, base, each) for kind, each in strengths.items()}
     return {**made, "all-kinds": random_bundle("all-kinds", base, seed=5, strength=strength)}
 
 

@@ -89,21 +89,15 @@ def test_every_linear_kind_in_the_weights_is_its_formula(architecture: str, dtyp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("model", "how"),
-    [
-        *((model, How(weights=weights)) for model in ("smollm2", "gemma") for weights in (False, True)),
-        ("gemma", How(workers=2)),  # both have its one key-value head; SmolLM2's nine heads cannot be divided
-    ],
-    ids=lambda each: each if isinstance(each, str) else str(each) or "per request",
-)
+@pytest.mark.parametrize("weights", [False, True], ids=["per request", "in the weights"])
+@pytest.mark.parametrize("model", ["smollm2", "gemma"])
 def test_every_kind_at_every_site_of_a_real_model_is_its_formula(
-    model: str, how: How, request: pytest.FixtureRequest
+    model: str, weights: bool, request: pytest.FixtureRequest
 ) -> None:
-    findings = find(str(request.getfixturevalue(model)), how)
+    findings = find(str(request.getfixturevalue(model)), How(weights=weights))
     print(f"\n{findings.table()}")  # noqa: T201
     assert not findings.faults()
-    assert len(findings.rows) > (50 if how.weights else 100)
+    assert len(findings.rows) > (50 if weights else 100)
 
 
 @pytest.fixture
