@@ -36,7 +36,7 @@ from plugin.edited_site import (
 from plugin.price import price
 from plugin.reservation import Place, Reservation, places, scopes_of
 from plugin.share import SOLE, Share, Sum, Worker, alone
-from plugin.slot_rows import Layout, Rows
+from plugin.slot_rows import Columns, Layout, Rows
 from plugin.step_filler import Batch, StepFiller
 
 BASE_SLOT = 0
@@ -125,11 +125,12 @@ class EditedModel:
             tap = (within if place in joining else taps)[place.site]
             tap.add(place.kind, tensors, None if place.reads == place.site else str(place.reads))
         self._rows = self._layout.rows(slots + 1, device)
-        for layer in {place.site.layer for place in self._places}:
-            within_layer = [tensors for place, tensors in self._places.items() if place.site.layer == layer]
-            rows = Rows(self._rows, [each for tensors in within_layer for each in tensors.columns.values()])
-            for tensors in within_layer:
-                tensors.bind(rows)
+        parts: dict[int | None, list[Columns]] = {}
+        for place, tensors in self._places.items():
+            parts.setdefault(place.site.layer, []).extend(tensors.columns.values())
+        rows = Rows(self._rows, parts)
+        for place, tensors in self._places.items():
+            tensors.bind(rows, place.site.layer)
         self._firings = [self._count(taps, logits=logits) for logits in (False, True)]
 
     def _count(self, taps: Mapping[Site, Tap], *, logits: bool) -> Firings:

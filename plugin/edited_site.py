@@ -58,9 +58,9 @@ class SlotTensors(nn.Module):
         self._shares: dict[str, Share] = {}
         self._keep("lane", dtype=torch.float32, feature="weighted")
 
-    def bind(self, rows: Rows) -> None:
-        """Let the tensors be columns of these rows."""
-        self.rows = rows
+    def bind(self, rows: Rows, layer: int | None) -> None:
+        """Let the tensors be columns of a layer's part of the rows."""
+        self.rows, self.layer = rows, layer
 
     def has(self, name: str) -> bool:
         """Whether there is that tensor: some serve a feature, which there must be room for."""
@@ -68,7 +68,7 @@ class SlotTensors(nn.Module):
 
     def tensor(self, name: str) -> Tensor:
         """One of the tensors in every slot: [S, *shape]."""
-        return self.rows.tensor(self.columns[name])
+        return self.rows.tensor(self.layer, self.columns[name])
 
     def fill(self, row: Tensor, numbers: Numbers, lane: int) -> None:
         """Write several edits at once into a row [1, bytes] of zeros. Ranks that they do not use stay zero."""

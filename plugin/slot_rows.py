@@ -7,7 +7,7 @@ tensors are views inside: collecting an input costs Python a microsecond in ever
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -55,27 +55,30 @@ class Layout:
 
 
 class Rows(nn.Module):
-    """A part of every slot's row, as each type that the tensors in it have.
+    """The rows of all slots, a part for each layer, as every type that the tensors in it have.
 
-    One for each layer: where layers are alike so are the places in their parts, so that they share compiled code.
+    Where layers are alike so are the places in their parts, so that they share compiled code. All parts are buffers of
+    one module: Python finds each in every step, and the way through the modules of a layer is long.
     """
 
-    def __init__(self, rows: Tensor, held: Collection[Columns]) -> None:
-        """held: what lies in this part."""
+    def __init__(self, rows: Tensor, layers: Mapping[int | None, Collection[Columns]]) -> None:
+        """layers: what lies in the part of each, None for what is outside of them."""
         super().__init__()
-        self.begin = min(columns.start for columns in held)
-        stop = max(_aligned(columns.stop) for columns in held)
-        for dtype in {columns.dtype for columns in held}:
-            self.register_buffer(_name(dtype), rows[:, self.begin : stop].view(dtype), persistent=False)
+        self._begins: dict[int | None, int] = {}
+        for layer, held in layers.items():
+            begin = self._begins[layer] = min(columns.start for columns in held)
+            stop = max(_aligned(columns.stop) for columns in held)
+            for dtype in {columns.dtype for columns in held}:
+                self.register_buffer(_name(layer, dtype), rows[:, begin:stop].view(dtype), persistent=False)
 
-    def tensor(self, columns: Columns) -> Tensor:
+    def tensor(self, layer: int | None, columns: Columns) -> Tensor:
         """One of the tensors, in every slot: [S, *shape]."""
-        return columns.of(getattr(self, _name(columns.dtype)), self.begin)
+        return columns.of(getattr(self, _name(layer, columns.dtype)), self._begins[layer])
 
 
 def _aligned(byte: int) -> int:
     return -(-byte // ALIGNMENT) * ALIGNMENT
 
 
-def _name(dtype: torch.dtype) -> str:
-    return f"as_{str(dtype).removeprefix('torch.')}"  # without a prefix some are methods of every module
+def _name(layer: int | None, dtype: torch.dtype) -> str:
+    return f"layer_{layer}_as_{str(dtype).removeprefix('torch.')}"
