@@ -274,19 +274,20 @@ def _show_traffic(found: Mapping[str, Any], console: Console) -> None:
 
 
 def _show_launches(found: Mapping[str, Any], console: Console) -> None:
-    names = [name for name in next(iter(found["launches"].values())) if name != "what"]
-    table = Table("", "", *names, title="What a decoding step calls")
-    for side, row in found["launches"].items():
-        table.add_row(side, row["what"], *(f"{row[name]:.1f}" for name in names))
-    console.print(table)
+    console.print(_by_side(found["launches"], "What a decoding step calls", ".1f"))
 
 
 def _show_profile(found: Mapping[str, Any], console: Console) -> None:
-    names = [name for name in next(iter(found["profile"].values())) if name != "what"]
-    table = Table("", "", *names, title="Where a decoding step's time goes: microseconds")
-    for side, row in found["profile"].items():
-        table.add_row(side, row["what"], *(f"{row[name]:.0f}" for name in names))
-    console.print(table)
+    console.print(_by_side(found["profile"], "Where a decoding step's time goes: microseconds", ".0f"))
+
+
+def _by_side(rows: Mapping[str, Any], title: str, form: str) -> Table:
+    """What each side is, and its figures."""
+    names = [name for name in next(iter(rows.values())) if name != "what"]
+    table = Table("", "", *names, title=title)
+    for side, row in rows.items():
+        table.add_row(side, row["what"], *(format(row[name], form) for name in names))
+    return table
 
 
 def _show_guesses(found: Mapping[str, Any], console: Console) -> None:
