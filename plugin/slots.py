@@ -15,6 +15,7 @@ from typing import Any
 from edit_store.errors import BundleRefused, EditsError
 from plugin.firings import Firings
 from plugin.metrics import Metrics
+from plugin.repeat import repeat
 from plugin.residency import Plan, Residency
 from plugin.share import require_agreement
 from plugin.traits import TraitsOf
@@ -192,12 +193,7 @@ class Slots:
 
     async def follow_firings(self) -> None:
         """Count for ever; not by the store's clock, which stands while the store is away."""
-        while True:
-            await asyncio.sleep(FIRINGS_SECONDS)
-            try:
-                await self.read_firings()
-            except Exception:  # the loop must outlive any fault of one look
-                logger.exception("the firings of gates were not read")
+        await repeat(FIRINGS_SECONDS, self.read_firings, "the firings of gates were not read")
 
     async def read_firings(self) -> None:
         """Count how often the gates on the device have fired. Failing that, the next look counts them."""

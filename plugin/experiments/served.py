@@ -41,6 +41,7 @@ from plugin.experiments.pairs import COMPARE_HEADER
 from plugin.experiments.records import Exposure, Feedback, Record
 from plugin.experiments.resolver import Resolver
 from plugin.metrics import Metrics
+from plugin.repeat import repeat
 from plugin.traits import TraitsOf
 
 logger = logging.getLogger("vllm.edits")
@@ -278,12 +279,7 @@ class ServedExperiments:
 
     async def watch(self) -> None:
         """Measure for ever."""
-        while True:
-            await asyncio.sleep(TICK_SECONDS)
-            try:
-                await self.measure()
-            except Exception:  # the loop must outlive any fault of one measurement
-                logger.exception("guardrails were not measured")
+        await repeat(TICK_SECONDS, self.measure, "guardrails were not measured")
 
     async def measure(self) -> None:
         """Do what the guardrails ask for: here at once, and by an entry in the store for all other servers."""
