@@ -33,13 +33,14 @@ def low_rank(x: Tensor, read: Tensor, write: Tensor, slots: Tensor, total: Sum =
 
 def gate(
     x: Tensor, slots: Tensor, *, read: Tensor, bias: Tensor, write: Tensor, activation: Tensor, threshold: Tensor,
-    total: Sum = alone,
+    shrink: Tensor | None = None, total: Sum = alone,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """sum_k write[s, k] sigma_sk(read[s, k] . x[t] + bias[s, k]), and what each neuron gave, [T, K].
+    """sum_k write[s, k] sigma_sk(read[s, k] . x[t] shrink[t] + bias[s, k]), and what each neuron gave, [T, K].
 
-    x: [T, I] after phi, read: [S, K, I], write: [S, K, O], bias, activation (a code) and threshold: [S, K]
+    x: [T, I], read: [S, K, I], write: [S, K, O], bias, activation (a code) and threshold: [S, K], shrink: [T, 1]
     """
-    z = total((read[slots] * x.unsqueeze(1)).sum(-1)) + bias[slots]
+    along = total((read[slots] * x.unsqueeze(1)).sum(-1))
+    z = (along if shrink is None else along * shrink) + bias[slots]
     code, positive = activation[slots], z > threshold[slots]
     fired = torch.relu(z)
     for name, form in _ACTIVATIONS.items():
@@ -55,16 +56,18 @@ _ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def normalised(
+def centred(
     x: Tensor, slots: Tensor, *, stretch: Tensor, centre: Tensor, normalise: Tensor, total: Sum = alone
-) -> Tensor:
-    """unit(x[t] * stretch[s] - centre[s]) where normalise[s], x[t] elsewhere.
+) -> tuple[Tensor, Tensor]:
+    """y[t] = x[t] * stretch[s] - centre[s], and what its dot products shrink by: 1 / |y[t]| where normalise[s], else 1.
 
-    x: [T, I], stretch, centre: [S, I], normalise, 0 or 1: [S]
+    So the length and the dot products are sums of one pass over the vector.
+
+    x, y: [T, I], stretch, centre: [S, I], normalise, 0 or 1: [S], the second result: [T, 1]
     """
-    on_sphere = x * stretch[slots] - centre[slots]
-    on_sphere = on_sphere * torch.rsqrt(total((on_sphere * on_sphere).sum(-1, keepdim=True)))
-    return torch.where(normalise[slots].unsqueeze(-1) != 0, on_sphere, x)
+    y = x * stretch[slots] - centre[slots]
+    shrink = torch.rsqrt(total((y * y).sum(-1, keepdim=True)))
+    return y, torch.where(normalise[slots].unsqueeze(-1) != 0, shrink, 1.0)
 
 
 def subspace_filter(
@@ -98,7 +101,7 @@ def renormed(x: Tensor, step: Tensor, renorm: Tensor, total: Sum = alone) -> Ten
 def finite(x: Tensor) -> Tensor:
     """x, and where that is infinite or NaN the largest number of its type. Finite numbers stay bit for bit."""
     largest = torch.finfo(x.dtype).max
-    return torch.nan_to_num(x, nan=largest, posinf=largest, neginf=-largest)
+    return torch.where(x.abs() <= largest, x, largest)  # nan_to_num is compiled to a loop over single numbers
 
 
 def _combine(strengths: Tensor, write: Tensor, slots: Tensor) -> Tensor:

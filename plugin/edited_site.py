@@ -206,11 +206,12 @@ class GateSlots(SlotTensors):
         self.firings, self.column = firings, firings.take(self._shape.room.rank)
 
     def _added(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
+        shrink = None
         if self.has("normalise"):
             on_sphere = {name: self.tensor(name) for name in ("stretch", "centre", "normalise")}
-            x = edit_math.normalised(x, slots, **on_sphere, total=self._shape.total)
+            x, shrink = edit_math.centred(x, slots, **on_sphere, total=self._shape.total)
         neurons = {name: self.tensor(name) for name in ("read", "bias", "write", "activation", "threshold")}
-        added, fired = edit_math.gate(x, slots, **neurons, total=self._shape.total)
+        added, fired = edit_math.gate(x, slots, **neurons, shrink=shrink, total=self._shape.total)
         if self.firings is not None:
             self.firings.note(self.column, (fired if weight is None else fired * weight) != 0)
         return added
@@ -222,6 +223,7 @@ class GateSlots(SlotTensors):
             **{field: _stacked(numbers, field) for field in ("read", "bias", "write")},
             "activation": torch.tensor([edit_math.ACTIVATION_CODES[edit.activation] for edit in neurons]),
             "threshold": torch.tensor([edit.threshold for edit in neurons]),
+            "stretch": torch.ones(self._shape.reads.whole),
         }
         edit, fields = gates[0]
         if edit.normalise:  # the only one of its place

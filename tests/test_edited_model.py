@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -81,6 +82,16 @@ def reservation_of(*bundles: Bundle) -> Reservation:
     return Reservation.for_versions(bundle.manifest for bundle in bundles)
 
 
+def with_room_for_more(reservation: Reservation) -> Reservation:
+    """The same places with a rank more and all that edits of their kind may be."""
+    features = {"gate": {"normalise"}, "subspace_filter": {"dual", "onto"}, "offset": {"renorm"}}
+    rooms = {
+        place: room | Room(room.rank + 1, frozenset(features.get(place.kind, ())))
+        for place, room in reservation.rooms.items()
+    }
+    return replace(reservation, rooms=rooms)
+
+
 def install(edited: EditedModel, slot: int, bundle: Bundle) -> str:
     return edited.install(slot, edited.prepare(bundle.version, bundle.manifest, check(bundle)))
 
@@ -114,11 +125,12 @@ def by_formula(model: TinyModel, x: Tensor, bundle: Bundle | None) -> Array:
     return tiny_by_formula(model, x, edits_by_formula(pairs))
 
 
+@pytest.mark.parametrize("room", [lambda reservation: reservation, with_room_for_more], ids=["as needed", "more"])
 @pytest.mark.parametrize("pair", FORMS)
-def test_every_kind_at_every_site_is_its_formula_for_its_own_tokens(pair: Any, inputs: Tensor) -> None:
+def test_every_kind_at_every_site_is_its_formula_for_its_own_tokens(pair: Any, room: Any, inputs: Tensor) -> None:
     """Edited tokens differ from the base and are the formula's; base tokens beside them keep their bits."""
     bundle, model, plain = bundle_of([pair]), TinyModel(), TinyModel()
-    edited = edited_model(model, reservation_of(bundle), slots=SLOTS)
+    edited = edited_model(model, room(reservation_of(bundle)), slots=SLOTS)
     install(edited, 2, bundle)
     use_slots(edited, [2, 0] * (TOKENS // 2))
     served, base = run(model, edited, inputs), plain.logits(plain(inputs))
@@ -675,6 +687,6 @@ def test_what_is_cached_is_finite_and_finite_numbers_stay(dtype: torch.dtype) ->
     assert torch.equal(same, x)
     assert torch.equal(same.signbit(), x.signbit())
     wild = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=dtype)
-    assert finite(wild).tolist() == [largest, largest, -largest]
+    assert finite(wild).tolist() == [largest] * 3
     assert (finite(wild) * 0 == 0).all()
     assert not torch.isfinite(finite(wild)[:1] * 2).any()
