@@ -16,7 +16,7 @@ from rich.table import Table
 
 from edit_store import Scope
 from plugin.edited_site import Step
-from plugin.step_filler import Batch, StepFiller
+from plugin.step_filler import Batch, Extents, StepFiller
 
 SLOTS, STEPS, REPEATS = 64, 100, 9
 SCOPES = (Scope(phase="generated"),)
@@ -45,7 +45,7 @@ def _microseconds(kind: str, count: int, *, exchanged: bool) -> float:
     def fill() -> None:
         if exchanged:
             running[0] = request(0)
-        filler.fill(Batch(list(running), lambda each: each.claim, tokens, starts, prompts))
+        filler.fill(Batch(list(running), lambda each: each.claim, lambda: Extents(tokens, starts, prompts)))
 
     return statistics.median(_timed(fill) for _ in range(REPEATS))
 

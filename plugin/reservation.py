@@ -128,6 +128,11 @@ class Reservation:
                 rooms[place] = rooms.get(place, Room()) | room
         return cls(rooms, scopes)
 
+    @property
+    def edits_logits(self) -> bool:
+        """Whether there is room at the logits, which are computed after the model and for some tokens only."""
+        return any(site.point == "logits" for site in self.sites())
+
     @classmethod
     def usual(cls, architecture: Architecture, widths: Widths) -> Reservation:
         """For a server that starts with an empty store: rank one of what most methods use, at every layer."""

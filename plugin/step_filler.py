@@ -1,7 +1,8 @@
 """What a step's tokens read: filled in just before each forward pass. No vLLM here.
 
 Between two steps little changes, so what is known of a request is kept for as long as it stays in the batch, and what
-is on the device already is not sent again. Decoding a batch of base requests costs a comparison of two lists.
+is on the device already is not sent again. A batch of base requests costs a comparison of two lists, and no more is
+asked of it: beside a model's step every line of Python is cold, and costs several times what it does in a loop.
 """
 
 from __future__ import annotations
@@ -23,13 +24,9 @@ Counts = NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
-class Batch:
-    """The requests of the coming step, in their order there. Counts are [requests]."""
+class Extents:
+    """Where the tokens of a step's requests are. Counts are [requests], in the step's order."""
 
-    requests: Sequence[Any]
-    """an object for each, the same one for as long as the request is in the batch"""
-    claim_of: Callable[[Any], Any]
-    """[slot, version, strength] of such an object, None for the base; asked once"""
     tokens: Counts
     """how many tokens each has in the step"""
     starts: Counts
@@ -37,6 +34,18 @@ class Batch:
     prompts: Counts
     """length of the prompt"""
     input_ids: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The requests of the coming step, in their order there."""
+
+    requests: Sequence[Any]
+    """an object for each, the same one for as long as the request is in the batch"""
+    claim_of: Callable[[Any], Any]
+    """[slot, version, strength] of such an object, None for the base; asked once"""
+    extents: Callable[[], Extents]
+    """asked where one of them is edited"""
 
 
 class StepFiller:
@@ -56,42 +65,46 @@ class StepFiller:
         self.tokens = np.zeros(slots + 1, dtype=np.int64)
         """how many were computed with what each slot holds; for slot 0, the base, that is no count of anything"""
         self.last_tokens: Counts = np.zeros(0, dtype=np.int64)
-        """the row of each request's last token in the step"""
+        """the row of each request's last token in the step, unless all are of the base"""
         self._step = step
         self._slot_of = slot_of
         self._scopes = scopes
         self._pinned = pinned
-        self._requests: list[Any] = []
-        self._rows: list[tuple[int, float]] = []
-        self._slots = np.zeros(0, dtype=np.int32)
-        self._strengths = np.zeros(0, dtype=np.float32)
-        self._weighed = False
+        self._keep([], [])
         self._sent_tokens: Counts = np.zeros(0, dtype=np.int64)
         self._sent_weights: NDArray[np.float32] | None = None
         self._filled = 0
 
     def forget(self) -> None:
         """A slot holds something else now: every claim is to be looked at again."""
-        self._requests, self._rows = [], []
+        self._keep([], [])
 
     def fill(self, batch: Batch) -> None:
         """Tell the step of a batch. Rows beyond the batch are padding and read slot 0."""
         changed = self._look_up(batch)
-        self.last_tokens = np.cumsum(batch.tokens) - 1
-        total = int(batch.tokens.sum())
-        if not self._slots.any():
-            if not self.all_base:
-                self._step.slots.zero_()
-            self.all_base, self._filled = True, 0
-        elif changed or self.all_base or not np.array_equal(batch.tokens, self._sent_tokens):
+        if not self._edited:
+            self._fill_base()
+            return
+        extents = batch.extents()
+        self.last_tokens = np.cumsum(extents.tokens) - 1
+        total = int(extents.tokens.sum())
+        if changed or self.all_base or not np.array_equal(extents.tokens, self._sent_tokens):
             slots = np.zeros(max(self._filled, total), dtype=np.int32)
-            slots[:total] = np.repeat(self._slots, batch.tokens)
+            slots[:total] = np.repeat(self._slots, extents.tokens)
             self._send(self._step.slots, slots)
             self.all_base, self._filled = False, total
-        self._sent_tokens = np.array(batch.tokens)
+        self._sent_tokens = np.array(extents.tokens)
+        np.add.at(self.tokens, self._slots, extents.tokens)
+        if self._weighed:
+            self._fill_weights(extents, total)
+        else:
+            self._weigh_fully()
+
+    def _fill_base(self) -> None:
         if not self.all_base:
-            np.add.at(self.tokens, self._slots, batch.tokens)
-        self._fill_weights(batch, total)
+            self._step.slots.zero_()
+            self.all_base, self._filled = True, 0
+            self._weigh_fully()
 
     def _look_up(self, batch: Batch) -> bool:
         """Find out what each request uses; whether that is anything new."""
@@ -100,27 +113,31 @@ class StepFiller:
             return False
         known = dict(zip(map(id, self._requests), self._rows, strict=True))
         rows = [known.get(id(request)) or self._row(batch.claim_of(request)) for request in requests]
+        self._keep(requests, rows)
+        return True
+
+    def _keep(self, requests: Sequence[Any], rows: list[tuple[int, float]]) -> None:
         self._requests, self._rows = list(requests), rows
         self._slots = np.array([slot for slot, _ in rows], dtype=np.int32)
         self._strengths = np.array([strength for _, strength in rows], dtype=np.float32)
+        self._edited = any(slot for slot, _ in rows)
         self._weighed = any(slot and (strength != 1 or self._scopes[slot]) for slot, strength in rows)
-        return True
 
     def _row(self, claim: Any) -> tuple[int, float]:
         return self._slot_of(claim), 1.0 if claim is None else claim[2]
 
-    def _fill_weights(self, batch: Batch, total: int) -> None:
-        if not self._weighed:
-            if self._sent_weights is not None:
-                self._step.weights.fill_(1)
-                self._sent_weights = None
-            return
+    def _weigh_fully(self) -> None:
+        if self._sent_weights is not None:
+            self._step.weights.fill_(1)
+            self._sent_weights = None
+
+    def _fill_weights(self, extents: Extents, total: int) -> None:
         # Each token's position, and for each of its slot's scopes whether that is covered.
-        first = np.cumsum(batch.tokens) - batch.tokens
-        positions = np.arange(total) + np.repeat(batch.starts - first, batch.tokens)
-        prompts = np.repeat(batch.prompts, batch.tokens)
-        slots = np.repeat(self._slots, batch.tokens)
-        weights = np.tile(np.repeat(self._strengths, batch.tokens), (len(self._step.weights), 1))
+        first = np.cumsum(extents.tokens) - extents.tokens
+        positions = np.arange(total) + np.repeat(extents.starts - first, extents.tokens)
+        prompts = np.repeat(extents.prompts, extents.tokens)
+        slots = np.repeat(self._slots, extents.tokens)
+        weights = np.tile(np.repeat(self._strengths, extents.tokens), (len(self._step.weights), 1))
         named = list[tuple[int, NDArray[np.bool_], tuple[int, ...]]]()
         for (lane, scope), users in self._users_of_scopes().items():
             mine = np.isin(slots, users)
@@ -132,7 +149,7 @@ class StepFiller:
                 self._send(self._step.weights[lane], row)
             self._sent_weights = weights
         for lane, mine, ids in named:
-            self._weigh_by_id(lane, mine, ids, batch.input_ids)
+            self._weigh_by_id(lane, mine, ids, extents.input_ids)
 
     def _users_of_scopes(self) -> dict[tuple[int, Scope], list[int]]:
         """By lane and scope, the slots of this batch that have it there."""

@@ -51,7 +51,7 @@ from plugin.reconcile import Reconciler
 from plugin.reservation import Place, Reservation, Room
 from plugin.residency import Resident
 from plugin.share import SOLE, Sum, Worker, alone
-from plugin.step_filler import Batch
+from plugin.step_filler import Batch, Extents
 from plugin.vllm_host.architectures import anchors
 from plugin.workers import Workers
 from tests.conftest import publish
@@ -281,7 +281,7 @@ def set_step(edited: EditedModel, requests: Sequence[RequestStep], input_ids: Te
         np.array([getattr(request, field) for request in requests], dtype=np.int64)
         for field in ("tokens", "start", "prompt")
     )
-    edited.set_step(Batch(requests, attrgetter("claim"), tokens, starts, prompts, input_ids))
+    edited.set_step(Batch(requests, attrgetter("claim"), lambda: Extents(tokens, starts, prompts, input_ids)))
 
 
 class FakeWorker:

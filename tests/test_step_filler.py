@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from edit_store import Scope
 from plugin.edited_site import Step
-from plugin.step_filler import Batch, StepFiller
+from plugin.step_filler import Batch, Extents, StepFiller
 from tests.fakes import cheaply
 
 TOKENS, LANES = 64, 3
@@ -49,7 +49,8 @@ def filler_of(step: Step, asked: list[Any] | None = None) -> StepFiller:
 def fill(filler: StepFiller, running: list[Running], tokens: list[int], ids: torch.Tensor) -> None:
     starts, prompts = (np.array([getattr(one, field) for one in running], dtype=np.int64) for field in
                        ("computed", "prompt"))  # fmt: skip
-    filler.fill(Batch(running, attrgetter("claim"), np.array(tokens, dtype=np.int64), starts, prompts, ids))
+    extents = Extents(np.array(tokens, dtype=np.int64), starts, prompts, ids)
+    filler.fill(Batch(running, attrgetter("claim"), lambda: extents))
 
 
 def covered(scope: Scope, position: int, prompt: int, token: int) -> bool:
@@ -75,13 +76,16 @@ requests = st.builds(
 @cheaply
 @given(st.lists(requests, min_size=1, max_size=6), st.data())
 def test_every_token_has_the_slot_and_the_weights_of_its_request(everyone: list[Running], data: st.DataObject) -> None:
-    """Requests come, are cut into chunks, decode, are preempted and leave; now and then a slot is written anew."""
+    """Requests come, are cut into chunks, decode, are preempted and leave; now and then a slot is written anew.
+
+    A step of nobody is the dummy one of an engine that has nothing to do while its twin works.
+    """
     step = Step(TOKENS, LANES, torch.device("cpu"))
     filler = filler_of(step)
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, 8, TOKENS))
     computed = Counter[int]()
     for _ in range(8):
-        running = data.draw(st.lists(st.sampled_from(everyone), unique_by=id, min_size=1))
+        running = data.draw(st.lists(st.sampled_from(everyone), unique_by=id))
         tokens = [data.draw(st.sampled_from([1, 1, 1, 2, 5])) for _ in running]
         if data.draw(st.booleans()):
             filler.forget()
@@ -122,6 +126,19 @@ def test_a_step_like_the_one_before_asks_and_sends_nothing(monkeypatch: pytest.M
     filler.forget()
     fill(filler, running, [1, 1, 1], ids)
     assert len(asked) == 7
+
+
+def test_of_a_batch_of_the_base_nothing_else_is_asked() -> None:
+    """Also where an edited one ran before; its slot and its weight are gone from the step."""
+    step = Step(TOKENS, LANES, torch.device("cpu"))
+    filler = filler_of(step)
+    fill(filler, [Running((2, "v", 0.5), 2, 5)], [1], torch.zeros(TOKENS, dtype=torch.int64))
+    assert (step.slots[0], step.weights[0, 0], filler.all_base) == (2, 0.5, False), "positive control"
+    for running in ([Running(None, 2, 5)], [Running(None, 2, 5)] * 2, []):
+        filler.fill(Batch(running, attrgetter("claim"), lambda: pytest.fail("asked where the tokens are")))
+        assert filler.all_base
+        assert not step.slots.any()
+        assert (step.weights == 1).all()
 
 
 def test_another_request_with_the_same_claim_is_looked_at_anew() -> None:

@@ -96,7 +96,7 @@ def check_room(config: Any, base: BaseModelRef, reservation: Reservation) -> Non
             f"edits are not proven exact with {base.architecture} and data parallel, which divides its experts: start "
             "with --data-parallel-size 1, and for more engines another server on the same store"
         )
-    if config.speculative_config is not None and any(site.point == "logits" for site in reservation.sites()):
+    if config.speculative_config is not None and reservation.edits_logits:
         raise UnsupportedHost(
             "edits at logits are not proven exact with speculative decoding, where a step wants the logits of more "
             "than its last tokens: start without --speculative-config, or without what reserves room there"

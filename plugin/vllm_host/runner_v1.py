@@ -14,7 +14,7 @@ from torch import nn
 from edit_store.errors import UnsupportedHost
 from plugin.claim import CLAIM
 from plugin.edited_model import EditedModel
-from plugin.step_filler import Batch
+from plugin.step_filler import Batch, Extents
 from plugin.vllm_host.compat import need
 
 
@@ -39,19 +39,21 @@ def attach(runner: Any, edited: EditedModel) -> None:
 
     def prepare_step(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         rows, count = runner.input_batch, runner.input_batch.num_reqs
-        edited.set_step(
-            Batch(
-                requests=[runner.requests[request_id] for request_id in rows.req_ids[:count]],
-                claim_of=_claim,
+        requests = [runner.requests[request_id] for request_id in rows.req_ids[:count]]
+
+        def extents() -> Extents:
+            return Extents(
                 tokens=np.diff(runner.query_start_loc.np[: count + 1]),
                 starts=rows.num_computed_tokens_cpu[:count],
                 prompts=rows.num_prompt_tokens[:count],
                 input_ids=kwargs.get("input_ids", args[0] if args else None),
             )
-        )
+
+        edited.set_step(Batch(requests, _claim, extents))
 
     model.register_forward_pre_hook(prepare_step, with_kwargs=True)
-    model.register_forward_hook(lambda _module, _args, output: edited.note_output(output))
+    if edited.reservation.edits_logits:
+        model.register_forward_hook(lambda _module, _args, output: edited.note_output(output))
 
 
 def _claim(request: Any) -> Any:

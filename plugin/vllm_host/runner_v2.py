@@ -14,7 +14,7 @@ import numpy as np
 
 from edit_store.errors import UnsupportedHost
 from plugin.claim import CLAIM
-from plugin.step_filler import Batch
+from plugin.step_filler import Batch, Extents
 
 if TYPE_CHECKING:
     from plugin.vllm_host.loader import LoadedEdits
@@ -49,7 +49,7 @@ def with_token_slots(base: Any, loaded: LoadedEdits) -> type:
             super().__init__(*args, **kwargs)
             self._requests: dict[str, _Request] = {}
             loaded.runner = "V2"
-            if any(site.point == "logits" for site in loaded.edited.reservation.sites()):
+            if loaded.edited.reservation.edits_logits:
                 raise UnsupportedHost(
                     "edits at logits are not proven on vLLM's V2 runner: start with VLLM_USE_V2_MODEL_RUNNER=0, or "
                     "without what reserves room there"
@@ -69,16 +69,16 @@ def with_token_slots(base: Any, loaded: LoadedEdits) -> type:
         def prepare_inputs(self, input_batch: Any, req_states: Any) -> Any:
             # A request the state was never told of is a broken seam: KeyError stops the step, the base is not served.
             requests = [self._requests[request_id] for request_id in input_batch.req_ids]
-            loaded.edited.set_step(
-                Batch(
-                    requests=requests,
-                    claim_of=attrgetter("claim"),
+
+            def extents() -> Extents:
+                return Extents(
                     tokens=np.asarray(input_batch.num_scheduled_tokens),
                     starts=np.asarray(input_batch.num_computed_tokens_np),
                     prompts=np.fromiter((request.prompt for request in requests), dtype=np.int64, count=len(requests)),
                     input_ids=input_batch.input_ids,
                 )
-            )
+
+            loaded.edited.set_step(Batch(requests, attrgetter("claim"), extents))
             return super().prepare_inputs(input_batch, req_states)
 
     return EditsModelState
