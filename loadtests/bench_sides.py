@@ -21,6 +21,9 @@ from loadtests.bench_run import NotMeasured
 from loadtests.server import CPU_ENVIRONMENT
 
 Progress = Callable[[float], None]
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
+"""Has an engine keep what it frees, as with the allocator that vLLM asks for on a CPU. Otherwise chance decides, for the
+life of each process, whether the kernel has to find pages for its activations anew in every step."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Engine:
         return {
             **os.environ,
             **CPU_ENVIRONMENT,
+            **KEEP_MEMORY,
             "VLLM_PLUGINS": self.plugins,
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             # What vLLM's own server sets for its worker, which an engine in one process does not.
