@@ -82,6 +82,9 @@ def main(
     quick: Annotated[
         bool, typer.Option("--quick", help="few rounds, nothing written: does the bench itself work?")
     ] = False,
+    once: Annotated[
+        bool, typer.Option("--once", help="no second engines that show the noise: where memory is short")
+    ] = False,
     rounds: Annotated[int, typer.Option(min=3, help="rounds that count; each runs every side once")] = 16,
     swaps: Annotated[int, typer.Option(min=3, help="swaps to measure")] = 15,
     threads: Annotated[
@@ -148,7 +151,7 @@ def main(
             progress.remove_task(task)
             run = Run(
                 inputs, dtype or native_dtype(), cores_for(threads), BATCHES[bool(gpu())], progress,
-                rounds=rounds, swaps=swaps, quick=quick,
+                rounds=rounds, swaps=swaps, quick=quick, once=once,
             )  # fmt: skip
             for part in parts or USUAL:
                 measured = PARTS[part](run)

@@ -223,6 +223,8 @@ def measure(name: str, run: Run) -> Measured:
     task = run.progress.add_task("", total=None)
     experiment = EXPERIMENTS[name](Engines.of(run, lambda step: run.progress.update(task, description=step)))
     run.progress.remove_task(task)
+    if run.once:
+        experiment = experiment.once()
     rounds = rates_by_round(experiment, 3 if run.quick else run.rounds, run.inputs, run.progress)
     sides = {side: found.what for side, found in experiment.sides.items()}
     phases = [asdict(phase) for phase in experiment.phases]

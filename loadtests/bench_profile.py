@@ -1,7 +1,8 @@
 """Where a decoding step's time goes, with and without edits: products, attention, compiled loops, the graph's inputs.
 
-Microseconds by inductor's and torch's profilers, which themselves cost some. As with launches two runs of different
-length are subtracted, so what a batch costs once falls out; over several turns, of which the median counts.
+Microseconds by inductor's and torch's profilers, which themselves cost some (of a long prefill several times what its
+loops take alone, so only decoding is measured). As with launches two runs of different length are subtracted, so what a
+batch costs once falls out; over several turns, of which the median counts.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.progress import Progress
 
@@ -49,6 +49,16 @@ class Experiment:
     sides: Mapping[str, Side]
     phases: Sequence[Phase]
     comparisons: Sequence[Comparison]
+
+    def once(self) -> Experiment:
+        """The same without the sides that are there a second time, to show the noise: for when memory is short."""
+        sides = {name: side for name, side in self.sides.items() if not name.endswith(" again")}
+        comparisons = [
+            replace(each, under=under)
+            for each in self.comparisons
+            if each.over in sides and (under := tuple(side for side in each.under if side in sides))
+        ]
+        return replace(self, sides=sides, comparisons=comparisons)
 
 
 def rates_by_round(experiment: Experiment, rounds: int, inputs: Inputs, progress: Progress) -> list[Rates]:

@@ -30,6 +30,8 @@ class Run:
     swaps: int
     quick: bool
     """little of everything: only to see that the benchmark works"""
+    once: bool = False
+    """no second engines that show the noise"""
 
 
 @dataclass(frozen=True)

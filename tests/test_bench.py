@@ -34,7 +34,8 @@ from loadtests.bench_report import (
     summarise_swaps,
     verdict,
 )
-from loadtests.bench_rounds import turns
+from loadtests.bench_rounds import Experiment, Phase, Side, turns
+from loadtests.bench_sides import Engine
 from loadtests.bench_traffic import ALONE, FIGURES
 from loadtests.bench_traffic import summarise as traffic
 from loadtests.plot import draw
@@ -65,6 +66,18 @@ def test_a_drifting_machine_does_not_move_the_ratio(drift: list[float], ratio: f
     figure = RATIO.of(rounds_of(ratio, drift))
     assert figure.median == pytest.approx(ratio)
     assert figure.low <= figure.median <= figure.high
+
+
+def test_without_second_engines_sides_are_held_against_the_first() -> None:
+    """What compares the second ones is gone with them."""
+    engine = Engine("", {}, Path(), [0])
+    sides = {name: Side("", engine, [None]) for name in ("plain", "plain again", "idle", "idle again")}
+    both = ("plain", "plain again")
+    comparisons = [Comparison(over, under, "decode") for over, under in
+                   (("plain again", ("plain",)), ("idle", both), ("idle again", both))]  # fmt: skip
+    once = Experiment("", sides, [Phase("decode", 1, 1)], comparisons).once()
+    assert list(once.sides) == ["plain", "idle"]
+    assert once.comparisons == [Comparison("idle", ("plain",), "decode")]
 
 
 def test_a_disturbed_round_does_not_move_the_ratio() -> None:
