@@ -22,8 +22,10 @@ from loadtests.server import CPU_ENVIRONMENT
 
 Progress = Callable[[float], None]
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 27), "MALLOC_TRIM_THRESHOLD_": str(1 << 29)}
-"""Has an engine keep what it frees, as with the allocator that vLLM asks for on a CPU. Otherwise chance decides, for the
-life of each process, whether the kernel has to find pages for its activations anew in every step."""
+"""Has an engine keep what it frees, as with the allocator that vLLM asks for on a CPU.
+
+Otherwise chance decides, for the life of each process, whether the kernel finds pages for activations in every step.
+"""
 
 
 @dataclass(frozen=True)
