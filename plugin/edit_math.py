@@ -5,7 +5,8 @@ much. Slot 0 is the base model: its tensors are zeros, so it adds exactly zero, 
 but for the sign of a zero. Gathering by slot costs the same for any number of slots.
 
 Shapes: T tokens, S slots, K rank, I and O width of what is read and written; `slots` is [T], values are [T, width].
-Where a worker has a part of the vector that is read, `total` adds up all workers' parts of the dot products.
+Where a worker has a part of the vector that is read, `total` adds up all workers' parts of the dot products, and
+`products` says how tokens are multiplied with the vectors of their slots.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from plugin.share import Sum, alone
+from plugin.slot_products import EXPRESSIONS, SlotProducts
 
 ACTIVATION_CODES = {"relu": 0, "jump_relu": 1, "step": 2, "silu": 3, "sigmoid": 4}
 """How a slot says which activation a neuron has."""
@@ -26,26 +28,28 @@ def scale(x: Tensor, change: Tensor, slots: Tensor) -> Tensor:
     return x * change[slots]
 
 
-def low_rank(x: Tensor, read: Tensor, write: Tensor, slots: Tensor, total: Sum = alone) -> Tensor:
+def low_rank(
+    x: Tensor, slots: Tensor, *, read: Tensor, write: Tensor, total: Sum = alone, products: SlotProducts = EXPRESSIONS
+) -> Tensor:
     """sum_k write[s, k] (read[s, k] . x[t]).   x: [T, I], read: [S, K, I], write: [S, K, O]"""
-    return _combine(total((read[slots].float() * x.unsqueeze(1)).sum(-1)), write, slots)
+    return products.combine(total(products.dots(x, read, slots)), write, slots)
 
 
 def gate(
     x: Tensor, slots: Tensor, *, read: Tensor, bias: Tensor, write: Tensor, activation: Tensor, threshold: Tensor,
-    shrink: Tensor | None = None, total: Sum = alone,
+    shrink: Tensor | None = None, total: Sum = alone, products: SlotProducts = EXPRESSIONS,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """sum_k write[s, k] sigma_sk(read[s, k] . x[t] shrink[t] + bias[s, k]), and what each neuron gave, [T, K].
 
     x: [T, I], read: [S, K, I], write: [S, K, O], bias, activation (a code) and threshold: [S, K], shrink: [T, 1]
     """
-    along = total((read[slots] * x.unsqueeze(1)).sum(-1))
+    along = total(products.dots(x, read, slots))
     z = (along if shrink is None else along * shrink) + bias[slots]
     code, positive = activation[slots], z > threshold[slots]
     fired = torch.relu(z)
     for name, form in _ACTIVATIONS.items():
         fired = torch.where(code == ACTIVATION_CODES[name], form(z, positive), fired)
-    return _combine(fired, write, slots), fired
+    return products.combine(fired, write, slots), fired
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -71,17 +75,15 @@ def centred(
 
 
 def subspace_filter(
-    x: Tensor, slots: Tensor, *, read: Tensor, write: Tensor | None, shift: Tensor, total: Sum = alone
-) -> Tensor:
-    """sum_k write[s, k] (read[s, k] . x[t] - shift[s, k]); without `write` it is -read, one gather for both.
+    x: Tensor, slots: Tensor, *, read: Tensor, write: Tensor | None, shift: Tensor,
+    total: Sum = alone, products: SlotProducts = EXPRESSIONS,
+) -> Tensor:  # fmt: skip
+    """sum_k write[s, k] (read[s, k] . x[t] - shift[s, k]); without `write` it is -read.
 
     x: [T, O], read and write: [S, K, O], shift: [S, K]
     """
-    directions = read[slots].float()
-    excess = total((directions * x.unsqueeze(1)).sum(-1)) - shift[slots]
-    if write is not None:
-        return _combine(excess, write, slots)
-    return -(directions * excess.unsqueeze(-1)).sum(1)
+    excess = total(products.dots(x, read, slots)) - shift[slots]
+    return products.combine(-excess, read, slots) if write is None else products.combine(excess, write, slots)
 
 
 def pull(x: Tensor, drop: Tensor, constant: Tensor, slots: Tensor) -> Tensor:
@@ -102,8 +104,3 @@ def finite(x: Tensor) -> Tensor:
     """x, and where that is infinite or NaN the largest number of its type. Finite numbers stay bit for bit."""
     largest = torch.finfo(x.dtype).max
     return torch.where(x.abs() <= largest, x, largest)  # nan_to_num is compiled to a loop over single numbers
-
-
-def _combine(strengths: Tensor, write: Tensor, slots: Tensor) -> Tensor:
-    """sum_k strengths[t, k] write[s, k]."""
-    return (write[slots].float() * strengths.unsqueeze(-1)).sum(1)

@@ -36,6 +36,7 @@ from plugin.edited_site import (
 from plugin.price import price
 from plugin.reservation import Place, Reservation, places, scopes_of
 from plugin.share import SOLE, Share, Sum, Worker, alone
+from plugin.slot_products import EXPRESSIONS, SlotProducts
 from plugin.slot_rows import Columns, Layout, Rows
 from plugin.step_filler import Batch, StepFiller
 
@@ -89,8 +90,12 @@ class EditedModel:
         device: torch.device,
         worker: Worker = SOLE,
         over_workers: Sum = alone,
+        products: SlotProducts = EXPRESSIONS,
     ) -> None:
-        """over_workers: adds up, in the graph, what all workers among which the model is divided have of a sum."""
+        """over_workers: adds up, in the graph, what all workers among which the model is divided have of a sum.
+
+        products: how tokens are multiplied with the vectors of their slots where an edit has several.
+        """
         self.worker = worker
         self.reservation = reservation
         self.slots = slots
@@ -120,7 +125,8 @@ class EditedModel:
         self._layout = Layout()
         for place, room in sorted(reservation.rooms.items(), key=lambda item: item[0]):
             reads, writes = anchors[place.reads].share, anchors[place.site].share
-            shape = Shape(room, reads, writes, dtype, alone if place in joining else reads.sum(over_workers))
+            total = alone if place in joining else reads.sum(over_workers)
+            shape = Shape(room, reads, writes, dtype, total, products if room.rank > 1 else EXPRESSIONS)
             tensors = self._places[place] = SLOT_TENSORS[place.kind](shape, self._layout)
             tap = (within if place in joining else taps)[place.site]
             tap.add(place.kind, tensors, None if place.reads == place.site else str(place.reads))

@@ -21,6 +21,7 @@ from plugin import edit_math
 from plugin.fold import fold_filters
 from plugin.reservation import Room
 from plugin.share import Share, Sum, alone
+from plugin.slot_products import EXPRESSIONS, SlotProducts
 from plugin.slot_rows import Columns, Layout, Rows
 
 Numbers = Sequence[tuple[Edit, Mapping[str, Array]]]
@@ -29,13 +30,14 @@ Numbers = Sequence[tuple[Edit, Mapping[str, Array]]]
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides the shapes of one place's slot tensors, and how dot products with what it reads become whole."""
+    """What decides the shapes of one place's slot tensors, and how tokens are multiplied with them."""
 
     room: Room
     reads: Share
     writes: Share
     dtype: torch.dtype
     total: Sum = alone
+    products: SlotProducts = EXPRESSIONS
 
 
 class SlotTensors(nn.Module):
@@ -97,6 +99,10 @@ class SlotTensors(nn.Module):
         """What the tensors hold for several edits at once, in any type; what there are no columns for is left out."""
         raise NotImplementedError
 
+    def _sums(self) -> dict[str, Any]:
+        """How what is read becomes dot products, whole ones."""
+        return {"total": self._shape.total, "products": self._shape.products}
+
     def _keep(
         self, name: str, *shape: int | Share, dtype: torch.dtype | None = None, feature: str | None = None
     ) -> None:
@@ -138,7 +144,7 @@ class LowRankSlots(SlotTensors):
         self._keep("write", shape.room.rank, shape.writes)
 
     def _added(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
-        return edit_math.low_rank(x, self.tensor("read"), self.tensor("write"), slots, self._shape.total)
+        return edit_math.low_rank(x, slots, read=self.tensor("read"), write=self.tensor("write"), **self._sums())
 
     def _values(self, numbers: Numbers) -> dict[str, Any]:
         return {field: _stacked(numbers, field) for field in ("read", "write")}
@@ -210,8 +216,8 @@ class GateSlots(SlotTensors):
         if self.has("normalise"):
             on_sphere = {name: self.tensor(name) for name in ("stretch", "centre", "normalise")}
             x, shrink = edit_math.centred(x, slots, **on_sphere, total=self._shape.total)
-        neurons = {name: self.tensor(name) for name in ("read", "bias", "write", "activation", "threshold")}
-        added, fired = edit_math.gate(x, slots, **neurons, shrink=shrink, total=self._shape.total)
+        neurons: Any = {name: self.tensor(name) for name in ("read", "bias", "write", "activation", "threshold")}
+        added, fired = edit_math.gate(x, slots, **neurons, shrink=shrink, **self._sums())
         if self.firings is not None:
             self.firings.note(self.column, (fired if weight is None else fired * weight) != 0)
         return added
@@ -252,7 +258,7 @@ class SubspaceFilterSlots(SlotTensors):
     def _added(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
         write = self.tensor("write") if self.has("write") else None
         added = edit_math.subspace_filter(
-            x, slots, read=self.tensor("read"), write=write, shift=self.tensor("shift"), total=self._shape.total
+            x, slots, read=self.tensor("read"), write=write, shift=self.tensor("shift"), **self._sums()
         )
         if self.has("drop"):
             added = added + edit_math.pull(x, self.tensor("drop"), self.tensor("constant"), slots)
@@ -361,7 +367,7 @@ class Tap(nn.Module):
             added = added + scale(value, slots, step)
         now = value + added
         for adding, source in zip(self.adds, self.sources, strict=True):
-            added = added + adding(now if source is None else self._carried[source].float(), slots, step)
+            added = added + adding(now if source is None else self._carried[source], slots, step)
         if self.adds_up is not None:
             self.adds_up.add(slots)
         for source in self.forgets:

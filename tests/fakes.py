@@ -51,6 +51,7 @@ from plugin.reconcile import Reconciler
 from plugin.reservation import Place, Reservation, Room
 from plugin.residency import Resident
 from plugin.share import SOLE, Sum, Worker, alone
+from plugin.slot_products import EXPRESSIONS, SlotProducts
 from plugin.step_filler import Batch, Extents
 from plugin.vllm_host.architectures import anchors
 from plugin.workers import Workers
@@ -235,13 +236,13 @@ def edits_by_formula(pairs: Sequence[tuple[Any, Mapping[str, Array]]]) -> At:
 
 def edited_model(
     model: TinyModel, reservation: Reservation, *, slots: int, dtype: torch.dtype = torch.float32,
-    worker: Worker = SOLE, over_workers: Sum = alone,
+    worker: Worker = SOLE, over_workers: Sum = alone, products: SlotProducts = EXPRESSIONS,
 ) -> EditedModel:  # fmt: skip
     """The real thing on a tiny model, or on one worker's part of it."""
     sites = anchors(model, BASE.architecture, WIDTHS, worker)
     return EditedModel(
         sites, reservation, slots=slots, max_tokens=MAX_TOKENS, dtype=dtype, device=torch.device("cpu"),
-        worker=worker, over_workers=over_workers,
+        worker=worker, over_workers=over_workers, products=products,
     )  # fmt: skip
 
 

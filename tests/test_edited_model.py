@@ -29,10 +29,12 @@ from edit_store import (
 from edit_store.architectures import ARCHITECTURES
 from edit_store.edits import SILENT, Array
 from edit_store.errors import InstallRefused, UnsupportedHost
+from plugin.cpu_products import compiled
 from plugin.edit_math import finite
 from plugin.edited_model import EditedModel
 from plugin.reservation import Place, Reservation, Room
 from plugin.share import Share
+from plugin.slot_products import EXPRESSIONS, SlotProducts
 from plugin.vllm_host.architectures import anchors
 from tests.conftest import Pairs, random_bundle, random_pairs
 from tests.fakes import (
@@ -60,6 +62,7 @@ def bundle_of(pairs: Pairs, name: str = "polite") -> Bundle:
 
 FORMS = [pytest.param(pair, id=f"{pair[0].site} {label}") for label, pair in every_edit(BASE)]
 """Every kind at every site where it has a meaning, in every form."""
+PRODUCTS = [pytest.param(EXPRESSIONS, id="expressions"), pytest.param(compiled(), id="compiled")]
 
 
 def crowded(seed: int) -> Bundle:
@@ -125,12 +128,18 @@ def by_formula(model: TinyModel, x: Tensor, bundle: Bundle | None) -> Array:
     return tiny_by_formula(model, x, edits_by_formula(pairs))
 
 
-@pytest.mark.parametrize("room", [lambda reservation: reservation, with_room_for_more], ids=["as needed", "more"])
+@pytest.mark.parametrize("more", [False, True], ids=["as needed", "more"])
+@pytest.mark.parametrize("products", PRODUCTS)
 @pytest.mark.parametrize("pair", FORMS)
-def test_every_kind_at_every_site_is_its_formula_for_its_own_tokens(pair: Any, room: Any, inputs: Tensor) -> None:
+def test_every_kind_at_every_site_is_its_formula_for_its_own_tokens(
+    pair: Any, products: SlotProducts, more: bool, inputs: Tensor
+) -> None:
     """Edited tokens differ from the base and are the formula's; base tokens beside them keep their bits."""
     bundle, model, plain = bundle_of([pair]), TinyModel(), TinyModel()
-    edited = edited_model(model, room(reservation_of(bundle)), slots=SLOTS)
+    reservation = reservation_of(bundle)
+    edited = edited_model(
+        model, with_room_for_more(reservation) if more else reservation, slots=SLOTS, products=products
+    )
     install(edited, 2, bundle)
     use_slots(edited, [2, 0] * (TOKENS // 2))
     served, base = run(model, edited, inputs), plain.logits(plain(inputs))
@@ -225,12 +234,14 @@ def test_the_firings_of_every_gate_are_counted_for_the_tokens_of_its_version(inp
     assert {tokens, *firings.values()} == {0}
 
 
-def test_every_token_is_computed_by_its_own_versions_formulas(inputs: Tensor) -> None:
+@pytest.mark.parametrize("products", PRODUCTS)
+def test_every_token_is_computed_by_its_own_versions_formulas(products: SlotProducts, inputs: Tensor) -> None:
     """A batch of the base and three versions, each with every kind at every layer; all differ from the base."""
     bundles: dict[int, Bundle | None] = {0: None, **{slot: crowded(slot) for slot in (1, 2, 3)}}
     model = TinyModel()
     formula = {slot: by_formula(model, inputs, bundle) for slot, bundle in bundles.items()}
-    edited = edited_model(model, reservation_of(*filter(None, bundles.values())), slots=SLOTS)
+    reservation = reservation_of(*filter(None, bundles.values()))
+    edited = edited_model(model, reservation, slots=SLOTS, products=products)
     for slot, bundle in bundles.items():
         if bundle is not None:
             install(edited, slot, bundle)
@@ -384,7 +395,8 @@ def test_the_norm_is_restored_once_after_all_offsets_that_count(inputs: Tensor) 
     np.testing.assert_allclose(run(model, edited, inputs[:LENGTH]), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_compiler_traces_every_kind_and_scope_in_one_graph(inputs: Tensor) -> None:
+@pytest.mark.parametrize("products", PRODUCTS)
+def test_the_compiler_traces_every_kind_and_scope_in_one_graph(products: SlotProducts, inputs: Tensor) -> None:
     """vLLM compiles the model in one graph: whatever torch cannot trace would end a server's start."""
     pairs, parts = [], Counter[tuple[str, str]]()
     for scope in (Scope(), Scope(phase="prompt")):
@@ -392,7 +404,7 @@ def test_the_compiler_traces_every_kind_and_scope_in_one_graph(inputs: Tensor) -
             parts[edit.site, edit.kind] += 1
             pairs.append((edit.model_copy(update={"scope": scope, "part": parts[edit.site, edit.kind]}), numbers))
     bundle, model = bundle_of(pairs), TinyModel()
-    edited = edited_model(model, reservation_of(bundle), slots=SLOTS)
+    edited = edited_model(model, reservation_of(bundle), slots=SLOTS, products=products)
     install(edited, 1, bundle)
     set_step(edited, [RequestStep(claim_on(edited, 1), TOKENS, 0, TOKENS // 2)])
     calls = Counter[str]()
@@ -404,6 +416,7 @@ def test_the_compiler_traces_every_kind_and_scope_in_one_graph(inputs: Tensor) -
     traced: Any = torch.compile(model, backend=look, fullgraph=True)
     assert torch.equal(traced(inputs), model(inputs))
     assert calls["index_add_"] == 1, "all gates are counted in one operation"
+    assert (calls["vllm_edits.slot_dots.default"] > 0) == (products is not EXPRESSIONS)
 
 
 @pytest.mark.parametrize("pair", FORMS)

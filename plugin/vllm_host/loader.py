@@ -36,6 +36,7 @@ from edit_store.edits import Tensors
 from edit_store.errors import UnsupportedHost
 from plugin import weights_room
 from plugin.checkpoint import Checkpoint
+from plugin.cpu_products import products_for
 from plugin.edited_model import EditedModel, Prepared
 from plugin.host_cache import HostCache, R
 from plugin.patched_weights import Patch, PatchedWeights
@@ -110,13 +111,15 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
         device = next(model.parameters()).device
         plan = Plan.of(reservation, price(base.widths, model_config.dtype, tensor_parallel.size))
         plan.require(settings.slots, free_bytes(vllm_config, device))
-        # The compiled graph depends on what is reserved, so that must be in the compile cache's key.
+        products = products_for(device, model_config.dtype)
+        # The compiled graph depends on what is reserved and who multiplies, so that must be in the compile cache's key.
         vllm_config.additional_config[KEY] = {
             **vllm_config.additional_config[KEY],
             "reserve": reservation.to_settings(),
             "scopes": reservation.scopes,
             **({"weights_reserve": weights_room.to_settings(room)} if room else {}),
         }
+        vllm_config.additional_config["edits_products"] = products.name
         vllm_config.additional_config["edits_plugin_version"] = importlib.metadata.version("vllm-edits")
         edited = EditedModel(
             sites,
@@ -127,6 +130,7 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
             device=device,
             worker=tensor_parallel,
             over_workers=tensor_model_parallel_all_reduce,
+            products=products,
         )
         contain(model)
         EditsWorker.extend(resolve_obj_by_qualname(vllm_config.parallel_config.worker_cls))
