@@ -133,6 +133,11 @@ class Reservation:
         """Whether there is room at the logits, which are computed after the model and for some tokens only."""
         return any(site.point == "logits" for site in self.sites())
 
+    @property
+    def several_ranks(self) -> bool:
+        """Whether there is room for an edit of more than one rank."""
+        return any(room.rank > 1 for room in self.rooms.values())
+
     @classmethod
     def usual(cls, architecture: Architecture, widths: Widths) -> Reservation:
         """For a server that starts with an empty store: rank one of what most methods use, at every layer."""

@@ -128,8 +128,14 @@ def by_formula(model: TinyModel, x: Tensor, bundle: Bundle | None) -> Array:
     return tiny_by_formula(model, x, edits_by_formula(pairs))
 
 
-@pytest.mark.parametrize("more", [False, True], ids=["as needed", "more"])
-@pytest.mark.parametrize("products", PRODUCTS)
+@pytest.mark.parametrize(
+    ("more", "products"),
+    [
+        pytest.param(False, EXPRESSIONS, id="room as needed"),
+        pytest.param(True, EXPRESSIONS, id="room for more"),
+        pytest.param(True, compiled(), id="room for more, compiled"),
+    ],
+)
 @pytest.mark.parametrize("pair", FORMS)
 def test_every_kind_at_every_site_is_its_formula_for_its_own_tokens(
     pair: Any, products: SlotProducts, more: bool, inputs: Tensor

@@ -213,3 +213,10 @@ def test_sites_come_once_in_model_order() -> None:
     order = ["layers.0.resid", "layers.1.mlp.out", "layers.2.attn.z"]
     assert [str(site) for site in reserved_for(EDITS).sites()] == order
     assert [str(site) for site in reserved_for(EDITS[::-1]).sites()] == order
+
+
+def test_several_ranks_are_those_of_one_edit() -> None:
+    assert reserved_for(EDITS).several_ranks
+    assert not reserved_for(
+        [Scale(site="layers.2.attn.z"), LowRank(site="layers.1.mlp.out", reads="layers.1.mlp.h", rank=1)]
+    ).several_ranks

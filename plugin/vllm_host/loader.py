@@ -44,6 +44,7 @@ from plugin.plan import Plan, set_apart
 from plugin.price import price
 from plugin.reading import open_reader
 from plugin.share import Worker
+from plugin.slot_products import EXPRESSIONS
 from plugin.vllm_host import compat
 from plugin.vllm_host.architectures import anchors
 from plugin.vllm_host.containment import contain
@@ -111,7 +112,7 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
         device = next(model.parameters()).device
         plan = Plan.of(reservation, price(base.widths, model_config.dtype, tensor_parallel.size))
         plan.require(settings.slots, free_bytes(vllm_config, device))
-        products = products_for(device, model_config.dtype)
+        products = products_for(device, model_config.dtype) if reservation.several_ranks else EXPRESSIONS
         # The compiled graph depends on what is reserved and who multiplies, so that must be in the compile cache's key.
         vllm_config.additional_config[KEY] = {
             **vllm_config.additional_config[KEY],
