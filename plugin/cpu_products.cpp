@@ -1,8 +1,8 @@
 // The two products of tokens with the vectors of their slots, for a CPU: what `plugin/slot_products.py` says of them.
 //
-// A step of many requests reads the vectors of every slot once, from memory: then a token goes through them alone, in the
-// order in which they lie, and what comes next is prefetched. The tokens of one request lie together, and in a prefill
-// are many: then four of them share what is read and converted, and four ranks at a time share the tokens.
+// A step of many requests reads the vectors of every slot once, from memory: then a token goes through them alone, in
+// the order in which they lie, and what comes next is prefetched. The tokens of one request lie together, and in a
+// prefill are many: then four of them share what is read and converted, and four ranks at a time share the tokens.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -10,6 +10,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -21,11 +22,11 @@ namespace {
 
 using BFloat16 = at::BFloat16;
 
-constexpr int TOGETHER = 4;                  // tokens of one slot that share what is read of it, and ranks that share them
+constexpr int TOGETHER = 4;                  // tokens that share what is read of their slot, ranks that share them
 constexpr int64_t AHEAD = 2048;              // bytes between what is used and what is prefetched
 constexpr int64_t WORTH_A_THREAD = 1 << 16;  // numbers read
 
-// -- registers of numbers, as float32 ---------------------------------------------------------------------------------
+// -- registers of numbers, as float32 --------------------------------------------------------------------------------
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
@@ -76,11 +77,13 @@ struct Products<BFloat16, BFloat16> {  // exact products in pairs, added up in f
         std::memcpy(&values, from, sizeof values);
         return values;
     }
-    static Floats add(Floats sums, __m512bh x, __m512bh read) { return (Floats)_mm512_dpbf16_ps((__m512)sums, x, read); }
+    static Floats add(Floats sums, __m512bh x, __m512bh read) {
+        return (Floats)_mm512_dpbf16_ps((__m512)sums, x, read);
+    }
 };
 #endif
 
-// -- the vectors of a slot, [ranks, width], and those that the next token will want -------------------------------------
+// -- the vectors of a slot, [ranks, width], and those that the next token will want ----------------------------------
 
 template <class N>
 struct Vectors {
@@ -96,60 +99,54 @@ struct Vectors {
     }
 };
 
-// -- read[k] . x[t] -----------------------------------------------------------------------------------------------------
+// -- read[k] . x[t] --------------------------------------------------------------------------------------------------
 
-template <class X, class R>
-void dots_alone(const X* x, const Vectors<R>& read, float* out) {
+// For TOKENS from x on and RANKS from k on. Every sum is made in one order, whoever shares the tokens and ranks.
+template <int TOKENS, int RANKS, class X, class R>
+void dots(const X* x, int64_t stride, const Vectors<R>& read, int64_t k, float* out) {
     using Product = Products<X, R>;
-    constexpr int WAYS = 4, NUMBERS = Product::NUMBERS;  // one sum would wait for itself
-    for (int64_t k = 0; k < read.ranks; k++) {
-        const R *direction = read.of(k), *ahead = read.ahead(k);
-        Floats sums[WAYS] = {};
-        int64_t i = 0;
-        for (; i + WAYS * NUMBERS <= read.width; i += WAYS * NUMBERS) {
-            for (int way = 0; way < WAYS; way++) {
-                int64_t at = i + way * NUMBERS;
-                __builtin_prefetch(ahead + at);
-                sums[way] = Product::add(sums[way], Product::take(x + at), Product::take(direction + at));
-            }
-        }
-        for (; i + NUMBERS <= read.width; i += NUMBERS)
-            sums[0] = Product::add(sums[0], Product::take(x + i), Product::take(direction + i));
-        out[k] = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-        for (; i < read.width; i++) out[k] += float(x[i]) * float(direction[i]);
+    const R *directions[RANKS], *ahead[RANKS];
+    for (int rank = 0; rank < RANKS; rank++) {
+        directions[rank] = read.of(k + rank);
+        ahead[rank] = read.ahead(k + rank, RANKS);
     }
-}
-
-template <int RANKS, class X, class R>
-void dots_together(const X* x, int64_t stride, const R* read, int64_t width, float* out, int64_t ranks) {
-    using Product = Products<X, R>;
-    Floats sums[TOGETHER][RANKS] = {};
+    Floats sums[TOKENS][RANKS] = {};
     int64_t i = 0;
-    for (; i + Product::NUMBERS <= width; i += Product::NUMBERS) {
-        for (int k = 0; k < RANKS; k++) {
-            auto direction = Product::take(read + k * width + i);
-            for (int t = 0; t < TOGETHER; t++)
-                sums[t][k] = Product::add(sums[t][k], Product::take(x + t * stride + i), direction);
+    for (; i + Product::NUMBERS <= read.width; i += Product::NUMBERS) {
+        for (int rank = 0; rank < RANKS; rank++) {
+            if (TOKENS == 1) __builtin_prefetch(ahead[rank] + i);
+            auto direction = Product::take(directions[rank] + i);
+            for (int t = 0; t < TOKENS; t++)
+                sums[t][rank] = Product::add(sums[t][rank], Product::take(x + t * stride + i), direction);
         }
     }
-    for (int t = 0; t < TOGETHER; t++) {
-        for (int k = 0; k < RANKS; k++) {
-            float product = sum(sums[t][k]);
-            for (int64_t j = i; j < width; j++) product += float(x[t * stride + j]) * float(read[k * width + j]);
-            out[t * ranks + k] = product;
+    for (int t = 0; t < TOKENS; t++) {
+        for (int rank = 0; rank < RANKS; rank++) {
+            float product = sum(sums[t][rank]);
+            for (int64_t rest = i; rest < read.width; rest++)
+                product = std::fma(float(x[t * stride + rest]), float(directions[rank][rest]), product);
+            out[t * read.ranks + k + rank] = product;
         }
     }
 }
 
-template <class X, class R>
-void dots_together(const X* x, int64_t stride, const Vectors<R>& read, float* out) {
+template <int TOKENS, class X, class R>
+void dots(const X* x, int64_t stride, const Vectors<R>& read, float* out) {
+    constexpr int RANKS = TOKENS == 1 ? 1 : TOGETHER;  // a token that is alone keeps to the order of memory
     int64_t k = 0;
-    for (; k + TOGETHER <= read.ranks; k += TOGETHER)
-        dots_together<TOGETHER>(x, stride, read.of(k), read.width, out + k, read.ranks);
-    for (; k < read.ranks; k++) dots_together<1>(x, stride, read.of(k), read.width, out + k, read.ranks);
+    for (; k + RANKS <= read.ranks; k += RANKS) dots<TOKENS, RANKS>(x, stride, read, k, out);
+    for (; k < read.ranks; k++) dots<TOKENS, 1>(x, stride, read, k, out);
 }
 
-// -- sum_k strengths[t, k] write[k] -------------------------------------------------------------------------------------
+// -- sum_k strengths[t, k] write[k] ----------------------------------------------------------------------------------
+
+template <class W>  // what does not fill a register
+void combine_rest(const float* strengths, const Vectors<W>& write, float* out) {
+    for (int64_t o = write.width / LANES * LANES; o < write.width; o++) {
+        out[o] = 0;
+        for (int64_t k = 0; k < write.ranks; k++) out[o] = std::fma(strengths[k], float(write.of(k)[o]), out[o]);
+    }
+}
 
 template <int RANKS, class W>
 void combine_alone(const float* strengths, const Vectors<W>& write, int64_t k, float* out) {
@@ -158,19 +155,13 @@ void combine_alone(const float* strengths, const Vectors<W>& write, int64_t k, f
         directions[rank] = write.of(k + rank);
         ahead[rank] = write.ahead(k + rank, RANKS);
     }
-    int64_t o = 0;
-    for (; o + LANES <= write.width; o += LANES) {
+    for (int64_t o = 0; o + LANES <= write.width; o += LANES) {
         Floats sums = k == 0 ? Floats{} : load(out + o);
         for (int rank = 0; rank < RANKS; rank++) {
             __builtin_prefetch(ahead[rank] + o);
             sums += strengths[k + rank] * load(directions[rank] + o);
         }
         store(out + o, sums);
-    }
-    for (; o < write.width; o++) {
-        float total = k == 0 ? 0 : out[o];
-        for (int rank = 0; rank < RANKS; rank++) total += strengths[k + rank] * float(directions[rank][o]);
-        out[o] = total;
     }
 }
 
@@ -179,12 +170,12 @@ void combine_alone(const float* strengths, const Vectors<W>& write, float* out) 
     int64_t k = 0;
     for (; k + TOGETHER <= write.ranks; k += TOGETHER) combine_alone<TOGETHER>(strengths, write, k, out);
     for (; k < write.ranks; k++) combine_alone<1>(strengths, write, k, out);
+    combine_rest(strengths, write, out);
 }
 
 template <class W>
 void combine_together(const float* strengths, const Vectors<W>& write, float* out) {
-    int64_t o = 0;
-    for (; o + LANES <= write.width; o += LANES) {
+    for (int64_t o = 0; o + LANES <= write.width; o += LANES) {
         Floats sums[TOGETHER] = {};
         for (int64_t k = 0; k < write.ranks; k++) {
             Floats direction = load(write.of(k) + o);
@@ -192,20 +183,13 @@ void combine_together(const float* strengths, const Vectors<W>& write, float* ou
         }
         for (int t = 0; t < TOGETHER; t++) store(out + t * write.width + o, sums[t]);
     }
-    for (int t = 0; t < TOGETHER; t++) {
-        for (int64_t rest = o; rest < write.width; rest++) {
-            float total = 0;
-            for (int64_t k = 0; k < write.ranks; k++)
-                total += strengths[t * write.ranks + k] * float(write.of(k)[rest]);
-            out[t * write.width + rest] = total;
-        }
-    }
+    for (int t = 0; t < TOGETHER; t++) combine_rest(strengths + t * write.ranks, write, out + t * write.width);
 }
 
-// -- over the tokens of a step ------------------------------------------------------------------------------------------
+// -- over the tokens of a step ---------------------------------------------------------------------------------------
 
-// alone(t, its vectors) and together(t, the vectors of TOGETHER tokens from t on) for all that have edits, and zeros for
-// those of the base model.
+// alone(t, its vectors) and together(t, the vectors of TOGETHER tokens from t on) for all that have edits, and zeros
+// for those of the base model.
 template <class N, class Alone, class Together>
 void by_slot(const at::Tensor& slots, const N* first, const at::Tensor& vectors, float* out, int64_t out_width,
              Alone&& alone, Together&& together) {
@@ -250,17 +234,19 @@ at::Tensor slot_dots(const at::Tensor& x, const at::Tensor& read, const at::Tens
     check(read, x, slots);
     TORCH_CHECK(x.size(1) == read.size(2), "vectors of ", read.size(2), " numbers cannot read ", x.size(1));
     int64_t ranks = read.size(1), stride = x.stride(0);
-    at::Tensor dots = at::empty({x.size(0), ranks}, x.options().dtype(at::kFloat));
-    float* out = dots.mutable_data_ptr<float>();
+    at::Tensor products = at::empty({x.size(0), ranks}, x.options().dtype(at::kFloat));
+    float* out = products.mutable_data_ptr<float>();
     with_numbers(x, [&](auto* tokens) {
         with_numbers(read, [&](auto* numbers) {
             by_slot(
                 slots, numbers, read, out, ranks,
-                [&](int64_t t, auto&& vectors) { dots_alone(tokens + t * stride, vectors, out + t * ranks); },
-                [&](int64_t t, auto&& vectors) { dots_together(tokens + t * stride, stride, vectors, out + t * ranks); });
+                [&](int64_t t, auto&& vectors) { dots<1>(tokens + t * stride, stride, vectors, out + t * ranks); },
+                [&](int64_t t, auto&& vectors) {
+                    dots<TOGETHER>(tokens + t * stride, stride, vectors, out + t * ranks);
+                });
         });
     });
-    return dots;
+    return products;
 }
 
 at::Tensor slot_combine(const at::Tensor& strengths, const at::Tensor& write, const at::Tensor& slots) {

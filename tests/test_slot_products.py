@@ -80,6 +80,21 @@ def test_a_long_step_is_divided_among_threads() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_gets_the_same_bits_in_any_company(dtype: torch.dtype) -> None:
+    """Alone, among others of its slot, or beside other slots: an answer does not depend on who else is in the batch."""
+    random = torch.Generator().manual_seed(2)
+    x = torch.randn(11, 203, generator=random).to(dtype)
+    vectors, strengths = rows_of(3, 7, 203, dtype, random), torch.randn(11, 7, generator=random)
+    for company in ([1] * 11, [1, 2] * 5 + [1], [1, 1, 1, 1, 1, 0, 2, 2, 2, 2, 1]):
+        slots = torch.tensor(company, dtype=torch.int32)
+        dots, sums = compiled().dots(x, vectors, slots), compiled().combine(strengths, vectors, slots)
+        for token in range(11):
+            one = slice(token, token + 1)
+            assert torch.equal(dots[one], compiled().dots(x[one], vectors, slots[one]))
+            assert torch.equal(sums[one], compiled().combine(strengths[one], vectors, slots[one]))
+
+
 def test_what_a_base_token_holds_does_not_matter() -> None:
     """Infinity times the zeros of slot 0 would be NaN."""
     slots = torch.tensor([0, 1], dtype=torch.int32)
