@@ -89,7 +89,7 @@ def _take(answer: Answer, line: str) -> None:
 
 
 def complete(
-    url: str, model: str, prompt: str | list[int], max_tokens: int = 1, *, headers: dict[str, str] | None = None,
+    url: str, model: str, prompt: str | list[str] | list[int], max_tokens: int = 1, *, headers: dict[str, str] | None = None,
     **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """One plain completion; raises on an error status."""
