@@ -89,10 +89,10 @@ def _take(answer: Answer, line: str) -> None:
 
 
 def complete(
-    url: str, model: str, prompt: str | list[str] | list[int], max_tokens: int = 1, *, headers: dict[str, str] | None = None,
-    **options: Any,
+    url: str, model: str, prompt: str | list[str] | list[int], max_tokens: int = 1, *,
+    headers: dict[str, str] | None = None, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """One plain completion; raises on an error status."""
+    """One plain completion, of one prompt or of several; raises on an error status."""
     body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **options}
     response = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=300)
     response.raise_for_status()
