@@ -36,7 +36,7 @@ from loadtests.shapes import SHAPES, ensure_shape
 WORK = Path(".cache/bench")  # always the same paths: the store's is part of the compile cache's key
 BUSY = 0.5  # one-minute load above which something else is running
 BATCHES = {False: (1, 8, 64), True: (1, 8, 64, 256)}
-"""how many requests at once, on a CPU and on a GPU"""
+"""How many requests at once, on a CPU and on a GPU."""
 console = Console(stderr=True, highlight=False)
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -87,6 +87,16 @@ def main(
     ] = False,
     rounds: Annotated[int, typer.Option(min=3, help="rounds that count; each runs every side once")] = 16,
     swaps: Annotated[int, typer.Option(min=3, help="swaps to measure")] = 15,
+    batches: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--batch",
+            min=1,
+            max=bench_experiments.MAX_MODEL_LEN,
+            help="requests at once, given again for each further size; distinct takes the largest",
+            show_default="1, 8 and 64, on a GPU also 256",
+        ),
+    ] = None,
     threads: Annotated[
         int, typer.Option(min=0, help="cores of each engine; 0: all but one, as vLLM's own server takes on a CPU")
     ] = 0,
@@ -117,8 +127,8 @@ def main(
     version, and the longest time between two tokens with and without a swap.
 
     [bold]idle, distinct, kinds, alternatives.[/bold] Only when asked for, as `--only idle`: the plugin left on, at
-    batch 1, 8 and 64; 64 requests on up to 64 versions, of ranks 1, 4 and 16; each kind of edit at every layer; LoRA
-    and an edited checkpoint beside rank one at every layer.
+    batch 1, 8 and 64; 64 requests on up to 64 versions, of ranks 1, 4 and 16 (or as many as the largest `--batch`);
+    each kind of edit at every layer; LoRA and an edited checkpoint beside rank one at every layer.
 
     [bold]endurance.[/bold] A thousand swaps in a row under load: what grows. [bold]paging.[/bold] A thousand variants
     and 64 slots: what a version that is not on the device costs, and how often that happens. [bold]traffic.[/bold]
@@ -150,7 +160,7 @@ def main(
             inputs = Inputs.prepare(checkpoint, WORK / checkpoint.name)
             progress.remove_task(task)
             run = Run(
-                inputs, dtype or native_dtype(), cores_for(threads), BATCHES[bool(gpu())], progress,
+                inputs, dtype or native_dtype(), cores_for(threads), sorted(batches or BATCHES[bool(gpu())]), progress,
                 rounds=rounds, swaps=swaps, quick=quick, once=once,
             )  # fmt: skip
             for part in parts or USUAL:

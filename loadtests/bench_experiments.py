@@ -96,11 +96,11 @@ class Engines:
 
 
 def batch(requests: int) -> list[Phase]:
-    """Decoding and prefill of that many requests at once, the prefill in one step."""
-    tokens = 16 if requests > 16 else 64
+    """Decoding and prefill of that many requests at once, the prefill of each in one step."""
+    room, tokens = MAX_MODEL_LEN // requests, 16 if requests > 16 else 64
     return [
-        Phase(f"decode x{requests}", requests, 16, tokens),
-        Phase(f"prefill x{requests}", requests, min(256, MAX_MODEL_LEN // requests)),
+        Phase(f"decode x{requests}", requests, min(16, room), tokens),
+        Phase(f"prefill x{requests}", requests, min(256, room)),
     ]
 
 

@@ -26,7 +26,9 @@ PARTS: Mapping[str, Callable[[str], Any]] = {
     "compiled loops": re.compile(r"cpp_fused|triton_").search,
     "products": re.compile(r"onednn_mm|aten::(add|b)?mm$|gemm|cutlass", re.IGNORECASE).search,
     "attention": re.compile(r"attn|attention|kv_cache|flash", re.IGNORECASE).search,
+    "edits in C++": re.compile(r"vllm_edits::").search,
     "graph's inputs": re.compile(r"Pregraph bytecode").search,
+    "graph's Python": re.compile(r"Call CompiledFxGraph").search,
     "rest": lambda _: True,
 }
 """What a call belongs to, by torch's name for it: the first that knows it."""
@@ -46,19 +48,25 @@ class ProfilePlan:
 
 
 def measure_profile(run: Run) -> Measured:
-    """One request with everything reserved, and many on as many versions of a larger rank."""
+    """One request with everything reserved, and many on as many versions of all kinds and of a larger rank."""
     plan, progress = ProfilePlan(run.dtype, **({"turns": 1} if run.quick else {})), run.progress
     engines = Engines.of(run, lambda _: None, EVERY_LOOP)
     plain = engines.plain()["plain"].engine
-    reserved, _ = engines.edited(run.inputs.everywhere(SERVED_PER_REQUEST), "profiled_all", 1)
+    reserved, mixed = engines.edited(run.inputs.everywhere(SERVED_PER_REQUEST), "profiled_all", plan.many)
     ranked, names = engines.edited(run.inputs.everywhere(["low_rank"], plan.rank), "profiled_rank", plan.many)
+    alone = Side("vLLM without the plugin", plain, [None])
+    nobody = Side("every kind reserved at every layer, no edited request", reserved, [None])
+    everybody = Side("every kind at every layer, each request on its own version", reserved, mixed)
+    base = Side(f"rank {plan.rank} reserved at every layer, no edited request", ranked, [None])
+    one = Side(f"rank {plan.rank} at every layer, all requests on one version", ranked, names[:1])
+    distinct = Side("the same, each request on its own version", ranked, names)
     sides = {
-        "plain x1": (Side("vLLM without the plugin", plain, [None]), 1),
-        "reserved x1": (Side("every kind reserved at every layer, no edited request", reserved, [None]), 1),
-        f"base x{plan.many}": (Side(f"rank {plan.rank} at every layer, no edited request", ranked, [None]), plan.many),
-        "one version": (Side("the same, all requests on one version", ranked, names[:1]), plan.many),
-        "distinct": (Side("the same, each request on its own version", ranked, names), plan.many),
-    }
+        "plain x1": (alone, 1), "reserved x1": (nobody, 1),
+        f"plain x{plan.many}": (alone, plan.many), f"reserved x{plan.many}": (nobody, plan.many),
+        f"all kinds x{plan.many}": (everybody, plan.many),
+        "rank reserved": (base, plan.many), "rank, one version": (one, plan.many),
+        "rank, distinct": (distinct, plan.many),
+    }  # fmt: skip
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     with ExitStack() as running:
         task = progress.add_task("starting engines (a first start compiles for minutes)", total=plan.turns * len(sides))

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import CliRunner
 
-from loadtests.bench import app
+from loadtests.bench import BATCHES, app
 from loadtests.bench_endurance import EndurancePlan, Look, summarise
+from loadtests.bench_experiments import MAX_MODEL_LEN, batch
 from loadtests.bench_guesses import GUESSED, KEPT
 from loadtests.bench_guesses import summarise as guesses
 from loadtests.bench_launches import LaunchPlan
@@ -104,6 +105,12 @@ def test_decode_over_several_prefill_steps_is_refused() -> None:
     """Its seconds would hold some prefill."""
     with pytest.raises(ValueError, match="one step"):
         decode_rate([times(0, 1.0, 2.0), times(0, 1.1, 2.0)])
+
+
+@pytest.mark.parametrize("requests", sorted({*BATCHES[False], *BATCHES[True]}))
+def test_every_batch_is_prefilled_in_one_step(requests: int) -> None:
+    assert [phase.requests for phase in batch(requests)] == [requests] * 2
+    assert all(0 < requests * phase.prompt_tokens <= MAX_MODEL_LEN for phase in batch(requests))
 
 
 @pytest.mark.parametrize(
@@ -214,9 +221,11 @@ def test_what_a_step_takes_is_told_by_part() -> None:
     """Of two runs, what both have once falls out; four steps differ."""
     few = {"CPU _C::onednn_mm": (10, 100.0), "CPU Pregraph bytecode": (4, 8.0), "CPU aten::item": (1, 50.0)}
     many = {"CPU _C::onednn_mm": (20, 300.0), "CPU Pregraph bytecode": (8, 16.0), "CPU aten::item": (1, 50.0),
-            "CPU graph_0_cpp_fused_onednn_mm_add_3": (4, 40.0), "CPU vllm::unified_attention": (4, 4.0)}  # fmt: skip
+            "CPU graph_0_cpp_fused_onednn_mm_add_3": (4, 40.0), "CPU vllm::unified_attention": (4, 4.0),
+            "CPU ## Call CompiledFxGraph fx ##": (4, 12.0), "CPU vllm_edits::combine_": (4, 8.0)}  # fmt: skip
     assert parts(few, many, 4) == {
-        "products": 50, "attention": 1, "compiled loops": 10, "graph's inputs": 2, "rest": 0,
+        "products": 50, "attention": 1, "compiled loops": 10, "edits in C++": 2, "graph's inputs": 2,
+        "graph's Python": 3, "rest": 0,
     }  # fmt: skip
 
 
