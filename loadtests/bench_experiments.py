@@ -14,10 +14,11 @@ from loadtests.bench_rounds import Experiment, Phase, Side, rates_by_round
 from loadtests.bench_run import Measured, Run
 from loadtests.bench_sides import Engine
 from loadtests.bench_swap import IN_WEIGHTS
+from loadtests.record import gpu
 
 MAX_MODEL_LEN = 2048
-KV_BLOCK_TOKENS = 128
-"""the largest block that vLLM gives a request at once, on a CPU"""
+LARGEST_BLOCK = {False: 128, True: 64}
+"""Tokens of KV cache that vLLM gives a request at once, on a CPU and on a GPU: as many as a short request fills."""
 PLAIN = ("plain", "plain again")
 IDLE, DECODE, PREFILL, HIGH_RANK, CHECKPOINT, OF_LORA = 0.99, 0.97, 0.95, 0.93, 0.98, 3.0
 """The least that is asked for, relative to the other side."""
@@ -81,7 +82,8 @@ class Engines:
 
     def _kv_cache_bytes(self) -> int:
         """Room for the largest batch of short requests, or one prompt of the greatest length."""
-        tokens, widths = MAX_MODEL_LEN + KV_BLOCK_TOKENS * max(self.batches), self.inputs.base.widths
+        widths = self.inputs.base.widths
+        tokens = MAX_MODEL_LEN + LARGEST_BLOCK[bool(gpu())] * max(self.batches)
         return tokens * 2 * widths.layers * widths.kv_heads * widths.head_dim * (4 if self.dtype == "float32" else 2)
 
     def _engine(self, inputs: Inputs, label: str, extra: Mapping[str, Any], **options: Any) -> Engine:
