@@ -19,10 +19,11 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
+from unittest import mock
 
 import httpx
 import numpy as np
@@ -44,12 +45,14 @@ from edit_store.architectures import supported
 from edit_store.errors import UnsupportedHost
 from edit_store.scope import Scope
 from loadtests.metrics import Metrics
+from loadtests.record import gpu
 from loadtests.server import Server
 from plugin.weight_form import formless
 from tests.conftest import bundle_of
 from tests.parity import Answer, Pair, cores_apart, in_a_process_of_its_own, random_numbers
 from tests.quantised import Scheme, quantise
 from tests.tiny_models import VOCABULARY, make_tiny
+from tests.v2_runner import V2_ON_A_CPU
 
 TABLE = Path(__file__).with_name("CONFIGURATIONS.md")
 MODEL = "LlamaForCausalLM"
@@ -76,12 +79,19 @@ class Way:
     """whether it belongs to the quick tests"""
     needs: str = ""
     """what the CPU must have, as the kernel calls it"""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """of its processes, besides"""
     untested: str = ""
     """why nobody knows"""
 
     @property
     def dtype(self) -> str:
         return str(self.arguments.get("dtype", "float32"))
+
+    @property
+    def runner(self) -> str:
+        """vLLM's model runner."""
+        return "V2" if gpu() or self.environment else "V1"
 
     @property
     def rounds_activations(self) -> bool:
@@ -123,9 +133,14 @@ WAYS: dict[str, Way] = {
     "a draft model": Way({"speculative_config": {"model": "", "num_speculative_tokens": 2}}),
     "8-bit weights and activations (compressed-tensors)": Way(quantised="int8", quick=True),
     "4-bit weights (compressed-tensors), AVX-512": Way({"dtype": "bfloat16"}, quantised="int4", needs="avx512f"),
-    "a GPU: V2 runner, CUDA graphs": Way(untested="no GPU was at hand; `make test-gpu` runs it"),
+    "a GPU: CUDA graphs": Way(untested="no GPU was at hand; `make test-gpu` runs it"),
 }
 """By what the table calls them. An empty model of a draft is the model itself."""
+
+_ON_V2 = ("compiled", "bfloat16", "prefix caching", "chunked prefill, 16 tokens a step", "asynchronous scheduling",
+          "n-gram speculative decoding", "several answers (n = 3)", "tensor parallel",
+          "data parallel, behind two API server processes", "a draft model")  # fmt: skip
+WAYS |= {f"V2 runner: {name}": replace(WAYS[name], environment=V2_ON_A_CPU, quick=name == "compiled") for name in _ON_V2}
 
 
 @dataclass(frozen=True)
@@ -177,7 +192,10 @@ def run(way: Way, folder: Path) -> Outcome:
     errors, refused = dict[str, float](), dict[str, str]()
     for mode, chosen in by_mode.items():
         bundles = [bundle_of(f"edit-{number}", base, [pair]) for number, pair in enumerate(chosen)]
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=in_a_process_of_its_own) as pool:
+        with (
+            mock.patch.dict(os.environ, way.environment),
+            ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=in_a_process_of_its_own) as pool,
+        ):
             answers = pool.submit(_serve, model, folder / mode, prompt, bundles, way=way, mode=mode).result()
         if isinstance(answers, str):
             refused[mode] = answers
@@ -241,7 +259,7 @@ class _Offline:
 
         from plugin.offline import Variants
 
-        self._guesses = "speculative_config" in arguments
+        self._guesses, self._runner = "speculative_config" in arguments, way.runner
         self._llm = LLM(str(model), **arguments)
         self._variants = Variants(self._llm)
         usual = {"max_tokens": NEW_TOKENS, "temperature": 0, "logprobs": TOLD, "detokenize": False, "ignore_eos": True}
@@ -258,7 +276,9 @@ class _Offline:
         self._variants.sync()
 
     def require_in_use(self) -> None:
-        """Guesses were made, and some were right."""
+        """Guesses were made, and some were right; and the tokens are from that runner."""
+        if self._llm.collective_rpc("edits_attach")[0]["runner"] != self._runner:
+            raise RuntimeError(f"the runner is not {self._runner}: nothing was compared")
         counted = {metric.name: metric.value for metric in self._llm.get_metrics() if hasattr(metric, "value")}
         if self._guesses and not counted.get("vllm:spec_decode_num_accepted_tokens"):
             raise RuntimeError(f"no guess was accepted: nothing was compared; counted {sorted(counted)}")
@@ -287,8 +307,8 @@ def _offline(model: Path, settings: dict[str, Any], way: Way) -> Iterator[Host]:
 class _Server:
     """A real server, asked for tokens by tokens."""
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
+    def __init__(self, server: Server, way: Way) -> None:
+        self._server, self._runner = server, way.runner
 
     def says(self, prompt: list[int], names: Sequence[str | None]) -> list[list[Answer]]:
         def ask(name: str | None) -> list[Answer]:
@@ -311,7 +331,9 @@ class _Server:
         httpx.post(f"{self._server.url}/v1/edits/sync", timeout=60).raise_for_status()
 
     def require_in_use(self) -> None:
-        """Every engine has computed tokens."""
+        """Every engine has computed tokens, on that runner."""
+        if f"runner {self._runner}," not in self._server.log_text():
+            raise RuntimeError(f"the runner is not {self._runner}: nothing was compared")
         by_engine = Metrics.of(self._server.url).by("vllm:generation_tokens_total", "engine")
         if len(by_engine) < 2 or not all(by_engine.values()):
             raise RuntimeError(f"not every engine was asked: nothing was compared; tokens by engine {by_engine}")
@@ -329,7 +351,7 @@ def _server(model: Path, settings: dict[str, Any], way: Way) -> Iterator[Host]:
     environment = {"VLLM_CPU_OMP_THREADS_BIND": cores_apart(workers)}
     log = store.with_suffix(".log")
     with Server.with_edits(model, store, log, *flags, settings=chosen, environment=environment) as server:
-        yield _Server(server)
+        yield _Server(server, way)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,17 +19,22 @@ from tests.parity import random_numbers
 
 def config(**changes: Any) -> Any:
     """As much of vLLM's config as is looked at: the usual way of running, but for these; `a__b` is b of a."""
-    sizes = dict.fromkeys(("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"), 1)
+    sizes = ("tensor", "pipeline", "data", "prefill_context", "decode_context")
     made = SimpleNamespace(
         parallel_config=SimpleNamespace(
-            **sizes, enable_expert_parallel=False, data_parallel_external_lb=False, data_parallel_hybrid_lb=False
+            **{f"{size}_parallel_size": 1 for size in sizes},
+            enable_expert_parallel=False, data_parallel_external_lb=False, data_parallel_hybrid_lb=False,
+            use_ubatching=False,
         ),
         model_config=SimpleNamespace(enable_sleep_mode=False),
+        cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
+        compilation_config=SimpleNamespace(pass_config=SimpleNamespace()),
         lora_config=None, speculative_config=None, quant_config=None, weight_transfer_config=None,
+        kv_transfer_config=None,
     )  # fmt: skip
     for path, value in changes.items():
-        *owner, name = path.split("__", 1)
-        setattr(getattr(made, owner[0]) if owner else made, name, value)
+        *owners, name = path.split("__")
+        setattr(reduce(getattr, owners, made), name, value)
     return made
 
 
@@ -43,7 +49,18 @@ def config(**changes: Any) -> Any:
         ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallel size 2; start with 1"),
         ({"parallel_config__data_parallel_size": 4}, None),
         ({"parallel_config__data_parallel_external_lb": True}, "start each as a server of its own"),
-        ({"parallel_config___api_process_count": 2}, None),
+        ({"parallel_config__api_process_count": 2}, None),
+        ({"parallel_config__use_ubatching": True}, "start without --enable-dbo"),
+        ({"parallel_config__prefill_context_parallel_size": 2}, "start without --prefill- and --decode-context"),
+        ({"parallel_config__decode_context_parallel_size": 2}, "start without --prefill- and --decode-context"),
+        ({"kv_transfer_config": object()}, "start without --kv-transfer-config"),
+        ({"cache_config__kv_sharing_fast_prefill": True}, "start without --kv-sharing-fast-prefill"),
+        ({"compilation_config__pass_config__enable_sp": True}, "start without enable_sp"),
+        ({"compilation_config__pass_config__enable_sp": False}, None),
+        (
+            {"speculative_config": SimpleNamespace(method="draft_model", enable_adaptive_verification=True)},
+            "start without enable_adaptive_verification",
+        ),
         ({"lora_config": object()}, "start without --enable-lora"),
         ({"speculative_config": SimpleNamespace(method="eagle")}, "speculative decoding by 'eagle'"),
         ({"speculative_config": SimpleNamespace(method="ngram")}, None),

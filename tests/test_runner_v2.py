@@ -21,6 +21,11 @@ from tests.parity import random_numbers
 from tests.test_edited_model import install
 
 
+def runner_knows(*names: str) -> Any:
+    """The runner's own state of so many requests."""
+    return SimpleNamespace(req_id_to_index={name: index for index, name in enumerate(names)})
+
+
 class ModelState:
     """As much of vLLM's as the seam touches; what it was told is kept."""
 
@@ -68,16 +73,17 @@ def test_slots_and_weights_follow_the_runners_batches(edited: EditedModel) -> No
     """And vLLM's own state is told of everything, and its inputs are what the runner gets."""
     told: list[str] = []
     state: Any = with_token_slots(ModelState, SimpleNamespace(edited=edited))(told)  # type: ignore[arg-type]
+    known = runner_knows("plain", "late")
     state.add_request(0, request("plain", None, 3))
     state.add_request(1, request("late", [1, edited.held[1], 0.5], 2))
-    assert state.prepare_inputs(batch(("plain", 3, 0), ("late", 2, 0)), None) == "inputs"
+    assert state.prepare_inputs(batch(("plain", 3, 0), ("late", 2, 0)), known) == "inputs"
     assert edited.step.slots[:6].tolist() == [0, 0, 0, 1, 1, 0]
     assert edited.step.weights[1, 3:5].tolist() == [0, 0], "its prompt"
-    state.prepare_inputs(batch(("late", 1, 2), ("plain", 1, 3)), None)
+    state.prepare_inputs(batch(("late", 1, 2), ("plain", 1, 3)), known)
     assert edited.step.slots[:5].tolist() == [1, 0, 0, 0, 0]
     assert edited.step.weights[1, 0] == 0.5
     state.remove_request("late")
-    state.prepare_inputs(batch(("plain", 1, 4)), None)
+    state.prepare_inputs(batch(("plain", 1, 4)), runner_knows("plain"))
     assert not edited.step.slots.any()
     assert told == ["add plain at 0", "add late at 1", "prepare", "prepare", "remove late", "prepare"]
 
@@ -86,7 +92,18 @@ def test_a_request_that_the_state_was_not_told_of_stops_the_step(edited: EditedM
     """Rather than being served by the base model."""
     state: Any = with_token_slots(ModelState, SimpleNamespace(edited=edited))([])  # type: ignore[arg-type]
     with pytest.raises(KeyError):
-        state.prepare_inputs(batch(("stranger", 1, 0)), None)
+        state.prepare_inputs(batch(("stranger", 1, 0)), runner_knows("stranger"))
+
+
+def test_what_the_runner_makes_up_is_nobodys(edited: EditedModel) -> None:
+    """It profiles and warms up with requests that it was never given, also while no weights are the base's."""
+    state: Any = with_token_slots(ModelState, SimpleNamespace(edited=edited))([])  # type: ignore[arg-type]
+    state.add_request(0, request("late", [1, edited.held[1], 1.0], 2))
+    state.prepare_inputs(batch(("late", 2, 0)), runner_knows("late"))
+    assert edited.step.slots[:2].tolist() == [1, 1]
+    edited.weights_hold("a version", besides=False)
+    state.prepare_inputs(batch(("req_0_made_up", 8, 0)), runner_knows("late"))
+    assert not edited.step.slots.any()
 
 
 def test_edits_at_logits_are_refused() -> None:

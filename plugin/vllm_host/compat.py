@@ -64,6 +64,10 @@ def _unproven_processes(parallel: Any) -> Iterator[str]:
         yield "engines of one data-parallel group behind several servers; start each as a server of its own"
     if parallel.tensor_parallel_size > 1 and parallel.enable_expert_parallel:
         yield "experts divided among workers; start without --enable-expert-parallel"
+    if parallel.use_ubatching:  # the second part would read the slots of the first
+        yield "a batch that is computed in parts; start without --enable-dbo and --ubatch-size"
+    if parallel.prefill_context_parallel_size > 1 or parallel.decode_context_parallel_size > 1:
+        yield "a request's tokens divided among workers; start without --prefill- and --decode-context-parallel-size"
 
 
 def _unproven_models(config: Any) -> Iterator[str]:
@@ -76,6 +80,17 @@ def _unproven_models(config: Any) -> Iterator[str]:
             f"speculative decoding by {speculative.method!r}; use {' or '.join(GUESSING)}, or start without "
             "--speculative-config"
         )
+    if getattr(speculative, "enable_adaptive_verification", False):
+        yield (
+            "guesses whose number only the device knows; start without enable_adaptive_verification in "
+            "--speculative-config"
+        )
+    if config.kv_transfer_config is not None:
+        yield "a KV cache that other engines share or keep; start without --kv-transfer-config and --kv-offloading-size"
+    if config.cache_config.kv_sharing_fast_prefill:
+        yield "layers that see a part of a prompt only; start without --kv-sharing-fast-prefill"
+    if getattr(config.compilation_config.pass_config, "enable_sp", False):  # off by default, and gone in vLLM 0.33
+        yield "activations divided by tokens among workers; start without enable_sp in --compilation-config"
     if config.model_config.enable_sleep_mode:
         yield "sleep mode, which may drop what the slots hold; start without --enable-sleep-mode"
     if getattr(config, "weight_transfer_config", None) is not None:

@@ -67,8 +67,12 @@ def with_token_slots(base: Any, loaded: LoadedEdits) -> type:
             self._requests.pop(req_id, None)
 
         def prepare_inputs(self, input_batch: Any, req_states: Any) -> Any:
-            # A request the state was never told of is a broken seam: KeyError stops the step, the base is not served.
-            requests = [self._requests[request_id] for request_id in input_batch.req_ids]
+            known, requests = req_states.req_id_to_index, list[_Request]()
+            # Of requests that the runner itself does not know it makes up a batch, to profile and to warm up with: its
+            # tokens are nobody's. One that it knows and the state was never told of is a broken seam: KeyError stops
+            # the step, the base is not served.
+            if any(request_id in known for request_id in input_batch.req_ids):
+                requests = [self._requests[request_id] for request_id in input_batch.req_ids]
 
             def extents() -> Extents:
                 return Extents(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from loadtests.record import gpu
 from loadtests.server import Server
 from tests.conftest import KINDS, base_of, bundle_of, publish, random_bundle, random_pairs
 from tests.parity import cores_apart
+from tests.v2_runner import V2_ON_A_CPU
 
 
 def needs_devices(count: int) -> pytest.MarkDecorator:
@@ -49,6 +50,8 @@ class Serving:
     signer: SigningKey
     exposures: Path
     engines: int = 1
+    runner: str = "V1"
+    """which of vLLM's model runners"""
 
     @property
     def url(self) -> str:
@@ -85,7 +88,7 @@ def variants_of_every_kind(base: BaseModelRef, strength: float) -> dict[str, Bun
 
 def serve(
     model: Path, folder: Path, bundles: list[Bundle], *flags: str, settings: dict[str, Any] | None = None,
-    environment: dict[str, str] | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> Serving:  # fmt: skip
     """A server that asks for signatures, and a store that gives them."""
     signer = SigningKey.generate()
@@ -102,13 +105,15 @@ def serve(
     log = folder / "server.log"
     server = Server.with_edits(model, folder / "store", log, *flags, settings=ours, environment=environment)
     named = {each.manifest.name: each for each in bundles}
-    return Serving(server.start(), store, base_of(model), model, named, signer, folder / "exposures")
+    runner = "V2" if gpu() or environment == V2_ON_A_CPU else "V1"
+    return Serving(server.start(), store, base_of(model), model, named, signer, folder / "exposures", runner=runner)
 
 
 def ways() -> list[Any]:
-    """Every dtype, and on a GPU every kind of CUDA graphs: what `exact_server` is started with."""
+    """Every dtype on either runner, and on a GPU every kind of CUDA graphs: what `exact_server` is started with."""
     if not gpu():
-        return ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
+        slow = ("bfloat16", "float32 V2", "bfloat16 V2")
+        return ["float32", *(pytest.param(way, marks=pytest.mark.slow) for way in slow)]
     return ["float32", "bfloat16 FULL_AND_PIECEWISE", "bfloat16 PIECEWISE", "bfloat16 NONE"]
 
 
@@ -117,12 +122,15 @@ def exact_server(
     request: pytest.FixtureRequest, smollm2: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Serving]]:
     """SmolLM2 with a variant of every kind, compiled, in either dtype."""
-    dtype, _, graphs = request.param.partition(" ")
+    dtype, _, how = request.param.partition(" ")
     bundles = list(variants_of_every_kind(base_of(smollm2), strength=0.1).values())
     flags = ["--dtype", dtype, "--max-model-len", "1024"]
-    if graphs:
-        flags += ["--compilation-config", json.dumps({"cudagraph_mode": graphs})]
-    serving = serve(smollm2, tmp_path_factory.mktemp(f"exact-{dtype}"), bundles, *flags)
+    environment: Mapping[str, str] = {}
+    if how == "V2":
+        environment = V2_ON_A_CPU
+    elif how:
+        flags += ["--compilation-config", json.dumps({"cudagraph_mode": how})]
+    serving = serve(smollm2, tmp_path_factory.mktemp(f"exact-{dtype}"), bundles, *flags, environment=environment)
     yield dtype, serving
     serving.server.stop()
 
