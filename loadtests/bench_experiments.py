@@ -68,9 +68,9 @@ class Engines:
         engine = self._engine(inputs, "in_weights", extra, plugins="edits")
         return Side("one variant, in the engine's weights", engine, [name])
 
-    def lora(self, inputs: Inputs) -> dict[str, Side]:
-        """vLLM's LoRA with the low-rank edits as eight adapters, so that it never has to page one in."""
-        adapters = inputs.make_adapters(8)
+    def lora(self, inputs: Inputs, adapters_at_once: int = 8) -> dict[str, Side]:
+        """vLLM's LoRA with the low-rank edits as so many adapters, and room for all: it never has to page one in."""
+        adapters = inputs.make_adapters(adapters_at_once)
         wide = {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": inputs.lora_rank}
         narrow = {**wide, "lora_target_modules": ["down_proj"]}
         what = "vLLM's LoRA, the same updates, one adapter per request"
@@ -184,15 +184,19 @@ def distinct(engines: Engines) -> Experiment:
 
 def alternatives(engines: Engines) -> Experiment:
     """Rank one at every layer: the plugin, LoRA with the same updates, and a checkpoint with one of them in it."""
-    phases, inputs = batch(8), engines.inputs.everywhere(["low_rank"])
-    engine, variants = engines.edited(inputs, "low_rank", 16)
+    few, many = 8, max(8, *engines.batches)
+    phases = [phase for requests in sorted({few, many}) for phase in batch(requests)]
+    inputs = engines.inputs.everywhere(["low_rank"])
+    engine, variants = engines.edited(inputs, "low_rank", many)
     return Experiment(
-        "Rank one at every layer, eight requests at once",
+        f"Rank one at every layer, {few} and {many} requests at once"
+        if many > few
+        else f"Rank one at every layer, {few} requests at once",
         {
             "checkpoint": engines.checkpoint(inputs),
             **engines.plain(),
             "edited": Side("every request on a different variant", engine, variants),
-            **engines.lora(inputs),
+            **engines.lora(inputs, many),
         },
         phases,
         [

@@ -45,14 +45,13 @@ from edit_store.architectures import supported
 from edit_store.errors import UnsupportedHost
 from edit_store.scope import Scope
 from loadtests.metrics import Metrics
-from loadtests.record import gpu
 from loadtests.server import Server
 from plugin.weight_form import formless
 from tests.conftest import bundle_of
+from tests.gpu_ways import IN_PIECES, ON_V2, runner_of
 from tests.parity import Answer, Pair, cores_apart, in_a_process_of_its_own, random_numbers
 from tests.quantised import Scheme, quantise
 from tests.tiny_models import VOCABULARY, make_tiny
-from tests.v2_runner import V2_ON_A_CPU
 
 TABLE = Path(__file__).with_name("CONFIGURATIONS.md")
 MODEL = "LlamaForCausalLM"
@@ -91,7 +90,7 @@ class Way:
     @property
     def runner(self) -> str:
         """vLLM's model runner."""
-        return "V2" if gpu() or self.environment else "V1"
+        return runner_of(self.environment)
 
     @property
     def rounds_activations(self) -> bool:
@@ -140,7 +139,8 @@ WAYS: dict[str, Way] = {
 _ON_V2 = ("compiled", "bfloat16", "prefix caching", "chunked prefill, 16 tokens a step", "asynchronous scheduling",
           "n-gram speculative decoding", "several answers (n = 3)", "tensor parallel",
           "data parallel, behind two API server processes", "a draft model")  # fmt: skip
-WAYS |= {f"V2 runner: {name}": replace(WAYS[name], environment=V2_ON_A_CPU, quick=name == "compiled") for name in _ON_V2}
+WAYS |= {f"V2 runner: {name}": replace(WAYS[name], environment=ON_V2, quick=False) for name in _ON_V2}
+WAYS["V2 runner: compiled in pieces, ahead of time"] = replace(WAYS["compiled"], environment=IN_PIECES, quick=True)
 
 
 @dataclass(frozen=True)
@@ -192,9 +192,10 @@ def run(way: Way, folder: Path) -> Outcome:
     errors, refused = dict[str, float](), dict[str, str]()
     for mode, chosen in by_mode.items():
         bundles = [bundle_of(f"edit-{number}", base, [pair]) for number, pair in enumerate(chosen)]
+        own: Any = {"initializer": in_a_process_of_its_own, "initargs": (dict(way.environment),)}
         with (
             mock.patch.dict(os.environ, way.environment),
-            ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=in_a_process_of_its_own) as pool,
+            ProcessPoolExecutor(1, mp_context=get_context("spawn"), **own) as pool,
         ):
             answers = pool.submit(_serve, model, folder / mode, prompt, bundles, way=way, mode=mode).result()
         if isinstance(answers, str):
@@ -348,7 +349,7 @@ def _server(model: Path, settings: dict[str, Any], way: Way) -> Iterator[Host]:
     chosen = {name: json.dumps(value) if isinstance(value, list) else value for name, value in settings.items()}
     store = Path(chosen.pop("store"))
     workers = 4 if "--tensor-parallel-size" in way.flags else 2
-    environment = {"VLLM_CPU_OMP_THREADS_BIND": cores_apart(workers)}
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": cores_apart(workers), "VLLM_LOGGING_LEVEL": "INFO"}
     log = store.with_suffix(".log")
     with Server.with_edits(model, store, log, *flags, settings=chosen, environment=environment) as server:
         yield _Server(server, way)

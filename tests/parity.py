@@ -15,11 +15,12 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -227,9 +228,10 @@ class Answer:
         return cls(ids, np.asarray(likeliest), np.asarray(logprobs))
 
 
-def in_a_process_of_its_own() -> None:
-    """Set up the process that serves."""
-    os.environ.update(ENVIRONMENT)
+def in_a_process_of_its_own(besides: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Set up the process that serves; `besides`: what its environment is to have instead, and plugins besides ours."""
+    plugins = ",".join(filter(None, [ENVIRONMENT["VLLM_PLUGINS"], besides.get("VLLM_PLUGINS")]))
+    os.environ.update({**ENVIRONMENT, **besides, "VLLM_PLUGINS": plugins})
 
 
 def serve(model: Path, prompt: list[int], store: Path, bundles: list[Bundle], how: How) -> list[Answer]:

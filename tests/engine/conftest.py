@@ -18,8 +18,8 @@ from loadtests.metrics import Metrics
 from loadtests.record import gpu
 from loadtests.server import Server
 from tests.conftest import KINDS, base_of, bundle_of, publish, random_bundle, random_pairs
+from tests.gpu_ways import IN_PIECES, runner_of
 from tests.parity import cores_apart
-from tests.v2_runner import V2_ON_A_CPU
 
 
 def needs_devices(count: int) -> pytest.MarkDecorator:
@@ -36,6 +36,11 @@ def wait_until(true: Callable[[], bool], what: str, seconds: float = 60) -> None
 
 
 SLOW_ON_TWO = [pytest.mark.slow, needs_devices(2)]
+USUAL_OR_AS_ON_A_GPU = [
+    pytest.param({}, id="usual"),
+    *([] if gpu() else [pytest.param(IN_PIECES, id="as on a GPU", marks=pytest.mark.slow)]),
+]
+"""What is added to a server's environment."""
 
 
 @dataclass
@@ -105,14 +110,14 @@ def serve(
     log = folder / "server.log"
     server = Server.with_edits(model, folder / "store", log, *flags, settings=ours, environment=environment)
     named = {each.manifest.name: each for each in bundles}
-    runner = "V2" if gpu() or environment == V2_ON_A_CPU else "V1"
+    runner = runner_of(environment or {})
     return Serving(server.start(), store, base_of(model), model, named, signer, folder / "exposures", runner=runner)
 
 
 def ways() -> list[Any]:
-    """Every dtype on either runner, and on a GPU every kind of CUDA graphs: what `exact_server` is started with."""
+    """What `exact_server` is started with: each dtype, also as on a GPU, and there with every kind of CUDA graphs."""
     if not gpu():
-        slow = ("bfloat16", "float32 V2", "bfloat16 V2")
+        slow = ("bfloat16", "float32 as on a GPU", "bfloat16 as on a GPU")
         return ["float32", *(pytest.param(way, marks=pytest.mark.slow) for way in slow)]
     return ["float32", "bfloat16 FULL_AND_PIECEWISE", "bfloat16 PIECEWISE", "bfloat16 NONE"]
 
@@ -126,8 +131,8 @@ def exact_server(
     bundles = list(variants_of_every_kind(base_of(smollm2), strength=0.1).values())
     flags = ["--dtype", dtype, "--max-model-len", "1024"]
     environment: Mapping[str, str] = {}
-    if how == "V2":
-        environment = V2_ON_A_CPU
+    if how == "as on a GPU":
+        environment = IN_PIECES
     elif how:
         flags += ["--compilation-config", json.dumps({"cudagraph_mode": how})]
     serving = serve(smollm2, tmp_path_factory.mktemp(f"exact-{dtype}"), bundles, *flags, environment=environment)
@@ -139,6 +144,7 @@ def exact_server(
     scope="session",
     params=[
         "one process",
+        pytest.param("one process, as on a GPU", marks=pytest.mark.slow),
         pytest.param("two engines behind two processes", marks=SLOW_ON_TWO),
     ],
 )
@@ -153,13 +159,15 @@ def small_server(
     flags = ("--dtype", "float32", "--max-model-len", "640", "--max-num-batched-tokens", "96", "--block-size", "32",
              "--num-gpu-blocks-override", "48", "--max-num-seqs", "16",
              "--enable-auto-tool-choice", "--tool-call-parser", "hermes")  # fmt: skip
-    environment = {}
-    if request.param != "one process":
+    two, environment = request.param.startswith("two"), dict[str, str]()
+    if request.param.endswith("as on a GPU"):
+        environment = dict(IN_PIECES)
+    if two:
         flags += ("--data-parallel-size", "2", "--api-server-count", "2")
         environment = {"VLLM_CPU_OMP_THREADS_BIND": cores_apart(2)}
     folder = tmp_path_factory.mktemp("small")
     settings = {"slots": 2, "admin_token_file": token_file}
     serving = serve(tiny_model, folder, bundles, *flags, settings=settings, environment=environment)
-    serving.engines = 1 if request.param == "one process" else 2
+    serving.engines = 2 if two else 1
     yield serving
     serving.server.stop()

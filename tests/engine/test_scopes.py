@@ -19,7 +19,7 @@ from edit_store.authoring.host import Edits
 from edit_store.compose import compose
 from loadtests.client import complete
 from tests.conftest import base_of, bundle_of
-from tests.engine.conftest import Serving, serve
+from tests.engine.conftest import USUAL_OR_AS_ON_A_GPU, Serving, serve
 from tests.parity import random_numbers
 
 pytestmark = pytest.mark.vllm
@@ -43,8 +43,10 @@ def numbered(edits: list[Any], base: Any, size: float = 1.0) -> Edits:
     return [(edit, random_numbers(edit, base, seed, 0.3 * size)) for seed, edit in enumerate(edits)]
 
 
-@pytest.fixture(scope="module")
-def serving(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+@pytest.fixture(scope="module", params=USUAL_OR_AS_ON_A_GPU)
+def serving(
+    request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Serving]:
     """Short steps and little KV cache: long prompts come in chunks, and requests are preempted."""
     base = base_of(tiny_model)
     bundles = [
@@ -63,7 +65,8 @@ def serving(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     bundles.append(compose([bundle for bundle in bundles if bundle.manifest.name in {"first", "generated"}]))
     flags = ("--dtype", "float32", "--max-model-len", "512", "--max-num-batched-tokens", "96", "--block-size", "32",
              "--num-gpu-blocks-override", "40")  # fmt: skip
-    running = serve(tiny_model, tmp_path_factory.mktemp("scopes"), bundles, *flags, settings={"poll_seconds": 1})
+    folder, settings = tmp_path_factory.mktemp("scopes"), {"poll_seconds": 1}
+    running = serve(tiny_model, folder, bundles, *flags, settings=settings, environment=request.param)
     yield running
     running.server.stop()
 

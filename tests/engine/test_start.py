@@ -18,6 +18,7 @@ from edit_store import EditStore
 from loadtests.client import complete
 from loadtests.server import CPU_ENVIRONMENT, Server, ServerFailed
 from tests.conftest import base_of, publish, random_bundle
+from tests.engine.conftest import USUAL_OR_AS_ON_A_GPU
 
 pytestmark = pytest.mark.vllm
 
@@ -29,14 +30,17 @@ def additional(**settings: object) -> str:
     return json.dumps({"edits": settings})
 
 
-def test_a_warm_compile_cache_keeps_edits_in_and_a_plain_start_is_plain(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", USUAL_OR_AS_ON_A_GPU)
+def test_a_warm_compile_cache_keeps_edits_in_and_a_plain_start_is_plain(
+    tiny_model: Path, tmp_path: Path, how: Mapping[str, str]
+) -> None:
     """One cache folder, three starts: cold with edits, without the plugin, and warm with edits.
 
     The graph that was compiled with edits is never used without them, nor the other way round.
     """
     store = EditStore(str(tmp_path / "store"), create=True)
     version = publish(store, random_bundle("loud", base_of(tiny_model), seed=1))
-    cache = {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}
+    cache = {**how, "VLLM_CACHE_ROOT": str(tmp_path / "cache")}
     answers: dict[str, list[str]] = {"base": [], "loud": []}
     for number, plain in enumerate((False, True, False)):
         log = tmp_path / f"start-{number}.log"
@@ -50,6 +54,8 @@ def test_a_warm_compile_cache_keeps_edits_in_and_a_plain_start_is_plain(tiny_mod
                 answer = complete(server.url, "loud", PROMPT, 8, ignore_eos=True)
                 assert answer["headers"]["x-edits-version"] == version
                 answers["loud"].append(answer["choices"][0]["text"])
+        loaded = "Directly load AOT compilation" in server.log_text()
+        assert loaded == (number == 2 and bool(how)), "what is kept ahead of time is found again, and by nobody else"
     assert len(set(answers["base"])) == 1
     assert len(set(answers["loud"])) == 1
     assert answers["base"][0] != answers["loud"][0]
