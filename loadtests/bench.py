@@ -97,6 +97,15 @@ def main(
             show_default="1, 8 and 64, on a GPU also 256",
         ),
     ] = None,
+    ranks: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--rank",
+            min=1,
+            help="ranks that distinct measures, given again for each further one: where memory is short",
+            show_default="1, 4 and 16, and all kinds",
+        ),
+    ] = None,
     threads: Annotated[
         int, typer.Option(min=0, help="cores of each engine; 0: all but one, as vLLM's own server takes on a CPU")
     ] = 0,
@@ -161,7 +170,7 @@ def main(
             progress.remove_task(task)
             run = Run(
                 inputs, dtype or native_dtype(), cores_for(threads), sorted(batches or BATCHES[bool(gpu())]), progress,
-                rounds=rounds, swaps=swaps, quick=quick, once=once,
+                rounds=rounds, swaps=swaps, quick=quick, ranks=ranks or (), once=once,
             )  # fmt: skip
             for part in parts or USUAL:
                 measured = PARTS[part](run)

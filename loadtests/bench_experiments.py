@@ -32,6 +32,7 @@ class Engines:
     dtype: str
     cores: Sequence[int]
     batches: Sequence[int]
+    ranks: Sequence[int]
     say: Callable[[str], None]
     """is told what takes long before the engines start"""
     also: Mapping[str, Any]
@@ -39,7 +40,7 @@ class Engines:
 
     @classmethod
     def of(cls, run: Run, say: Callable[[str], None], also: Mapping[str, Any] = MappingProxyType({})) -> Self:
-        return cls(run.inputs, run.dtype, run.cores, run.batches, say, also)
+        return cls(run.inputs, run.dtype, run.cores, run.batches, run.ranks, say, also)
 
     def plain(self) -> dict[str, Side]:
         """vLLM without the plugin, twice: how far apart the two are is the noise."""
@@ -162,12 +163,14 @@ def idle(engines: Engines) -> Experiment:
 
 
 def distinct(engines: Engines) -> Experiment:
-    """The largest batch on K distinct versions, for ranks 1, 4 and 16 at every layer, and for all kinds."""
+    """The largest batch on K distinct versions, for ranks 1, 4 and 16 at every layer, and for all kinds; or for the
+    ranks that were asked for."""
     requests = max(engines.batches)
     phases, sides = batch(requests), engines.plain()
     comparisons = against("plain again", ["plain"], phases, None, None)
     some = [count for count in (0, 1, 8, 32, 64, 128) if count < requests]
-    for rank, counts in ((1, [*some, requests]), (4, [requests]), (16, [1, requests])):
+    for rank in engines.ranks or (1, 4, 16):
+        counts = [*(some if rank == 1 else [1] if rank > 4 else []), requests]
         inputs = engines.inputs.everywhere(["low_rank"], rank)
         engine, variants = engines.edited(inputs, f"rank_{rank}", requests)
         for count in counts:
@@ -175,10 +178,11 @@ def distinct(engines: Engines) -> Experiment:
             sides[side] = Side(f"low rank at every layer, {count} versions", engine, variants[:count] or [None])
             least = (HIGH_RANK, HIGH_RANK) if rank > 4 else (DECODE, PREFILL)
             comparisons += against(side, PLAIN, phases, *least)
-    engine, variants = engines.edited(engines.inputs.everywhere(SERVED_PER_REQUEST), "all_kinds", requests)
-    side = f"all kinds, K={requests}"
-    sides[side] = Side(f"every kind at every layer, {requests} versions", engine, variants)
-    comparisons += against(side, PLAIN, phases, DECODE, PREFILL)
+    if not engines.ranks:
+        engine, variants = engines.edited(engines.inputs.everywhere(SERVED_PER_REQUEST), "all_kinds", requests)
+        side = f"all kinds, K={requests}"
+        sides[side] = Side(f"every kind at every layer, {requests} versions", engine, variants)
+        comparisons += against(side, PLAIN, phases, DECODE, PREFILL)
     return Experiment(f"{requests} requests at once, on K distinct versions", sides, phases, comparisons)
 
 

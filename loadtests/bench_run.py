@@ -30,6 +30,8 @@ class Run:
     swaps: int
     quick: bool
     """little of everything: only to see that the benchmark works"""
+    ranks: Sequence[int] = ()
+    """of the versions that are told apart; none: the usual ones"""
     once: bool = False
     """no second engines that show the noise"""
 
