@@ -188,19 +188,17 @@ def distinct(engines: Engines) -> Experiment:
 
 def alternatives(engines: Engines) -> Experiment:
     """Rank one at every layer: the plugin, LoRA with the same updates, and a checkpoint with one of them in it."""
-    few, many = 8, max(8, *engines.batches)
-    phases = [phase for requests in sorted({few, many}) for phase in batch(requests)]
+    sizes = sorted({8, max(engines.batches)})
+    phases = [phase for requests in sizes for phase in batch(requests)]
     inputs = engines.inputs.everywhere(["low_rank"])
-    engine, variants = engines.edited(inputs, "low_rank", many)
+    engine, variants = engines.edited(inputs, "low_rank", sizes[-1])
     return Experiment(
-        f"Rank one at every layer, {few} and {many} requests at once"
-        if many > few
-        else f"Rank one at every layer, {few} requests at once",
+        f"Rank one at every layer, {' and '.join(map(str, sizes))} requests at once",
         {
             "checkpoint": engines.checkpoint(inputs),
             **engines.plain(),
             "edited": Side("every request on a different variant", engine, variants),
-            **engines.lora(inputs, many),
+            **engines.lora(inputs, sizes[-1]),
         },
         phases,
         [
