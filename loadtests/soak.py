@@ -34,6 +34,7 @@ from rich.console import Console
 
 from demo.model import ensure_model
 from edit_store import BaseModelRef, Bundle, EditStore, Offset, Provenance, identify
+from edit_store.errors import NotFound
 from loadtests.bench_inputs import edits_everywhere
 from loadtests.client import Answer, stream
 from loadtests.metrics import Metrics
@@ -265,7 +266,10 @@ async def operate(soak: Soak, store: EditStore, end: float, random: np.random.Ge
             other = random.choice([each.digest for each in soak.versions.values() if each.name == name])
             change = asyncio.to_thread(store.promote, f"{name}@{other}")
         begun = time.monotonic()
-        entry = await change
+        try:
+            entry = await change
+        except NotFound:  # all there was has been rolled back
+            continue
         if entry.version != soak.history[name][-1].version:
             soak.history[name].append(Promoted(entry.version, begun))
             soak.swaps += 1
