@@ -18,7 +18,7 @@ from typing import Any, Self
 from loadtests.bench_engine import Calls
 from loadtests.bench_report import RequestTimes
 from loadtests.bench_run import NotMeasured
-from loadtests.server import CPU_ENVIRONMENT
+from loadtests.server import ENVIRONMENT
 
 Progress = Callable[[float], None]
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 27), "MALLOC_TRIM_THRESHOLD_": str(1 << 29)}
@@ -74,7 +74,7 @@ class Engine:
         cores = " ".join(map(str, self.cores))
         return {
             **os.environ,
-            **CPU_ENVIRONMENT,
+            **ENVIRONMENT,
             **KEEP_MEMORY,
             "VLLM_PLUGINS": self.plugins,
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -19,7 +19,7 @@ from edit_store.edits import SERVED_PER_REQUEST
 from loadtests.bench_report import Figure
 from loadtests.bench_rounds import turns
 from loadtests.bench_run import Measured, NotMeasured, Run
-from loadtests.server import CPU_ENVIRONMENT, Server
+from loadtests.server import ENVIRONMENT, Server
 
 ALONE = "vLLM alone"
 QUICK = {"rounds": 2, "requests": 8}
@@ -99,7 +99,7 @@ def _serve(plan: TrafficPlan, model: Path, side: Side, result: Path, *, seed: in
     if len(side.models) > 1:  # the flag for adapters only says which model names to ask for
         command += ["--lora-modules", *side.models, "--lora-assignment", "round-robin"]
     ran = subprocess.run(
-        command, env={**os.environ, **CPU_ENVIRONMENT}, capture_output=True, text=True, check=False, timeout=600
+        command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, check=False, timeout=600
     )
     found = json.loads(result.read_text()) if ran.returncode == 0 else {}
     result.unlink(missing_ok=True)

@@ -17,12 +17,14 @@ from typing import Any, Self
 
 import httpx
 
-CPU_ENVIRONMENT = {
+from loadtests.record import gpu
+
+ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     # vLLM 0.32 cannot load its own ahead-of-time artefact back on CPU and compiles twice; its other caches work.
-    "VLLM_USE_AOT_COMPILE": "0",
+    **({} if gpu() else {"VLLM_USE_AOT_COMPILE": "0"}),
     "TOKENIZERS_PARALLELISM": "false",
 }
 START_SECONDS = 600
@@ -78,7 +80,7 @@ class Server:
     ) -> Self:
         port = free_port()
         where = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", name]
-        return cls([*start, *where, *flags], log, port, {**os.environ, **CPU_ENVIRONMENT, **(environment or {})})
+        return cls([*start, *where, *flags], log, port, {**os.environ, **ENVIRONMENT, **(environment or {})})
 
     @property
     def url(self) -> str:

@@ -1,8 +1,8 @@
 """How vLLM runs on a GPU, on a CPU: its V2 model runner, and its own backend of torch's compiler.
 
-Both are vLLM's code as it is; what they need of a GPU stands in for by `as_on_a_gpu`: Triton's kernels run in its own
-interpreter, so that a step takes about a third of a second. CUDA graphs, streams, and memory that is not the host's
-are not there.
+Both are vLLM's code as it is. `as_on_a_gpu` gives them what they need of a GPU: Triton's kernels run in its own
+interpreter, so a step takes up to a third of a second. CUDA graphs, streams, and memory that is not the host's are not
+there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Token slots for vLLM's V2 model runner (GPUs): a ModelState that follows requests and prepares each step.
+"""Token slots for vLLM's V2 model runner (GPUs, CPUs with Triton): a ModelState that follows requests and steps.
 
 V2 asks the model which ModelState it wants, tells it of every request added and removed, and calls `prepare_inputs`
 before each step, graph replay or not. The token slots keep their address, so replayed graphs read the new contents.

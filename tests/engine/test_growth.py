@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from edit_store import EditStore
-from loadtests.server import CPU_ENVIRONMENT
+from loadtests.server import ENVIRONMENT
 from tests.conftest import base_of, publish, random_bundle
 from tests.engine.offline_swaps import LEAKED, SWAPS
 
@@ -26,7 +26,7 @@ def test_a_thousand_swaps_leave_nothing_behind(tiny_model: Path, tmp_path: Path)
     bundles = [random_bundle("loud", base_of(tiny_model), seed=seed) for seed in range(8)]
     versions = [publish(store, bundle) for bundle in bundles]
     script = Path(__file__).with_name("offline_swaps.py")
-    environment = {**CPU_ENVIRONMENT, "VLLM_PLUGINS": "edits", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    environment = {**ENVIRONMENT, "VLLM_PLUGINS": "edits", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     ran = subprocess.run(
         [sys.executable, str(script), str(tiny_model), str(tmp_path / "store"), "loud", *versions],
         env={**os.environ, **environment}, capture_output=True, text=True, timeout=900, check=False,
