@@ -169,11 +169,11 @@ def distinct(engines: Engines) -> Experiment:
     phases, sides = batch(requests), engines.plain()
     comparisons = against("plain again", ["plain"], phases, None, None)
     some = [count for count in (0, 1, 8, 32, 64, 128) if count < requests]
+    fewer = {1: some, 16: [1]}
     for rank in engines.ranks or (1, 4, 16):
-        counts = [*(some if rank == 1 else [1] if rank > 4 else []), requests]
         inputs = engines.inputs.everywhere(["low_rank"], rank)
         engine, variants = engines.edited(inputs, f"rank_{rank}", requests)
-        for count in counts:
+        for count in (*fewer.get(rank, ()), requests):
             side = f"rank {rank}, K={count}"
             sides[side] = Side(f"low rank at every layer, {count} versions", engine, variants[:count] or [None])
             least = (HIGH_RANK, HIGH_RANK) if rank > 4 else (DECODE, PREFILL)

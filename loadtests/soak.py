@@ -260,7 +260,8 @@ async def operate(soak: Soak, store: EditStore, end: float, random: np.random.Ge
     """Promote and roll back, one variant after another."""
     while time.monotonic() < end:
         name = str(random.choice(list(soak.history)))
-        if random.random() < 0.3 and len(soak.history[name]) > 1:
+        back = random.random() < 0.3 and len(soak.history[name]) > 1
+        if back:
             change = asyncio.to_thread(store.rollback, name)
         else:
             other = random.choice([each.digest for each in soak.versions.values() if each.name == name])
@@ -268,8 +269,10 @@ async def operate(soak: Soak, store: EditStore, end: float, random: np.random.Ge
         begun = time.monotonic()
         try:
             entry = await change
-        except NotFound:  # all there was has been rolled back
-            continue
+        except NotFound:
+            if not back:
+                raise
+            continue  # all there was has been rolled back
         if entry.version != soak.history[name][-1].version:
             soak.history[name].append(Promoted(entry.version, begun))
             soak.swaps += 1
