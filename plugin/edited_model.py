@@ -255,7 +255,7 @@ class EditedModel:
     # -- logits ----------------------------------------------------------------------------------------------------
 
     def note_output(self, hidden: Any) -> None:
-        """Tell what the model gave in this step: some logits are computed from parts of it."""
+        """Tell what the model gave in this step, None where it will not be told: some logits are of parts of it."""
         self._output = hidden if isinstance(hidden, Tensor) else None
 
     def _logit_rows(self, hidden: Tensor) -> Tensor | None:
@@ -265,6 +265,9 @@ class EditedModel:
         output, width, last = self._output, hidden.shape[-1], self._filler.last_tokens
         if output is not None and hidden.untyped_storage().data_ptr() == output.untyped_storage().data_ptr():
             first = (hidden.storage_offset() - output.storage_offset()) // width  # prompt log-probabilities
+            return torch.arange(first, first + len(hidden), device=hidden.device)
+        if output is None and hidden.untyped_storage().nbytes() > hidden.nbytes:  # a part of what a full graph keeps
+            first = hidden.storage_offset() // width
             return torch.arange(first, first + len(hidden), device=hidden.device)
         if len(hidden) != len(last):
             raise RuntimeError(

@@ -14,9 +14,10 @@ from edit_store.errors import UnsupportedHost
 from plugin.claim import CLAIM
 from plugin.edited_model import EditedModel
 from plugin.reservation import Reservation
+from plugin.share import SOLE, Worker, alone
 from plugin.vllm_host.runner_v2 import with_token_slots
 from tests.conftest import bundle_of
-from tests.fakes import BASE, TinyModel, edited_model
+from tests.fakes import BASE, WIDTHS, TinyModel, divided, edited_model
 from tests.parity import random_numbers
 from tests.test_edited_model import install
 
@@ -29,8 +30,8 @@ def runner_knows(*names: str) -> Any:
 class ModelState:
     """As much of vLLM's as the seam touches; what it was told is kept."""
 
-    def __init__(self, told: list[str]) -> None:
-        self.told = told
+    def __init__(self, told: list[str], model: Any = None) -> None:
+        self.told, self.model = told, model
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         self.told.append(f"add {new_req_data.req_id} at {req_index}")
@@ -106,9 +107,34 @@ def test_what_the_runner_makes_up_is_nobodys(edited: EditedModel) -> None:
     assert not edited.step.slots.any()
 
 
-def test_edits_at_logits_are_refused() -> None:
+def at_logits(model: TinyModel, worker: Worker = SOLE) -> EditedModel:
+    """With room there, and a version that uses it in slot 1."""
     edit = Offset(site="logits")
     bundle = bundle_of("loud", BASE, [(edit, random_numbers(edit, BASE, 1))])
-    made = edited_model(TinyModel(), Reservation.for_versions([bundle.manifest]), slots=1)
+    made = edited_model(model, Reservation.for_versions([bundle.manifest]), slots=1, worker=worker)
+    install(made, 1, bundle)
+    return made
+
+
+def test_logits_are_edited_whether_the_model_was_called_or_a_graph_replayed() -> None:
+    """Those of last tokens, of which rows of their own are made, and of prompts, which are parts of what it gave."""
+    model = TinyModel()
+    edited = at_logits(model)
+    state: Any = with_token_slots(ModelState, SimpleNamespace(edited=edited))([], model)  # type: ignore[arg-type]
+    state.add_request(0, request("loud", [1, edited.held[1], 1.0], 3))
+    state.add_request(1, request("plain", None, 2))
+    kept = torch.zeros(32, WIDTHS.hidden)  # a graph's own memory
+    for called in (True, False, True):
+        state.prepare_inputs(batch(("loud", 3, 0), ("plain", 2, 0)), runner_knows("loud", "plain"))
+        hidden = model(torch.randn(5, WIDTHS.hidden)) if called else kept[:5]
+        unedited = hidden @ model.lm_head.weight.T
+        for rows, changed in ((torch.tensor([2, 4]), [True, False]), (slice(1, 5), [True, True, False, False])):
+            told = (model.logits(hidden[rows]) - unedited[rows]).abs().sum(-1) > 0.1
+            assert told.tolist() == changed, (called, rows)
+
+
+def test_edits_at_logits_are_refused_where_workers_divide_the_requests() -> None:
+    halves = Worker(0, 2)
+    made = at_logits(divided(TinyModel(), halves, alone), halves)
     with pytest.raises(UnsupportedHost, match="VLLM_USE_V2_MODEL_RUNNER=0"):
         with_token_slots(ModelState, SimpleNamespace(edited=made))([])  # type: ignore[arg-type]

@@ -49,11 +49,15 @@ def with_token_slots(base: Any, loaded: LoadedEdits) -> type:
             super().__init__(*args, **kwargs)
             self._requests: dict[str, _Request] = {}
             loaded.runner = "V2"
-            if loaded.edited.reservation.edits_logits:
-                raise UnsupportedHost(
-                    "edits at logits are not proven on vLLM's V2 runner: start with VLLM_USE_V2_MODEL_RUNNER=0, or "
-                    "without what reserves room there"
-                )
+            self._edits_logits = loaded.edited.reservation.edits_logits
+            if self._edits_logits:
+                if loaded.edited.worker.size > 1:
+                    raise UnsupportedHost(
+                        "edits at logits are not proven on vLLM's V2 runner with tensor parallel, where workers may "
+                        "divide the requests for them: start with VLLM_USE_V2_MODEL_RUNNER=0, with "
+                        "--tensor-parallel-size 1, or without what reserves room there"
+                    )
+                self.model.register_forward_hook(lambda _module, _args, output: loaded.edited.note_output(output))
 
         def add_request(self, req_index: int, new_req_data: Any) -> None:
             super().add_request(req_index, new_req_data)
@@ -82,6 +86,8 @@ def with_token_slots(base: Any, loaded: LoadedEdits) -> type:
                     input_ids=input_batch.input_ids,
                 )
 
+            if self._edits_logits:
+                loaded.edited.note_output(None)  # a full CUDA graph is replayed without calling the model
             loaded.edited.set_step(Batch(requests, attrgetter("claim"), extents))
             return super().prepare_inputs(input_batch, req_states)
 

@@ -49,13 +49,12 @@ WORDS = [
 ]
 
 
-def random_bundle(name: str, base: BaseModelRef, seed: int, *, logits: bool) -> Bundle:
-    """One to four edits of random kinds at random sites, at most one of a kind at a site; `logits` may be one."""
+def random_bundle(name: str, base: BaseModelRef, seed: int) -> Bundle:
+    """One to four edits of random kinds at random sites, at most one of a kind at a site."""
     random = np.random.default_rng(seed)
     by_kind: dict[str, list[Any]] = {}
     for _, (edit, _) in every_edit(base):
-        if logits or edit.site != "logits":
-            by_kind.setdefault(edit.kind, []).append(edit)
+        by_kind.setdefault(edit.kind, []).append(edit)
     chosen: dict[tuple[str, str], Any] = {}
     for kind in random.choice(SERVED_PER_REQUEST, size=random.integers(1, 5)):
         edit = by_kind[kind][random.integers(len(by_kind[kind]))]
@@ -75,14 +74,12 @@ class Way:
 
     flags: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
-    logits: bool = True
-    """whether they can be edited"""
 
 
 TWO = {"VLLM_CPU_OMP_THREADS_BIND": cores_apart(2)}
 WAYS = {
     "usual": Way(),
-    "V2 runner": Way(environment=ON_V2, logits=False),
+    "V2 runner": Way(environment=ON_V2),
     "two workers": Way(("--tensor-parallel-size", "2"), TWO),
     "two engines behind two processes": Way(("--data-parallel-size", "2", "--api-server-count", "2"), TWO),
 }
@@ -93,7 +90,7 @@ def serving(
     request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Serving]:
     base, way = base_of(tiny_model), WAYS[request.param]
-    bundles = [random_bundle(f"variant-{number:02}", base, number, logits=way.logits) for number in range(VARIANTS)]
+    bundles = [random_bundle(f"variant-{number:02}", base, number) for number in range(VARIANTS)]
     flags = ("--dtype", "float32", "--max-model-len", "320", "--max-num-batched-tokens", "96", "--block-size", "32",
              "--num-gpu-blocks-override", "64", "--max-num-seqs", "16", *way.flags)  # fmt: skip
     folder = tmp_path_factory.mktemp("fuzz")

@@ -9,6 +9,7 @@ import pytest
 from edit_store.architectures import ARCHITECTURES
 from tests.engine.conftest import needs_devices
 from tests.gemma import ensure_gemma
+from tests.gpu_ways import ON_V2
 from tests.parity import How, find
 
 pytestmark = pytest.mark.vllm
@@ -37,6 +38,19 @@ def test_every_kind_at_every_site_is_its_formula(architecture: str, dtype: str, 
     assert not findings.faults()
     assert len(findings.rows) > 100, "positive control: there was something to compare"
     assert findings.lost_in_rounding() < (0.01 if dtype == "float32" else 0.25)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kind_at_every_site_is_its_formula_on_the_v2_runner(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in ON_V2.items():
+        monkeypatch.setenv(name, value)
+    findings = find(architecture, How())
+    print(f"\n{findings.table()}")  # noqa: T201
+    assert not findings.faults()
+    assert len(findings.rows) > 100, "positive control: there was something to compare"
 
 
 def divided(name: str, workers: int, *, eager: bool = True) -> object:
