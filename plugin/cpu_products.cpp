@@ -23,7 +23,7 @@ namespace {
 using BFloat16 = at::BFloat16;
 
 constexpr int TOGETHER = 4;                  // tokens that share what is read of their slot, ranks that share them
-constexpr int64_t AHEAD = 2048;              // bytes between what is used and what is prefetched
+constexpr int64_t AHEAD = 8192;              // bytes between what is used and what is prefetched, or one token
 constexpr int64_t WORTH_A_THREAD = 1 << 16;  // numbers read
 
 // -- registers of numbers, as float32 --------------------------------------------------------------------------------
@@ -94,8 +94,8 @@ struct Vectors {
 
     // Where to prefetch while the vector of a rank is used: further on, and then in those of the next token.
     const N* ahead(int64_t rank, int64_t at_once = 1) const {
-        int64_t bytes = width * sizeof(N), then = rank + std::max(at_once, (AHEAD + bytes - 1) / bytes);
-        return then < ranks ? of(then) : next + std::min(then - ranks, ranks - 1) * width;
+        int64_t bytes = width * sizeof(N), then = rank + std::clamp((AHEAD + bytes - 1) / bytes, at_once, ranks);
+        return then < ranks ? of(then) : next + (then - ranks) * width;
     }
 };
 
