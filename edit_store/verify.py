@@ -162,9 +162,9 @@ def _no_rules(*_: object) -> Iterator[Broken]:
 
 
 def _filter_rules(edit: SubspaceFilter, _: Widths, fields: dict[str, Array]) -> Iterator[Broken]:
-    basis = fields["basis"]
-    product = basis @ (fields["dual"] if edit.oblique else basis).T
-    error = float(np.abs(product - np.eye(len(basis), dtype=np.float32)).max())
+    # In float32 the products of great numbers would overflow.
+    basis, other = (fields[name].astype(np.float64) for name in ("basis", "dual" if edit.oblique else "basis"))
+    error = float(np.abs(basis @ other.T - np.eye(len(basis))).max())
     if error > ORTHONORMAL_TOLERANCE:
         if edit.oblique:
             yield "not_dual", "dual", f"basis dual^T must be the identity, off by {error:.1e}"

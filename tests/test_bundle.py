@@ -167,6 +167,7 @@ def test_an_edit_where_it_has_no_meaning_is_refused(edits: list[Any], code: str)
         (Offset(site="layers.0.resid"), {"vector": np.full(8, np.inf)}, "not_finite"),
         (Offset(site="layers.0.resid"), {"extra": np.ones(8)}, "unknown_tensor"),
         (SubspaceFilter(site="layers.0.resid", rank=1), {"basis": np.full((1, 8), 0.5)}, "not_orthonormal"),
+        (SubspaceFilter(site="layers.0.resid", rank=1), {"basis": np.full((1, 8), 3e38)}, "not_orthonormal"),
         (SubspaceFilter(site="layers.0.resid", rank=2), {"basis": np.eye(8)[:1]}, "shape"),
         (SubspaceFilter(site="layers.0.resid", rank=1, oblique=True), {"dual": np.ones((1, 8))}, "not_dual"),
         (JET_PACK, {"norm_weight": np.zeros(8)}, "norm_weight"),
