@@ -262,12 +262,13 @@ class EditedModel:
         """Which tokens of the step the rows of `hidden` are; None where nobody's edits matter."""
         if self._filler.all_base:
             return None
-        output, width, last = self._output, hidden.shape[-1], self._filler.last_tokens
+        output, last, begin = self._output, self._filler.last_tokens, None
         if output is not None and hidden.untyped_storage().data_ptr() == output.untyped_storage().data_ptr():
-            first = (hidden.storage_offset() - output.storage_offset()) // width  # prompt log-probabilities
-            return torch.arange(first, first + len(hidden), device=hidden.device)
-        if output is None and hidden.untyped_storage().nbytes() > hidden.nbytes:  # a part of what a full graph keeps
-            first = hidden.storage_offset() // width
+            begin = output.storage_offset()  # of prompt log-probabilities
+        elif output is None and hidden.untyped_storage().nbytes() > hidden.nbytes:
+            begin = 0  # of them too, where a full CUDA graph was replayed: it keeps what it gives
+        if begin is not None:
+            first = (hidden.storage_offset() - begin) // hidden.shape[-1]
             return torch.arange(first, first + len(hidden), device=hidden.device)
         if len(hidden) != len(last):
             raise RuntimeError(

@@ -49,7 +49,7 @@ def config(**changes: Any) -> Any:
         ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallel size 2; start with 1"),
         ({"parallel_config__data_parallel_size": 4}, None),
         ({"parallel_config__data_parallel_external_lb": True}, "start each as a server of its own"),
-        ({"parallel_config__api_process_count": 2}, None),
+        ({"parallel_config___api_process_count": 2}, None),
         ({"parallel_config__use_ubatching": True}, "start without --enable-dbo"),
         ({"parallel_config__prefill_context_parallel_size": 2}, "start without --prefill- and --decode-context"),
         ({"parallel_config__decode_context_parallel_size": 2}, "start without --prefill- and --decode-context"),
