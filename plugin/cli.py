@@ -157,6 +157,10 @@ def _show_status(found: dict[str, Any]) -> None:
         f"slots {slots['used']} of {slots['total']}; store {store['url']}, read {_age(store)}, "
         f"signatures {found['signatures']}"
     )
+    if slots["waiting"]:
+        requests = sum(row["requests"] for row in slots["waiting"])
+        longest = max(row["seconds"] for row in slots["waiting"])
+        plain(f"{requests} requests wait for a slot, the first for {longest:.1f} s: raise edits.slots if they often do")
     if found["weights"]["variant"]:
         held = (found["weights"]["version"] or "the base model")[:14]
         plain(f"weights are for {found['weights']['variant']}, and hold {held}")

@@ -59,6 +59,9 @@ METRICS = (
         PER_TOKEN,
     ),
     Metric("requests_in_flight", "gauge", "Requests being answered.", ("variant",), across_processes="livesum"),
+    Metric(
+        "requests_waiting", "gauge", "Requests and swaps that wait for a slot: more versions are asked for than fit."
+    ),
     Metric("slots_total", "gauge", "Versions that fit on the device at once."),
     Metric("slots_used", "gauge", "Versions on the device."),
     Metric(
@@ -149,6 +152,7 @@ class Metrics:
     time_to_first_token_seconds: Histogram
     time_per_output_token_seconds: Histogram
     requests_in_flight: Gauge
+    requests_waiting: Gauge
     slots_total: Gauge
     slots_used: Gauge
     version_lookups: Counter

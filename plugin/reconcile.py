@@ -296,7 +296,11 @@ class Reconciler:
         residency = self.slots.residency
         if swap.from_version is not None or residency.used < residency.slots:
             with swap.phase("install", self._metrics):
-                await self.slots.make_resident(version)
+                if not await self.slots.bring_in(version):
+                    logger.info(
+                        "every slot is in use: version %s of %r goes to the device when it is asked for",
+                        version[:12], swap.variant,
+                    )  # fmt: skip
 
     def _switch(self, entry: TagEntry, new: str | None) -> None:
         """The commit point on this server: one reference is replaced."""
@@ -467,9 +471,16 @@ class Reconciler:
                 "total": residency.slots,
                 "used": residency.used,
                 "held": [
-                    {"slot": resident.slot, "version": version, "users": resident.users, "retired": resident.retired}
+                    {
+                        "slot": resident.slot,
+                        "version": version,
+                        "users": resident.users,
+                        "retired": resident.retired,
+                        "makes_way": resident.closed,
+                    }
                     for version, resident in residency.residents().items()
                 ],
+                "waiting": self.slots.waiting(),
             },
             "last_swap": asdict(self.last_swap) if self.last_swap else None,
             "last_error": self.last_error,

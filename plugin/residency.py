@@ -19,11 +19,15 @@ class Plan:
 
 @dataclass
 class Resident:
-    """A version in a slot. `users` counts the requests that read it; `retired` ones leave with their last user."""
+    """A version in a slot. `users` counts the requests that read it; `retired` ones leave with their last user.
+
+    One that is `closed` makes way for a version that waits for a slot: it is lent to nobody more.
+    """
 
     slot: int
     users: int = 0
     retired: bool = False
+    closed: bool = False
 
 
 class Residency:
@@ -46,6 +50,10 @@ class Residency:
 
     def is_resident(self, version: str) -> bool:
         return version in self._resident
+
+    def is_open(self, version: str) -> bool:
+        """Whether it may be acquired."""
+        return version in self._resident and not self._resident[version].closed
 
     def plan(self, version: str) -> Plan | None:
         """Where to put a version that is not resident, or None while every slot is in use. The slot is held for it."""
@@ -76,8 +84,10 @@ class Residency:
         del self._planned[version]
 
     def acquire(self, version: str) -> int:
-        """Count one more user of a resident version; returns its slot."""
+        """Count one more user of an open version; returns its slot."""
         resident = self._resident[version]
+        if resident.closed:
+            raise ValueError(f"version {version[:12]} makes way for another")
         resident.users += 1
         self._resident.move_to_end(version)
         return resident.slot
@@ -88,6 +98,21 @@ class Residency:
         if resident.users == 0:
             raise ValueError(f"version {version[:12]} is released more often than acquired")
         resident.users -= 1
+
+    def make_way(self, count: int) -> bool:
+        """Have so many versions closed, of those in use; returns whether one was opened again.
+
+        Retired ones first, which hardly anybody asks for, then those with the fewest users, which are soon idle.
+        """
+        closed = [resident for resident in self._resident.values() if resident.closed]
+        others = [resident for resident in self._resident.values() if resident.users and not resident.closed]
+        others.sort(key=lambda resident: (not resident.retired, resident.users))
+        for resident in others[: max(0, count - len(closed))]:
+            resident.closed = True
+        closed.sort(key=lambda resident: (not resident.retired, resident.users))
+        for resident in closed[count:]:
+            resident.closed = False
+        return len(closed) > count
 
     def retire(self, version: str) -> None:
         """Nothing names this version any more: let it leave with its last user."""

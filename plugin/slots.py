@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from edit_store.errors import BundleRefused, EditsError
@@ -26,8 +28,35 @@ logger = logging.getLogger("vllm.edits")
 FIRINGS_SECONDS = 1.0
 """how often the device is asked what its gates did"""
 
+PATIENCE_SECONDS = 1.0
+"""how long a version waits for a slot before another has to make way, and a swap before it goes on without one"""
+
 Fired = Callable[[str, int, int], None]
 """Is told that gates of a version fired so often in so many tokens."""
+
+
+@dataclass
+class Waiting:
+    """Those who wait for one version to have a slot. `coming`: it has one, and is being installed."""
+
+    since: float = field(default_factory=time.monotonic)
+    asked: list[asyncio.Future[int]] = field(default_factory=list)
+    coming: asyncio.Task[None] | None = None
+
+    def requests(self) -> int:
+        """How many have not left."""
+        return sum(not asked.done() for asked in self.asked)
+
+    def seconds(self) -> float:
+        """How long the first of them has waited."""
+        return time.monotonic() - self.since
+
+    def may_close(self) -> int:
+        """How many other versions are to make way: one after a while, and one more each time that doubles.
+
+        More than one, since of those that make way the first to be idle is the one that is needed.
+        """
+        return int(self.seconds() / PATIENCE_SECONDS).bit_length()
 
 
 class Slots:
@@ -43,7 +72,8 @@ class Slots:
         self._ready: set[str] = set()  # versions in the memory of every worker, as far as is known
         self._reading: dict[str, asyncio.Task[None]] = {}
         self._installing = asyncio.Lock()
-        self._released = asyncio.Event()
+        self._waiting: dict[str, Waiting] = {}  # those who came first, first
+        self._later: asyncio.TimerHandle | None = None
         self._retired_at: dict[str, float] = {}
         self._draining: set[asyncio.Task[None]] = set()
         metrics.slots_total.set(count)
@@ -74,26 +104,94 @@ class Slots:
             raise
         self._ready.add(version)
 
-    async def make_resident(self, version: str, *, acquire: bool = False) -> int:
-        """Install a version on every worker, one install at a time; waits for a slot. Returns its slot."""
-        await self.make_ready(version)  # needs no slot: a slow store keeps nobody else from being paged in
-        async with self._installing:
-            if not self.residency.is_resident(version):
-                while (plan := self.residency.plan(version)) is None:
-                    self._released.clear()
-                    await self._released.wait()
-                try:
-                    await self._install(plan, version)
-                except BaseException as failure:
-                    await self._undo(plan.slot, version)
-                    self._count_install(failure)
-                    raise
-                finally:
-                    if plan.evicted is not None:
-                        self._firings.forget(plan.evicted)
-                self.residency.commit(version)
-                self._count_install(None)
-            return self.residency.acquire(version) if acquire else self.residency.residents()[version].slot
+    async def bring_in(self, version: str) -> bool:
+        """Install a version on every worker, unless all slots stay in use: whoever asks for it then waits for one.
+
+        EditsError when it cannot be installed.
+        """
+        await self.make_ready(version)
+        asked = self._ask(version)
+        with self._given_back(asked, version):
+            await asyncio.wait({asked}, timeout=PATIENCE_SECONDS)
+            if not asked.done() and not self._waiting[version].coming:
+                asked.cancel()
+                self._serve()
+                return False
+            await asked
+        self.release(version)
+        return True
+
+    def _ask(self, version: str) -> asyncio.Future[int]:
+        """Will be the slot of a version, for one user more."""
+        asked = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(version, Waiting()).asked.append(asked)
+        self._serve()
+        return asked
+
+    @contextmanager
+    def _given_back(self, asked: asyncio.Future[int], version: str) -> Iterator[None]:
+        """Whoever is cancelled leaves nothing behind, not even a slot that came at the last moment."""
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not asked.cancel() and not asked.cancelled() and asked.exception() is None:
+                self.release(version)
+            self._serve()
+            raise
+
+    def _serve(self) -> None:
+        """Find slots for those who wait, in the order in which they came.
+
+        Where they have waited for long, others make way: with all slots in use by versions that are always asked for
+        again, none would ever be free.
+        """
+        for version, waiting in list(self._waiting.items()):
+            if waiting.coming:
+                continue
+            if not waiting.requests():
+                del self._waiting[version]
+            elif self.residency.is_open(version):
+                self._hand_out(version)
+            elif not self.residency.is_resident(version) and (plan := self.residency.plan(version)) is not None:
+                waiting.coming = asyncio.get_running_loop().create_task(self._bring(plan, version))
+        without = [
+            waiting for version, waiting in self._waiting.items()
+            if not waiting.coming and not self.residency.is_resident(version)
+        ]  # fmt: skip
+        if self.residency.make_way(sum(waiting.may_close() for waiting in without)):
+            self._serve()  # some may wait for what is open again
+        self._metrics.requests_waiting.set(sum(waiting.requests() for waiting in self._waiting.values()))
+        if without and self._later is None:
+            self._later = asyncio.get_running_loop().call_later(PATIENCE_SECONDS, self._serve_later)
+
+    def _serve_later(self) -> None:
+        self._later = None
+        self._serve()
+
+    def _hand_out(self, version: str) -> None:
+        for asked in self._waiting.pop(version).asked:
+            if not asked.done():
+                asked.set_result(self.residency.acquire(version))
+
+    async def _bring(self, plan: Plan, version: str) -> None:
+        """Install a version where it was planned, one install at a time, and hand it out."""
+        try:
+            async with self._installing:
+                await self._install(plan, version)
+        except Exception as failure:  # noqa: BLE001  told to all who wait
+            await self._undo(plan.slot, version)
+            self._count_install(failure)
+            for asked in self._waiting.pop(version).asked:
+                if not asked.done():
+                    asked.set_exception(failure)
+        else:
+            self.residency.commit(version)
+            self._count_install(None)
+            self._hand_out(version)
+        finally:
+            if plan.evicted is not None:
+                self._firings.forget(plan.evicted)
+        self._serve()
 
     async def _install(self, plan: Plan, version: str) -> None:
         answers = await ask(self._workers, "edits_install", plan.slot, version, plan.evicted)
@@ -126,11 +224,14 @@ class Slots:
 
     async def acquire(self, version: str) -> int:
         """The slot of a version for one more user, which is brought in if it has none; waits while all are in use."""
-        if self.residency.is_resident(version):
+        if self.residency.is_open(version):
             self._metrics.version_lookups.labels("device").inc()
             return self.residency.acquire(version)
         found, start = "host" if version in self._ready else "store", time.monotonic()
-        slot = await self.make_resident(version, acquire=True)
+        await self.make_ready(version)  # needs no slot: a slow store keeps nobody else from being paged in
+        asked = self._ask(version)
+        with self._given_back(asked, version):
+            slot = await asked
         self._metrics.version_lookups.labels(found).inc()
         self._metrics.page_in_seconds.labels(found).observe(time.monotonic() - start)
         return slot
@@ -138,8 +239,15 @@ class Slots:
     def release(self, version: str) -> None:
         """One user less."""
         self.residency.release(version)
-        self._released.set()
         self._sweep()
+        self._serve()
+
+    def waiting(self) -> list[dict[str, Any]]:
+        """What requests wait for, for the status."""
+        return [
+            {"version": version, "requests": waiting.requests(), "seconds": round(waiting.seconds(), 3)}
+            for version, waiting in self._waiting.items()
+        ]
 
     # -- clearing ----------------------------------------------------------------------------------------------------
 
@@ -176,7 +284,7 @@ class Slots:
         self._count_used()
         seconds = time.monotonic() - self._retired_at.pop(version, time.monotonic())
         self._metrics.swap_seconds.labels("drain").observe(seconds)
-        self._released.set()
+        self._serve()
         logger.info("drained version=%s slot=%d", version[:12], slot)
 
     async def settle(self) -> None:

@@ -27,6 +27,7 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
         self.slot_of: dict[str, int] = {}
         self.users: dict[str, int] = {}
         self.retired: set[str] = set()
+        self.closed: set[str] = set()
         self.planned: dict[str, int] = {}
         self.clearing: set[int] = set()
 
@@ -46,6 +47,7 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
             assert plan == Plan(self.slot_of.pop(idle[0]), idle[0])  # the idle one that was used longest ago
             self.by_use.remove(idle[0])
             self.retired.discard(idle[0])
+            self.closed.discard(idle[0])
             del self.users[idle[0]]
         else:
             assert plan is None
@@ -69,8 +71,12 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
 
     @precondition(lambda self: self.slot_of)
     @rule(target=requests, data=st.data())
-    def acquire(self, data: st.DataObject) -> str:
+    def acquire(self, data: st.DataObject) -> object:
         version: str = data.draw(st.sampled_from(sorted(self.slot_of)))
+        if version in self.closed:
+            with pytest.raises(ValueError, match="makes way for another"):
+                self.residency.acquire(version)
+            return multiple()
         assert self.residency.acquire(version) == self.slot_of[version]
         self.users[version] += 1
         self.by_use.remove(version)
@@ -82,6 +88,20 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
         """A version in use is always still there: nothing evicted it."""
         self.residency.release(version)
         self.users[version] -= 1
+
+    @rule(count=st.integers(0, 4))
+    def make_way(self, count: int) -> None:
+        """As many are closed as are wanted and in use, no one that was closed is exchanged for another."""
+        before = self.closed
+        opened = self.residency.make_way(count)
+        self.closed = {name for name, one in self.residency.residents().items() if one.closed}
+        in_use = {name for name in self.slot_of if self.users[name]}
+        assert len(self.closed) == min(count, len(before | in_use))
+        assert self.closed <= before or before <= self.closed
+        assert opened == bool(before - self.closed)
+        for name in self.closed - before:
+            rank = (name not in self.retired, self.users[name])
+            assert all(rank <= (one not in self.retired, self.users[one]) for one in in_use - self.closed)
 
     @rule(version=st.sampled_from(VERSIONS))
     def retire(self, version: str) -> None:
@@ -104,6 +124,7 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
             assert slot == self.slot_of.pop(version)
             self.by_use.remove(version)
             self.retired.discard(version)
+            self.closed.discard(version)
             del self.users[version]
             self.clearing.add(slot)
         return multiple(*sorted(self.clearing)) if leaving else multiple()
@@ -129,6 +150,7 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
             name: (self.slot_of[name], self.users[name], name in self.retired) for name in self.by_use
         }
         assert all(self.residency.is_resident(name) == (name in self.slot_of) for name in VERSIONS)
+        assert all(self.residency.is_open(name) == (name in {*self.slot_of} - self.closed) for name in VERSIONS)
 
 
 TestAnyOrderOfEvents = AnyOrderOfEvents.TestCase
@@ -161,6 +183,18 @@ def test_nothing_is_planned_while_every_slot_is_in_use() -> None:
     assert residency.plan("b") is None
     residency.release("a")
     assert residency.plan("b") == Plan(1, "a")
+
+
+def test_those_with_the_fewest_users_make_way_and_retired_ones_before_them() -> None:
+    residency = resident(3, "a", "b", "c")
+    for version, users in {"a": 3, "b": 2, "c": 1}.items():
+        for _ in range(users):
+            residency.acquire(version)
+    residency.retire("a")
+    assert not residency.make_way(2)
+    assert [residency.is_open(version) for version in "abc"] == [False, True, False]
+    assert residency.make_way(1)  # the one that nobody asks for stays closed
+    assert [residency.is_open(version) for version in "abc"] == [False, True, True]
 
 
 def test_a_planned_slot_is_not_planned_twice() -> None:

@@ -19,7 +19,7 @@ def test_under_load_every_token_is_of_the_version_in_the_headers(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: Mapping[str, str]
 ) -> None:
     """With swaps, paging, clients that leave, and a store that stands still; then the engine is killed."""
-    seconds, rate = (120, 0.7) if how else (40, 10)
+    seconds, rate = (90, 2) if how else (40, 10)
     with moto(tmp_path) as bucket:
         for name, value in bucket.items():
             monkeypatch.setenv(name, value)
