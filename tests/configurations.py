@@ -100,16 +100,24 @@ class Way:
     @property
     def runs_here(self) -> bool:
         """Whether the CPU has what it needs."""
-        return not self.needs or self.needs in Path("/proc/cpuinfo").read_text().split()
+        return not self.needs or cpu_has(self.needs)
+
+
+def cpu_has(flag: str) -> bool:
+    """Whether the CPU has that, as the kernel calls it."""
+    return flag in Path("/proc/cpuinfo").read_text().split()
 
 
 MODES = ("per request", "in the weights")
 _REFUSED = "edits are not proven exact with: "
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+_BESIDE_INT8 = {"dtype": "bfloat16"} if cpu_has("amx_int8") else {}
+"""vLLM's products of 8-bit numbers in AMX take no float32"""
 WAYS: dict[str, Way] = {
     "usual: float32, not compiled": Way(),
     "compiled": Way({"enforce_eager": False}),
     "bfloat16": Way({"dtype": "bfloat16"}),
+    "bfloat16, compiled": Way({"dtype": "bfloat16", "enforce_eager": False}),
     "float16": Way({"dtype": "float16"}),
     "prefix caching": Way({"enable_prefix_caching": True}),
     "long contexts, 400 tokens": Way({"max_model_len": 448}, prompt=400),
@@ -130,7 +138,7 @@ WAYS: dict[str, Way] = {
     ),
     "LoRA": Way({"enable_lora": True}),
     "a draft model": Way({"speculative_config": {"model": "", "num_speculative_tokens": 2}}),
-    "8-bit weights and activations (compressed-tensors)": Way(quantised="int8", quick=True),
+    "8-bit weights and activations (compressed-tensors)": Way(_BESIDE_INT8, quantised="int8", quick=True),
     "4-bit weights (compressed-tensors), AVX-512": Way({"dtype": "bfloat16"}, quantised="int4", needs="avx512f"),
     "a GPU: CUDA graphs": Way(untested="no GPU was at hand; `make test-gpu` runs it"),
 }

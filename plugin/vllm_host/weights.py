@@ -2,7 +2,8 @@
 
 On a GPU vLLM computes with the parameter itself. On a CPU it packs the weight for oneDNN when it is loaded and drops
 the parameter; what its kernels read then is the address of the packed weight, in a tensor, so exchanging two weights is
-exchanging two addresses. The loaded weights are kept besides, since what is packed cannot be read back.
+exchanging two addresses. Where the CPU has AMX small weights are packed for that instead, into a tensor whose numbers
+can change places. The loaded weights are kept besides, since what is packed is not unpacked again.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from plugin.plain_weight import PlainWeight, exchange_bias
 _PRIMITIVES = 32
 """how many shapes oneDNN remembers a plan for, as vLLM asks"""
 _PROBES = 4
+_HANDLER, _TILES = "handler", "packed_weight"
+"""what vLLM calls what it packed a weight into, for oneDNN and for AMX"""
 
 
 class PackedWeight:
@@ -62,6 +65,22 @@ class PackedWeight:
         handler, bias = (self._handler, self.bias) if copy is None else (copy.weight, copy.bias)
         said: bytes = ops.onednn_mm(handler, self._probes, bias).view(torch.uint8).numpy().tobytes()
         return said
+
+
+class TiledWeight(PlainWeight):
+    """A weight in the order of AMX's tiles, on a CPU. `loaded_weight` [out, in] is the one it was packed from."""
+
+    def __init__(self, tiles: Tensor, loaded_weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(tiles, bias)
+        self.dtype = loaded_weight.dtype
+        self._loaded = loaded_weight
+
+    def loaded(self, aside: Copy | None) -> Tensor:
+        del aside
+        return self._loaded
+
+    def copy(self, weight: Tensor, bias: Tensor | None) -> Copy:
+        return super().copy(torch.ops._C.convert_weight_packed(weight), bias)  # noqa: SLF001  as torch calls vLLM's
 
 
 @contextmanager
@@ -113,7 +132,8 @@ def patchable(
     for site, biased in room.items():
         module: Any = anchors[site].module
         if biased and module.bias is None:
-            zeros = torch.zeros(len(kept[module]), dtype=kept[module].dtype, device=kept[module].device)
+            dtype = torch.float32 if _TILES in _captured(module) else kept[module].dtype  # as its kernel wants it
+            zeros = torch.zeros(len(kept[module]), dtype=dtype, device=kept[module].device)
             module.bias = nn.Parameter(zeros, requires_grad=False)
     modules = {names[module]: _live(names[module], module, weight) for module, weight in kept.items()}
     return PatchedWeights(modules, parts, architecture, _free_bytes, checkpoint.projection)
@@ -127,11 +147,21 @@ def _live(name: str, module: Any, loaded: Tensor) -> LiveWeight:
     bias = None if module.bias is None else module.bias.detach()
     if module.weight.data_ptr() == loaded.data_ptr():
         return PlainWeight(loaded, bias)
+    held = _captured(module)
+    if _HANDLER in held:
+        return PackedWeight(held[_HANDLER], loaded, bias)
+    if _TILES in held:
+        return TiledWeight(held[_TILES], loaded, bias)
+    raise UnsupportedHost(
+        f"vLLM {vllm.__version__} packs the weight of {name} in a way that edits.weights does not know. Leave out "
+        "edits.weights and serve every variant per request"
+    )
+
+
+def _captured(module: Any) -> Mapping[str, Any]:
+    """What the function that vLLM computes a projection with on a CPU has in its closure, by name."""
     computes = getattr(module, "cpu_linear", None)
-    held = dict(zip(computes.__code__.co_freevars, computes.__closure__ or (), strict=True)) if computes else {}
-    if "handler" not in held:
-        raise UnsupportedHost(
-            f"vLLM {vllm.__version__} packs the weight of {name} in a way that edits.weights does not know, as it does "
-            "for AMX. Leave out edits.weights and serve every variant per request, or serve in float32"
-        )
-    return PackedWeight(held["handler"].cell_contents, loaded, bias)
+    if computes is None or not hasattr(computes, "__code__"):
+        return {}
+    cells = computes.__closure__ or ()
+    return {name: cell.cell_contents for name, cell in zip(computes.__code__.co_freevars, cells, strict=True)}
