@@ -104,12 +104,11 @@ class Residency:
 
         Retired ones first, which hardly anybody asks for, then those with the fewest users, which are soon idle.
         """
-        closed = [resident for resident in self._resident.values() if resident.closed]
-        others = [resident for resident in self._resident.values() if resident.users and not resident.closed]
-        others.sort(key=lambda resident: (not resident.retired, resident.users))
+        soonest = sorted(self._resident.values(), key=lambda resident: (not resident.retired, resident.users))
+        closed = [resident for resident in soonest if resident.closed]
+        others = [resident for resident in soonest if resident.users and not resident.closed]
         for resident in others[: max(0, count - len(closed))]:
             resident.closed = True
-        closed.sort(key=lambda resident: (not resident.retired, resident.users))
         for resident in closed[count:]:
             resident.closed = False
         return len(closed) > count
