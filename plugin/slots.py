@@ -178,12 +178,13 @@ class Slots:
         try:
             async with self._installing:
                 await self._install(plan, version)
-        except Exception as failure:  # noqa: BLE001  told to all who wait
+        except Exception as failure:  # noqa: BLE001  told to who came first; the others try again, as it may pass
             await self._undo(plan.slot, version)
             self._count_install(failure)
-            for asked in self._waiting.pop(version).asked:
-                if not asked.done():
-                    asked.set_exception(failure)
+            waiting = self._waiting[version]
+            waiting.coming = None
+            if first := next((asked for asked in waiting.asked if not asked.done()), None):
+                first.set_exception(failure)
         else:
             self.residency.commit(version)
             self._count_install(None)

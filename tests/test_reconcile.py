@@ -616,6 +616,21 @@ async def test_many_requests_for_one_absent_version_install_it_once(server: Serv
     assert server.metric("installs_total", result="ok") == installs + 1
 
 
+async def test_an_install_that_fails_once_fails_one_request(server: Server) -> None:
+    """The others that wait for the same version try again."""
+    names = await promote_many(server, 4)
+    first_install = iter([refuse] * len(server.workers.workers))
+
+    def once(number: int, act: Callable[[], Answer]) -> Answer:
+        return next(first_install, as_told)(number, act)
+
+    server.workers.overrides = {"edits_install": once}
+    answers = await asyncio.gather(*(server.ask(names[3]) for _ in range(5)), return_exceptions=True)
+    assert [isinstance(answer, EditsError) for answer in answers] == [True, False, False, False, False]
+    assert len(set(answers[1:])) == 1
+    server.check()
+
+
 async def test_a_cancelled_waiter_leaves_nothing_behind(server: Server) -> None:
     """The client went away while its request waited for a slot: the next one gets it."""
     names = await promote_many(server, 5)
@@ -752,7 +767,7 @@ async def test_under_a_random_load_every_request_is_served_by_one_version_that_s
 
     await asyncio.wait_for(asyncio.gather(operator(), crowd()), 60)
     await server.core.slots.settle()
-    assert len(answered) > 20  # who waits for the same version is refused together
+    assert len(answered) > 50
     assert server.core.status()["base"]["in_flight"] == 0
     assert all(one.users == 0 for one in server.residents().values())
     assert server.workers.held == {one.slot: version for version, one in server.residents().items()}
