@@ -5,6 +5,7 @@ Line by line on standard input and output, as JSON: first what to load, then one
     {"engine": {arguments of LLM}, "adapters": [folders]}             -> {"ready": true}
     {"prompts": [[ids]], "names": [variant, null, ...], "tokens": n}  -> {"requests": [RequestTimes]}
     {..., "profile": true}  -> {"requests": [...], "calls": {"<device> <name>": [count, microseconds]}}
+    {..., "paced": true}    -> {"waits": true} before each step, which any line starts; then {"steps": [seconds], ...}
 
 The engine runs in this very process (VLLM_ENABLE_V1_MULTIPROCESSING=0), so a side that waits for its next line is at
 rest, and the stamps are taken where the steps are.
@@ -15,9 +16,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from typing import Any, TextIO
 
 from loadtests.bench_report import RequestTimes
@@ -30,13 +33,16 @@ Generate = Callable[[list[str | None], list[Any], Any], list[Any]]
 def main() -> None:
     """Serve batches until standard input ends."""
     answers = _own_stdout()
-    generate = _load(json.loads(sys.stdin.readline()))
+    engine, generate = _load(json.loads(sys.stdin.readline()))
     _answer(answers, {"ready": True})
     for line in sys.stdin:
         batch = json.loads(line)
-        with _profiled() if batch.get("profile") else nullcontext() as calls:
+        with (
+            _profiled() if batch.get("profile") else nullcontext() as calls,
+            _paced(engine, answers) if batch.get("paced") else nullcontext() as steps,
+        ):
             requests = _run(generate, batch)
-        _answer(answers, {"requests": [asdict(times) for times in requests], "calls": calls})
+        _answer(answers, {"requests": [asdict(times) for times in requests], "calls": calls, "steps": steps})
 
 
 def _own_stdout() -> TextIO:
@@ -50,7 +56,7 @@ def _answer(answers: TextIO, answer: dict[str, Any]) -> None:
     print(json.dumps(answer), file=answers, flush=True)
 
 
-def _load(wanted: dict[str, Any]) -> Generate:
+def _load(wanted: dict[str, Any]) -> tuple[Any, Generate]:
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
@@ -59,7 +65,7 @@ def _load(wanted: dict[str, Any]) -> Generate:
     llm = LLM(**wanted["engine"], disable_log_stats=False)  # the stamps are part of its statistics
     if "additional_config" in wanted["engine"]:
         variants = Variants(llm)
-        return lambda names, prompts, params: variants.generate(names, prompts, params, use_tqdm=False)
+        return llm.llm_engine, partial(variants.generate, use_tqdm=False)
     adapters = {
         name: LoRARequest(name, number, folder) for number, (name, folder) in enumerate(wanted["adapters"].items(), 1)
     }
@@ -69,7 +75,7 @@ def _load(wanted: dict[str, Any]) -> Generate:
         outputs: list[Any] = llm.generate(prompts, params, use_tqdm=False, lora_request=chosen if any(chosen) else None)
         return outputs
 
-    return generate
+    return llm.llm_engine, generate
 
 
 def _run(generate: Generate, batch: dict[str, Any]) -> list[RequestTimes]:
@@ -102,6 +108,26 @@ def _profiled() -> Iterator[dict[str, tuple[int, float]]]:
     for event in profiled.key_averages():
         taken = event.self_device_time_total if event.device_type.name != "CPU" else event.self_cpu_time_total
         calls[f"{event.device_type.name} {event.key}"] = event.count, taken
+
+
+@contextmanager
+def _paced(engine: Any, answers: TextIO) -> Iterator[list[float]]:
+    """Has each step of the engine wait for its line; the seconds that they take, as they come."""
+    step, seconds = engine.step, list[float]()
+
+    def paced() -> Any:
+        _answer(answers, {"waits": True})
+        sys.stdin.readline()
+        began = time.perf_counter()
+        outputs = step()
+        seconds.append(time.perf_counter() - began)
+        return outputs
+
+    engine.step = paced
+    try:
+        yield seconds
+    finally:
+        del engine.step  # the class has it
 
 
 if __name__ == "__main__":

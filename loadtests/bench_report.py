@@ -1,7 +1,8 @@
 """The benchmark's figures: computed from what was timed, held against the targets, and told. Pure but for `show`.
 
-Machines drift and neighbours interfere, so sides are compared within a round, seconds apart, and the median of these
-ratios counts. Its 95 % interval comes from resampling the rounds; a verdict that the interval does not carry says so.
+Machines drift and neighbours interfere, so sides are compared within a round, a step or a batch apart, and the median
+of these ratios counts. Its 95 % interval comes from resampling the rounds; a verdict that the interval does not carry
+says so.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from rich.table import Table
 
 Array = npt.NDArray[np.float64]
 Rates = Mapping[str, Mapping[str, float]]
-"""Tokens per second of a round, by side, then phase."""
+"""Tokens per second of a round, by side, then phase; of the sides that were in it."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,14 @@ def prefill_rate(requests: Sequence[RequestTimes]) -> float:
     """Prompt tokens per second, from the first request scheduled to the last first token."""
     seconds = max(request.first_token for request in requests) - min(request.scheduled for request in requests)
     return sum(request.prompt_tokens for request in requests) / seconds
+
+
+def rate_of_steps(seconds: Sequence[float], requests: int, prompt_tokens: int, tokens: int) -> float:
+    """One of the two, by what each step took: with one token for each request the rate of prefill, which is the first
+    step; with more, the rate of decoding in all others."""
+    if len(seconds) != tokens:
+        raise ValueError(f"expected {tokens} steps, one to prefill all {requests} requests, found {len(seconds)}")
+    return requests * prompt_tokens / seconds[0] if tokens == 1 else requests * (tokens - 1) / sum(seconds[1:])
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,7 @@ class Comparison:
         return Figure.of(
             each[self.over][self.phase] / statistics.mean(each[side][self.phase] for side in self.under)
             for each in rounds
+            if each.keys() >= {self.over, *self.under}
         )
 
 
@@ -121,12 +131,14 @@ def summarise_rates(
     what: str, sides: Mapping[str, str], comparisons: Iterable[Comparison], rounds: Sequence[Rates]
 ) -> dict[str, Any]:
     """Rates by side and phase, and every comparison; `sides` says of each what it is."""
-    phases = {side: sorted(rates) for side, rates in rounds[0].items()}
+    phases = {side: sorted(rates) for each in rounds for side, rates in each.items()}
     return {
         "what": what,
         "sides": dict(sides),
         "tokens_per_second": {
-            side: {phase: asdict(Figure.of(each[side][phase] for each in rounds)) for phase in phases[side]}
+            side: {
+                phase: asdict(Figure.of(each[side][phase] for each in rounds if side in each)) for phase in phases[side]
+            }
             for side in sides
         },
         "ratios": [

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from statistics import harmonic_mean
 
 from rich.progress import Progress
 
 from loadtests.bench_inputs import Inputs
-from loadtests.bench_report import Comparison, Rates, decode_rate, prefill_rate
+from loadtests.bench_report import Comparison, Rates, decode_rate, prefill_rate, rate_of_steps
 from loadtests.bench_sides import Batch, Engine
 
 WARM_UP_ROUNDS = 2
+PREFILLS = 4
+"""How often a round measures a prefill where engines take turns step by step: it is one step only."""
 
 
 @dataclass(frozen=True)
@@ -60,33 +63,81 @@ class Experiment:
         ]
         return replace(self, sides=sides, comparisons=comparisons)
 
+    def heats(self) -> list[list[str]]:
+        """Sides that can work at the same time: of each engine one, and in every heat those that others are held
+        against."""
+        of_engine: dict[int, list[str]] = {}
+        for name, side in self.sides.items():
+            of_engine.setdefault(id(side.engine), []).append(name)
+        always = {name for each in self.comparisons for name in each.under}
+        if clash := next((names for names in of_engine.values() if len(names) > 1 and always & {*names}), None):
+            raise ValueError(f"sides of one engine cannot be held against each other: {', '.join(clash)}")
+        return [
+            [name for names in of_engine.values() for name in (names if always & {*names} else names[heat : heat + 1])]
+            for heat in range(max(map(len, of_engine.values())))
+        ]
 
-def rates_by_round(experiment: Experiment, rounds: int, inputs: Inputs, progress: Progress) -> list[Rates]:
-    """Tokens per second by side and phase, for every round that counts."""
-    sides, counted = experiment.sides, list[Rates]()
+
+def rates_by_round(
+    experiment: Experiment, rounds: int, inputs: Inputs, progress: Progress, *, in_step: bool
+) -> list[Rates]:
+    """Tokens per second by side and phase, for every round that counts.
+
+    in_step: engines take turns step by step, not batch by batch; then a round holds one side of each.
+    """
+    counted, measure = list[Rates](), _in_step if in_step else _one_by_one
     with ExitStack() as running:
-        engines = list({id(side.engine): side.engine for side in sides.values()}.values())
+        engines = list({id(side.engine): side.engine for side in experiment.sides.values()}.values())
         starting = progress.add_task("", total=len(engines))
         for engine in engines:
             progress.update(starting, description=f"starting {engine.label} (a first start compiles for minutes)")
             running.enter_context(engine)
             progress.advance(starting)
         progress.remove_task(starting)
-        total = (WARM_UP_ROUNDS + rounds) * len(experiment.phases) * len(sides)
+        heats = experiment.heats() if in_step else [list(experiment.sides)]
+        total = (WARM_UP_ROUNDS + rounds) * len(experiment.phases) * len(heats)
         task = progress.add_task("", total=total)
         for number in range(WARM_UP_ROUNDS + rounds):
-            rates: dict[str, dict[str, float]] = {name: {} for name in sides}
             what = "warm-up" if number < WARM_UP_ROUNDS else f"round {number + 1 - WARM_UP_ROUNDS}"
-            for index, phase in enumerate(experiment.phases):
-                for name in turns(list(sides), number):
-                    progress.update(task, description=f"{what}: {phase.name}, {name}")
-                    times = sides[name].engine.run(sides[name].batch(phase, inputs, (number, index)))
-                    rates[name][phase.name] = prefill_rate(times) if phase.tokens == 1 else decode_rate(times)
+            for turn, heat in enumerate(heats):
+                rates: dict[str, dict[str, float]] = {name: {} for name in heat}
+                for index, phase in enumerate(experiment.phases):
+                    progress.update(task, description=f"{what}: {phase.name}")
+                    several = list[Mapping[str, float]]()
+                    for again in range(PREFILLS if in_step and phase.tokens == 1 else 1):
+                        sides = {name: experiment.sides[name] for name in turns(heat, number + again)}
+                        seed = (number, index, turn, again)
+                        batches = {name: side.batch(phase, inputs, seed) for name, side in sides.items()}
+                        several.append(measure(sides, batches, phase))
+                    for name in heat:
+                        rates[name][phase.name] = harmonic_mean(each[name] for each in several)
                     progress.advance(task)
-            if number >= WARM_UP_ROUNDS:
-                counted.append(rates)
+                if number >= WARM_UP_ROUNDS:
+                    counted.append(rates)
         progress.remove_task(task)
     return counted
+
+
+def _one_by_one(sides: Mapping[str, Side], batches: Mapping[str, Batch], phase: Phase) -> dict[str, float]:
+    """Each side runs its batch to the end before the next begins."""
+    rate = prefill_rate if phase.tokens == 1 else decode_rate
+    return {name: rate(side.engine.run(batches[name])) for name, side in sides.items()}
+
+
+def _in_step(sides: Mapping[str, Side], batches: Mapping[str, Batch], phase: Phase) -> dict[str, float]:
+    """All take a step each, then the next: what disturbs the machine for longer than a step disturbs all alike."""
+    for name, side in sides.items():
+        side.engine.begin(batches[name])
+    steps, order = dict[str, Sequence[float]](), list(sides)
+    while order:
+        for name in order:
+            if (seconds := sides[name].engine.step()) is not None:
+                steps[name] = seconds
+        order = [name for name in [*order[1:], order[0]] if name not in steps]
+    return {
+        name: rate_of_steps(seconds, phase.requests, phase.prompt_tokens, phase.tokens)
+        for name, seconds in steps.items()
+    }
 
 
 def turns(sides: Sequence[str], number: int) -> list[str]:

@@ -36,6 +36,10 @@ class Batch:
     names: Sequence[str | None]
     tokens: int
 
+    def question(self, **how: bool) -> dict[str, Any]:
+        """What a side is asked to run it."""
+        return {"prompts": self.prompts, "names": self.names, "tokens": self.tokens, **how}
+
 
 @dataclass
 class Engine:
@@ -62,13 +66,20 @@ class Engine:
 
     def run(self, batch: Batch) -> list[RequestTimes]:
         """Run a batch to its end."""
-        answer = self._ask({"prompts": batch.prompts, "names": batch.names, "tokens": batch.tokens})
-        return [RequestTimes(**times) for times in answer["requests"]]
+        return [RequestTimes(**times) for times in self._ask(batch.question())["requests"]]
+
+    def begin(self, batch: Batch) -> None:
+        """Have a batch wait for its first step."""
+        self._ask(batch.question(paced=True))
+
+    def step(self) -> Sequence[float] | None:
+        """Let the batch that was begun take a step; after its last one, how many seconds each took."""
+        return self._ask({}).get("steps")
 
     def calls(self, batch: Batch) -> Calls:
         """What torch calls while a batch runs; a profiled batch is slow."""
-        asked = {"prompts": batch.prompts, "names": batch.names, "tokens": batch.tokens, "profile": True}
-        return {name: (count, taken) for name, (count, taken) in self._ask(asked)["calls"].items()}
+        called = self._ask(batch.question(profile=True))["calls"]
+        return {name: (count, taken) for name, (count, taken) in called.items()}
 
     def _environment(self) -> dict[str, str]:
         cores = " ".join(map(str, self.cores))

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from loadtests.bench import BATCHES, app
 from loadtests.bench_endurance import EndurancePlan, Look, summarise
+from loadtests.bench_engine import _paced
 from loadtests.bench_experiments import MAX_MODEL_LEN, batch
 from loadtests.bench_guesses import GUESSED, KEPT
 from loadtests.bench_guesses import summarise as guesses
@@ -30,13 +31,14 @@ from loadtests.bench_report import (
     decode_rate,
     gaps_within,
     prefill_rate,
+    rate_of_steps,
     show,
     summarise_rates,
     summarise_swaps,
     verdict,
 )
-from loadtests.bench_rounds import Experiment, Phase, Side, turns
-from loadtests.bench_sides import Engine
+from loadtests.bench_rounds import Experiment, Phase, Side, _in_step, turns
+from loadtests.bench_sides import Batch, Engine
 from loadtests.bench_traffic import ALONE, FIGURES
 from loadtests.bench_traffic import summarise as traffic
 from loadtests.plot import draw
@@ -105,6 +107,73 @@ def test_decode_over_several_prefill_steps_is_refused() -> None:
     """Its seconds would hold some prefill."""
     with pytest.raises(ValueError, match="one step"):
         decode_rate([times(0, 1.0, 2.0), times(0, 1.1, 2.0)])
+
+
+def test_steps_say_the_same_as_the_stamps_of_requests() -> None:
+    """Two requests of 100 tokens in a second, then ten steps in another."""
+    prefilled, decoded = [times(0.0, 1.0, 1.0, output_tokens=1)] * 2, [times(0.0, 1.0, 2.0)] * 2
+    assert rate_of_steps([1.0], requests=2, prompt_tokens=100, tokens=1) == prefill_rate(prefilled)
+    seconds = [1.0, *[0.05, 0.15] * 5]
+    assert rate_of_steps(seconds, requests=2, prompt_tokens=100, tokens=11) == pytest.approx(decode_rate(decoded))
+    with pytest.raises(ValueError, match="11 steps, one to prefill all 2 requests, found 12"):
+        rate_of_steps([*seconds, 0.1], requests=2, prompt_tokens=100, tokens=11)
+
+
+class EngineThatSays(Engine):
+    """Takes steps of its own length, and notes whose turn it was."""
+
+    def __init__(self, label: str, seconds: float, turns: list[str]) -> None:
+        super().__init__(label, {}, Path(), [0])
+        self.seconds, self.turns = seconds, turns
+
+    def begin(self, batch: Batch) -> None:
+        self.taken, self.tokens = list[float](), batch.tokens
+
+    def step(self) -> list[float] | None:
+        self.turns.append(self.label)
+        self.taken.append(self.seconds)
+        return self.taken if len(self.taken) == self.tokens else None
+
+
+def test_engines_take_a_step_each_in_turns() -> None:
+    turns = list[str]()
+    engines = [EngineThatSays("a", 0.1, turns), EngineThatSays("b", 0.2, turns)]
+    sides = {engine.label: Side("", engine, [None]) for engine in engines}
+    phase = Phase("decode", requests=4, prompt_tokens=1, tokens=3)
+    assert _in_step(sides, dict.fromkeys(sides, Batch([[0]], [None], 3)), phase) == pytest.approx(
+        {"a": 40.0, "b": 20.0}
+    )
+    assert turns == ["a", "b", "b", "a", "a", "b"], "each goes first in turns"
+
+
+def test_sides_of_one_engine_work_in_different_heats() -> None:
+    """What others are held against is in each of them, and every comparison counts those that hold both its sides."""
+    plain, edited, other = (Engine(label, {}, Path(), [0]) for label in ("plain", "edited", "other"))
+    sides = {"plain": Side("", plain, [None]), "K=0": Side("", edited, [None]), "K=1": Side("", edited, ["a"]),
+             "other": Side("", other, [None])}  # fmt: skip
+    compared = [Comparison(side, ("plain",), "decode") for side in ("K=0", "K=1", "other")]
+    experiment = Experiment("", sides, [Phase("decode", 1, 1)], compared)
+    assert experiment.heats() == [["plain", "K=0", "other"], ["plain", "K=1"]]
+    rates = [{"plain": {"decode": 10.0}, "K=0": {"decode": 9.0}}, {"plain": {"decode": 20.0}, "K=1": {"decode": 20.0}}]
+    assert [each.of(rates).median for each in compared[:2]] == [0.9, 1.0]
+    assert summarise_rates("", {"K=1": ""}, [], rates)["tokens_per_second"]["K=1"]["decode"]["median"] == 20
+    against_itself = replace(experiment, comparisons=[Comparison("K=1", ("K=0",), "decode")])
+    with pytest.raises(ValueError, match="sides of one engine cannot be held against each other: K=0, K=1"):
+        against_itself.heats()
+
+
+def test_a_paced_engine_waits_for_a_line_before_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stepping:
+        def step(self) -> str:
+            return "outputs"
+
+    engine, answers = Stepping(), io.StringIO()
+    monkeypatch.setattr("sys.stdin", io.StringIO("{}\n" * 2))
+    with _paced(engine, answers) as seconds:
+        assert [engine.step(), engine.step()] == ["outputs"] * 2
+        assert answers.getvalue() == '{"waits": true}\n' * 2
+    assert engine.step() == "outputs", "afterwards it goes on by itself"
+    assert len(seconds) == 2
 
 
 @pytest.mark.parametrize("requests", sorted({*BATCHES[False], *BATCHES[True]}))
