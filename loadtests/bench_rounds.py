@@ -103,14 +103,9 @@ def rates_by_round(
                 rates: dict[str, dict[str, float]] = {name: {} for name in heat}
                 for index, phase in enumerate(experiment.phases):
                     progress.update(task, description=f"{what}: {phase.name}")
-                    several = list[Mapping[str, float]]()
-                    for again in range(PREFILLS if in_step and phase.tokens == 1 else 1):
-                        sides = {name: experiment.sides[name] for name in turns(heat, number + again)}
-                        seed = (number, index, turn, again)
-                        batches = {name: side.batch(phase, inputs, seed) for name, side in sides.items()}
-                        several.append(measure(sides, batches, phase))
-                    for name in heat:
-                        rates[name][phase.name] = harmonic_mean(each[name] for each in several)
+                    sides = {name: experiment.sides[name] for name in turns(heat, number)}
+                    for name, rate in measure(sides, phase, inputs, (number, index, turn)).items():
+                        rates[name][phase.name] = rate
                     progress.advance(task)
                 if number >= WARM_UP_ROUNDS:
                     counted.append(rates)
@@ -118,26 +113,37 @@ def rates_by_round(
     return counted
 
 
-def _one_by_one(sides: Mapping[str, Side], batches: Mapping[str, Batch], phase: Phase) -> dict[str, float]:
+def _one_by_one(sides: Mapping[str, Side], phase: Phase, inputs: Inputs, seed: Sequence[int]) -> dict[str, float]:
     """Each side runs its batch to the end before the next begins."""
     rate = prefill_rate if phase.tokens == 1 else decode_rate
-    return {name: rate(side.engine.run(batches[name])) for name, side in sides.items()}
+    return {name: rate(side.engine.run(side.batch(phase, inputs, seed))) for name, side in sides.items()}
 
 
-def _in_step(sides: Mapping[str, Side], batches: Mapping[str, Batch], phase: Phase) -> dict[str, float]:
+def _in_step(sides: Mapping[str, Side], phase: Phase, inputs: Inputs, seed: Sequence[int]) -> dict[str, float]:
     """All take a step each, then the next: what disturbs the machine for longer than a step disturbs all alike."""
-    for name, side in sides.items():
-        side.engine.begin(batches[name])
-    steps, order = dict[str, Sequence[float]](), list(sides)
-    while order:
-        for name in order:
-            if (seconds := sides[name].engine.step()) is not None:
+    several = list[dict[str, float]]()
+    for again in range(PREFILLS if phase.tokens == 1 else 1):
+        order = turns(list(sides), again)
+        batches = {name: sides[name].batch(phase, inputs, (*seed, again)) for name in order}
+        steps = _steps({name: sides[name].engine for name in order}, batches)
+        several.append({
+            name: rate_of_steps(seconds, phase.requests, phase.prompt_tokens, phase.tokens)
+            for name, seconds in steps.items()
+        })  # fmt: skip
+    return {name: harmonic_mean(each[name] for each in several) for name in sides}
+
+
+def _steps(engines: Mapping[str, Engine], batches: Mapping[str, Batch]) -> dict[str, Sequence[float]]:
+    """The seconds of each step of every engine's batch, taken in turns; another engine goes first each time."""
+    for name, engine in engines.items():
+        engine.begin(batches[name])
+    steps, waiting = dict[str, Sequence[float]](), list(engines)
+    while waiting:
+        for name in waiting:
+            if (seconds := engines[name].step()) is not None:
                 steps[name] = seconds
-        order = [name for name in [*order[1:], order[0]] if name not in steps]
-    return {
-        name: rate_of_steps(seconds, phase.requests, phase.prompt_tokens, phase.tokens)
-        for name, seconds in steps.items()
-    }
+        waiting = [name for name in [*waiting[1:], waiting[0]] if name not in steps]
+    return steps
 
 
 def turns(sides: Sequence[str], number: int) -> list[str]:

@@ -10,6 +10,9 @@ from typing import Any
 
 import httpx
 
+ANSWER_SECONDS = 900
+"""What a plain answer may take: with a GPU's kernels interpreted on a CPU, as tests do, a step may take a second."""
+
 
 @dataclass
 class Answer:
@@ -94,7 +97,7 @@ def complete(
 ) -> dict[str, Any]:  # fmt: skip
     """One plain completion, of one prompt or of several; raises on an error status."""
     body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **options}
-    response = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=300)
+    response = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=ANSWER_SECONDS)
     response.raise_for_status()
     answer: dict[str, Any] = response.json()
     answer["headers"] = response.headers

@@ -37,7 +37,7 @@ from loadtests.bench_report import (
     summarise_swaps,
     verdict,
 )
-from loadtests.bench_rounds import Experiment, Phase, Side, _in_step, turns
+from loadtests.bench_rounds import Experiment, Phase, Side, _steps, turns
 from loadtests.bench_sides import Batch, Engine
 from loadtests.bench_traffic import ALONE, FIGURES
 from loadtests.bench_traffic import summarise as traffic
@@ -137,12 +137,8 @@ class EngineThatSays(Engine):
 
 def test_engines_take_a_step_each_in_turns() -> None:
     turns = list[str]()
-    engines = [EngineThatSays("a", 0.1, turns), EngineThatSays("b", 0.2, turns)]
-    sides = {engine.label: Side("", engine, [None]) for engine in engines}
-    phase = Phase("decode", requests=4, prompt_tokens=1, tokens=3)
-    assert _in_step(sides, dict.fromkeys(sides, Batch([[0]], [None], 3)), phase) == pytest.approx(
-        {"a": 40.0, "b": 20.0}
-    )
+    engines = {name: EngineThatSays(name, seconds, turns) for name, seconds in (("a", 0.1), ("b", 0.2))}
+    assert _steps(engines, dict.fromkeys(engines, Batch([[0]], [None], 3))) == {"a": [0.1] * 3, "b": [0.2] * 3}
     assert turns == ["a", "b", "b", "a", "a", "b"], "each goes first in turns"
 
 
