@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from edit_store.bundle import BaseModelRef, Strength
 from edit_store.edits import SERVED_PER_REQUEST, Edit
@@ -87,7 +87,7 @@ def _edited(layers: int, kinds: Sequence[str], rank: int) -> tuple[nn.Module, Te
         return model, torch.empty(TOKENS, widths.hidden, dtype=DTYPE), angles, torch.empty_like(angles)
 
 
-@torch.library.custom_op("vllm_edits_loadtests::attend", mutates_args=("out",))
+@library.custom_op("vllm_edits_loadtests::attend", mutates_args=("out",))
 def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
     """Stands where vLLM calls attention, which no compiler sees into."""
 

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils import cpp_extension
+from torch import library as torch_library
+from torch.utils.cpp_extension import get_default_build_root, include_paths, library_paths
 
 from plugin.slot_products import EXPRESSIONS, SlotProducts
 
@@ -48,7 +49,7 @@ def compiled() -> SlotProducts:
     """The products in C++. OSError or CalledProcessError when they cannot be compiled."""
     torch.ops.load_library(_library())  # type: ignore[no-untyped-call]
     for operator, shape in _SHAPES.items():
-        torch.library.register_fake(f"vllm_edits::{operator}", shape)
+        torch_library.register_fake(f"vllm_edits::{operator}", shape)
     operators = torch.ops.vllm_edits
     return SlotProducts("compiled", operators.slot_dots.default, operators.slot_combine.default)
 
@@ -65,12 +66,12 @@ def _library() -> Path:
     command = [
         os.environ.get("CXX", "g++"), "-O3", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-shared",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        *(f"-isystem{path}" for path in cpp_extension.include_paths()), str(SOURCE),
-        *(f"-L{path}" for path in cpp_extension.library_paths()), "-lc10", "-ltorch_cpu",
+        *(f"-isystem{path}" for path in include_paths()), str(SOURCE),
+        *(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu",
     ]  # fmt: skip
     known = [*command, torch.__version__, _processor(), SOURCE.read_text()]
     name = hashlib.sha256("\0".join(known).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / "vllm_edits"
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()) / "vllm_edits"
     library = folder / f"{SOURCE.stem}-{name}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
