@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ from loadtests.bench_report import (
     summarise_swaps,
     verdict,
 )
-from loadtests.bench_rounds import Experiment, Phase, Side, _steps, turns
+from loadtests.bench_rounds import PREFILLS, Experiment, Phase, Side, _in_step, _steps, turns
 from loadtests.bench_sides import Batch, Engine
 from loadtests.bench_traffic import ALONE, FIGURES
 from loadtests.bench_traffic import summarise as traffic
@@ -142,6 +143,27 @@ def test_engines_take_a_step_each_in_turns() -> None:
     assert turns == ["a", "b", "b", "a", "a", "b"], "each goes first in turns"
 
 
+class Asking(Side):
+    """Notes which prompts are asked for, instead of making them."""
+
+    seeds: ClassVar[list[Sequence[int]]] = []
+
+    def batch(self, phase: Phase, inputs: Any, seed: Sequence[int]) -> Batch:
+        self.seeds.append(seed)
+        return Batch([[0]], [None], phase.tokens)
+
+
+def test_a_prefill_is_measured_several_times_a_round_with_other_prompts_each_time() -> None:
+    """A prompt seen before would come from the prefix cache. Positive control: decoding is measured once."""
+    sides = {"a": Asking("", EngineThatSays("a", 0.5, []), [None]), "b": Asking("", EngineThatSays("b", 1, []), [None])}
+    no_inputs: Any = None
+    for tokens, measured, rates in ((1, PREFILLS, {"a": 200, "b": 100}), (3, 1, {"a": 2, "b": 1})):
+        Asking.seeds.clear()
+        found = _in_step(sides, Phase("", requests=1, prompt_tokens=100, tokens=tokens), no_inputs, (7, 0, 0))
+        assert found == pytest.approx(rates)
+        assert sorted(Asking.seeds) == sorted([(7, 0, 0, again) for again in range(measured)] * len(sides))
+
+
 def test_sides_of_one_engine_work_in_different_heats() -> None:
     """What others are held against is in each of them, and every comparison counts those that hold both its sides."""
     plain, edited, other = (Engine(label, {}, Path(), [0]) for label in ("plain", "edited", "other"))
@@ -163,11 +185,12 @@ def test_a_paced_engine_waits_for_a_line_before_each_step(monkeypatch: pytest.Mo
         def step(self) -> str:
             return "outputs"
 
-    engine, answers = Stepping(), io.StringIO()
-    monkeypatch.setattr("sys.stdin", io.StringIO("{}\n" * 2))
+    engine, answers, lines = Stepping(), io.StringIO(), io.StringIO("{}\n" * 3)
+    monkeypatch.setattr("sys.stdin", lines)
     with _paced(engine, answers) as seconds:
         assert [engine.step(), engine.step()] == ["outputs"] * 2
         assert answers.getvalue() == '{"waits": true}\n' * 2
+        assert lines.read() == "{}\n", "a line for each step"
     assert engine.step() == "outputs", "afterwards it goes on by itself"
     assert len(seconds) == 2
 
