@@ -5,7 +5,8 @@ Line by line on standard input and output, as JSON: first what to load, then one
     {"engine": {arguments of LLM}, "adapters": [folders]}             -> {"ready": true}
     {"prompts": [[ids]], "names": [variant, null, ...], "tokens": n}  -> {"requests": [RequestTimes]}
     {..., "profile": true}  -> {"requests": [...], "calls": {"<device> <name>": [count, microseconds]}}
-    {..., "paced": true}    -> {"waits": true} before each step, which any line starts; then {"steps": [seconds], ...}
+    {..., "paced": true, "reads": bytes}
+                            -> {"waits": true} before each step, which any line starts; then {"steps": [seconds], ...}
 
 The engine runs in this very process (VLLM_ENABLE_V1_MULTIPROCESSING=0), so a side that waits for its next line is at
 rest, and the stamps are taken where the steps are.
@@ -20,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from typing import Any, TextIO
 
 from loadtests.bench_report import RequestTimes
@@ -39,7 +40,7 @@ def main() -> None:
         batch = json.loads(line)
         with (
             _profiled() if batch.get("profile") else nullcontext() as calls,
-            _paced(engine, answers) if batch.get("paced") else nullcontext() as steps,
+            _paced(engine, answers, batch["reads"]) if batch.get("paced") else nullcontext() as steps,
         ):
             requests = _run(generate, batch)
         _answer(answers, {"requests": [asdict(times) for times in requests], "calls": calls, "steps": steps})
@@ -111,15 +112,17 @@ def _profiled() -> Iterator[dict[str, tuple[int, float]]]:
 
 
 @contextmanager
-def _paced(engine: Any, answers: TextIO) -> Iterator[list[float]]:
-    """Has each step of the engine wait for its line; the seconds that they take, as they come."""
-    step, seconds = engine.step, list[float]()
+def _paced(engine: Any, answers: TextIO, reads: int = 0) -> Iterator[list[float]]:
+    """Has each step of the engine wait for its line, and read so many bytes of memory in the end; the seconds that
+    they take, as they come."""
+    step, seconds, read = engine.step, list[float](), _memory(reads).sum if reads else lambda: None
 
     def paced() -> Any:
         _answer(answers, {"waits": True})
         sys.stdin.readline()
         began = time.perf_counter()
         outputs = step()
+        read()
         seconds.append(time.perf_counter() - began)
         return outputs
 
@@ -128,6 +131,14 @@ def _paced(engine: Any, answers: TextIO) -> Iterator[list[float]]:
         yield seconds
     finally:
         del engine.step  # the class has it
+
+
+@cache
+def _memory(size: int) -> Any:
+    """So many bytes of memory, always the same."""
+    import torch
+
+    return torch.ones(size // 4)
 
 
 if __name__ == "__main__":

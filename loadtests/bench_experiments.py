@@ -81,6 +81,11 @@ class Engines:
                                 self._engine(inputs, "lora_narrow", narrow, adapters=adapters), list(adapters)),
         }  # fmt: skip
 
+    def reading_alone(self, inputs: Inputs, engine: Engine, variants: int) -> Side:
+        """The limit: no edited request, but each step reads as much from memory as so many variants hold."""
+        what = f"no edited request, but as much is read as {variants} versions hold"
+        return Side(what, engine, [None], reads=variants * inputs.slot_bytes(self.dtype))
+
     def _kv_cache_bytes(self) -> int:
         """Room for the largest batch of short requests, or one prompt of the greatest length."""
         widths = self.inputs.base.widths
@@ -164,12 +169,18 @@ def idle(engines: Engines) -> Experiment:
 
 def distinct(engines: Engines) -> Experiment:
     """The largest batch on K distinct versions, for ranks 1, 4 and 16 at every layer, and for all kinds; or for the
-    ranks that were asked for."""
+    ranks that were asked for. Beside each, where engines take turns step by step, what reading alone costs."""
     requests = max(engines.batches)
     phases, sides = batch(requests), engines.plain()
     comparisons = against("plain again", ["plain"], phases, None, None)
     some = [count for count in (0, 1, 8, 32, 64, 128) if count < requests]
     fewer = {1: some, 16: [1]}
+
+    def add_limit(of: str, inputs: Inputs, engine: Engine) -> None:
+        if not gpu():
+            sides[side := f"{of}, reading alone"] = engines.reading_alone(inputs, engine, requests)
+            comparisons.extend(against(side, PLAIN, phases, None, None))
+
     for rank in engines.ranks or (1, 4, 16):
         inputs = engines.inputs.everywhere(["low_rank"], rank)
         engine, variants = engines.edited(inputs, f"rank_{rank}", requests)
@@ -178,11 +189,14 @@ def distinct(engines: Engines) -> Experiment:
             sides[side] = Side(f"low rank at every layer, {count} versions", engine, variants[:count] or [None])
             least = (HIGH_RANK, HIGH_RANK) if rank > 4 else (DECODE, PREFILL)
             comparisons += against(side, PLAIN, phases, *least)
+        add_limit(f"rank {rank}", inputs, engine)
     if not engines.ranks:
-        engine, variants = engines.edited(engines.inputs.everywhere(SERVED_PER_REQUEST), "all_kinds", requests)
+        inputs = engines.inputs.everywhere(SERVED_PER_REQUEST)
+        engine, variants = engines.edited(inputs, "all_kinds", requests)
         side = f"all kinds, K={requests}"
         sides[side] = Side(f"every kind at every layer, {requests} versions", engine, variants)
         comparisons += against(side, PLAIN, phases, DECODE, PREFILL)
+        add_limit("all kinds", inputs, engine)
     return Experiment(f"{requests} requests at once, on K distinct versions", sides, phases, comparisons)
 
 

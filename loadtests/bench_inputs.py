@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
+import torch
 from safetensors.numpy import save_file
 
 import demo.prompts
@@ -34,6 +35,9 @@ from edit_store.authoring.host import Edits, Host
 from edit_store.bundle import MANIFEST_FILE, canonical_json, sha256
 from edit_store.edits import Array
 from edit_store.sites import Site
+from plugin.plan import Plan
+from plugin.price import price
+from plugin.reservation import Reservation
 
 MADE_AT = datetime(2026, 1, 1, tzinfo=UTC)  # one moment for all: the same numbers are the same version in every run
 PROVENANCE = Provenance(tool="loadtests.bench", method="the demo's edits at some strength")
@@ -68,6 +72,11 @@ class Inputs:
     def described(self) -> list[str]:
         """Kind and site of every edit."""
         return sorted(f"{edit.kind} at {edit.site}" for edit, _ in self.edits)
+
+    def slot_bytes(self, dtype: str) -> int:
+        """What one version takes on the device, and a step reads of it, as `vllm-edits plan` counts."""
+        reservation = Reservation.for_versions([self.version("a-version", 1).manifest])
+        return Plan.of(reservation, price(self.base.widths, getattr(torch, dtype))).slot
 
     def version(self, name: str, strength: float) -> Bundle:
         """The edits at a strength between 0 and 1: as much work, other numbers."""
@@ -126,7 +135,6 @@ class Inputs:
     def make_checkpoint(self) -> Path:
         """The model with the low-rank edits in its weights: W_down + write^T read."""
         import safetensors.torch
-        import torch
 
         folder = self.folder / "checkpoint"
         shutil.copytree(self.model, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))

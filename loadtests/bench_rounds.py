@@ -35,13 +35,15 @@ class Side:
     what: str
     engine: Engine
     names: Sequence[str | None]
+    reads: int = 0
+    """bytes of memory that each step reads besides; only where engines take turns step by step"""
 
     def batch(self, phase: Phase, inputs: Inputs, seed: Sequence[int]) -> Batch:
         """The phase's requests, with prompts that no other seed gives. `seed` begins with the round: where it begins
         among the names."""
         prompts, first = inputs.random_prompts(seed, phase.requests, phase.prompt_tokens), seed[0] * phase.requests
         names = [self.names[(first + index) % len(self.names)] for index in range(phase.requests)]
-        return Batch(prompts, names, phase.tokens)
+        return Batch(prompts, names, phase.tokens, self.reads)
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,10 @@ class Batch:
     prompts: Sequence[Sequence[int]]
     names: Sequence[str | None]
     tokens: int
+    reads: int = 0
+    """bytes of memory that each step reads besides, where steps are taken one by one"""
 
-    def question(self, **how: bool) -> dict[str, Any]:
+    def question(self, **how: int) -> dict[str, Any]:
         """What a side is asked to run it."""
         return {"prompts": self.prompts, "names": self.names, "tokens": self.tokens, **how}
 
@@ -70,7 +72,7 @@ class Engine:
 
     def begin(self, batch: Batch) -> None:
         """Have a batch wait for its first step."""
-        self._ask(batch.question(paced=True))
+        self._ask(batch.question(paced=True, reads=batch.reads))
 
     def step(self) -> Sequence[float] | None:
         """Let the batch that was begun take a step; after its last one, how many seconds each took."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,9 +20,10 @@ from typer.testing import CliRunner
 from loadtests.bench import BATCHES, app
 from loadtests.bench_endurance import EndurancePlan, Look, summarise
 from loadtests.bench_engine import _paced
-from loadtests.bench_experiments import MAX_MODEL_LEN, batch
+from loadtests.bench_experiments import MAX_MODEL_LEN, Engines, batch, distinct
 from loadtests.bench_guesses import GUESSED, KEPT
 from loadtests.bench_guesses import summarise as guesses
+from loadtests.bench_inputs import Inputs
 from loadtests.bench_launches import LaunchPlan
 from loadtests.bench_launches import summarise as launches
 from loadtests.bench_profile import parts
@@ -44,6 +47,7 @@ from loadtests.bench_traffic import ALONE, FIGURES
 from loadtests.bench_traffic import summarise as traffic
 from loadtests.plot import draw
 from loadtests.record import free_path
+from tests.fakes import BASE, WIDTHS
 
 RATIO = Comparison("edited", ("plain",), "decode", 0.97)
 
@@ -193,6 +197,47 @@ def test_a_paced_engine_waits_for_a_line_before_each_step(monkeypatch: pytest.Mo
         assert lines.read() == "{}\n", "a line for each step"
     assert engine.step() == "outputs", "afterwards it goes on by itself"
     assert len(seconds) == 2
+
+
+def test_what_reading_alone_costs_is_read_within_the_step_that_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many bytes as were asked for, in every step; without any, nothing is read."""
+    read = list[int]()
+
+    class Memory:
+        def __init__(self, size: int) -> None:
+            self.size = size
+
+        def sum(self) -> None:
+            read.append(self.size)
+            time.sleep(0.02)
+
+    engine, lines = SimpleNamespace(step=lambda: "outputs"), io.StringIO("{}\n" * 3)
+    monkeypatch.setattr("sys.stdin", lines)
+    monkeypatch.setattr("loadtests.bench_engine._memory", Memory)
+    with _paced(engine, io.StringIO(), reads=64) as seconds:
+        engine.step()
+        engine.step()
+    assert read == [64, 64]
+    assert min(seconds) > 0.02
+
+
+def test_beside_distinct_versions_stands_what_reading_them_costs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two versions of rank 4 at three layers, in two bytes a number: the same engine reads as much, for nobody. On a
+    GPU, where no step has a time of its own, nothing is read."""
+    (tmp_path / "config.json").write_text('{"vocab_size": 128}')
+    engines = Engines(Inputs(tmp_path, BASE, [], tmp_path), "bfloat16", [0], [2], [4], lambda _: None, {})
+    monkeypatch.setattr("loadtests.bench_experiments.gpu", lambda: None)
+    sides = distinct(engines).sides
+    reading, edited = sides["rank 4, reading alone"], sides["rank 4, K=2"]
+    assert reading.engine is edited.engine
+    asked = reading.batch(Phase("", requests=2, prompt_tokens=1), engines.inputs, [0])
+    assert asked.reads == 2 * 3 * 4 * (WIDTHS.mlp + WIDTHS.hidden) * 2
+    assert asked.names == [None, None]
+    assert edited.reads == 0
+    monkeypatch.setattr("loadtests.bench_experiments.gpu", lambda: "a GPU")
+    assert "rank 4, reading alone" not in distinct(engines).sides
 
 
 @pytest.mark.parametrize("requests", sorted({*BATCHES[False], *BATCHES[True]}))
