@@ -26,6 +26,9 @@ ENVIRONMENT = {
     # vLLM 0.32 cannot load its own ahead-of-time artefact back on CPU and compiles twice; its other caches work.
     **({} if gpu() else {"VLLM_USE_AOT_COMPILE": "0"}),
     "TOKENIZERS_PARALLELISM": "false",
+    # Where workers spin on every core, nobody else may run for five seconds, after which a server drops a connection
+    # that it believes to be idle, even if the next request is in it already.
+    "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
 }
 START_SECONDS = 600
 
