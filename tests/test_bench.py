@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -184,11 +183,14 @@ def test_sides_of_one_engine_work_in_different_heats() -> None:
         against_itself.heats()
 
 
-def test_a_paced_engine_waits_for_a_line_before_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stepping:
-        def step(self) -> str:
-            return "outputs"
+class Stepping:
+    """An engine whose steps take no time."""
 
+    def step(self) -> str:
+        return "outputs"
+
+
+def test_a_paced_engine_waits_for_a_line_before_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, answers, lines = Stepping(), io.StringIO(), io.StringIO("{}\n" * 3)
     monkeypatch.setattr("sys.stdin", lines)
     with _paced(engine, answers) as seconds:
@@ -211,14 +213,17 @@ def test_what_reading_alone_costs_is_read_within_the_step_that_is_timed(monkeypa
             read.append(self.size)
             time.sleep(0.02)
 
-    engine, lines = SimpleNamespace(step=lambda: "outputs"), io.StringIO("{}\n" * 3)
-    monkeypatch.setattr("sys.stdin", lines)
+    engine = Stepping()
+    monkeypatch.setattr("sys.stdin", io.StringIO("{}\n" * 3))
     monkeypatch.setattr("loadtests.bench_engine._memory", Memory)
-    with _paced(engine, io.StringIO(), reads=64) as seconds:
+    with _paced(engine, io.StringIO(), reads=64) as reading:
         engine.step()
+        engine.step()
+    with _paced(engine, io.StringIO()) as usual:
         engine.step()
     assert read == [64, 64]
-    assert min(seconds) > 0.02
+    assert min(reading) > 0.02
+    assert len(usual) == 1
 
 
 def test_beside_distinct_versions_stands_what_reading_them_costs(
