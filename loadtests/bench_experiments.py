@@ -176,27 +176,25 @@ def distinct(engines: Engines) -> Experiment:
     some = [count for count in (0, 1, 8, 32, 64, 128) if count < requests]
     fewer = {1: some, 16: [1]}
 
-    def add_limit(of: str, inputs: Inputs, engine: Engine) -> None:
-        if not gpu():
-            sides[side := f"{of}, reading alone"] = engines.reading_alone(inputs, engine, requests)
-            comparisons.extend(against(side, PLAIN, phases, None, None))
+    def add(name: str, side: Side, least: tuple[float | None, float | None] = (None, None)) -> None:
+        sides[name] = side
+        comparisons.extend(against(name, PLAIN, phases, *least))
 
     for rank in engines.ranks or (1, 4, 16):
         inputs = engines.inputs.everywhere(["low_rank"], rank)
         engine, variants = engines.edited(inputs, f"rank_{rank}", requests)
         for count in (*fewer.get(rank, ()), requests):
-            side = f"rank {rank}, K={count}"
-            sides[side] = Side(f"low rank at every layer, {count} versions", engine, variants[:count] or [None])
-            least = (HIGH_RANK, HIGH_RANK) if rank > 4 else (DECODE, PREFILL)
-            comparisons += against(side, PLAIN, phases, *least)
-        add_limit(f"rank {rank}", inputs, engine)
+            side = Side(f"low rank at every layer, {count} versions", engine, variants[:count] or [None])
+            add(f"rank {rank}, K={count}", side, (HIGH_RANK, HIGH_RANK) if rank > 4 else (DECODE, PREFILL))
+        if not gpu():
+            add(f"rank {rank}, reading alone", engines.reading_alone(inputs, engine, requests))
     if not engines.ranks:
         inputs = engines.inputs.everywhere(SERVED_PER_REQUEST)
         engine, variants = engines.edited(inputs, "all_kinds", requests)
-        side = f"all kinds, K={requests}"
-        sides[side] = Side(f"every kind at every layer, {requests} versions", engine, variants)
-        comparisons += against(side, PLAIN, phases, DECODE, PREFILL)
-        add_limit("all kinds", inputs, engine)
+        every = Side(f"every kind at every layer, {requests} versions", engine, variants)
+        add(f"all kinds, K={requests}", every, (DECODE, PREFILL))
+        if not gpu():
+            add("all kinds, reading alone", engines.reading_alone(inputs, engine, requests))
     return Experiment(f"{requests} requests at once, on K distinct versions", sides, phases, comparisons)
 
 
