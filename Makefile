@@ -9,6 +9,11 @@ MODEL       := .cache/models/smollm2-135m-instruct
 READY       := $(PROJECT) $(MODEL)
 GEMMA       := .cache/models/gemma-3-270m
 
+# Two lanes of tests, each on half of the cores: most of a test is the start of an engine, which one core does as fast as
+# two. One GPU holds the engines of one lane.
+LANES       ?= $(if $(filter gpu,$(ACCELERATOR)),0,2)
+PYTEST      := $(BIN)/python -m pytest -n $(LANES) --dist loadfile --no-loadscope-reorder
+
 # The model comes from a package: nothing here asks a model hub for anything.
 export HF_HUB_OFFLINE := 1
 export PYTHON
@@ -27,10 +32,10 @@ demo: $(READY) ## serve edited variants of a small model and check every claim (
 	$(BIN)/python -m demo $(ARGS)
 
 test: $(READY) ## run the tests but the slow ones (ARGS="-k swap" for some of them)
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: $(READY) $(GEMMA) ## run every test
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 parity: $(READY) $(GEMMA) ## hold every kind at every site against transformers, and write tests/PARITY.md (ARGS=<architecture>)
 	$(BIN)/python -m tests.parity --eager $(if $(ARGS),$(ARGS),$(MODEL) $(GEMMA) --write tests/PARITY.md)

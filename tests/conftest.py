@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Generator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,12 +29,38 @@ from edit_store import (
     identify,
 )
 from edit_store.bundle import GATE_FIRINGS
+from tests.lanes import Lane
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 settings.register_profile("no-clock", deadline=None)  # how long an example takes says more of the machine than of us
 settings.load_profile("no-clock")
 
+LANE = Lane.here()
+if LANE:
+    LANE.stay()  # before torch counts cores
+
 Pairs = list[tuple[Any, dict[str, np.ndarray]]]
+
+
+def devices_of(item: pytest.Item) -> int:
+    """How many workers or engines a test runs at once."""
+    return max((mark.args[0] for mark in item.iter_markers("devices")), default=1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    if LANE is None:
+        return (yield)
+    with LANE.turn(alone=devices_of(item) > 1):
+        return (yield)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if (count := devices_of(item)) > 1:
+        import torch
+
+        if 0 < torch.cuda.device_count() < count:
+            pytest.skip(f"needs {count} GPUs")
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
 
 from edit_store import BaseModelRef, Bundle, EditStore, Role, SigningKey, TrustedKey, TrustPolicy
 from loadtests.metrics import Metrics
@@ -22,11 +21,6 @@ from tests.gpu_ways import IN_PIECES, runner_of
 from tests.parity import cores_apart
 
 
-def needs_devices(count: int) -> pytest.MarkDecorator:
-    """So many workers or engines need as many GPUs, or none."""
-    return pytest.mark.skipif(0 < torch.cuda.device_count() < count, reason=f"needs {count} GPUs")
-
-
 def wait_until(true: Callable[[], bool], what: str, seconds: float = 60) -> None:
     """Ask again and again; an assertion says what did not come true in time."""
     end = time.monotonic() + seconds
@@ -35,7 +29,7 @@ def wait_until(true: Callable[[], bool], what: str, seconds: float = 60) -> None
         time.sleep(0.2)
 
 
-SLOW_ON_TWO = [pytest.mark.slow, needs_devices(2)]
+SLOW_ON_TWO = [pytest.mark.slow, pytest.mark.devices(2)]
 USUAL_OR_AS_ON_A_GPU = [
     pytest.param({}, id="usual"),
     *([] if gpu() else [pytest.param(IN_PIECES, id="as on a GPU", marks=pytest.mark.slow)]),

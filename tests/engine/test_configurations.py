@@ -7,7 +7,6 @@ import re
 import pytest
 
 from tests.configurations import TABLE, WAYS, Way, find, line, told_of
-from tests.engine.conftest import needs_devices
 
 pytestmark = pytest.mark.vllm
 
@@ -15,7 +14,7 @@ pytestmark = pytest.mark.vllm
 def marks_of(way: Way) -> list[pytest.MarkDecorator]:
     """Which tests a way belongs to, and what it needs."""
     devices = 2 if way.flags else way.arguments.get("tensor_parallel_size", 1)
-    return [*([] if way.quick else [pytest.mark.slow]), needs_devices(devices)]
+    return [*([] if way.quick else [pytest.mark.slow]), pytest.mark.devices(devices)]
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(way)) for name, way in WAYS.items()])

@@ -26,11 +26,11 @@ from edit_store.experiments import Change
 from loadtests.client import complete
 from loadtests.server import Server
 from tests.conftest import base_of, random_bundle
-from tests.engine.conftest import Serving, needs_devices, serve
+from tests.engine.conftest import SLOW_ON_TWO, Serving, serve
 from tests.engine.prometheus import needs_prometheus, prometheus
 from tests.parity import cores_apart
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, needs_devices(2)]
+pytestmark = [pytest.mark.vllm, *SLOW_ON_TWO]
 
 FLAGS = ("--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "16", "--enforce-eager",
          "--num-gpu-blocks-override", "64")  # fmt: skip

@@ -77,12 +77,11 @@ class Way:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-TWO = {"VLLM_CPU_OMP_THREADS_BIND": cores_apart(2)}
 WAYS = {
     "usual": Way(),
     "V2 runner": Way(environment=ON_V2),
-    "two workers": Way(("--tensor-parallel-size", "2"), TWO),
-    "two engines behind two processes": Way(("--data-parallel-size", "2", "--api-server-count", "2"), TWO),
+    "two workers": Way(("--tensor-parallel-size", "2")),
+    "two engines behind two processes": Way(("--data-parallel-size", "2", "--api-server-count", "2")),
 }
 
 
@@ -95,7 +94,8 @@ def serving(
     flags = ("--dtype", "float32", "--max-model-len", "320", "--max-num-batched-tokens", "96", "--block-size", "32",
              "--num-gpu-blocks-override", "64", "--max-num-seqs", "16", *way.flags)  # fmt: skip
     folder = tmp_path_factory.mktemp("fuzz")
-    running = serve(tiny_model, folder, bundles, *flags, settings={"slots": SLOTS}, environment=way.environment)
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": cores_apart(2)} if way.flags else way.environment
+    running = serve(tiny_model, folder, bundles, *flags, settings={"slots": SLOTS}, environment=environment)
     yield running
     running.server.stop()
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from edit_store.architectures import ARCHITECTURES
-from tests.engine.conftest import needs_devices
 from tests.gemma import ensure_gemma
 from tests.gpu_ways import ON_V2
 from tests.parity import How, find
@@ -57,7 +56,7 @@ def divided(name: str, workers: int, *, eager: bool = True) -> object:
     """One belongs to the quick tests. With four workers, two have the same of the two key-value heads."""
     how = f"{name}-{workers}{'' if eager else '-compiled'}"
     marks = [] if (name, workers, eager) == (DIFFERENT[0], 2, False) else [pytest.mark.slow]
-    return pytest.param(name, workers, eager, id=how, marks=[*marks, needs_devices(workers)])
+    return pytest.param(name, workers, eager, id=how, marks=[*marks, pytest.mark.devices(workers)])
 
 
 @pytest.mark.parametrize("weights", [False, True], ids=["per request", "in the weights"])
