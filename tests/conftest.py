@@ -38,6 +38,10 @@ settings.load_profile("no-clock")
 LANE = Lane.here()
 if LANE:
     LANE.stay()  # before torch counts cores
+    # Where readline is loaded, as pytest does, it tells its children how large it takes the terminal to be. A console
+    # that is made at an import would have that size for ever.
+    for size in ("COLUMNS", "LINES"):
+        os.environ.pop(size, None)
 
 Pairs = list[tuple[Any, dict[str, np.ndarray]]]
 
