@@ -9,8 +9,8 @@ MODEL       := .cache/models/smollm2-135m-instruct
 READY       := $(PROJECT) $(MODEL)
 GEMMA       := .cache/models/gemma-3-270m
 
-# Two lanes of tests, each on half of the cores: most of a test is the start of an engine, which one core does as fast as
-# two. One GPU holds the engines of one lane.
+# Two lanes of tests, each on half of the cores, since most of a test is the start of an engine, which keeps one core
+# busy. One GPU holds the engines of one lane.
 LANES       ?= $(if $(filter gpu,$(ACCELERATOR)),0,2)
 PYTEST      := $(BIN)/python -m pytest -n $(LANES) --dist loadfile --no-loadscope-reorder
 
