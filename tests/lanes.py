@@ -47,11 +47,10 @@ class Lane:
         """For one test: beside others', or alone and with every core."""
         with self.lock.open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-            if not alone:
-                yield
-                return
-            os.sched_setaffinity(0, self.every_core)
+            if alone:
+                os.sched_setaffinity(0, self.every_core)
             try:
                 yield
             finally:
                 self.stay()
+                fcntl.flock(lock, fcntl.LOCK_UN)  # were it only closed, a child that was forked meanwhile would keep it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -49,6 +50,13 @@ def test_without_lanes_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Lane.here() is None
 
 
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    """In which turns are taken: the cores of a thread are its own, those of the tests stay as they are."""
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
+
+
 def two_lanes(folder: Path) -> tuple[Lane, Lane]:
     """Of as many lanes as there are cores, so that a share is not everything where there is more than one."""
     cores = frozenset(os.sched_getaffinity(0))
@@ -56,40 +64,38 @@ def two_lanes(folder: Path) -> tuple[Lane, Lane]:
     return first, second
 
 
-def test_who_is_alone_waits_for_the_others_and_they_for_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("holds_alone", "comes_alone", "waits"), [(False, False, False), (False, True, True), (True, False, True)]
+)
+def test_who_is_alone_waits_for_the_others_and_they_for_it(
+    tmp_path: Path, threads: ThreadPoolExecutor, holds_alone: bool, comes_alone: bool, waits: bool
+) -> None:
     first, second = two_lanes(tmp_path)
-    for waits_alone, holds_alone in ((True, False), (False, True)):
-        begun = Event()
+    held, begun, end = Event(), Event(), Event()
 
-        def run(*, alone: bool, begun: Event = begun) -> None:
-            with second.turn(alone=alone):
-                begun.set()
+    def hold() -> None:
+        with first.turn(alone=holds_alone):
+            held.set()
+            end.wait(10)
 
-        with ThreadPoolExecutor(1) as pool:
-            with first.turn(alone=holds_alone):
-                waiting = pool.submit(run, alone=waits_alone)
-                assert not begun.wait(0.2), f"{waits_alone=}, {holds_alone=}"
-            waiting.result(timeout=10)
-            assert begun.is_set()
-
-
-def test_what_is_not_alone_runs_beside_others(tmp_path: Path) -> None:
-    first, second = two_lanes(tmp_path)
-    begun = Event()
-
-    def run() -> None:
-        with second.turn(alone=False):
+    def come() -> None:
+        with second.turn(alone=comes_alone):
             begun.set()
 
-    with first.turn(alone=False), ThreadPoolExecutor(1) as pool:
-        pool.submit(run).result(timeout=10)
-        assert begun.is_set()
+    holding = threads.submit(hold)
+    assert held.wait(10)
+    coming = threads.submit(come)
+    assert begun.wait(0.3 if waits else 10) is not waits
+    end.set()
+    holding.result(timeout=10)
+    coming.result(timeout=10)
+    assert begun.is_set()
 
 
-def test_who_is_alone_has_every_core_until_it_ends_or_fails(tmp_path: Path) -> None:
+def test_who_is_alone_has_every_core_until_it_ends_or_fails(tmp_path: Path, threads: ThreadPoolExecutor) -> None:
     lane, _ = two_lanes(tmp_path)
 
-    def cores_of_three_turns() -> list[set[int]]:  # in a thread: the cores of a thread are its own
+    def cores_of_three_turns() -> list[set[int]]:
         lane.stay()
         found = [os.sched_getaffinity(0)]
         with suppress(ZeroDivisionError), lane.turn(alone=True):
@@ -97,6 +103,5 @@ def test_who_is_alone_has_every_core_until_it_ends_or_fails(tmp_path: Path) -> N
             raise ZeroDivisionError
         return [*found, os.sched_getaffinity(0)]
 
-    with ThreadPoolExecutor(1) as pool:
-        found = pool.submit(cores_of_three_turns).result(timeout=10)
+    found = threads.submit(cores_of_three_turns).result(timeout=10)
     assert found == [lane.cores, lane.every_core, lane.cores]
