@@ -11,7 +11,7 @@ from threading import Event
 
 import pytest
 
-from tests.conftest import LANE
+from tests.conftest import LANE, pytest_runtest_setup
 from tests.lanes import Lane
 
 
@@ -43,6 +43,18 @@ def test_a_test_has_the_cores_of_its_lane() -> None:
 @pytest.mark.devices(2)
 def test_a_test_of_two_workers_has_every_core() -> None:
     assert LANE is None or os.sched_getaffinity(0) == LANE.every_core
+
+
+@pytest.mark.devices(2)
+def test_a_test_of_two_workers_is_skipped_on_one_gpu(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for gpus in (0, 2):
+        monkeypatch.setattr("torch.cuda.device_count", lambda count=gpus: count)
+        pytest_runtest_setup(request.node)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(pytest.skip.Exception, match="needs 2 GPUs"):
+        pytest_runtest_setup(request.node)
 
 
 def test_without_lanes_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
