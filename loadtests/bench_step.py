@@ -38,7 +38,7 @@ def _microseconds(kind: str, count: int, *, exchanged: bool) -> float:
 
     scopes = dict.fromkeys(range(1, SLOTS + 1), SCOPES if kind == "scoped" else ())
     step = Step(max(8192, count), 1 + len(SCOPES), torch.device("cpu"))
-    filler = StepFiller(step, lambda claim: 0 if claim is None else int(claim[0]), scopes, slots=SLOTS, pinned=False)
+    filler = StepFiller(step, lambda claim: 0 if claim is None else int(claim[0]), scopes, slots=SLOTS)
     running = [request(number) for number in range(count)]
     tokens, starts, prompts = np.ones(count, dtype=np.int64), np.full(count, 100), np.full(count, 50)
 

@@ -19,8 +19,10 @@ from edit_store.edits import SILENT, Edit, Gate, Tensors
 from edit_store.errors import InstallRefused, UnsupportedHost
 from edit_store.scope import Scope
 from edit_store.sites import Site
+from plugin.device_rows import DeviceRows
 from plugin.edited_site import (
     SLOT_TENSORS,
+    Carried,
     Firings,
     GateSlots,
     LogitsEdits,
@@ -106,9 +108,12 @@ class EditedModel:
         """what requests without a slot may be computed with: the version in the weights, None for the base model"""
         self._scopes: dict[int, tuple[Scope, ...]] = {}
         self._gates: dict[int, list[Counted]] = {}
-        self._filler = StepFiller(self.step, self.slot_of, self._scopes, slots=slots, pinned=device.type == "cuda")
+        self._filler = StepFiller(self.step, self.slot_of, self._scopes, slots=slots)
         self._output: Tensor | None = None
-        self._carried: dict[int | None, dict[str, Tensor]] = {}
+        most = max_tokens if reservation.edits_logits else 0
+        self._last_rows = DeviceRows(torch.zeros(most, dtype=torch.int64, device=device), 0)
+        """the rows of requests' last tokens"""
+        self._carried: dict[int | None, Carried] = {}
         self._places: dict[Place, SlotTensors] = {}
         self._over_workers = over_workers
         read_elsewhere = reservation.read_elsewhere()
@@ -154,7 +159,7 @@ class EditedModel:
     def _tap(self, site: Site, anchor: Anchor) -> Tap:
         """A tap at an anchor; the module's class is exchanged the first time it gets one."""
         module: Any = anchor.module
-        carried = self._carried.setdefault(site.layer, {})
+        carried = self._carried.setdefault(site.layer, Carried())
         if site.point == "logits":
             tap = Tap(Step(1, 1, self.step.slots.device), anchor.share.width, carried)
             module.edits = LogitsEdits(tap, self.step, self._logit_rows)
@@ -275,7 +280,8 @@ class EditedModel:
                 f"logits of {len(hidden)} tokens are wanted of a step with {len(last)} requests: which "
                 "tokens those are is unknown, so their edits cannot be applied"
             )
-        return torch.from_numpy(last).to(hidden.device)
+        self._last_rows.write(last)
+        return self._last_rows.tensor[: len(last)]
 
     # -- the step --------------------------------------------------------------------------------------------------
 

@@ -43,7 +43,7 @@ class Shape:
 class SlotTensors(nn.Module):
     """The tensors of one kind at one place, of every slot: columns of the slots' rows. A row of zeros changes nothing.
 
-    `lane` [S], where there is room for weighted edits, says which row of a step's weights a slot's edit is weighed by.
+    `lane` [S], where there is room for weighted edits, says which column of a step's weights weighs a slot's edit.
     Called with the vectors that the edits read, `x` [T, reads], and each token's slot, [T], it gives what the edits
     add, in float32. Flags and codes are kept in float32 too: each type is an input more of the graph, at every layer.
     """
@@ -150,6 +150,32 @@ class LowRankSlots(SlotTensors):
         return {field: _stacked(numbers, field) for field in ("read", "write")}
 
 
+class Carried:
+    """Tensors that one module hands to a later one within a forward pass, by name; after it there are none.
+
+    They are attributes. A compiled forward writes back what it changed of objects that outlive it, and a dictionary
+    that is written back is for vLLM a changed buffer, which it refuses where CUDA graphs are captured. An attribute
+    that is None before and None after costs one assignment.
+    """
+
+    def keep(self, name: str, value: Tensor) -> None:
+        """Carry a tensor."""
+        setattr(self, _attribute(name), value)
+
+    def get(self, name: str) -> Tensor:
+        """A tensor that was kept in this forward pass."""
+        value: Tensor = getattr(self, _attribute(name))
+        return value
+
+    def drop(self, name: str) -> None:
+        """Carry it no further."""
+        setattr(self, _attribute(name), None)
+
+
+def _attribute(name: str) -> str:
+    return "of_" + name.replace(".", "_")
+
+
 class Firings(nn.Module):
     """How many tokens each neuron of every gate gave something for, by slot; no part of what a slot holds.
 
@@ -162,12 +188,16 @@ class Firings(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.neurons = 0
-        self._noted: dict[int, Tensor] = {}
+        self._columns: list[int] = []
+        """the first of each gate"""
+        self._noted = Carried()
 
     def take(self, rank: int) -> int:
         """The first of `rank` columns for the neurons of a gate."""
+        column = self.neurons
+        self._columns.append(column)
         self.neurons += rank
-        return self.neurons - rank
+        return column
 
     def bind(self, slots: int, device: torch.device) -> None:
         """Make the counts [S, neurons], when every gate has its columns."""
@@ -176,13 +206,15 @@ class Firings(nn.Module):
 
     def note(self, column: int, fired: Tensor) -> None:
         """For which tokens the neurons from `column` on gave something: [T, rank] of bool."""
-        self._noted[column] = fired
+        self._noted.keep(f"column_{column}", fired)
 
     def add(self, slots: Tensor) -> None:
         """Count what was noted of tokens in these slots, [T]."""
-        noted = torch.cat([self._noted[column] for column in sorted(self._noted)], dim=-1)
+        names = [f"column_{column}" for column in self._columns]
+        noted = torch.cat([self._noted.get(name) for name in names], dim=-1)
         self.counts.index_add_(0, slots, noted.long())
-        self._noted.clear()
+        for name in names:
+            self._noted.drop(name)
 
 
 class GateSlots(SlotTensors):
@@ -308,7 +340,7 @@ SLOT_TENSORS: dict[str, type[SlotTensors]] = {
 
 
 class Step(nn.Module):
-    """What every site reads of the coming step: each token's slot, and its weight in each lane."""
+    """What every site reads of the coming step: each token's slot, [T], and its weight in each lane, [T, lanes]."""
 
     slots: Tensor
     weights: Tensor
@@ -316,19 +348,20 @@ class Step(nn.Module):
     def __init__(self, max_tokens: int, lanes: int, device: torch.device) -> None:
         super().__init__()
         self.register_buffer("slots", torch.zeros(max_tokens, dtype=torch.int32, device=device), persistent=False)
-        self.register_buffer("weights", torch.ones(lanes, max_tokens, device=device), persistent=False)
+        weights = torch.ones(max_tokens, lanes, dtype=torch.float32, device=device)
+        self.register_buffer("weights", weights, persistent=False)
 
     def weight(self, lane: Tensor, slots: Tensor) -> Tensor:
         """[T, 1]: each token's weight in the lane of its slot's edit."""
         # One flat index: a gather would compare lengths, and so fix the graph to one number of tokens.
         tokens = torch.arange(slots.shape[0], device=slots.device)
-        return self.weights.flatten()[lane[slots].long() * self.weights.shape[1] + tokens].unsqueeze(-1)
+        return self.weights.flatten()[tokens * self.weights.shape[1] + lane[slots].long()].unsqueeze(-1)
 
 
 class Tap(nn.Module):
     """All edits of one site, in the order that `edit_store.edits` lays down."""
 
-    def __init__(self, step: Step, width: int, carried: dict[str, Tensor], total: Sum = alone) -> None:
+    def __init__(self, step: Step, width: int, carried: Carried, total: Sum = alone) -> None:
         """width: of the worker's share of the vector; total: how sums over the vector become whole."""
         super().__init__()
         self.step = step
@@ -367,11 +400,11 @@ class Tap(nn.Module):
             added = added + scale(value, slots, step)
         now = value + added
         for adding, source in zip(self.adds, self.sources, strict=True):
-            added = added + adding(now if source is None else self._carried[source], slots, step)
+            added = added + adding(now if source is None else self._carried.get(source), slots, step)
         if self.adds_up is not None:
             self.adds_up.add(slots)
         for source in self.forgets:
-            del self._carried[source]
+            self._carried.drop(source)
         for filtering in self.filters:
             added = added + filtering(value + added, slots, step)
         return added + self._moved(value + added, slots) if len(self.offsets) else added
@@ -390,12 +423,12 @@ class Tap(nn.Module):
     def keep(self, value: Tensor) -> None:
         """Let later taps of the layer read this site's vector."""
         if self.carries_as is not None:
-            self._carried[self.carries_as] = value
+            self._carried.keep(self.carries_as, value)
 
     def supply(self, value: Tensor) -> None:
         """Give this tap the vector that its edits read elsewhere, where no tap before it could keep it."""
         for source in self.forgets:
-            self._carried[source] = value
+            self._carried.keep(source, value)
 
     def edited(self, tensor: Tensor, start: int | None) -> Tensor:
         """A module's input or output, or the part of it from `start` on that is this site, after the edits."""
@@ -478,7 +511,7 @@ class LogitsEdits(nn.Module):
         if logits is None or rows is None:
             return logits
         self.tap.step.slots = self._whole_step.slots[rows]
-        self.tap.step.weights = self._whole_step.weights[:, rows]
+        self.tap.step.weights = self._whole_step.weights[rows]
         self.tap.supply(hidden)
         return self.tap.edited(logits, None)
 

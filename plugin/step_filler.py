@@ -2,7 +2,9 @@
 
 Between two steps little changes, so what is known of a request is kept for as long as it stays in the batch, and what
 is on the device already is not sent again. A batch of base requests costs a comparison of two lists, and no more is
-asked of it: beside a model's step every line of Python is cold, and costs several times what it does in a loop.
+asked of it: beside a model's step every line of Python is cold, and costs several times what it does in a loop. What an
+edited batch costs does not grow with the number of its versions: it takes two copies to the device at most, and a
+few operations there where scopes name token ids.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edit_store.scope import Scope
+from plugin.device_rows import DeviceRows
 from plugin.edited_site import Step
+from plugin.scope_tables import NamedIds, ScopeTables
 
 Counts = NDArray[np.integer[Any]]
 
@@ -58,7 +62,7 @@ class StepFiller:
         scopes: Mapping[int, Sequence[Scope]],
         *,
         slots: int,
-        pinned: bool,
+        device_rows: Callable[[Tensor, float], DeviceRows] = DeviceRows,
     ) -> None:
         """slot_of: the slot a claim may use, or an error; scopes: of each slot in use, the first has lane 1."""
         self.all_base = True
@@ -69,14 +73,18 @@ class StepFiller:
         self._step = step
         self._slot_of = slot_of
         self._scopes = scopes
-        self._pinned = pinned
-        self._keep([], [])
+        self._slots_on_device = device_rows(step.slots, 0)
+        self._weights_on_device = device_rows(step.weights, 1)
+        self._by_position = device_rows(torch.ones_like(step.weights), 1)
+        """the weights as far as positions decide, where token ids decide too"""
         self._sent_tokens: Counts = np.zeros(0, dtype=np.int64)
-        self._sent_weights: NDArray[np.float32] | None = None
-        self._filled = 0
+        self._no_weights = np.zeros((0, step.weights.shape[1]), dtype=np.float32)
+        self.forget()
 
     def forget(self) -> None:
         """A slot holds something else now: every claim is to be looked at again."""
+        self._tables = ScopeTables(self._scopes, len(self.tokens) - 1, self._step.weights.shape[1])
+        self._named_ids: NamedIds | None = None
         self._keep([], [])
 
     def fill(self, batch: Batch) -> None:
@@ -87,23 +95,20 @@ class StepFiller:
             return
         extents = batch.extents()
         self.last_tokens = np.cumsum(extents.tokens) - 1
-        total = int(extents.tokens.sum())
         if changed or self.all_base or not np.array_equal(extents.tokens, self._sent_tokens):
-            slots = np.zeros(max(self._filled, total), dtype=np.int32)
-            slots[:total] = np.repeat(self._slots, extents.tokens)
-            self._send(self._step.slots, slots)
-            self.all_base, self._filled = False, total
+            self._slots_on_device.write(np.repeat(self._slots, extents.tokens))
+            self.all_base = False
         self._sent_tokens = np.array(extents.tokens)
         np.add.at(self.tokens, self._slots, extents.tokens)
         if self._weighed:
-            self._fill_weights(extents, total)
+            self._fill_weights(extents)
         else:
             self._weigh_fully()
 
     def _fill_base(self) -> None:
         if not self.all_base:
-            self._step.slots.zero_()
-            self.all_base, self._filled = True, 0
+            self._slots_on_device.write(self._slots[:0])
+            self.all_base = True
             self._weigh_fully()
 
     def _look_up(self, batch: Batch) -> bool:
@@ -127,46 +132,27 @@ class StepFiller:
         return self._slot_of(claim), 1.0 if claim is None else claim[2]
 
     def _weigh_fully(self) -> None:
-        if self._sent_weights is not None:
-            self._step.weights.fill_(1)
-            self._sent_weights = None
+        self._weights_on_device.write(self._no_weights)
 
-    def _fill_weights(self, extents: Extents, total: int) -> None:
-        # Each token's position, and for each of its slot's scopes whether that is covered.
+    def _fill_weights(self, extents: Extents) -> None:
         first = np.cumsum(extents.tokens) - extents.tokens
-        positions = np.arange(total) + np.repeat(extents.starts - first, extents.tokens)
-        prompts = np.repeat(extents.prompts, extents.tokens)
-        slots = np.repeat(self._slots, extents.tokens)
-        weights = np.tile(np.repeat(self._strengths, extents.tokens), (len(self._step.weights), 1))
-        named = list[tuple[int, NDArray[np.bool_], tuple[int, ...]]]()
-        for (lane, scope), users in self._users_of_scopes().items():
-            mine = np.isin(slots, users)
-            weights[lane] *= ~mine | scope.covers(positions, prompts)
-            if scope.tokens is not None:
-                named.append((lane, mine, scope.tokens))
-        if named or self._sent_weights is None or not np.array_equal(weights, self._sent_weights):
-            for lane, row in enumerate(weights):
-                self._send(self._step.weights[lane], row)
-            self._sent_weights = weights
-        for lane, mine, ids in named:
-            self._weigh_by_id(lane, mine, ids, extents.input_ids)
+        per_token = [np.repeat(each, extents.tokens) for each in
+                     (self._slots, extents.starts - first, extents.prompts, self._strengths)]  # fmt: skip
+        slots, shift, prompts, strengths = per_token
+        covered = self._tables.covered(slots, np.arange(len(slots)) + shift, prompts)
+        weights = strengths[:, None] * covered
+        if self._tables.names_ids[self._slots].any():
+            self._weigh_by_id(weights, extents.input_ids)
+        else:
+            self._weights_on_device.write(weights)
 
-    def _users_of_scopes(self) -> dict[tuple[int, Scope], list[int]]:
-        """By lane and scope, the slots of this batch that have it there."""
-        users: dict[tuple[int, Scope], list[int]] = {}
-        for slot in {slot for slot, _ in self._rows if slot}:
-            for lane, scope in enumerate(self._scopes[slot], 1):
-                users.setdefault((lane, scope), []).append(slot)
-        return users
-
-    def _weigh_by_id(self, lane: int, mine: NDArray[np.bool_], ids: tuple[int, ...], input_ids: Tensor | None) -> None:
+    def _weigh_by_id(self, weights: NDArray[np.float32], input_ids: Tensor | None) -> None:
         if input_ids is None:
             raise RuntimeError("a scope names token ids, and this step's are unknown: refusing to guess")
-        wanted = torch.tensor(ids, device=input_ids.device)
-        met = torch.isin(input_ids.reshape(-1)[: len(mine)], wanted)
-        self._step.weights[lane, : len(mine)] *= met | torch.from_numpy(~mine).to(met.device)
-
-    def _send(self, target: Tensor, values: NDArray[Any]) -> None:
-        # A fresh pinned tensor each time: the copy of the step before may still be under way.
-        on_host = torch.tensor(values, pin_memory=self._pinned)
-        target[: len(values)].copy_(on_host, non_blocking=True)
+        if self._named_ids is None:
+            self._named_ids = self._tables.named_ids(self._step.slots.device)
+        tokens = slice(len(weights))
+        met = self._named_ids.met(self._step.slots[tokens], input_ids.reshape(-1)[tokens])
+        self._by_position.write(weights)
+        torch.mul(self._by_position.tensor[tokens], met, out=self._step.weights[tokens])
+        self._weights_on_device.changed(len(weights))

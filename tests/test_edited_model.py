@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -32,6 +33,7 @@ from edit_store.errors import InstallRefused, UnsupportedHost
 from plugin.cpu_products import compiled
 from plugin.edit_math import finite
 from plugin.edited_model import EditedModel
+from plugin.edited_site import Carried
 from plugin.reservation import Place, Reservation, Room
 from plugin.share import Share
 from plugin.slot_products import EXPRESSIONS, SlotProducts
@@ -420,9 +422,45 @@ def test_the_compiler_traces_every_kind_and_scope_in_one_graph(products: SlotPro
         return graph.forward
 
     traced: Any = torch.compile(model, backend=look, fullgraph=True)
-    assert torch.equal(traced(inputs), model(inputs))
+    with names_in_bytecode() as names:
+        assert torch.equal(traced(inputs), model(inputs))
     assert calls["index_add_"] == 1, "all gates are counted in one operation"
     assert (calls["vllm_edits.slot_dots.default"] > 0) == (products is not EXPRESSIONS)
+    assert "update" not in names, "with CUDA graphs vLLM refuses a forward that writes to a dictionary"
+    assert set(carried_by(model)) == {None}, "a tensor that is left behind is an output more of the graph"
+
+
+def carried_by(model: nn.Module) -> Iterator[Any]:
+    """What modules carry to each other, or carried in a forward pass that has ended."""
+    for module in model.modules():
+        for held in vars(module).values():
+            if isinstance(held, Carried):
+                yield from vars(held).values()
+
+
+@contextmanager
+def names_in_bytecode() -> Iterator[set[str]]:
+    """What is named by the code that the compiler makes of what is called inside. vLLM looks there too."""
+    names = set[str]()
+    hook = torch._dynamo.convert_frame.register_bytecode_hook(lambda _, code: names.update(code.co_names))
+    try:
+        yield names
+    finally:
+        hook.remove()
+
+
+def test_a_forward_that_writes_to_a_dictionary_is_seen_in_its_code(inputs: Tensor) -> None:
+    """Positive control of the above: what vLLM would refuse is found where it is looked for."""
+    kept: dict[str, Tensor] = {}
+
+    def forward(x: Tensor) -> Tensor:
+        kept["twice"] = x * 2
+        return kept.pop("twice") + 1
+
+    traced: Any = torch.compile(forward, backend="eager", fullgraph=True)
+    with names_in_bytecode() as names:
+        traced(inputs)
+    assert "update" in names
 
 
 @pytest.mark.parametrize("pair", FORMS)

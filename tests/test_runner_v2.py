@@ -79,10 +79,10 @@ def test_slots_and_weights_follow_the_runners_batches(edited: EditedModel) -> No
     state.add_request(1, request("late", [1, edited.held[1], 0.5], 2))
     assert state.prepare_inputs(batch(("plain", 3, 0), ("late", 2, 0)), known) == "inputs"
     assert edited.step.slots[:6].tolist() == [0, 0, 0, 1, 1, 0]
-    assert edited.step.weights[1, 3:5].tolist() == [0, 0], "its prompt"
+    assert edited.step.weights[3:5, 1].tolist() == [0, 0], "its prompt"
     state.prepare_inputs(batch(("late", 1, 2), ("plain", 1, 3)), known)
     assert edited.step.slots[:5].tolist() == [1, 0, 0, 0, 0]
-    assert edited.step.weights[1, 0] == 0.5
+    assert edited.step.weights[0, 1] == 0.5
     state.remove_request("late")
     state.prepare_inputs(batch(("plain", 1, 4)), runner_knows("plain"))
     assert not edited.step.slots.any()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -13,11 +12,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from edit_store import Scope
+from plugin.device_rows import DeviceRows
 from plugin.edited_site import Step
 from plugin.step_filler import Batch, Extents, StepFiller
 from tests.fakes import cheaply
+from tests.late_device import LateDevice
 
 TOKENS, LANES = 64, 3
 SCOPES: dict[int, tuple[Scope, ...]] = {
@@ -37,13 +39,14 @@ class Running:
     computed: int = 0
 
 
-def filler_of(step: Step, asked: list[Any] | None = None) -> StepFiller:
+def filler_of(step: Step, asked: list[Any] | None = None, device: LateDevice | None = None) -> StepFiller:
     def slot_of(claim: Any) -> int:
         if asked is not None:
             asked.append(claim)
         return 0 if claim is None else int(claim[0])
 
-    return StepFiller(step, slot_of, SCOPES, slots=max(SCOPES), pinned=False)
+    rows = DeviceRows if device is None else device.rows
+    return StepFiller(step, slot_of, SCOPES, slots=max(SCOPES), device_rows=rows)
 
 
 def fill(filler: StepFiller, running: list[Running], tokens: list[int], ids: torch.Tensor) -> None:
@@ -80,8 +83,10 @@ def test_every_token_has_the_slot_and_the_weights_of_its_request(everyone: list[
 
     A step of nobody is the dummy one of an engine that has nothing to do while its twin works.
     """
-    step = Step(TOKENS, LANES, torch.device("cpu"))
-    filler = filler_of(step)
+    step, device = Step(TOKENS, LANES, torch.device("cpu")), LateDevice()
+    # Where ids decide, operations on the device read what was sent, and here these are not late.
+    by_position = all(one.claim is None or one.claim[0] in (1, 2) for one in everyone)
+    filler = filler_of(step, device=device if by_position else None)
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, 8, TOKENS))
     computed = Counter[int]()
     for _ in range(8):
@@ -90,6 +95,7 @@ def test_every_token_has_the_slot_and_the_weights_of_its_request(everyone: list[
         if data.draw(st.booleans()):
             filler.forget()
         fill(filler, running, tokens, ids)
+        device.work()
         row = 0
         for one, count in zip(running, tokens, strict=True):
             for position in range(one.computed, one.computed + count):
@@ -99,33 +105,62 @@ def test_every_token_has_the_slot_and_the_weights_of_its_request(everyone: list[
                 scopes = SCOPES.get(slot, ())
                 for lane in range(1 + len(scopes)) if slot else ():
                     met = lane == 0 or covered(scopes[lane - 1], position, one.prompt, int(ids[row]))
-                    assert step.weights[lane, row] == strength * met, (lane, position, one)
+                    assert step.weights[row, lane] == strength * met, (lane, position, one)
                 row += 1
             one.computed = data.draw(st.sampled_from([one.computed + count, one.computed + count, 0]))
         assert not step.slots[row:].any()
     assert [filler.tokens[slot] for slot in SCOPES] == [computed[slot] for slot in SCOPES]
 
 
-def test_a_step_like_the_one_before_asks_and_sends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_like_the_one_before_asks_and_sends_nothing() -> None:
     """Decoding, base and edited and scoped: from the second step on nothing is left to do, until somebody joins."""
     asked: list[Any] = []
-    filler = filler_of(Step(TOKENS, LANES, torch.device("cpu")), asked)
-    sent: list[Any] = []
-    send: Callable[..., None] = filler._send
-    monkeypatch.setattr(filler, "_send", lambda target, values: (sent.append(values), send(target, values)))
+    device = LateDevice()
+    filler = filler_of(Step(TOKENS, LANES, torch.device("cpu")), asked, device)
     running = [Running(None, 2, 5), Running((1, "v", 1.0), 2, 5), Running((2, "v", 0.5), 2, 5)]
     ids = torch.zeros(TOKENS, dtype=torch.int64)
     fill(filler, running, [1, 1, 1], ids)
-    assert (len(asked), len(sent)) == (3, 1 + LANES)
+    assert (len(asked), device.copies) == (3, 2)
     for one in running:
         one.computed += 1
     fill(filler, running, [1, 1, 1], ids)
-    assert (len(asked), len(sent)) == (3, 1 + LANES)
+    assert (len(asked), device.copies) == (3, 2)
     fill(filler, [*running, Running((1, "v", 1.0), 2)], [1, 1, 1, 2], ids)
     assert len(asked) == 4
     filler.forget()
     fill(filler, running, [1, 1, 1], ids)
     assert len(asked) == 7
+
+
+def test_what_a_step_sends_does_not_grow_with_slots_or_scopes() -> None:
+    """Two copies, and as many operations where token ids are named, for one version or for four with other scopes."""
+    calls: dict[int, tuple[int, list[str]]] = {}
+    ids = torch.zeros(TOKENS, dtype=torch.int64)
+    for many in (1, 4):
+        device = LateDevice()
+        filler = filler_of(Step(TOKENS, LANES, torch.device("cpu")), device=device)
+        running = [Running(((3, 4, 2, 1)[number], "v", 0.5), 2) for number in range(many)]
+        fill(filler, running, [1] * many, ids)  # what is named goes to the device
+        for one in running:
+            one.computed = 1
+        before = device.copies
+        with Operators() as operators:
+            fill(filler, running, [1] * many, ids)
+        calls[many] = device.copies - before, operators.called
+    assert calls[1] == calls[4]
+    assert "aten.searchsorted.Tensor" in calls[1][1], "positive control"
+
+
+class Operators(TorchDispatchMode):
+    """Notes which of torch's operators are called inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.called.append(str(function))
+        return function(*args, **(kwargs or {}))
 
 
 def test_of_a_batch_of_the_base_nothing_else_is_asked() -> None:

@@ -1,0 +1,92 @@
+"""The scopes of every slot as arrays, so that those of a whole batch are looked at in a few operations.
+
+How many slots have scopes, and how many differ, changes nothing of what a step costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edit_store.scope import Scope
+
+_EVER = np.iinfo(np.int64).max // 2
+_ID_BITS, _ID_MASK = 32, 0x7FFFFFFF
+
+
+class ScopeTables:
+    """For slot s and lane l: positions below `head` of the prompt are covered, and those from `begin` up to `end`,
+    counted from the prompt's end. Everything is where no scope is."""
+
+    def __init__(self, scopes: Mapping[int, Sequence[Scope]], slots: int, lanes: int) -> None:
+        """scopes: by slot, the first has lane 1"""
+        self._head = np.zeros((slots + 1, lanes), dtype=np.int64)
+        self._begin = np.full((slots + 1, lanes), -_EVER)
+        self._end = np.full((slots + 1, lanes), _EVER)
+        self._named: dict[tuple[int, int], tuple[int, ...]] = {}
+        """the token ids that slot and lane are for, where these are named"""
+        for slot, own in scopes.items():
+            for lane, scope in enumerate(own, 1):
+                self._put((slot, lane), scope)
+        self.names_ids = np.zeros(slots + 1, dtype=bool)
+        """[S]: whether any scope of a slot names token ids"""
+        self.names_ids[[slot for slot, _ in self._named]] = True
+
+    def _put(self, at: tuple[int, int], scope: Scope) -> None:
+        if scope.windowed:
+            self._head[at], self._begin[at], self._end[at] = scope.first or 0, -(scope.last or 0), 0
+        elif scope.phase == "prompt":
+            self._end[at] = 0
+        elif scope.phase == "generated":
+            self._begin[at] = 0
+        if scope.tokens is not None:
+            self._named[at] = scope.tokens
+
+    def covered(self, slots: NDArray[Any], positions: NDArray[Any], prompts: NDArray[Any]) -> NDArray[np.bool_]:
+        """[T, lanes]: whether each token of a slot is meant, as far as its position decides.
+
+        slots, positions and lengths of prompts are [T].
+        """
+        at, length = positions[:, None], prompts[:, None]
+        behind = at - length
+        in_head = at < np.minimum(self._head[slots], length)
+        covered: NDArray[np.bool_] = in_head | ((behind >= self._begin[slots]) & (behind < self._end[slots]))
+        return covered
+
+    def named_ids(self, device: torch.device) -> NamedIds:
+        """What decides over token ids, on the device, where the ids are."""
+        slots, lanes = self._head.shape
+        base = np.full((slots, lanes), -1, dtype=np.int64)
+        keys = [np.array([-1, np.iinfo(np.int64).max])]
+        for number, ((slot, lane), ids) in enumerate(self._named.items()):
+            base[slot, lane] = number << _ID_BITS
+            keys.append(np.array(ids, dtype=np.int64) | base[slot, lane])
+        return NamedIds(_sent(base, device), _sent(np.sort(np.concatenate(keys)), device))
+
+
+class NamedIds:
+    """Tells on the device which tokens have an id that their slot's scope names.
+
+    A key stands for a scope and an id; what a scope names are sorted keys, so each token is looked up by bisection.
+    Where no ids are named the key is -1, which is always found.
+    """
+
+    def __init__(self, base: Tensor, keys: Tensor) -> None:
+        """base: [S, lanes], what all keys of a scope begin with; keys: [N], sorted, the last one met by no token"""
+        self._base = base
+        self._keys = keys
+
+    def met(self, slots: Tensor, ids: Tensor) -> Tensor:
+        """[T, lanes] of bool, for tokens with these slots and ids, [T]."""
+        asked = self._base[slots] | (ids & _ID_MASK).unsqueeze(-1)  # -1, as in some placeholders, is no id
+        return self._keys[torch.searchsorted(self._keys, asked)] == asked
+
+
+def _sent(values: NDArray[Any], device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(values)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
