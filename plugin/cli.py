@@ -19,6 +19,7 @@ from edit_store.architectures import supported
 from edit_store.base_model import identify
 from edit_store.cli import JsonOption, StoreOption, app, as_script, counted, explained, plain, show
 from edit_store.errors import EditsError, SettingsError
+from plugin import gpu_driver
 from plugin.claim import SCHEDULER
 from plugin.experiments import cli as _experiments  # noqa: F401  importing it registers its command
 from plugin.reading import open_reader
@@ -45,6 +46,8 @@ def serve(
     open_reader(read_settings({KEY: settings}))  # store, trust file and key: refused now, not after minutes of loading
     flags = list(context.args)
     _require_free_port(flags)
+    if reasons := list(gpu_driver.faults(gpu_driver.cuda_of_torch())):
+        raise EditsError("; ".join(reasons))
     command = shutil.which("vllm", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if command is None:
         raise EditsError("no `vllm` command beside this Python; install vLLM 0.26 to 0.33")

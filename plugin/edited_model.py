@@ -70,8 +70,8 @@ class Prepared:
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes."""
-        return self.row.nbytes
+        """Host memory that it takes; torch pins in powers of two."""
+        return 1 << (self.row.nbytes - 1).bit_length() if self.row.is_pinned() else self.row.nbytes
 
 
 Counted = tuple[str, Firings, slice]

@@ -10,6 +10,7 @@ from torch import Tensor
 from plugin.patched_weights import Copy
 
 _AT_ONCE = 1 << 22
+"""numbers that are looked at or exchanged together: so much device memory more does it take"""
 
 
 class PlainWeight:
@@ -25,16 +26,13 @@ class PlainWeight:
         return loaded
 
     def copy(self, weight: Tensor, bias: Tensor | None) -> Copy:
-        if self._weight.is_cuda:
-            weight = weight.pin_memory()
+        weight = weight.pin_memory() if self._weight.is_cuda else weight.contiguous()
         made = Copy(weight, bias, weight.nbytes)
         made.fingerprint = self.fingerprint(made)
         return made
 
     def exchange(self, copy: Copy) -> None:
-        was = self._weight.to(copy.weight.device, copy=True)
-        self._weight.copy_(copy.weight)
-        copy.weight = was
+        exchange(self._weight, copy.weight)
         exchange_bias(self.bias, copy)
 
     def fingerprint(self, copy: Copy | None) -> bytes:
@@ -45,9 +43,21 @@ class PlainWeight:
 def exchange_bias(bias: Tensor | None, copy: Copy) -> None:
     """Let a module's bias and a copy's change places."""
     if bias is not None and copy.bias is not None:
-        was = bias.to(copy.bias.device, copy=True)
-        bias.copy_(copy.bias)
-        copy.bias = was
+        exchange(bias, copy.bias)
+
+
+def exchange(one: Tensor, other: Tensor) -> None:
+    """Let the numbers of two tensors of one shape and type change places; neither moves, so pinned memory stays so.
+
+    What can fail, finding memory for a part of them on the device of `one`, comes first.
+    """
+    mine, theirs = one.view(-1), other.view(-1)
+    aside = torch.empty_like(mine[:_AT_ONCE])
+    for start in range(0, len(mine), _AT_ONCE):
+        some = mine[start : start + _AT_ONCE]
+        was = aside[: len(some)].copy_(some)
+        some.copy_(theirs[start : start + _AT_ONCE])
+        theirs[start : start + _AT_ONCE].copy_(was)
 
 
 def fingerprint(tensor: Tensor) -> bytes:

@@ -119,11 +119,14 @@ class Plan:
         """How many slots fit into so many bytes, the base model's beside them."""
         return max(0, free // self.slot - 1) if self.slot else free
 
-    def require(self, slots: int, free: int) -> None:
-        """SettingsError, with the largest number that fits, when `slots` of them take more than `free` bytes."""
+    def require(self, slots: int, free: int, beside: str = "") -> None:
+        """SettingsError, with the largest number that fits, when `slots` of them take more than `free` bytes.
+
+        beside: what else needs memory, for people
+        """
         if self.total(slots) > free:
             raise SettingsError(
-                f"edits.slots = {slots} takes {sized(self.total(slots))}, and {sized(free)} are free: "
+                f"edits.slots = {slots} takes {sized(self.total(slots))}, and {sized(free)} are free{beside}: "
                 f"{self.most(free)} slots of {sized(self.slot)} fit. Set edits.slots to that or less (versions "
                 "beyond are paged in on demand), or reserve less; `vllm-edits plan` shows what takes how much"
             )

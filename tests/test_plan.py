@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from edit_store import EditStore, LowRank, Offset
-from edit_store.errors import SettingsError
+from edit_store.errors import SettingsError, UnsupportedHost
 from plugin.cli import app
 from plugin.plan import Plan, dtype_of
 from plugin.price import price
@@ -136,19 +137,61 @@ def test_a_refusal_says_what_the_advice_would_cost(reserved: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cache", "expected"),
+    ("cache", "longest", "expected", "said"),
     [
-        ({"gpu_memory_utilization": 0.9, "kv_cache_memory_bytes": None}, 70),
-        ({"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 30}, 50),
+        ({"gpu_memory_utilization": 0.9, "kv_cache_memory_bytes": None}, 8192, 70 - 2 * 7, "8192 tokens"),
+        ({"gpu_memory_utilization": 0.9, "kv_cache_memory_bytes": None}, -1, 70, "the share"),
+        ({"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": None}, 8192, 0, "--gpu-memory-utilization 0.3"),
+        ({"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 30}, 8192, 50, "--kv-cache-memory-bytes"),
     ],
 )
-def test_the_share_that_vllm_may_use_bounds_the_slots_unless_its_cache_has_a_size(
-    cache: dict[str, Any], expected: int, monkeypatch: pytest.MonkeyPatch
+def test_slots_get_what_the_model_and_the_smallest_cache_leave(
+    cache: dict[str, Any], longest: int, expected: int, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """80 of 100 are free on a GPU that is described here; on a CPU neither matters."""
-    from plugin.vllm_host.loader import free_bytes
+    """80 of 100 are free on a GPU that is described here, two of three layers cache 7 for a request; on a CPU none of
+    that matters."""
+    from plugin.vllm_host import device
+    from plugin.vllm_host.device import free_for_slots
 
-    config: Any = SimpleNamespace(cache_config=SimpleNamespace(**cache))
+    class Attention(torch.nn.Module):
+        def __init__(self, shares: str | None) -> None:
+            super().__init__()
+            self.kv_sharing_target_layer_name = shares
+
+        def get_kv_cache_spec(self, _: Any) -> Any:
+            return SimpleNamespace(max_memory_usage_bytes=lambda _: 7)
+
+    monkeypatch.setattr(device, "Attention", Attention)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (80, 100))
-    assert free_bytes(config, torch.device("cuda")) == expected
-    assert free_bytes(config, torch.device("cpu")) > 1 << 20
+    model = torch.nn.ModuleList([Attention(None), Attention(None), Attention("0")])
+    length = SimpleNamespace(max_model_len=longest, original_max_model_len=longest)
+    config: Any = SimpleNamespace(cache_config=SimpleNamespace(**cache), model_config=length)
+    free = free_for_slots(config, model, torch.device("cuda"))
+    assert free.size == expected
+    assert said in free.beside
+    assert free_for_slots(config, model, torch.device("cpu")).size > 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("capability", "known", "runs"),
+    [
+        ((9, 0), ["sm_80", "sm_90"], True),
+        ((8, 9), ["sm_80", "sm_90"], True),
+        ((12, 0), ["sm_90"], False),
+        ((12, 0), ["sm_90", "compute_90"], True),
+        ((6, 1), ["sm_75", "sm_90", "compute_90"], False),
+        ((7, 0), ["sm_75"], False),
+    ],
+)
+def test_a_gpu_without_kernels_is_refused(
+    capability: tuple[int, int], known: list[str], runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from plugin.vllm_host.device import check_device
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: known)
+    check_device(torch.device("cpu"))
+    refused = pytest.raises(UnsupportedHost, match=f"capability {capability[0]}.{capability[1]}, and this torch has")
+    with nullcontext() if runs else refused:
+        check_device(torch.device("cuda"))

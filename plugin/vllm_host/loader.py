@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
 from torch import nn
 from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
@@ -48,6 +46,7 @@ from plugin.slot_products import EXPRESSIONS
 from plugin.vllm_host import compat
 from plugin.vllm_host.architectures import anchors
 from plugin.vllm_host.containment import contain
+from plugin.vllm_host.device import check_device, free_for_slots
 from plugin.vllm_host.runner_v2 import use_edits_model_state
 from plugin.vllm_host.weights import keeping_loaded, patchable
 from plugin.vllm_host.worker import EditsWorker
@@ -93,6 +92,7 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
         if model_config.runner_type == "draft":  # it guesses as the base model would, and the edited one decides
             return self._loader(settings).load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         compat.check_config(vllm_config)
+        check_device(vllm_config.device_config.device)
         folder = model_folder(model_config)
         base = identify(folder, name=model_config.model)
         architecture = supported(base.architecture)
@@ -111,7 +111,8 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
         weights = patchable(model, sites, room, kept, Checkpoint(folder, architecture, base.widths))
         device = next(model.parameters()).device
         plan = Plan.of(reservation, price(base.widths, model_config.dtype, tensor_parallel.size))
-        plan.require(settings.slots, free_bytes(vllm_config, device))
+        free = free_for_slots(vllm_config, model, device)
+        plan.require(settings.slots, free.size, free.beside)
         products = products_for(device, model_config.dtype) if reservation.several_ranks else EXPRESSIONS
         # The compiled graph depends on what is reserved and who multiplies, so that must be in the compile cache's key.
         vllm_config.additional_config[KEY] = {
@@ -166,20 +167,6 @@ def _ready(
         return prepare(version, bundle.manifest, verify.check(bundle, base))
 
     return HostCache(read, limit_bytes)
-
-
-def free_bytes(vllm_config: VllmConfig, device: torch.device) -> int:
-    """Device memory that is left once the base model is loaded; on a GPU, of the share that vLLM may use.
-
-    A KV cache of a size that was asked for (--kv-cache-memory-bytes) is taken whatever that share is.
-    """
-    if device.type != "cuda":
-        return int(psutil.virtual_memory().available)
-    free, total = torch.cuda.mem_get_info(device)
-    cache = vllm_config.cache_config
-    if cache.kv_cache_memory_bytes is not None:
-        return int(free - cache.kv_cache_memory_bytes)
-    return min(free, int(total * cache.gpu_memory_utilization) - (total - free))
 
 
 def model_folder(model_config: ModelConfig) -> Path:

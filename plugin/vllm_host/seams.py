@@ -30,6 +30,7 @@ _V1 = "token slots on the V1 runner"
 _BOUND = "where sites are divided among workers"
 _WEIGHTS = "a variant in the weights"
 _CPU_WEIGHTS = "a variant in the weights of a CPU server"
+_MEMORY = "refusing more slots than a GPU has memory for"
 _CACHE = "cache blocks shared with the base model up to the first edit"
 
 SEAMS = (
@@ -52,6 +53,10 @@ SEAMS = (
     Seam("model_executor/model_loader/base_loader.py", "BaseModelLoader.load_weights", _WEIGHTS, ("model",)),
     Seam("model_executor/layers/attention/attention.py", "Attention.forward", "keeping NaN from other requests",
          ("query", "key", "value")),
+    Seam("model_executor/layers/attention/attention.py", "Attention.get_kv_cache_spec", _MEMORY, ("vllm_config",)),
+    Seam("model_executor/layers/attention/attention.py", "Attention.kv_sharing_target_layer_name", _MEMORY),
+    Seam("v1/kv_cache_interface.py", "KVCacheSpec.max_memory_usage_bytes", _MEMORY, ("vllm_config",)),
+    Seam("config/model.py", "ModelConfig.original_max_model_len", _MEMORY),
     Seam("model_executor/layers/logits_processor.py", "LogitsProcessor.forward", "edits at logits",
          ("lm_head", "hidden_states")),
     Seam("model_executor/layers/linear.py", "RowParallelLinear.reduce_results", _BOUND),

@@ -1,0 +1,78 @@
+"""Whether this machine's NVIDIA driver and GPUs run the torch that is installed; asked before minutes of loading.
+
+The driver is asked directly: importing torch takes seconds, and of a driver too old for it torch says only that there
+is no GPU, after which vLLM says that it knows no device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+_CUDA = re.compile(r"^cuda\b[^=\n]*=\s*['\"](\d+)\.(\d+)", re.MULTILINE)
+_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_…
+_WHY = {
+    100: "it finds no GPU; is one in this machine, and in CUDA_VISIBLE_DEVICES?",
+    803: "its kernel module and its libraries are of different versions; load the module anew, or restart the machine",
+    804: "its forward-compatibility package does not support this GPU; update the driver itself",
+}
+OLDEST = {12: (7, 0), 13: (7, 5)}
+"""The oldest compute capability that a CUDA version's libraries have kernels for, by its major version."""
+
+
+def cuda_of_torch() -> tuple[int, int] | None:
+    """The CUDA version that the installed torch is built for; None for another build, or without torch."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    found = _CUDA.search(Path(spec.origin).with_name("version.py").read_text())
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def _driver() -> Any:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def faults(cuda: tuple[int, int] | None, driver: Callable[[], Any] = _driver) -> Iterator[str]:
+    """Why a torch for this CUDA version will not run here, each with the mend; nothing for a torch without CUDA."""
+    if cuda is None:
+        return
+    needed = f"torch is built for CUDA {cuda[0]}.{cuda[1]}"
+    try:
+        library = driver()
+    except OSError as error:
+        yield f"{needed}, and there is no NVIDIA driver ({error}): install one, or vLLM's CPU build"
+        return
+    version = _number(library.cuDriverGetVersion)
+    if version // 1000 < cuda[0]:
+        yield (
+            f"{needed}, and the NVIDIA driver supports CUDA {version // 1000}.{version % 1000 // 10} at most: update "
+            f"the driver, or install a vLLM that is built for CUDA {version // 1000}"
+        )
+        return
+    if (error := library.cuInit(0)) != 0:
+        yield f"the NVIDIA driver does not start (error {error}): {_WHY.get(error, 'see its own log, dmesg')}"
+        return
+    oldest = OLDEST.get(cuda[0], max(OLDEST.values()))
+    for number in range(_number(library.cuDeviceGetCount)):
+        found = tuple(_number(library.cuDeviceGetAttribute, which, number) for which in (_MAJOR, _MINOR))
+        if found < oldest:
+            yield (
+                f"GPU {number} has compute capability {_dotted(found)}, and CUDA {cuda[0]} has kernels from "
+                f"{_dotted(oldest)} on: leave it out with CUDA_VISIBLE_DEVICES, or use a newer one"
+            )
+
+
+def _number(call: Callable[..., int], *arguments: int) -> int:
+    """What a call of the driver writes to the number that its first argument points to."""
+    found = ctypes.c_int(0)
+    call(ctypes.byref(found), *arguments)
+    return found.value
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))

@@ -1,0 +1,72 @@
+"""The device of a worker: whether torch has kernels for it, and the memory that is left for slots."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from vllm.model_executor.layers.attention import Attention
+
+from edit_store.errors import UnsupportedHost
+from plugin.sizes import sized
+
+_ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)")
+
+
+@dataclass(frozen=True)
+class Free:
+    """Memory that slots may take, beside what else needs some."""
+
+    size: int
+    beside: str = ""
+
+
+def check_device(device: torch.device) -> None:
+    """UnsupportedHost for a GPU that torch has no kernels for: the first of them would end the engine."""
+    if device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    known = [(kind, (int(major), int(minor))) for kind, major, minor in
+             (found.groups() for found in map(_ARCHITECTURE.match, torch.cuda.get_arch_list()) if found)]  # fmt: skip
+    # Machine code runs on the same generation from its own minor version on; what is compiled there, on all newer ones.
+    runs = (capability >= version and (kind == "compute" or capability[0] == version[0]) for kind, version in known)
+    if not any(runs):
+        raise UnsupportedHost(
+            f"{torch.cuda.get_device_name(device)} has compute capability {'.'.join(map(str, capability))}, and this "
+            f"torch has kernels for {' '.join(torch.cuda.get_arch_list())}: use another GPU, or another build of torch"
+        )
+
+
+def free_for_slots(vllm_config: Any, model: nn.Module, device: torch.device) -> Free:
+    """What is left once the base model is loaded. On a GPU, of the share that vLLM may use, and beside the KV cache.
+
+    A KV cache of a size that was asked for (--kv-cache-memory-bytes) is taken whatever that share is; otherwise it must
+    hold one request of the greatest length.
+    """
+    if device.type != "cuda":
+        return Free(int(psutil.virtual_memory().available))
+    free, total = torch.cuda.mem_get_info(device)
+    cache = vllm_config.cache_config
+    if cache.kv_cache_memory_bytes is not None:
+        asked = int(cache.kv_cache_memory_bytes)
+        return Free(max(0, free - asked), f" beside the {sized(asked)} of --kv-cache-memory-bytes")
+    share = min(free, int(total * cache.gpu_memory_utilization) - (total - free))
+    least, longest = _cache_of_one_request(vllm_config, model), vllm_config.model_config.max_model_len
+    return Free(
+        max(0, share - least),
+        f" beside the model and the KV cache of one request of {longest} tokens ({sized(least)}), in the share that "
+        f"--gpu-memory-utilization {cache.gpu_memory_utilization} leaves of {sized(total)}",
+    )
+
+
+def _cache_of_one_request(vllm_config: Any, model: nn.Module) -> int:
+    """Bytes of KV cache for a request of the greatest length; 0 where vLLM is to find out what fits."""
+    if vllm_config.model_config.original_max_model_len == -1:
+        return 0
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, Attention)]
+    specs = [layer.get_kv_cache_spec(vllm_config) for layer in layers if layer.kv_sharing_target_layer_name is None]
+    return sum(spec.max_memory_usage_bytes(vllm_config) for spec in specs if spec is not None)
