@@ -18,6 +18,7 @@ from typing import Any, Self
 from loadtests.bench_engine import Calls
 from loadtests.bench_report import RequestTimes
 from loadtests.bench_run import NotMeasured
+from loadtests.record import gpu
 from loadtests.server import ENVIRONMENT
 
 Progress = Callable[[float], None]
@@ -84,17 +85,20 @@ class Engine:
         return {name: (count, taken) for name, (count, taken) in called.items()}
 
     def _environment(self) -> dict[str, str]:
-        cores = " ".join(map(str, self.cores))
         return {
             **os.environ,
             **ENVIRONMENT,
-            **KEEP_MEMORY,
+            **({} if gpu() else {**KEEP_MEMORY, **self._computing_on_cores()}),
             "VLLM_PLUGINS": self.plugins,
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            # What vLLM's own server sets for its worker, which an engine in one process does not.
-            "OMP_NUM_THREADS": str(len(self.cores)),
-            "GOMP_CPU_AFFINITY": cores,
         }
+
+    def _computing_on_cores(self) -> dict[str, str]:
+        """What vLLM's own server sets for its worker on a CPU, which an engine in one process does not.
+
+        On a GPU the second would bind every thread of every engine to the first core named.
+        """
+        return {"OMP_NUM_THREADS": str(len(self.cores)), "GOMP_CPU_AFFINITY": " ".join(map(str, self.cores))}
 
     def _ask(self, question: Mapping[str, Any], waiting: Progress = lambda _: None) -> dict[str, Any]:
         if self.process is None or self.process.stdin is None or self.process.stdout is None:

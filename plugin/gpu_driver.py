@@ -54,8 +54,8 @@ def faults(cuda: tuple[int, int] | None, driver: Callable[[], Any] = _driver) ->
             f"the driver, or install a vLLM that is built for CUDA {version // 1000}"
         )
         return
-    if (error := library.cuInit(0)) != 0:
-        yield f"the NVIDIA driver does not start (error {error}): {_WHY.get(error, 'see its own log, dmesg')}"
+    if (failure := library.cuInit(0)) != 0:
+        yield f"the NVIDIA driver does not start (error {failure}): {_WHY.get(failure, 'see its own log, dmesg')}"
         return
     oldest = OLDEST.get(cuda[0], max(OLDEST.values()))
     for number in range(_number(library.cuDeviceGetCount)):

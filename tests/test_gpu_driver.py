@@ -50,7 +50,7 @@ class Driver:
         (Driver(starts=100), ["error 100): it finds no GPU"]),
         (Driver(starts=999), ["error 999): see its own log"]),
         (Driver(capabilities=((7, 0), (9, 0), (6, 1))),
-         ["GPU 0 has compute capability 7.0, and CUDA 13 has kernels from 7.5 on: leave", "GPU 2 has compute capability"]),
+         ["GPU 0 has compute capability 7.0, and CUDA 13 has kernels from 7.5 on: leave", "GPU 2 has compute"]),
     ],
 )  # fmt: skip
 def test_what_does_not_run_is_told_with_the_mend(driver: Driver, told: list[str]) -> None:
