@@ -45,7 +45,7 @@ def _microseconds(kind: str, count: int, *, exchanged: bool) -> float:
     def fill() -> None:
         if exchanged:
             running[0] = request(0)
-        filler.fill(Batch(list(running), lambda each: each.claim, lambda: Extents(tokens, starts, prompts)))
+        filler.fill(Batch(list(running), lambda each: each.claim, lambda: Extents(tokens, starts, lambda: prompts)))
 
     return statistics.median(_timed(fill) for _ in range(REPEATS))
 

@@ -29,8 +29,14 @@ class DeviceRows:
         self._host = host or (PinnedTurns(tensor) if tensor.is_cuda else _Direct(tensor))
         self._written = 0
         """how many rows may differ from neutral"""
-        self._known: NDArray[Any] | None = np.zeros((0, *tensor.shape[1:]))
-        """what was written; None where the tensor holds something else since"""
+        self._known: NDArray[Any] | None = None
+        """what was written last, unless the tensor holds something else since"""
+        self._nothing = np.zeros((0, *tensor.shape[1:]))
+
+    def clear(self) -> None:
+        """Make all rows neutral."""
+        if self._written:
+            self.write(self._nothing)
 
     def write(self, values: NDArray[Any]) -> None:
         """Make `values` [n, ...] the first n rows."""
@@ -62,10 +68,11 @@ class _Direct:
     """The tensor lies in host memory: nothing is sent."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._rows = tensor.numpy()
+        self._tensor = tensor
 
     def begin(self, rows: int) -> NDArray[Any]:
-        return self._rows[:rows]
+        memory: NDArray[Any] = self._tensor.numpy()
+        return memory[:rows]
 
     def end(self, rows: int) -> None:
         pass

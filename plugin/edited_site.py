@@ -150,6 +150,9 @@ class LowRankSlots(SlotTensors):
         return {field: _stacked(numbers, field) for field in ("read", "write")}
 
 
+_COUNTED = torch.float64
+
+
 class Carried:
     """Tensors that one module hands to a later one within a forward pass, by name; after it there are none.
 
@@ -180,7 +183,8 @@ class Firings(nn.Module):
     """How many tokens each neuron of every gate gave something for, by slot; no part of what a slot holds.
 
     Gates note what they gave while the model runs, and the last one has all of it added in one operation: one for each
-    gate would be nine calls of torch more, at every gate.
+    gate would be nine calls of torch more, at every gate. Counts are float64, exact far beyond what is ever counted: of
+    int64 torch's compiler makes no kernel for a GPU, but a sort and a dozen others.
     """
 
     counts: Tensor
@@ -201,7 +205,7 @@ class Firings(nn.Module):
 
     def bind(self, slots: int, device: torch.device) -> None:
         """Make the counts [S, neurons], when every gate has its columns."""
-        counts = torch.zeros(slots, self.neurons, dtype=torch.int64, device=device)
+        counts = torch.zeros(slots, self.neurons, dtype=_COUNTED, device=device)
         self.register_buffer("counts", counts, persistent=False)
 
     def note(self, column: int, fired: Tensor) -> None:
@@ -212,7 +216,7 @@ class Firings(nn.Module):
         """Count what was noted of tokens in these slots, [T]."""
         names = [f"column_{column}" for column in self._columns]
         noted = torch.cat([self._noted.get(name) for name in names], dim=-1)
-        self.counts.index_add_(0, slots, noted.long())
+        self.counts.index_add_(0, slots, noted.to(_COUNTED))
         for name in names:
             self._noted.drop(name)
 
@@ -234,7 +238,7 @@ class GateSlots(SlotTensors):
         self._keep("stretch", shape.reads, dtype=torch.float32, feature="normalise")
         self._keep("centre", shape.reads, dtype=torch.float32, feature="normalise")
         self._keep("normalise", dtype=torch.float32, feature="normalise")
-        self.counters = rank * torch.int64.itemsize
+        self.counters = rank * _COUNTED.itemsize
         self.firings: Firings | None = None
         """what is told which neurons gave something"""
         self.column = 0

@@ -125,10 +125,12 @@ class Plan:
         beside: what else needs memory, for people
         """
         if self.total(slots) > free:
+            most = self.most(free)
+            fewer = "Set edits.slots to that or less (versions beyond are paged in on demand), or reserve less"
             raise SettingsError(
                 f"edits.slots = {slots} takes {sized(self.total(slots))}, and {sized(free)} are free{beside}: "
-                f"{self.most(free)} slots of {sized(self.slot)} fit. Set edits.slots to that or less (versions "
-                "beyond are paged in on demand), or reserve less; `vllm-edits plan` shows what takes how much"
+                f"{most or 'no'} slots of {sized(self.slot)} fit. {fewer if most else 'Make room, or reserve less'}; "
+                "`vllm-edits plan` shows what takes how much"
             )
 
 

@@ -35,8 +35,8 @@ class Extents:
     """how many tokens each has in the step"""
     starts: Counts
     """absolute position of the first of them"""
-    prompts: Counts
-    """length of the prompt"""
+    prompts: Callable[[], Counts]
+    """the length of each prompt, asked where a position decides"""
     input_ids: Tensor | None = None
 
 
@@ -78,7 +78,8 @@ class StepFiller:
         self._by_position = device_rows(torch.ones_like(step.weights), 1)
         """the weights as far as positions decide, where token ids decide too"""
         self._sent_tokens: Counts = np.zeros(0, dtype=np.int64)
-        self._no_weights = np.zeros((0, step.weights.shape[1]), dtype=np.float32)
+        self._tokens_of_slots: Counts = np.zeros(0, dtype=np.int64)
+        """how many of them are of each slot"""
         self.forget()
 
     def forget(self) -> None:
@@ -94,22 +95,26 @@ class StepFiller:
             self._fill_base()
             return
         extents = batch.extents()
-        self.last_tokens = np.cumsum(extents.tokens) - 1
         if changed or self.all_base or not np.array_equal(extents.tokens, self._sent_tokens):
-            self._slots_on_device.write(np.repeat(self._slots, extents.tokens))
-            self.all_base = False
-        self._sent_tokens = np.array(extents.tokens)
-        np.add.at(self.tokens, self._slots, extents.tokens)
+            self._fill_slots(extents.tokens)
+        self.tokens += self._tokens_of_slots
         if self._weighed:
             self._fill_weights(extents)
         else:
-            self._weigh_fully()
+            self._weights_on_device.clear()
+
+    def _fill_slots(self, tokens: Counts) -> None:
+        self.all_base = False
+        self._slots_on_device.write(np.repeat(self._slots, tokens))
+        self._sent_tokens = np.array(tokens)
+        self.last_tokens = np.cumsum(tokens) - 1
+        self._tokens_of_slots = np.bincount(self._slots, tokens, len(self.tokens)).astype(np.int64)
 
     def _fill_base(self) -> None:
         if not self.all_base:
-            self._slots_on_device.write(self._slots[:0])
+            self._slots_on_device.clear()
+            self._weights_on_device.clear()
             self.all_base = True
-            self._weigh_fully()
 
     def _look_up(self, batch: Batch) -> bool:
         """Find out what each request uses; whether that is anything new."""
@@ -131,13 +136,10 @@ class StepFiller:
     def _row(self, claim: Any) -> tuple[int, float]:
         return self._slot_of(claim), 1.0 if claim is None else claim[2]
 
-    def _weigh_fully(self) -> None:
-        self._weights_on_device.write(self._no_weights)
-
     def _fill_weights(self, extents: Extents) -> None:
         first = np.cumsum(extents.tokens) - extents.tokens
         per_token = [np.repeat(each, extents.tokens) for each in
-                     (self._slots, extents.starts - first, extents.prompts, self._strengths)]  # fmt: skip
+                     (self._slots, extents.starts - first, extents.prompts(), self._strengths)]  # fmt: skip
         slots, shift, prompts, strengths = per_token
         covered = self._tables.covered(slots, np.arange(len(slots)) + shift, prompts)
         weights = strengths[:, None] * covered

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Generator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -30,6 +29,7 @@ from edit_store import (
 )
 from edit_store.bundle import GATE_FIRINGS
 from tests.lanes import Lane
+from tests.tiny_models import make_tiny_llama
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 settings.register_profile("no-clock", deadline=None)  # how long an example takes says more of the machine than of us
@@ -76,20 +76,7 @@ def smollm2() -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A four-layer Llama with random weights and SmolLM2's tokenizer: it compiles in seconds."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("tiny-model")
-    config = LlamaConfig(
-        vocab_size=49152, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
-        initializer_range=0.2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(smollm2 / name, folder / name)
-    return folder
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny-model"), smollm2)
 
 
 def random_pairs(kind: str, layer: int, widths: Widths, seed: int, strength: float = 0.3) -> Pairs:

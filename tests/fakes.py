@@ -282,7 +282,7 @@ def set_step(edited: EditedModel, requests: Sequence[RequestStep], input_ids: Te
         np.array([getattr(request, field) for request in requests], dtype=np.int64)
         for field in ("tokens", "start", "prompt")
     )
-    edited.set_step(Batch(requests, attrgetter("claim"), lambda: Extents(tokens, starts, prompts, input_ids)))
+    edited.set_step(Batch(requests, attrgetter("claim"), lambda: Extents(tokens, starts, lambda: prompts, input_ids)))
 
 
 class FakeWorker:

@@ -42,8 +42,10 @@ def test_more_slots_than_memory_are_refused_with_the_largest_number_that_fits() 
     plan = Plan.of(Reservation.for_versions([Version([Offset(site="layers.1.resid")])]), price(WIDTHS, torch.float32))
     free = 10 * plan.slot + 1
     plan.require(plan.most(free), free)
-    with pytest.raises(SettingsError, match=r"edits\.slots = 10 takes .* are free: 9 slots .* fit"):
+    with pytest.raises(SettingsError, match=r"edits\.slots = 10 takes .* are free: 9 slots .* fit\. Set edits\.slots"):
         plan.require(plan.most(free) + 1, free)
+    with pytest.raises(SettingsError, match=r"0 bytes are free beside all else: no slots .* fit\. Make room"):
+        plan.require(1, 0, " beside all else")
 
 
 @pytest.fixture(scope="module")

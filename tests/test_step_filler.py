@@ -52,7 +52,7 @@ def filler_of(step: Step, asked: list[Any] | None = None, device: LateDevice | N
 def fill(filler: StepFiller, running: list[Running], tokens: list[int], ids: torch.Tensor) -> None:
     starts, prompts = (np.array([getattr(one, field) for one in running], dtype=np.int64) for field in
                        ("computed", "prompt"))  # fmt: skip
-    extents = Extents(np.array(tokens, dtype=np.int64), starts, prompts, ids)
+    extents = Extents(np.array(tokens, dtype=np.int64), starts, lambda: prompts, ids)
     filler.fill(Batch(running, attrgetter("claim"), lambda: extents))
 
 

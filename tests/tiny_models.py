@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -55,4 +56,21 @@ def make_tiny(architecture: str, folder: Path) -> Path:
             if "norm" in name or "ln_" in name or name.endswith("bias"):
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     made.to(torch.float32).save_pretrained(folder)
+    return folder
+
+
+def make_tiny_llama(folder: Path, tokenizer: Path) -> Path:
+    """A Llama of four layers with the tokenizer of another model, to serve text with."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+        initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tokenizer / name, folder / name)
     return folder

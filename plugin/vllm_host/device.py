@@ -58,8 +58,8 @@ def free_for_slots(vllm_config: Any, model: nn.Module, device: torch.device) -> 
     least, longest = _cache_of_one_request(vllm_config, model), vllm_config.model_config.max_model_len
     return Free(
         max(0, share - least),
-        f" beside the model and the KV cache of one request of {longest} tokens ({sized(least)}), in the share that "
-        f"--gpu-memory-utilization {cache.gpu_memory_utilization} leaves of {sized(total)}",
+        f" beside the model and the KV cache of one request of {longest} tokens ({sized(least)}; --max-model-len), in "
+        f"the share that --gpu-memory-utilization {cache.gpu_memory_utilization} leaves of {sized(total)}",
     )
 
 

@@ -45,7 +45,7 @@ def attach(runner: Any, edited: EditedModel) -> None:
             return Extents(
                 tokens=np.diff(runner.query_start_loc.np[: count + 1]),
                 starts=rows.num_computed_tokens_cpu[:count],
-                prompts=rows.num_prompt_tokens[:count],
+                prompts=lambda: rows.num_prompt_tokens[:count],
                 input_ids=kwargs.get("input_ids", args[0] if args else None),
             )
 

@@ -82,7 +82,7 @@ def with_token_slots(base: Any, loaded: LoadedEdits) -> type:
                 return Extents(
                     tokens=np.asarray(input_batch.num_scheduled_tokens),
                     starts=np.asarray(input_batch.num_computed_tokens_np),
-                    prompts=np.fromiter((request.prompt for request in requests), dtype=np.int64, count=len(requests)),
+                    prompts=lambda: np.array([request.prompt for request in requests]),
                     input_ids=input_batch.input_ids,
                 )
 

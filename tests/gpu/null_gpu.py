@@ -37,7 +37,7 @@ def build(packages: Path, folder: Path) -> dict[str, str]:
     packages: where torch, Triton and vLLM are installed; what their libraries ask of CUDA, and `driver/` does not have,
     returns success and does nothing.
     """
-    sources = sorted(SOURCES.glob("*.?pp"))
+    sources = [Path(__file__), *sorted(SOURCES.glob("*.?pp"))]
     versions = sorted(
         path.name for path in packages.glob("*.dist-info") if re.match(r"(torch|triton|vllm)-", path.name)
     )
@@ -64,7 +64,8 @@ def _compile(packages: Path, made: Path, sources: Iterable[Path]) -> None:
     libraries = [str(path) for part in ("torch/lib", "vllm") for path in (packages / part).rglob("*.so*")]
     asked = {name for name in _symbols("--undefined-only", *libraries) if WANTED.search(name)}
     declared = re.findall(r"CUDAAPI (cu[A-Z]\w+)", (packages / "nvidia/cu13/include/cuda.h").read_text())
-    rest = {*asked, *declared} - _symbols("--defined-only", *map(str, objects))
+    looked_up = re.findall(rb"\0(nvml[A-Z]\w+)", (packages / "torch/lib/libc10_cuda.so").read_bytes())
+    rest = {*asked, *declared, *map(bytes.decode, looked_up)} - _symbols("--defined-only", *map(str, objects))
     stubs = made / "rest.c"
     stubs.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in sorted(rest)))
     objects.append(made / "rest.o")

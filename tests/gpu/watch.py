@@ -127,7 +127,7 @@ class Watch:
 def _expected(claims: list[Any], extents: Any, scopes: Mapping[int, Any], lanes: int) -> tuple[np.ndarray, np.ndarray]:
     """Straight from the words, request by request; as far as positions decide."""
     slots, weights = [], []
-    for claim, tokens, start, prompt in zip(claims, extents.tokens, extents.starts, extents.prompts, strict=True):
+    for claim, tokens, start, prompt in zip(claims, extents.tokens, extents.starts, extents.prompts(), strict=True):
         slot, strength = (0, 1.0) if claim is None else (claim[0], claim[2])
         positions = np.arange(start, start + tokens)
         rows = np.full((tokens, lanes), strength, dtype=np.float32)

@@ -1,8 +1,9 @@
-"""Where kernels compute nothing: what vLLM reads back of them. Python imports this by its name at its start.
+"""Where kernels compute nothing: what is read back of them. Python imports this by its name at its start.
 
-Every sampled token is the same one, requests go on as they would, and log-probabilities fall evenly. All else that the
-device would have computed is whatever lies in its memory. Where this vLLM has a function under another name, the start
-ends: a rehearsal that reads back garbage would blame others for it.
+Every sampled token is the same one, requests go on as they would, and log-probabilities fall evenly. What the weights
+on the device are is told by the host, of a copy of them. All else that the device would have computed is whatever lies
+in its memory. Where a function is not found by its name the import ends: a rehearsal that reads back garbage would
+blame others for it.
 """
 
 from __future__ import annotations
@@ -102,12 +103,24 @@ def logprobs(module: Any) -> None:
     told.tolists = lambda self, *arguments: tolists(falling(self), *arguments)
 
 
+def weights(module: Any) -> None:
+    of_device = module.fingerprint
+
+    def fingerprint(tensor: Any) -> bytes:
+        of_device(tensor)
+        told: bytes = of_device(tensor.cpu())
+        return told
+
+    module.fingerprint = fingerprint
+
+
 CHANGED: dict[str, Callable[[Any], None]] = {
     "vllm.v1.worker.gpu.sample.sampler": v2_sampler,
     "vllm.v1.worker.gpu.spec_decode.rejection_sampler": v2_rejection,
     "vllm.v1.sample.sampler": v1_sampler,
     "vllm.v1.sample.rejection_sampler": v1_rejection,
     "vllm.v1.outputs": logprobs,
+    "plugin.plain_weight": weights,
 }
 
 

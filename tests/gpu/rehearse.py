@@ -1,0 +1,169 @@
+"""A GPU's part of the product, run without one: `make rehearse-gpu`, or `python -m tests.gpu.rehearse --help`.
+
+vLLM's build for GPUs is installed in a folder of its own, and meets a CUDA driver that accepts every call and computes
+nothing (null_gpu.py). All of vLLM's and the plugin's Python for a GPU runs: the V2 runner, CUDA graphs captured and
+replayed, torch's compiler and Triton writing machine code for an H100. Numbers mean nothing; errors, launches, copies
+and what is run are real. Each step is a process of its own with a time limit, and the next one runs whatever happens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from demo.model import ensure_model
+from tests.gpu import null_gpu, report
+from tests.gpu.facts import RESULTS
+
+WORK = Path(".cache/rehearsal").resolve()
+HERE = Path(__file__).parent
+REPORT = HERE / "REHEARSAL.md"
+QUIET = {
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it compiles kernels where it runs
+    "VLLM_ALLREDUCE_USE_FLASHINFER": "0", "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",  # they want GPUs that see each other
+    "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1", "CUDA_MODULE_LOADING": "LAZY",
+}  # fmt: skip
+LATE = {"NULL_GPU_LATE": "1"}
+V1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+PIECEWISE = {"compilation_config": {"cudagraph_mode": "PIECEWISE"}}
+EAGER = {"enforce_eager": True}
+NGRAM = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A module to run, what it is told, and how long it may take."""
+
+    name: str
+    command: Sequence[str]
+    seconds: int = 300
+    environment: Mapping[str, str] = field(default_factory=dict)
+    covered: bool = True
+    """whether what it runs of the plugin is noted, which takes time of its own"""
+
+
+def story(name: str, **way: Any) -> Step:
+    return Step(name, ["tests.gpu.story", json.dumps(way)], environment={**LATE, **way.pop("machine", {})})
+
+
+STEPS = (
+    story("V2, full graphs", expect={"runner": "V2", "graphs": "FULL_AND_PIECEWISE", "dtype": "bfloat16"}),
+    story("V2, full graphs, started again", expect={"compiled before": True}),
+    story("V2, piecewise graphs", arguments=PIECEWISE, expect={"runner": "V2", "graphs": "PIECEWISE"}),
+    story("V1, piecewise graphs", environment=V1, arguments=PIECEWISE, expect={"runner": "V1", "graphs": "PIECEWISE"}),
+    story("V2, not compiled ahead of time", environment={"VLLM_USE_AOT_COMPILE": "0"},
+          expect={"graphs": "FULL_AND_PIECEWISE"}),
+    story("V2, eager, float32", arguments={**EAGER, "dtype": "float32"}, expect={"runner": "V2", "compiled": False}),
+    story("V1, eager", environment=V1, arguments=EAGER, expect={"runner": "V1", "compiled": False}),
+    story("n-gram guesses", arguments={**EAGER, **NGRAM}),
+    story("two GPUs", arguments={**EAGER, "tensor_parallel_size": 2}, machine={"NULL_GPU_COUNT": "2"}),
+    Step("server", ["tests.gpu.served"], 480, LATE),
+    Step("refusals", ["tests.gpu.refusals"], 360),
+    Step("costs of a step", ["tests.gpu.costs"], 600, covered=False),
+)  # fmt: skip
+app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+console = Console(stderr=True, highlight=False)
+
+
+@app.command()
+def main(
+    *,
+    only: Annotated[list[str] | None, typer.Option(help="name of a step, given again for each further one")] = None,
+    python: Annotated[str, typer.Option(help="Python that the environment for GPUs is made with")] = sys.executable,
+    slower: Annotated[float, typer.Option(min=0.1, help="factor on every step's time limit")] = 1.0,
+    write: Annotated[bool, typer.Option("--write", help=f"write {REPORT.name}; only with all steps")] = False,
+) -> None:
+    """Run the product on a GPU that is not there, and say what ran, what a step costs, and what was never reached."""
+    if unknown := set(only or ()) - {step.name for step in STEPS}:
+        raise typer.BadParameter(f"no step {sorted(unknown)}; there are: {', '.join(step.name for step in STEPS)}")
+    chosen = [step for step in STEPS if not only or step.name in only]
+    ensure_model()
+    with console.status("installing vLLM for GPUs (some GiB, once)"):
+        environment = prepare(python)
+    results = WORK / "results.jsonl"
+    results.unlink(missing_ok=True)
+    shutil.rmtree(WORK / "coverage", ignore_errors=True)
+    ended = {step.name: run(step, environment, results, slower) for step in chosen}
+    found = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    text = report.written(ended, found, report.reached(WORK / "coverage"), complete=not only)
+    print(text)
+    if write and not only:
+        REPORT.write_text(text)
+    raise typer.Exit(0 if all(code == 0 for code, _ in ended.values()) and not report.unexplained(text) else 1)
+
+
+def prepare(python: str) -> dict[str, str]:
+    """An environment with vLLM for GPUs and the driver, made where it is not there; what a process there needs."""
+    venv, pins = WORK / "venv", Path("requirements/gpu.txt")
+    stamp, known = venv / ".installed", pins.read_text() + Path("pyproject.toml").read_text()
+    if not stamp.exists() or stamp.read_text() != known:
+        uv = str(Path(sys.executable).with_name("uv"))
+        # uv, since pip may be set up to prefer a build of torch for CPUs.
+        subprocess.run([uv, "venv", "--quiet", "--clear", "--python", python, str(venv)], check=True)
+        install = [uv, "pip", "install", "--quiet", "--python", str(venv)]
+        subprocess.run([*install, "-r", str(pins), "coverage>=7.10"], check=True)
+        subprocess.run([*install, "--no-deps", "--no-build-isolation", "--editable", "."], check=True)
+        stamp.write_text(known)
+    (packages,) = venv.glob("lib/python3.*/site-packages")
+    driver = null_gpu.build(packages, WORK / "driver")
+    return {
+        **os.environ, **QUIET, **driver,
+        "PATH": os.pathsep.join([str(venv / "bin"), driver["PATH"]]),
+        "PYTHONPATH": os.pathsep.join([str(HERE / "readback"), str(Path.cwd())]),
+        "VLLM_CACHE_ROOT": str(WORK / "vllm"), "TORCHINDUCTOR_CACHE_DIR": str(WORK / "inductor"),
+        "TRITON_CACHE_DIR": str(WORK / "triton"), RESULTS: str(WORK / "results.jsonl"),
+    }  # fmt: skip
+
+
+def run(step: Step, environment: Mapping[str, str], results: Path, slower: float) -> tuple[int, float]:
+    """Run a step in a process of its own; its exit code and its seconds."""
+    python, began, log = str(WORK / "venv/bin/python"), time.monotonic(), WORK / f"{step.name}.log"
+    command = [python, "-m", *step.command]
+    named = {"REHEARSAL_STEP": step.name, **step.environment}
+    if step.covered:
+        settings = report.coverage_settings(WORK / "coverage", step.name)
+        command = [python, "-m", "coverage", "run", f"--rcfile={settings}", "-m", *step.command]
+    with console.status(f"{step.name} (at most {step.seconds * slower:.0f} s)"), log.open("wb") as written:
+        process = subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                                   env={**environment, **named}, start_new_session=True)  # fmt: skip
+        try:
+            code = process.wait(step.seconds * slower)
+        except subprocess.TimeoutExpired:
+            code = 124
+        for left in _of_step(step.name):
+            with suppress(ProcessLookupError):
+                os.kill(left, signal.SIGKILL)
+        process.wait()
+    taken = round(time.monotonic() - began, 1)
+    with results.open("a") as lines:
+        lines.write(json.dumps({"what": "ended", "step": step.name, "code": code, "seconds": taken}) + "\n")
+    console.print(f"{'[green]ok[/green]  ' if code == 0 else '[red]FAIL[/red]'} {step.name}, {taken:.0f} s"
+                  + ("" if code == 0 else f": {log}"))  # fmt: skip
+    return code, taken
+
+
+def _of_step(name: str) -> Iterator[int]:
+    """Processes that carry the step's name: engines are process groups of their own."""
+    mark = f"REHEARSAL_STEP={name}".encode()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if mark in (folder / "environ").read_bytes().split(b"\0"):
+                yield int(folder.name)
+
+
+if __name__ == "__main__":
+    app()
