@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -112,6 +113,9 @@ def main(
     dtype: Annotated[
         str, typer.Option(help="of the model", show_default="bfloat16 where the device computes in it, else float32")
     ] = "",
+    seconds: Annotated[
+        float, typer.Option(min=1, help="a part's rounds end then, if there are three", show_default="no limit")
+    ] = inf,
     model: Annotated[
         str,
         typer.Option(
@@ -170,13 +174,15 @@ def main(
             progress.remove_task(task)
             run = Run(
                 inputs, dtype or native_dtype(), cores_for(threads), sorted(batches or BATCHES[bool(gpu())]), progress,
-                rounds=rounds, swaps=swaps, quick=quick, ranks=ranks or (), once=once,
+                rounds=rounds, swaps=swaps, quick=quick, ranks=ranks or (), once=once, seconds=seconds,
             )  # fmt: skip
             for part in parts or USUAL:
                 measured = PARTS[part](run)
                 record["parameters"][part] = measured.parameters
                 record["samples"][part] = measured.samples
                 record["summary"][part] = measured.summary
+                if output is not None or not quick:  # as it comes: a later part may fail, or time run out
+                    output = write(record, output)
     except* (NotMeasured, ServerFailed) as failures:  # alone, or out of a group of tasks
         failed = failures
     if failed is not None:
@@ -187,9 +193,8 @@ def main(
         typer.echo(json.dumps(record, indent=2))
     else:
         show(record["summary"], Console(highlight=False))
-    if output is not None or not quick:
-        path = write(record, output)
-        console.print(f"written: {path}, {draw(record, path.with_suffix('.svg')) or 'no picture'}")
+    if output is not None:
+        console.print(f"written: {output}, {draw(record, output.with_suffix('.svg')) or 'no picture'}")
 
 
 def _checkpoint(model: str) -> Path:

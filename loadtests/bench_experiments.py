@@ -248,6 +248,7 @@ def measure(name: str, run: Run) -> Measured:
     rounds = rates_by_round(
         experiment, 3 if run.quick else run.rounds, run.inputs, run.progress,
         in_step=not gpu(),  # where a step is sent to the GPU while the last one runs, no step has a time of its own
+        seconds=run.seconds,
     )  # fmt: skip
     sides = {side: found.what for side, found in experiment.sides.items()}
     phases = [asdict(phase) for phase in experiment.phases]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from math import inf
 from statistics import harmonic_mean
 
 from rich.progress import Progress
@@ -13,7 +16,7 @@ from loadtests.bench_inputs import Inputs
 from loadtests.bench_report import Comparison, Rates, decode_rate, prefill_rate, rate_of_steps
 from loadtests.bench_sides import Batch, Engine
 
-WARM_UP_ROUNDS = 2
+WARM_UP_ROUNDS, LEAST_ROUNDS = 2, 3
 PREFILLS = 4
 """How often a round measures a prefill where engines take turns step by step: it is one step only."""
 
@@ -81,25 +84,29 @@ class Experiment:
 
 
 def rates_by_round(
-    experiment: Experiment, rounds: int, inputs: Inputs, progress: Progress, *, in_step: bool
+    experiment: Experiment, rounds: int, inputs: Inputs, progress: Progress, *, in_step: bool, seconds: float = inf
 ) -> list[Rates]:
     """Tokens per second by side and phase, for every round that counts.
 
-    in_step: engines take turns step by step, not batch by batch; then a round holds one side of each.
+    in_step: engines take turns step by step, not batch by batch; then a round holds one side of each. Otherwise they
+    are on a GPU, and start side by side. seconds: after so many no further round begins, if there are enough
     """
     counted, measure = list[Rates](), _in_step if in_step else _one_by_one
+    end = time.monotonic() + seconds
     with ExitStack() as running:
         engines = list({id(side.engine): side.engine for side in experiment.sides.values()}.values())
-        starting = progress.add_task("", total=len(engines))
-        for engine in engines:
-            progress.update(starting, description=f"starting {engine.label} (a first start compiles for minutes)")
-            running.enter_context(engine)
-            progress.advance(starting)
+        starting = progress.add_task("starting engines (a first start compiles for minutes)", total=len(engines))
+        with ThreadPoolExecutor(1 if in_step else len(engines)) as pool:
+            for started in as_completed([pool.submit(running.enter_context, engine) for engine in engines]):
+                started.result()
+                progress.advance(starting)
         progress.remove_task(starting)
         heats = experiment.heats() if in_step else [list(experiment.sides)]
         total = (WARM_UP_ROUNDS + rounds) * len(experiment.phases) * len(heats)
         task = progress.add_task("", total=total)
         for number in range(WARM_UP_ROUNDS + rounds):
+            if number >= WARM_UP_ROUNDS + LEAST_ROUNDS and time.monotonic() > end:
+                break
             what = "warm-up" if number < WARM_UP_ROUNDS else f"round {number + 1 - WARM_UP_ROUNDS}"
             for turn, heat in enumerate(heats):
                 rates: dict[str, dict[str, float]] = {name: {} for name in heat}

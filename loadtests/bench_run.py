@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from rich.progress import Progress
@@ -34,6 +35,8 @@ class Run:
     """of the versions that are told apart; none: the usual ones"""
     once: bool = False
     """no second engines that show the noise"""
+    seconds: float = inf
+    """after so many in a part its rounds end, once there are enough to tell the noise"""
 
 
 @dataclass(frozen=True)

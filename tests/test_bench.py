@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from rich.progress import Progress
 from typer.testing import CliRunner
 
 from loadtests.bench import BATCHES, app
@@ -40,7 +42,7 @@ from loadtests.bench_report import (
     summarise_swaps,
     verdict,
 )
-from loadtests.bench_rounds import PREFILLS, Experiment, Phase, Side, _in_step, _steps, turns
+from loadtests.bench_rounds import PREFILLS, Experiment, Phase, Side, _in_step, _steps, rates_by_round, turns
 from loadtests.bench_sides import Batch, Engine
 from loadtests.bench_traffic import ALONE, FIGURES
 from loadtests.bench_traffic import summarise as traffic
@@ -181,6 +183,42 @@ def test_sides_of_one_engine_work_in_different_heats() -> None:
     against_itself = replace(experiment, comparisons=[Comparison("K=1", ("K=0",), "decode")])
     with pytest.raises(ValueError, match="sides of one engine cannot be held against each other: K=0, K=1"):
         against_itself.heats()
+
+
+class EngineThatStarts(Engine):
+    """Starts when all that start with it have begun to, and answers at once."""
+
+    def __init__(self, label: str, begun: Barrier) -> None:
+        super().__init__(label, {}, Path(), [0])
+        self.begun = begun
+
+    def start(self, waiting: Any = None) -> Engine:
+        self.begun.wait(10)
+        return self
+
+    def run(self, batch: Batch) -> list[RequestTimes]:
+        return [times(0, 1, 2)]
+
+
+def test_on_a_gpu_engines_start_side_by_side_and_rounds_end_when_their_time_is_up() -> None:
+    """A lent GPU is short of time; three rounds there are in any case. Positive control: with time there are all."""
+    for seconds, rounds in ((0.0, 3), (60.0, 6)):
+        begun = Barrier(3)
+        sides: dict[str, Side] = {name: Asking("", EngineThatStarts(name, begun), [None]) for name in "abc"}
+        experiment = Experiment("", sides, [Phase("decode", 1, 1, 11)], [])
+        no_inputs: Any = None
+        with Progress(disable=True) as progress:
+            found = rates_by_round(experiment, 6, no_inputs, progress, in_step=False, seconds=seconds)
+        assert len(found) == rounds
+
+
+def test_engines_are_bound_to_cores_on_a_cpu_and_not_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU every thread of every engine would be bound to the first core that is named."""
+    monkeypatch.delenv("GOMP_CPU_AFFINITY", raising=False)
+    engine = Engine("", {}, Path(), [2, 3])
+    for gpu, bound in (("", "2 3"), ("a GPU", None)):
+        monkeypatch.setattr("loadtests.bench_sides.gpu", lambda gpu=gpu: gpu)
+        assert engine._environment().get("GOMP_CPU_AFFINITY") == bound
 
 
 class Stepping:
