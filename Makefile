@@ -20,10 +20,10 @@ export PYTHON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all test-gpu parity check bench bench-store bench-gpu soak gpu lock clean
+.PHONY: help setup demo test test-all test-gpu test-gpu-all rehearse-gpu pack-gpu parity check bench bench-store bench-gpu bench-gpu-all soak gpu lock clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## make .venv, install everything pinned, convert the demo's model
 	@echo "ready: make demo, make test"
@@ -40,15 +40,29 @@ test-all: $(READY) $(GEMMA) ## run every test
 parity: $(READY) $(GEMMA) ## hold every kind at every site against transformers, and write tests/PARITY.md (ARGS=<architecture>)
 	$(BIN)/python -m tests.parity --eager $(if $(ARGS),$(ARGS),$(MODEL) $(GEMMA) --write tests/PARITY.md)
 
+# A GPU is seldom lent for long: the first call tells the most in nine minutes, the second measures in five.
+test-gpu: gpu $(READY) ## what nine minutes on an NVIDIA GPU can tell: it starts, it is exact, its speed on K versions
+	$(BIN)/python -m tests.gpu.first_light $(ARGS)
+
+bench-gpu: gpu $(READY) ## what five minutes more can measure there: the plugin left on, launches, swaps
+	$(BIN)/python -m loadtests.bench --model llama-1b --seconds 75 --rounds 8 --swaps 5 --batch 8 --batch 256 \
+	    --only idle --only launches --only swaps --only weight_swaps $(ARGS)
+
 # On a GPU every test of the engine runs as on a CPU, and exactness also with each kind of CUDA graphs.
-test-gpu: gpu $(READY) ## run the engine's tests on an NVIDIA GPU: V2 runner, full and piecewise CUDA graphs
+test-gpu-all: gpu $(READY) ## every test of the engine on an NVIDIA GPU: V2 runner, full and piecewise CUDA graphs
 	$(BIN)/python -m pytest -m vllm --deselect tests/engine/test_oldest.py $(ARGS)
 
-bench-gpu: gpu $(READY) ## measure on an NVIDIA GPU, on SmolLM2 and on larger shapes with random weights
+bench-gpu-all: gpu $(READY) ## every measurement on an NVIDIA GPU, on SmolLM2 and larger shapes with random weights
 	for model in "" llama-1b; do $(BIN)/python -m loadtests.bench --model "$$model" --only idle --only kinds \
 	    --only distinct --only alternatives --only launches --only swaps --only paging --only weights --only weight_swaps \
 	    $(ARGS) || exit 1; done
 	$(BIN)/python -m loadtests.bench --model llama-8b --only idle --only launches --only swaps $(ARGS)  # 4 engines fit
+
+pack-gpu: ## pack what a GPU host without a network lacks (DEST=folder; ARGS=--model for trained weights)
+	$(PYTHON) tests/gpu/kit/pack.py $(DEST) $(ARGS)
+
+rehearse-gpu: $(READY) ## run a GPU's part of the product without one, and write tests/gpu/REHEARSAL.md (ARGS='--only server')
+	$(BIN)/python -m tests.gpu.rehearse --write $(ARGS)
 
 gpu:
 	@nvidia-smi >/dev/null 2>&1 || { echo "no NVIDIA GPU here: nothing was run on one, and nothing is claimed"; exit 1; }

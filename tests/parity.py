@@ -40,6 +40,7 @@ from edit_store.architectures import ARCHITECTURES, Architecture, supported
 from edit_store.edits import IN_PLACE, KINDS, READS, Edit
 from edit_store.sites import Site
 from edit_store.verify import edit_rules
+from loadtests.record import gpu
 from plugin.weight_form import formless
 from tests.conftest import bundle_of
 from tests.tiny_models import VOCABULARY, make_tiny
@@ -51,7 +52,8 @@ MANY = 96
 """Directions that a projection onto a subspace keeps, where a site is wide enough."""
 ENVIRONMENT = {
     "VLLM_PLUGINS": "edits", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_USE_AOT_COMPILE": "0", "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR",
+    **({} if gpu() else {"VLLM_USE_AOT_COMPILE": "0"}),  # as loadtests.server
 }  # fmt: skip
 """Of the process that serves."""
 TEXT = "The capital of France is Paris, and its longest river is the Loire."

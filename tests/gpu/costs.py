@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,9 @@ def compare(sides: Sequence[str]) -> None:
     """Tell of every side and number of versions what a step asks more than vLLM alone. Wrong where that grows with the
     versions, or where edits wait for the device."""
     with ExitStack() as running:
-        engines = {side: Side(side) for side in (ALONE, *sides)}
+        everybody = ALONE, *sides
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            engines = dict(zip(everybody, pool.map(Side, everybody), strict=True))
         for each in engines.values():
             running.callback(each.process.kill)
         keys = [(ALONE, 0), *((side, count) for side in sides for count in VERSIONS)]

@@ -47,6 +47,7 @@ def build(packages: Path, folder: Path) -> dict[str, str]:
         made.mkdir(parents=True, exist_ok=True)
         _compile(packages, made, [path for path in sources if path.suffix == ".cpp"])
     return {
+        "NULL_GPU": "1",
         "LD_PRELOAD": str(made / "libcuda.so.1"),
         "LD_LIBRARY_PATH": str(made),
         "TRITON_LIBCUDA_PATH": str(made),

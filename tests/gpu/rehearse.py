@@ -11,13 +11,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,8 +22,10 @@ import typer
 from rich.console import Console
 
 from demo.model import ensure_model
-from tests.gpu import null_gpu, report
+from tests.gpu import null_gpu, report, served, steps
 from tests.gpu.facts import RESULTS
+from tests.gpu.first_light import PIECEWISE, V1
+from tests.gpu.steps import Step
 
 WORK = Path(".cache/rehearsal").resolve()
 HERE = Path(__file__).parent
@@ -38,26 +37,12 @@ QUIET = {
     "TORCHINDUCTOR_COMPILE_THREADS": "1", "CUDA_MODULE_LOADING": "LAZY",
 }  # fmt: skip
 LATE = {"NULL_GPU_LATE": "1"}
-V1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
-PIECEWISE = {"compilation_config": {"cudagraph_mode": "PIECEWISE"}}
 EAGER = {"enforce_eager": True}
 NGRAM = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}}
 
 
-@dataclass(frozen=True)
-class Step:
-    """A module to run, what it is told, and how long it may take."""
-
-    name: str
-    command: Sequence[str]
-    seconds: int = 300
-    environment: Mapping[str, str] = field(default_factory=dict)
-    covered: bool = True
-    """whether what it runs of the plugin is noted, which takes time of its own"""
-
-
-def story(name: str, **way: Any) -> Step:
-    return Step(name, ["tests.gpu.story", json.dumps(way)], environment={**LATE, **way.pop("machine", {})})
+def story(name: str, machine: Mapping[str, str] | None = None, **way: Any) -> Step:
+    return Step(name, ["tests.gpu.story", json.dumps(way)], environment={**LATE, **(machine or {})})
 
 
 STEPS = (
@@ -74,6 +59,10 @@ STEPS = (
     Step("server", ["tests.gpu.served"], 480, LATE),
     Step("refusals", ["tests.gpu.refusals"], 360),
     Step("costs of a step", ["tests.gpu.costs"], 600, covered=False),
+    Step("first look", ["tests.gpu.look"], 120),
+    Step("exactness, but for the numbers", ["tests.gpu.exact", "bfloat16"], 240),
+    Step("bench, at tiny sizes", ["loadtests.bench", "--quick", "--model", str(served.MODEL), "--batch", "8",
+                                  "--rank", "2", "--swaps", "3", "--only", "distinct", "--only", "swaps"], 480),
 )  # fmt: skip
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 console = Console(stderr=True, highlight=False)
@@ -85,25 +74,27 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="name of a step, given again for each further one")] = None,
     python: Annotated[str, typer.Option(help="Python that the environment for GPUs is made with")] = sys.executable,
     slower: Annotated[float, typer.Option(min=0.1, help="factor on every step's time limit")] = 1.0,
-    write: Annotated[bool, typer.Option("--write", help=f"write {REPORT.name}; only with all steps")] = False,
+    write: Annotated[bool, typer.Option("--write", help=f"write {REPORT.name}, if every step was run")] = False,
 ) -> None:
-    """Run the product on a GPU that is not there, and say what ran, what a step costs, and what was never reached."""
+    """Run the product on a GPU that is not there, and say what ran, what a step costs, and what was never reached.
+
+    Of each step the last run counts, so that a rehearsal can be taken in parts.
+    """
     if unknown := set(only or ()) - {step.name for step in STEPS}:
         raise typer.BadParameter(f"no step {sorted(unknown)}; there are: {', '.join(step.name for step in STEPS)}")
-    chosen = [step for step in STEPS if not only or step.name in only]
     ensure_model()
+    served.model()
     with console.status("installing vLLM for GPUs (some GiB, once)"):
         environment = prepare(python)
-    results = WORK / "results.jsonl"
-    results.unlink(missing_ok=True)
-    shutil.rmtree(WORK / "coverage", ignore_errors=True)
-    ended = {step.name: run(step, environment, results, slower) for step in chosen}
-    found = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    text = report.written(ended, found, report.reached(WORK / "coverage"), complete=not only)
+    for step in STEPS:
+        if not only or step.name in only:
+            run(replace(step, seconds=step.seconds * slower), environment)
+    runs = {step.name: report.LastRun.of(WORK / "steps" / step.name) for step in STEPS}
+    text = report.written(runs)
     print(text)
-    if write and not only:
+    if write and all(runs.values()):
         REPORT.write_text(text)
-    raise typer.Exit(0 if all(code == 0 for code, _ in ended.values()) and not report.unexplained(text) else 1)
+    raise typer.Exit(0 if all(each is None or each.code == 0 for each in runs.values()) else 1)
 
 
 def prepare(python: str) -> dict[str, str]:
@@ -125,44 +116,23 @@ def prepare(python: str) -> dict[str, str]:
         "PATH": os.pathsep.join([str(venv / "bin"), driver["PATH"]]),
         "PYTHONPATH": os.pathsep.join([str(HERE / "readback"), str(Path.cwd())]),
         "VLLM_CACHE_ROOT": str(WORK / "vllm"), "TORCHINDUCTOR_CACHE_DIR": str(WORK / "inductor"),
-        "TRITON_CACHE_DIR": str(WORK / "triton"), RESULTS: str(WORK / "results.jsonl"),
+        "TRITON_CACHE_DIR": str(WORK / "triton"),
     }  # fmt: skip
 
 
-def run(step: Step, environment: Mapping[str, str], results: Path, slower: float) -> tuple[int, float]:
-    """Run a step in a process of its own; its exit code and its seconds."""
-    python, began, log = str(WORK / "venv/bin/python"), time.monotonic(), WORK / f"{step.name}.log"
-    command = [python, "-m", *step.command]
-    named = {"REHEARSAL_STEP": step.name, **step.environment}
-    if step.covered:
-        settings = report.coverage_settings(WORK / "coverage", step.name)
-        command = [python, "-m", "coverage", "run", f"--rcfile={settings}", "-m", *step.command]
-    with console.status(f"{step.name} (at most {step.seconds * slower:.0f} s)"), log.open("wb") as written:
-        process = subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                   env={**environment, **named}, start_new_session=True)  # fmt: skip
-        try:
-            code = process.wait(step.seconds * slower)
-        except subprocess.TimeoutExpired:
-            code = 124
-        for left in _of_step(step.name):
-            with suppress(ProcessLookupError):
-                os.kill(left, signal.SIGKILL)
-        process.wait()
-    taken = round(time.monotonic() - began, 1)
-    with results.open("a") as lines:
-        lines.write(json.dumps({"what": "ended", "step": step.name, "code": code, "seconds": taken}) + "\n")
-    console.print(f"{'[green]ok[/green]  ' if code == 0 else '[red]FAIL[/red]'} {step.name}, {taken:.0f} s"
-                  + ("" if code == 0 else f": {log}"))  # fmt: skip
-    return code, taken
-
-
-def _of_step(name: str) -> Iterator[int]:
-    """Processes that carry the step's name: engines are process groups of their own."""
-    mark = f"REHEARSAL_STEP={name}".encode()
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if mark in (folder / "environ").read_bytes().split(b"\0"):
-                yield int(folder.name)
+def run(step: Step, environment: Mapping[str, str]) -> None:
+    """Run a step, and keep what it told, how it ended, and what it ran of the plugin."""
+    folder = WORK / "steps" / step.name
+    shutil.rmtree(folder, ignore_errors=True)
+    settings = report.coverage_settings(folder / "coverage")
+    measured = ["-m", "coverage", "run", f"--rcfile={settings}"] if step.covered else []
+    command = [str(WORK / "venv/bin/python"), *measured, "-m", *step.command]
+    results = folder / "results.jsonl"
+    with console.status(f"{step.name} (at most {step.seconds:.0f} s)"):
+        ended = steps.run(step, command, {**environment, RESULTS: str(results)}, folder / "log.txt", results)
+    report.LastRun.keep(folder, ended)
+    where = "" if ended.code == 0 else f" ({folder / 'log.txt'})"
+    console.print(f"{ended.result}: {step.name}, {ended.seconds:.0f} s{where}")
 
 
 if __name__ == "__main__":

@@ -2,49 +2,75 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from loadtests.record import about
 from tests.gpu.places import PLACES, ROOT, UNREACHED, functions
+from tests.gpu.steps import Ended
 
 _NEVER = "never reached, and nobody says why"
 
 
-def coverage_settings(folder: Path, step: str) -> Path:
+def coverage_settings(folder: Path) -> Path:
     """A configuration of coverage for a step and all processes that it starts."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{step.replace(' ', '-').replace(',', '')}.rc"
+    path = folder / "settings.rc"
     path.write_text(
-        f"[run]\nsource = {ROOT.resolve()}\nparallel = true\ndata_file = {folder / 'data'}\ncontext = {step}\n"
+        f"[run]\nsource = {ROOT.resolve()}\nparallel = true\ndata_file = {folder / 'data'}\n"
         "core = sysmon\nsigterm = true\npatch = subprocess, execv, _exit\ndisable_warnings = no-data-collected\n"
     )
     return path
 
 
-def reached(folder: Path) -> dict[str, dict[int, set[str]]]:
-    """By file of the plugin and line, the steps that ran it."""
+@dataclass(frozen=True)
+class LastRun(Ended):
+    """How a step ended when it was run last, at which commit, what it told, and which lines of the plugin it ran."""
+
+    commit: str
+    facts: Sequence[Mapping[str, Any]]
+    ran: Mapping[str, AbstractSet[int]]
+    """by file"""
+
+    @staticmethod
+    def keep(folder: Path, ended: Ended) -> None:
+        """Write down how a step ended."""
+        commit = about()["versions"]["commit"]
+        (folder / "ended.json").write_text(json.dumps({**asdict(ended), "commit": commit}))
+
+    @classmethod
+    def of(cls, folder: Path) -> Self | None:
+        """What is left of a step in its folder; None where it was not run."""
+        if not (folder / "ended.json").exists():
+            return None
+        facts = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+        return cls(**json.loads((folder / "ended.json").read_text()), facts=facts, ran=_ran(folder / "coverage"))
+
+
+def _ran(folder: Path) -> dict[str, set[int]]:
     from coverage import CoverageData
 
-    found: dict[str, dict[int, set[str]]] = {}
+    found: dict[str, set[int]] = {}
     for path in folder.glob("data.*"):
         data = CoverageData(str(path))
         data.read()
         for file in data.measured_files():
-            lines = found.setdefault(str(Path(file).relative_to(ROOT.resolve())), {})
-            for line, steps in data.contexts_by_lineno(file).items():
-                lines.setdefault(line, set()).update(steps)
+            found.setdefault(str(Path(file).relative_to(ROOT.resolve())), set()).update(data.lines(file) or ())
     return found
 
 
-def written(
-    ended: Mapping[str, tuple[int, float]], facts: Sequence[Mapping[str, Any]],
-    ran: Mapping[str, Mapping[int, set[str]]], *, complete: bool,
-) -> str:  # fmt: skip
+def written(runs: Mapping[str, LastRun | None]) -> str:
     """The report, in Markdown."""
-    lines = [_HEAD, "## Steps", "", "| step | result |", "|---|---|"]
-    lines += [f"| {step} | {'ok' if code == 0 else f'failed ({code})'} |" for step, (code, _) in ended.items()]
-    lines += ["", *_costs(facts), *_places(ran, list(ended), complete=complete)]
+    done = {step: each for step, each in runs.items() if each is not None}
+    lines = [_HEAD, "## Steps", "", "| step | result | commit |", "|---|---|---|"]
+    lines += [f"| {step} | {each.result if each else 'not run'} | {each.commit if each else ''} |"
+              for step, each in runs.items()]  # fmt: skip
+    facts = [fact for each in done.values() for fact in each.facts]
+    lines += ["", *_costs(facts), *_places({step: each.ran for step, each in done.items() if each.ran})]
     return "\n".join(lines) + "\n"
 
 
@@ -67,31 +93,28 @@ def _costs(facts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield ""
 
 
-def _places(ran: Mapping[str, Mapping[int, set[str]]], steps: Sequence[str], *, complete: bool) -> Iterator[str]:
-    yield from (
-        "## What only a GPU reaches",
-        "",
-        "| place | what matters there | run by | never reached |",
-        "|---|---|---|---|",
-    )
+def _places(ran: Mapping[str, Mapping[str, AbstractSet[int]]]) -> Iterator[str]:
+    """By step and file, the lines that ran."""
+    yield from ("## What only a GPU reaches", "", "| place | what matters there | run by | never reached |")
+    yield "|---|---|---|---|"
     by_place = {each.place: each for each in functions()}
     for place, why in PLACES.items():
         function = by_place[place]
-        at = ran.get(function.file, {})
-        by = [step for step in steps if any(step in at.get(line, ()) for line in function.lines())]
-        missed = [f"`{text}`: {_reason(place, text)}" for line, text in function.lines().items() if line not in at]
-        told = "<br>".join(missed) if complete else f"{len(missed)} lines"
-        yield f"| `{place}` | {why} | {_shortly(by, steps)} | {told} |"
+        lines = function.lines()
+        by = {step: lines.keys() & files.get(function.file, set()) for step, files in ran.items()}
+        reached = set[int]().union(*by.values())
+        missed = [f"`{text}`: {UNREACHED.get(f'{place}: {text}', _NEVER)}" for line, text in lines.items()
+                  if line not in reached]  # fmt: skip
+        steps = _shortly([step for step in by if by[step]], list(ran))
+        yield f"| `{place}` | {why} | {steps} | {'<br>'.join(missed)} |"
 
 
-def _shortly(by: Sequence[str], steps: Sequence[str]) -> str:
-    if len(by) > 4 and len(by) >= len(steps) - 4:
-        return f"all but {', '.join(step for step in steps if step not in by)}" if len(by) < len(steps) else "all"
-    return ", ".join(by) or "no step"
-
-
-def _reason(place: str, text: str) -> str:
-    return UNREACHED.get(f"{place}: {text}", _NEVER)
+def _shortly(some: Sequence[str], every: Sequence[str]) -> str:
+    """The steps, or but which, in the fewer words."""
+    others = [step for step in every if step not in some]
+    if len(others) < len(some):
+        return f"all but {', '.join(others)}" if others else "all"
+    return ", ".join(some) or "no step"
 
 
 def unexplained(text: str) -> int:

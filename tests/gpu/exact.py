@@ -1,0 +1,61 @@
+"""Every form of every kind against transformers with the formula, on a GPU: tests/parity.py within a few minutes.
+
+    python -m tests.gpu.exact DTYPE [--everywhere]
+
+Compiled, each form once, at another site as far as there are; with --everywhere not compiled, every form at every site.
+Where kernels compute nothing, the errors are told and mean nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import tests.parity
+from tests.gpu.facts import ended, tried
+from tests.gpu.story import each_form_once
+
+ARCHITECTURE = "LlamaForCausalLM"
+
+
+def found(dtype: str, *, everywhere: bool) -> dict[str, Any]:
+    """The largest error of each kind, and what is too far off."""
+    every = tests.parity.every_edit
+
+    def once(*arguments: Any, **how: Any) -> Iterator[tuple[str, Any]]:
+        edits = list(every(*arguments, **how))
+        chosen = {id(pair) for pair in each_form_once(edits)}
+        return ((form, pair) for form, pair in edits if id(pair) in chosen)
+
+    if not everywhere:
+        tests.parity.every_edit = once
+    findings = tests.parity.find(ARCHITECTURE, tests.parity.How(dtype, eager=everywhere))
+    worst: dict[str, float] = {}
+    for row in findings.rows:
+        kind = row.kind.split("/")[0].split("<-")[0]
+        worst[kind] = max(worst.get(kind, 0.0), row.served)
+    wrong = [f"{row.kind} at {row.site}: {row.served:.1e}" for row in findings.faults()]
+    return {
+        "dtype": dtype, "edits": len(findings.rows) - 1, "wrong": len(wrong), "first": wrong[:12], "worst": worst,
+        "transformers": max(row.rounded for row in findings.rows),
+    }  # fmt: skip
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command."""
+    wrong: list[int] = []
+
+    def look() -> dict[str, Any]:
+        facts = found(arguments[0], everywhere="--everywhere" in arguments)
+        wrong.append(facts["wrong"])
+        return facts
+
+    worked = tried("exact", look)
+    computes = "NULL_GPU" not in os.environ
+    ended(worked and not (computes and any(wrong)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
