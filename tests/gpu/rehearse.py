@@ -60,9 +60,10 @@ STEPS = (
     Step("refusals", ["tests.gpu.refusals"], 360),
     Step("costs of a step", ["tests.gpu.costs"], 600, covered=False),
     Step("first look", ["tests.gpu.look"], 120),
-    Step("exactness, but for the numbers", ["tests.gpu.exact", "bfloat16"], 240),
-    Step("bench, at tiny sizes", ["loadtests.bench", "--quick", "--model", str(served.MODEL), "--batch", "8",
-                                  "--rank", "2", "--swaps", "3", "--only", "distinct", "--only", "swaps"], 480),
+    Step("exactness, but for the numbers", ["tests.gpu.exact", "bfloat16"], 480),
+    # Swaps are not measured here: a stream on a GPU that computes nothing ends before its swap does.
+    Step("bench, at tiny sizes", ["loadtests.bench", "--quick", "--once", "--model", str(served.MODEL), "--batch", "8",
+                                  "--rank", "2", "--only", "distinct"], 480),
 )  # fmt: skip
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 console = Console(stderr=True, highlight=False)

@@ -22,7 +22,7 @@ def coverage_settings(folder: Path) -> Path:
     path = folder / "settings.rc"
     path.write_text(
         f"[run]\nsource = {ROOT.resolve()}\nparallel = true\ndata_file = {folder / 'data'}\n"
-        "core = sysmon\nsigterm = true\npatch = subprocess, execv, _exit\ndisable_warnings = no-data-collected\n"
+        "sigterm = true\npatch = subprocess, execv, _exit\ndisable_warnings = no-data-collected\n"
     )
     return path
 
