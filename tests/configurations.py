@@ -140,7 +140,7 @@ WAYS: dict[str, Way] = {
     "a draft model": Way({"speculative_config": {"model": "", "num_speculative_tokens": 2}}),
     "8-bit weights and activations (compressed-tensors)": Way(_BESIDE_INT8, quantised="int8", quick=True),
     "4-bit weights (compressed-tensors), AVX-512": Way({"dtype": "bfloat16"}, quantised="int4", needs="avx512f"),
-    "a GPU: CUDA graphs": Way(untested="no GPU was at hand; `make test-gpu` runs it"),
+    "a GPU: CUDA graphs": Way(untested="no GPU was at hand; `make test-gpu-all` runs it"),
 }
 """By what the table calls them. An empty model of a draft is the model itself."""
 

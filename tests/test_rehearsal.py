@@ -74,10 +74,9 @@ def test_a_step_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path: 
     """Also what it has started in a session of its own, as engines are; and the results say so."""
     script = "import subprocess, time; subprocess.Popen(['sleep', '60'], start_new_session=True); time.sleep(60)"
     step, results = Step("too long", [], 1.0), tmp_path / "results.jsonl"
-    ended = run(step, [sys.executable, "-c", script], os.environ, tmp_path / "log.txt", results)
+    ended = run(step, [sys.executable, "-c", script], os.environ, log=tmp_path / "log.txt", results=results)
     assert (ended.result, ended.seconds < 30) == ("time was up", True)
     assert not list(_of_step("too long"))
     assert json.loads(results.read_text())["code"] == ended.code
-    assert (
-        run(step, [sys.executable, "-c", "exit(3)"], os.environ, tmp_path / "log.txt", results).result == "failed (3)"
-    )
+    ended = run(step, [sys.executable, "-c", "exit(3)"], os.environ, log=tmp_path / "log.txt", results=results)
+    assert ended.result == "failed (3)", "positive control"

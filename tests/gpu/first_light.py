@@ -82,7 +82,8 @@ def main(arguments: Sequence[str]) -> int:
                 continue
             limited = replace(step, seconds=min(step.seconds, left))
             command = [sys.executable, "-m", *step.command]
-            ended = steps.run(limited, command, environment, out / f"{step.name}.log", results)
+            log = out / f"{step.name}.log"
+            ended = steps.run(limited, command, environment, log=log, results=results)
             print(f"{ended.result}: {step.name}, {ended.seconds:.0f} s", flush=True)
             if ended.code == 0:
                 break

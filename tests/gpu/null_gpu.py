@@ -4,7 +4,7 @@ Everything above the driver is the real thing: torch, Triton and vLLM believe in
 replay graphs, and write machine code for it. Preloaded, the driver stands before CUDA's runtime, cuBLAS, NCCL and NVML.
 Kernels are counted and not run, so numbers mean nothing; copies are made, in the order of their streams.
 
-    python tests/gpu/null_gpu.py SITE_PACKAGES FOLDER      make it for these packages, and print its environment
+    python tests/gpu/null_gpu.py FOLDER SITE_PACKAGES …     make it for these packages, and print its environment
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,15 @@ esac
 """
 
 
-def build(packages: Path, folder: Path) -> dict[str, str]:
+def build(packages: Sequence[Path], folder: Path) -> dict[str, str]:
     """The environment in which a process meets the driver, which is made first where there is none for these sources.
 
-    packages: where torch, Triton and vLLM are installed; what their libraries ask of CUDA, and `driver/` does not have,
-    returns success and does nothing.
+    packages: the folders where torch, Triton and vLLM are installed; what their libraries ask of CUDA, and `driver/`
+    does not have, returns success and does nothing.
     """
     sources = [Path(__file__), *sorted(SOURCES.glob("*.?pp"))]
     versions = sorted(
-        path.name for path in packages.glob("*.dist-info") if re.match(r"(torch|triton|vllm)-", path.name)
+        path.name for path in _in(packages, "*.dist-info") if re.match(r"(torch|triton|vllm)-", path.name)
     )
     known = hashlib.sha256(b"\0".join([*(path.read_bytes() for path in sources), *map(str.encode, versions)]))
     made = folder / known.hexdigest()[:16]
@@ -56,16 +56,23 @@ def build(packages: Path, folder: Path) -> dict[str, str]:
     }
 
 
-def _compile(packages: Path, made: Path, sources: Iterable[Path]) -> None:
-    headers = [f"-I{packages / each}" for each in ("nvidia/cu13/include", "triton/backends/nvidia/include")]
+def _in(packages: Sequence[Path], pattern: str) -> list[Path]:
+    return [path for folder in packages for path in sorted(folder.glob(pattern))]
+
+
+def _compile(packages: Sequence[Path], made: Path, sources: Iterable[Path]) -> None:
+    headers = [f"-I{path}" for each in ("nvidia/cu13/include", "triton/backends/nvidia/include")
+               for path in _in(packages, each)]  # fmt: skip
     objects = []
     for source in sources:
         objects.append(made / f"{source.stem}.o")
         subprocess.run(["g++", *_COMPILER, *headers, "-c", str(source), "-o", str(objects[-1])], check=True)
-    libraries = [str(path) for part in ("torch/lib", "vllm") for path in (packages / part).rglob("*.so*")]
+    libraries = [str(path) for part in ("torch/lib", "vllm") for path in _in(packages, f"{part}/**/*.so*")]
     asked = {name for name in _symbols("--undefined-only", *libraries) if WANTED.search(name)}
-    declared = re.findall(r"CUDAAPI (cu[A-Z]\w+)", (packages / "nvidia/cu13/include/cuda.h").read_text())
-    looked_up = re.findall(rb"\0(nvml[A-Z]\w+)", (packages / "torch/lib/libc10_cuda.so").read_bytes())
+    (declares,), (looks_up,) = (_in(packages, each) for each in
+                                ("nvidia/cu13/include/cuda.h", "torch/lib/libc10_cuda.so"))  # fmt: skip
+    declared = re.findall(r"CUDAAPI (cu[A-Z]\w+)", declares.read_text())
+    looked_up = re.findall(rb"\0(nvml[A-Z]\w+)", looks_up.read_bytes())
     rest = {*asked, *declared, *map(bytes.decode, looked_up)} - _symbols("--defined-only", *map(str, objects))
     stubs = made / "rest.c"
     stubs.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in sorted(rest)))
@@ -115,5 +122,5 @@ def less(after: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    for name, value in build(Path(sys.argv[1]), Path(sys.argv[2])).items():
+    for name, value in build([Path(word) for word in sys.argv[2:]], Path(sys.argv[1])).items():
         print(f"export {name}={value!r}")

@@ -13,8 +13,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +29,7 @@ from tests.gpu.steps import Step
 
 WORK = Path(".cache/rehearsal").resolve()
 HERE = Path(__file__).parent
-REPORT = HERE / "REHEARSAL.md"
+READBACK, REPORT = "tests/gpu/readback", HERE / "REHEARSAL.md"
 QUIET = {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it compiles kernels where it runs
     "VLLM_ALLREDUCE_USE_FLASHINFER": "0", "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",  # they want GPUs that see each other
@@ -69,11 +69,25 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptio
 console = Console(stderr=True, highlight=False)
 
 
+@dataclass(frozen=True)
+class Host:
+    """Where the steps run: a checkout, its Python, and what a process there needs."""
+
+    checkout: Path
+    python: Path
+    environment: Mapping[str, str]
+    kept: Path
+    """the folder for what its steps tell"""
+
+
 @app.command()
 def main(
     *,
     only: Annotated[list[str] | None, typer.Option(help="name of a step, given again for each further one")] = None,
     python: Annotated[str, typer.Option(help="Python that the environment for GPUs is made with")] = sys.executable,
+    kit: Annotated[
+        Path | None, typer.Option(help="rehearse this kit instead, as a host without a network has it (Python 3.12)")
+    ] = None,
     slower: Annotated[float, typer.Option(min=0.1, help="factor on every step's time limit")] = 1.0,
     write: Annotated[bool, typer.Option("--write", help=f"write {REPORT.name}, if every step was run")] = False,
 ) -> None:
@@ -84,55 +98,84 @@ def main(
     if unknown := set(only or ()) - {step.name for step in STEPS}:
         raise typer.BadParameter(f"no step {sorted(unknown)}; there are: {', '.join(step.name for step in STEPS)}")
     ensure_model()
-    served.model()
     with console.status("installing vLLM for GPUs (some GiB, once)"):
-        environment = prepare(python)
+        host = host_of(kit.resolve(), python) if kit else this_checkout(python)
     for step in STEPS:
         if not only or step.name in only:
-            run(replace(step, seconds=step.seconds * slower), environment)
-    runs = {step.name: report.LastRun.of(WORK / "steps" / step.name) for step in STEPS}
+            run(replace(step, seconds=step.seconds * slower), host)
+    runs = {step.name: report.LastRun.of(host.kept / step.name, host.checkout) for step in STEPS}
     text = report.written(runs)
     print(text)
-    if write and all(runs.values()):
+    if write and kit is None and all(runs.values()):
         REPORT.write_text(text)
     raise typer.Exit(0 if all(each is None or each.code == 0 for each in runs.values()) else 1)
 
 
-def prepare(python: str) -> dict[str, str]:
-    """An environment with vLLM for GPUs and the driver, made where it is not there; what a process there needs."""
+def this_checkout(python: str) -> Host:
+    """This checkout, with vLLM for GPUs as `make setup` installs it where there is one."""
     venv, pins = WORK / "venv", Path("requirements/gpu.txt")
-    stamp, known = venv / ".installed", pins.read_text() + Path("pyproject.toml").read_text()
-    if not stamp.exists() or stamp.read_text() != known:
-        uv = str(Path(sys.executable).with_name("uv"))
-        # uv, since pip may be set up to prefer a build of torch for CPUs.
-        subprocess.run([uv, "venv", "--quiet", "--clear", "--python", python, str(venv)], check=True)
-        install = [uv, "pip", "install", "--quiet", "--python", str(venv)]
-        subprocess.run([*install, "-r", str(pins), "coverage>=7.10"], check=True)
-        subprocess.run([*install, "--no-deps", "--no-build-isolation", "--editable", "."], check=True)
-        stamp.write_text(known)
-    (packages,) = venv.glob("lib/python3.*/site-packages")
+    if _install(venv, python, pins, known=pins.read_text() + Path("pyproject.toml").read_text()):
+        _uv("pip", "install", "--python", str(venv), "--no-deps", "--no-build-isolation", "--editable", ".")
+    served.model()  # the bench asks for it at once
+    return _host(Path.cwd(), venv, [venv], WORK / "steps")
+
+
+def host_of(kit: Path, python: str) -> Host:
+    """A copy of this checkout on a host that has what tests/gpu/kit/host.txt says, and a kit."""
+    venv, pins = WORK / "host", HERE / "kit/host.txt"
+    _install(venv, python, pins, known=pins.read_text())
+    # These a host has too, of other versions than the kit's: the kit must bring what it needs.
+    _uv("pip", "uninstall", "--python", str(venv), "annotated-types", "pydantic", "pydantic-core", "typing-inspection")
+    checkout = WORK / "host-checkout"
+    shutil.rmtree(checkout, ignore_errors=True)
+    shutil.copytree(Path.cwd(), checkout, ignore=shutil.ignore_patterns(".venv", ".cache", ".git", "__pycache__"))
+    shutil.copytree(ensure_model(), checkout / ensure_model())
+    subprocess.run([str(venv / "bin/python"), str(HERE / "kit/unpack.py"), str(kit), str(checkout)], check=True)
+    return _host(checkout, checkout / ".venv", [venv, checkout / ".venv"], WORK / "kit-steps")
+
+
+def _install(venv: Path, python: str, pins: Path, *, known: str) -> bool:
+    """Make an environment, unless it is there as known; whether it was made."""
+    stamp = venv / ".installed"
+    if stamp.exists() and stamp.read_text() == known:
+        return False
+    # By uv, since pip may be set up to prefer a build of torch for CPUs.
+    _uv("venv", "--clear", "--python", python, str(venv))
+    _uv("pip", "install", "--python", str(venv), "-r", str(pins))
+    stamp.write_text(known)
+    return True
+
+
+def _uv(*words: str) -> None:
+    subprocess.run([str(Path(sys.executable).with_name("uv")), *words, "--quiet"], check=True)
+
+
+def _host(checkout: Path, venv: Path, environments: Sequence[Path], kept: Path) -> Host:
+    packages = [path for each in environments for path in each.glob("lib/python3.*/site-packages")]
     driver = null_gpu.build(packages, WORK / "driver")
-    return {
+    caches = {"VLLM_CACHE_ROOT": "vllm", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+    environment = {
         **os.environ, **QUIET, **driver,
         "PATH": os.pathsep.join([str(venv / "bin"), driver["PATH"]]),
-        "PYTHONPATH": os.pathsep.join([str(HERE / "readback"), str(Path.cwd())]),
-        "VLLM_CACHE_ROOT": str(WORK / "vllm"), "TORCHINDUCTOR_CACHE_DIR": str(WORK / "inductor"),
-        "TRITON_CACHE_DIR": str(WORK / "triton"),
+        "PYTHONPATH": os.pathsep.join([str(checkout / READBACK), str(checkout)]),
+        **{name: str(kept.with_name(f"{kept.name}-caches") / folder) for name, folder in caches.items()},
     }  # fmt: skip
+    return Host(checkout, venv / "bin/python", environment, kept)
 
 
-def run(step: Step, environment: Mapping[str, str]) -> None:
+def run(step: Step, host: Host) -> None:
     """Run a step, and keep what it told, how it ended, and what it ran of the plugin."""
-    folder = WORK / "steps" / step.name
+    folder = host.kept / step.name
     shutil.rmtree(folder, ignore_errors=True)
-    settings = report.coverage_settings(folder / "coverage")
+    settings = report.coverage_settings(folder / "coverage", host.checkout)
     measured = ["-m", "coverage", "run", f"--rcfile={settings}"] if step.covered else []
-    command = [str(WORK / "venv/bin/python"), *measured, "-m", *step.command]
-    results = folder / "results.jsonl"
+    command = [str(host.python), *measured, "-m", *step.command]
+    log, results = folder / "log.txt", folder / "results.jsonl"
+    environment = {**host.environment, RESULTS: str(results)}
     with console.status(f"{step.name} (at most {step.seconds:.0f} s)"):
-        ended = steps.run(step, command, {**environment, RESULTS: str(results)}, folder / "log.txt", results)
+        ended = steps.run(step, command, environment, log=log, results=results, folder=host.checkout)
     report.LastRun.keep(folder, ended)
-    where = "" if ended.code == 0 else f" ({folder / 'log.txt'})"
+    where = "" if ended.code == 0 else f" ({log})"
     console.print(f"{ended.result}: {step.name}, {ended.seconds:.0f} s{where}")
 
 

@@ -16,12 +16,12 @@ from tests.gpu.steps import Ended
 _NEVER = "never reached, and nobody says why"
 
 
-def coverage_settings(folder: Path) -> Path:
-    """A configuration of coverage for a step and all processes that it starts."""
+def coverage_settings(folder: Path, checkout: Path) -> Path:
+    """A configuration of coverage for a step in a checkout, and for all processes that it starts."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "settings.rc"
     path.write_text(
-        f"[run]\nsource = {ROOT.resolve()}\nparallel = true\ndata_file = {folder / 'data'}\n"
+        f"[run]\nsource = {checkout / ROOT}\nparallel = true\ndata_file = {folder / 'data'}\n"
         "sigterm = true\npatch = subprocess, execv, _exit\ndisable_warnings = no-data-collected\n"
     )
     return path
@@ -43,15 +43,17 @@ class LastRun(Ended):
         (folder / "ended.json").write_text(json.dumps({**asdict(ended), "commit": commit}))
 
     @classmethod
-    def of(cls, folder: Path) -> Self | None:
-        """What is left of a step in its folder; None where it was not run."""
+    def of(cls, folder: Path, checkout: Path) -> Self | None:
+        """What is left of a step in its folder, that ran in a checkout; None where it was not run."""
         if not (folder / "ended.json").exists():
             return None
         facts = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-        return cls(**json.loads((folder / "ended.json").read_text()), facts=facts, ran=_ran(folder / "coverage"))
+        return cls(
+            **json.loads((folder / "ended.json").read_text()), facts=facts, ran=_ran(folder / "coverage", checkout)
+        )
 
 
-def _ran(folder: Path) -> dict[str, set[int]]:
+def _ran(folder: Path, checkout: Path) -> dict[str, set[int]]:
     from coverage import CoverageData
 
     found: dict[str, set[int]] = {}
@@ -59,7 +61,7 @@ def _ran(folder: Path) -> dict[str, set[int]]:
         data = CoverageData(str(path))
         data.read()
         for file in data.measured_files():
-            found.setdefault(str(Path(file).relative_to(ROOT.resolve())), set()).update(data.lines(file) or ())
+            found.setdefault(str(Path(file).relative_to(checkout / ROOT)), set()).update(data.lines(file) or ())
     return found
 
 

@@ -43,14 +43,22 @@ class Ended:
         return "ok" if self.code == 0 else "time was up" if self.code == TOO_LONG else f"failed ({self.code})"
 
 
-def run(step: Step, command: Sequence[str], environment: Mapping[str, str], log: Path, results: Path) -> Ended:
-    """Run a step's command; what it leaves running is ended. How it ended is added to the results."""
+def run(
+    step: Step,
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    log: Path,
+    results: Path,
+    folder: Path = Path(),
+) -> Ended:
+    """Run a step's command in a folder; what it leaves running is ended. How it ended is added to the results."""
     began = time.monotonic()
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as written:
         process = subprocess.Popen(
             list(command), stdout=written, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            env={**environment, MARK: step.name, **step.environment}, start_new_session=True,
+            env={**environment, MARK: step.name, **step.environment}, cwd=folder, start_new_session=True,
         )  # fmt: skip
         try:
             code = process.wait(step.seconds)
