@@ -8,7 +8,7 @@ of them that no step ran.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +54,63 @@ PLACES: Mapping[str, str] = {
 """By file and name in `plugin/`: why a GPU matters there; what `found` finds, and what no name betrays."""
 WHOLE = ("vllm_host/runner_v2.py", "plain_weight.py", "vllm_host/device.py")
 
-UNREACHED: Mapping[str, str] = {}
+_REASONS: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "a CPU's": {
+        "cpu_products.py:products_for": (
+            "try:", "return compiled()", 'said = (getattr(error, "stderr", None) or str(error)).strip()',
+            "logger.warning(", "return EXPRESSIONS",
+        ),
+        "vllm_host/device.py:check_device": ("return",),
+        "vllm_host/device.py:free_for_slots": ("return Free(int(psutil.virtual_memory().available))",),
+        "vllm_host/runner_v2.py:use_edits_model_state": ("return",),
+        "vllm_host/weights.py:_live": (
+            "held = _captured(module)", "if _HANDLER in held:", "return PackedWeight(held[_HANDLER], loaded, bias)",
+            "if _TILES in held:", "return TiledWeight(held[_TILES], loaded, bias)", "raise UnsupportedHost(",
+        ),
+    },
+    "another machine: `tests/test_gpu_driver.py`": {
+        "gpu_driver.py:cuda_of_torch": ("return None",),
+        "gpu_driver.py:faults": (
+            "return",
+            """yield f"{needed}, and there is no NVIDIA driver ({error}): install one, or vLLM's CPU build\"""",
+            """yield f"the NVIDIA driver does not start (error {failure}): {_WHY.get(failure, 'see its own log, dmesg')}\"""",  # noqa: E501  a line of code
+        ),
+    },
+    "refused by the command before: `tests/test_plan.py`": {
+        "vllm_host/device.py:check_device": ("raise UnsupportedHost(",),
+    },
+    "`--max-model-len auto`: `tests/test_plan.py`": {"vllm_host/device.py:_cache_of_one_request": ("return 0",)},
+    "three buffers are not waited for: `tests/test_device_rows.py`": {
+        "device_rows.py:PinnedTurns.begin": ("buffer.copied.synchronize()",),
+    },
+    "no matter of the device: `tests/test_edited_model.py`": {
+        "edited_model.py:EditedModel.prepare": (
+            """raise InstallRefused(f"version {version[:12]} of {manifest.name!r}", missing)""",
+        ),
+        "edited_model.py:EditedModel.install": (
+            """raise ValueError(f"slot {slot} is not a free slot of 1 to {self.slots}")""",
+            """raise RuntimeError(f"slot {slot} does not hold version {prepared.version[:12]} as it was prepared")""",
+        ),
+    },
+    "no matter of the device: `tests/engine/test_start.py`": {
+        "vllm_host/loader.py:EditsModelLoader.load_model": ("raise UnsupportedHost(",),
+    },
+    "a draft model: `tests/configurations.py`": {
+        "vllm_host/loader.py:EditsModelLoader.load_model": (
+            "return self._loader(settings).load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)",  # noqa: E501  a line of code
+        ),
+    },
+    "attached once": {"vllm_host/runner_v1.py:attach": ("return",)},
+    "no supported model has a state of its own": {
+        "vllm_host/runner_v2.py:use_edits_model_state": (
+            "state_class = with_token_slots(model.get_model_state_cls(), loaded)",
+        ),
+    },
+    "`tests/test_runner_v2.py`": {"vllm_host/runner_v2.py:with_token_slots": ("raise UnsupportedHost(",)},
+}  # fmt: skip
+UNREACHED: Mapping[str, str] = {
+    f"{place}: {line}": why for why, places in _REASONS.items() for place, lines in places.items() for line in lines
+}
 """By file, name and line of code: why no rehearsal runs it."""
 
 

@@ -28,7 +28,7 @@ class Refusal:
     what: str
     environment: Mapping[str, str]
     says: Sequence[str]
-    flags: Sequence[str] = ()
+    flags: Sequence[str] = ("--enforce-eager",)
 
 
 REFUSALS = (
@@ -38,10 +38,13 @@ REFUSALS = (
             ["GPU 0 has compute capability 6.1", "has kernels from 7.5 on", "use a newer one"]),
     Refusal("a GPU without room for the slots", {"NULL_GPU_MEMORY_MIB": "900"},
             ["edits.slots = 4000 takes", "beside the model and the KV cache of one request of 512 tokens",
-             "no slots of", "fit. Make room, or reserve less"], ["--set", "slots=4000"]),
+             "no slots of", "fit. Make room, or reserve less"], ["--enforce-eager", "--set", "slots=4000"]),
     Refusal("a GPU whose KV cache takes what slots would", {"NULL_GPU_MEMORY_MIB": "900"},
             ["edits.slots = 4000 takes", "of --kv-cache-memory-bytes", "fit. Set edits.slots to that or less"],
-            ["--set", "slots=4000", "--kv-cache-memory-bytes", str(340 * MIB)]),
+            ["--enforce-eager", "--set", "slots=4000", "--kv-cache-memory-bytes", str(340 * MIB)]),
+    Refusal("V1 with full graphs", {"VLLM_USE_V2_MODEL_RUNNER": "0"},
+            ["the V1 model runner replays full CUDA graphs without calling the model", "Start with"],
+            ["--compilation-config", '{"cudagraph_mode": "FULL"}']),
 )  # fmt: skip
 
 
@@ -51,7 +54,7 @@ def refused(refusal: Refusal, folder: Path) -> dict[str, object]:
     store.promote(f"variant@{store.publish(variant('variant', identify(model()), 1.0))}")
     command = [
         str(Path(sys.executable).with_name("vllm-edits")), "serve", str(model()), "--store", store.url, "--port",
-        str(free_port()), "--host", "127.0.0.1", "--enforce-eager", *FLAGS, *refusal.flags,
+        str(free_port()), "--host", "127.0.0.1", *FLAGS, *refusal.flags,
     ]  # fmt: skip
     environment = {**os.environ, **refusal.environment, "PYTHONUNBUFFERED": "1"}
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)

@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 
 from demo.model import MODEL_FOLDER
-from edit_store import BaseModelRef, Bundle, EditStore, LowRank, Provenance, Scale, Strength, identify
+from edit_store import BaseModelRef, Bundle, EditStore, LowRank, Offset, Provenance, Scale, Strength, identify
 from edit_store.edits import SERVED_PER_REQUEST
 from loadtests.bench_inputs import edits_everywhere, weakened
 from loadtests.client import Answer, complete, stream
@@ -49,7 +49,10 @@ def variant(name: str, base: BaseModelRef, strength: float) -> Bundle:
 
 def linear(name: str, base: BaseModelRef, seed: int) -> Bundle:
     """What can be put into weights."""
-    edits = LowRank(site="layers.1.mlp.out", reads="layers.1.mlp.h", rank=2), Scale(site="layers.2.attn.z")
+    edits: Sequence[Any] = [
+        LowRank(site="layers.1.mlp.out", reads="layers.1.mlp.h", rank=2), Scale(site="layers.2.attn.z"),
+        Offset(site="layers.3.mlp.out"),
+    ]  # fmt: skip
     return Bundle.create(name, base, [(edit, random_numbers(edit, base, seed)) for edit in edits], MADE)
 
 
