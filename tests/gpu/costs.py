@@ -32,7 +32,7 @@ from tests.tiny_models import VOCABULARY
 
 REQUESTS, VERSIONS, STEPS, ROUNDS = 256, (0, 1, 64, 256), 24, 5
 ALONE = "vLLM alone"
-SIDES = ("rank 1", "rank 16", "all kinds", "scopes", "token ids")
+SIDES = ("rank 1", "rank 16", "all kinds", "scopes", "token ids", "logits")
 HOST, FILLING = "host µs", "of these by the plugin µs"
 MADE = Provenance(tool="rehearsal", method="random")
 
@@ -43,6 +43,8 @@ def edits_of(side: str, base: Any, number: int) -> Edits:
         return edits_everywhere(base, ["low_rank"], int(side.removeprefix("rank ")))
     if side == "all kinds":
         return edits_everywhere(base, SERVED_PER_REQUEST)
+    if side == "logits":
+        return [(edit := Offset(site="logits"), random_numbers(edit, base, number))]
     tokens = (3 + number % 150,) if side == "token ids" else None
     scope = Scope(phase="generated", tokens=tokens) if tokens else Scope(first=1 + number)
     edits = [Offset(site=f"layers.{layer}.resid", scope=scope) for layer in range(base.widths.layers)]

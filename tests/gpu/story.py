@@ -144,7 +144,9 @@ class Story:
         """Prompts longer than a step, and the log-probabilities of prompts."""
         self.ask(["all-kinds", "scope-0", "scope-3", None], self.prompts(4, 100))
         if not self.speculative:
-            self.ask(["scope-1", "form-00", None], self.prompts(3, 20), prompt_logprobs=1)
+            at_logits = [name for name, each in self.bundles.items() if each.manifest.edits[0].site == "logits"]
+            names = [*at_logits, "scope-1", None]
+            self.ask(names, self.prompts(len(names), 20), prompt_logprobs=1)
         return {}
 
     def prefix_cache(self) -> dict[str, Any]:
