@@ -127,9 +127,10 @@ class Plan:
         if self.total(slots) > free:
             most = self.most(free)
             fewer = "Set edits.slots to that or less (versions beyond are paged in on demand), or reserve less"
+            more = "Leave them more memory by the flags named here, or reserve less" if beside else "Reserve less"
             raise SettingsError(
                 f"edits.slots = {slots} takes {sized(self.total(slots))}, and {sized(free)} are free{beside}: "
-                f"{most or 'no'} slots of {sized(self.slot)} fit. {fewer if most else 'Make room, or reserve less'}; "
+                f"{most or 'no'} slots of {sized(self.slot)} fit. {fewer if most else more}; "
                 "`vllm-edits plan` shows what takes how much"
             )
 

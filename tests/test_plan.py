@@ -44,7 +44,7 @@ def test_more_slots_than_memory_are_refused_with_the_largest_number_that_fits() 
     plan.require(plan.most(free), free)
     with pytest.raises(SettingsError, match=r"edits\.slots = 10 takes .* are free: 9 slots .* fit\. Set edits\.slots"):
         plan.require(plan.most(free) + 1, free)
-    with pytest.raises(SettingsError, match=r"0 bytes are free beside all else: no slots .* fit\. Make room"):
+    with pytest.raises(SettingsError, match=r"0 bytes are free beside all else: no slots .* fit\. Leave them more"):
         plan.require(1, 0, " beside all else")
 
 
