@@ -43,9 +43,6 @@ REFUSALS = (
     Refusal("a GPU whose KV cache takes what slots would", {"NULL_GPU_MEMORY_MIB": "900"},
             ["edits.slots = 4000 takes", "of --kv-cache-memory-bytes", "fit. Set edits.slots to that or less"],
             ["--enforce-eager", "--set", "slots=4000", "--kv-cache-memory-bytes", str(340 * MIB)]),
-    Refusal("V1 with full graphs", {"VLLM_USE_V2_MODEL_RUNNER": "0"},
-            ["the V1 model runner replays full CUDA graphs without calling the model", "Start with"],
-            ["--compilation-config", '{"cudagraph_mode": "FULL"}']),
 )  # fmt: skip
 
 
