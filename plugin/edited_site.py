@@ -183,8 +183,8 @@ class Firings(nn.Module):
     """How many tokens each neuron of every gate gave something for, by slot; no part of what a slot holds.
 
     Gates note what they gave while the model runs, and the last one has all of it added in one operation: one for each
-    gate would be nine calls of torch more, at every gate. Counts are float64, exact far beyond what is ever counted: of
-    int64 torch's compiler makes no kernel for a GPU, but a sort and a dozen others.
+    gate would be nine calls of torch more, at every gate. Counts are float64, exact far beyond what is ever counted:
+    for int64 torch's compiler has no kernel on a GPU that adds, and sorts instead.
     """
 
     counts: Tensor
