@@ -163,6 +163,19 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_after_a_step_that_was_weighed_by_ids_weights_are_sent_anew(strength: float) -> None:
+    """Also where they are what was sent before it: the device has written others meanwhile."""
+    step = Step(TOKENS, LANES, torch.device("cpu"))
+    filler = filler_of(step)
+    ids = torch.zeros(TOKENS, dtype=torch.int64)
+    fill(filler, [Running((1, "v", strength), 2)], [1], ids)
+    fill(filler, [Running((4, "v", 0.5), 2)], [1], ids)
+    assert step.weights[0, 1] == 0, "positive control: its first scope names another id"
+    fill(filler, [Running((1, "v", strength), 2)], [1], ids)
+    assert step.weights[0].tolist() == [strength] * LANES
+
+
 def test_of_a_batch_of_the_base_nothing_else_is_asked() -> None:
     """Also where an edited one ran before; its slot and its weight are gone from the step."""
     step = Step(TOKENS, LANES, torch.device("cpu"))
