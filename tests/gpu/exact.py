@@ -34,7 +34,7 @@ def found(dtype: str, *, everywhere: bool) -> dict[str, Any]:
     findings = tests.parity.find(ARCHITECTURE, tests.parity.How(dtype, eager=everywhere))
     worst: dict[str, float] = {}
     for row in findings.rows:
-        kind = row.kind.split("/")[0].split("<-")[0]
+        kind = tests.parity._kind(row)
         worst[kind] = max(worst.get(kind, 0.0), row.served)
     wrong = [f"{row.kind} at {row.site}: {row.served:.1e}" for row in findings.faults()]
     return {

@@ -48,12 +48,6 @@ def tried(what: str, act: Callable[[], dict[str, Any]], **facts: Any) -> bool:
 
 def ended(worked: bool) -> None:
     """End at once: nothing more is wanted, and what torch does at an exit can take minutes."""
-    _save_coverage()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(not worked)
-
-
-def _save_coverage() -> None:
-    if (coverage := sys.modules.get("coverage")) and (running := coverage.Coverage.current()):
-        running.save()

@@ -43,6 +43,10 @@ REFUSALS = (
     Refusal("a GPU whose KV cache takes what slots would", {"NULL_GPU_MEMORY_MIB": "900"},
             ["edits.slots = 4000 takes", "of --kv-cache-memory-bytes", "fit. Set edits.slots to that or less"],
             ["--enforce-eager", "--set", "slots=4000", "--kv-cache-memory-bytes", str(340 * MIB)]),
+    # Known only when the model was compiled and its graphs captured.
+    Refusal("V1 with full graphs", {"VLLM_USE_V2_MODEL_RUNNER": "0"},
+            ["the V1 model runner replays full CUDA graphs without calling the model", "VLLM_USE_V2_MODEL_RUNNER=1"],
+            ["--compilation-config", '{"cudagraph_mode": "FULL"}']),
 )  # fmt: skip
 
 
@@ -55,7 +59,7 @@ def refused(refusal: Refusal, folder: Path) -> dict[str, object]:
         str(free_port()), "--host", "127.0.0.1", *FLAGS, *refusal.flags,
     ]  # fmt: skip
     environment = {**os.environ, **refusal.environment, "PYTHONUNBUFFERED": "1"}
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=480, check=False)
     said = " ".join((ran.stdout + ran.stderr).replace("│", " ").split())
     require(ran.returncode, "the server was not refused")
     missing = [part for part in refusal.says if part not in said]
