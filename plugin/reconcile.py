@@ -345,7 +345,8 @@ class Reconciler:
         """A slot for what an experiment decided, under the name that was asked for."""
         handle = self.experiments.handle(way)
         lease = await self._lease_of("" if way.serves == BASE else way.serves, strength)
-        lease.choice = replace(lease.choice, requested=model, assignment=way.assignment, handle=handle,
+        requested = model or lease.choice.requested
+        lease.choice = replace(lease.choice, requested=requested, assignment=way.assignment, handle=handle,
                                beside=way.beside)  # fmt: skip
         return lease
 

@@ -24,9 +24,15 @@ class ServedModels:
         return getattr(self._models, name)
 
     def is_base_model(self, model_name: str) -> bool:
-        """Whether vLLM may go on with a request of this name."""
+        """Whether vLLM may go on with a request of this name.
+
+        While a variant is leased the name must be the one it was leased under: where vLLM reads another name in the
+        request than the middleware did, it answers 404 rather than with that variant in the place of another model.
+        """
         lease = CURRENT_LEASE.get()
-        return self._models.is_base_model(model_name) or (lease is not None and lease.choice.requested == model_name)
+        if lease is None or self._models.is_base_model(lease.choice.requested):
+            return bool(self._models.is_base_model(model_name))
+        return lease.choice.requested == model_name
 
     def model_name(self, lora_request: Any = None) -> str:
         """The name that answers carry: what the client asked for."""

@@ -6,7 +6,7 @@ import asyncio
 import enum
 import functools
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,8 +25,10 @@ from edit_store.reader import Reader
 from edit_store.scope import Scope as EditScope
 from plugin.claim import CLAIM, cache_salt
 from plugin.engine_gate import EngineGate
+from plugin.http.admin_token import HEADER as ADMIN_TOKEN_HEADER
+from plugin.http.api_key import ApiKeys
 from plugin.http.middleware import VariantMiddleware
-from plugin.http.routes import ADMIN_TOKEN_HEADER, router
+from plugin.http.routes import router
 from plugin.lease import CURRENT_LEASE
 from plugin.owner import LocalOwner, Owner, lease_of
 from plugin.owner_socket import FencedWorkers, OwnerServer, RemoteOwner
@@ -258,12 +260,15 @@ class Handlers:
 class Site:
     """The app with the plugin attached as `plugin.vllm_host.frontend` attaches it."""
 
-    def __init__(self, server: Server, admin_token_file: Path | None, owner: Owner | None = None) -> None:
+    def __init__(
+        self, server: Server, admin_token_file: Path | None, owner: Owner | None = None, keys: Sequence[str] = ()
+    ) -> None:
         self.server = server
+        self.keys = ApiKeys(keys, ["tiny"])
         self.engine = FakeEngine(server.workers)
         self.app = FastAPI()
         self.owner = owner or LocalOwner(server.core)
-        self.app.add_middleware(VariantMiddleware, serving=lambda: (self.owner, server.metrics))
+        self.app.add_middleware(VariantMiddleware, serving=lambda: (self.owner, server.metrics, self.keys))
         self.app.include_router(router(lambda: self.owner, lambda: str(admin_token_file) if admin_token_file else None))
         models = ServedModels(FakeModels(), self.owner.served)
         gate = EngineGate(self.engine, self.owner.renew, lease_of=lease_of(self.owner), note=self.owner.ended)
@@ -452,8 +457,7 @@ async def test_the_list_of_models_names_the_base_and_every_variant(site: Site) -
     "body",
     [
         b"", b"{", b"null", b"[1]", b'"polite"', b'{"model": 7}', b'{"model": null}', b'{"model": ["polite"]}',
-        b"\xff\xfe",
-        b'{"model": "polite", "x": NaN}', b'{"model": "polite"} trailing', '{"model": "polite"}'.encode("utf-16"),
+        b"\xff\xfe", b'{"model": "polite"} trailing', b'{"model": "\\ud83d"}',
     ],
 )  # fmt: skip
 async def test_a_body_that_names_nothing_readable_reaches_vllm_as_base(site: Site, body: bytes) -> None:
@@ -616,6 +620,8 @@ async def test_beam_search_on_what_edits_prompt_and_answer_differently_is_a_400(
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "use_beam_search"
     assert "Leave out use_beam_search" in answer.json()["error"]["message"]
+    for truth in (1, "true", "on"):  # pydantic takes all of them for true
+        assert (await site.ask("scoped", use_beam_search=truth)).status_code == 400
     assert site.engine.requests == []
     assert (await site.ask("scoped", use_beam_search=False)).headers["x-edits-version"] == scoped
     assert (await site.ask("polite", use_beam_search=True)).status_code == 200
@@ -850,19 +856,57 @@ async def test_a_change_without_the_admin_token_is_refused(site: Site, sent: dic
     assert answer.status_code == 200  # positive control
 
 
-@pytest.mark.parametrize(("contents", "status"), [(None, 403), ("", 401), ("\n", 401), ("missing", 500)])
+@pytest.mark.parametrize(
+    ("contents", "status"),
+    [
+        (None, 403),
+        (b"", 503),
+        (b"\r\n", 503),
+        (b"two\nlines", 503),
+        (b"\x00", 503),
+        ("missing", 503),
+        ("a folder", 503),
+    ],
+)
 async def test_without_a_token_to_compare_with_nobody_can_change_anything(
-    tmp_path: Path, contents: str | None, status: int
+    tmp_path: Path, contents: bytes | str | None, status: int
 ) -> None:
-    """No file set, an empty one, and one that is not there: closed, also for who sends an empty token."""
+    """Closed, also for who sends an empty token, and the answer says what is wrong with the file."""
     token_file = None if contents is None else tmp_path / "token"
-    if token_file is not None and contents != "missing":
-        token_file.write_text(contents or "")
+    if token_file is not None and isinstance(contents, bytes):
+        token_file.write_bytes(contents)
+    elif token_file is not None and contents == "a folder":
+        token_file.mkdir()
     site = Site(Server(f"memory://{tmp_path}"), token_file)
     version = publish(site.server.store, version_of("polite"), tag=None)
     answer = await site.client.put("/v1/edits/polite", json={"version": version}, headers={ADMIN_TOKEN_HEADER: ""})
     assert answer.status_code == status
+    assert status == 403 or str(token_file) in answer.json()["detail"]
     assert site.server.store.heads() == {}
+
+
+@pytest.mark.parametrize(
+    "contents", [b"let-me-in", b"let-me-in\r\n", b"\xef\xbb\xbflet-me-in\n", "schlüssel\n".encode()]
+)
+async def test_a_token_is_one_line_whatever_editor_wrote_it(tmp_path: Path, contents: bytes) -> None:
+    token_file = tmp_path / "token"
+    token_file.write_bytes(contents)
+    site = Site(Server(f"memory://{tmp_path}"), token_file)
+    version = publish(site.server.store, version_of("polite"), tag=None)
+    for sent, status in ((b"guess", 401), (contents.removeprefix(b"\xef\xbb\xbf").strip(), 200)):
+        headers = {ADMIN_TOKEN_HEADER.encode(): sent}
+        answer = await site.client.put("/v1/edits/polite", json={"version": version}, headers=headers)
+        assert answer.status_code == status
+
+
+@pytest.mark.parametrize("content", [b"{", b'{"to": 1}', b"", b"[" * 3000])
+@pytest.mark.parametrize("line", ["PUT /v1/edits/polite", "POST /v1/edits/polite/rollback", "DELETE /v1/edits/polite"])
+async def test_nothing_of_a_change_is_looked_at_without_the_token(site: Site, line: str, content: bytes) -> None:
+    method, path = line.split()
+    for headers in ({}, {ADMIN_TOKEN_HEADER: "guess"}, {ADMIN_TOKEN_HEADER: "gu\u00ebss".encode("latin-1")}):
+        answer = await site.client.request(method, path, content=content, headers=headers)
+        assert answer.status_code == 401
+    assert (await site.client.request(method, path, content=content, headers=TOKEN)).status_code in (400, 404, 422)
 
 
 @pytest.mark.parametrize(
@@ -928,6 +972,38 @@ async def test_with_the_store_down_a_change_is_unavailable(site: Site) -> None:
     site.server.backend.down = None
 
 
+# -- who may ask -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["polite", "unknown", "polite@staging"])
+async def test_outside_vllms_api_key_only_the_base_is_served(tmp_path: Path, model: str) -> None:
+    """Nothing is brought to the device for a caller without a key, and nobody learns which names there are."""
+    site = Site(Server(f"memory://{tmp_path}", slots=1), None, keys=["s3cret", "schlüssel"])
+    await site.server.promote(version_of("polite"), version_of("strict"))
+    resident = site.server.residents()
+    for headers in ({}, {"authorization": "Bearer guess"}, {"authorization": "Basic s3cret"}):
+        answer = await site.client.post("/v1/completions", json={"model": model}, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (401, "AuthenticationError")
+        for base in ({}, {"model": "tiny"}):
+            answer = await site.client.post("/v1/completions", json=base, headers=headers)
+            assert (answer.status_code, answer.headers["x-edits-version"]) == (200, "base")
+            assert answer.json()["model"] == "tiny"
+    assert site.server.residents() == resident
+    answer = await site.client.post(
+        "/v1/completions", json={"model": "polite"}, headers={"authorization": "bearer s3cret"}
+    )
+    assert (answer.status_code, answer.headers["x-edits-variant"]) == (200, "polite")
+
+
+async def test_a_script_in_a_browser_may_read_which_version_answered(site: Site) -> None:
+    await site.server.promote(version_of("polite"))
+    answer = await site.client.post(
+        "/v1/completions", json={"model": "polite"}, headers={"origin": "https://a.example"}
+    )
+    assert answer.headers["access-control-expose-headers"] == "x-edits-variant, x-edits-version"
+    assert "access-control-expose-headers" not in (await site.ask("polite")).headers
+
+
 # -- a variant in the weights ------------------------------------------------------------------------------------------
 
 
@@ -976,7 +1052,7 @@ async def test_what_is_said_to_the_plugin_holds_no_lease_below_a_root_path_eithe
     async def send(_: Any) -> None:
         raise AssertionError("nothing is answered here")
 
-    middleware = VariantMiddleware(app, lambda: (site.owner, site.server.metrics))
+    middleware = VariantMiddleware(app, lambda: (site.owner, site.server.metrics, site.keys))
     for path in ("/v1/edits/sync", "/v1/edits/polite/rollback", "/v1/completions"):
         scope = {"type": "http", "method": "POST", "path": root + path, "root_path": root, "headers": []}
         await middleware(scope, client(), send)

@@ -12,19 +12,21 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
-import msgspec
-
 from edit_store.errors import AmbiguousVersion, ArmRefused, CompareRefused, EditsError, NotFound, RequestRefused
-from plugin.experiments.asking import ARM_HEADER, Asking
+from plugin.experiments.asking import ARM_HEADER, NOBODY, Asking
 from plugin.experiments.outcome import count, exposure_of
 from plugin.experiments.pairs import COMPARE_HEADER
 from plugin.experiments.records import Outcome
+from plugin.http.api_key import ApiKeys, KeyMissing
+from plugin.http.client_request import ClientRequest, first, is_json
 from plugin.lease import CURRENT_LEASE, Lease, Usage
 from plugin.metrics import UNKNOWN, Metrics
 from plugin.owner import Owner
-from plugin.traits import STRENGTH_ARGUMENT, STRENGTH_HEADER
+from plugin.traits import STRENGTH_ARGUMENT
+from plugin.variants import BASE
 
 Scope = dict[str, Any]
 VARIANT_HEADER, VERSION_HEADER = b"x-edits-variant", b"x-edits-version"
@@ -34,63 +36,41 @@ OURS, _ANTHROPIC_PATH = "/v1/edits", "/v1/messages"
 BEAMS = "use_beam_search"
 
 
-class _Named(msgspec.Struct):
-    """The fields of every request body that are looked at."""
-
-    model: str | None = None
-    user: str | None = None
-
-
-class _OnlyModel(msgspec.Struct):
-    """The same without what may be of another shape."""
-
-    model: str | None = None
-
-
-class _Searching(msgspec.Struct):
-    """The field that asks vLLM for beam search."""
-
-    use_beam_search: bool | None = None
-
-
 class BeamsRefused(RequestRefused):
     """A beam search on a variant that edits prompt and answer differently."""
 
 
-class _Arguing(msgspec.Struct):
-    """The field that is looked at where a strength may stand in it."""
-
-    vllm_xargs: dict[str, Any] | None = None
-
-
 class VariantMiddleware:
-    """ASGI middleware; `serving` gives the slots' owner and the metrics once the server is up."""
+    """ASGI middleware; `serving` gives the slots' owner, the metrics and the API keys once the server is up."""
 
-    def __init__(self, app: Any, serving: Callable[[], tuple[Owner, Metrics]]) -> None:
+    def __init__(self, app: Any, serving: Callable[[], tuple[Owner, Metrics, ApiKeys]]) -> None:
         self._app = app
         self._serving = serving
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or not _is_json(scope) or _is_ours(scope):
+        if scope["type"] != "http" or scope["method"] != "POST" or not is_json(scope["headers"]) or _is_ours(scope):
             await self._app(scope, receive, send)
             return
-        owner, metrics = self._serving()
+        owner, metrics, keys = self._serving()
         arrived = time.monotonic()
         body, replay = await _buffered(receive)
         if not body:  # asks no model for anything
             await self._app(scope, replay, send)
             return
-        said = _said_in(body)
-        model = said.model or ""
-        asking = Asking.of(scope["headers"], said.user or "", uuid.uuid4().hex)
+        headers = scope["headers"]
+        request = ClientRequest.read(_route(scope), headers, body)
+        asking = Asking.of(headers, request.user, uuid.uuid4().hex)
         try:
-            lease = await _unless_gone(owner.lease(model, _strength(scope, body), asking), receive)
-            if lease is not None and lease.choice.traits.bound_to_prompt and _searches_beams(body):
+            if not keys.sent(headers):
+                keys.require_base(request.model)
+                asking = replace(NOBODY, serves=BASE)
+            lease = await _unless_gone(owner.lease(request.model, request.strength, asking), receive)
+            if lease is not None and lease.choice.traits.bound_to_prompt and request.beam_search:
                 with lease.hold():
                     pass
                 raise BeamsRefused(
-                    f"{model!r} edits prompt and answer differently, and beam search asks the engine anew for every "
-                    f"token, with the answer so far as prompt. Leave out {BEAMS}"
+                    f"{request.model!r} edits prompt and answer differently, and beam search asks the engine anew for "
+                    f"every token, with the answer so far as prompt. Leave out {BEAMS}"
                 )
         except EditsError as error:
             metrics.requests.labels(*metrics.labels(UNKNOWN, None), "rejected").inc()
@@ -115,7 +95,7 @@ class VariantMiddleware:
             nonlocal status, finished
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message["headers"], *_headers(lease)]}
+                message = {**message, "headers": [*message["headers"], *_headers(lease, scope)]}
             await send(message)
             if message["type"] == "http.response.body" and not message.get("more_body", False):
                 finished = True
@@ -165,12 +145,14 @@ def _record(lease: Lease, metrics: Metrics, outcome: Outcome) -> None:
             metrics.time_per_output_token_seconds.labels(labels[0]).observe(mean)
 
 
-def _headers(lease: Lease) -> list[tuple[bytes, bytes]]:
+def _headers(lease: Lease, scope: Scope) -> list[tuple[bytes, bytes]]:
     choice = lease.choice
     found = [(VARIANT_HEADER, choice.variant.encode()), (VERSION_HEADER, (choice.version or "base").encode())]
     if choice.assignment is not None:
         found.append((EXPERIMENT_HEADER, f"{choice.assignment.experiment}/{choice.assignment.arm}".encode()))
         found.append((REQUEST_HEADER, choice.handle.encode()))
+    if first(scope["headers"], b"origin"):  # a script in a browser sees no other header than those exposed to it
+        found.append((b"access-control-expose-headers", b", ".join(name for name, _ in found)))
     return found
 
 
@@ -189,60 +171,6 @@ def _route(scope: Scope) -> str:
 
 def _is_ours(scope: Scope) -> bool:
     return _route(scope) == OURS or _route(scope).startswith(f"{OURS}/")
-
-
-def _is_json(scope: Scope) -> bool:
-    """vLLM takes a body as JSON when its type says so or says nothing."""
-    kinds = [value for name, value in scope["headers"] if name == b"content-type"]
-    return not kinds or b"json" in kinds[-1].lower()
-
-
-def _said_in(body: bytes) -> _Named:
-    """`model` and `user` of a JSON body, none where there are none; a body that is not JSON is vLLM's to refuse."""
-    try:
-        return msgspec.json.decode(body, type=_Named)
-    except msgspec.ValidationError:  # a `user` that is no string does not hide the model
-        return _Named(_model_named_in(body))
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        return _Named()
-
-
-def _model_named_in(body: bytes) -> str:
-    try:
-        return msgspec.json.decode(body, type=_OnlyModel).model or ""
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        return ""
-
-
-def _strength(scope: Scope, body: bytes) -> float | None:
-    """The strength that a request asks for, in its header or its body; RequestRefused when it is no number."""
-    told = [value.decode("latin-1") for name, value in scope["headers"] if name == STRENGTH_HEADER.encode()]
-    if STRENGTH_ARGUMENT.encode() in body:
-        try:
-            arguments = msgspec.json.decode(body, type=_Arguing).vllm_xargs or {}
-        except (msgspec.MsgspecError, UnicodeDecodeError):
-            arguments = {}  # not JSON, or another shape: vLLM's to refuse
-        if STRENGTH_ARGUMENT in arguments:
-            told.append(str(arguments[STRENGTH_ARGUMENT]))
-    if not told:
-        return None
-    try:
-        (strength,) = {float(value) for value in told}
-    except ValueError:
-        raise RequestRefused(
-            f"expected one number as strength, found {' and '.join(map(repr, told))}. Send it in the header "
-            f"{STRENGTH_HEADER}, or as vllm_xargs.{STRENGTH_ARGUMENT}"
-        ) from None
-    return strength
-
-
-def _searches_beams(body: bytes) -> bool:
-    if BEAMS.encode() not in body:
-        return False
-    try:
-        return bool(msgspec.json.decode(body, type=_Searching).use_beam_search)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        return False  # vLLM's to refuse
 
 
 async def _unless_gone(lease: Coroutine[Any, Any, Lease], receive: Any) -> Lease | None:
@@ -294,6 +222,8 @@ async def _answer_error(path: str, error: EditsError, send: Any) -> None:
         parameters = {BeamsRefused: BEAMS, ArmRefused: ARM_HEADER, CompareRefused: COMPARE_HEADER}
         parameter = parameters.get(type(error), STRENGTH_ARGUMENT)
         status, kind, message = 400, "BadRequestError", str(error)
+    elif isinstance(error, KeyMissing):
+        status, kind, message = 401, "AuthenticationError", str(error)
     else:
         status, kind, message = 503, "ServiceUnavailableError", str(error)
     content: dict[str, Any]

@@ -5,21 +5,19 @@ Below /v1, so vLLM's own --api-key guards it too. Changes need the admin token b
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, HTTPException, Query, Request
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 
 from edit_store.errors import AmbiguousVersion, BundleRefused, Conflict, EditsError, NotFound
-from plugin.http import experiment_routes
+from plugin.http import admin_token, experiment_routes
 from plugin.http.middleware import OURS
 from plugin.owner import CannotSign, Change, NotFollowed, Owner
 
-ADMIN_TOKEN_HEADER = "x-edits-admin-token"  # noqa: S105  a header's name, not a secret
 _STATUS = {
     CannotSign: 403, NotFound: 404, AmbiguousVersion: 409, Conflict: 409, BundleRefused: 422, NotFollowed: 422,
 }  # fmt: skip
@@ -51,6 +49,7 @@ ReasonQuery = Annotated[str, Query(description="why, for the history")]
 def router(owner: Callable[[], Owner], admin_token_file: Callable[[], str | None]) -> APIRouter:
     """The routes; both arguments are asked at each request."""
     routes = APIRouter(prefix=OURS, tags=["edits"])
+    changes = APIRouter(route_class=_needing_token(admin_token_file))
 
     @routes.get("", summary="Variants, versions, slots, in-flight requests, last swap, last error, store head")
     async def status() -> Any:
@@ -63,36 +62,54 @@ def router(owner: Callable[[], Owner], admin_token_file: Callable[[], str | None
         return await owner().sync()
 
     async def changed(request: Request, change: Change) -> Any:
-        asked, actor = owner(), _authorized(request, admin_token_file())
+        actor = f"http:{request.client.host if request.client else 'unknown'}"
         try:
-            return await asked.change(replace(change, actor=actor))
+            return await owner().change(replace(change, actor=actor))
         except EditsError as error:
             status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 503)
             raise HTTPException(status, detail=str(error)) from error
 
-    @routes.put("/{name}", summary="Promote a version: append to the store, then follow it")
+    @changes.put("/{name}", summary="Promote a version: append to the store, then follow it")
     async def promote(name: str, body: Promotion, request: Request) -> Any:
         return await changed(request, Change("promote", name, body.tag, body.version, body.reason))
 
-    @routes.post("/{name}/rollback", summary="Return to the version promoted before")
+    @changes.post("/{name}/rollback", summary="Return to the version promoted before")
     async def rollback(name: str, body: Return, request: Request) -> Any:
         return await changed(request, Change("rollback", name, body.tag, reason=body.reason))
 
-    @routes.delete("/{name}", summary="Withdraw: the tag promotes nothing any more, and requests for it are not found")
+    @changes.delete("/{name}", summary="Withdraw: the tag promotes nothing any more, and requests for it are not found")
     async def withdraw(name: str, request: Request, tag: TagQuery = None, reason: ReasonQuery = "") -> Any:
         return await changed(request, Change("withdraw", name, tag, reason=reason))
 
+    routes.include_router(changes)
     return routes
 
 
-def _authorized(request: Request, token_file: str | None) -> str:
-    """Who changes; HTTPException unless the admin token came with the request."""
+def _needing_token(admin_token_file: Callable[[], str | None]) -> type[APIRoute]:
+    """Routes that ask for the admin token before they look at anything else of a request, its body included."""
+
+    class NeedingToken(APIRoute):
+        def get_route_handler(self) -> Any:
+            handle = super().get_route_handler()
+
+            async def authorized(request: Request) -> Any:
+                _authorize(request, admin_token_file())
+                return await handle(request)
+
+            return authorized
+
+    return NeedingToken
+
+
+def _authorize(request: Request, token_file: str | None) -> None:
+    """HTTPException unless the admin token came with the request: 401, or 503 where there is none to compare with."""
     if token_file is None:
         raise HTTPException(
             403, detail="changes over HTTP are off: set edits.admin_token_file, or use the command line on the store"
         )
-    expected = Path(token_file).read_text().strip()
-    sent = request.headers.get(ADMIN_TOKEN_HEADER, "")
-    if not expected or not hmac.compare_digest(sent.encode(), expected.encode()):
-        raise HTTPException(401, detail=f"send the admin token in the header {ADMIN_TOKEN_HEADER}")
-    return f"http:{request.client.host if request.client else 'unknown'}"
+    try:
+        allowed = admin_token.matches(token_file, request.headers.get(admin_token.HEADER, ""))
+    except admin_token.TokenUnreadable as error:
+        raise HTTPException(503, detail=f"no change can be authorised now: {error}") from error
+    if not allowed:
+        raise HTTPException(401, detail=f"send the admin token in the header {admin_token.HEADER}")

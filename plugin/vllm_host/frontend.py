@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import importlib.metadata
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from functools import partial
@@ -17,11 +18,13 @@ import vllm
 
 from edit_store.architectures import supported
 from edit_store.bundle import BaseModelRef
-from edit_store.errors import EditsError, SettingsError, UnsupportedHost
+from edit_store.errors import EditsError, UnsupportedHost
 from plugin.engine_gate import EngineGate
 from plugin.experiments.exposure_log import ExposureLog
 from plugin.experiments.handle import Handles
 from plugin.experiments.resolver import Resolver
+from plugin.http import admin_token
+from plugin.http.api_key import ApiKeys
 from plugin.http.middleware import VariantMiddleware
 from plugin.http.routes import router
 from plugin.metrics import Metrics
@@ -94,12 +97,13 @@ class EditsEndpoints:
     def __init__(self) -> None:
         self._owner: Owner | None = None
         self._metrics: Metrics | None = None
+        self._keys = ApiKeys((), ())
         self._settings: EditSettings | None = None
         self._following: list[asyncio.Task[None]] = []
 
     def attach_router(self, app: Any) -> None:
         """Called while vLLM builds its app."""
-        app.add_middleware(VariantMiddleware, serving=lambda: (self._asked(), self._metrics))
+        app.add_middleware(VariantMiddleware, serving=lambda: (self._asked(), self._metrics, self._keys))
         app.include_router(router(self._asked, lambda: self._settings.admin_token_file if self._settings else None))
 
     def _asked(self) -> Owner:
@@ -118,10 +122,11 @@ class EditsEndpoints:
             )
         settings = self._settings = read_settings(config.additional_config)
         compat.check_version(any_vllm=settings.any_vllm)
-        _require_file(settings.admin_token_file)
+        admin_token.check(settings.admin_token_file)
         models = compat.need(state, "openai_serving_models")
         self._metrics = Metrics()
         base_names = tuple(path.name for path in models.base_model_paths)
+        self._keys = ApiKeys(_api_keys(args), base_names)
         workers = EngineWorkers(engine_client)
         self._owner, description = await self._owning(workers, settings, self._metrics, base_names)
         owner = self._owner
@@ -203,9 +208,9 @@ def _path(setting: str | None) -> Path | None:
     return None if setting is None else Path(setting)
 
 
-def _require_file(admin_token_file: str | None) -> None:
-    if admin_token_file is not None and not Path(admin_token_file).is_file():
-        raise SettingsError(f"edits.admin_token_file: there is no file {admin_token_file}; write the token into it")
+def _api_keys(args: Any) -> list[str]:
+    """The keys that vLLM asks callers for: those of --api-key, else that of VLLM_API_KEY."""
+    return [key for key in (compat.need(args, "api_key") or [os.environ.get("VLLM_API_KEY")]) if key]
 
 
 def versions(config: Any) -> str:
