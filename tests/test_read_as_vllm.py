@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -103,11 +104,13 @@ class VLLM:
 
 @pytest.fixture(scope="module")
 async def vllm() -> AsyncIterator[VLLM]:
+    level = logging.root.level
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_PLUGINS", "")
         app = build_app(
             make_arg_parser(FlexibleArgumentParser()).parse_args(["--enable-scale-out"]), ("generate",), None
         )
+    logging.root.setLevel(level)  # SageMaker's package silences everything below an error
     recorder, metrics = Recorder(), Metrics()
     for name in ("openai_serving_completion", "openai_serving_chat", "openai_serving_responses", "serving_tokens",
                  "anthropic_serving_messages", "serving_tokenization"):  # fmt: skip
