@@ -42,10 +42,13 @@ def _microseconds(kind: str, count: int, *, exchanged: bool) -> float:
     running = [request(number) for number in range(count)]
     tokens, starts, prompts = np.ones(count, dtype=np.int64), np.full(count, 100), np.full(count, 50)
 
+    ids = torch.zeros(count, dtype=torch.int64)
+
     def fill() -> None:
         if exchanged:
             running[0] = request(0)
-        filler.fill(Batch(list(running), lambda each: each.claim, lambda: Extents(tokens, starts, lambda: prompts)))
+        extents = Extents(tokens, starts, lambda: prompts, ids)
+        filler.fill(Batch(list(running), lambda each: each.claim, lambda _: None, lambda: extents))
 
     return statistics.median(_timed(fill) for _ in range(REPEATS))
 

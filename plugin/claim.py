@@ -79,5 +79,5 @@ def _salted(prompt: Any, choice: Choice | None) -> Any:
 
 
 def _length(prompt: Any) -> int | None:
-    ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else prompt
-    return len(ids) if isinstance(ids, list) else None
+    ids = prompt.get("prompt_token_ids", prompt.get("prompt_embeds")) if isinstance(prompt, Mapping) else prompt
+    return None if ids is None or isinstance(ids, str) else len(ids)

@@ -6,7 +6,7 @@ This is the worker's only state. No vLLM here: the loader hands over the modules
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ from plugin.reservation import Place, Reservation, places, scopes_of
 from plugin.share import SOLE, Share, Sum, Worker, alone
 from plugin.slot_products import EXPRESSIONS, SlotProducts
 from plugin.slot_rows import Columns, Layout, Rows
-from plugin.step_filler import Batch, StepFiller
+from plugin.step_filler import Batch, FalseClaim, StepFiller
 
 BASE_SLOT = 0
 
@@ -93,10 +93,12 @@ class EditedModel:
         worker: Worker = SOLE,
         over_workers: Sum = alone,
         products: SlotProducts = EXPRESSIONS,
+        refused: Callable[[Any, FalseClaim], bool] = lambda _request, _error: False,
     ) -> None:
         """over_workers: adds up, in the graph, what all workers among which the model is divided have of a sum.
 
         products: how tokens are multiplied with the vectors of their slots where an edit has several.
+        refused: told of a request whose claim is false; whether that request alone will end.
         """
         self.worker = worker
         self.reservation = reservation
@@ -108,7 +110,7 @@ class EditedModel:
         """what requests without a slot may be computed with: the version in the weights, None for the base model"""
         self._scopes: dict[int, tuple[Scope, ...]] = {}
         self._gates: dict[int, list[Counted]] = {}
-        self._filler = StepFiller(self.step, self.slot_of, self._scopes, slots=slots)
+        self._filler = StepFiller(self.step, self.slot_of, self._scopes, slots=slots, refused=refused)
         self._output: Tensor | None = None
         most = max_tokens if reservation.edits_logits else 0
         self._last_rows = DeviceRows(torch.zeros(most, dtype=torch.int64, device=device), 0)
@@ -286,16 +288,16 @@ class EditedModel:
     # -- the step --------------------------------------------------------------------------------------------------
 
     def slot_of(self, claim: Any) -> int:
-        """The slot a request may use; a false claim stops the step."""
-        slot, version = (BASE_SLOT, None) if claim is None else claim[:2]
+        """The slot a request may use. FalseClaim when that does not hold what the request claims."""
+        slot, version = (BASE_SLOT, None) if claim is None else _claimed(claim)
         if slot == BASE_SLOT and version not in self.in_weights:
-            raise RuntimeError(
+            raise FalseClaim(
                 f"a request wants {_named(version)}, and the weights hold {' or '.join(map(_named, self.in_weights))}: "
                 "refusing to answer it with other weights"
             )
         holds = slot == BASE_SLOT or (slot in self.held and self.held[slot] == version and None in self.in_weights)
         if not holds:
-            raise RuntimeError(
+            raise FalseClaim(
                 f"a request claims version {str(version)[:12]} in slot {slot}, which holds "
                 f"{self.held.get(slot, 'nothing')[:12]}: refusing to answer it with other edits"
             )
@@ -327,6 +329,14 @@ def _joins_sum(place: Place, reservation: Reservation, anchors: Mapping[Site, An
 
 def _digest(version: str, row: Tensor) -> str:
     return hashlib.sha256(version.encode() + row.cpu().numpy().tobytes()).hexdigest()
+
+
+def _claimed(claim: Any) -> tuple[int, str]:
+    """Slot and version of a claim. FalseClaim unless it is [slot, version, strength]."""
+    match claim:
+        case [int() as slot, str() as version, int() | float()]:
+            return slot, version
+    raise FalseClaim(f"expected a claim of [slot, version, strength], found {claim!r:.80}")
 
 
 def _named(version: str | None) -> str:

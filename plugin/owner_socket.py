@@ -17,8 +17,6 @@ import asyncio
 import itertools
 import logging
 import os
-import stat
-import tempfile
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
@@ -30,12 +28,13 @@ import msgspec
 from pydantic import TypeAdapter
 
 from edit_store import errors
-from edit_store.errors import BundleRefused, EditsError, Reason, UnsupportedHost
+from edit_store.errors import BundleRefused, EditsError, Reason
 from plugin import owner as owning
 from plugin.experiments.asking import NOBODY, Asking
 from plugin.experiments.records import Record
 from plugin.lease import Lease
 from plugin.owner import Change, Owner, Served
+from plugin.private_folder import private_folder
 from plugin.variants import Choice
 from plugin.workers import Workers
 
@@ -56,16 +55,8 @@ _RETRY_SECONDS = 0.1
 
 
 def socket_path() -> Path:
-    """Where the processes of one server meet: they have their parent in common, and nobody else may look there.
-
-    UnsupportedHost when somebody else made that folder.
-    """
-    folder = Path(tempfile.gettempdir()) / f"vllm-edits-{os.getuid()}-{os.getppid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o077:
-        raise UnsupportedHost(f"{folder} is not this user's alone. Remove it, or set TMPDIR to a folder of your own")
-    return folder / "owner.sock"
+    """Where the processes of one server meet: they have their parent in common."""
+    return private_folder(str(os.getppid())) / "owner.sock"
 
 
 class OwnerServer:

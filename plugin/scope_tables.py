@@ -36,6 +36,10 @@ class ScopeTables:
         self.names_ids = np.zeros(slots + 1, dtype=bool)
         """[S]: whether any scope of a slot names token ids"""
         self.names_ids[[slot for slot, _ in self._named]] = True
+        self.named = np.zeros((slots + 1, lanes), dtype=bool)
+        """[S, lanes]: whether a lane of a slot is for token ids"""
+        for at in self._named:
+            self.named[at] = True
 
     def _put(self, at: tuple[int, int], scope: Scope) -> None:
         if scope.windowed:

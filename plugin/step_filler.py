@@ -27,6 +27,10 @@ from plugin.scope_tables import NamedIds, ScopeTables
 Counts = NDArray[np.integer[Any]]
 
 
+class FalseClaim(RuntimeError):
+    """A request claims what the engine does not hold, or claims it in a form that the engine gate never writes."""
+
+
 @dataclass(frozen=True)
 class Extents:
     """Where the tokens of a step's requests are. Counts are [requests], in the step's order."""
@@ -37,7 +41,8 @@ class Extents:
     """absolute position of the first of them"""
     prompts: Callable[[], Counts]
     """the length of each prompt, asked where a position decides"""
-    input_ids: Tensor | None = None
+    input_ids: Tensor
+    """[T] or more: the id of each token, whatever it is where `Batch.embedded` says that there is none"""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ class Batch:
     """an object for each, the same one for as long as the request is in the batch"""
     claim_of: Callable[[Any], Any]
     """[slot, version, strength] of such an object, None for the base; asked once"""
+    embedded: Callable[[Any], NDArray[np.bool_] | None]
+    """[prompt]: positions that take a vector of the client's in place of a token's, None where none does"""
     extents: Callable[[], Extents]
     """asked where one of them is edited"""
 
@@ -62,9 +69,14 @@ class StepFiller:
         scopes: Mapping[int, Sequence[Scope]],
         *,
         slots: int,
+        refused: Callable[[Any, FalseClaim], bool] = lambda _request, _error: False,
         device_rows: Callable[[Tensor, float], DeviceRows] = DeviceRows,
     ) -> None:
-        """slot_of: the slot a claim may use, or an error; scopes: of each slot in use, the first has lane 1."""
+        """slot_of: the slot a claim may use, or FalseClaim; scopes: of each slot in use, the first has lane 1.
+
+        refused: told of a request with a false claim; whether that request will end without an answer. Else the step
+        is stopped.
+        """
         self.all_base = True
         self.tokens = np.zeros(slots + 1, dtype=np.int64)
         """how many were computed with what each slot holds; for slot 0, the base, that is no count of anything"""
@@ -72,6 +84,7 @@ class StepFiller:
         """the row of each request's last token in the step, unless all are of the base"""
         self._step = step
         self._slot_of = slot_of
+        self._refused = refused
         self._scopes = scopes
         self._slots_on_device = device_rows(step.slots, 0)
         self._weights_on_device = device_rows(step.weights, 1)
@@ -99,7 +112,7 @@ class StepFiller:
             self._fill_slots(extents.tokens)
         self.tokens += self._tokens_of_slots
         if self._weighed:
-            self._fill_weights(extents)
+            self._fill_weights(batch, extents)
         else:
             self._weights_on_device.clear()
 
@@ -122,7 +135,7 @@ class StepFiller:
         if len(requests) == len(self._requests) and all(map(operator.is_, requests, self._requests)):
             return False
         known = dict(zip(map(id, self._requests), self._rows, strict=True))
-        rows = [known.get(id(request)) or self._row(batch.claim_of(request)) for request in requests]
+        rows = [known.get(id(request)) or self._row(request, batch.claim_of(request)) for request in requests]
         self._keep(requests, rows)
         return True
 
@@ -133,10 +146,15 @@ class StepFiller:
         self._edited = any(slot for slot, _ in rows)
         self._weighed = any(slot and (strength != 1 or self._scopes[slot]) for slot, strength in rows)
 
-    def _row(self, claim: Any) -> tuple[int, float]:
-        return self._slot_of(claim), 1.0 if claim is None else claim[2]
+    def _row(self, request: Any, claim: Any) -> tuple[int, float]:
+        try:
+            return self._slot_of(claim), 1.0 if claim is None else claim[2]
+        except FalseClaim as error:
+            if not self._refused(request, error):
+                raise
+            return 0, 1.0  # computed as any other, and told to no client
 
-    def _fill_weights(self, extents: Extents) -> None:
+    def _fill_weights(self, batch: Batch, extents: Extents) -> None:
         first = np.cumsum(extents.tokens) - extents.tokens
         per_token = [np.repeat(each, extents.tokens) for each in
                      (self._slots, extents.starts - first, extents.prompts(), self._strengths)]  # fmt: skip
@@ -144,13 +162,26 @@ class StepFiller:
         covered = self._tables.covered(slots, np.arange(len(slots)) + shift, prompts)
         weights = strengths[:, None] * covered
         if self._tables.names_ids[self._slots].any():
+            without_ids = self._without_ids(batch, extents)
+            weights[without_ids[:, None] & self._tables.named[slots]] = 0
             self._weigh_by_id(weights, extents.input_ids)
         else:
             self._weights_on_device.write(weights)
 
-    def _weigh_by_id(self, weights: NDArray[np.float32], input_ids: Tensor | None) -> None:
-        if input_ids is None:
-            raise RuntimeError("a scope names token ids, and this step's are unknown: refusing to guess")
+    def _without_ids(self, batch: Batch, extents: Extents) -> NDArray[np.bool_]:
+        """[T]: tokens that are vectors of the client's, and so have no id that a scope could name."""
+        found = np.zeros(extents.tokens.sum(), dtype=bool)
+        in_prompt = np.flatnonzero(extents.starts < extents.prompts())
+        ends = np.cumsum(extents.tokens)
+        for row in in_prompt:
+            embedded = batch.embedded(batch.requests[row])
+            if embedded is not None:
+                start, count = extents.starts[row], extents.tokens[row]
+                part = embedded[start : start + count]
+                found[ends[row] - count :][: len(part)] = part
+        return found
+
+    def _weigh_by_id(self, weights: NDArray[np.float32], input_ids: Tensor) -> None:
         if self._named_ids is None:
             self._named_ids = self._tables.named_ids(self._step.slots.device)
         tokens = slice(len(weights))

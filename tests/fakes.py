@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from hypothesis import HealthCheck, settings
+from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 from torch import Tensor, nn
 
@@ -274,15 +275,18 @@ class RequestStep:
     tokens: int
     start: int = 0
     prompt: int = 0
+    embedded: NDArray[np.bool_] | None = None
 
 
 def set_step(edited: EditedModel, requests: Sequence[RequestStep], input_ids: Tensor | None = None) -> None:
-    """Tell the model of a step, as a runner does."""
+    """Tell the model of a step, as a runner does. input_ids: of every token; by default 0."""
     tokens, starts, prompts = (
         np.array([getattr(request, field) for request in requests], dtype=np.int64)
         for field in ("tokens", "start", "prompt")
     )
-    edited.set_step(Batch(requests, attrgetter("claim"), lambda: Extents(tokens, starts, lambda: prompts, input_ids)))
+    ids = torch.zeros(tokens.sum(), dtype=torch.int64) if input_ids is None else input_ids
+    extents = Extents(tokens, starts, lambda: prompts, ids)
+    edited.set_step(Batch(requests, attrgetter("claim"), attrgetter("embedded"), lambda: extents))
 
 
 class FakeWorker:

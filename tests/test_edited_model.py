@@ -38,6 +38,7 @@ from plugin.edited_site import Carried
 from plugin.reservation import Place, Reservation, Room
 from plugin.share import Share
 from plugin.slot_products import EXPRESSIONS, SlotProducts
+from plugin.step_filler import FalseClaim
 from plugin.vllm_host.architectures import anchors
 from tests.conftest import Pairs, random_bundle, random_pairs
 from tests.fakes import (
@@ -625,7 +626,6 @@ def test_steps_of_base_requests_touch_nothing(two_versions: EditedModel, monkeyp
         (3, "f" * 64),
         (0, "f" * 64),
         (99, "f" * 64),
-        (3, None),
     ],
 )
 def test_a_false_claim_stops_the_step(two_versions: EditedModel, claim: tuple[int, str | None]) -> None:
@@ -634,6 +634,16 @@ def test_a_false_claim_stops_the_step(two_versions: EditedModel, claim: tuple[in
     with pytest.raises(RuntimeError, match="refusing to answer"):
         set_step(two_versions, [RequestStep(None, 1), RequestStep([*claim, 1.0], 1)])
     assert torch.equal(two_versions.step.slots, before)
+
+
+@pytest.mark.parametrize(
+    "claim",
+    ["claim", [], [1], [1, None, 1.0], [1, "f" * 64], ["1", "f" * 64, 1.0], [1, "f" * 64, "much"], 7, {}, {"a": 1}],
+)
+def test_what_is_no_claim_is_a_false_one(two_versions: EditedModel, claim: Any) -> None:
+    """Whatever way it got there, it is told as any other, and not with an error of Python's."""
+    with pytest.raises(FalseClaim, match=r"expected a claim of \[slot, version, strength\]"):
+        two_versions.slot_of(claim)
 
 
 def test_a_claim_on_a_version_that_left_is_false(two_versions: EditedModel) -> None:

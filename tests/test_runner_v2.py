@@ -15,6 +15,7 @@ from plugin.claim import CLAIM
 from plugin.edited_model import EditedModel
 from plugin.reservation import Reservation
 from plugin.share import SOLE, Worker, alone
+from plugin.vllm_host import prompts
 from plugin.vllm_host.runner_v2 import with_token_slots
 from tests.conftest import bundle_of
 from tests.fakes import BASE, WIDTHS, TinyModel, divided, edited_model
@@ -47,7 +48,11 @@ class ModelState:
 def request(name: str, claim: Any, prompt: int) -> Any:
     arguments = {"somebody": "else's", **({CLAIM: claim} if claim else {})}
     return SimpleNamespace(
-        req_id=name, prompt_token_ids=[1] * prompt, sampling_params=SimpleNamespace(extra_args=arguments)
+        req_id=name,
+        prompt_token_ids=[1] * prompt,
+        prompt_embeds=None,
+        prompt_is_token_ids=None,
+        sampling_params=SimpleNamespace(extra_args=arguments),
     )
 
 
@@ -87,6 +92,21 @@ def test_slots_and_weights_follow_the_runners_batches(edited: EditedModel) -> No
     state.prepare_inputs(batch(("plain", 1, 4)), runner_knows("plain"))
     assert not edited.step.slots.any()
     assert told == ["add plain at 0", "add late at 1", "prepare", "prepare", "remove late", "prepare"]
+
+
+def test_a_prompt_of_vectors_is_as_long_as_these(edited: EditedModel) -> None:
+    """And what follows it is generated; in a mixed one the positions that are vectors are told apart."""
+    state: Any = with_token_slots(ModelState, SimpleNamespace(edited=edited))([])  # type: ignore[arg-type]
+    mixed = request("mixed", [1, edited.held[1], 1.0], 3)
+    mixed.prompt_embeds, mixed.prompt_is_token_ids = torch.zeros(3, 4), [True, False, True]
+    vectors = request("vectors", [1, edited.held[1], 1.0], 0)
+    vectors.prompt_token_ids, vectors.prompt_embeds = None, torch.zeros(2, 4)
+    state.add_request(0, vectors)
+    state.add_request(1, mixed)
+    state.prepare_inputs(batch(("vectors", 3, 0), ("mixed", 3, 0)), runner_knows("vectors", "mixed"))
+    assert edited.step.weights[:6, 1].tolist() == [0, 0, 1, 0, 0, 0]
+    assert [prompts.embedded(each).tolist() for each in (vectors, mixed)] == [[True, True], [False, True, False]]
+    assert prompts.embedded(request("text", None, 3)) is None
 
 
 def test_a_request_that_the_state_was_not_told_of_stops_the_step(edited: EditedModel) -> None:

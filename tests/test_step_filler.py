@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from edit_store import Scope
 from plugin.device_rows import DeviceRows
 from plugin.edited_site import Step
-from plugin.step_filler import Batch, Extents, StepFiller
+from plugin.step_filler import Batch, Extents, FalseClaim, StepFiller
 from tests.fakes import cheaply
 from tests.late_device import LateDevice
 
@@ -37,6 +37,8 @@ class Running:
     claim: Any
     prompt: int
     computed: int = 0
+    embedded: Any = None
+    """[prompt]: positions that are no tokens, None for none"""
 
 
 def filler_of(step: Step, asked: list[Any] | None = None, device: LateDevice | None = None) -> StepFiller:
@@ -53,11 +55,11 @@ def fill(filler: StepFiller, running: list[Running], tokens: list[int], ids: tor
     starts, prompts = (np.array([getattr(one, field) for one in running], dtype=np.int64) for field in
                        ("computed", "prompt"))  # fmt: skip
     extents = Extents(np.array(tokens, dtype=np.int64), starts, lambda: prompts, ids)
-    filler.fill(Batch(running, attrgetter("claim"), lambda: extents))
+    filler.fill(Batch(running, attrgetter("claim"), attrgetter("embedded"), lambda: extents))
 
 
-def covered(scope: Scope, position: int, prompt: int, token: int) -> bool:
-    """Straight from the words."""
+def covered(scope: Scope, position: int, prompt: int, token: int | None) -> bool:
+    """Straight from the words. token: None for a vector in a token's place."""
     if scope.tokens is not None and token not in scope.tokens:
         return False
     if scope.phase == "generated":
@@ -73,6 +75,7 @@ requests = st.builds(
     Running,
     st.one_of(st.none(), st.tuples(st.sampled_from(list(SCOPES)), st.just("v"), st.sampled_from([1.0, 0.0, 0.5]))),
     st.integers(1, 6),
+    embedded=st.none() | st.lists(st.booleans(), max_size=6).map(np.array),
 )
 
 
@@ -104,7 +107,9 @@ def test_every_token_has_the_slot_and_the_weights_of_its_request(everyone: list[
                 computed[slot] += 1
                 scopes = SCOPES.get(slot, ())
                 for lane in range(1 + len(scopes)) if slot else ():
-                    met = lane == 0 or covered(scopes[lane - 1], position, one.prompt, int(ids[row]))
+                    vector = one.embedded is not None and position < min(one.prompt, len(one.embedded))
+                    token = None if vector and one.embedded[position] else int(ids[row])
+                    met = lane == 0 or covered(scopes[lane - 1], position, one.prompt, token)
                     assert step.weights[row, lane] == strength * met, (lane, position, one)
                 row += 1
             one.computed = data.draw(st.sampled_from([one.computed + count, one.computed + count, 0]))
@@ -183,10 +188,40 @@ def test_of_a_batch_of_the_base_nothing_else_is_asked() -> None:
     fill(filler, [Running((2, "v", 0.5), 2, 5)], [1], torch.zeros(TOKENS, dtype=torch.int64))
     assert (step.slots[0], step.weights[0, 0], filler.all_base) == (2, 0.5, False), "positive control"
     for running in ([Running(None, 2, 5)], [Running(None, 2, 5)] * 2, []):
-        filler.fill(Batch(running, attrgetter("claim"), lambda: pytest.fail("asked where the tokens are")))
+        nothing = Batch(
+            running, attrgetter("claim"), attrgetter("embedded"), lambda: pytest.fail("asked where tokens are")
+        )
+        filler.fill(nothing)
         assert filler.all_base
         assert not step.slots.any()
         assert (step.weights == 1).all()
+
+
+def test_a_request_with_a_false_claim_is_told_of_and_has_no_slot() -> None:
+    """Where it will end alone the others are computed as ever; else the step stops, and nothing is written."""
+
+    def slot_of(claim: Any) -> int:
+        if claim == "false":
+            raise FalseClaim("no")
+        return 0 if claim is None else int(claim[0])
+
+    ending: list[tuple[Any, str]] = []
+
+    def end(request: Any, error: FalseClaim) -> bool:
+        ending.append((request, str(error)))
+        return True
+
+    running = [Running((1, "v", 1.0), 2), Running("false", 2), Running(None, 2)]
+    ids, step = torch.zeros(TOKENS, dtype=torch.int64), Step(TOKENS, LANES, torch.device("cpu"))
+    filler = StepFiller(step, slot_of, SCOPES, slots=max(SCOPES), refused=end)
+    for _ in range(2):
+        fill(filler, running, [2, 2, 1], ids)
+        assert step.slots[:6].tolist() == [1, 1, 0, 0, 0, 0]
+        assert ending == [(running[1], "no")], "told once"
+    before = step.slots.clone()
+    with pytest.raises(FalseClaim):
+        fill(StepFiller(step, slot_of, SCOPES, slots=max(SCOPES)), running, [2, 2, 1], ids)
+    assert torch.equal(step.slots, before)
 
 
 def test_another_request_with_the_same_claim_is_looked_at_anew() -> None:

@@ -47,6 +47,7 @@ from plugin.vllm_host import compat
 from plugin.vllm_host.architectures import anchors
 from plugin.vllm_host.containment import contain
 from plugin.vllm_host.device import check_device, free_for_slots
+from plugin.vllm_host.ending import EndsRequests
 from plugin.vllm_host.runner_v2 import use_edits_model_state
 from plugin.vllm_host.weights import keeping_loaded, patchable
 from plugin.vllm_host.worker import EditsWorker
@@ -133,6 +134,7 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
             worker=tensor_parallel,
             over_workers=tensor_model_parallel_all_reduce,
             products=products,
+            refused=EndsRequests(vllm_config).end,
         )
         contain(model)
         EditsWorker.extend(resolve_obj_by_qualname(vllm_config.parallel_config.worker_cls))

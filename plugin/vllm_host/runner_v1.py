@@ -15,6 +15,7 @@ from edit_store.errors import UnsupportedHost
 from plugin.claim import CLAIM
 from plugin.edited_model import EditedModel
 from plugin.step_filler import Batch, Extents
+from plugin.vllm_host import prompts
 from plugin.vllm_host.compat import need
 
 
@@ -27,6 +28,7 @@ def attach(runner: Any, edited: EditedModel) -> None:
     need(batch, "num_computed_tokens_cpu")
     need(batch, "num_prompt_tokens")
     need(runner, "query_start_loc", "np")
+    need(runner, "input_ids", "gpu")
     model = runner.get_model()
     if not isinstance(runner.model, nn.Module):
         raise UnsupportedHost(
@@ -37,7 +39,7 @@ def attach(runner: Any, edited: EditedModel) -> None:
         return
     model.edits_attached = True
 
-    def prepare_step(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def prepare_step(_module: nn.Module, _args: Any) -> None:
         rows, count = runner.input_batch, runner.input_batch.num_reqs
         requests = [runner.requests[request_id] for request_id in rows.req_ids[:count]]
 
@@ -46,12 +48,13 @@ def attach(runner: Any, edited: EditedModel) -> None:
                 tokens=np.diff(runner.query_start_loc.np[: count + 1]),
                 starts=rows.num_computed_tokens_cpu[:count],
                 prompts=lambda: rows.num_prompt_tokens[:count],
-                input_ids=kwargs.get("input_ids", args[0] if args else None),
+                # Not the forward's argument, which is None where vLLM embeds the tokens itself before it.
+                input_ids=runner.input_ids.gpu,
             )
 
-        edited.set_step(Batch(requests, _claim, extents))
+        edited.set_step(Batch(requests, _claim, prompts.embedded, extents))
 
-    model.register_forward_pre_hook(prepare_step, with_kwargs=True)
+    model.register_forward_pre_hook(prepare_step)
     if edited.reservation.edits_logits:
         model.register_forward_hook(lambda _module, _args, output: edited.note_output(output))
 

@@ -11,10 +11,12 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edit_store.errors import UnsupportedHost
 from plugin.claim import CLAIM
 from plugin.step_filler import Batch, Extents
+from plugin.vllm_host import prompts
 
 if TYPE_CHECKING:
     from plugin.vllm_host.loader import LoadedEdits
@@ -22,8 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Request:
+    req_id: str
     claim: Any
     prompt: int
+    embedded: NDArray[np.bool_] | None
 
 
 def use_edits_model_state(model: Any, loaded: LoadedEdits) -> None:
@@ -63,8 +67,9 @@ def with_token_slots(base: Any, loaded: LoadedEdits) -> type:
             super().add_request(req_index, new_req_data)
             sampling = new_req_data.sampling_params
             arguments = sampling.extra_args if sampling is not None else None
-            prompt = len(new_req_data.prompt_token_ids or ())
-            self._requests[new_req_data.req_id] = _Request((arguments or {}).get(CLAIM), prompt)
+            claim, prompt = (arguments or {}).get(CLAIM), prompts.length(new_req_data)
+            embedded = prompts.embedded(new_req_data)
+            self._requests[new_req_data.req_id] = _Request(new_req_data.req_id, claim, prompt, embedded)
 
         def remove_request(self, req_id: str) -> None:
             super().remove_request(req_id)
@@ -88,7 +93,7 @@ def with_token_slots(base: Any, loaded: LoadedEdits) -> type:
 
             if self._edits_logits:
                 loaded.edited.note_output(None)  # a full CUDA graph is replayed without calling the model
-            loaded.edited.set_step(Batch(requests, attrgetter("claim"), extents))
+            loaded.edited.set_step(Batch(requests, attrgetter("claim"), attrgetter("embedded"), extents))
             return super().prepare_inputs(input_batch, req_states)
 
     return EditsModelState

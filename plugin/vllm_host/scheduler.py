@@ -1,8 +1,9 @@
-"""A scheduler that lets a request share the base model's cache blocks up to where its edits begin.
+"""A scheduler that lets a request share the base model's cache blocks up to where its edits begin, and can end one.
 
 Start vLLM with `--scheduler-cls plugin.vllm_host.scheduler.EditsScheduler` (`vllm-edits serve` does). It is vLLM's own
-scheduler; only the hashes under which blocks are cached are other ones from the first edited token on. Without it
-nothing is wrong: then a version that edits only generated tokens shares no blocks with the base.
+scheduler; only the hashes under which blocks are cached are other ones from the first edited token on, and a request
+with a false claim ends alone (ending.py). Without it nothing is wrong: then a version that edits only generated tokens
+shares no blocks with the base, and a false claim ends the engine.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 from typing import Any
 
 from plugin.claim import FORK, SCHEDULER
+from plugin.vllm_host.ending import EndedRequests
 
 
 def forks(vllm_config: Any) -> bool:
@@ -33,16 +35,26 @@ class EditsScheduler:
 
 @functools.cache
 def _forking(base: Any) -> type:
+    from vllm.v1.engine import EngineCoreOutputs
+
     class ForkingScheduler(base):  # type: ignore[misc]
-        """Hashes a request anew when it arrives, if it forks."""
+        """Hashes a request anew when it arrives, if it forks, and ends those that are noted."""
 
         def __init__(self, **arguments: Any) -> None:
             super().__init__(**arguments)
             self._hashed = arguments.get("hash_block_size") or arguments["block_size"]
+            self._ended = EndedRequests(arguments["vllm_config"])
 
         def add_request(self, request: Any) -> None:
             fork_at_first_edit(request, self._hashed)
             super().add_request(request)
+
+        def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+            ended = self._ended.end(self)
+            outputs = super().update_from_output(scheduler_output, model_runner_output)
+            for client, said in ended.items():
+                outputs.setdefault(client, EngineCoreOutputs()).outputs = [*outputs[client].outputs, *said]
+            return outputs
 
     return ForkingScheduler
 

@@ -31,6 +31,7 @@ _BOUND = "where sites are divided among workers"
 _WEIGHTS = "a variant in the weights"
 _CPU_WEIGHTS = "a variant in the weights of a CPU server"
 _MEMORY = "refusing more slots than a GPU has memory for"
+_ENDING = "ending one request whose claim is false, instead of the engine"
 _CACHE = "cache blocks shared with the base model up to the first edit"
 
 SEAMS = (
@@ -72,10 +73,16 @@ SEAMS = (
     Seam("v1/worker/gpu_model_runner.py", "GPUModelRunner.input_batch", _V1),
     Seam("v1/worker/gpu_model_runner.py", "GPUModelRunner.requests", _V1),
     Seam("v1/worker/gpu_model_runner.py", "GPUModelRunner.query_start_loc", _V1),
+    Seam("v1/worker/gpu_model_runner.py", "GPUModelRunner.input_ids", _V1),
+    Seam("v1/worker/gpu_input_batch.py", "CachedRequestState.req_id", _V1),
+    Seam("v1/worker/gpu_input_batch.py", "CachedRequestState.prompt_embeds", _V1),
+    Seam("v1/worker/gpu_input_batch.py", "CachedRequestState.prompt_is_token_ids", _V1),
     Seam("v1/worker/gpu_input_batch.py", "InputBatch.req_ids", _V1),
     Seam("v1/worker/gpu_input_batch.py", "InputBatch.num_reqs", _V1),
     Seam("v1/worker/gpu_input_batch.py", "InputBatch.num_computed_tokens_cpu", _V1),
     Seam("v1/worker/gpu_input_batch.py", "InputBatch.num_prompt_tokens", _V1),
+    Seam("v1/core/sched/output.py", "NewRequestData.prompt_embeds", _V2),
+    Seam("v1/core/sched/output.py", "NewRequestData.prompt_is_token_ids", _V2),
     Seam("v1/worker/gpu/model_states/__init__.py", "init_model_state", _V2),
     Seam("v1/worker/gpu/model_states/default.py", "DefaultModelState.add_request", _V2,
          ("req_index", "new_req_data")),
@@ -87,6 +94,20 @@ SEAMS = (
     Seam("v1/worker/gpu/input_batch.py", "InputBatch.num_scheduled_tokens", _V2),
     Seam("v1/worker/gpu/input_batch.py", "InputBatch.num_computed_tokens_np", _V2),
     Seam("v1/worker/gpu/input_batch.py", "InputBatch.input_ids", _V2),
+    Seam("v1/core/sched/scheduler.py", "Scheduler.update_from_output", _ENDING,
+         ("scheduler_output", "model_runner_output")),
+    Seam("v1/core/sched/scheduler.py", "Scheduler.finish_requests", _ENDING, ("request_ids", "finished_status")),
+    Seam("v1/core/sched/scheduler.py", "Scheduler.kv_cache_manager", _ENDING),
+    Seam("config/vllm.py", "VllmConfig.instance_id", _ENDING),
+    Seam("config/parallel.py", "ParallelConfig.data_parallel_index", _ENDING),
+    Seam("v1/core/sched/scheduler.py", "Scheduler.requests", _ENDING),
+    Seam("v1/core/kv_cache_manager.py", "KVCacheManager.get_block_ids", _ENDING, ("request_id",)),
+    Seam("v1/core/kv_cache_manager.py", "KVCacheManager.evict_blocks", _ENDING, ("block_ids",)),
+    Seam("v1/request.py", "RequestStatus.FINISHED_ERROR", _ENDING),
+    Seam("v1/request.py", "Request.get_finished_reason", _ENDING),
+    Seam("v1/request.py", "Request.client_index", _ENDING),
+    Seam("v1/engine/__init__.py", "EngineCoreOutput.finish_reason", _ENDING),
+    Seam("v1/engine/__init__.py", "EngineCoreOutputs.outputs", _ENDING),
     Seam("v1/core/sched/scheduler.py", "Scheduler.add_request", _CACHE, ("request",)),
     Seam("v1/core/sched/async_scheduler.py", "AsyncScheduler", _CACHE),
     Seam("v1/request.py", "Request._block_hasher", _CACHE),

@@ -104,10 +104,24 @@ def test_offline_python_serves_variants_and_survives_a_worker_that_refuses(tiny_
     base = base_of(tiny_model)
     publish(store, random_bundle("loud", base, seed=1))
     second = publish(store, random_bundle("loud", base, seed=2), tag=None)
-    script = Path(__file__).with_name("offline_story.py")
-    environment = {**ENVIRONMENT, "VLLM_PLUGINS": "edits", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    _holds("offline_story.py", tiny_model, store, second)
+
+
+@pytest.mark.parametrize("processes", ["0", "1"], ids=["one process", "engine and worker in their own"])
+def test_requests_with_false_claims_end_alone_and_leave_nothing_in_the_cache(
+    tiny_model: Path, tmp_path: Path, processes: str
+) -> None:
+    """A slot that is emptied under a running request, one that is not there, no claim at all: the others go on."""
+    store = EditStore(str(tmp_path / "store"), create=True)
+    publish(store, random_bundle("loud", base_of(tiny_model), seed=1))
+    _holds("offline_claims.py", tiny_model, store, processes=processes)
+
+
+def _holds(script: str, model: Path, store: EditStore, *arguments: str, processes: str = "0") -> None:
+    """Run a story in a process of its own."""
+    environment = {**ENVIRONMENT, "VLLM_PLUGINS": "edits", "VLLM_ENABLE_V1_MULTIPROCESSING": processes}
     ran = subprocess.run(
-        [sys.executable, str(script), str(tiny_model), str(tmp_path / "store"), second],
+        [sys.executable, str(Path(__file__).with_name(script)), str(model), store.url, *arguments],
         env={**os.environ, **environment}, capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-3000:]

@@ -1,0 +1,94 @@
+"""Ends one request that claims what its slot does not hold, with an error, in the place of the whole engine.
+
+A worker finds out just before a step, and only the scheduler can end a request; they may be in different processes. So
+the worker writes the request's id into a file that both have open, and computes the request with the base model. The
+scheduler ends the request before it looks at what the step gave, so no token of it reaches the client. Where no
+scheduler reads, the step is stopped, and the engine with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from plugin.private_folder import private_folder
+from plugin.step_filler import FalseClaim
+
+logger = logging.getLogger("vllm.edits")
+
+
+def _folder(config: Any) -> Path:
+    """Where the workers of an engine and its scheduler find each other, while they start."""
+    return private_folder(f"{config.instance_id}-{config.parallel_config.data_parallel_index}")
+
+
+def _open(config: Any) -> int:
+    return os.open(_folder(config) / "end", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+
+
+class EndsRequests:
+    """A worker's side. It is there before the scheduler's."""
+
+    def __init__(self, config: Any) -> None:
+        """config: vLLM's, which the scheduler has too."""
+        self._told = _open(config)
+
+    def end(self, request: Any, error: FalseClaim) -> bool:
+        """Have a request of vLLM's ended; False where no scheduler reads."""
+        if not os.fstat(self._told).st_size:
+            return False
+        os.write(self._told, f"{request.req_id}\n".encode())
+        logger.error("request %s ends with an error: %s", request.req_id, error)
+        return True
+
+
+def forget_folder(config: Any) -> None:
+    """Leave no folder behind, once all that meet there have started."""
+    shutil.rmtree(_folder(config), ignore_errors=True)
+
+
+class EndedRequests:
+    """The scheduler's side."""
+
+    def __init__(self, config: Any) -> None:
+        self._told = _open(config)
+        self._read = os.write(self._told, b"\n")  # a line without a request: somebody reads
+        forget_folder(config)
+
+    def end(self, scheduler: Any) -> dict[int, list[Any]]:
+        """End what workers told of since; the outputs that say so, for each client.
+
+        The cache blocks of such a request bear the hashes of the version that it claims, and do not hold what that
+        version computes. They leave the prefix cache, and a request that shares one of them ends too.
+        """
+        new = os.fstat(self._told).st_size - self._read
+        if not new:
+            return {}
+        from vllm.v1.engine import EngineCoreOutput
+        from vllm.v1.request import RequestStatus
+
+        told = os.pread(self._told, new, self._read)
+        self._read += new
+        ending = set(told.decode().split("\n")) & scheduler.requests.keys()
+        blocks = _blocks(scheduler, ending)
+        ending |= {request for request in scheduler.requests if not blocks.isdisjoint(_blocks(scheduler, [request]))}
+        scheduler.kv_cache_manager.evict_blocks({block for _, block in blocks})
+        outputs: dict[int, list[Any]] = {}
+        for request in scheduler.finish_requests(ending, RequestStatus.FINISHED_ERROR):
+            said = EngineCoreOutput(request.request_id, [], finish_reason=request.get_finished_reason())
+            outputs.setdefault(request.client_index, []).append(said)
+        return outputs
+
+
+def _blocks(scheduler: Any, requests: Iterable[str]) -> set[tuple[int, int]]:
+    """The cache blocks of requests, each with its group."""
+    return {
+        (group, block)
+        for request in requests
+        for group, blocks in enumerate(scheduler.kv_cache_manager.get_block_ids(request))
+        for block in blocks
+    }
