@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from edit_store.bundle import BaseModelRef
+from edit_store.bundle import BaseModelRef, canonical_json, sha256
 from edit_store.errors import UnsupportedHost
+from edit_store.private_folder import cache_folder
 from edit_store.sites import Widths
 
 Progress = Callable[[int], None]
@@ -21,26 +23,25 @@ _CHUNK = 1 << 22
 CONFIG_FILE = "config.json"
 
 
-def default_cache() -> Path:
-    """Folder for remembered digests, in the usual cache place of the user."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-edits"
-
-
 def identify(
-    folder: Path, *, name: str | None = None, cache: Path | None = None, progress: Progress | None = None
+    folder: Path,
+    *,
+    name: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    cache: Path | None = None,
+    progress: Progress | None = None,
 ) -> BaseModelRef:
-    """Read what model lies in `folder`. `progress` is called with the number of bytes just hashed."""
-    config_path = folder / CONFIG_FILE
-    weights = sorted(folder.glob("*.safetensors"))
-    if not config_path.is_file() or not weights:
-        raise UnsupportedHost(
-            f"expected config.json and *.safetensors in {folder}, found {len(weights)} weight file(s) and "
-            f"{'a' if config_path.is_file() else 'no'} config. Name a folder with a safetensors checkpoint"
-        )
-    config = json.loads(config_path.read_bytes())
-    memo = _Memo((cache or default_cache()) / "file-digests.json")
-    files = {path.name: memo.digest(path, progress) for path in [config_path, *weights]}
+    """Read what model lies in `folder`: its weights by the digests of their files, its config by what it says.
+
+    config: what the model is run with, where that is not what stands in the folder's config.json.
+    progress: called with the number of bytes just hashed.
+    """
+    config = read_config(folder) if config is None else config
+    weights = weight_files(folder)
+    memo = _Memo((cache or cache_folder()) / "file-digests.json")
+    files = {path.name: memo.digest(path, progress) for path in weights}
     memo.save()
+    files[CONFIG_FILE] = sha256(canonical_json(_computation(config)))
     return BaseModelRef(
         name=name or str(config.get("_name_or_path") or folder.name),
         architecture=(config.get("architectures") or ["unknown"])[0],
@@ -50,7 +51,65 @@ def identify(
     )
 
 
-def widths_of(config: dict[str, Any]) -> Widths:
+def read_config(folder: Path) -> dict[str, Any]:
+    """A checkpoint's config.json. UnsupportedHost when there is none."""
+    path = folder / CONFIG_FILE
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        found = None
+    except ValueError as error:
+        raise UnsupportedHost(f"{path} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UnsupportedHost(f"expected {CONFIG_FILE} in {folder}. Name a folder with a safetensors checkpoint")
+    return found
+
+
+INDEX_FILE, SINGLE_FILE, _SHARD = "model.safetensors.index.json", "model.safetensors", "model-*-of-*.safetensors"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights: those of its index, else the single one.
+
+    An adapter's file and the same weights in another layout (consolidated.safetensors) may lie beside them.
+    UnsupportedHost when it is not clear which these are, or when one is missing.
+    """
+    index = folder / INDEX_FILE
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        if absent := [each for each in names if not (folder / each).is_file()]:
+            raise UnsupportedHost(f"{index} names {', '.join(absent)}, which {folder} does not hold: fetch it again")
+        return [folder / each for each in names]
+    found = sorted(folder.glob("*.safetensors"))
+    if folder / SINGLE_FILE in found:
+        return [folder / SINGLE_FILE]
+    if shards := sorted(folder.glob(_SHARD)):
+        return shards
+    if len(found) == 1:
+        return found
+    raise UnsupportedHost(
+        f"expected {INDEX_FILE}, {SINGLE_FILE} or one other *.safetensors in {folder}, found "
+        f"{', '.join(path.name for path in found) or 'none'}. Name a folder with a safetensors checkpoint"
+    )
+
+
+_FORM = {"_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype", "use_cache"}
+"""Keys of a config that change nothing of what is computed. A server's --dtype decides that, not the file's."""
+
+
+def _computation(config: Any) -> Any:
+    """What of a config says how the model computes, at every depth."""
+    if isinstance(config, Mapping):
+        return {key: _computation(value) for key, value in config.items() if key not in _FORM}
+    if isinstance(config, list):
+        return [_computation(each) for each in config]
+    # Canonical JSON has no other numbers than those of JavaScript.
+    if isinstance(config, float | int) and not (math.isfinite(config) and abs(config) <= 2**53):
+        return repr(config)
+    return config
+
+
+def widths_of(config: Mapping[str, Any]) -> Widths:
     """Sizes from a Hugging Face config; text sizes where a config nests them."""
     config = config.get("text_config", config)
 

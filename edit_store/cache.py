@@ -21,6 +21,7 @@ from pathlib import Path
 from edit_store.backends import LocalFolder, in_pieces
 from edit_store.bundle import BlobRef, Bundle
 from edit_store.errors import BundleRefused, NotFound, Reason
+from edit_store.private_folder import cache_folder
 from edit_store.store import EditStore, blob_key
 from edit_store.tensor_file import MAX_TENSOR_FILE_BYTES
 
@@ -30,16 +31,11 @@ Progress = Callable[[int], None]
 """Told the size of every piece that arrived."""
 
 
-def default_folder() -> Path:
-    """`vllm-edits` in the user's cache folder (XDG_CACHE_HOME, or ~/.cache)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-edits"
-
-
 class NodeCache:
     """Tensor files of remote stores in a folder of this node. A local store needs none and is read where it lies."""
 
     def __init__(self, folder: Path | None = None, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
-        self.folder = folder or default_folder()
+        self.folder = folder or cache_folder()
         self._limit = limit_bytes
 
     def bundle(self, store: EditStore, version: str, progress: Progress = lambda _: None) -> Bundle:

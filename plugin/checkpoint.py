@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from edit_store.architectures import Architecture
+from edit_store.base_model import weight_files
 from edit_store.errors import UnsupportedHost
 from edit_store.sites import Site, Widths
 
@@ -44,7 +45,7 @@ class Checkpoint:
     def _layer(self, site: Site) -> str:
         """Name of the site's layer in the files, which may leave out what holds the decoder."""
         if not self._files:
-            for path in sorted(self._folder.glob("*.safetensors")):
+            for path in weight_files(self._folder):
                 with safe_open(path, "pt") as file:
                     self._files.update(dict.fromkeys(file.keys(), path))
         whole = self.architecture.layer_path(site.layer or 0)

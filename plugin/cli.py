@@ -16,7 +16,7 @@ import typer
 import yaml
 
 from edit_store.architectures import supported
-from edit_store.base_model import identify
+from edit_store.base_model import identify, weight_files
 from edit_store.cli import JsonOption, StoreOption, app, as_script, counted, explained, plain, show
 from edit_store.errors import EditsError, SettingsError
 from plugin import gpu_driver
@@ -85,7 +85,7 @@ def plan(
     settings = read_settings({KEY: {"store": store, **dict(_assignment(text) for text in setting or [])}})
     room = bytes_of(memory) if memory else None
     with counted("hashing the model", in_bytes=True) as update:
-        update(total=sum(path.stat().st_size for path in model.glob("*.safetensors")))
+        update(total=sum(path.stat().st_size for path in weight_files(model)))
         base = identify(model, progress=lambda size: update(advance=size))
     promoted = planning.promoted(settings, base)
     reservation = planning.reserve(settings, base, promoted)

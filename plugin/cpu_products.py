@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch import library as torch_library
-from torch.utils.cpp_extension import get_default_build_root, include_paths, library_paths
+from torch.utils.cpp_extension import include_paths, library_paths
 
+from edit_store.private_folder import cache_folder
 from plugin.slot_products import EXPRESSIONS, SlotProducts
 
 logger = logging.getLogger("vllm.edits")
@@ -71,7 +72,7 @@ def _library() -> Path:
     ]  # fmt: skip
     known = [*command, torch.__version__, _processor(), SOURCE.read_text()]
     name = hashlib.sha256("\0".join(known).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()) / "vllm_edits"
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache_folder()) / "vllm_edits"
     library = folder / f"{SOURCE.stem}-{name}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)

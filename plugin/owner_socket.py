@@ -29,12 +29,12 @@ from pydantic import TypeAdapter
 
 from edit_store import errors
 from edit_store.errors import BundleRefused, EditsError, Reason
+from edit_store.private_folder import private_folder
 from plugin import owner as owning
 from plugin.experiments.asking import NOBODY, Asking
 from plugin.experiments.records import Record
 from plugin.lease import Lease
 from plugin.owner import Change, Owner, Served
-from plugin.private_folder import private_folder
 from plugin.variants import Choice
 from plugin.workers import Workers
 

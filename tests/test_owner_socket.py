@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from edit_store import Strength
+from edit_store import Strength, private_folder
 from edit_store.errors import (
     BundleRefused,
     EditsError,
@@ -353,7 +353,7 @@ async def test_scopes_of_a_version_are_told_to_every_process(server: Server, tmp
 
 
 def test_a_folder_that_others_may_look_into_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(owner_socket.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(private_folder.tempfile, "gettempdir", lambda: str(tmp_path))
     folder = socket_path().parent
     assert socket_path().parent.stat().st_mode & 0o777 == 0o700
     folder.chmod(0o755)

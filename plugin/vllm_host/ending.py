@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from plugin.private_folder import private_folder
+from edit_store.private_folder import private_folder
 from plugin.step_filler import FalseClaim
 
 logger = logging.getLogger("vllm.edits")

@@ -10,7 +10,6 @@ import importlib.metadata
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -28,7 +27,6 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from edit_store import verify
 from edit_store.architectures import supported
-from edit_store.base_model import identify
 from edit_store.bundle import BaseModelRef, Manifest
 from edit_store.edits import Tensors
 from edit_store.errors import UnsupportedHost
@@ -43,7 +41,7 @@ from plugin.price import price
 from plugin.reading import open_reader
 from plugin.share import Worker
 from plugin.slot_products import EXPRESSIONS
-from plugin.vllm_host import compat
+from plugin.vllm_host import base_files, compat
 from plugin.vllm_host.architectures import anchors
 from plugin.vllm_host.containment import contain
 from plugin.vllm_host.device import check_device, free_for_slots
@@ -65,9 +63,7 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
 
     def _loader(self, settings: EditSettings) -> BaseModelLoader:
         if self._inner is None:
-            self._inner = get_model_loader(
-                dataclasses.replace(self.load_config, load_format=settings.inner_load_format)
-            )
+            self._inner = base_files.loader_of(self.load_config, settings.inner_load_format)
         return self._inner
 
     def download_model(self, model_config: ModelConfig) -> None:
@@ -91,11 +87,13 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
                 "without it vLLM does not load the plugin's HTTP side. Start with VLLM_PLUGINS=edits (no spaces)"
             )
         if model_config.runner_type == "draft":  # it guesses as the base model would, and the edited one decides
-            return self._loader(settings).load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+            loader = get_model_loader(dataclasses.replace(self.load_config, load_format=settings.inner_load_format))
+            return loader.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         compat.check_config(vllm_config)
         check_device(vllm_config.device_config.device)
-        folder = model_folder(model_config)
-        base = identify(folder, name=model_config.model)
+        inner = self._loader(settings)
+        folder = base_files.fetched(inner, model_config)
+        base = base_files.base_of(model_config, folder)
         architecture = supported(base.architecture)
         reservation, room = set_apart(settings, base)
         compat.check_room(vllm_config, base, reservation)
@@ -105,7 +103,6 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
             sites = anchors(model, base.architecture, base.widths, tensor_parallel)
             return [sites[site].module for site in room]
 
-        inner = self._loader(settings)
         with keeping_loaded(inner, patched) as kept:
             model: Any = inner.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         sites = anchors(model, base.architecture, base.widths, tensor_parallel)
@@ -169,21 +166,6 @@ def _ready(
         return prepare(version, bundle.manifest, verify.check(bundle, base))
 
     return HostCache(read, limit_bytes)
-
-
-def model_folder(model_config: ModelConfig) -> Path:
-    """Where the base model's files lie: the folder named, or the local snapshot of the repository named."""
-    folder = Path(model_config.model)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.safetensors", "config.json"]
-    return Path(
-        snapshot_download(
-            model_config.model, revision=model_config.revision, local_files_only=True, allow_patterns=patterns
-        )
-    )
 
 
 def edits_of(model: Any) -> LoadedEdits:

@@ -32,6 +32,7 @@ _WEIGHTS = "a variant in the weights"
 _CPU_WEIGHTS = "a variant in the weights of a CPU server"
 _MEMORY = "refusing more slots than a GPU has memory for"
 _ENDING = "ending one request whose claim is false, instead of the engine"
+_FILES = "telling which base model is served"
 _CACHE = "cache blocks shared with the base model up to the first edit"
 
 SEAMS = (
@@ -52,6 +53,13 @@ SEAMS = (
     Seam("model_executor/model_loader/base_loader.py", "BaseModelLoader.load_model", "the load format",
          ("vllm_config", "model_config", "prefix")),
     Seam("model_executor/model_loader/base_loader.py", "BaseModelLoader.load_weights", _WEIGHTS, ("model",)),
+    Seam("model_executor/model_loader/default_loader.py", "DefaultModelLoader._prepare_weights", _FILES,
+         ("model_name_or_path", "subfolder", "revision", "fall_back_to_pt", "allow_patterns_overrides")),
+    Seam("transformers_utils/repo_utils.py", "get_hf_file_to_dict", _FILES, ("file_name", "model", "revision")),
+    Seam("config/model.py", "ModelConfig.model_weights", _FILES),
+    Seam("config/model.py", "ModelConfig.hf_config_path", _FILES),
+    Seam("config/model.py", "ModelConfig.hf_overrides", _FILES),
+    Seam("config/load.py", "LoadConfig.ignore_patterns", _FILES),
     Seam("model_executor/layers/attention/attention.py", "Attention.forward", "keeping NaN from other requests",
          ("query", "key", "value")),
     Seam("model_executor/layers/attention/attention.py", "Attention.get_kv_cache_spec", _MEMORY, ("vllm_config",)),

@@ -1,0 +1,36 @@
+"""Folders of this user: the one for what is kept between starts, and those in which processes of one server meet."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from edit_store.errors import UnsupportedHost
+
+
+def cache_folder() -> Path:
+    """`vllm-edits` in the user's cache folder: XDG_CACHE_HOME, or ~/.cache.
+
+    A user that has no home to write to, as those of some containers, gets one below the temporary folder.
+    """
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named) / "vllm-edits"
+    home = os.path.expanduser("~")  # noqa: PTH111  Path.home raises where there is none
+    found = Path(home, ".cache", "vllm-edits")
+    there = next(each for each in (found, *found.parents) if each.exists())
+    return found if found.is_absolute() and os.access(there, os.W_OK | os.X_OK) else private_folder("cache")
+
+
+def private_folder(name: str) -> Path:
+    """The folder of that name below the temporary one, made if need be.
+
+    UnsupportedHost when it is another user's, or open to others.
+    """
+    folder = Path(tempfile.gettempdir()) / f"vllm-edits-{os.getuid()}-{name}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o077:
+        raise UnsupportedHost(f"{folder} is not this user's alone. Remove it, or set TMPDIR to a folder of your own")
+    return folder

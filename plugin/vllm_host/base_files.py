@@ -1,0 +1,93 @@
+"""Finds the files from which vLLM loads the base model, after it has fetched them: what a bundle is made for.
+
+vLLM loads every *.safetensors file that it finds where there is no index, and a consolidated.safetensors in the place
+of the others where there is one. Here it loads the files of `edit_store.base_model.weight_files` and no other, so that
+what is identified is what is served.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vllm.config.load import LoadConfig
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+
+from edit_store.base_model import CONFIG_FILE, identify, read_config, weight_files
+from edit_store.bundle import BaseModelRef
+from edit_store.errors import UnsupportedHost
+
+FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")
+"""vLLM's load formats that read safetensors files from a disk."""
+_OTHER_LAYOUT = "consolidated*.safetensors"
+"""The same weights once more, as some repositories have them."""
+
+
+def loader_of(load_config: LoadConfig, load_format: str) -> BaseModelLoader:
+    """vLLM's loader of a format. UnsupportedHost for one whose files are not known."""
+    if load_format not in FORMATS:
+        raise UnsupportedHost(
+            f"edits.inner_load_format = {load_format!r}: which files it loads is not known, so neither which base "
+            f"model it is. Use {', '.join(FORMATS)}, with the model in a folder or a repository"
+        )
+    ignored = load_config.ignore_patterns or []
+    found: Any = get_model_loader(
+        dataclasses.replace(
+            load_config,
+            load_format="hf" if load_format == "auto" else load_format,
+            ignore_patterns=[*([ignored] if isinstance(ignored, str) else ignored), _OTHER_LAYOUT],
+        )
+    )
+    found.__class__ = _reading_own_files(found.__class__)
+    loader: BaseModelLoader = found
+    return loader
+
+
+@functools.cache
+def _reading_own_files(cls: type[Any]) -> type[DefaultModelLoader]:
+    class OwnFiles(cls):  # type: ignore[misc]
+        """A loader that reads a checkpoint's own weights, and nothing that lies beside them."""
+
+        def _prepare_weights(self, *args: Any, **kwargs: Any) -> Any:
+            folder, _, _, *more = super()._prepare_weights(*args, **kwargs)
+            return folder, [str(path) for path in weight_files(Path(folder))], True, *more
+
+    return OwnFiles
+
+
+def fetched(loader: Any, model_config: Any) -> Path:
+    """The folder with the base model's weights, downloaded if need be. UnsupportedHost when there are none on disk."""
+    if streamed := model_config.model_weights:
+        raise UnsupportedHost(
+            f"{streamed} is streamed from object storage, and its files cannot be identified there. Copy it to a disk, "
+            "and serve that folder"
+        )
+    folder, *_ = loader._prepare_weights(model_config.model, None, model_config.revision, False, None)  # noqa: SLF001
+    return Path(folder)
+
+
+def base_of(model_config: Any, folder: Path) -> BaseModelRef:
+    """What model vLLM runs: the weights in `folder`, with the config that vLLM was told to use."""
+    return identify(folder, name=model_config.model, config=_config(model_config, folder))
+
+
+def _config(model_config: Any, folder: Path) -> Mapping[str, Any]:
+    """The model's config.json, wherever vLLM has it from, with what --hf-overrides puts in its place."""
+    overrides = model_config.hf_overrides or {}
+    if not isinstance(overrides, Mapping):
+        raise UnsupportedHost("--hf-overrides is a function, and what it changes is not known: give a JSON object")
+    named = model_config.hf_config_path
+    if named is None and (folder / CONFIG_FILE).is_file():
+        return {**read_config(folder), **overrides}
+    found = get_hf_file_to_dict(CONFIG_FILE, named or model_config.model, model_config.revision)
+    if found is None:
+        raise UnsupportedHost(
+            f"{named or model_config.model} has no {CONFIG_FILE}, which edits need: serve one that has"
+        )
+    return {**found, **overrides}
