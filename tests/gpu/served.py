@@ -33,7 +33,9 @@ from tests.tiny_models import make_tiny_llama
 
 MODEL = Path(".cache/gpu/served")
 VARIANTS, SLOTS, SWAPS, TOKENS = 6, 3, 6, 24
-FLAGS = ("--dtype", "bfloat16", "--max-model-len", "512", "--gpu-memory-utilization", "0.3", "--max-num-seqs", "16")
+FLAGS = ("--dtype", "bfloat16", "--max-model-len", "512", "--gpu-memory-utilization", "0.3", "--max-num-seqs", "16",
+         "--shutdown-timeout", "20")  # fmt: skip
+"""Without the last vLLM kills its engines at once, and what they ran of the plugin is not saved."""
 MADE = Provenance(tool="rehearsal", method="random")
 
 

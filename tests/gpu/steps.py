@@ -14,7 +14,7 @@ from pathlib import Path
 
 MARK = "GPU_STEP"
 """names the step in the environment of every process that belongs to it"""
-TOO_LONG = 124
+TOO_LONG, GRACE_SECONDS = 124, 8
 
 
 @dataclass(frozen=True)
@@ -64,18 +64,24 @@ def run(
             code = process.wait(step.seconds)
         except subprocess.TimeoutExpired:
             code = TOO_LONG
-            process.terminate()  # so that it may save what it has
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(8)
-        for left in _of_step(step.name):
-            with suppress(ProcessLookupError):
-                os.kill(left, signal.SIGKILL)
+            process.terminate()
+        _end(step.name)
         process.wait()
     ended = Ended(code, round(time.monotonic() - began, 1))
     with results.open("a") as lines:
         fact = {"what": "step ended", "step": step.name, "code": ended.code, "seconds": ended.seconds}
         lines.write(json.dumps(fact) + "\n")
     return ended
+
+
+def _end(name: str) -> None:
+    """End what a step leaves running, when it had the time to save what it has."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    while any(_of_step(name)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for left in _of_step(name):
+        with suppress(ProcessLookupError):
+            os.kill(left, signal.SIGKILL)
 
 
 def _of_step(name: str) -> Iterator[int]:
