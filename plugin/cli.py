@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
 import socket
 import sys
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
 import typer
-import yaml
 
 from edit_store.architectures import supported
 from edit_store.base_model import identify, weight_files
 from edit_store.cli import JsonOption, StoreOption, app, as_script, counted, explained, plain, show
 from edit_store.errors import EditsError, SettingsError
-from plugin import gpu_driver
-from plugin.claim import SCHEDULER
+from plugin import gpu_driver, serve_command
+from plugin import run_batch as batch
 from plugin.experiments import cli as _experiments  # noqa: F401  importing it registers its command
 from plugin.reading import open_reader
 from plugin.server_options import DEFAULT_URL, ApiKeyOption, UrlOption, authorization, no_answer
@@ -42,20 +42,70 @@ def serve(
     setting: SettingOption = None,
 ) -> None:
     """Start `vllm serve MODEL` with the plugin. Every other flag is handed on to vLLM."""
+    command, words, environment = _vllm(model, store, setting, list(context.args))
+    os.execve(command, [command, *words], environment)  # noqa: S606  the user asked for this very command
+
+
+@app.command(name="run-batch", context_settings=_PASSED_ON)
+@explained
+def run_batch(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="the base model: a folder or a repository name")],
+    *,
+    store: StoreOption,
+    requests: Annotated[
+        Path, typer.Option("--input", "-i", help="requests in OpenAI's batch format, a JSON line each")
+    ],
+    answers: Annotated[Path, typer.Option("--output", "-o", help="where the answers go, a JSON line each")],
+    at_once: Annotated[int, typer.Option(min=1, help="requests that are sent together")] = 256,
+    setting: SettingOption = None,
+    api_key: ApiKeyOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Answer a file of requests, for variants or the base, and end. Every other flag is handed on to vLLM.
+
+    A line of the file: {"custom_id": "1", "url": "/v1/chat/completions", "body": {"model": "polite", "messages": …}}
+    """
+    lines = batch.read(requests)
+    command, words, environment = _vllm(model, store, setting, context.args, on_socket=True)
+    part = answers.with_name(f"{answers.name}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        part.open("w") as out,
+        batch.server([command, *words], environment) as path,
+        counted("answering", total=len(lines)) as update,
+    ):
+        failed = asyncio.run(
+            batch.answer(path, lines, out, at_once=at_once, api_key=api_key, progress=lambda: update(advance=1))
+        )
+    part.replace(answers)
+    if as_json:
+        as_script({"requests": len(lines), "failed": failed, "output": str(answers)})
+    else:
+        plain(f"{len(lines) - failed} of {len(lines)} requests answered, in {answers}")
+    if failed:
+        raise EditsError(f"{failed} requests were not answered: see `error` in {answers}")
+
+
+def _vllm(
+    model: str, store: str, setting: list[str] | None, words: Sequence[str], *, on_socket: bool = False
+) -> tuple[str, list[str], dict[str, str]]:
+    """The `vllm` command, its words and its environment; what can be refused is, before minutes of loading."""
     settings = {"store": store, **dict(_assignment(text) for text in setting or [])}
-    open_reader(read_settings({KEY: settings}))  # store, trust file and key: refused now, not after minutes of loading
-    flags = list(context.args)
-    _require_free_port(flags)
+    open_reader(read_settings({KEY: settings}))  # store, trust file and key
+    flags = serve_command.Flags(words)
+    if not on_socket:
+        _require_free_port(flags)
     if reasons := list(gpu_driver.faults(gpu_driver.cuda_of_torch())):
         raise EditsError("; ".join(reasons))
     command = shutil.which("vllm", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if command is None:
         raise EditsError("no `vllm` command beside this Python; install vLLM 0.26 to 0.33")
-    plugins = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
-    environment = {**os.environ, "VLLM_PLUGINS": ",".join(dict.fromkeys([*plugins, "edits"]))}
-    ours = {"--load-format": "edits", "--scheduler-cls": SCHEDULER, "--additional-config": json.dumps({KEY: settings})}
-    arguments = ["serve", model, *(word for pair in ours.items() for word in pair), *flags]
-    os.execve(command, [command, *arguments], environment)  # noqa: S606  the user asked for this very command
+    arguments = serve_command.arguments(model, settings, flags)
+    chosen = serve_command.plugins(os.environ.get(serve_command.VARIABLE))
+    for remark in chosen.remarks:
+        typer.echo(f"vllm-edits: {remark}", err=True)
+    return command, arguments, {**os.environ, serve_command.VARIABLE: ",".join(chosen.names)}
 
 
 @app.command()
@@ -199,20 +249,20 @@ def _assignment(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _require_free_port(flags: list[str]) -> None:
-    """Refuse a taken port before minutes of loading, not after."""
-    words = [part for flag in flags for part in flag.split("=", 1)]
-    given = dict(pairwise(words))
-    if "--uds" in given:
+def _require_free_port(flags: serve_command.Flags) -> None:
+    """Refuse an address that is taken before minutes of loading, not after."""
+    if flags.get("--uds") is not None:
         return
-    config = yaml.safe_load(Path(given["--config"]).read_text()) if "--config" in given else {}
-    port = given.get("--port", config.get("port", 8000))
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", int(port)))
-        except (OSError, ValueError, OverflowError) as error:
-            raise EditsError(f"port {port} cannot be used: {error}. Choose another with --port") from None
+    host, port = flags.get("--host") or "", flags.get("--port") or 8000
+    try:
+        found = socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, (address, _, *more) = found[0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((address, int(port), *more))
+    except (OSError, ValueError, OverflowError) as error:
+        where = f"port {port}" + (f" of {host}" if host else "")
+        raise EditsError(f"{where} cannot be used: {error}. Choose another with --port") from None
 
 
 def main() -> None:

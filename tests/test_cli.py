@@ -6,6 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,97 @@ def test_serve_refuses_before_anything_is_loaded(run: Run, words: list[str], sai
     result = run("serve", "MODEL", *words)
     assert (result.exit_code, result.stdout) == (1, "")
     assert said in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "file", "behind"),
+    [
+        (["--additional-config", '{"theirs": 1}'], "", ["--enforce-eager"]),
+        (['--additional-config={"theirs": 1}'], "", ["--enforce-eager"]),
+        (['--additional_config={"theirs": 1}', "--load-format=edits"], "", ["--load-format=edits", "--enforce-eager"]),
+        (["--config", "server.yaml"], "additional-config: {theirs: 1}\nload-format: edits\n",
+         ["--config", "server.yaml", "--enforce-eager"]),
+    ],
+)  # fmt: skip
+def test_serve_keeps_the_operators_own_additional_config(
+    run: Run, store: EditStore, tmp_path: Path, *, flags: list[str], file: str, behind: list[str]
+) -> None:
+    """vLLM takes the last of equal flags, and a flag before a file: one of the two would be lost."""
+    (tmp_path / "server.yaml").write_text(file)
+    result = run("serve", "MODEL", *flags, "--enforce-eager")
+    arguments, _ = result.exception.args  # type: ignore[union-attr]
+    given = arguments.index("--additional-config")
+    assert json.loads(arguments[given + 1]) == {"theirs": 1, "edits": {"store": store.url}}
+    assert arguments[given + 2 :] == behind
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ["--load-format", "dummy"],
+            "'dummy', and edits need 'edits': leave it out, and set inner_load_format with",
+        ),
+        (["--scheduler_cls=my.Scheduler"], "--scheduler-cls is 'my.Scheduler'"),
+        (["--config", "server.yaml"], "--load-format is 'auto'"),
+        (["--additional-config", '{"edits": {"slots": 3}}'], "give them with --set"),
+        (["--additional-config", "{"], "expected JSON"),
+        (["--additional-config=[1]"], "expected an object"),
+        (["--additional-config.theirs", "1"], "give --additional-config as one JSON object"),
+        (["--config=none.yaml"], "--config none.yaml cannot be read"),
+        (["--load-format", "dummy", "--scheduler-cls", "x"], "'dummy'"),
+        (["--load-format", "dummy", "--scheduler-cls", "x"], "--scheduler-cls is 'x'"),
+    ],
+)
+def test_serve_refuses_flags_that_would_overrule_the_plugins(
+    run: Run, tmp_path: Path, flags: list[str], said: str
+) -> None:
+    (tmp_path / "server.yaml").write_text("load_format: auto\n")
+    result = run("serve", "MODEL", *flags)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert said in result.stderr
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize(
+    ("named", "turned_on", "said"),
+    [
+        ("other, edits", "other,edits", "names 'other', which is not installed"),
+        (" edits ", "edits", ""),
+        ("Edits", "Edits,edits", "did you mean 'edits'"),
+        ("", "edits", ""),
+        (None, None, "named besides edits are "),
+    ],
+)
+def test_serve_turns_no_other_plugin_off(
+    run: Run, free_port: int, monkeypatch: pytest.MonkeyPatch, *, named: str | None, turned_on: str | None, said: str
+) -> None:
+    """Without VLLM_PLUGINS vLLM loads all that are installed; naming edits alone would end that."""
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if named is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", named)
+    result = run("serve", "MODEL", "--port", str(free_port))
+    _, plugins = result.exception.args  # type: ignore[union-attr]
+    assert said in result.stderr
+    if turned_on is not None:
+        assert plugins == turned_on
+    else:
+        installed = {each.name for each in entry_points(group="vllm.general_plugins")}
+        assert set(plugins.split(",")) >= installed > {"edits"}
+
+
+@pytest.mark.usefixtures("store")
+def test_serve_looks_at_the_address_that_it_will_use(run: Run, taken_port: int) -> None:
+    """A port of another address is free, whoever listens on this one."""
+    with socket.socket() as elsewhere:
+        elsewhere.bind(("127.0.0.2", 0))
+        elsewhere.listen()
+        port = elsewhere.getsockname()[1]
+        assert isinstance(run("serve", "MODEL", "--host", "127.0.0.1", "--port", str(port)).exception, HandedOver)
+        refused = run("serve", "MODEL", "--host=127.0.0.2", "--port", str(port))
+        assert f"port {port} of 127.0.0.2 cannot be used" in refused.stderr
+    assert "cannot be used" in run("serve", "MODEL", "--host", "no.such.host.", "--port", str(taken_port)).stderr
 
 
 @pytest.mark.usefixtures("store")

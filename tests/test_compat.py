@@ -26,7 +26,7 @@ def config(**changes: Any) -> Any:
             enable_expert_parallel=False, data_parallel_external_lb=False, data_parallel_hybrid_lb=False,
             use_ubatching=False,
         ),
-        model_config=SimpleNamespace(enable_sleep_mode=False),
+        model_config=SimpleNamespace(enable_sleep_mode=False, model_impl="auto"),
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
         compilation_config=SimpleNamespace(pass_config=SimpleNamespace()),
         lora_config=None, speculative_config=None, quant_config=None, weight_transfer_config=None,
@@ -65,6 +65,8 @@ def config(**changes: Any) -> Any:
         ({"speculative_config": SimpleNamespace(method="eagle")}, "speculative decoding by 'eagle'"),
         ({"speculative_config": SimpleNamespace(method="ngram")}, None),
         ({"model_config__enable_sleep_mode": True}, "start without --enable-sleep-mode"),
+        ({"model_config__model_impl": "transformers"}, "start without --model-impl"),
+        ({"model_config__model_impl": "vllm"}, None),
         ({"weight_transfer_config": object()}, "start without --weight-transfer-config"),
         (
             {"quant_config": SimpleNamespace(get_name=lambda: "fp8")},

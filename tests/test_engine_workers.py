@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,3 +76,50 @@ async def test_an_engine_that_ends_answers_nobody_and_nobody_waits_for_ever(
     client.errored = True
     with pytest.raises(EditsError, match="the engine has ended"):
         await calling
+
+
+@pytest.mark.parametrize("paused", [True, False])
+async def test_an_engine_that_its_operator_paused_stays_paused(paused: bool) -> None:
+    """Aborting what runs pauses it; only a pause of our own is ended."""
+    said: list[str] = []
+
+    class Engine:
+        async def is_paused(self) -> bool:
+            return paused
+
+        async def pause_generation(self, *, mode: str, clear_cache: bool) -> None:
+            said.append(f"{mode} {clear_cache}")
+            if not paused:
+                raise RuntimeError("no")
+
+        async def resume_generation(self) -> None:
+            said.append("resume")
+
+    with nullcontext() if paused else pytest.raises(RuntimeError):
+        await EngineWorkers(Engine()).abort_all()
+    assert said == ["abort False", *([] if paused else ["resume"])]
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [
+        ("polite@prod", True),
+        ("polite@4f1c9a", True),
+        ("tiny", False),
+        ("ada/tiny", False),
+        ("me@example.org/Model", False),
+    ],
+)
+def test_a_name_of_the_base_that_reads_as_a_variants_is_refused(name: str, refused: bool) -> None:
+    with pytest.raises(UnsupportedHost, match="Choose another name") if refused else nullcontext():
+        frontend._require_plain(["tiny", name])
+
+
+@pytest.mark.parametrize(("value", "refused"), [("1", True), ("0", False), ("", False), (None, False)])
+def test_a_server_for_development_is_refused(monkeypatch: pytest.MonkeyPatch, value: str | None, refused: bool) -> None:
+    """There any client may call what installs versions."""
+    monkeypatch.delenv("VLLM_SERVER_DEV_MODE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("VLLM_SERVER_DEV_MODE", value)
+    with pytest.raises(UnsupportedHost, match="/collective_rpc") if refused else nullcontext():
+        frontend._require_no_development()

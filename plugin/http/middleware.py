@@ -164,9 +164,11 @@ def _with_id(scope: Scope, handle: str) -> Scope:
 
 
 def _route(scope: Scope) -> str:
-    """The path below --root-path."""
+    """The path below --root-path, as Starlette's router has it: only whole parts of it are taken away."""
     path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
+    root: str = scope.get("root_path", "")
+    below = path.removeprefix(root)
+    return below if below in ("", path) or below.startswith("/") else path
 
 
 def _is_ours(scope: Scope) -> bool:

@@ -51,7 +51,7 @@ def _installed(file: str) -> str | None:
 
 def check_config(config: Any) -> None:
     """UnsupportedHost, with all reasons, for ways of running that are not proven exact: see tests/CONFIGURATIONS.md."""
-    reasons = [*_unproven_processes(config.parallel_config), *_unproven_models(config)]
+    reasons = [*_unproven_processes(config.parallel_config), *_unproven_models(config), *_unproven_weights(config)]
     if reasons:
         raise UnsupportedHost("edits are not proven exact with: " + "; ".join(reasons))
 
@@ -71,7 +71,7 @@ def _unproven_processes(parallel: Any) -> Iterator[str]:
 
 
 def _unproven_models(config: Any) -> Iterator[str]:
-    """What is not proven of the base model, and of what stands beside it or takes its place."""
+    """What is not proven of what stands beside the base model or takes a part of its place."""
     if config.lora_config is not None:
         yield "LoRA beside edits; start without --enable-lora"
     speculative = config.speculative_config
@@ -91,6 +91,12 @@ def _unproven_models(config: Any) -> Iterator[str]:
         yield "layers that see a part of a prompt only; start without --kv-sharing-fast-prefill"
     if getattr(config.compilation_config.pass_config, "enable_sp", False):  # off by default, and gone in vLLM 0.33
         yield "activations divided by tokens among workers; start without enable_sp in --compilation-config"
+
+
+def _unproven_weights(config: Any) -> Iterator[str]:
+    """What is not proven of how the base model is built, and of what becomes of its weights."""
+    if config.model_config.model_impl == "transformers":
+        yield "a model built by transformers; start without --model-impl"
     if config.model_config.enable_sleep_mode:
         yield "sleep mode, which may drop what the slots hold; start without --enable-sleep-mode"
     if getattr(config, "weight_transfer_config", None) is not None:

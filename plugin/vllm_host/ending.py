@@ -1,9 +1,12 @@
-"""Ends one request that claims what its slot does not hold, with an error, in the place of the whole engine.
+"""Ends single requests with an error, in the place of the whole engine: those that could be answered by other edits.
 
-A worker finds out just before a step, and only the scheduler can end a request; they may be in different processes. So
-the worker writes the request's id into a file that both have open, and computes the request with the base model. The
-scheduler ends the request before it looks at what the step gave, so no token of it reaches the client. Where no
-scheduler reads, the step is stopped, and the engine with it.
+A worker finds out just before a step that a request claims what its slot does not hold, and only the scheduler can end
+a request; they may be in different processes. So the worker writes the request's id into a file that both have open,
+and computes the request with the base model. The scheduler ends the request before it looks at what the step gave, so
+no token of it reaches the client. Where no scheduler reads, the step is stopped, and the engine with it.
+
+By the same way the scheduler learns whether the plugin's API side has attached itself to the workers. Before that it
+ends every request: whatever front end sent it knows nothing of variants.
 """
 
 from __future__ import annotations
@@ -21,13 +24,20 @@ from plugin.step_filler import FalseClaim
 logger = logging.getLogger("vllm.edits")
 
 
+_FILE, _ATTACHED, _END = "told", "attached", "end "
+_UNATTACHED = (
+    "requests end with an error: what sends them is not the plugin's HTTP side, which has not attached itself to this "
+    "engine. Start it with `vllm-edits serve` or `vllm serve`, or use plugin.offline.Variants in Python"
+)
+
+
 def _folder(config: Any) -> Path:
     """Where the workers of an engine and its scheduler find each other, while they start."""
     return private_folder(f"{config.instance_id}-{config.parallel_config.data_parallel_index}")
 
 
 def _open(config: Any) -> int:
-    return os.open(_folder(config) / "end", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+    return os.open(_folder(config) / _FILE, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
 
 
 class EndsRequests:
@@ -35,45 +45,58 @@ class EndsRequests:
 
     def __init__(self, config: Any) -> None:
         """config: vLLM's, which the scheduler has too."""
+        self._config = config
         self._told = _open(config)
 
     def end(self, request: Any, error: FalseClaim) -> bool:
         """Have a request of vLLM's ended; False where no scheduler reads."""
         if not os.fstat(self._told).st_size:
             return False
-        os.write(self._told, f"{request.req_id}\n".encode())
+        self._tell(f"{_END}{request.req_id}")
         logger.error("request %s ends with an error: %s", request.req_id, error)
         return True
 
+    def attached(self) -> None:
+        """The plugin's API side has attached itself. All that meet in the folder have started: leave none behind."""
+        self._tell(_ATTACHED)
+        shutil.rmtree(_folder(self._config), ignore_errors=True)
 
-def forget_folder(config: Any) -> None:
-    """Leave no folder behind, once all that meet there have started."""
-    shutil.rmtree(_folder(config), ignore_errors=True)
+    def _tell(self, line: str) -> None:
+        os.write(self._told, f"{line}\n".encode())
 
 
 class EndedRequests:
     """The scheduler's side."""
 
     def __init__(self, config: Any) -> None:
+        with_workers = (_folder(config) / _FILE).exists()  # on this machine, that is
         self._told = _open(config)
-        self._read = os.write(self._told, b"\n")  # a line without a request: somebody reads
-        forget_folder(config)
+        self._read = os.write(self._told, b"\n")  # a line that says nothing: somebody reads
+        self.attached = not with_workers
+        """whether requests are known to come from the plugin's API side"""
+        shutil.rmtree(_folder(config), ignore_errors=True)
 
-    def end(self, scheduler: Any) -> dict[int, list[Any]]:
-        """End what workers told of since; the outputs that say so, for each client.
+    def end(self, scheduler: Any, step: Iterable[str]) -> dict[int, list[Any]]:
+        """End what workers told of since, and while nothing is attached every request of a step; the outputs that say
+        so, for each client.
 
         The cache blocks of such a request bear the hashes of the version that it claims, and do not hold what that
         version computes. They leave the prefix cache, and a request that shares one of them ends too.
         """
         new = os.fstat(self._told).st_size - self._read
-        if not new:
+        if not new and self.attached:
             return {}
         from vllm.v1.engine import EngineCoreOutput
         from vllm.v1.request import RequestStatus
 
-        told = os.pread(self._told, new, self._read)
+        lines = os.pread(self._told, new, self._read).decode().split("\n")
         self._read += new
-        ending = set(told.decode().split("\n")) & scheduler.requests.keys()
+        self.attached = self.attached or _ATTACHED in lines
+        ending = {line.removeprefix(_END) for line in lines}
+        if not self.attached:
+            ending |= set(step)
+            logger.error(_UNATTACHED)
+        ending &= scheduler.requests.keys()
         blocks = _blocks(scheduler, ending)
         ending |= {request for request in scheduler.requests if not blocks.isdisjoint(_blocks(scheduler, [request]))}
         scheduler.kv_cache_manager.evict_blocks({block for _, block in blocks})

@@ -8,7 +8,8 @@ import importlib.metadata
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ import vllm
 
 from edit_store.architectures import supported
 from edit_store.bundle import BaseModelRef
-from edit_store.errors import EditsError, UnsupportedHost
+from edit_store.errors import EditsError, NotFound, UnsupportedHost
+from edit_store.refs import Ref
 from plugin.engine_gate import EngineGate
 from plugin.experiments.exposure_log import ExposureLog
 from plugin.experiments.handle import Handles
@@ -82,10 +84,12 @@ class EngineWorkers:
         return [answer for answers in by_engine for answer in answers]
 
     async def abort_all(self) -> None:
+        paused = await self._engine.is_paused()
         try:
             await self._engine.pause_generation(mode="abort", clear_cache=False)
         finally:
-            await self._engine.resume_generation()
+            if not paused:  # else the operator has paused it, and will let it go on
+                await self._engine.resume_generation()
 
 
 class EditsEndpoints:
@@ -113,6 +117,7 @@ class EditsEndpoints:
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Everything that must hold before the first request; an exception here ends the start."""
+        _require_no_development()
         config = engine_client.vllm_config
         load_format = config.load_config.load_format
         if load_format != compat.LOAD_FORMAT:
@@ -126,6 +131,7 @@ class EditsEndpoints:
         models = compat.need(state, "openai_serving_models")
         self._metrics = Metrics()
         base_names = tuple(path.name for path in models.base_model_paths)
+        _require_plain(base_names)
         self._keys = ApiKeys(_api_keys(args), base_names)
         workers = EngineWorkers(engine_client)
         self._owner, description = await self._owning(workers, settings, self._metrics, base_names)
@@ -206,6 +212,26 @@ async def start(
 
 def _path(setting: str | None) -> Path | None:
     return None if setting is None else Path(setting)
+
+
+def _require_no_development() -> None:
+    """UnsupportedHost where any client may call the workers' methods."""
+    if os.environ.get("VLLM_SERVER_DEV_MODE", "0") not in ("", "0"):
+        raise UnsupportedHost(
+            "VLLM_SERVER_DEV_MODE lets every client call the methods by which versions are installed, at "
+            "/collective_rpc: start without it"
+        )
+
+
+def _require_plain(base_names: Iterable[str]) -> None:
+    """UnsupportedHost for a name of the base model that clients would take for a tag or a version of a variant."""
+    for name in base_names:
+        with suppress(NotFound):
+            if "@" in name and Ref.parse(name):
+                raise UnsupportedHost(
+                    f"--served-model-name {name}: that is how a variant's tag or version is named, and the base model "
+                    "would answer in its place. Choose another name"
+                )
 
 
 def _api_keys(args: Any) -> list[str]:

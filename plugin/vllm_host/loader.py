@@ -41,7 +41,7 @@ from plugin.price import price
 from plugin.reading import open_reader
 from plugin.share import Worker
 from plugin.slot_products import EXPRESSIONS
-from plugin.vllm_host import base_files, compat
+from plugin.vllm_host import base_files, compat, front_ends
 from plugin.vllm_host.architectures import anchors
 from plugin.vllm_host.containment import contain
 from plugin.vllm_host.device import check_device, free_for_slots
@@ -89,6 +89,7 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
         if model_config.runner_type == "draft":  # it guesses as the base model would, and the edited one decides
             loader = get_model_loader(dataclasses.replace(self.load_config, load_format=settings.inner_load_format))
             return loader.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        front_ends.require_http()
         compat.check_config(vllm_config)
         check_device(vllm_config.device_config.device)
         inner = self._loader(settings)
@@ -121,6 +122,7 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
         }
         vllm_config.additional_config["edits_products"] = products.name
         vllm_config.additional_config["edits_plugin_version"] = importlib.metadata.version("vllm-edits")
+        ending = EndsRequests(vllm_config)
         edited = EditedModel(
             sites,
             reservation,
@@ -131,13 +133,13 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
             worker=tensor_parallel,
             over_workers=tensor_model_parallel_all_reduce,
             products=products,
-            refused=EndsRequests(vllm_config).end,
+            refused=ending.end,
         )
         contain(model)
         EditsWorker.extend(resolve_obj_by_qualname(vllm_config.parallel_config.worker_cls))
         model.loaded_edits = LoadedEdits(
             edited, base, _ready(edited.prepare, base, settings, settings.host_cache_bytes),
-            weights, _ready(weights.prepare, base, settings, 0),
+            weights, _ready(weights.prepare, base, settings, 0), ending,
         )  # fmt: skip
         use_edits_model_state(model, model.loaded_edits)
         return model
@@ -152,6 +154,7 @@ class LoadedEdits:
     ready: HostCache[Prepared]
     weights: PatchedWeights
     patches: HostCache[Patch]
+    ending: EndsRequests
     runner: str = "V1"
     """Which model runner feeds the token slots; the V2 runner's state says so when it is built."""
 

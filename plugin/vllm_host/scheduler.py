@@ -50,7 +50,7 @@ def _forking(base: Any) -> type:
             super().add_request(request)
 
         def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-            ended = self._ended.end(self)
+            ended = self._ended.end(self, scheduler_output.num_scheduled_tokens)
             outputs = super().update_from_output(scheduler_output, model_runner_output)
             for client, said in ended.items():
                 outputs.setdefault(client, EngineCoreOutputs()).outputs = [*outputs[client].outputs, *said]

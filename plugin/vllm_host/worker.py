@@ -11,7 +11,7 @@ import traceback
 from typing import TYPE_CHECKING, Any
 
 from edit_store.errors import BundleRefused, EditsError
-from plugin.vllm_host import ending, runner_v1
+from plugin.vllm_host import runner_v1
 
 if TYPE_CHECKING:
     from plugin.vllm_host.loader import LoadedEdits
@@ -39,7 +39,7 @@ class EditsWorker:
 
     def _attach(self) -> Answer:
         loaded, runner = self._edits(), self.model_runner  # type: ignore[attr-defined]
-        ending.forget_folder(self.vllm_config)  # type: ignore[attr-defined]
+        loaded.ending.attached()
         if loaded.runner == "V1":
             runner_v1.attach(runner, loaded.edited)
         return {

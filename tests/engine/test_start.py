@@ -126,3 +126,36 @@ def _holds(script: str, model: Path, store: EditStore, *arguments: str, processe
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert "the story holds" in ran.stdout
+
+
+def test_a_file_of_requests_is_answered_by_the_variants_that_it_names(tiny_model: Path, tmp_path: Path) -> None:
+    """And `vllm run-batch`, which would answer every line by the base or not at all, is refused with the way."""
+    store = EditStore(str(tmp_path / "store"), create=True)
+    version = publish(store, random_bundle("loud", base_of(tiny_model), seed=1))
+    asked, answered = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    chat = {"messages": [{"role": "user", "content": "One two three"}], "max_tokens": 6, "temperature": 0}
+    asked.write_text("".join(
+        json.dumps({"custom_id": name, "url": "/v1/chat/completions", "body": {"model": name, **chat}}) + "\n"
+        for name in ("base", "loud", "absent")
+    ))  # fmt: skip
+    flags = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "256"]
+    environment = {**os.environ, **ENVIRONMENT}
+    commands = Path(sys.executable).parent
+    command = [str(commands / "vllm-edits"), "run-batch", str(tiny_model), "--store", store.url, "-i", str(asked),
+               "-o", str(answered), "--served-model-name", "base", *flags]  # fmt: skip
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    assert ran.returncode == 1, ran.stderr[-3000:]
+    assert "2 of 3 requests answered" in ran.stdout
+    answers = {said["custom_id"]: said for said in map(json.loads, answered.read_text().splitlines())}
+    texts = {name: answers[name]["response"]["body"]["choices"][0]["message"]["content"] for name in ("base", "loud")}
+    assert texts["base"] != texts["loud"]
+    assert answers["loud"]["edits"] == {"variant": "loud", "version": version}
+    assert answers["absent"]["response"]["status_code"] == 404
+    settings = json.dumps({"edits": {"store": store.url}})
+    alone = [str(commands / "vllm"), "run-batch", "--model", str(tiny_model), "-i", str(asked),
+             "-o", str(answered), "--load-format", "edits", "--additional-config", settings, *flags]  # fmt: skip
+    refused = subprocess.run(
+        alone, env={**environment, "VLLM_PLUGINS": "edits"}, capture_output=True, text=True, timeout=400, check=False
+    )
+    assert refused.returncode
+    assert "use `vllm-edits run-batch MODEL" in refused.stdout + refused.stderr

@@ -1,0 +1,152 @@
+"""`vllm-edits run-batch`: the requests of a file, answered by a server that lives for that long.
+
+The file is OpenAI's batch format, a JSON object a line: `custom_id`, `url`, `body`. The server is an ordinary one on a
+socket of this machine, so every endpoint, variant, experiment and header works as over the network.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import subprocess
+import tempfile
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import httpx
+
+from edit_store.errors import EditsError, SettingsError
+
+SHOWN, _OURS = 20, "x-edits-"
+_LOOK_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Line:
+    """A request of the file."""
+
+    custom_id: str
+    url: str
+    body: Mapping[str, Any]
+
+
+def read(path: Path) -> list[Line]:
+    """Every request of a file. SettingsError lists the lines that are none."""
+    try:
+        texts = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} cannot be read: {error}") from error
+    found, wrong, seen = list[Line](), list[str](), set[str]()
+    for number, text in enumerate(texts, 1):
+        if text.strip():
+            line, why = _line(text)
+            if line is not None and line.custom_id in seen:
+                why = f"custom_id {line.custom_id!r} is that of a line before"
+            if why or line is None:
+                wrong.append(f"  line {number}: {why}")
+            else:
+                seen.add(line.custom_id)
+                found.append(line)
+    if wrong:
+        more = [f"  and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
+        raise SettingsError("\n".join([f"{path} is no batch of requests:", *wrong[:SHOWN], *more]))
+    if not found:
+        raise SettingsError(f"{path} holds no requests: expected a JSON object a line, with custom_id, url and body")
+    return found
+
+
+def _line(text: str) -> tuple[Line | None, str]:
+    """A line's request, or why it is none."""
+    try:
+        said = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return None, f"no JSON: {error}"
+    if not isinstance(said, dict):
+        return None, "expected an object with custom_id, url and body"
+    custom_id, url, body = said.get("custom_id"), said.get("url"), said.get("body")
+    if not isinstance(custom_id, str) or not custom_id:
+        return None, f"expected a text as custom_id, found {custom_id!r}"
+    if said.get("method", "POST") != "POST" or not isinstance(url, str) or not url.startswith("/"):
+        return None, f"expected POST to a path such as /v1/chat/completions, found {said.get('method', 'POST')} {url!r}"
+    if not isinstance(body, dict):
+        return None, f"expected an object as body, found {body!r:.40}"
+    if body.get("stream"):
+        return None, "stream: an answer here is whole. Leave it out"
+    return Line(custom_id, url, body), ""
+
+
+@contextmanager
+def server(command: Sequence[str], environment: Mapping[str, str], log: TextIO | None = None) -> Any:
+    """A server on a socket of its own; yields the socket's path. EditsError when it ends before it answers."""
+    with tempfile.TemporaryDirectory(prefix="vllm-edits-batch-") as folder:
+        path = f"{folder}/server.sock"
+        process = subprocess.Popen([*command, "--uds", path], env=dict(environment), stdout=log, stderr=log)
+        try:
+            _wait(process, path)
+            yield path
+        finally:
+            process.send_signal(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(60)
+            process.kill()
+
+
+def _wait(process: subprocess.Popen[Any], path: str) -> None:
+    with httpx.Client(transport=httpx.HTTPTransport(uds=path), base_url="http://server") as client:
+        while True:
+            with suppress(httpx.HTTPError):
+                if client.get("/health", timeout=5).status_code == httpx.codes.OK:
+                    return
+            try:
+                raise EditsError(f"the server ended before it answered, with code {process.wait(_LOOK_SECONDS)}")
+            except subprocess.TimeoutExpired:
+                continue
+
+
+async def answer(
+    path: str, lines: Sequence[Line], out: TextIO, *, at_once: int, api_key: str = "",
+    progress: Callable[[], None] = lambda: None,
+) -> int:  # fmt: skip
+    """Send every request, and write each answer when it comes; returns how many were not answered with success."""
+    free, failed = asyncio.Semaphore(at_once), 0
+    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    transport = httpx.AsyncHTTPTransport(uds=path, limits=httpx.Limits(max_connections=None))
+    async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=None) as client:  # noqa: S113
+
+        async def ask(line: Line) -> None:
+            nonlocal failed
+            async with free:
+                said = await _answered(client, line, headers)
+            failed += said["response"] is None or said["response"]["status_code"] >= httpx.codes.BAD_REQUEST
+            out.write(json.dumps(said) + "\n")
+            out.flush()
+            progress()
+
+        async with asyncio.TaskGroup() as group:
+            for line in lines:
+                group.create_task(ask(line))
+    return failed
+
+
+async def _answered(client: httpx.AsyncClient, line: Line, headers: Mapping[str, str]) -> dict[str, Any]:
+    """A line of the answers: OpenAI's, with the variant and the version that the server's headers name."""
+    found: dict[str, Any] = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": line.custom_id, "response": None,
+                             "error": None}  # fmt: skip
+    try:
+        reply = await client.post(line.url, json=line.body, headers=dict(headers))
+    except httpx.HTTPError as error:
+        return {**found, "error": {"code": "no_answer", "message": repr(error)}}
+    try:
+        body = reply.json()
+    except ValueError:
+        body = {"text": reply.text}
+    told = {name[len(_OURS) :]: value for name, value in reply.headers.items() if name.startswith(_OURS)}
+    response = {"status_code": reply.status_code, "request_id": reply.headers.get("x-request-id", ""), "body": body}
+    refused = reply.status_code >= httpx.codes.BAD_REQUEST
+    why = body.get("error", body) if isinstance(body, dict) else body
+    return {**found, "response": response, "error": why if refused else None, "edits": told}

@@ -1,0 +1,151 @@
+"""What `vllm-edits serve` starts: `vllm serve` with the plugin's flags beside the operator's, none of which is lost.
+
+vLLM takes the last of equal flags and a flag before the file of --config, so that the plugin's settings could be
+overruled, or the operator's be dropped, without a word. Here they are put together, or refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from edit_store.errors import SettingsError
+from plugin.claim import SCHEDULER
+from server_config.settings import KEY
+
+PLUGIN, VARIABLE = "edits", "VLLM_PLUGINS"
+_LOADED_WITHOUT_BEING_NAMED = (
+    "vllm.general_plugins", "vllm.platform_plugins", "vllm.io_processor_plugins", "vllm.stat_logger_plugins"
+)  # fmt: skip
+"""Groups of vLLM's plugins of which all are loaded as long as the variable is not set."""
+OURS = {"--load-format": PLUGIN, "--scheduler-cls": SCHEDULER}
+
+
+class Flags:
+    """The flags that are handed on to vLLM, and the file that --config names."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = list(words)
+        self._given = dict(_pairs(words))
+        named = self._given.get("--config")
+        self.file: Mapping[str, Any] = {} if named is None else _yaml(named)
+
+    def get(self, flag: str) -> Any:
+        """The value that vLLM will take, or None."""
+        if flag in self._given:
+            return self._given[flag]
+        plain = flag.removeprefix("--")
+        return next((self.file[key] for key in (plain, plain.replace("-", "_")) if key in self.file), None)
+
+    def dotted(self, flag: str) -> list[str]:
+        """Flags that give a part of that one's value."""
+        return [name for name in self._given if name.startswith(f"{flag}.")]
+
+    def without(self, flag: str) -> list[str]:
+        """The words without a flag and its value."""
+        kept: list[str] = []
+        for place, word in enumerate(self.words):
+            if _name(word) == flag or (place and self.words[place - 1] == _spelled(self.words[place - 1], flag)):
+                continue
+            kept.append(word)
+        return kept
+
+
+def _name(word: str) -> str:
+    """A flag as vLLM knows it: it takes underscores for dashes."""
+    return word.partition("=")[0].replace("_", "-") if word.startswith("--") else word
+
+
+def _spelled(word: str, flag: str) -> str:
+    """The word itself, if it is that flag and its value is another word."""
+    return word if _name(word) == flag and "=" not in word else ""
+
+
+def _pairs(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for place, word in enumerate(words):
+        if word.startswith("--"):
+            _, equals, value = word.partition("=")
+            following = words[place + 1] if place + 1 < len(words) else ""
+            yield _name(word), value if equals else "" if following.startswith("--") else following
+
+
+def _yaml(path: str) -> Mapping[str, Any]:
+    try:
+        found = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise SettingsError(f"--config {path} cannot be read: {error}") from error
+    if not isinstance(found or {}, Mapping):
+        raise SettingsError(f"--config {path}: expected flags of vLLM by name, found {type(found).__name__}")
+    return found or {}
+
+
+def arguments(model: str, settings: Mapping[str, Any], flags: Flags) -> list[str]:
+    """The words behind `vllm`. SettingsError with every flag that would overrule what the plugin needs."""
+    wrong = [
+        f"{flag} is {flags.get(flag)!r}, and edits need {needed!r}: leave it out{_instead(flag)}"
+        for flag, needed in OURS.items()
+        if flags.get(flag) not in (None, needed)
+    ]
+    more, why = _additional(flags.get("--additional-config"))
+    wrong += [f"--additional-config: {reason}" for reason in why]
+    wrong += [f"{each}: give --additional-config as one JSON object" for each in flags.dotted("--additional-config")]
+    if wrong:
+        raise SettingsError("; ".join(wrong))
+    config = json.dumps({**more, KEY: dict(settings)})
+    ours = [word for pair in {**OURS, "--additional-config": config}.items() for word in pair]
+    return ["serve", model, *ours, *flags.without("--additional-config")]
+
+
+def _instead(flag: str) -> str:
+    return ", and set inner_load_format with --set" if flag == "--load-format" else ""
+
+
+def _additional(given: Any) -> tuple[dict[str, Any], list[str]]:
+    """The operator's own additional config, and what is wrong with it."""
+    if given is None:
+        return {}, []
+    try:
+        found = json.loads(given) if isinstance(given, str) else given
+    except ValueError:
+        return {}, [f"expected JSON, found {given!r}"]
+    if not isinstance(found, Mapping):
+        return {}, [f"expected an object, found {given!r}"]
+    if KEY in found:
+        return {}, [f"holds settings under {KEY!r}: give them with --set, or start vLLM itself"]
+    return dict(found), []
+
+
+@dataclass(frozen=True)
+class Plugins:
+    """Which plugins of vLLM's are turned on."""
+
+    names: tuple[str, ...]
+    remarks: tuple[str, ...] = ()
+    """what the operator should know"""
+
+
+def plugins(named: str | None) -> Plugins:
+    """What VLLM_PLUGINS must be, given what it is now: that and `edits`. Unset it means all, so all are named then."""
+    installed = {each.name for group in _LOADED_WITHOUT_BEING_NAMED for each in entry_points(group=group)}
+    if named is None:
+        return Plugins(tuple(sorted({*installed, PLUGIN})), tuple(_turned_on(installed - {PLUGIN})))
+    asked = [name.strip() for name in named.split(",") if name.strip()]
+    known = {name.lower(): name for name in (*installed, PLUGIN)}
+    remarks = [
+        f"{VARIABLE} names {name!r}, which is not installed"
+        + (f": did you mean {known[name.lower()]!r}" if name.lower() in known else "")
+        for name in asked
+        if name not in known.values()
+    ]
+    return Plugins(tuple(dict.fromkeys([*asked, PLUGIN])), tuple(remarks))
+
+
+def _turned_on(others: Iterable[str]) -> Iterator[str]:
+    if names := ", ".join(sorted(others)):
+        yield f"{VARIABLE} was not set, so that every installed plugin is loaded: named besides {PLUGIN} are {names}"

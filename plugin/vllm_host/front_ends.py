@@ -1,0 +1,49 @@
+"""Which program has started this engine, and whether the plugin's HTTP side can be in it.
+
+Some of vLLM's front ends attach no endpoint plugin: they would serve the base model to all, and know no variant. Those
+that can be told by their command are refused while the engine starts. Any other is found out by the scheduler: until
+the plugin's HTTP side has attached itself, requests end with an error (ending.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import psutil
+
+from edit_store.errors import UnsupportedHost
+
+_BATCH = "`vllm run-batch` attaches no plugin: use `vllm-edits run-batch MODEL --store … -i … -o …`"
+_GRPC = "`vllm serve --grpc` attaches no plugin, and its clients could name no variant: serve over HTTP"
+_RUST = "VLLM_USE_RUST_FRONTEND attaches no plugin: leave it out"
+
+
+def require_http() -> None:
+    """UnsupportedHost when this engine was started by a front end that the plugin cannot be part of."""
+    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
+        raise UnsupportedHost(_RUST)
+    for words in _commands():
+        if why := refused(words):
+            raise UnsupportedHost(why)
+
+
+def refused(words: Sequence[str]) -> str:
+    """Why a command's engine cannot serve edits, or ''."""
+    if "--grpc" in words or any("grpc_server" in word for word in words[:4]):
+        return _GRPC
+    place = words.index("run-batch") if "run-batch" in words[1:3] else 0
+    if place and Path(words[place - 1]).name == "vllm":
+        return _BATCH
+    return _BATCH if any(word.endswith(".run_batch") for word in words[:4]) else ""
+
+
+def _commands() -> Iterable[list[str]]:
+    """The command of this process, and of those that started it."""
+    process = psutil.Process()
+    for each in (process, *process.parents()):
+        try:
+            yield each.cmdline()
+        except psutil.Error:
+            return

@@ -1,0 +1,120 @@
+"""A file of requests: what is refused before a model is loaded, and what is written of each answer."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, PlainTextResponse
+
+from edit_store.errors import EditsError, SettingsError
+from plugin import run_batch
+
+pytestmark = pytest.mark.anyio
+GOOD: dict[str, Any] = {"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": {"model": "polite"}}
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def test_a_file_is_read_line_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n\n" + json.dumps({**GOOD, "custom_id": "é"}) + "\n")
+    assert [line.custom_id for line in run_batch.read(path)] == ["1", "é"]
+    assert run_batch.read(path)[0] == run_batch.Line("1", "/v1/completions", {"model": "polite"})
+
+
+def test_every_bad_line_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    bad = [
+        "{", "[1]", json.dumps({**GOOD, "custom_id": 1}), json.dumps({**GOOD, "method": "GET"}),
+        json.dumps({**GOOD, "url": "v1"}), json.dumps({**GOOD, "body": []}), json.dumps(GOOD),
+        json.dumps({**GOOD, "custom_id": "2", "body": {"stream": True}}), "[" * 100_000,
+    ]  # fmt: skip
+    path.write_text("\n".join([json.dumps(GOOD), *bad]))
+    with pytest.raises(SettingsError) as error:
+        run_batch.read(path)
+    said = str(error.value).splitlines()
+    assert len(said) == 1 + len(bad)
+    reasons = ["no JSON", "expected an object", "text as custom_id, found 1", "found GET", "found POST 'v1'",
+               "an object as body", "that of a line before", "Leave it out", "no JSON"]  # fmt: skip
+    for number, reason in enumerate(reasons, 2):
+        assert any(line.startswith(f"  line {number}: ") and reason in line for line in said), (number, said)
+    path.write_text("{\n" * 100)
+    with pytest.raises(SettingsError, match="and 80 more"):
+        run_batch.read(path)
+
+
+@pytest.mark.parametrize("contents", [b"", b"\n\n", b"\xff", None])
+def test_a_file_without_requests_is_refused(tmp_path: Path, contents: bytes | None) -> None:
+    path = tmp_path / "in.jsonl"
+    if contents is not None:
+        path.write_bytes(contents)
+    with pytest.raises(SettingsError, match=r"holds no requests|cannot be read"):
+        run_batch.read(path)
+
+
+async def test_answers_are_written_as_they_come_with_the_version_and_what_failed(tmp_path: Path) -> None:
+    app, running, most = FastAPI(), 0, 0
+
+    @app.post("/v1/completions")
+    async def complete(body: dict[str, Any]) -> Any:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.02)
+        running -= 1
+        if body["model"] == "absent":
+            return JSONResponse({"error": {"message": "no such model"}}, 404)
+        return JSONResponse({"said": body["model"]}, headers={"x-edits-version": "abc", "x-request-id": "r"})
+
+    @app.post("/odd")
+    async def odd() -> Any:
+        return PlainTextResponse("no JSON")
+
+    path = str(tmp_path / "socket")
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(path)
+    serving = asyncio.create_task(server.serve([listening]))
+    while not server.started:  # noqa: ASYNC110  uvicorn has no event for it
+        await asyncio.sleep(0.01)
+    lines = [run_batch.Line(str(number), "/v1/completions", {"model": "polite"}) for number in range(8)]
+    lines += [run_batch.Line("bad", "/v1/completions", {"model": "absent"}), run_batch.Line("odd", "/odd", {})]
+    out, seen = io.StringIO(), 0
+
+    def progress() -> None:
+        nonlocal seen
+        seen += 1
+        assert len(out.getvalue().splitlines()) == seen
+
+    failed = await run_batch.answer(path, lines, out, at_once=3, progress=progress)
+    server.should_exit = True
+    await serving
+    listening.close()
+    answers = {said["custom_id"]: said for said in map(json.loads, out.getvalue().splitlines())}
+    assert (failed, seen, most, len(answers)) == (1, 10, 3, 10)
+    assert answers["0"]["response"] == {"status_code": 200, "request_id": "r", "body": {"said": "polite"}}
+    assert (answers["0"]["edits"], answers["0"]["error"]) == ({"version": "abc"}, None)
+    assert (answers["bad"]["response"]["status_code"], answers["bad"]["error"]) == (404, {"message": "no such model"})
+    assert answers["odd"]["response"]["body"] == {"text": "no JSON"}
+    gone = await run_batch.answer(path, lines[:1], out, at_once=1)
+    assert gone == 1
+    assert json.loads(out.getvalue().splitlines()[-1])["error"]["code"] == "no_answer"
+
+
+def test_a_server_that_ends_is_told() -> None:
+    with (
+        pytest.raises(EditsError, match="ended before it answered, with code 3"),
+        run_batch.server(["sh", "-c", "exit 3"], {}),
+    ):
+        pass
