@@ -53,7 +53,8 @@ def _forking(base: Any) -> type:
             ended = self._ended.end(self, scheduler_output.num_scheduled_tokens)
             outputs = super().update_from_output(scheduler_output, model_runner_output)
             for client, said in ended.items():
-                outputs.setdefault(client, EngineCoreOutputs()).outputs = [*outputs[client].outputs, *said]
+                told = outputs.setdefault(client, EngineCoreOutputs())
+                told.outputs = [*told.outputs, *said]
             return outputs
 
     return ForkingScheduler

@@ -19,8 +19,11 @@ def main(model: str, store_folder: str) -> None:
         model, load_format="edits", additional_config=settings, dtype="float32", max_model_len=512, seed=0,
         scheduler_cls=SCHEDULER, enable_prefix_caching=True, block_size=32,
     )  # fmt: skip
-    variants, engine = Variants(llm), llm.llm_engine
-    params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+    engine, params = llm.llm_engine, SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+    # Nothing of the plugin has attached itself: it is not known what sends this.
+    (unattached,) = llm.generate(PROMPT, params, use_tqdm=False)
+    assert (unattached.outputs[0].finish_reason, list(unattached.outputs[0].token_ids)) == ("error", [])
+    variants = Variants(llm)
 
     def add(request_id: str, name: str | None, *, claim: Any = None) -> None:
         lease = variants._loop.run_until_complete(variants._lease(name, None))
