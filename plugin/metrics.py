@@ -5,6 +5,11 @@ Only the API process exports. Names start with `vllm_edits_`: vLLM unregisters e
 
 from __future__ import annotations
 
+import os
+from collections import Counter as Counted
+from collections import OrderedDict
+from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +22,9 @@ UNKNOWN = "unknown"
 """Variant of a request that named none that is served."""
 
 Seconds = tuple[float, ...]
+_Pair = tuple[str, str]
+"""A variant and the first digits of its version."""
+_SEVERAL_PROCESSES = "PROMETHEUS_MULTIPROC_DIR"
 
 # The edges of vLLM's own latency histograms, so that panels line up; a test compares them with vLLM's.
 REQUEST: Seconds = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
@@ -140,6 +148,18 @@ METRICS = (
         "1 for the version a variant serves, 0 for one it served before.",
         ("variant", "version"),
     ),
+    Metric(
+        "variants_info",
+        "gauge",
+        "Variants with running and with waiting requests, in the labels of vLLM's lora_requests_info; when it changed.",
+        ("running_lora_adapters", "waiting_lora_adapters", "max_lora"),
+    ),
+    Metric(
+        "server_info",
+        "gauge",
+        "1; what every series here can be joined with to name the base model.",
+        ("model_name", "plugin", "vllm"),
+    ),
 )
 
 
@@ -175,10 +195,16 @@ class Metrics:
     experiment_rollbacks: Counter
     exposures_lost: Gauge
     variant_info: Gauge
+    variants_info: Gauge
+    server_info: Gauge
 
     def __init__(self, registry: CollectorRegistry = REGISTRY, *, label_limit: int = 256) -> None:
         self._label_limit = label_limit
-        self._pairs: set[tuple[str, str]] = set()
+        self._pairs: OrderedDict[_Pair, None] = OrderedDict()  # least recently used first
+        self._served: AbstractSet[_Pair] = frozenset()
+        self._in_flight: Counted[_Pair] = Counted()
+        self._counted_as: dict[_Pair, str] = {}
+        self._variants: tuple[str, str, str] | None = None
         for metric in METRICS:
             name = PREFIX + metric.name
             made: Counter | Gauge | Histogram | Summary
@@ -197,12 +223,64 @@ class Metrics:
     def labels(self, variant: str, version: str | None) -> tuple[str, str]:
         """Label values for a variant and its version (12 digits; empty for the base), bounded in number.
 
-        The first `label_limit` pairs keep their names; later ones are counted as `other`, so that no stream of
-        promotions can fill a Prometheus.
+        What is served has labels of its own. Others have them up to `label_limit` pairs: a new one takes the place of
+        the pair that was used least recently, and is `other` where none can go, so that no stream of promotions fills a
+        Prometheus.
         """
-        pair = variant, (version or "")[:12]
-        if pair not in self._pairs:
-            if len(self._pairs) >= self._label_limit:
-                return OTHER, OTHER
-            self._pairs.add(pair)
+        pair = _pair(variant, version)
+        if pair in self._pairs:
+            self._pairs.move_to_end(pair)
+        elif len(self._pairs) < self._label_limit or self._make_place() or pair in self._served:
+            self._pairs[pair] = None
+        else:
+            return OTHER, OTHER
         return pair
+
+    def serves(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """Say which versions of which variants are served from now on."""
+        self._served = frozenset(_pair(*each) for each in pairs)
+
+    def _make_place(self) -> bool:
+        """Forget the series of a pair that is neither served nor in flight; whether there was one."""
+        if _SEVERAL_PROCESSES in os.environ:  # there a series that is removed comes back from its file
+            return False
+        kept = self._served | self._in_flight.keys()
+        gone = next((pair for pair in self._pairs if pair not in kept and pair[1]), None)
+        if gone is None:
+            return False
+        del self._pairs[gone]
+        last = all(variant != gone[0] for variant, _ in self._pairs)
+        for metric in METRICS:
+            if metric.labels[:2] == ("variant", "version"):
+                getattr(self, metric.name).remove_by_labels({"variant": gone[0], "version": gone[1]})
+            elif last and metric.labels == ("variant",):
+                getattr(self, metric.name).remove_by_labels({"variant": gone[0]})
+        return True
+
+    def enter(self, variant: str, version: str | None) -> None:
+        """Count a request in. Its labels stay what they are until it has left."""
+        pair = _pair(variant, version)
+        if not self._in_flight[pair]:
+            self._counted_as[pair] = self.labels(variant, version)[0]
+        self._in_flight[pair] += 1
+        self.requests_in_flight.labels(self._counted_as[pair]).inc()
+
+    def leave(self, variant: str, version: str | None) -> None:
+        """Count a request out."""
+        pair = _pair(variant, version)
+        self.requests_in_flight.labels(self._counted_as[pair]).dec()
+        self._in_flight[pair] -= 1
+        if not self._in_flight[pair]:
+            del self._in_flight[pair], self._counted_as[pair]
+
+    def tell_variants(self, running: Iterable[str], waiting: Iterable[str], slots: int) -> None:
+        """Say which variants have running requests, and which have waiting ones, if that is anything new."""
+        variants = ",".join(sorted(running)), ",".join(sorted(waiting)), str(slots)
+        if variants != self._variants and _SEVERAL_PROCESSES not in os.environ:
+            self._variants = variants
+            self.variants_info.clear()
+            self.variants_info.labels(*variants).set_to_current_time()
+
+
+def _pair(variant: str, version: str | None) -> _Pair:
+    return variant, (version or "")[:12]

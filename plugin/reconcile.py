@@ -116,6 +116,8 @@ class Reconciler:
         self._refused: dict[tuple[str, str], Refusal] = {}
         self._troubles: Mapping[tuple[str, str], EditsError] = {}
         self._in_flight: Counter[tuple[str, str | None]] = Counter()
+        self._waiting: Counter[str] = Counter()
+        """requests in flight that have no slot yet, by variant"""
         self._syncing = asyncio.Lock()
         self._weights = WeightsMode(
             weights_key, partial(ask, workers), running=weights_running, patience_seconds=weights_patience_seconds,
@@ -177,6 +179,7 @@ class Reconciler:
                         continue
                     swaps.append(await self._follow_tag(entry))
             await self.experiments.follow(look.experiments, look.passed_over)
+            self._tell_served()
             return swaps
 
     def _note_troubles(self, troubles: Mapping[tuple[str, str], EditsError]) -> None:
@@ -314,8 +317,14 @@ class Reconciler:
                 self._metrics.variant_info.labels(*self._metrics.labels(entry.name, old)).set(0)
             if old not in self.table.versions():
                 self.slots.retire(old)
+        self._tell_served()
         if new is not None:
             self._metrics.variant_info.labels(*self._metrics.labels(entry.name, new)).set(1)
+
+    def _tell_served(self) -> None:
+        """Name what is served, by tags and by arms of experiments, to those who count."""
+        promoted = ((name, version) for name, tags in self.table.promoted.items() for version in tags.values())
+        self._metrics.serves([*promoted, *self.experiments.versions()])
 
     # -- lending slots ---------------------------------------------------------------------------------------------
 
@@ -409,22 +418,45 @@ class Reconciler:
         self._count_in(choice)
         try:
             in_slot = choice.version is not None and not choice.in_weights
-            slot = await self.slots.acquire(choice.version) if in_slot and choice.version else 0
+            slot = await self._slot_of(choice, choice.version) if in_slot and choice.version else 0
         except BaseException:
             self._count_out(choice)
             raise
         return Lease(choice, slot, self._release)
 
+    async def _slot_of(self, choice: Choice, version: str) -> int:
+        if self.slots.residency.is_open(version):
+            return await self.slots.acquire(version)
+        self._waiting[choice.variant] += 1
+        self._tell_variants()
+        try:
+            return await self.slots.acquire(version)
+        finally:
+            self._waiting[choice.variant] -= 1
+            self._tell_variants()
+
+    def _tell_variants(self) -> None:
+        """Export which variants run, and which wait for a slot."""
+        inside = Counter[str]()
+        for (name, version), count in self._in_flight.items():
+            inside[name] += count if version is not None else 0
+        running = {name for name, count in inside.items() if count > self._waiting[name]}
+        waiting = {name for name, count in self._waiting.items() if count} - running
+        self._metrics.tell_variants(running, waiting, self.slots.residency.slots)
+
     def _count_in(self, choice: Choice) -> None:
         self._in_flight[choice.variant, choice.version] += 1
-        self._metrics.requests_in_flight.labels(self._metrics.labels(choice.variant, choice.version)[0]).inc()
+        self._metrics.enter(choice.variant, choice.version)
+        if self._in_flight[choice.variant, choice.version] == 1:
+            self._tell_variants()
 
     def _count_out(self, choice: Choice) -> None:
         variant, version = choice.variant, choice.version
         self._in_flight[variant, version] -= 1
         if not self._in_flight[variant, version]:
             del self._in_flight[variant, version]
-        self._metrics.requests_in_flight.labels(self._metrics.labels(variant, version)[0]).dec()
+            self._tell_variants()
+        self._metrics.leave(variant, version)
         self._weights.left()
 
     def _release(self, lease: Lease) -> None:

@@ -57,15 +57,81 @@ def test_labels_are_the_variant_and_twelve_digits_of_the_version() -> None:
 @cheaply
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.sampled_from([None, V1, V2])), max_size=40), st.integers(1, 6))
 def test_no_stream_of_promotions_can_fill_a_prometheus(pairs: list[tuple[str, str | None]], limit: int) -> None:
-    """At most `limit` pairs have names of their own, and a pair that has them keeps them."""
-    metrics = Metrics(CollectorRegistry(), label_limit=limit)
-    named: dict[tuple[str, str | None], tuple[str, str]] = {}
-    for pair in pairs:
-        labels = metrics.labels(*pair)
-        assert labels == named.setdefault(pair, labels)
-        assert labels in {(pair[0], (pair[1] or "")[:12]), (OTHER, OTHER)}
-    own = [labels for labels in named.values() if labels != (OTHER, OTHER)]
-    assert len(own) == min(limit, len(named))
+    """At most `limit` pairs have series at a time, those used last; the base keeps what it has."""
+    registry = CollectorRegistry()
+    metrics = Metrics(registry, label_limit=limit)
+    for variant, version in pairs:
+        labels = metrics.labels(variant, version)
+        assert labels in {(variant, (version or "")[:12]), (OTHER, OTHER)}
+        metrics.tokens.labels(*labels, "prompt").inc()
+        named = {labels for labels in series(registry, "tokens") if labels != (OTHER, OTHER)}
+        assert len(named) <= limit
+        assert labels in named or all(not digits for _, digits in named), "only the base's may keep all places"
+
+
+def series(registry: CollectorRegistry, name: str) -> set[tuple[str, str]]:
+    """Variant and version of each series of a metric."""
+    return {
+        (sample.labels["variant"], sample.labels["version"])
+        for metric in registry.collect()
+        if metric.name == PREFIX + name
+        for sample in metric.samples
+    }
+
+
+def test_what_is_served_has_series_of_its_own_and_what_has_gone_gives_its_place_back() -> None:
+    """Four hundred variants of one request each; then the store promotes others, and one request goes on meanwhile."""
+    registry = CollectorRegistry()
+    metrics = Metrics(registry, label_limit=256)
+    first = [(f"old-{number}", V1) for number in range(400)]
+    metrics.serves(first)
+    for pair in first:
+        metrics.enter(*pair)
+        metrics.tokens.labels(*metrics.labels(*pair), "prompt").inc()
+        metrics.request_seconds.labels(metrics.labels(*pair)[0]).observe(1)
+        if pair != first[0]:
+            metrics.leave(*pair)
+    assert series(registry, "tokens") == {(name, version[:12]) for name, version in first}
+    second = [(f"new-{number}", V2) for number in range(400)]
+    metrics.serves(second)
+    for pair in second:
+        metrics.enter(*pair)
+        metrics.tokens.labels(*metrics.labels(*pair), "prompt").inc()
+        metrics.request_seconds.labels(metrics.labels(*pair)[0]).observe(1)
+        metrics.leave(*pair)
+    assert series(registry, "tokens") == {(name, version[:12]) for name, version in [first[0], *second]}
+    metrics.leave(*first[0])
+    in_flight = {sample.labels["variant"]: sample.value for metric in registry.collect()
+                 if metric.name == PREFIX + "requests_in_flight" for sample in metric.samples}  # fmt: skip
+    assert set(in_flight.values()) == {0}
+    assert in_flight.keys() == {name for name, _ in [first[0], *second]}
+    assert registry.get_sample_value(PREFIX + "request_seconds_count", {"variant": "old-7"}) is None
+    assert registry.get_sample_value(PREFIX + "request_seconds_count", {"variant": "new-7"}) == 1
+
+
+def test_with_several_processes_a_place_is_not_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a series that is removed comes back from its file: what is not served is `other` then."""
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/none")
+    metrics = Metrics.__new__(Metrics)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PROMETHEUS_MULTIPROC_DIR")
+        metrics.__init__(CollectorRegistry(), label_limit=1)  # type: ignore[misc]
+    metrics.serves([("served", V1)])
+    assert metrics.labels("polite", V1) == ("polite", "1" * 12)
+    assert metrics.labels("strict", V1) == (OTHER, OTHER)
+    assert metrics.labels("served", V1) == ("served", "1" * 12)
+
+
+def test_a_router_sees_which_variants_run_and_wait() -> None:
+    """One series at a time, in the labels by which endpoint pickers know adapters."""
+    registry = CollectorRegistry()
+    metrics = Metrics(registry)
+    for running, waiting in ((["b", "a"], []), ([], ["c"]), ([], [])):
+        metrics.tell_variants(running, waiting, 4)
+        (labels,) = [sample.labels for metric in registry.collect() if metric.name == PREFIX + "variants_info"
+                     for sample in metric.samples]  # fmt: skip
+        assert labels == {"running_lora_adapters": ",".join(sorted(running)), "max_lora": "4",
+                          "waiting_lora_adapters": ",".join(waiting)}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import asyncio
 import json
 import random
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -485,6 +485,29 @@ async def test_a_request_waits_while_every_slot_is_in_use(server: Server) -> Non
     for flight in (flights[0], flights[2]):
         flight.end()
     server.check()
+
+
+async def test_a_router_is_told_which_variants_run_and_which_wait(server: Server) -> None:
+    """The names that clients use; one that runs and waits runs. When nobody is there, none is told."""
+
+    def told() -> tuple[str, str]:
+        (labels,) = [sample.labels for metric in server.registry.collect() if metric.name.endswith("variants_info")
+                     for sample in metric.samples]  # fmt: skip
+        assert labels["max_lora"] == str(SLOTS)
+        return labels["running_lora_adapters"], labels["waiting_lora_adapters"]
+
+    names = await promote_many(server, SLOTS + 1)
+    with ExitStack() as held:
+        leases = [await server.core.lease(name) for name in names[:SLOTS]]
+        for lease in leases:
+            held.enter_context(lease.hold())
+        assert told() == (",".join(sorted(names[:SLOTS])), "")
+        waiting = asyncio.create_task(server.core.lease(names[SLOTS]))
+        assert not await soon(waiting)
+        assert told() == (",".join(sorted(names[:SLOTS])), names[SLOTS])
+    with (await waiting).hold():
+        assert told() == (names[SLOTS], "")
+    assert told() == ("", "")
 
 
 async def test_a_swap_waits_for_a_slot_too(server: Server) -> None:

@@ -153,6 +153,10 @@ class ServedExperiments:
         """Whether that is a version, as `name@version`, which an arm names and is ready here."""
         return model in self._servable
 
+    def versions(self) -> list[tuple[str, str]]:
+        """Name and version of what arms name and is ready here."""
+        return [(name, version) for name, _, version in (each.partition("@") for each in self._servable)]
+
     # -- deciding ----------------------------------------------------------------------------------------------------
 
     @property

@@ -136,6 +136,9 @@ class EditsEndpoints:
         workers = EngineWorkers(engine_client)
         self._owner, description = await self._owning(workers, settings, self._metrics, base_names)
         owner = self._owner
+        self._metrics.server_info.labels(base_names[0], importlib.metadata.version("vllm-edits"), vllm.__version__).set(
+            1
+        )
         gate = EngineGate(engine_client, owner.renew, forks=forks(config), lease_of=lease_of(owner), note=owner.ended)
         put_before_handlers(state, {engine_client: gate, models: ServedModels(models, self._owner.served)})
         logger.info("%s; %s", versions(config), description)
