@@ -38,7 +38,7 @@ def products_for(device: torch.device, dtype: torch.dtype) -> SlotProducts:
     except (OSError, subprocess.CalledProcessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip()
         logger.warning(
-            "edits of a rank above one are slower than they could be: %s could not be compiled (%s). "
+            "edits of a rank above one are slower than they could be: %s could not be compiled or loaded (%s). "
             "Install g++ or name a compiler with CXX; TORCH_EXTENSIONS_DIR is where the result is kept",
             SOURCE.name, said[-500:],
         )  # fmt: skip

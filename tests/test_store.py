@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from edit_store.errors import (
     StoreCorrupt,
     StoreUnavailable,
 )
+from tests.conftest import random_bundle
 from tests.fakes import BASE, FlakyBackend, Overtaken, cheaply
 
 PROVENANCE = Provenance(tool="tests", method="by hand")
@@ -560,3 +562,57 @@ def test_every_stored_json_object_is_canonical(folder: EditStore) -> None:
     assert len(found) == 1 + 2 + 2 + 1 + 2
     for path in found:
         assert canonical_json(json.loads(path.read_bytes())) == path.read_bytes()
+
+
+READS_ONLY = """
+import os, sys
+from pathlib import Path
+from edit_store import EditStore
+from edit_store.cache import NodeCache
+from edit_store.errors import EditsError
+from edit_store.reader import Reader
+from tests.conftest import random_bundle
+from tests.fakes import BASE
+
+bundle, (url, cache, version) = random_bundle("polite", BASE, seed=2), sys.argv[1:]
+bundle.version.encode("utf-16be")  # so that no module is looked for once this user may not
+os.setgid(54321), os.setuid(54321)
+reader = Reader(EditStore(url), None, NodeCache(Path(cache)))
+assert reader.look().heads["polite"]["prod"].version == version
+assert len(reader.bundle(version).tensor_bytes)
+store = EditStore(url)
+promote, withdraw = lambda: store.promote(f"polite@{version}"), lambda: store.withdraw("polite")
+for write in (lambda: store.publish(bundle), promote, withdraw):
+    try:
+        write()
+    except EditsError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="becomes a user that may only read")
+@pytest.mark.parametrize("form", ["a folder", "a projected volume"])
+def test_a_store_that_may_only_be_read_is_followed_and_never_half_written(tmp_path: Path, form: str) -> None:
+    """Mounted read-only, or as Kubernetes projects files, by links through ..data. Writers are refused at once."""
+    folder = tmp_path / "store"
+    store = EditStore(str(folder), create=True)
+    version = store.publish(random_bundle("polite", BASE, seed=1))
+    store.promote(f"polite@{version}")
+    if form == "a projected volume":
+        projected = tmp_path / "projected"
+        shutil.copytree(folder, projected / "..2026_11_27")
+        (projected / "..data").symlink_to("..2026_11_27")
+        for each in folder.iterdir():
+            (projected / each.name).symlink_to(f"..data/{each.name}")
+        folder = projected
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    before = sorted(map(str, folder.rglob("*")))
+    for each in (tmp_path.parent.parent, tmp_path.parent, tmp_path, folder, *folder.rglob("*")):
+        each.chmod(0o755 if each.is_dir() else 0o444)
+    cache.chmod(0o777)
+    command = [sys.executable, "-c", READS_ONLY, str(folder), str(cache), version]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("Permission denied") == 3, ran.stdout
+    assert sorted(map(str, folder.rglob("*"))) == before
