@@ -6,7 +6,9 @@ This is the worker's only state. No vLLM here: the loader hands over the modules
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +114,7 @@ class EditedModel:
         self._gates: dict[int, list[Counted]] = {}
         self._filler = StepFiller(self.step, self.slot_of, self._scopes, slots=slots, refused=refused)
         self._output: Tensor | None = None
+        self._at_logits: LogitsEdits | None = None
         most = max_tokens if reservation.edits_logits else 0
         self._last_rows = DeviceRows(torch.zeros(most, dtype=torch.int64, device=device), 0)
         """the rows of requests' last tokens"""
@@ -122,6 +125,7 @@ class EditedModel:
         taps = {site: self._tap(site, anchors[site]) for site in sorted({*reservation.sites(), *read_elsewhere})}
         joining = {place for place in reservation.rooms if _joins_sum(place, reservation, anchors)}
         within = {site: self._tap_within(site, anchors[site]) for site in {place.site for place in joining}}
+        self._taps = [*taps.items(), *within.items()]
         for site in read_elsewhere:
             if site.point != "final":  # read by the logits, which are given it
                 taps[site].carries_as = str(site)
@@ -164,7 +168,7 @@ class EditedModel:
         carried = self._carried.setdefault(site.layer, Carried())
         if site.point == "logits":
             tap = Tap(Step(1, 1, self.step.slots.device), anchor.share.width, carried)
-            module.edits = LogitsEdits(tap, self.step, self._logit_rows)
+            module.edits = self._at_logits = LogitsEdits(tap, self.step, self._logit_rows)
             module.__class__ = edited_logits(module.__class__)
             return tap
         tap = Tap(self.step, anchor.share.width, carried, anchor.share.sum(self._over_workers))
@@ -258,6 +262,33 @@ class EditedModel:
              {edit: int(counts[firings][slot, columns].sum()) for edit, firings, columns in self._gates[slot]})
             for slot in gated
         ]  # fmt: skip
+
+    # -- proof ---------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def watched(self) -> Iterator[Counter[str]]:
+        """Inside, how often the model's forward reaches each place at which it can be edited, by site."""
+        reached = Counter({str(site): 0 for site, _ in self._taps})
+        watching: list[tuple[Any, str, str]] = []
+        for site, tap in self._taps:
+            at_logits = site.point == "logits"
+            watching += [(self._at_logits if at_logits else tap, name, str(site))
+                         for name in (("edited",) if at_logits else ("edited", "edited_stream"))]  # fmt: skip
+
+        def counted(act: Callable[..., Any], site: str) -> Callable[..., Any]:
+            def count(*args: Any) -> Any:
+                reached[site] += 1
+                return act(*args)
+
+            return count
+
+        for owner, name, at in watching:
+            setattr(owner, name, counted(getattr(owner, name), at))
+        try:
+            yield reached
+        finally:
+            for owner, name, _ in watching:
+                delattr(owner, name)
 
     # -- logits ----------------------------------------------------------------------------------------------------
 

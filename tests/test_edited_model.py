@@ -89,6 +89,10 @@ def reservation_of(*bundles: Bundle) -> Reservation:
     return Reservation.for_versions(bundle.manifest for bundle in bundles)
 
 
+EVERYWHERE = reservation_of(*(bundle_of([form.values[0]]) for form in FORMS))
+"""Room for all of them."""
+
+
 def with_room_for_more(reservation: Reservation) -> Reservation:
     """The same places with a rank more and all that edits of their kind may be."""
     features = {"gate": {"normalise"}, "subspace_filter": {"dual", "onto"}, "offset": {"renorm"}}
@@ -665,6 +669,43 @@ def test_a_request_that_stays_in_the_batch_is_looked_at_again_when_its_slot_chan
     install(two_versions, 1, random_bundle("another", BASE, seed=7))
     with pytest.raises(RuntimeError, match="refusing to answer it with other edits"):
         set_step(two_versions, requests)
+
+
+# -- proof -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_place_that_can_be_edited_is_reached_once(inputs: Tensor) -> None:
+    """All kinds at all sites, also those that are only read; afterwards nothing is watched any more."""
+    model = TinyModel()
+    edited = edited_model(model, EVERYWHERE, slots=SLOTS)
+    with edited.watched() as reached:
+        model.logits(model(inputs))
+    assert set(reached.values()) == {1}, reached
+    assert {str(site) for site in EVERYWHERE.sites()} <= reached.keys()
+    model(inputs)
+    assert set(reached.values()) == {1}
+
+
+def test_a_module_that_the_model_goes_past_is_told(inputs: Tensor) -> None:
+    """As fused kernels do with norms: the weight is read, and the module never called. Or it is called twice."""
+    model, points = TinyModel(), ("gate.out", "up.out", "mlp.out", "q.out", "attn.out")
+    rooms = {
+        Place(site, "offset", site): Room() for site in (Site(layer, point) for layer in (0, 1) for point in points)
+    }
+    edited = edited_model(model, Reservation(rooms), slots=SLOTS)
+    past = model.model.layers[1].mlp
+
+    def fused(x: Tensor) -> Tensor:
+        gate, up = (x @ past.gate_up_proj.weight.T).chunk(2, -1)
+        output: Tensor = past.down_proj(gate.relu() * up)[0]
+        return output
+
+    past.forward = fused
+    with edited.watched() as reached:
+        model(inputs)
+        model.model.layers[0].self_attn(hidden_states=inputs)
+    wrong = {site: times for site, times in reached.items() if times != 1}
+    assert wrong == {"layers.1.gate.out": 0, "layers.1.up.out": 0, "layers.0.q.out": 2, "layers.0.attn.out": 2}
 
 
 # -- modules -----------------------------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ from plugin.vllm_host.architectures import anchors
 from plugin.vllm_host.containment import contain
 from plugin.vllm_host.device import check_device, free_for_slots
 from plugin.vllm_host.ending import EndsRequests
+from plugin.vllm_host.proof import require_effective
 from plugin.vllm_host.runner_v2 import use_edits_model_state
 from plugin.vllm_host.weights import keeping_loaded, patchable
 from plugin.vllm_host.worker import EditsWorker
@@ -136,6 +137,7 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
             refused=ending.end,
         )
         contain(model)
+        require_effective(model, edited, vllm_config, device)
         EditsWorker.extend(resolve_obj_by_qualname(vllm_config.parallel_config.worker_cls))
         model.loaded_edits = LoadedEdits(
             edited, base, _ready(edited.prepare, base, settings, settings.host_cache_bytes),

@@ -56,6 +56,8 @@ SEAMS = (
     Seam("model_executor/model_loader/base_loader.py", "BaseModelLoader.load_weights", _WEIGHTS, ("model",)),
     Seam("model_executor/model_loader/default_loader.py", "DefaultModelLoader._prepare_weights", _FILES,
          ("model_name_or_path", "subfolder", "revision", "fall_back_to_pt", "allow_patterns_overrides")),
+    Seam("forward_context.py", "set_forward_context", "proving that edits have an effect",
+         ("attn_metadata", "vllm_config", "skip_compiled")),
     Seam("transformers_utils/repo_utils.py", "get_hf_file_to_dict", _FILES, ("file_name", "model", "revision")),
     Seam("config/model.py", "ModelConfig.model_weights", _FILES),
     Seam("config/model.py", "ModelConfig.hf_config_path", _FILES),

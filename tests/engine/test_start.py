@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from edit_store import EditStore
+from edit_store import EditStore, Scale
 from loadtests.client import complete
 from loadtests.server import ENVIRONMENT, Server, ServerFailed
-from tests.conftest import base_of, publish, random_bundle
+from tests.conftest import base_of, bundle_of, publish, random_bundle
 from tests.engine.conftest import USUAL_OR_AS_ON_A_GPU
+from tests.parity import random_numbers
+from tests.tiny_models import make_tiny
 
 pytestmark = pytest.mark.vllm
 
@@ -115,6 +117,16 @@ def test_requests_with_false_claims_end_alone_and_leave_nothing_in_the_cache(
     store = EditStore(str(tmp_path / "store"), create=True)
     publish(store, random_bundle("loud", base_of(tiny_model), seed=1))
     _holds("offline_claims.py", tiny_model, store, processes=processes)
+
+
+def test_a_model_that_goes_past_an_edited_module_is_refused_by_its_site(tmp_path: Path) -> None:
+    """Edits there would be installed and counted, and do nothing. The same vLLM as it is starts (positive control)."""
+    model = make_tiny("Qwen3ForCausalLM", tmp_path / "model")
+    base = base_of(model)
+    edit = Scale(site="layers.0.q.out")
+    store = EditStore(str(tmp_path / "store"), create=True)
+    publish(store, bundle_of("scaled", base, [(edit, random_numbers(edit, base, 1))]))
+    _holds("bypassed_norm.py", model, store)
 
 
 def _holds(script: str, model: Path, store: EditStore, *arguments: str, processes: str = "0") -> None:

@@ -1,0 +1,39 @@
+"""Proves that a loaded model computes with the modules that were made editable, before it is compiled.
+
+A model may go past a module that it has: a fused kernel reads a norm's weight and never calls the norm. Edits there
+would be installed, counted and without any effect. So the model's forward is run once, as Python, and each place at
+which it can be edited must be reached once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.forward_context import set_forward_context
+
+from edit_store.errors import UnsupportedHost
+from plugin.edited_model import EditedModel
+
+_TOKENS, _SHOWN = 2, 8
+
+
+def require_effective(model: Any, edited: EditedModel, vllm_config: Any, device: torch.device) -> None:
+    """UnsupportedHost names the sites where edits would do nothing, or be applied more than once."""
+    tokens = torch.zeros(_TOKENS, dtype=torch.int64, device=device)
+    positions = torch.arange(_TOKENS, device=device)
+    context = set_forward_context(None, vllm_config, skip_compiled=True)
+    with edited.watched() as reached, torch.inference_mode(), context:
+        try:
+            hidden = model(input_ids=tokens, positions=positions, intermediate_tensors=None, inputs_embeds=None)
+        except AttributeError as error:  # an edit reads a site that was not reached before it
+            raise UnsupportedHost(f"this vLLM computes the model past a site that edits read: {error}") from error
+        model.compute_logits(hidden)
+    wrong = [f"{site} ({times} times)" for site, times in reached.items() if times != 1]
+    if wrong:
+        more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        raise UnsupportedHost(
+            f"this vLLM computes the model past the modules of {', '.join(wrong[:_SHOWN])}{more}, where once each was "
+            "expected: edits there would not be what they say. Leave these sites out of edits.reserve, or use another "
+            "version of vLLM"
+        )
