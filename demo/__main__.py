@@ -9,6 +9,9 @@ import shutil
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from edit_store.experiment import Experiment
 from edit_store.experiment_log import Experiments
 from edit_store.experiments import Change
 from loadtests.client import Answer, stream
+from loadtests.hub_server import HubServer
 from loadtests.metrics import Metrics
 from loadtests.server import Server, ServerFailed
 from plugin.experiments.evidence import Logs
@@ -59,11 +63,16 @@ def main() -> int:
     """Tell the story; 0 if every claim held."""
     parser = argparse.ArgumentParser(prog="make demo ARGS=…", description=__doc__)
     parser.add_argument("--keep", action="store_true", help="leave the server up at the end, until Ctrl-C")
+    parser.add_argument(
+        "--from-hub", action="store_true", help="have the server fetch the model from a Hub that it has never seen"
+    )
     arguments = parser.parse_args()
     claims = Claims()
     shutil.rmtree(FOLDER, ignore_errors=True)
     try:
-        tell(claims, keep=arguments.keep)
+        with ExitStack() as hub:
+            fetched = served_by_a_hub(hub) if arguments.from_hub else None
+            tell(claims, keep=arguments.keep, fetched=fetched)
     except FalseClaim as claim:
         console.print(f"  [red]✗ {escape(str(claim))}[/red]")
         console.print(f"The demo ends here: this claim is false. The server's log is {FOLDER}/server.log")
@@ -75,7 +84,25 @@ def main() -> int:
     return 0
 
 
-def tell(claims: Claims, *, keep: bool) -> None:
+@dataclass(frozen=True)
+class Fetched:
+    """A model that the server fetches by name."""
+
+    name: str
+    environment: Mapping[str, str]
+
+
+def served_by_a_hub(running: ExitStack) -> Fetched:
+    """The demo's model in a repository of a Hub on this machine, and an empty cache for what is fetched."""
+    hub = running.enter_context(HubServer({}))
+    hub.add("demo/smollm2").commit(
+        {path.name: path.read_bytes() for path in ensure_model().iterdir() if path.is_file()}
+    )
+    home = str((FOLDER / "hub").resolve())
+    return Fetched("demo/smollm2", {"HF_ENDPOINT": hub.url, "HF_HOME": home, "HF_HUB_OFFLINE": "0"})
+
+
+def tell(claims: Claims, *, keep: bool, fetched: Fetched | None) -> None:
     """The whole story, top to bottom."""
     model = ensure_model()
     chapter("1. Bundles, computed from the model itself")
@@ -102,10 +129,11 @@ def tell(claims: Claims, *, keep: bool) -> None:
         entry = store.promote(f"{name}@{bundle.version}", reason="the demo's first version")
         console.print(f"  promoted {name}@{entry.version[:12]} to {entry.tag}")
     server = Server.with_edits(
-        model, FOLDER / "store", FOLDER / "server.log", "--max-model-len", "2048", "--enable-prefix-caching",
-        name=BASE,
+        fetched.name if fetched else model, FOLDER / "store", FOLDER / "server.log", "--max-model-len", "2048",
+        "--enable-prefix-caching", name=BASE,
         # Its own memory of the store: the user's remembers the last demo's, and would call this one rewritten.
         settings={"poll_seconds": POLL_SECONDS, "cache_folder": FOLDER / "node", "exposure_folder": EXPOSURES},
+        environment=fetched.environment if fetched else None,
     )  # fmt: skip
     console.print(f"  [dim]{' '.join(server.command[1:])}[/dim]")
     with progress() as bar:
@@ -115,6 +143,8 @@ def tell(claims: Claims, *, keep: bool) -> None:
         line = next(line for line in server.log_text().splitlines() if "MiB reserved" in line)
         console.print(f"  [dim]{line.split('] ', 1)[-1]}[/dim]")
         sent = asyncio.run(play(server, store, made, first, claims))
+        if fetched:
+            claims("the model was fetched from a Hub", any((FOLDER / "hub").rglob("*.safetensors")))
         chapter("7. Metrics, as Prometheus scrapes them")
         show_metrics(server, sent, claims)
         if keep:

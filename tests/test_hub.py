@@ -52,7 +52,7 @@ from edit_store.hub import Pulled, Pushed, pull, push
 from edit_store.model_card import BEGIN, END, plain, render
 from edit_store.store import blob_key, version_key
 from edit_store.transfer import Package
-from tests.hub_server import Answer, Blob, HubServer, Repo, Request, User
+from loadtests.hub_server import Answer, Blob, HubServer, Repo, Request, User
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 constants, bars = (importlib.import_module(f"huggingface_hub.{name}") for name in ("constants", "utils"))

@@ -9,9 +9,9 @@ import pytest
 
 from edit_store import EditStore
 from loadtests.client import complete
+from loadtests.hub_server import HubServer
 from loadtests.server import Server, ServerFailed
 from tests.conftest import base_of, publish, random_bundle
-from tests.hub_server import HubServer
 
 pytestmark = pytest.mark.vllm
 REPO = "ada/tiny"

@@ -67,6 +67,8 @@ Tree = Mapping[str, Blob]
 
 @dataclass(frozen=True)
 class Commit:
+    """A state of a branch."""
+
     oid: str
     parent: str | None
     title: str
@@ -76,10 +78,12 @@ class Commit:
 
 
 def git_oid(data: bytes) -> str:
+    """The name that git gives to these bytes."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 def pointer(digest: str, size: int) -> bytes:
+    """What git keeps of a large file."""
     return f"version https://git-lfs.github.com/spec/v1\noid sha256:{digest}\nsize {size}\n".encode()
 
 
@@ -177,6 +181,8 @@ class Request:
 
 @dataclass
 class Answer:
+    """What is answered to a request."""
+
     status: int = 200
     body: Any = b""
     headers: dict[str, str] = field(default_factory=dict)
