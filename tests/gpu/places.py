@@ -97,7 +97,8 @@ _REASONS: Mapping[str, Mapping[str, Sequence[str]]] = {
     },
     "a draft model: `tests/configurations.py`": {
         "vllm_host/loader.py:EditsModelLoader.load_model": (
-            "return self._loader(settings).load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)",  # noqa: E501  a line of code
+            "loader = get_model_loader(",
+            "return loader.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)",
         ),
     },
     "attached once": {"vllm_host/runner_v1.py:attach": ("return",)},

@@ -79,9 +79,11 @@ def _end(name: str) -> None:
     deadline = time.monotonic() + GRACE_SECONDS
     while any(_of_step(name)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    for left in _of_step(name):
-        with suppress(ProcessLookupError):
-            os.kill(left, signal.SIGKILL)
+    while left := list(_of_step(name)):
+        for each in left:
+            with suppress(ProcessLookupError):
+                os.kill(each, signal.SIGKILL)
+        time.sleep(0.05)
 
 
 def _of_step(name: str) -> Iterator[int]:
