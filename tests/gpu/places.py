@@ -97,7 +97,7 @@ _REASONS: Mapping[str, Mapping[str, Sequence[str]]] = {
     },
     "a draft model: `tests/configurations.py`": {
         "vllm_host/loader.py:EditsModelLoader.load_model": (
-            "loader = get_model_loader(",
+            "loader = get_model_loader(dataclasses.replace(self.load_config, load_format=settings.inner_load_format))",
             "return loader.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)",
         ),
     },
