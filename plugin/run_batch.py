@@ -100,7 +100,7 @@ def _wait(process: subprocess.Popen[Any], path: str) -> None:
     with httpx.Client(transport=httpx.HTTPTransport(uds=path), base_url="http://server") as client:
         while True:
             with suppress(httpx.HTTPError):
-                if client.get("/health", timeout=5).status_code == httpx.codes.OK:
+                if Path(path).exists() and client.get("/health", timeout=5).status_code == httpx.codes.OK:
                     return
             try:
                 raise EditsError(f"the server ended before it answered, with code {process.wait(_LOOK_SECONDS)}")

@@ -152,7 +152,7 @@ def test_a_model_that_is_streamed_and_overrides_by_a_function_are_refused(folder
 
 @pytest.mark.skipif(os.getuid() != 0, reason="becomes a user that no passwd knows")
 @pytest.mark.parametrize("home", [None, "", "/nonexistent"])
-def test_a_process_without_a_home_has_a_cache_of_its_own(folder: Path, tmp_path: Path, home: str | None) -> None:
+def test_a_process_without_a_home_has_a_cache_of_its_own(folder: Path, open_to_all: Path, home: str | None) -> None:
     """Containers run users that no passwd knows, and some have no home: what is remembered is then kept in /tmp."""
     code = """
 import os, sys
@@ -164,13 +164,15 @@ os.setgid(54321), os.setuid(54321)
 identify(Path(sys.argv[1]))
 print(NodeCache().folder)
 """
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    for each in (temporary, folder, *folder.iterdir(), tmp_path, tmp_path.parent, tmp_path.parent.parent):
+    temporary, model, known = open_to_all / "temporary", open_to_all / "model", open_to_all / "known"
+    shutil.copytree(folder, model)
+    for each in (temporary, known):
+        each.mkdir()
+    for each in (temporary, known, model, *model.iterdir()):
         each.chmod(0o777)
     environment = {key: value for key, value in os.environ.items() if key not in ("HOME", "XDG_CACHE_HOME")}
     environment |= {"TMPDIR": str(temporary), **({} if home is None else {"HOME": home})}
-    command = [sys.executable, "-c", code, str(folder), str(tmp_path)]
+    command = [sys.executable, "-c", code, str(model), str(known)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert ran.returncode == 0, ran.stderr
     made = Path(ran.stdout.strip())

@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI
@@ -107,9 +108,16 @@ async def test_answers_are_written_as_they_come_with_the_version_and_what_failed
     assert (answers["0"]["edits"], answers["0"]["error"]) == ({"version": "abc"}, None)
     assert (answers["bad"]["response"]["status_code"], answers["bad"]["error"]) == (404, {"message": "no such model"})
     assert answers["odd"]["response"]["body"] == {"text": "no JSON"}
-    gone = await run_batch.answer(path, lines[:1], out, at_once=1)
-    assert gone == 1
-    assert json.loads(out.getvalue().splitlines()[-1])["error"]["code"] == "no_answer"
+
+
+async def test_a_request_that_nobody_answers_is_told() -> None:
+    def refuse(_: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("nobody listens")
+
+    async with httpx.AsyncClient(transport=httpx.MockTransport(refuse), base_url="http://server") as client:
+        said = await run_batch._answered(client, run_batch.Line("1", "/v1/completions", {}), {})
+    assert (said["response"], said["error"]["code"]) == (None, "no_answer")
+    assert "nobody listens" in said["error"]["message"]
 
 
 def test_a_server_that_ends_is_told() -> None:

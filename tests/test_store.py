@@ -592,23 +592,23 @@ for write in (lambda: store.publish(bundle), promote, withdraw):
 
 @pytest.mark.skipif(os.getuid() != 0, reason="becomes a user that may only read")
 @pytest.mark.parametrize("form", ["a folder", "a projected volume"])
-def test_a_store_that_may_only_be_read_is_followed_and_never_half_written(tmp_path: Path, form: str) -> None:
+def test_a_store_that_may_only_be_read_is_followed_and_never_half_written(open_to_all: Path, form: str) -> None:
     """Mounted read-only, or as Kubernetes projects files, by links through ..data. Writers are refused at once."""
-    folder = tmp_path / "store"
+    folder = open_to_all / "store"
     store = EditStore(str(folder), create=True)
     version = store.publish(random_bundle("polite", BASE, seed=1))
     store.promote(f"polite@{version}")
     if form == "a projected volume":
-        projected = tmp_path / "projected"
+        projected = open_to_all / "projected"
         shutil.copytree(folder, projected / "..2026_11_27")
         (projected / "..data").symlink_to("..2026_11_27")
         for each in folder.iterdir():
             (projected / each.name).symlink_to(f"..data/{each.name}")
         folder = projected
-    cache = tmp_path / "cache"
+    cache = open_to_all / "cache"
     cache.mkdir()
     before = sorted(map(str, folder.rglob("*")))
-    for each in (tmp_path.parent.parent, tmp_path.parent, tmp_path, folder, *folder.rglob("*")):
+    for each in (folder, *folder.rglob("*")):
         each.chmod(0o755 if each.is_dir() else 0o444)
     cache.chmod(0o777)
     command = [sys.executable, "-c", READS_ONLY, str(folder), str(cache), version]
