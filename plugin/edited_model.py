@@ -125,7 +125,10 @@ class EditedModel:
         taps = {site: self._tap(site, anchors[site]) for site in sorted({*reservation.sites(), *read_elsewhere})}
         joining = {place for place in reservation.rooms if _joins_sum(place, reservation, anchors)}
         within = {site: self._tap_within(site, anchors[site]) for site in {place.site for place in joining}}
-        self._taps = [*taps.items(), *within.items()]
+        self._taps = {
+            **{str(site): (site, tap) for site, tap in taps.items()},
+            **{f"{site} before the sum over workers": (site, tap) for site, tap in within.items()},
+        }
         for site in read_elsewhere:
             if site.point != "final":  # read by the logits, which are given it
                 taps[site].carries_as = str(site)
@@ -267,12 +270,12 @@ class EditedModel:
 
     @contextmanager
     def watched(self) -> Iterator[Counter[str]]:
-        """Inside, how often the model's forward reaches each place at which it can be edited, by site."""
-        reached = Counter({str(site): 0 for site, _ in self._taps})
+        """Inside, how often the model's forward reaches each place at which it can be edited, named by its site."""
+        reached = Counter(dict.fromkeys(self._taps, 0))
         watching: list[tuple[Any, str, str]] = []
-        for site, tap in self._taps:
+        for place, (site, tap) in self._taps.items():
             at_logits = site.point == "logits"
-            watching += [(self._at_logits if at_logits else tap, name, str(site))
+            watching += [(self._at_logits if at_logits else tap, name, place)
                          for name in (("edited",) if at_logits else ("edited", "edited_stream"))]  # fmt: skip
 
         def counted(act: Callable[..., Any], site: str) -> Callable[..., Any]:

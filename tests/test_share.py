@@ -6,6 +6,7 @@ import copy
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -144,6 +145,18 @@ def test_what_an_edit_costs_in_sums_over_workers(edits: list[Any], more: int, in
     served = workers.run(inputs, [1] * TOKENS)[0]
     assert workers.sums.made == PER_LAYER * WIDTHS.layers + more
     np.testing.assert_allclose(served, by_formula(TinyModel(), inputs, bundle), rtol=1e-4, atol=1e-4)
+
+
+def test_every_place_that_can_be_edited_is_reached_once_on_every_worker(inputs: Tensor) -> None:
+    """A site whose edits join the sum over workers has two places: before that sum and behind it."""
+    edit = LowRank(site="layers.1.mlp.out", reads="layers.1.mlp.h", rank=1)
+    model = Divided(bundle_of([(edit, random_numbers(edit, BASE, 1))]))
+    with ExitStack() as watching:
+        reached = [watching.enter_context(edited.watched()) for edited in model.edited]
+        model.run(inputs[:2], [0, 0])
+    for each in reached:
+        assert set(each.values()) == {1}
+        assert {"layers.1.mlp.out", "layers.1.mlp.out before the sum over workers"} <= each.keys()
 
 
 def test_workers_hold_different_numbers_of_one_version_and_count_the_same_firings(inputs: Tensor) -> None:
