@@ -50,9 +50,8 @@ class EndsRequests:
 
     def end(self, request: Any, error: FalseClaim) -> bool:
         """Have a request of vLLM's ended; False where no scheduler reads."""
-        if not os.fstat(self._told).st_size:
+        if not self._tell(f"{_END}{request.req_id}"):
             return False
-        self._tell(f"{_END}{request.req_id}")
         logger.error("request %s ends with an error: %s", request.req_id, error)
         return True
 
@@ -61,8 +60,12 @@ class EndsRequests:
         self._tell(_ATTACHED)
         shutil.rmtree(_folder(self._config), ignore_errors=True)
 
-    def _tell(self, line: str) -> None:
-        os.write(self._told, f"{line}\n".encode())
+    def _tell(self, line: str) -> bool:
+        """Write a line, if a scheduler reads: it has written the first. Else the file must stay empty."""
+        read = os.fstat(self._told).st_size > 0
+        if read:
+            os.write(self._told, f"{line}\n".encode())
+        return read
 
 
 class EndedRequests:
