@@ -38,7 +38,7 @@ class Line:
 def read(path: Path) -> list[Line]:
     """Every request of a file. SettingsError lists the lines that are none."""
     try:
-        texts = path.read_text().splitlines()
+        texts = path.read_text().split("\n")  # JSON may hold what splitlines takes for the end of a line
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} cannot be read: {error}") from error
     found, wrong, seen = list[Line](), list[str](), set[str]()

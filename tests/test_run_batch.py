@@ -32,6 +32,9 @@ def test_a_file_is_read_line_by_line(tmp_path: Path) -> None:
     path.write_text(json.dumps(GOOD) + "\n\n" + json.dumps({**GOOD, "custom_id": "é"}) + "\n")
     assert [line.custom_id for line in run_batch.read(path)] == ["1", "é"]
     assert run_batch.read(path)[0] == run_batch.Line("1", "/v1/completions", {"model": "polite"})
+    odd = {**GOOD, "body": {"prompt": "a\u2028b\u0085c"}}
+    path.write_text(json.dumps(odd, ensure_ascii=False) + "\r\n")
+    assert run_batch.read(path)[0].body == odd["body"], "these end no line of JSON"
 
 
 def test_every_bad_line_is_told_before_anything_is_loaded(tmp_path: Path) -> None:

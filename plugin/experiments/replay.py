@@ -59,7 +59,7 @@ def bodies(path: Path) -> list[dict[str, Any]]:
     EditsError with the line's number for one that is neither.
     """
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text().split("\n")  # JSON may hold what splitlines takes for the end of a line
     except (OSError, UnicodeDecodeError) as error:
         raise EditsError(f"{path} cannot be read: {error}") from None
     found = []
