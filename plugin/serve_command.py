@@ -31,8 +31,8 @@ class Flags:
     """The flags that are handed on to vLLM, and the file that --config names."""
 
     def __init__(self, words: Sequence[str]) -> None:
-        self.words = list(words)
-        self._given = dict(_pairs(words))
+        self._parts = list(_parts(words))
+        self._given = {name: value for name, value, _ in self._parts}
         named = self._given.get("--config")
         self.file: Mapping[str, Any] = {} if named is None else _yaml(named)
 
@@ -49,30 +49,19 @@ class Flags:
 
     def without(self, flag: str) -> list[str]:
         """The words without a flag and its value."""
-        kept: list[str] = []
-        for place, word in enumerate(self.words):
-            if _name(word) == flag or (place and self.words[place - 1] == _spelled(self.words[place - 1], flag)):
-                continue
-            kept.append(word)
-        return kept
+        return [word for name, _, spelled in self._parts if name != flag for word in spelled]
 
 
-def _name(word: str) -> str:
-    """A flag as vLLM knows it: it takes underscores for dashes."""
-    return word.partition("=")[0].replace("_", "-") if word.startswith("--") else word
-
-
-def _spelled(word: str, flag: str) -> str:
-    """The word itself, if it is that flag and its value is another word."""
-    return word if _name(word) == flag and "=" not in word else ""
-
-
-def _pairs(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    for place, word in enumerate(words):
-        if word.startswith("--"):
-            _, equals, value = word.partition("=")
-            following = words[place + 1] if place + 1 < len(words) else ""
-            yield _name(word), value if equals else "" if following.startswith("--") else following
+def _parts(words: Sequence[str]) -> Iterator[tuple[str, str, list[str]]]:
+    """Each flag's name, first value and words. vLLM takes underscores for dashes, and `=` for a space."""
+    spelled: list[str] = []
+    for word in [*words, "--"]:
+        if word.startswith("--") and spelled:
+            name, equals, value = spelled[0].partition("=")
+            following = spelled[1] if len(spelled) > 1 else ""
+            yield name.replace("_", "-"), value if equals else following, spelled
+            spelled = []
+        spelled.append(word)
 
 
 def _yaml(path: str) -> Mapping[str, Any]:
