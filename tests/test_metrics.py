@@ -79,6 +79,16 @@ def series(registry: CollectorRegistry, name: str) -> set[tuple[str, str]]:
     }
 
 
+def answered(metrics: Metrics, variant: str, version: str, *, leaves: bool = True) -> None:
+    """One request is counted as the middleware does."""
+    metrics.enter(variant, version)
+    labels = metrics.labels(variant, version)
+    metrics.tokens.labels(*labels, "prompt").inc()
+    metrics.request_seconds.labels(labels[0]).observe(1)
+    if leaves:
+        metrics.leave(variant, version)
+
+
 def test_what_is_served_has_series_of_its_own_and_what_has_gone_gives_its_place_back() -> None:
     """Four hundred variants of one request each; then the store promotes others, and one request goes on meanwhile."""
     registry = CollectorRegistry()
@@ -86,19 +96,12 @@ def test_what_is_served_has_series_of_its_own_and_what_has_gone_gives_its_place_
     first = [(f"old-{number}", V1) for number in range(400)]
     metrics.serves(first)
     for pair in first:
-        metrics.enter(*pair)
-        metrics.tokens.labels(*metrics.labels(*pair), "prompt").inc()
-        metrics.request_seconds.labels(metrics.labels(*pair)[0]).observe(1)
-        if pair != first[0]:
-            metrics.leave(*pair)
+        answered(metrics, *pair, leaves=pair != first[0])
     assert series(registry, "tokens") == {(name, version[:12]) for name, version in first}
     second = [(f"new-{number}", V2) for number in range(400)]
     metrics.serves(second)
     for pair in second:
-        metrics.enter(*pair)
-        metrics.tokens.labels(*metrics.labels(*pair), "prompt").inc()
-        metrics.request_seconds.labels(metrics.labels(*pair)[0]).observe(1)
-        metrics.leave(*pair)
+        answered(metrics, *pair)
     assert series(registry, "tokens") == {(name, version[:12]) for name, version in [first[0], *second]}
     metrics.leave(*first[0])
     in_flight = {sample.labels["variant"]: sample.value for metric in registry.collect()

@@ -19,7 +19,7 @@ REPO = "ada/tiny"
 
 @pytest.fixture(scope="module")
 def hub(tiny_model: Path) -> Iterator[HubServer]:
-    """A Hub with the model in its history, and beside it what authors leave there; its head is another model."""
+    """A Hub with the model, and beside it what authors leave there."""
     with HubServer({}) as server:
         repo = server.add(REPO)
         files = {path.name: path.read_bytes() for path in tiny_model.iterdir() if path.is_file()}

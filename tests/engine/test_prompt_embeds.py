@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from edit_store import LowRank, Offset, Scope
+from edit_store import Offset, Scope
 from edit_store.authoring.formula import Request, edited
 from loadtests.client import complete
 from tests.conftest import base_of, bundle_of
 from tests.engine.conftest import USUAL_OR_AS_ON_A_GPU, Serving, serve
 from tests.engine.test_exactness import pairs_of
-from tests.engine.test_scopes import SCOPES, numbered
+from tests.engine.test_scopes import SCOPES, numbered, scoped
 
 pytestmark = pytest.mark.vllm
 torch.set_num_threads(1)
@@ -38,12 +38,7 @@ def serving(
 ) -> Iterator[Serving]:
     """Short steps, so that prompts come in chunks; and little KV cache, so that requests are preempted."""
     base = base_of(tiny_model)
-    bundles = [
-        bundle_of(name, base, numbered([Offset(site="layers.1.resid", scope=scope),
-                                        LowRank(site="layers.2.mlp.out", reads="layers.2.mlp.h", rank=2, scope=scope)],
-                                       base))
-        for name, scope in {**SCOPES, "names-id-0": Scope(tokens=(0, 260))}.items()
-    ]  # fmt: skip
+    bundles = scoped({**SCOPES, "names-id-0": Scope(tokens=(0, 260))}, base)
     bundles.append(bundle_of("at-the-embedding", base, numbered([Offset(site="embed.out")], base)))
     flags = ("--dtype", "float32", "--max-model-len", "256", "--max-num-batched-tokens", "48", "--block-size", "32",
              "--num-gpu-blocks-override", "48", "--enable-prompt-embeds")  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from edit_store import Bundle, Gate, LowRank, Offset, Scale, Scope, Strength
+from edit_store import BaseModelRef, Bundle, Gate, LowRank, Offset, Scale, Scope, Strength
 from edit_store.authoring.formula import Request, edited
 from edit_store.authoring.host import Edits
 from edit_store.compose import compose
@@ -43,18 +43,23 @@ def numbered(edits: list[Any], base: Any, size: float = 1.0) -> Edits:
     return [(edit, random_numbers(edit, base, seed, 0.3 * size)) for seed, edit in enumerate(edits)]
 
 
+def scoped(scopes: Mapping[str, Scope], base: BaseModelRef) -> list[Bundle]:
+    """A variant for each scope, by name: all of its edits are for that scope."""
+    return [
+        bundle_of(name, base, numbered([Offset(site="layers.1.resid", scope=scope),
+                                        LowRank(site="layers.2.mlp.out", reads="layers.2.mlp.h", rank=2, scope=scope)],
+                                       base))
+        for name, scope in scopes.items()
+    ]  # fmt: skip
+
+
 @pytest.fixture(scope="module", params=USUAL_OR_AS_ON_A_GPU)
 def serving(
     request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Serving]:
     """Short steps and little KV cache: long prompts come in chunks, and requests are preempted."""
     base = base_of(tiny_model)
-    bundles = [
-        bundle_of(name, base, numbered([Offset(site="layers.1.resid", scope=scope),
-                                        LowRank(site="layers.2.mlp.out", reads="layers.2.mlp.h", rank=2, scope=scope)],
-                                       base))
-        for name, scope in SCOPES.items()
-    ]  # fmt: skip
+    bundles = scoped(SCOPES, base)
     several = [Scale(site="layers.0.attn.z"), Offset(site="layers.1.resid", scope=SCOPES["prompt"]),
                Offset(site="layers.1.resid", scope=SCOPES["generated"], part=2)]  # fmt: skip
     bundles.append(bundle_of("several", base, numbered(several, base)))
