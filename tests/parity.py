@@ -56,6 +56,9 @@ ENVIRONMENT = {
     **({} if gpu() else {"VLLM_USE_AOT_COMPILE": "0"}),  # as loadtests.server
 }  # fmt: skip
 """Of the process that serves."""
+BESIDE_OTHERS = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 1 << 30}
+"""Arguments of a small engine on a GPU that others use at the same time: without the second vLLM measures what is free,
+and ends where another engine frees some meanwhile."""
 TEXT = "The capital of France is Paris, and its longest river is the Loire."
 Pair = tuple[Any, dict[str, np.ndarray]]
 
@@ -298,7 +301,7 @@ def _engine(model: Path, store: Path, settings: dict[str, Any], how: How, *, at_
     return LLM(
         str(model), load_format="edits", additional_config={"edits": {"store": str(store), **settings}},
         dtype=how.dtype, enforce_eager=how.eager, skip_tokenizer_init=True, max_model_len=64, max_logprobs=TOLD,
-        enable_prefix_caching=False, seed=0, max_num_seqs=at_once, **divided,
+        enable_prefix_caching=False, seed=0, max_num_seqs=at_once, **divided, **(BESIDE_OTHERS if gpu() else {}),
     )  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 """Every form of every kind against transformers with the formula, on a GPU: tests/parity.py within a few minutes.
 
-    python -m tests.gpu.exact DTYPE [--everywhere]
+    python -m tests.gpu.exact DTYPE [--everywhere] [--weights]
 
 Compiled, each form once, at another site as far as there are; with --everywhere not compiled, every form at every site.
+With --weights one after the other in the weights, after which these must be what they were.
 Where kernels compute nothing, the errors are told and mean nothing.
 """
 
@@ -20,7 +21,7 @@ from tests.gpu.story import each_form_once
 ARCHITECTURE = "LlamaForCausalLM"
 
 
-def found(dtype: str, *, everywhere: bool) -> dict[str, Any]:
+def found(dtype: str, *, everywhere: bool, weights: bool) -> dict[str, Any]:
     """The largest error of each kind, and what is too far off."""
     every = tests.parity.every_edit
 
@@ -31,14 +32,15 @@ def found(dtype: str, *, everywhere: bool) -> dict[str, Any]:
 
     if not everywhere:
         tests.parity.every_edit = once
-    findings = tests.parity.find(ARCHITECTURE, tests.parity.How(dtype, eager=everywhere))
+    findings = tests.parity.find(ARCHITECTURE, tests.parity.How(dtype, eager=everywhere, weights=weights))
     worst: dict[str, float] = {}
     for row in findings.rows:
         kind = tests.parity._kind(row)
         worst[kind] = max(worst.get(kind, 0.0), row.served)
     wrong = [f"{row.kind} at {row.site}: {row.served:.1e}" for row in findings.faults()]
     return {
-        "dtype": dtype, "edits": len(findings.rows) - 1, "wrong": len(wrong), "first": wrong[:12], "worst": worst,
+        "dtype": dtype, "everywhere": everywhere, "weights": weights, "edits": len(findings.rows) - 1,
+        "wrong": len(wrong), "first": wrong[:12], "worst": worst,
         "transformers": max(row.rounded for row in findings.rows),
     }  # fmt: skip
 
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     wrong: list[int] = []
 
     def look() -> dict[str, Any]:
-        facts = found(arguments[0], everywhere="--everywhere" in arguments)
+        facts = found(arguments[0], everywhere="--everywhere" in arguments, weights="--weights" in arguments)
         wrong.append(facts["wrong"])
         return facts
 

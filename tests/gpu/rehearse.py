@@ -65,6 +65,11 @@ STEPS = (
     Step("bench, at tiny sizes", ["loadtests.bench", "--quick", "--once", "--model", str(served.MODEL), "--batch", "8",
                                   "--rank", "2", "--only", "distinct"], 480),
 )  # fmt: skip
+OF_A_KIT = (
+    Step("first light", ["tests.gpu.first_light", "--shape", str(served.MODEL), "--beside", "2", "--seconds", "1700",
+                         "--out", "found"], 1750, covered=False),
+)  # fmt: skip
+"""What a host without a network does first."""
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 console = Console(stderr=True, highlight=False)
 
@@ -95,12 +100,13 @@ def main(
 
     Of each step the last run counts, so that a rehearsal can be taken in parts.
     """
-    if unknown := set(only or ()) - {step.name for step in STEPS}:
-        raise typer.BadParameter(f"no step {sorted(unknown)}; there are: {', '.join(step.name for step in STEPS)}")
+    there_are = [*STEPS, *(OF_A_KIT if kit else ())]
+    if unknown := set(only or ()) - {step.name for step in there_are}:
+        raise typer.BadParameter(f"no step {sorted(unknown)}; there are: {', '.join(step.name for step in there_are)}")
     ensure_model()
     with console.status("installing vLLM for GPUs (some GiB, once)"):
         host = host_of(kit.resolve(), python) if kit else this_checkout(python)
-    for step in STEPS:
+    for step in there_are:
         if not only or step.name in only:
             run(replace(step, seconds=step.seconds * slower), host)
     runs = {step.name: report.LastRun.of(host.kept / step.name, host.checkout) for step in STEPS}

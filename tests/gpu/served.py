@@ -20,7 +20,7 @@ from typing import Any
 
 import httpx
 
-from demo.model import MODEL_FOLDER
+from demo.model import MODEL_FOLDER, made_whole
 from edit_store import BaseModelRef, Bundle, EditStore, LowRank, Offset, Provenance, Scale, Strength, identify
 from edit_store.edits import SERVED_PER_REQUEST
 from loadtests.bench_inputs import edits_everywhere, weakened
@@ -40,7 +40,10 @@ MADE = Provenance(tool="rehearsal", method="random")
 
 
 def model() -> Path:
-    return MODEL if MODEL.is_dir() else make_tiny_llama(MODEL, MODEL_FOLDER)
+    if not MODEL.is_dir():
+        with made_whole(MODEL) as folder:
+            make_tiny_llama(folder, MODEL_FOLDER)
+    return MODEL
 
 
 def variant(name: str, base: BaseModelRef, strength: float) -> Bundle:

@@ -19,8 +19,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from demo.model import made_whole
 from edit_store import Bundle, EditStore, LowRank, Offset, Provenance, Scope, Strength, identify
-from edit_store.bundle import BaseModelRef
+from edit_store.bundle import BaseModelRef, canonical_json, sha256
 from edit_store.edits import SERVED_PER_REQUEST
 from loadtests.bench_inputs import edits_everywhere
 from tests.gpu.facts import ended, require, tried
@@ -29,7 +30,7 @@ from tests.tiny_models import VOCABULARY, make_tiny
 
 MODEL = Path(".cache/gpu/tiny")
 FOLDER = Path(".cache/gpu/story").resolve()
-"""always the same one: where the store lies is part of the compile cache's key"""
+"""always the same one of each way: where the store lies is part of the compile cache's key"""
 SLOTS, TOKENS, MADE = 12, 12, Provenance(tool="rehearsal", method="random")
 SCOPES = (
     Scope(phase="generated"), Scope(phase="prompt"), Scope(first=2), Scope(last=3), Scope(tokens=(5, 7)),
@@ -39,7 +40,10 @@ SCOPES = (
 
 def tiny_model() -> Path:
     """A Llama of two layers."""
-    return MODEL if MODEL.is_dir() else make_tiny("LlamaForCausalLM", MODEL)
+    if not MODEL.is_dir():
+        with made_whole(MODEL) as folder:
+            make_tiny("LlamaForCausalLM", folder)
+    return MODEL
 
 
 def each_form_once(edits: Sequence[tuple[str, Any]]) -> Iterator[Any]:
@@ -214,8 +218,10 @@ def main() -> None:
     way = json.loads(sys.argv[1]) if len(sys.argv) > 1 else {}
     os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_PLUGINS": "edits", "HF_HUB_OFFLINE": "1"})
     os.environ.update(way.get("environment", {}))
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    ended(tried("story", lambda: tell_story(way, FOLDER)))
+    started = {name: way.get(name) for name in ("environment", "arguments")}
+    folder = FOLDER / sha256(canonical_json(started))[:8]
+    shutil.rmtree(folder, ignore_errors=True)
+    ended(tried("story", lambda: tell_story(way, folder), way=started))
 
 
 if __name__ == "__main__":
