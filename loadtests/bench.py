@@ -107,6 +107,9 @@ def main(
             show_default="1, 4 and 16, and all kinds",
         ),
     ] = None,
+    all_kinds: Annotated[
+        bool, typer.Option("--all-kinds", help="with --rank: distinct measures versions of all kinds too")
+    ] = False,
     threads: Annotated[
         int, typer.Option(min=0, help="cores of each engine; 0: all but one, as vLLM's own server takes on a CPU")
     ] = 0,
@@ -174,7 +177,8 @@ def main(
             progress.remove_task(task)
             run = Run(
                 inputs, dtype or native_dtype(), cores_for(threads), sorted(batches or BATCHES[bool(gpu())]), progress,
-                rounds=rounds, swaps=swaps, quick=quick, ranks=ranks or (), once=once, seconds=seconds,
+                rounds=rounds, swaps=swaps, quick=quick, ranks=ranks or (), all_kinds=all_kinds or not ranks, once=once,
+                seconds=seconds,
             )  # fmt: skip
             for part in parts or USUAL:
                 measured = PARTS[part](run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
@@ -9,9 +10,10 @@ from typing import Any, Self
 
 from edit_store.edits import SERVED_PER_REQUEST
 from loadtests.bench_inputs import Inputs
-from loadtests.bench_report import Comparison, summarise_rates
+from loadtests.bench_kernels import kernels_of_a_step
+from loadtests.bench_report import Comparison, Rates, summarise_rates
 from loadtests.bench_rounds import Experiment, Phase, Side, rates_by_round
-from loadtests.bench_run import Measured, Run
+from loadtests.bench_run import Measured, NotMeasured, Run
 from loadtests.bench_sides import Engine
 from loadtests.bench_swap import IN_WEIGHTS
 from loadtests.record import gpu
@@ -33,6 +35,7 @@ class Engines:
     cores: Sequence[int]
     batches: Sequence[int]
     ranks: Sequence[int]
+    all_kinds: bool
     say: Callable[[str], None]
     """is told what takes long before the engines start"""
     also: Mapping[str, Any]
@@ -40,7 +43,7 @@ class Engines:
 
     @classmethod
     def of(cls, run: Run, say: Callable[[str], None], also: Mapping[str, Any] = MappingProxyType({})) -> Self:
-        return cls(run.inputs, run.dtype, run.cores, run.batches, run.ranks, say, also)
+        return cls(run.inputs, run.dtype, run.cores, run.batches, run.ranks, run.all_kinds, say, also)
 
     def plain(self) -> dict[str, Side]:
         """vLLM without the plugin, twice: how far apart the two are is the noise."""
@@ -168,8 +171,8 @@ def idle(engines: Engines) -> Experiment:
 
 
 def distinct(engines: Engines) -> Experiment:
-    """The largest batch on K distinct versions, for ranks 1, 4 and 16 at every layer, and for all kinds; or for the
-    ranks that were asked for. Beside each, where engines take turns step by step, what reading alone costs."""
+    """The largest batch on K distinct versions, for ranks 1, 4 and 16 at every layer, and for all kinds; or for what
+    was asked for. Beside each, where engines take turns step by step, what reading alone costs."""
     requests = max(engines.batches)
     phases, sides = batch(requests), engines.plain()
     comparisons = against("plain again", ["plain"], phases, None, None)
@@ -188,9 +191,11 @@ def distinct(engines: Engines) -> Experiment:
             add(f"rank {rank}, K={count}", side, (HIGH_RANK, HIGH_RANK) if rank > 4 else (DECODE, PREFILL))
         if not gpu():
             add(f"rank {rank}, reading alone", engines.reading_alone(inputs, engine, requests))
-    if not engines.ranks:
+    if engines.all_kinds:
         inputs = engines.inputs.everywhere(SERVED_PER_REQUEST)
         engine, variants = engines.edited(inputs, "all_kinds", requests)
+        if gpu():
+            add("all kinds, K=0", Side("room for every kind at every layer, no version", engine, [None]), (IDLE, IDLE))
         every = Side(f"every kind at every layer, {requests} versions", engine, variants)
         add(f"all kinds, K={requests}", every, (DECODE, PREFILL))
         if not gpu():
@@ -245,14 +250,25 @@ def measure(name: str, run: Run) -> Measured:
     run.progress.remove_task(task)
     if run.once:
         experiment = experiment.once()
+    kernels: dict[str, Any] = {}
+
+    def look(rates: list[Rates]) -> None:
+        """On a GPU also at what its kernels take, which no clock outside tells apart."""
+        if gpu():
+            (run.inputs.folder / f"{name}.json").write_text(json.dumps(rates))  # should the time end meanwhile
+            try:
+                kernels["kernels"] = kernels_of_a_step(experiment.sides, experiment.phases[0], run.inputs)
+            except NotMeasured as error:  # a driver without a profiler ends the engine; the rates are measured
+                kernels["kernels"] = f"not measured: {error}"[:300]
+
     rounds = rates_by_round(
         experiment, 3 if run.quick else run.rounds, run.inputs, run.progress,
         in_step=not gpu(),  # where a step is sent to the GPU while the last one runs, no step has a time of its own
-        seconds=run.seconds,
+        seconds=run.seconds, at_the_end=look,
     )  # fmt: skip
     sides = {side: found.what for side, found in experiment.sides.items()}
     phases = [asdict(phase) for phase in experiment.phases]
     return Measured(
-        {"dtype": run.dtype, "cores": run.cores, "phases": phases}, rounds,
+        {"dtype": run.dtype, "cores": run.cores, "phases": phases, **kernels}, rounds,
         summarise_rates(experiment.what, sides, experiment.comparisons, rounds),
     )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -84,12 +84,20 @@ class Experiment:
 
 
 def rates_by_round(
-    experiment: Experiment, rounds: int, inputs: Inputs, progress: Progress, *, in_step: bool, seconds: float = inf
+    experiment: Experiment,
+    rounds: int,
+    inputs: Inputs,
+    progress: Progress,
+    *,
+    in_step: bool,
+    seconds: float = inf,
+    at_the_end: Callable[[list[Rates]], None] = lambda _: None,
 ) -> list[Rates]:
     """Tokens per second by side and phase, for every round that counts.
 
     in_step: engines take turns step by step, not batch by batch; then a round holds one side of each. Otherwise they
-    are on a GPU, and start side by side. seconds: after so many no further round begins, if there are enough
+    are on a GPU, and start side by side. seconds: after so many no further round begins, if there are enough.
+    at_the_end: is told the rates while the engines still run
     """
     counted, measure = list[Rates](), _in_step if in_step else _one_by_one
     end = time.monotonic() + seconds
@@ -119,6 +127,7 @@ def rates_by_round(
                 if number >= WARM_UP_ROUNDS:
                     counted.append(rates)
         progress.remove_task(task)
+        at_the_end(counted)
     return counted
 
 

@@ -33,6 +33,8 @@ class Run:
     """little of everything: only to see that the benchmark works"""
     ranks: Sequence[int] = ()
     """of the versions that are told apart; none: the usual ones"""
+    all_kinds: bool = True
+    """whether they are told apart of versions of all kinds too"""
     once: bool = False
     """no second engines that show the noise"""
     seconds: float = inf

@@ -23,15 +23,12 @@ from edit_store.edits import SERVED_PER_REQUEST
 from loadtests.bench_inputs import strengths
 from loadtests.bench_report import Swap, gaps_within, summarise_swaps
 from loadtests.bench_run import Measured, NotMeasured, Run
+from loadtests.record import gpu
 from loadtests.server import Server
 
 VARIANTS = 8
-WINDOW_SECONDS, WEIGHTS_WINDOW_SECONDS = 4.0, 8.0  # weights are computed anew before they change
 SETTLED_TOKENS = 16  # tokens that every stream must have before a window opens
-SHORT_TOKENS = 16
 HEAD_START_SECONDS = 0.1
-STREAM_TOKENS = 1800
-MAX_MODEL_LEN = 2048
 IN_WEIGHTS = ("scale", "low_rank")
 PROMPT = "Write down everything you know about the sea, the mountains and the rivers of your country."
 
@@ -46,12 +43,30 @@ class Answered:
 
 @dataclass(frozen=True)
 class SwapPlan:
-    """What shapes the figures; written beside them."""
+    """What shapes the figures; written beside them.
+
+    The short request is longer than its head start, and a stream than two windows: on a GPU a step takes 2 ms, not 20.
+    """
 
     swaps: int
     dtype: str
     streams: int = 6
-    window_seconds: float = WINDOW_SECONDS
+    window_seconds: float = 4.0
+    short_tokens: int = 16
+    stream_tokens: int = 1800
+
+    @classmethod
+    def of(cls, run: Run, *, weights: bool) -> SwapPlan:
+        """Weights are computed anew before they change, which takes longer."""
+        swaps = 3 if run.quick else run.swaps
+        if gpu():
+            return cls(swaps, run.dtype, window_seconds=2.0 if weights else 1.0, short_tokens=150, stream_tokens=7500)
+        return cls(swaps, run.dtype, window_seconds=8.0 if weights else 4.0)
+
+    @property
+    def max_model_len(self) -> int:
+        """Room for a stream and its prompt."""
+        return self.stream_tokens + 248
 
 
 def measure_swaps(run: Run, *, weights: bool = False) -> Measured:
@@ -59,15 +74,14 @@ def measure_swaps(run: Run, *, weights: bool = False) -> Measured:
 
     weights: the variant is in the weights, so that all stream it, and go on when it is swapped
     """
-    window = WEIGHTS_WINDOW_SECONDS if weights else WINDOW_SECONDS
-    plan = SwapPlan(3 if run.quick else run.swaps, run.dtype, window_seconds=window)
+    plan = SwapPlan.of(run, weights=weights)
     progress = run.progress
     inputs = run.inputs.everywhere(IN_WEIGHTS if weights else SERVED_PER_REQUEST)
     (name, *others), folder = inputs.make_store("swap-store", 1 if weights else VARIANTS)
     store = EditStore(str(folder))
     versions = [store.publish(inputs.version(name, strength / 2)) for strength in strengths(plan.swaps)]
     models = [name] * plan.streams if weights else ["base", *others][: plan.streams]
-    flags = ("--dtype", plan.dtype, "--max-model-len", str(MAX_MODEL_LEN))
+    flags = ("--dtype", plan.dtype, "--max-model-len", str(plan.max_model_len))
     settings = {"poll_seconds": 3600, "cache_folder": str(inputs.node)}
     settings |= {"weights": name, "weights_running": "keep"} if weights else {}
     server = Server.with_edits(inputs.model, folder, inputs.folder / "server.log", *flags, settings=settings)
@@ -76,35 +90,35 @@ def measure_swaps(run: Run, *, weights: bool = False) -> Measured:
         progress.remove_task(starting)
         task = progress.add_task("swaps", total=len(versions))
         swaps = asyncio.run(
-            _measure(server.url, store, name, versions, models, window=window, done=lambda: progress.advance(task))
+            _measure(server.url, store, name, versions, models, plan=plan, done=lambda: progress.advance(task))
         )
     progress.remove_task(task)
     return Measured(asdict(plan), [asdict(swap) for swap in swaps], summarise_swaps(swaps))
 
 
 async def _measure(
-    url: str, store: EditStore, name: str, versions: Sequence[str], models: Sequence[str], *, window: float,
+    url: str, store: EditStore, name: str, versions: Sequence[str], models: Sequence[str], *, plan: SwapPlan,
     done: Callable[[], None],
 ) -> list[Swap]:  # fmt: skip
-    swaps = []
+    swaps, window = [], plan.window_seconds
     async with httpx.AsyncClient(base_url=url, timeout=120) as client:
         for number, version in enumerate(versions):
-            async with _streaming(client, models) as token_times:
+            async with _streaming(client, models, plan.stream_tokens) as token_times:
                 swapped: dict[str, Any] = {}
                 for swapping in (True, False) if number % 2 else (False, True):
                     if swapping:
-                        begin, swapped = await _swap_window(client, store, name, version, window)
+                        begin, swapped = await _swap_window(client, store, name, version, plan)
                         stall = max(gaps_within(token_times, begin, begin + window))
                     else:
-                        begin = await _calm_window(client, name, window)
+                        begin = await _calm_window(client, name, plan)
                         calm = gaps_within(token_times, begin, begin + window)
             swaps.append(Swap(**swapped, stall=stall, calm_stall=max(calm), step=statistics.median(calm)))
             done()
     return swaps
 
 
-async def _calm_window(client: httpx.AsyncClient, name: str, window: float) -> float:
-    short = await _in_flight(client, name)
+async def _calm_window(client: httpx.AsyncClient, name: str, plan: SwapPlan) -> float:
+    window, short = plan.window_seconds, await _in_flight(client, name, plan.short_tokens)
     begin = time.monotonic()
     await ask(client, name, 1)
     await short
@@ -113,10 +127,10 @@ async def _calm_window(client: httpx.AsyncClient, name: str, window: float) -> f
 
 
 async def _swap_window(
-    client: httpx.AsyncClient, store: EditStore, name: str, version: str, window: float
+    client: httpx.AsyncClient, store: EditStore, name: str, version: str, plan: SwapPlan
 ) -> tuple[float, dict[str, Any]]:
     """The window's begin, and what was timed of the swap in it."""
-    short = await _in_flight(client, name)
+    window, short = plan.window_seconds, await _in_flight(client, name, plan.short_tokens)
     begin = time.monotonic()
     await asyncio.to_thread(store.promote, f"{name}@{version}")
     promoted = time.monotonic()
@@ -138,9 +152,9 @@ async def _swap_window(
     }
 
 
-async def _in_flight(client: httpx.AsyncClient, name: str) -> asyncio.Task[Answered]:
+async def _in_flight(client: httpx.AsyncClient, name: str, tokens: int) -> asyncio.Task[Answered]:
     """A short request that the engine is working on by now."""
-    task = asyncio.create_task(ask(client, name, SHORT_TOKENS))
+    task = asyncio.create_task(ask(client, name, tokens))
     await asyncio.sleep(HEAD_START_SECONDS)
     return task
 
@@ -159,12 +173,13 @@ async def ask(client: httpx.AsyncClient, model: str, tokens: int) -> Answered:
 
 
 @asynccontextmanager
-async def _streaming(client: httpx.AsyncClient, models: Sequence[str]) -> AsyncIterator[list[list[float]]]:
+async def _streaming(client: httpx.AsyncClient, models: Sequence[str], tokens: int) -> AsyncIterator[list[list[float]]]:
     """A running stream of each model, and when each of its tokens came. Their end inside the block is an error."""
     token_times: list[list[float]] = [[] for _ in models]
     async with asyncio.TaskGroup() as group:
         tasks = [
-            group.create_task(_stream(client, model, times)) for model, times in zip(models, token_times, strict=True)
+            group.create_task(_stream(client, model, tokens, times))
+            for model, times in zip(models, token_times, strict=True)
         ]
         while any(len(times) < SETTLED_TOKENS for times in token_times):  # noqa: ASYNC110  the server decides when
             await asyncio.sleep(0.05)
@@ -173,10 +188,10 @@ async def _streaming(client: httpx.AsyncClient, models: Sequence[str]) -> AsyncI
             task.cancel()
 
 
-async def _stream(client: httpx.AsyncClient, model: str, token_times: list[float]) -> None:
+async def _stream(client: httpx.AsyncClient, model: str, tokens: int, token_times: list[float]) -> None:
     """Note when each chunk comes, also one whose text is empty because its token ends inside a character."""
     body = {
-        "model": model, "prompt": PROMPT, "max_tokens": STREAM_TOKENS, "temperature": 0, "ignore_eos": True,
+        "model": model, "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "ignore_eos": True,
         "stream": True,
     }  # fmt: skip
     async with client.stream("POST", "/v1/completions", json=body) as response:
@@ -187,4 +202,4 @@ async def _stream(client: httpx.AsyncClient, model: str, token_times: list[float
                 token_times.append(time.monotonic())
                 if json.loads(line.removeprefix("data: ")).get("error"):
                     raise NotMeasured(f"a stream of {model} failed: {line}")
-    raise NotMeasured(f"a stream of {model} ended inside a window: it needs more than {STREAM_TOKENS} tokens")
+    raise NotMeasured(f"a stream of {model} ended inside a window: it needs more than {tokens} tokens")

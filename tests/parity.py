@@ -53,7 +53,8 @@ MANY = 96
 ENVIRONMENT = {
     "VLLM_PLUGINS": "edits", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR",
-    **({} if gpu() else {"VLLM_USE_AOT_COMPILE": "0"}),  # as loadtests.server
+    # By itself Triton multiplies float32 as TF32, which has ten bits. On a CPU as loadtests.server.
+    **({"TRITON_F32_DEFAULT": "ieee"} if gpu() else {"VLLM_USE_AOT_COMPILE": "0"}),
 }  # fmt: skip
 """Of the process that serves."""
 BESIDE_OTHERS = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 1 << 30}

@@ -96,16 +96,17 @@ def story(name: str, way: Mapping[str, Any], seconds: float) -> Step:
     return Step(f"engine, {name}", ["tests.gpu.story", json.dumps(way)], seconds)
 
 
-def served(seconds: float) -> Step:
-    """A server's life, with memory for others beside it."""
+def served(part: str, seconds: float) -> Step:
+    """A part of a server's life, with memory for others beside it."""
     flags = [word for name, value in BESIDE_OTHERS.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    return Step("server", ["tests.gpu.served", json.dumps({"flags": flags})], seconds)
+    return Step(part, ["tests.gpu.served", json.dumps({"flags": flags, "parts": [part]})], seconds)
 
 
 def figures(shape: str, out: Path, seconds: float) -> Step:
-    """Decoding on K versions over vLLM alone, of rank 1 and 16; a round is a fact."""
-    bench = ["loadtests.bench", "--model", shape, "--only", "distinct", "--rank", "1", "--rank", "16", "--batch", "256",
-             "--rounds", "16", "--seconds", str(seconds * 0.75), "--output", str(out / "distinct.json")]  # fmt: skip
+    """Decoding on K versions over vLLM alone, of rank 1, of rank 16, and of all kinds; a round is a fact."""
+    bench = ["loadtests.bench", "--model", shape, "--only", "distinct", "--rank", "1", "--rank", "16", "--all-kinds",
+             "--batch", "256", "--rounds", "16", "--seconds", str(seconds * 0.75),
+             "--output", str(out / "distinct.json")]  # fmt: skip
     return Step("256 requests on K versions", bench, seconds)
 
 
@@ -119,12 +120,13 @@ def chosen(shape: str, out: Path) -> Iterator[Place]:
         Step("exact in float32", ["tests.gpu.exact", "float32"], 200),
         Step("exact at every site", ["tests.gpu.exact", "bfloat16", "--everywhere"], 200),
         Step("exact in the weights", ["tests.gpu.exact", "bfloat16", "--weights"], 200),
-        served(240),
+        served("server", 240),
+        served("server, in the weights", 240),
         story("V1, piecewise graphs", {"arguments": PIECEWISE, "environment": V1}, 200),
     ]
     yield Place(correct, beside=True)
     yield Place([story(name, way, 100) for name, way in OTHER_WAYS], instead_of=default.name)
-    yield Place([figures(shape, out, 220)])
+    yield Place([figures(shape, out, 300)])
 
 
 def main(arguments: Sequence[str]) -> int:

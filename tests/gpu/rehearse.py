@@ -63,7 +63,7 @@ STEPS = (
     Step("exactness, but for the numbers", ["tests.gpu.exact", "bfloat16"], 480),
     # Swaps are not measured here: a stream on a GPU that computes nothing ends before its swap does.
     Step("bench, at tiny sizes", ["loadtests.bench", "--quick", "--once", "--model", str(served.MODEL), "--batch", "8",
-                                  "--rank", "2", "--only", "distinct"], 480),
+                                  "--rank", "2", "--all-kinds", "--only", "distinct"], 600),
 )  # fmt: skip
 OF_A_KIT = (
     Step("first light", ["tests.gpu.first_light", "--shape", str(served.MODEL), "--beside", "2", "--seconds", "1700",

@@ -3,7 +3,7 @@ back; then a variant in the weights, exchanged under load and taken out.
 
     python -m tests.gpu.served WAY        where there is a GPU, or the driver that computes nothing
 
-WAY is JSON: {"flags": [of vLLM], "environment": {}}.
+WAY is JSON: {"flags": [of vLLM], "environment": {}, "parts": [names, all without]}.
 """
 
 from __future__ import annotations
@@ -165,6 +165,8 @@ def main() -> None:
     way = json.loads(sys.argv[1]) if len(sys.argv) > 1 else {}
     worked = []
     for what, part in (("server", per_request), ("server, in the weights", in_weights)):
+        if what not in way.get("parts", [what]):
+            continue
         with tempfile.TemporaryDirectory() as folder:
             worked.append(tried(what, lambda: part(Path(folder), way)))  # noqa: B023
     ended(all(worked))
