@@ -13,7 +13,7 @@ from loadtests.bench_inputs import Inputs
 from loadtests.bench_rounds import Phase, Side
 
 SHORT, LONG, MOST = 4, 12, 40
-ALL = "all kernels"
+ALL, LONGEST_NAME = "all kernels", 140
 
 
 def kernels_of_a_step(sides: Mapping[str, Side], phase: Phase, inputs: Inputs) -> dict[str, dict[str, float]]:
@@ -26,7 +26,10 @@ def kernels_of_a_step(sides: Mapping[str, Side], phase: Phase, inputs: Inputs) -
         few, many = (_on_device(side.engine.calls(batch)) for batch in batches)
         step = {kernel: (taken - few.get(kernel, 0)) / (LONG - SHORT) for kernel, taken in many.items()}
         longest = sorted(step.items(), key=lambda each: -each[1])[:MOST]
-        found[name] = {ALL: round(sum(step.values()), 1), **{kernel[:120]: round(took, 1) for kernel, took in longest}}
+        found[name] = {
+            ALL: round(sum(step.values()), 1),
+            **{_short(kernel): round(took, 1) for kernel, took in longest},
+        }
     return found
 
 
@@ -34,3 +37,8 @@ def _on_device(calls: Calls) -> dict[str, float]:
     """Of what torch calls, kernels and copies on the device; operators are told a second time there."""
     own = {call: taken for call, (_, taken) in calls.items() if call.startswith("CUDA ")}
     return {call.removeprefix("CUDA "): taken for call, taken in own.items() if not call.startswith("CUDA aten::")}
+
+
+def _short(kernel: str) -> str:
+    """A name of C++ or of the compiler, told apart from others by both of its ends."""
+    return kernel if len(kernel) < LONGEST_NAME else f"{kernel[: LONGEST_NAME - 40]}…{kernel[-40:]}"

@@ -126,6 +126,7 @@ def chosen(shape: str, out: Path) -> Iterator[Place]:
     ]
     yield Place(correct, beside=True)
     yield Place([story(name, way, 100) for name, way in OTHER_WAYS], instead_of=default.name)
+    yield Place([Step("products of several ranks", ["tests.gpu.products"], 60)])
     yield Place([figures(shape, out, 300)])
 
 
