@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 from collections import Counter as Counted
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Literal
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Summary
+from prometheus_client.metrics_core import Metric as PrometheusMetric
+from prometheus_client.registry import Collector
 
 PREFIX = "vllm_edits_"
 OTHER = "other"
@@ -151,8 +153,14 @@ METRICS = (
     Metric(
         "variants_info",
         "gauge",
-        "Variants with running and with waiting requests, in the labels of vLLM's lora_requests_info; when it changed.",
+        "Variants with running and with waiting requests, in the labels of vLLM's lora_requests_info; the time.",
         ("running_lora_adapters", "waiting_lora_adapters", "max_lora"),
+    ),
+    Metric(
+        "variant_loaded",
+        "gauge",
+        "1 for each name under which a version on the device is served, in the labels of routers for adapters.",
+        ("adapter_name", "level", "pinned"),
     ),
     Metric(
         "server_info",
@@ -161,6 +169,18 @@ METRICS = (
         ("model_name", "plugin", "vllm"),
     ),
 )
+
+
+@dataclass(frozen=True)
+class VariantsNow:
+    """Names of variants, as clients know them, and how many versions fit on the device."""
+
+    running: AbstractSet[str]
+    waiting: AbstractSet[str]
+    """have requests that wait for a slot, and none that runs"""
+    loaded: AbstractSet[str]
+    """their versions are on the device"""
+    slots: int
 
 
 class Metrics:
@@ -196,6 +216,7 @@ class Metrics:
     exposures_lost: Gauge
     variant_info: Gauge
     variants_info: Gauge
+    variant_loaded: Gauge
     server_info: Gauge
 
     def __init__(self, registry: CollectorRegistry = REGISTRY, *, label_limit: int = 256) -> None:
@@ -204,7 +225,8 @@ class Metrics:
         self._served: AbstractSet[_Pair] = frozenset()
         self._in_flight: Counted[_Pair] = Counted()
         self._counted_as: dict[_Pair, str] = {}
-        self._variants: tuple[str, str, str] | None = None
+        self._variants: Callable[[], VariantsNow] | None = None
+        registry.register(_AtEachScrape(self._tell_variants))
         for metric in METRICS:
             name = PREFIX + metric.name
             made: Counter | Gauge | Histogram | Summary
@@ -273,13 +295,36 @@ class Metrics:
         if not self._in_flight[pair]:
             del self._in_flight[pair], self._counted_as[pair]
 
-    def tell_variants(self, running: Iterable[str], waiting: Iterable[str], slots: int) -> None:
-        """Say which variants have running requests, and which have waiting ones, if that is anything new."""
-        variants = ",".join(sorted(running)), ",".join(sorted(waiting)), str(slots)
-        if variants != self._variants and _SEVERAL_PROCESSES not in os.environ:
-            self._variants = variants
+    def follow_variants(self, now: Callable[[], VariantsNow]) -> None:
+        """Ask at every scrape which variants run, wait and are on the device."""
+        self._variants = now
+
+    def _tell_variants(self) -> None:
+        if self._variants is not None:
+            now = self._variants()
             self.variants_info.clear()
-            self.variants_info.labels(*variants).set_to_current_time()
+            names = (",".join(sorted(some)) for some in (now.running, now.waiting))
+            self.variants_info.labels(*names, str(now.slots)).set_to_current_time()
+            self.variant_loaded.clear()
+            for name in sorted(now.loaded):
+                self.variant_loaded.labels(name, "gpu", "false").set(1)
+
+
+class _AtEachScrape(Collector):
+    """No series of its own. The registry asks collectors in their order, so what it does is seen in those after it.
+
+    A server of several processes is scraped by another registry, and so never asked.
+    """
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act = act
+
+    def describe(self) -> Iterable[PrometheusMetric]:
+        return ()
+
+    def collect(self) -> Iterable[PrometheusMetric]:
+        self._act()
+        return ()
 
 
 def _pair(variant: str, version: str | None) -> _Pair:

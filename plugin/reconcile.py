@@ -33,7 +33,7 @@ from plugin.experiments.handle import Handles
 from plugin.experiments.resolver import Resolver
 from plugin.experiments.served import ServedExperiments
 from plugin.lease import Lease
-from plugin.metrics import OTHER, UNKNOWN, Metrics
+from plugin.metrics import OTHER, UNKNOWN, Metrics, VariantsNow
 from plugin.reservation import Price, Reservation
 from plugin.slots import Slots
 from plugin.traits import PLAIN, Traits
@@ -108,6 +108,7 @@ class Reconciler:
         self.heads_read_at: float | None = None
         self._workers = workers
         self._metrics = metrics
+        metrics.follow_variants(self._variants_now)
         self._base = base
         self._reservation = reservation
         self._price = price
@@ -428,34 +429,31 @@ class Reconciler:
         if self.slots.residency.is_open(version):
             return await self.slots.acquire(version)
         self._waiting[choice.variant] += 1
-        self._tell_variants()
         try:
             return await self.slots.acquire(version)
         finally:
             self._waiting[choice.variant] -= 1
-            self._tell_variants()
 
-    def _tell_variants(self) -> None:
-        """Export which variants run, and which wait for a slot."""
+    def _variants_now(self) -> VariantsNow:
+        """For routers: which variants run, which wait for a slot, and which need none."""
         inside = Counter[str]()
         for (name, version), count in self._in_flight.items():
             inside[name] += count if version is not None else 0
         running = {name for name, count in inside.items() if count > self._waiting[name]}
         waiting = {name for name, count in self._waiting.items() if count} - running
-        self._metrics.tell_variants(running, waiting, self.slots.residency.slots)
+        there = self.slots.residency.is_resident
+        loaded = {name for name, version in self.table.served() if version == self.table.in_weights or there(version)}
+        return VariantsNow(running, waiting, loaded, self.slots.residency.slots)
 
     def _count_in(self, choice: Choice) -> None:
         self._in_flight[choice.variant, choice.version] += 1
         self._metrics.enter(choice.variant, choice.version)
-        if self._in_flight[choice.variant, choice.version] == 1:
-            self._tell_variants()
 
     def _count_out(self, choice: Choice) -> None:
         variant, version = choice.variant, choice.version
         self._in_flight[variant, version] -= 1
         if not self._in_flight[variant, version]:
             del self._in_flight[variant, version]
-            self._tell_variants()
         self._metrics.leave(variant, version)
         self._weights.left()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from edit_store.errors import NotFound, nearest
@@ -95,14 +95,19 @@ class VariantTable:
             tags[tag] = version
         return replace(self, promoted={each: tags for each, tags in promoted.items() if tags})
 
+    def served(self) -> Iterator[tuple[str, str]]:
+        """Every name a client may send, and its version: `polite`, and `polite@<tag>` for other tags.
+
+        Versions by digest are names too, and not among these.
+        """
+        for name, tags in sorted(self.promoted.items()):
+            for tag, version in sorted(tags.items()):
+                if self.in_weights in (None, version):
+                    yield name if tag == self.default_tag else f"{name}@{tag}", version
+
     def names(self) -> list[str]:
-        """Every name a client may send, versions by digest apart: `polite`, and `polite@<tag>` for other tags."""
-        return [
-            name if tag == self.default_tag else f"{name}@{tag}"
-            for name, tags in sorted(self.promoted.items())
-            for tag, version in sorted(tags.items())
-            if self.in_weights in (None, version)
-        ]
+        """Every name a client may send, versions by digest apart."""
+        return [name for name, _ in self.served()]
 
     def versions(self) -> set[str]:
         """Every promoted version."""

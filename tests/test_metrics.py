@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from plugin.engine_gate import _Watch
 from plugin.lease import Usage
-from plugin.metrics import FIRST_TOKEN, METRICS, OTHER, PER_TOKEN, PREFIX, REQUEST, Metrics
+from plugin.metrics import FIRST_TOKEN, METRICS, OTHER, PER_TOKEN, PREFIX, REQUEST, Metrics, VariantsNow
 from tests.fakes import cheaply
 
 V1, V2 = "1" * 64, "2" * 64
@@ -129,12 +129,20 @@ def test_a_router_sees_which_variants_run_and_wait() -> None:
     """One series at a time, in the labels by which endpoint pickers know adapters."""
     registry = CollectorRegistry()
     metrics = Metrics(registry)
-    for running, waiting in ((["b", "a"], []), ([], ["c"]), ([], [])):
-        metrics.tell_variants(running, waiting, 4)
-        (labels,) = [sample.labels for metric in registry.collect() if metric.name == PREFIX + "variants_info"
-                     for sample in metric.samples]  # fmt: skip
+    assert not told(registry, "variants_info")
+    for running, waiting, loaded in (({"b", "a"}, set(), {"a", "b"}), (set(), {"c"}, {"a"}), (set(), set(), set())):
+        metrics.follow_variants(lambda: VariantsNow(running, waiting, loaded, 4))  # noqa: B023
+        (labels,) = told(registry, "variants_info")
         assert labels == {"running_lora_adapters": ",".join(sorted(running)), "max_lora": "4",
                           "waiting_lora_adapters": ",".join(waiting)}  # fmt: skip
+        assert told(registry, "variant_loaded") == [
+            {"adapter_name": name, "level": "gpu", "pinned": "false"} for name in sorted(loaded)
+        ]
+
+
+def told(registry: CollectorRegistry, name: str) -> list[dict[str, str]]:
+    """The labels of a metric's series."""
+    return [sample.labels for metric in registry.collect() if metric.name == PREFIX + name for sample in metric.samples]
 
 
 @pytest.mark.parametrize(

@@ -488,13 +488,20 @@ async def test_a_request_waits_while_every_slot_is_in_use(server: Server) -> Non
 
 
 async def test_a_router_is_told_which_variants_run_and_which_wait(server: Server) -> None:
-    """The names that clients use; one that runs and waits runs. When nobody is there, none is told."""
+    """The names that clients use; one that runs and waits runs. When nobody is there, none is told. Which ones need no
+    slot any more is told beside it."""
+
+    def series(name: str) -> list[dict[str, str]]:
+        return [sample.labels for metric in server.registry.collect() if metric.name.endswith(name)
+                for sample in metric.samples]  # fmt: skip
 
     def told() -> tuple[str, str]:
-        (labels,) = [sample.labels for metric in server.registry.collect() if metric.name.endswith("variants_info")
-                     for sample in metric.samples]  # fmt: skip
+        (labels,) = series("variants_info")
         assert labels["max_lora"] == str(SLOTS)
         return labels["running_lora_adapters"], labels["waiting_lora_adapters"]
+
+    def loaded() -> list[str]:
+        return [labels["adapter_name"] for labels in series("variant_loaded")]
 
     names = await promote_many(server, SLOTS + 1)
     with ExitStack() as held:
@@ -505,8 +512,11 @@ async def test_a_router_is_told_which_variants_run_and_which_wait(server: Server
         waiting = asyncio.create_task(server.core.lease(names[SLOTS]))
         assert not await soon(waiting)
         assert told() == (",".join(sorted(names[:SLOTS])), names[SLOTS])
+        assert loaded() == sorted(names[:SLOTS])
     with (await waiting).hold():
         assert told() == (names[SLOTS], "")
+        assert names[SLOTS] in loaded()
+        assert len(loaded()) == SLOTS
     assert told() == ("", "")
 
 
