@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from typing import Generic, Protocol, TypeVar
 
 from edit_store.errors import EditsError
+from plugin.short_turns import short_turns
 
 
 class Ready(Protocol):
@@ -42,7 +43,9 @@ class HostCache(Generic[R]):
 
         def read() -> None:
             try:
-                future.set_result(self._prepare(version))
+                with short_turns():
+                    ready = self._prepare(version)
+                future.set_result(ready)
             except BaseException as error:  # noqa: BLE001  told to whoever asks whether it is ready
                 future.set_exception(error)
 

@@ -35,6 +35,7 @@ from plugin.experiments.served import ServedExperiments
 from plugin.lease import Lease
 from plugin.metrics import OTHER, UNKNOWN, Metrics, VariantsNow
 from plugin.reservation import Price, Reservation
+from plugin.short_turns import in_thread
 from plugin.slots import Slots
 from plugin.traits import PLAIN, Traits
 from plugin.variants import BASE, Choice, VariantTable, VersionWanted
@@ -160,7 +161,7 @@ class Reconciler:
         """Read the store's heads once and follow every tag that moved. Returns the swaps that were tried."""
         async with self._syncing:
             try:
-                look = await asyncio.to_thread(self.reader.look)
+                look = await in_thread(self.reader.look)
             except EditsError as error:
                 self.last_error = str(error)
                 self._metrics.store_errors.inc()
@@ -235,13 +236,11 @@ class Reconciler:
 
     async def _require_trust(self, entry: TagEntry) -> None:
         """NotTrusted when signatures are required and missing; where they are only wished for, a line in the log."""
-        self._weigh(
-            f"{entry.name}@{entry.tag} entry {entry.sequence}", await asyncio.to_thread(self.reader.doubts, entry)
-        )
+        self._weigh(f"{entry.name}@{entry.tag} entry {entry.sequence}", await in_thread(self.reader.doubts, entry))
 
     async def _require_author(self, name: str, version: str) -> None:
         """The same for a version that no tag promotes: a client may name it, so nobody has vouched for it yet."""
-        doubts = await asyncio.to_thread(self.reader.author_doubts, name, version)
+        doubts = await in_thread(self.reader.author_doubts, name, version)
         self._weigh(f"version {version[:12]} of {name}", doubts)
 
     def _weigh(self, what: str, doubts: list[Reason]) -> None:
@@ -254,7 +253,7 @@ class Reconciler:
 
     async def _fall_back(self, entry: TagEntry) -> None:
         """Serve what a server that never stopped would: the newest entry before this one that is believed."""
-        believed = await asyncio.to_thread(self.reader.believed, entry)
+        believed = await in_thread(self.reader.believed, entry)
         if believed is not None:
             await self._follow_tag(believed)
 
@@ -283,9 +282,9 @@ class Reconciler:
             why = f"{swap.variant!r} names the base model or a label of its own here; publish it under another name"
             raise BundleRefused(f"variant {swap.variant!r}", [Reason("name", why)])
         with swap.phase("fetch", self._metrics):
-            bundle = await asyncio.to_thread(self.reader.bundle, version)
+            bundle = await in_thread(self.reader.bundle, version)
         with swap.phase("verify", self._metrics):
-            await asyncio.to_thread(verify.check, bundle, self._base)
+            await in_thread(verify.check, bundle, self._base)
         self._traits[version] = Traits.of(bundle.manifest)
         return bundle
 
@@ -367,7 +366,7 @@ class Reconciler:
             if isinstance(found, VersionWanted):
                 ref, served = found.ref, self.table.promoted[found.ref.name].values()
                 known = ref.selector in served  # a whole digest that is served needs no store
-                version = ref.selector if known else await asyncio.to_thread(self.reader.resolve, str(ref))
+                version = ref.selector if known else await in_thread(self.reader.resolve, str(ref))
                 found = self.table.chosen(model, ref.name, version)
             traits = PLAIN if found.version is None else await self._traits_of(found.variant, found.version)
             if self._weights.open and found.epoch == self.table.epoch:  # else they changed while the store was asked
@@ -384,8 +383,8 @@ class Reconciler:
     async def prepare(self, name: str, version: str) -> None:
         """Have a version ready that an arm names; EditsError when it cannot be served here."""
         await self._require_author(name, version)
-        bundle = await asyncio.to_thread(self.reader.bundle, version)
-        await asyncio.to_thread(verify.check, bundle, self._base)
+        bundle = await in_thread(self.reader.bundle, version)
+        await in_thread(verify.check, bundle, self._base)
         if missing := self._reservation.missing(bundle.manifest, self._price):
             raise InstallRefused(f"version {version[:12]} of {name!r}", missing)
         self._traits[version] = Traits.of(bundle.manifest)
@@ -398,7 +397,7 @@ class Reconciler:
     async def _traits_of(self, name: str, version: str) -> Traits:
         if version not in self._traits:
             await self._require_author(name, version)
-            self._traits[version] = Traits.of(await asyncio.to_thread(self.reader.manifest, version))
+            self._traits[version] = Traits.of(await in_thread(self.reader.manifest, version))
         return self._traits[version]
 
     async def renew(self, choice: Choice | None) -> Lease:
