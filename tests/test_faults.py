@@ -61,6 +61,28 @@ def test_a_disk_that_fails_at_any_write_leaves_a_whole_store(
     assert list(Path(folder.url, ".staging").iterdir()) == []
 
 
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_disk_without_hard_links_is_read_and_not_written(
+    folder: EditStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """As exFAT (which says EPERM), FAT and some network mounts are. Nothing is left of what was refused."""
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    before = sorted(path for path in Path(folder.url).rglob("*") if path.is_file())
+    monkeypatch.setattr(os, "link", refused)
+    with pytest.raises(StoreUnavailable, match="refuses hard links"):
+        EditStore(str(tmp_path / "new"), create=True)
+    assert not [path for path in (tmp_path / "new").rglob("*") if path.is_file()]
+    opened = EditStore(folder.url)
+    for write in (lambda: opened.publish(bundle("2")), lambda: opened.rollback("polite"), lambda: opened.pin("polite")):
+        with pytest.raises(EditsError):
+            write()
+    assert sorted(path for path in Path(folder.url).rglob("*") if path.is_file()) == before
+    assert opened.bundle(opened.resolve("polite")).manifest.name == "polite"
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_a_disk_that_is_really_full_is_named(tmp_path: Path) -> None:
     disk = tmp_path / "disk"

@@ -6,6 +6,7 @@ create-if-absent on every local file system. Rename would overwrite, and an excl
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from edit_store.backends.protocol import AlreadyExists, Item
 from edit_store.errors import StoreUnavailable
 
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 STAGING = ".staging"
 """Where files are written before they are named. What a crash leaves there, `gc` sweeps; `list` does not show it."""
 
@@ -41,7 +43,19 @@ class LocalFolder:
         self._write(key, data, os.replace)
 
     def create(self, key: str, data: bytes) -> None:
-        self._write(key, data, os.link)
+        self._write(key, data, self._link)
+
+    def _link(self, staged: Path, target: Path) -> None:
+        try:
+            os.link(staged, target)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            raise StoreUnavailable(
+                f"store {self.url} cannot be written: its file system refuses hard links ({error.strerror}), as exFAT, "
+                "FAT and some network mounts do, and without them one of two writers at once would overwrite the "
+                "other. Write to a folder on a local Linux file system, or to an object store; a copy can be read here"
+            ) from error
 
     def _write(self, key: str, data: bytes, name_it: Callable[[Path, Path], None]) -> None:
         target = self._path(key)
