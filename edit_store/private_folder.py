@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from edit_store.errors import UnsupportedHost
@@ -19,17 +20,23 @@ def cache_folder() -> Path:
         return Path(named) / "vllm-edits"
     home = os.path.expanduser("~")  # noqa: PTH111  Path.home raises where there is none
     found = Path(home, ".cache", "vllm-edits")
-    there = next(each for each in (found, *found.parents) if each.exists())
+    there = next(each for each in (found, *found.parents) if os.path.exists(each))  # noqa: PTH110  others' are none
     return found if found.is_absolute() and os.access(there, os.W_OK | os.X_OK) else private_folder("cache")
+
+
+def private_path(name: str) -> Path:
+    """Where the folder of that name is, or would be."""
+    return Path(tempfile.gettempdir()) / f"vllm-edits-{os.getuid()}-{name}"
 
 
 def private_folder(name: str) -> Path:
     """The folder of that name below the temporary one, made if need be.
 
-    UnsupportedHost when it is another user's, or open to others.
+    UnsupportedHost when it is another user's, open to others, or no folder.
     """
-    folder = Path(tempfile.gettempdir()) / f"vllm-edits-{os.getuid()}-{name}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder = private_path(name)
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
     found = folder.lstat()
     if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o077:
         raise UnsupportedHost(f"{folder} is not this user's alone. Remove it, or set TMPDIR to a folder of your own")

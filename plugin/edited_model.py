@@ -365,10 +365,15 @@ def _digest(version: str, row: Tensor) -> str:
     return hashlib.sha256(version.encode() + row.cpu().numpy().tobytes()).hexdigest()
 
 
+MANY = 1 << 31
+
+
 def _claimed(claim: Any) -> tuple[int, str]:
-    """Slot and version of a claim. FalseClaim unless it is [slot, version, strength]."""
+    """Slot and version of a claim. FalseClaim unless it is [slot, version, strength], with numbers that can be such."""
     match claim:
-        case [int() as slot, str() as version, int() | float()]:
+        case [int() as slot, str() as version, int() | float() as strength] if (
+            abs(slot) < MANY and abs(strength) < MANY
+        ):
             return slot, version
     raise FalseClaim(f"expected a claim of [slot, version, strength], found {claim!r:.80}")
 

@@ -6,6 +6,7 @@ Only the API process exports. Names start with `vllm_edits_`: vLLM unregisters e
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter as Counted
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Summary
+from prometheus_client.metrics_core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric as PrometheusMetric
 from prometheus_client.registry import Collector
 
@@ -41,7 +43,10 @@ PHASE: Seconds = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.
 
 @dataclass(frozen=True)
 class Metric:
-    """One series: `edges` are a histogram's buckets; `across_processes` joins the gauges of several."""
+    """One series: `edges` are a histogram's buckets; `across_processes` joins the gauges of several.
+
+    One that is `asked` is no attribute of Metrics: whoever has it is asked for it at each scrape.
+    """
 
     name: str
     kind: Literal["counter", "gauge", "histogram", "summary"]
@@ -49,6 +54,7 @@ class Metric:
     labels: tuple[str, ...] = ()
     edges: Seconds = ()
     across_processes: Literal["mostrecent", "livesum"] = "mostrecent"
+    asked: bool = False
 
 
 METRICS = (
@@ -155,12 +161,14 @@ METRICS = (
         "gauge",
         "Variants with running and with waiting requests, in the labels of vLLM's lora_requests_info; the time.",
         ("running_lora_adapters", "waiting_lora_adapters", "max_lora"),
+        asked=True,
     ),
     Metric(
         "variant_loaded",
         "gauge",
         "1 for each name under which a version on the device is served, in the labels of routers for adapters.",
         ("adapter_name", "level", "pinned"),
+        asked=True,
     ),
     Metric(
         "server_info",
@@ -215,8 +223,6 @@ class Metrics:
     experiment_rollbacks: Counter
     exposures_lost: Gauge
     variant_info: Gauge
-    variants_info: Gauge
-    variant_loaded: Gauge
     server_info: Gauge
 
     def __init__(self, registry: CollectorRegistry = REGISTRY, *, label_limit: int = 256) -> None:
@@ -226,8 +232,10 @@ class Metrics:
         self._in_flight: Counted[_Pair] = Counted()
         self._counted_as: dict[_Pair, str] = {}
         self._variants: Callable[[], VariantsNow] | None = None
-        registry.register(_AtEachScrape(self._tell_variants))
+        registry.register(_Asked(self._tell_variants))
         for metric in METRICS:
+            if metric.asked:
+                continue
             name = PREFIX + metric.name
             made: Counter | Gauge | Histogram | Summary
             if metric.kind == "counter":
@@ -299,32 +307,32 @@ class Metrics:
         """Ask at every scrape which variants run, wait and are on the device."""
         self._variants = now
 
-    def _tell_variants(self) -> None:
+    def _tell_variants(self) -> Iterable[PrometheusMetric]:
+        info, loaded = (GaugeMetricFamily(PREFIX + metric.name, metric.help, labels=metric.labels)
+                        for metric in METRICS if metric.asked)  # fmt: skip
         if self._variants is not None:
             now = self._variants()
-            self.variants_info.clear()
             names = (",".join(sorted(some)) for some in (now.running, now.waiting))
-            self.variants_info.labels(*names, str(now.slots)).set_to_current_time()
-            self.variant_loaded.clear()
+            info.add_metric([*names, str(now.slots)], time.time())
             for name in sorted(now.loaded):
-                self.variant_loaded.labels(name, "gpu", "false").set(1)
+                loaded.add_metric([name, "gpu", "false"], 1)
+        return info, loaded
 
 
-class _AtEachScrape(Collector):
-    """No series of its own. The registry asks collectors in their order, so what it does is seen in those after it.
+class _Asked(Collector):
+    """Series that are made when a scrape asks for them, in whichever thread it does.
 
     A server of several processes is scraped by another registry, and so never asked.
     """
 
-    def __init__(self, act: Callable[[], None]) -> None:
-        self._act = act
+    def __init__(self, tell: Callable[[], Iterable[PrometheusMetric]]) -> None:
+        self._tell = tell
 
     def describe(self) -> Iterable[PrometheusMetric]:
         return ()
 
     def collect(self) -> Iterable[PrometheusMetric]:
-        self._act()
-        return ()
+        return self._tell()
 
 
 def _pair(variant: str, version: str | None) -> _Pair:

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -24,6 +24,7 @@ from edit_store.errors import BundleRefused, EditsError, InstallRefused, NotTrus
 from edit_store.experiment_log import Experiments
 from edit_store.experiments import Change
 from edit_store.reader import Reader
+from edit_store.refs import Ref
 from edit_store.store import TagEntry
 from edit_store.trust import Enforcement
 from plugin.experiments.asking import NOBODY, Asking
@@ -118,8 +119,8 @@ class Reconciler:
         self._refused: dict[tuple[str, str], Refusal] = {}
         self._troubles: Mapping[tuple[str, str], EditsError] = {}
         self._in_flight: Counter[tuple[str, str | None]] = Counter()
-        self._waiting: Counter[str] = Counter()
-        """requests in flight that have no slot yet, by variant"""
+        self._waiting: Counter[tuple[str, str | None]] = Counter()
+        """requests in flight that have no slot yet"""
         self._syncing = asyncio.Lock()
         self._weights = WeightsMode(
             weights_key, partial(ask, workers), running=weights_running, patience_seconds=weights_patience_seconds,
@@ -427,22 +428,30 @@ class Reconciler:
     async def _slot_of(self, choice: Choice, version: str) -> int:
         if self.slots.residency.is_open(version):
             return await self.slots.acquire(version)
-        self._waiting[choice.variant] += 1
+        self._waiting[choice.variant, version] += 1
         try:
             return await self.slots.acquire(version)
         finally:
-            self._waiting[choice.variant] -= 1
+            self._waiting[choice.variant, version] -= 1
 
     def _variants_now(self) -> VariantsNow:
-        """For routers: which variants run, which wait for a slot, and which need none."""
-        inside = Counter[str]()
-        for (name, version), count in self._in_flight.items():
-            inside[name] += count if version is not None else 0
-        running = {name for name, count in inside.items() if count > self._waiting[name]}
-        waiting = {name for name, count in self._waiting.items() if count} - running
+        """For routers: which names run, which wait for a slot, and which need none.
+
+        Asked in threads too, so it looks at copies, each of which is made in one go.
+        """
+        in_flight, waiting, table = dict(self._in_flight), dict(self._waiting), self.table
+        called: dict[tuple[str, str | None], list[str]] = {}
+        for name, version in table.served():
+            called.setdefault((Ref.parse(name).name, version), []).append(name)
+
+        def names(pairs: Iterable[tuple[str, str | None]]) -> set[str]:
+            return {name for pair in pairs for name in called.get(pair, pair[:1])}
+
+        runs = names(pair for pair, count in in_flight.items() if pair[1] is not None and count > waiting.get(pair, 0))
+        waits = names(pair for pair, count in waiting.items() if count) - runs
         there = self.slots.residency.is_resident
-        loaded = {name for name, version in self.table.served() if version == self.table.in_weights or there(version)}
-        return VariantsNow(running, waiting, loaded, self.slots.residency.slots)
+        loaded = {name for name, version in table.served() if version == table.in_weights or there(version)}
+        return VariantsNow(runs, waits, loaded, self.slots.residency.slots)
 
     def _count_in(self, choice: Choice) -> None:
         self._in_flight[choice.variant, choice.version] += 1

@@ -10,9 +10,11 @@ import pytest
 
 from edit_store import private_folder
 from plugin.step_filler import FalseClaim
+from plugin.vllm_host import ending
 from plugin.vllm_host.ending import EndedRequests, EndsRequests
 
 REQUEST = SimpleNamespace(req_id="cmpl-1")
+SCHEDULER = SimpleNamespace(kv_cache_manager=SimpleNamespace())
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def test_without_a_scheduler_that_reads_a_request_is_not_said_to_end(config: Any
 @pytest.mark.parametrize("attached", [False, True])
 def test_a_scheduler_that_reads_is_told_and_no_folder_stays(config: Any, tmp_path: Path, attached: bool) -> None:
     workers = [EndsRequests(config), EndsRequests(config)]  # of one engine
-    scheduler = EndedRequests(config)
+    scheduler = EndedRequests(config, SCHEDULER)
     assert not scheduler.attached
     if attached:
         for worker in workers:
@@ -43,5 +45,14 @@ def test_a_scheduler_that_reads_is_told_and_no_folder_stays(config: Any, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_workers_that_attach_at_the_same_time_make_no_folder_anew(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One would find it half made, and the other's start would fail."""
+    workers = [EndsRequests(config), EndsRequests(config)]
+    EndedRequests(config, SCHEDULER)
+    monkeypatch.setattr(ending, "private_folder", None)
+    for worker in workers:
+        worker.attached()
+
+
 def test_a_scheduler_whose_workers_are_elsewhere_waits_for_none(config: Any) -> None:
-    assert EndedRequests(config).attached
+    assert EndedRequests(config, SCHEDULER).attached

@@ -11,33 +11,43 @@ ends every request: whatever front end sent it knows nothing of variants.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable
-from pathlib import Path
+from collections import deque
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from edit_store.private_folder import private_folder
+from edit_store.private_folder import private_folder, private_path
 from plugin.step_filler import FalseClaim
 
 logger = logging.getLogger("vllm.edits")
 
+BASE_TOKENS = "edits_base_tokens"
+"""Attribute of a scheduler's request that forks: so many of its first tokens are in blocks of the base model."""
 
 _FILE, _ATTACHED, _END = "told", "attached", "end "
+_STEPS = 3
+"""For so many steps the scheduler remembers what freed requests held: as many as can be under way, and one."""
 _UNATTACHED = (
     "requests end with an error: what sends them is not the plugin's HTTP side, which has not attached itself to this "
     "engine. Start it with `vllm-edits serve` or `vllm serve`, or use plugin.offline.Variants in Python"
 )
 
 
-def _folder(config: Any) -> Path:
-    """Where the workers of an engine and its scheduler find each other, while they start."""
-    return private_folder(f"{config.instance_id}-{config.parallel_config.data_parallel_index}")
+def _name(config: Any) -> str:
+    """Of the folder where the workers of an engine and its scheduler find each other, while they start."""
+    return f"{config.instance_id}-{config.parallel_config.data_parallel_index}"
 
 
 def _open(config: Any) -> int:
-    return os.open(_folder(config) / _FILE, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+    return os.open(private_folder(_name(config)) / _FILE, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+
+
+def _leave(config: Any) -> None:
+    """Take the folder away. Others may do so at the same time."""
+    shutil.rmtree(private_path(_name(config)), ignore_errors=True)
 
 
 class EndsRequests:
@@ -49,8 +59,8 @@ class EndsRequests:
         self._told = _open(config)
 
     def end(self, request: Any, error: FalseClaim) -> bool:
-        """Have a request of vLLM's ended; False where no scheduler reads."""
-        if not self._tell(f"{_END}{request.req_id}"):
+        """Have a request of vLLM's ended; False where no scheduler reads, or is told."""
+        if not self._tell(_END + json.dumps(request.req_id)):  # an id can be a client's, and hold any letter
             return False
         logger.error("request %s ends with an error: %s", request.req_id, error)
         return True
@@ -58,63 +68,102 @@ class EndsRequests:
     def attached(self) -> None:
         """The plugin's API side has attached itself. All that meet in the folder have started: leave none behind."""
         self._tell(_ATTACHED)
-        shutil.rmtree(_folder(self._config), ignore_errors=True)
+        _leave(self._config)
 
     def _tell(self, line: str) -> bool:
         """Write a line, if a scheduler reads: it has written the first. Else the file must stay empty."""
-        read = os.fstat(self._told).st_size > 0
-        if read:
-            os.write(self._told, f"{line}\n".encode())
-        return read
+        data = f"{line}\n".encode()
+        try:
+            return os.fstat(self._told).st_size > 0 and os.write(self._told, data) == len(data)
+        except OSError as error:
+            logger.error("the scheduler could not be told of a request that must end: %s", error)  # noqa: TRY400
+            return False
 
 
 class EndedRequests:
     """The scheduler's side."""
 
-    def __init__(self, config: Any) -> None:
-        with_workers = (_folder(config) / _FILE).exists()  # on this machine, that is
+    def __init__(self, config: Any, scheduler: Any) -> None:
+        with_workers = (private_path(_name(config)) / _FILE).exists()  # on this machine, that is
         self._told = _open(config)
         self._read = os.write(self._told, b"\n")  # a line that says nothing: somebody reads
         self.attached = not with_workers
         """whether requests are known to come from the plugin's API side"""
-        shutil.rmtree(_folder(config), ignore_errors=True)
+        self._scheduler = scheduler
+        self._refused = set[str]()
+        self._freed = deque[dict[str, set[int]]]([{}], maxlen=_STEPS)
+        for name in ("free", "pop_blocks_for_free"):
+            if free := getattr(scheduler.kv_cache_manager, name, None):
+                setattr(scheduler.kv_cache_manager, name, self._noting(free))
+        _leave(config)
 
-    def end(self, scheduler: Any, step: Iterable[str]) -> dict[int, list[Any]]:
-        """End what workers told of since, and while nothing is attached every request of a step; the outputs that say
-        so, for each client.
+    def refuse(self, request: str, error: FalseClaim) -> None:
+        """End a request with the next step."""
+        logger.error("request %s ends with an error: %s", request, error)
+        self._refused.add(request)
+
+    def end(self, step: Iterable[str]) -> dict[int, list[Any]]:
+        """End what was refused, what workers told of since, and while nothing is attached every request of a step; the
+        outputs that say so, for each client.
 
         The cache blocks of such a request bear the hashes of the version that it claims, and do not hold what that
-        version computes. They leave the prefix cache, and a request that shares one of them ends too.
+        version computes. Whatever shares one of them ends too, and all their blocks leave the prefix cache, also those
+        of requests that a client left, or that had to make way, while the step was under way.
         """
+        false, self._refused = self._refused | self._news(), set()
+        if not self.attached:
+            false |= set(step)
+            logger.error(_UNATTACHED)
+        outputs = self._end(false) if false else {}
+        self._freed.append({})
+        return outputs
+
+    def _news(self) -> set[str]:
+        """The ids in the whole lines that workers have written since."""
         new = os.fstat(self._told).st_size - self._read
-        if not new and self.attached:
-            return {}
+        if not new:
+            return set()
+        whole = os.pread(self._told, new, self._read).rpartition(b"\n")[0]
+        self._read += len(whole) + 1 if whole else 0
+        lines = whole.decode().split("\n")
+        self.attached = self.attached or _ATTACHED in lines
+        return {json.loads(line.removeprefix(_END)) for line in lines if line.startswith(_END)}
+
+    def _end(self, false: set[str]) -> dict[int, list[Any]]:
         from vllm.v1.engine import EngineCoreOutput
         from vllm.v1.request import RequestStatus
 
-        lines = os.pread(self._told, new, self._read).decode().split("\n")
-        self._read += new
-        self.attached = self.attached or _ATTACHED in lines
-        ending = {line.removeprefix(_END) for line in lines}
-        if not self.attached:
-            ending |= set(step)
-            logger.error(_UNATTACHED)
-        ending &= scheduler.requests.keys()
-        blocks = _blocks(scheduler, ending)
-        ending |= {request for request in scheduler.requests if not blocks.isdisjoint(_blocks(scheduler, [request]))}
-        scheduler.kv_cache_manager.evict_blocks({block for _, block in blocks})
+        scheduler = self._scheduler
+        held: dict[str, set[int]] = {name: self._blocks(request) for name, request in scheduler.requests.items()}
+        for freed in self._freed:
+            for name, blocks in freed.items():
+                held[name] = held.get(name, set()) | blocks
+        ending, poisoned = set(false), set[int]()
+        found = ending & held.keys()
+        while found:
+            poisoned = poisoned.union(*(held.pop(name) for name in found))
+            ending |= found
+            found = {name for name, blocks in held.items() if not blocks.isdisjoint(poisoned)}
+        scheduler.kv_cache_manager.evict_blocks(poisoned)
         outputs: dict[int, list[Any]] = {}
-        for request in scheduler.finish_requests(ending, RequestStatus.FINISHED_ERROR):
+        for request in scheduler.finish_requests(ending & scheduler.requests.keys(), RequestStatus.FINISHED_ERROR):
             said = EngineCoreOutput(request.request_id, [], finish_reason=request.get_finished_reason())
             outputs.setdefault(request.client_index, []).append(said)
         return outputs
 
+    def _noting(self, free: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(request: Any, *arguments: Any, **named: Any) -> Any:
+            held = self._freed[-1].setdefault(request.request_id, set())
+            held |= self._blocks(request)
+            return free(request, *arguments, **named)
 
-def _blocks(scheduler: Any, requests: Iterable[str]) -> set[tuple[int, int]]:
-    """The cache blocks of requests, each with its group."""
-    return {
-        (group, block)
-        for request in requests
-        for group, blocks in enumerate(scheduler.kv_cache_manager.get_block_ids(request))
-        for block in blocks
-    }
+        return noted
+
+    def _blocks(self, request: Any) -> set[int]:
+        """The cache blocks of a request whose hashes say what it claims: not those before its fork, which are the base
+        model's and hold what that computes, nor the one that stands for all that is behind a window."""
+        manager, groups = self._scheduler.kv_cache_manager, self._scheduler.kv_cache_config.kv_cache_groups
+        before = getattr(request, BASE_TOKENS, 0)
+        ids = {block for group, blocks in zip(groups, manager.get_block_ids(request.request_id), strict=True)
+               for block in blocks[before // group.kv_cache_spec.block_size :]}  # fmt: skip
+        return ids - {manager.block_pool.null_block.block_id}

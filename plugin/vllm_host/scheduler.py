@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import secrets
 from typing import Any
 
 from plugin.claim import FORK, SCHEDULER
-from plugin.vllm_host.ending import EndedRequests
+from plugin.step_filler import FalseClaim
+from plugin.vllm_host.ending import BASE_TOKENS, EndedRequests
 
 
 def forks(vllm_config: Any) -> bool:
@@ -43,14 +45,18 @@ def _forking(base: Any) -> type:
         def __init__(self, **arguments: Any) -> None:
             super().__init__(**arguments)
             self._hashed = arguments.get("hash_block_size") or arguments["block_size"]
-            self._ended = EndedRequests(arguments["vllm_config"])
+            self._ended = EndedRequests(arguments["vllm_config"], self)
 
         def add_request(self, request: Any) -> None:
-            fork_at_first_edit(request, self._hashed)
+            try:
+                fork_at_first_edit(request, self._hashed)
+            except FalseClaim as error:
+                keep_apart(request)
+                self._ended.refuse(request.request_id, error)
             super().add_request(request)
 
         def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-            ended = self._ended.end(self, scheduler_output.num_scheduled_tokens)
+            ended = self._ended.end(scheduler_output.num_scheduled_tokens)
             outputs = super().update_from_output(scheduler_output, model_runner_output)
             for client, said in ended.items():
                 told = outputs.setdefault(client, EngineCoreOutputs())
@@ -61,13 +67,31 @@ def _forking(base: Any) -> type:
 
 
 def fork_at_first_edit(request: Any, block_size: int) -> None:
-    """Give the blocks of a request names of their own from the first one on that holds an edited token."""
+    """Give the blocks of a request names of their own from the first one on that holds an edited token.
+
+    FalseClaim, and nothing done, unless what it says of its fork is [salt, tail].
+    """
     arguments = request.sampling_params.extra_args if request.sampling_params is not None else None
-    hasher = request._block_hasher  # noqa: SLF001  vLLM has no public name for it
-    if not arguments or FORK not in arguments or hasher is None:
+    if not arguments or FORK not in arguments:
         return
-    salt, tail = arguments[FORK]
-    fork = max(0, request.num_prompt_tokens - tail) // block_size
+    match arguments[FORK]:
+        case [str() as salt, int() as tail] if tail >= 0:
+            _fork(request, max(0, request.num_prompt_tokens - tail) // block_size, salt)
+            setattr(request, BASE_TOKENS, max(0, request.num_prompt_tokens - tail) // block_size * block_size)
+        case other:
+            raise FalseClaim(f"expected a fork of [salt, tail], found {other!r:.80}")
+
+
+def keep_apart(request: Any) -> None:
+    """Give all blocks of a request names that no other has."""
+    _fork(request, 0, secrets.token_hex(16))
+
+
+def _fork(request: Any, fork: int, salt: str) -> None:
+    """Give the blocks of a request other names from that one on."""
+    hasher = request._block_hasher  # noqa: SLF001  vLLM has no public name for it
+    if hasher is None:
+        return
 
     def forking(request: Any) -> list[bytes]:
         done = len(request.block_hashes)

@@ -16,6 +16,7 @@ import pytest
 from edit_store import EditStore, Scale
 from loadtests.client import complete
 from loadtests.server import ENVIRONMENT, Server, ServerFailed
+from plugin.reservation import Reservation
 from tests.conftest import base_of, bundle_of, publish, random_bundle
 from tests.engine.conftest import USUAL_OR_AS_ON_A_GPU
 from tests.parity import random_numbers
@@ -29,6 +30,42 @@ FLAGS = ("--dtype", "float32", "--max-model-len", "512")
 
 def additional(**settings: object) -> str:
     return json.dumps({"edits": settings})
+
+
+def test_a_compile_cache_that_was_moved_or_is_shared_or_meets_no_compiler(tiny_model: Path, tmp_path: Path) -> None:
+    """The same answers from a cache at another place, beside a server with another reservation, and without a compiler;
+    with nothing compiled and no compiler the start ends with one sentence that says so."""
+    store, base = EditStore(str(tmp_path / "store"), create=True), base_of(tiny_model)
+    bundle = random_bundle("loud", base, seed=1)
+    publish(store, bundle)
+    caches = {"VLLM_CACHE_ROOT": "cache", "TORCH_EXTENSIONS_DIR": "products", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+    alone = tmp_path / "bin"
+    alone.mkdir()
+    for tool in ("python", "python3", "vllm-edits", "vllm"):
+        (alone / tool).symlink_to(Path(sys.executable).parent / tool)
+    no_compiler = {"PATH": str(alone)}
+
+    def started(number: int, place: str, settings: Mapping[str, str], **more: str) -> Server:
+        places = {name: str(tmp_path / place / folder) for name, folder in caches.items()}
+        return Server.with_edits(tiny_model, tmp_path / "store", tmp_path / f"log-{number}", *FLAGS, settings=settings,
+                                 environment={**places, **more})  # fmt: skip
+
+    def said(server: Server) -> list[str]:
+        with server:
+            return [complete(server.url, model, PROMPT, 8, ignore_eos=True)["choices"][0]["text"]
+                    for model in ("base", "loud")]  # fmt: skip
+
+    room = [*Reservation.for_versions([bundle.manifest]).to_settings(), {"kind": "offset", "site": "layers.0.resid"}]
+    more_room = {"reserve": json.dumps(room)}
+    first = said(started(0, "first", {}))
+    assert first[0] != first[1]
+    (tmp_path / "first").rename(tmp_path / "moved")
+    assert said(started(1, "moved", {})) == first
+    assert said(started(2, "moved", more_room)) == first
+    assert said(started(3, "moved", {}, **no_compiler)) == first
+    with pytest.raises(ServerFailed) as ended:
+        said(started(4, "nowhere", {}, **no_compiler))
+    assert "compiler" in str(ended.value)
 
 
 @pytest.mark.parametrize("how", USUAL_OR_AS_ON_A_GPU)
