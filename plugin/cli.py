@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -14,6 +15,7 @@ from typing import Annotated, Any
 
 import httpx
 import typer
+from typer.core import TyperCommand
 
 from edit_store.architectures import supported
 from edit_store.base_model import identify, weight_files
@@ -30,6 +32,7 @@ from server_config.settings import KEY, read_settings
 SettingOption = Annotated[
     list[str] | None, typer.Option("--set", help="one more setting, e.g. --set slots=32 (JSON values allowed)")
 ]
+_SHORT = re.compile(r"-[A-Za-z]{2}")
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -46,7 +49,16 @@ def serve(
     os.execve(command, [command, *words], environment)  # noqa: S606  the user asked for this very command
 
 
-@app.command(name="run-batch", context_settings=_PASSED_ON)
+class _LongFlags(TyperCommand):
+    """Takes no short flags but its own: of vLLM's `-cc.mode=0` click would read `-o`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if short := [word for word in args if _SHORT.match(word)]:
+            raise typer.BadParameter(f"{short[0]}: write flags of vLLM out, as --compilation-config for -cc")
+        return super().parse_args(ctx, args)
+
+
+@app.command(name="run-batch", cls=_LongFlags, context_settings=_PASSED_ON)
 @explained
 def run_batch(
     context: typer.Context,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from plugin.claim import address
@@ -26,13 +27,17 @@ class EngineGate:
     def __init__(
         self, engine: Any, renew: Callable[[Choice | None], Awaitable[Lease]], *, forks: bool = False,
         lease_of: LeaseOf | None = None, note: Callable[[Compared], None] = lambda _: None,
+        settle: Callable[[Lease], None] = lambda _: None,
     ) -> None:  # fmt: skip
-        """lease_of: a lease by name, for requests that are answered twice; note: told where the two answers part."""
+        """lease_of: a lease by name, for requests that are answered twice; note: told where the two answers part;
+        settle: told when work has ended that outlived its HTTP request.
+        """
         self._engine = engine
         self._renew = renew
         self._forks = forks
         self._lease_of = lease_of
         self._note = note
+        self._settle = settle
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -48,6 +53,7 @@ class EngineGate:
         elif lease.released:
             # Work that outlives its HTTP request (a background response) still runs on the version it began with.
             lease = await self._renew(lease.choice)
+            lease.when_released(partial(self._settle, lease))
         with lease.hold():
             deltas = getattr(sampling_params.output_kind, "name", "") == "DELTA"
             watch = _Watch(lease.usage, deltas=deltas, keeps_tail=lease.choice.assignment is not None)
@@ -68,6 +74,9 @@ class EngineGate:
                             beside.hear(output)
                         yield output
                 whole = True
+            except Exception as error:
+                watch.broke(error)
+                raise
             finally:
                 if beside is not None:
                     beside.end(whole=whole)
@@ -93,6 +102,13 @@ class _Watch:
         self._lengths: dict[int, int] = {}
         usage.engine_requests += 1
 
+    def broke(self, error: Exception) -> None:
+        """vLLM says by a ValueError what is wrong with a request; all else is the engine's own fault."""
+        if isinstance(error, ValueError) and not self._prompt_counted:
+            self._usage.refused = True
+        else:
+            self._usage.failed = True
+
     def see(self, output: Any) -> None:
         usage, new_tokens = self._usage, 0
         if not self._prompt_counted:
@@ -103,6 +119,7 @@ class _Watch:
             new_tokens += length if self._deltas else length - seen
             self._lengths[completion.index] = length
             usage.aborted = usage.aborted or completion.finish_reason == "abort"
+            usage.failed = usage.failed or completion.finish_reason == "error"
             usage.wrote = usage.wrote or bool(completion.text.strip())
             if self._keeps_tail and completion.index == 0:
                 new = completion.token_ids if self._deltas else completion.token_ids[seen:]

@@ -49,14 +49,19 @@ class HostCache(Generic[R]):
             except BaseException as error:  # noqa: BLE001  told to whoever asks whether it is ready
                 future.set_exception(error)
 
-        # A daemon: a store that does not answer must not keep a worker from ending.
-        threading.Thread(target=read, daemon=True).start()
+        try:
+            # A daemon: a store that does not answer must not keep a worker from ending.
+            threading.Thread(target=read, daemon=True).start()
+        except RuntimeError as error:  # no thread can be had: told as what kept it from being read, and tried anew
+            future.set_exception(EditsError(f"version {version[:12]} cannot be read now: {error}"))
 
     def is_ready(self, version: str) -> bool:
-        """Whether a staged version can be installed. Raises what kept it from being read."""
-        future = self._versions.get(version)
-        if future is None:
-            raise EditsError(f"version {version[:12]} was never staged")
+        """Whether a staged version can be installed. Raises what kept it from being read.
+
+        One that had to make way while another worker still read it is read again.
+        """
+        self.stage(version)
+        future = self._versions[version]
         if not future.done():
             return False
         if future.exception() is not None:

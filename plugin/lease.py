@@ -28,6 +28,10 @@ class Usage:
     output_tokens: int = 0
     engine_requests: int = 0
     aborted: bool = False
+    refused: bool = False
+    """whether the engine found fault with it before it began"""
+    failed: bool = False
+    """whether the engine gave it up, with an error or by `finish_reason`"""
     wrote: bool = False
     """whether any answer had a character that is no space"""
     corrupted: bool = False
@@ -46,6 +50,7 @@ class Lease:
     usage: Usage = field(default_factory=Usage)
     released: bool = False
     _holders: int = 0
+    _settling: list[Callable[[], None]] = field(default_factory=list)
 
     @contextmanager
     def hold(self) -> Iterator[Lease]:
@@ -60,3 +65,12 @@ class Lease:
             if self._holders == 0:
                 self.released = True
                 self.on_release(self)
+                for settle in self._settling:
+                    settle()
+
+    def when_released(self, settle: Callable[[], None]) -> None:
+        """Have something done when the last holder has left, which may be long after the HTTP request has ended."""
+        if self.released:
+            settle()
+        else:
+            self._settling.append(settle)

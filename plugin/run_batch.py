@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 import subprocess
 import tempfile
@@ -23,6 +24,8 @@ import httpx
 from edit_store.errors import EditsError, SettingsError
 
 SHOWN, _OURS = 20, "x-edits-"
+_PATH = re.compile(r"(/[!-.0-~]+)+")
+"""Of a URL: in ASCII, without spaces, and with no slash at the end, for which a server sends the client elsewhere."""
 _LOOK_SECONDS = 0.5
 
 
@@ -71,7 +74,7 @@ def _line(text: str) -> tuple[Line | None, str]:
     custom_id, url, body = said.get("custom_id"), said.get("url"), said.get("body")
     if not isinstance(custom_id, str) or not custom_id:
         return None, f"expected a text as custom_id, found {custom_id!r}"
-    if said.get("method", "POST") != "POST" or not isinstance(url, str) or not url.startswith("/"):
+    if said.get("method", "POST") != "POST" or not isinstance(url, str) or not _PATH.fullmatch(url):
         return None, f"expected POST to a path such as /v1/chat/completions, found {said.get('method', 'POST')} {url!r}"
     if not isinstance(body, dict):
         return None, f"expected an object as body, found {body!r:.40}"
@@ -122,7 +125,7 @@ async def answer(
             nonlocal failed
             async with free:
                 said = await _answered(client, line, headers)
-            failed += said["response"] is None or said["response"]["status_code"] >= httpx.codes.BAD_REQUEST
+            failed += said["error"] is not None
             out.write(json.dumps(said) + "\n")
             out.flush()
             progress()
@@ -137,9 +140,10 @@ async def _answered(client: httpx.AsyncClient, line: Line, headers: Mapping[str,
     """A line of the answers: OpenAI's, with the variant and the version that the server's headers name."""
     found: dict[str, Any] = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": line.custom_id, "response": None,
                              "error": None}  # fmt: skip
+    content = json.dumps(line.body).encode()  # also what is no JSON in the strict sense, and vLLM reads
     try:
-        reply = await client.post(line.url, json=line.body, headers=dict(headers))
-    except httpx.HTTPError as error:
+        reply = await client.post(line.url, content=content, headers={**headers, "content-type": "application/json"})
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         return {**found, "error": {"code": "no_answer", "message": repr(error)}}
     try:
         body = reply.json()
@@ -147,6 +151,5 @@ async def _answered(client: httpx.AsyncClient, line: Line, headers: Mapping[str,
         body = {"text": reply.text}
     told = {name[len(_OURS) :]: value for name, value in reply.headers.items() if name.startswith(_OURS)}
     response = {"status_code": reply.status_code, "request_id": reply.headers.get("x-request-id", ""), "body": body}
-    refused = reply.status_code >= httpx.codes.BAD_REQUEST
     why = body.get("error", body) if isinstance(body, dict) else body
-    return {**found, "response": response, "error": why if refused else None, "edits": told}
+    return {**found, "response": response, "error": None if reply.is_success else why, "edits": told}

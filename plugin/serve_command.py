@@ -43,9 +43,11 @@ class Flags:
         plain = flag.removeprefix("--")
         return next((self.file[key] for key in (plain, plain.replace("-", "_")) if key in self.file), None)
 
-    def dotted(self, flag: str) -> list[str]:
-        """Flags that give a part of that one's value."""
-        return [name for name in self._given if name.startswith(f"{flag}.")]
+    def besides(self, flag: str) -> list[str]:
+        """Flags that vLLM would take for that one, or for a part of its value: shortened, or with a dot."""
+        given = [*self._given, *(f"--{key}".replace("_", "-") for key in self.file)]
+        heads = ((name, name.partition(".")[0]) for name in given if len(name) > len("--"))
+        return [name for name, head in heads if name != flag and flag.startswith(head)]
 
     def without(self, flag: str) -> list[str]:
         """The words without a flag and its value."""
@@ -83,7 +85,10 @@ def arguments(model: str, settings: Mapping[str, Any], flags: Flags) -> list[str
     ]
     more, why = _additional(flags.get("--additional-config"))
     wrong += [f"--additional-config: {reason}" for reason in why]
-    wrong += [f"{each}: give --additional-config as one JSON object" for each in flags.dotted("--additional-config")]
+    wrong += [f"{each}: write {flag} out" for flag in OURS for each in flags.besides(flag)]
+    wrong += [f"{each}: give --additional-config as one JSON object" for each in flags.besides("--additional-config")]
+    if flags.get("--grpc") not in (None, False):
+        wrong.append("--grpc: vLLM attaches no plugin there, and its clients could name no variant; serve over HTTP")
     if wrong:
         raise SettingsError("; ".join(wrong))
     config = json.dumps({**more, KEY: dict(settings)})

@@ -289,6 +289,13 @@ def test_serve_keeps_the_operators_own_additional_config(
         (["--additional-config", "{"], "expected JSON"),
         (["--additional-config=[1]"], "expected an object"),
         (["--additional-config.theirs", "1"], "give --additional-config as one JSON object"),
+        (["--additional-conf.theirs=1"], "give --additional-config as one JSON object"),
+        (["--load-form", "auto"], "--load-form: write --load-format out"),
+        (["--scheduler-c=x"], "--scheduler-c: write --scheduler-cls out"),
+        (["--config", "dotted.yaml"], "--additional-config.edits.store: give --additional-config as one JSON object"),
+        (["--config", "dotted.yaml"], "--load-form: write --load-format out"),
+        (["--config", "dotted.yaml"], "--grpc: vLLM attaches no plugin there"),
+        (["--grpc"], "--grpc: vLLM attaches no plugin there"),
         (["--config=none.yaml"], "--config none.yaml cannot be read"),
         (["--load-format", "dummy", "--scheduler-cls", "x"], "'dummy'"),
         (["--load-format", "dummy", "--scheduler-cls", "x"], "--scheduler-cls is 'x'"),
@@ -298,6 +305,7 @@ def test_serve_refuses_flags_that_would_overrule_the_plugins(
     run: Run, tmp_path: Path, flags: list[str], said: str
 ) -> None:
     (tmp_path / "server.yaml").write_text("load_format: auto\n")
+    (tmp_path / "dotted.yaml").write_text("additional_config.edits.store: /other\nload-form: auto\ngrpc: true\n")
     result = run("serve", "MODEL", *flags)
     assert (result.exit_code, result.stdout) == (1, "")
     assert said in result.stderr
@@ -554,3 +562,11 @@ def test_every_command_explains_itself_and_speaks_json(run: Run, words: tuple[st
     assert len(shown.stdout) > 200
     if words != ("serve",):
         assert "--json" in shown.stdout
+
+
+@pytest.mark.parametrize("flag", ["-cc.mode=0", "-sc.method=ngram", "-tp"])
+def test_short_flags_of_vllms_are_refused_where_they_would_be_read_as_ours(run: Run, flag: str) -> None:
+    """click finds `-o` in the first."""
+    ran = run("run-batch", "MODEL", "--store", "s", "-i", "in", "-o", "out", flag)
+    assert ran.exit_code == 2
+    assert "write flags of vLLM out" in ran.output

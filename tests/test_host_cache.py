@@ -80,8 +80,29 @@ def test_what_could_not_be_read_is_told_once_and_then_read_anew() -> None:
     with pytest.raises(StoreUnavailable, match="the store is down"):
         ready(cache, "a")
     assert cache.get("a") is None
-    with pytest.raises(EditsError, match="never staged"):
-        cache.is_ready("a")
     store.down = False
     ready(cache, "a")
     assert cache.get("a") is not None
+
+
+def test_what_made_way_while_another_worker_still_read_is_read_again() -> None:
+    cache = HostCache(Reading(), 0)
+    ready(cache, "a", "b")
+    assert cache.get("a") is None
+    until(lambda: cache.is_ready("a"))
+    assert cache.get("a") is not None
+
+
+def test_a_thread_that_cannot_be_had_is_told_and_tried_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a limit on processes. Otherwise the version would be on its way for ever."""
+
+    def refused(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    cache = HostCache(Reading(), 10 * ROW)
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", refused)
+        cache.stage("a")
+        with pytest.raises(EditsError, match="cannot be read now: can't start new thread"):
+            cache.is_ready("a")
+    ready(cache, "a")

@@ -9,6 +9,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ from plugin.claim import CLAIM, cache_salt
 from plugin.engine_gate import EngineGate
 from plugin.http.admin_token import HEADER as ADMIN_TOKEN_HEADER
 from plugin.http.api_key import ApiKeys
-from plugin.http.middleware import VariantMiddleware
+from plugin.http.middleware import VariantMiddleware, record_late
 from plugin.http.routes import router
 from plugin.lease import CURRENT_LEASE
 from plugin.owner import LocalOwner, Owner, lease_of
@@ -210,8 +211,15 @@ class Handlers:
         return self._engine.generate(prompt, Sampling(body.max_tokens, kind, body.vllm_xargs), "request-1")
 
     async def _events(self, body: Completion) -> AsyncIterator[str]:
-        async for output in self._outputs(body):
-            yield f"data: {output.outputs[0].token_ids}\n\n"
+        """Errors are told in the stream, whose status has been sent."""
+        try:
+            async for output in self._outputs(body):
+                if output.outputs[0].finish_reason == "error":
+                    yield 'data: {"error": {"code": 500}}\n\n'
+                    break
+                yield f"data: {output.outputs[0].token_ids}\n\n"
+        except (ValueError, RuntimeError) as error:
+            yield f"data: {json.dumps({'error': str(error)})}\n\n"
         yield "data: [DONE]\n\n"
 
     async def complete(self, body: Completion) -> Any:
@@ -223,7 +231,10 @@ class Handlers:
             return JSONResponse({"error": {"message": "bad", "code": 400}}, 400)
         if body.stream:
             return StreamingResponse(self._events(body), media_type="text/event-stream")
-        tokens = [output.outputs[0].token_ids async for output in self._outputs(body)][-1]
+        try:
+            tokens = [output.outputs[0].token_ids async for output in self._outputs(body)][-1]
+        except ValueError as error:
+            return JSONResponse({"error": {"message": str(error), "code": 400}}, 400)
         if body.prompt == "crash late":
             raise RuntimeError("a fault in vLLM")
         return {"model": self._models.model_name(), "tokens": tokens}
@@ -269,9 +280,11 @@ class Site:
         self.app = FastAPI()
         self.owner = owner or LocalOwner(server.core)
         self.app.add_middleware(VariantMiddleware, serving=lambda: (self.owner, server.metrics, self.keys))
-        self.app.include_router(router(lambda: self.owner, lambda: str(admin_token_file) if admin_token_file else None))
+        token_file = str(admin_token_file) if admin_token_file else None
+        self.app.include_router(router(lambda: self.owner, lambda: token_file, lambda: self.keys))
         models = ServedModels(FakeModels(), self.owner.served)
-        gate = EngineGate(self.engine, self.owner.renew, lease_of=lease_of(self.owner), note=self.owner.ended)
+        gate = EngineGate(self.engine, self.owner.renew, lease_of=lease_of(self.owner), note=self.owner.ended,
+                          settle=partial(record_late, server.metrics))  # fmt: skip
         Handlers(gate, models).add_to(self.app)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://server")
@@ -1058,3 +1071,56 @@ async def test_what_is_said_to_the_plugin_holds_no_lease_below_a_root_path_eithe
             scope = {"type": "http", "method": "POST", "path": sent, "root_path": root, "headers": []}
             await middleware(scope, client(), send)
     assert held == [False, False, False, False, True, True]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("fault", "outcome"), [("refused", "rejected"), ("given up", "error"), ("broke late", "error"), ("", "ok")]
+)
+async def test_what_the_engine_refuses_or_gives_up_is_counted_as_that(
+    site: Site, monkeypatch: pytest.MonkeyPatch, fault: str, outcome: str, stream: bool
+) -> None:
+    """Also where the status is 200 by then, or the engine was asked before it refused."""
+    (version,) = await site.server.promote(version_of("polite"))
+    real = site.engine.generate
+
+    async def generate(prompt: Any, sampling: Sampling, request_id: str) -> AsyncIterator[Any]:
+        if fault == "refused":
+            raise ValueError("more logprobs than are allowed")
+        async for output in real(prompt, sampling, request_id):
+            if fault == "given up":
+                output.outputs[0].finish_reason = "error"
+            yield output
+            if fault == "broke late":
+                raise RuntimeError("the engine has died")
+
+    monkeypatch.setattr(site.engine, "generate", generate)
+    await site.ask("polite", stream=stream)
+    counted = {each: site.count("polite", version, each) for each in ("ok", "aborted", "error", "rejected")}
+    assert counted == {each: float(each == outcome) for each in counted}
+
+
+async def test_work_in_the_background_is_counted_when_it_ends(site: Site) -> None:
+    (version,) = await site.server.promote(version_of("polite"))
+    await site.ask("polite", "/v1/background?turns=2", max_tokens=3)
+    await until(lambda: len(site.engine.requests) == 2 and site.is_quiet())
+    assert site.count("polite", version, "ok") == 2
+    tokens = site.server.metric("tokens_total", variant="polite", version=version[:12], kind="generation")
+    assert tokens == 2 * 3
+
+
+@pytest.mark.parametrize("path", ["/inference/v1/abort_requests", "/v1/responses/resp_1/cancel"])
+async def test_what_ends_other_requests_waits_for_none_of_them(site: Site, path: str) -> None:
+    """No variant is looked up for it, so it is answered by vLLM whatever is in the weights."""
+    answer = await site.client.post(path, json={"model": "absent", "request_ids": ["a"]})
+    assert (answer.status_code, answer.json()) == (404, {"detail": "Not Found"})
+    assert site.count("unknown", None, "rejected") == 0
+
+
+async def test_our_own_paths_ask_for_the_api_key_too(site: Site) -> None:
+    """Where vLLM's --root-path keeps its own guard from knowing them."""
+    site.keys = ApiKeys(["secret"], ["tiny"])
+    for method, path in (("GET", "/v1/edits"), ("POST", "/v1/edits/sync"), ("GET", "/v1/edits/experiments")):
+        assert (await site.client.request(method, path)).status_code == 401
+        answer = await site.client.request(method, path, headers={"authorization": "Bearer secret"})
+        assert answer.status_code == 200

@@ -13,7 +13,7 @@ import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
 
 from edit_store.errors import EditsError, SettingsError
 from plugin import run_batch
@@ -43,6 +43,7 @@ def test_every_bad_line_is_told_before_anything_is_loaded(tmp_path: Path) -> Non
         "{", "[1]", json.dumps({**GOOD, "custom_id": 1}), json.dumps({**GOOD, "method": "GET"}),
         json.dumps({**GOOD, "url": "v1"}), json.dumps({**GOOD, "body": []}), json.dumps(GOOD),
         json.dumps({**GOOD, "custom_id": "2", "body": {"stream": True}}), "[" * 100_000,
+        *(json.dumps({**GOOD, "url": url}) for url in ("/v1/x\n", "/v1/\ud83d", "/v1/completions/", "/", "/a b")),
     ]  # fmt: skip
     path.write_text("\n".join([json.dumps(GOOD), *bad]))
     with pytest.raises(SettingsError) as error:
@@ -50,7 +51,8 @@ def test_every_bad_line_is_told_before_anything_is_loaded(tmp_path: Path) -> Non
     said = str(error.value).splitlines()
     assert len(said) == 1 + len(bad)
     reasons = ["no JSON", "expected an object", "text as custom_id, found 1", "found GET", "found POST 'v1'",
-               "an object as body", "that of a line before", "Leave it out", "no JSON"]  # fmt: skip
+               "an object as body", "that of a line before", "Leave it out", "no JSON",
+               *["expected POST to a path"] * 5]  # fmt: skip
     for number, reason in enumerate(reasons, 2):
         assert any(line.startswith(f"  line {number}: ") and reason in line for line in said), (number, said)
     path.write_text("{\n" * 100)
@@ -81,6 +83,10 @@ async def test_answers_are_written_as_they_come_with_the_version_and_what_failed
             return JSONResponse({"error": {"message": "no such model"}}, 404)
         return JSONResponse({"said": body["model"]}, headers={"x-edits-version": "abc", "x-request-id": "r"})
 
+    @app.post("/moved")
+    async def moved() -> Any:
+        return RedirectResponse("/odd", 307)
+
     @app.post("/odd")
     async def odd() -> Any:
         return PlainTextResponse("no JSON")
@@ -93,7 +99,9 @@ async def test_answers_are_written_as_they_come_with_the_version_and_what_failed
     while not server.started:  # noqa: ASYNC110  uvicorn has no event for it
         await asyncio.sleep(0.01)
     lines = [run_batch.Line(str(number), "/v1/completions", {"model": "polite"}) for number in range(8)]
-    lines += [run_batch.Line("bad", "/v1/completions", {"model": "absent"}), run_batch.Line("odd", "/odd", {})]
+    lines += [run_batch.Line("bad", "/v1/completions", {"model": "absent"}), run_batch.Line("odd", "/odd", {}),
+              run_batch.Line("strange", "/odd", {"prompt": "\ud83d", "temperature": float("nan")}),
+              run_batch.Line("moved", "/moved", {})]  # fmt: skip
     out, seen = io.StringIO(), 0
 
     def progress() -> None:
@@ -106,11 +114,13 @@ async def test_answers_are_written_as_they_come_with_the_version_and_what_failed
     await serving
     listening.close()
     answers = {said["custom_id"]: said for said in map(json.loads, out.getvalue().splitlines())}
-    assert (failed, seen, most, len(answers)) == (1, 10, 3, 10)
+    assert (failed, seen, most, len(answers)) == (2, 12, 3, 12)
     assert answers["0"]["response"] == {"status_code": 200, "request_id": "r", "body": {"said": "polite"}}
     assert (answers["0"]["edits"], answers["0"]["error"]) == ({"version": "abc"}, None)
     assert (answers["bad"]["response"]["status_code"], answers["bad"]["error"]) == (404, {"message": "no such model"})
-    assert answers["odd"]["response"]["body"] == {"text": "no JSON"}
+    assert answers["odd"]["response"]["body"] == answers["strange"]["response"]["body"] == {"text": "no JSON"}
+    assert (answers["strange"]["error"], answers["moved"]["response"]["status_code"]) == (None, 307)
+    assert answers["moved"]["error"] is not None, "a server that sends elsewhere has answered nothing"
 
 
 async def test_a_request_that_nobody_answers_is_told() -> None:

@@ -47,8 +47,11 @@ class Asking:
     @classmethod
     def of(cls, headers: list[tuple[bytes, bytes]], user: str, request: str) -> Asking:
         """Of ASGI's headers, of which only those that may matter are kept."""
-        told = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in headers}
-        key = told.get("authorization", "").removeprefix("Bearer ") or told.get("x-api-key", "")
+        told: dict[str, str] = {}
+        for name, value in headers:  # of equal ones the first counts, as in vLLM's check of the key
+            told.setdefault(name.decode("latin-1").lower(), value.decode("latin-1"))
+        scheme, _, sent = told.get("authorization", "").partition(" ")
+        key = (sent if scheme.lower() == "bearer" else "") or told.get("x-api-key", "")
         kept = {name: value for name, value in told.items() if name.startswith(PREFIX) and name not in _SECRET}
         return cls(kept, user, hashlib.sha256(key.encode()).hexdigest() if key else "", request)
 

@@ -54,7 +54,7 @@ class VariantMiddleware:
         owner, metrics, keys = self._serving()
         arrived = time.monotonic()
         body, replay = await _buffered(receive)
-        if not body:  # asks no model for anything
+        if not body or _asks_no_model(_route(scope)):
             await self._app(scope, replay, send)
             return
         headers = scope["headers"]
@@ -109,28 +109,42 @@ class VariantMiddleware:
             raise
         finally:
             CURRENT_LEASE.reset(token)
-            outcome = _outcome(lease.usage, 500 if failed else status, finished)
-            _record(lease, metrics, outcome)
-            if lease.choice.assignment is not None:
-                exposure = exposure_of(lease.choice, lease.choice.assignment, lease.usage, outcome)
-                count(exposure, metrics)
-                self._serving()[0].ended(exposure)
+            ended = 500 if failed else status
+
+            def settle() -> None:
+                outcome = _outcome(lease.usage, ended, finished)
+                _record(lease, metrics, outcome)
+                asked = lease.usage.engine_requests or outcome != "ok"
+                if lease.choice.assignment is not None and asked:  # a count of tokens tells nothing of an arm
+                    exposure = exposure_of(lease.choice, lease.choice.assignment, lease.usage, outcome)
+                    count(exposure, metrics)
+                    self._serving()[0].ended(exposure)
+
+            lease.when_released(settle)
+
+
+def record_late(metrics: Metrics, lease: Lease) -> None:
+    """Count work of the engine that outlived its HTTP request, as a request of its own."""
+    _record(lease, metrics, _outcome(lease.usage, 200, finished=True))
 
 
 def _outcome(usage: Usage, status: int, finished: bool) -> Outcome:
-    """How a request ended. What the engine never saw and nobody turned away (a count of tokens) is ok."""
-    if status >= 500:
+    """How a request ended. What the engine never saw and nobody turned away (a count of tokens) is ok.
+
+    The status alone does not tell: a stream fails with 200, and what the engine refuses has been sent to it.
+    """
+    if status >= 500 or usage.failed:
         return "error"
-    if not usage.engine_requests:
-        return "rejected" if status >= 400 else "ok"
-    return "aborted" if usage.aborted or not finished else "ok"
+    if usage.refused or status >= 400:
+        return "rejected"
+    return "aborted" if usage.engine_requests and (usage.aborted or not finished) else "ok"
 
 
 def _record(lease: Lease, metrics: Metrics, outcome: Outcome) -> None:
     """Count a request when it has ended, if the engine saw it or it was turned away."""
     usage, now = lease.usage, time.monotonic()
     labels = metrics.labels(lease.choice.variant, lease.choice.version)
-    if not usage.engine_requests:
+    if not usage.engine_requests or outcome == "rejected":
         if outcome != "ok":
             metrics.requests.labels(*labels, outcome).inc()
         return
@@ -169,6 +183,11 @@ def _route(scope: Scope) -> str:
     root: str = scope.get("root_path", "")
     below = path.removeprefix(root)
     return below if below in ("", path) or below.startswith("/") else path
+
+
+def _asks_no_model(route: str) -> bool:
+    """Of paths that end other requests: with a lease they could wait for the very ones that they are to end."""
+    return route == "/inference/v1/abort_requests" or (route.startswith("/v1/responses/") and route.endswith("/cancel"))
 
 
 def _is_ours(scope: Scope) -> bool:

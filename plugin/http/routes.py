@@ -9,12 +9,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any
 
-from fastapi import APIRouter, HTTPException, Query, Request
+from fastapi import APIRouter, Depends, HTTPException, Query, Request
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 
 from edit_store.errors import AmbiguousVersion, BundleRefused, Conflict, EditsError, NotFound
 from plugin.http import admin_token, experiment_routes
+from plugin.http.api_key import ApiKeys
 from plugin.http.middleware import OURS
 from plugin.owner import CannotSign, Change, NotFollowed, Owner
 
@@ -46,9 +47,17 @@ TagQuery = Annotated[str | None, Query(description="tag; the server's default ta
 ReasonQuery = Annotated[str, Query(description="why, for the history")]
 
 
-def router(owner: Callable[[], Owner], admin_token_file: Callable[[], str | None]) -> APIRouter:
-    """The routes; both arguments are asked at each request."""
-    routes = APIRouter(prefix=OURS, tags=["edits"])
+def router(
+    owner: Callable[[], Owner], admin_token_file: Callable[[], str | None], keys: Callable[[], ApiKeys]
+) -> APIRouter:
+    """The routes; all arguments are asked at each request."""
+
+    def key_sent(request: Request) -> None:
+        """vLLM asks for the API key too, but with some values of its --root-path not here."""
+        if not keys().sent(request.scope["headers"]):
+            raise HTTPException(401, detail="Unauthorized: send the API key as Authorization: Bearer …")
+
+    routes = APIRouter(prefix=OURS, tags=["edits"], dependencies=[Depends(key_sent)])
     changes = APIRouter(route_class=_needing_token(admin_token_file))
 
     @routes.get("", summary="Variants, versions, slots, in-flight requests, last swap, last error, store head")

@@ -17,6 +17,8 @@ from edit_store.errors import UnsupportedHost
 
 _BATCH = "`vllm run-batch` attaches no plugin: use `vllm-edits run-batch MODEL --store … -i … -o …`"
 _GRPC = "`vllm serve --grpc` attaches no plugin, and its clients could name no variant: serve over HTTP"
+_PROGRAM = 4
+"""A command's program is among so many of its first words: behind an interpreter, and its flags."""
 _RUST = "VLLM_USE_RUST_FRONTEND attaches no plugin: leave it out"
 
 
@@ -31,12 +33,13 @@ def require_http() -> None:
 
 def refused(words: Sequence[str]) -> str:
     """Why a command's engine cannot serve edits, or ''."""
-    if "--grpc" in words or any("grpc_server" in word for word in words[:4]):
-        return _GRPC
-    place = words.index("run-batch") if "run-batch" in words[1:3] else 0
-    if place and Path(words[place - 1]).name == "vllm":
-        return _BATCH
-    return _BATCH if any(word.endswith(".run_batch") for word in words[:4]) else ""
+    for place, word in enumerate(words[:_PROGRAM]):
+        module, rest = word.startswith("vllm.entrypoints."), words[place + 1 :]
+        if Path(word).name == "vllm" or word == "vllm.entrypoints.cli.main":
+            return _BATCH if rest[:1] == ["run-batch"] else _GRPC if "--grpc" in rest else ""
+        if module:
+            return _BATCH if word.endswith(".run_batch") else _GRPC if "grpc_server" in word else ""
+    return ""
 
 
 def _commands() -> Iterable[list[str]]:

@@ -27,7 +27,7 @@ from plugin.experiments.handle import Handles
 from plugin.experiments.resolver import Resolver
 from plugin.http import admin_token
 from plugin.http.api_key import ApiKeys
-from plugin.http.middleware import VariantMiddleware
+from plugin.http.middleware import VariantMiddleware, record_late
 from plugin.http.routes import router
 from plugin.metrics import Metrics
 from plugin.owner import LocalOwner, Owner, lease_of
@@ -108,7 +108,8 @@ class EditsEndpoints:
     def attach_router(self, app: Any) -> None:
         """Called while vLLM builds its app."""
         app.add_middleware(VariantMiddleware, serving=lambda: (self._asked(), self._metrics, self._keys))
-        app.include_router(router(self._asked, lambda: self._settings.admin_token_file if self._settings else None))
+        token_file = lambda: self._settings.admin_token_file if self._settings else None  # noqa: E731
+        app.include_router(router(self._asked, token_file, lambda: self._keys))
 
     def _asked(self) -> Owner:
         if self._owner is None:
@@ -139,7 +140,8 @@ class EditsEndpoints:
         self._metrics.server_info.labels(base_names[0], importlib.metadata.version("vllm-edits"), vllm.__version__).set(
             1
         )
-        gate = EngineGate(engine_client, owner.renew, forks=forks(config), lease_of=lease_of(owner), note=owner.ended)
+        gate = EngineGate(engine_client, owner.renew, forks=forks(config), lease_of=lease_of(owner), note=owner.ended,
+                          settle=partial(record_late, self._metrics))  # fmt: skip
         put_before_handlers(state, {engine_client: gate, models: ServedModels(models, self._owner.served)})
         logger.info("%s; %s", versions(config), description)
 
