@@ -151,7 +151,7 @@ def test_a_model_that_is_streamed_and_overrides_by_a_function_are_refused(folder
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="becomes a user that no passwd knows")
-@pytest.mark.parametrize("home", [None, "", "/nonexistent"])
+@pytest.mark.parametrize("home", [None, "", "/nonexistent", "another user's"])
 def test_a_process_without_a_home_has_a_cache_of_its_own(folder: Path, open_to_all: Path, home: str | None) -> None:
     """Containers run users that no passwd knows, and some have no home: what is remembered is then kept in /tmp."""
     code = """
@@ -170,6 +170,9 @@ print(NodeCache().folder)
         each.mkdir()
     for each in (temporary, known, model, *model.iterdir()):
         each.chmod(0o777)
+    if home == "another user's":
+        (open_to_all / home).mkdir(mode=0o700)
+        home = str(open_to_all / home)
     environment = {key: value for key, value in os.environ.items() if key not in ("HOME", "XDG_CACHE_HOME")}
     environment |= {"TMPDIR": str(temporary), **({} if home is None else {"HOME": home})}
     command = [sys.executable, "-c", code, str(model), str(known)]
