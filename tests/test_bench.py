@@ -270,7 +270,7 @@ def test_beside_distinct_versions_stands_what_reading_them_costs(
     """Two versions of rank 4 at three layers, in two bytes a number: the same engine reads as much, for nobody. On a
     GPU, where no step has a time of its own, nothing is read."""
     (tmp_path / "config.json").write_text('{"vocab_size": 128}')
-    engines = Engines(Inputs(tmp_path, BASE, [], tmp_path), "bfloat16", [0], [2], [4], lambda _: None, {})
+    engines = Engines(Inputs(tmp_path, BASE, [], tmp_path), "bfloat16", [0], [2], [4], False, lambda _: None, {})
     monkeypatch.setattr("loadtests.bench_experiments.gpu", lambda: None)
     sides = distinct(engines).sides
     reading, edited = sides["rank 4, reading alone"], sides["rank 4, K=2"]
