@@ -260,11 +260,13 @@ class Metrics:
         pair = _pair(variant, version)
         if pair in self._pairs:
             self._pairs.move_to_end(pair)
-        elif len(self._pairs) < self._label_limit or self._make_place() or pair in self._served:
+            return pair
+        while len(self._pairs) >= self._label_limit and self._make_place():
+            pass
+        if len(self._pairs) < self._label_limit or pair in self._served:
             self._pairs[pair] = None
-        else:
-            return OTHER, OTHER
-        return pair
+            return pair
+        return OTHER, OTHER
 
     def serves(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Say which versions of which variants are served from now on."""

@@ -28,6 +28,9 @@ PROMPT = "One two three"
 FLAGS = ("--dtype", "float32", "--max-model-len", "512")
 
 
+_COMPILER = re.compile(r"(^|-)(cc|c\+\+|cpp|gcc|g\+\+|clang|clang\+\+)(-[\d.]+)?$")
+
+
 def additional(**settings: object) -> str:
     return json.dumps({"edits": settings})
 
@@ -39,11 +42,7 @@ def test_a_compile_cache_that_was_moved_or_is_shared_or_meets_no_compiler(tiny_m
     bundle = random_bundle("loud", base, seed=1)
     publish(store, bundle)
     caches = {"VLLM_CACHE_ROOT": "cache", "TORCH_EXTENSIONS_DIR": "products", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
-    alone = tmp_path / "bin"
-    alone.mkdir()
-    for tool in ("python", "python3", "vllm-edits", "vllm"):
-        (alone / tool).symlink_to(Path(sys.executable).parent / tool)
-    no_compiler = {"PATH": str(alone)}
+    no_compiler = {"PATH": str(_without_compilers(tmp_path / "bin"))}
 
     def started(number: int, place: str, settings: Mapping[str, str], **more: str) -> Server:
         places = {name: str(tmp_path / place / folder) for name, folder in caches.items()}
@@ -66,6 +65,16 @@ def test_a_compile_cache_that_was_moved_or_is_shared_or_meets_no_compiler(tiny_m
     with pytest.raises(ServerFailed) as ended:
         said(started(4, "nowhere", {}, **no_compiler))
     assert "compiler" in str(ended.value)
+
+
+def _without_compilers(folder: Path) -> Path:
+    """Every program that can be called here, but no compiler."""
+    folder.mkdir()
+    for place in map(Path, os.environ["PATH"].split(os.pathsep)):
+        for tool in place.iterdir() if place.is_dir() else ():
+            if not _COMPILER.search(tool.name) and not (folder / tool.name).exists():
+                (folder / tool.name).symlink_to(tool)
+    return folder
 
 
 @pytest.mark.parametrize("how", USUAL_OR_AS_ON_A_GPU)
