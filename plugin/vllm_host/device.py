@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +40,18 @@ def check_device(device: torch.device) -> None:
         raise UnsupportedHost(
             f"{torch.cuda.get_device_name(device)} has compute capability {'.'.join(map(str, capability))}, and this "
             f"torch has kernels for {' '.join(torch.cuda.get_arch_list())}: use another GPU, or another build of torch"
+        )
+
+
+def check_compiler(device: torch.device, compilation: Any) -> None:
+    """UnsupportedHost where torch's compiler is to write for a CPU and finds none of its own: it calls one in every
+    start, also when all that it wrote is kept."""
+    compiled = int(compilation.mode or 0) > 0 and compilation.backend in ("", "inductor")
+    compiler = os.environ.get("CXX") or "g++"
+    if device.type == "cpu" and compiled and shutil.which(compiler) is None:
+        raise UnsupportedHost(
+            f"the model is compiled for this CPU, and there is no C++ compiler ({compiler}): install g++, name another "
+            "one in CXX, or start with --enforce-eager, which needs none and is slower"
         )
 
 

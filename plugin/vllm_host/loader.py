@@ -44,7 +44,7 @@ from plugin.slot_products import EXPRESSIONS
 from plugin.vllm_host import base_files, compat, front_ends
 from plugin.vllm_host.architectures import anchors
 from plugin.vllm_host.containment import contain
-from plugin.vllm_host.device import check_device, free_for_slots
+from plugin.vllm_host.device import check_compiler, check_device, free_for_slots
 from plugin.vllm_host.ending import EndsRequests
 from plugin.vllm_host.proof import require_effective
 from plugin.vllm_host.runner_v2 import use_edits_model_state
@@ -93,6 +93,7 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
         front_ends.require_http()
         compat.check_config(vllm_config)
         check_device(vllm_config.device_config.device)
+        check_compiler(vllm_config.device_config.device, vllm_config.compilation_config)
         inner = self._loader(settings)
         folder = base_files.fetched(inner, model_config)
         base = base_files.base_of(model_config, folder)
