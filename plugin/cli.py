@@ -33,6 +33,7 @@ SettingOption = Annotated[
     list[str] | None, typer.Option("--set", help="one more setting, e.g. --set slots=32 (JSON values allowed)")
 ]
 _SHORT = re.compile(r"-[A-Za-z]{2}")
+_NOT_ON_A_SOCKET = ("--headless", "--uds", "--ssl-certfile", "--ssl-keyfile")
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -108,6 +109,10 @@ def _vllm(
     flags = serve_command.Flags(words)
     if not on_socket:
         _require_free_port(flags)
+    elif elsewhere := [flag for flag in _NOT_ON_A_SOCKET if flags.get(flag) not in (None, False)]:
+        raise SettingsError(
+            f"{', '.join(elsewhere)}: the server of a batch answers on a socket of its own. Leave it out"
+        )
     if reasons := list(gpu_driver.faults(gpu_driver.cuda_of_torch())):
         raise EditsError("; ".join(reasons))
     command = shutil.which("vllm", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))

@@ -570,3 +570,14 @@ def test_short_flags_of_vllms_are_refused_where_they_would_be_read_as_ours(run: 
     ran = run("run-batch", "MODEL", "--store", "s", "-i", "in", "-o", "out", flag)
     assert ran.exit_code == 2
     assert "write flags of vLLM out" in ran.output
+
+
+@pytest.mark.parametrize("flags", [["--headless"], ["--uds", "x"], ["--ssl-certfile=c"], ["--config", "tls.yaml"]])
+def test_a_batch_is_refused_where_its_server_would_answer_elsewhere(run: Run, tmp_path: Path, flags: list[str]) -> None:
+    """Otherwise the command would wait for it for ever."""
+    EditStore(str(tmp_path / "store"), create=True)
+    (tmp_path / "tls.yaml").write_text("ssl-certfile: c\n")
+    (tmp_path / "in").write_text(json.dumps({"custom_id": "1", "url": "/v1/completions", "body": {}}))
+    ran = run("run-batch", "MODEL", "--store", "store", "-i", "in", "-o", "out", *flags)
+    assert ran.exit_code == 1
+    assert "answers on a socket of its own" in ran.output
