@@ -59,7 +59,7 @@ def test_the_metrics_table_is_the_metrics() -> None:
 
 def test_the_endpoints_table_is_the_routes() -> None:
     told = {row[0].strip("`") for row in rows("## Endpoints")}
-    routes = router(lambda: None, lambda: None).routes  # type: ignore[arg-type, return-value]
+    routes = router(lambda: None, lambda: None, lambda: None).routes  # type: ignore[arg-type, return-value]
     assert told == {
         f"{method} {route.path}" for route in routes if isinstance(route, APIRoute) for method in route.methods
     }

@@ -43,6 +43,7 @@ PLACES: Mapping[str, str] = {
     "scope_tables.py:_sent": "tables of token ids go to the device when slots change, and are not waited for",
     "slot_rows.py:Layout.rows": "rows on the device, or in pinned memory",
     "vllm_host/device.py:check_device": "a GPU that torch has no kernels for is refused",
+    "vllm_host/device.py:check_compiler": "a GPU's compiler is not asked for",
     "vllm_host/device.py:free_for_slots": "device memory that the model, the KV cache and vLLM's share leave",
     "vllm_host/device.py:_cache_of_one_request": "the same",
     "vllm_host/loader.py:EditsModelLoader.load_model": "the device is checked, then its memory",
@@ -61,6 +62,7 @@ _REASONS: Mapping[str, Mapping[str, Sequence[str]]] = {
             "logger.warning(", "return EXPRESSIONS",
         ),
         "vllm_host/device.py:check_device": ("return",),
+        "vllm_host/device.py:check_compiler": ("raise UnsupportedHost(",),
         "vllm_host/device.py:free_for_slots": ("return Free(int(psutil.virtual_memory().available))",),
         "vllm_host/runner_v2.py:use_edits_model_state": ("return",),
         "vllm_host/weights.py:_live": (
