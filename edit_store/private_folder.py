@@ -20,7 +20,7 @@ def cache_folder() -> Path:
         return Path(named) / "vllm-edits"
     home = os.path.expanduser("~")  # noqa: PTH111  Path.home raises where there is none
     found = Path(home, ".cache", "vllm-edits")
-    there = next(each for each in (found, *found.parents) if os.path.exists(each))  # noqa: PTH110  others' are none
+    there = next(each for each in (found, *found.parents) if os.path.exists(each))  # noqa: PTH110  what may not be seen is not there
     return found if found.is_absolute() and os.access(there, os.W_OK | os.X_OK) else private_folder("cache")
 
 

@@ -45,6 +45,8 @@ from plugin.slot_rows import Columns, Layout, Rows
 from plugin.step_filler import Batch, FalseClaim, StepFiller
 
 BASE_SLOT = 0
+_TOO_LARGE = 1 << 31
+"""What no slot and no strength is; numbers that are far larger cannot even be written down in a message."""
 
 
 @dataclass(frozen=True)
@@ -365,14 +367,11 @@ def _digest(version: str, row: Tensor) -> str:
     return hashlib.sha256(version.encode() + row.cpu().numpy().tobytes()).hexdigest()
 
 
-MANY = 1 << 31
-
-
 def _claimed(claim: Any) -> tuple[int, str]:
     """Slot and version of a claim. FalseClaim unless it is [slot, version, strength], with numbers that can be such."""
     match claim:
         case [int() as slot, str() as version, int() | float() as strength] if (
-            abs(slot) < MANY and abs(strength) < MANY
+            abs(slot) < _TOO_LARGE and abs(strength) < _TOO_LARGE
         ):
             return slot, version
     raise FalseClaim(f"expected a claim of [slot, version, strength], found {claim!r:.80}")

@@ -24,7 +24,6 @@ from edit_store.errors import BundleRefused, EditsError, InstallRefused, NotTrus
 from edit_store.experiment_log import Experiments
 from edit_store.experiments import Change
 from edit_store.reader import Reader
-from edit_store.refs import Ref
 from edit_store.store import TagEntry
 from edit_store.trust import Enforcement
 from plugin.experiments.asking import NOBODY, Asking
@@ -440,17 +439,18 @@ class Reconciler:
         Asked in threads too, so it looks at copies, each of which is made in one go.
         """
         in_flight, waiting, table = dict(self._in_flight), dict(self._waiting), self.table
+        there, loaded = self.slots.residency.is_resident, set[str]()
         called: dict[tuple[str, str | None], list[str]] = {}
-        for name, version in table.served():
-            called.setdefault((Ref.parse(name).name, version), []).append(name)
+        for name, variant, version in table.served():
+            called.setdefault((variant, version), []).append(name)
+            if version == table.in_weights or there(version):
+                loaded.add(name)
 
         def names(pairs: Iterable[tuple[str, str | None]]) -> set[str]:
             return {name for pair in pairs for name in called.get(pair, pair[:1])}
 
         runs = names(pair for pair, count in in_flight.items() if pair[1] is not None and count > waiting.get(pair, 0))
         waits = names(pair for pair, count in waiting.items() if count) - runs
-        there = self.slots.residency.is_resident
-        loaded = {name for name, version in table.served() if version == table.in_weights or there(version)}
         return VariantsNow(runs, waits, loaded, self.slots.residency.slots)
 
     def _count_in(self, choice: Choice) -> None:

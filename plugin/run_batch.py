@@ -151,5 +151,5 @@ async def _answered(client: httpx.AsyncClient, line: Line, headers: Mapping[str,
         body = {"text": reply.text}
     told = {name[len(_OURS) :]: value for name, value in reply.headers.items() if name.startswith(_OURS)}
     response = {"status_code": reply.status_code, "request_id": reply.headers.get("x-request-id", ""), "body": body}
-    why = body.get("error", body) if isinstance(body, dict) else body
+    why = (body.get("error") if isinstance(body, dict) else None) or body or {"message": reply.reason_phrase}
     return {**found, "response": response, "error": None if reply.is_success else why, "edits": told}

@@ -95,19 +95,19 @@ class VariantTable:
             tags[tag] = version
         return replace(self, promoted={each: tags for each, tags in promoted.items() if tags})
 
-    def served(self) -> Iterator[tuple[str, str]]:
-        """Every name a client may send, and its version: `polite`, and `polite@<tag>` for other tags.
+    def served(self) -> Iterator[tuple[str, str, str]]:
+        """Every name a client may send, its variant and its version: `polite`, and `polite@<tag>` for other tags.
 
         Versions by digest are names too, and not among these.
         """
         for name, tags in sorted(self.promoted.items()):
             for tag, version in sorted(tags.items()):
                 if self.in_weights in (None, version):
-                    yield name if tag == self.default_tag else f"{name}@{tag}", version
+                    yield name if tag == self.default_tag else f"{name}@{tag}", name, version
 
     def names(self) -> list[str]:
         """Every name a client may send, versions by digest apart."""
-        return [name for name, _ in self.served()]
+        return [name for name, _, _ in self.served()]
 
     def versions(self) -> set[str]:
         """Every promoted version."""

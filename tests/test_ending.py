@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from edit_store import private_folder
+from edit_store.errors import UnsupportedHost
 from plugin.step_filler import FalseClaim
 from plugin.vllm_host import ending
 from plugin.vllm_host.ending import EndedRequests, EndsRequests
@@ -56,3 +57,12 @@ def test_workers_that_attach_at_the_same_time_make_no_folder_anew(config: Any, m
 
 def test_a_scheduler_whose_workers_are_elsewhere_waits_for_none(config: Any) -> None:
     assert EndedRequests(config, SCHEDULER).attached
+
+
+def test_a_start_ends_where_the_scheduler_cannot_be_told_of_it(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would end every request, and say that nothing has attached itself."""
+    worker = EndsRequests(config)
+    EndedRequests(config, SCHEDULER)
+    monkeypatch.setattr(ending.os, "write", lambda *_: 1)
+    with pytest.raises(UnsupportedHost, match="No space left on device"):
+        worker.attached()

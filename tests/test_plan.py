@@ -197,3 +197,21 @@ def test_a_gpu_without_kernels_is_refused(
     refused = pytest.raises(UnsupportedHost, match=f"capability {capability[0]}.{capability[1]}, and this torch has")
     with nullcontext() if runs else refused:
         check_device(torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("device", "mode", "backend", "refused"),
+    [("cpu", 2, "inductor", True), ("cpu", 0, "inductor", False), ("cpu", 2, "eager", False), ("cuda", 3, "", False)],
+)
+def test_a_start_that_compiles_for_a_cpu_needs_a_compiler(
+    monkeypatch: pytest.MonkeyPatch, device: str, mode: int, backend: str, refused: bool
+) -> None:
+    import torch
+
+    from plugin.vllm_host.device import check_compiler
+
+    asked = torch.device(device), SimpleNamespace(mode=mode, backend=backend)
+    check_compiler(*asked)  # there is one here
+    monkeypatch.setenv("CXX", "absent-compiler")
+    with pytest.raises(UnsupportedHost, match=r"absent-compiler.*--enforce-eager") if refused else nullcontext():
+        check_compiler(*asked)

@@ -83,6 +83,10 @@ async def test_answers_are_written_as_they_come_with_the_version_and_what_failed
             return JSONResponse({"error": {"message": "no such model"}}, 404)
         return JSONResponse({"said": body["model"]}, headers={"x-edits-version": "abc", "x-request-id": "r"})
 
+    @app.post("/silent")
+    async def silent() -> Any:
+        return JSONResponse({"error": None}, 503)
+
     @app.post("/moved")
     async def moved() -> Any:
         return RedirectResponse("/odd", 307)
@@ -101,7 +105,7 @@ async def test_answers_are_written_as_they_come_with_the_version_and_what_failed
     lines = [run_batch.Line(str(number), "/v1/completions", {"model": "polite"}) for number in range(8)]
     lines += [run_batch.Line("bad", "/v1/completions", {"model": "absent"}), run_batch.Line("odd", "/odd", {}),
               run_batch.Line("strange", "/odd", {"prompt": "\ud83d", "temperature": float("nan")}),
-              run_batch.Line("moved", "/moved", {})]  # fmt: skip
+              run_batch.Line("moved", "/moved", {}), run_batch.Line("silent", "/silent", {})]  # fmt: skip
     out, seen = io.StringIO(), 0
 
     def progress() -> None:
@@ -114,13 +118,14 @@ async def test_answers_are_written_as_they_come_with_the_version_and_what_failed
     await serving
     listening.close()
     answers = {said["custom_id"]: said for said in map(json.loads, out.getvalue().splitlines())}
-    assert (failed, seen, most, len(answers)) == (2, 12, 3, 12)
+    assert (failed, seen, most, len(answers)) == (3, 13, 3, 13)
     assert answers["0"]["response"] == {"status_code": 200, "request_id": "r", "body": {"said": "polite"}}
     assert (answers["0"]["edits"], answers["0"]["error"]) == ({"version": "abc"}, None)
     assert (answers["bad"]["response"]["status_code"], answers["bad"]["error"]) == (404, {"message": "no such model"})
     assert answers["odd"]["response"]["body"] == answers["strange"]["response"]["body"] == {"text": "no JSON"}
     assert (answers["strange"]["error"], answers["moved"]["response"]["status_code"]) == (None, 307)
     assert answers["moved"]["error"] is not None, "a server that sends elsewhere has answered nothing"
+    assert answers["silent"]["error"] == {"error": None}, "what failed is never told as answered"
 
 
 async def test_a_request_that_nobody_answers_is_told() -> None:

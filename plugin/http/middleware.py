@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from edit_store.errors import AmbiguousVersion, ArmRefused, CompareRefused, EditsError, NotFound, RequestRefused
@@ -109,18 +110,17 @@ class VariantMiddleware:
             raise
         finally:
             CURRENT_LEASE.reset(token)
-            ended = 500 if failed else status
+            lease.when_released(partial(self._settle, lease, metrics, 500 if failed else status, finished))
 
-            def settle() -> None:
-                outcome = _outcome(lease.usage, ended, finished)
-                _record(lease, metrics, outcome)
-                asked = lease.usage.engine_requests or outcome != "ok"
-                if lease.choice.assignment is not None and asked:  # a count of tokens tells nothing of an arm
-                    exposure = exposure_of(lease.choice, lease.choice.assignment, lease.usage, outcome)
-                    count(exposure, metrics)
-                    self._serving()[0].ended(exposure)
-
-            lease.when_released(settle)
+    def _settle(self, lease: Lease, metrics: Metrics, status: int, finished: bool) -> None:
+        """Count a request, and note what it tells of an arm, when nothing of it is left in the engine."""
+        outcome = _outcome(lease.usage, status, finished)
+        _record(lease, metrics, outcome)
+        asked = lease.usage.engine_requests or outcome != "ok"
+        if lease.choice.assignment is not None and asked:  # a count of tokens tells nothing of an arm
+            exposure = exposure_of(lease.choice, lease.choice.assignment, lease.usage, outcome)
+            count(exposure, metrics)
+            self._serving()[0].ended(exposure)
 
 
 def record_late(metrics: Metrics, lease: Lease) -> None:

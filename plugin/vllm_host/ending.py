@@ -11,6 +11,7 @@ ends every request: whatever front end sent it knows nothing of variants.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from edit_store.errors import UnsupportedHost
 from edit_store.private_folder import private_folder, private_path
 from plugin.step_filler import FalseClaim
 
@@ -60,24 +62,38 @@ class EndsRequests:
 
     def end(self, request: Any, error: FalseClaim) -> bool:
         """Have a request of vLLM's ended; False where no scheduler reads, or is told."""
-        if not self._tell(_END + json.dumps(request.req_id)):  # an id can be a client's, and hold any letter
+        try:
+            if not self._tell(_END + json.dumps(request.req_id)):  # an id can be a client's, and hold any letter
+                return False
+        except OSError as failure:
+            logger.error("the scheduler could not be told of a request that must end: %s", failure)  # noqa: TRY400
             return False
         logger.error("request %s ends with an error: %s", request.req_id, error)
         return True
 
     def attached(self) -> None:
-        """The plugin's API side has attached itself. All that meet in the folder have started: leave none behind."""
-        self._tell(_ATTACHED)
+        """The plugin's API side has attached itself. All that meet in the folder have started: leave none behind.
+
+        UnsupportedHost when the scheduler cannot be told: it would end every request.
+        """
+        try:
+            self._tell(_ATTACHED)
+        except OSError as error:
+            raise UnsupportedHost(
+                f"the scheduler cannot be told that the plugin is there: {error}. Make room in the temporary folder, "
+                "or set TMPDIR to another"
+            ) from error
         _leave(self._config)
 
     def _tell(self, line: str) -> bool:
-        """Write a line, if a scheduler reads: it has written the first. Else the file must stay empty."""
-        data = f"{line}\n".encode()
-        try:
-            return os.fstat(self._told).st_size > 0 and os.write(self._told, data) == len(data)
-        except OSError as error:
-            logger.error("the scheduler could not be told of a request that must end: %s", error)  # noqa: TRY400
-            return False
+        """Write a line, if a scheduler reads: it has written the first. Else the file must stay empty.
+
+        OSError when not all of it could be written.
+        """
+        read, data = os.fstat(self._told).st_size > 0, f"{line}\n".encode()
+        if read and os.write(self._told, data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return read
 
 
 class EndedRequests:

@@ -108,8 +108,10 @@ class EditsEndpoints:
     def attach_router(self, app: Any) -> None:
         """Called while vLLM builds its app."""
         app.add_middleware(VariantMiddleware, serving=lambda: (self._asked(), self._metrics, self._keys))
-        token_file = lambda: self._settings.admin_token_file if self._settings else None  # noqa: E731
-        app.include_router(router(self._asked, token_file, lambda: self._keys))
+        app.include_router(router(self._asked, self._admin_token_file, lambda: self._keys))
+
+    def _admin_token_file(self) -> str | None:
+        return self._settings.admin_token_file if self._settings else None
 
     def _asked(self) -> Owner:
         if self._owner is None:

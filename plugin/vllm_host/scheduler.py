@@ -76,8 +76,9 @@ def fork_at_first_edit(request: Any, block_size: int) -> None:
         return
     match arguments[FORK]:
         case [str() as salt, int() as tail] if tail >= 0:
-            _fork(request, max(0, request.num_prompt_tokens - tail) // block_size, salt)
-            setattr(request, BASE_TOKENS, max(0, request.num_prompt_tokens - tail) // block_size * block_size)
+            fork = max(0, request.num_prompt_tokens - tail) // block_size
+            _fork(request, fork, salt)
+            setattr(request, BASE_TOKENS, fork * block_size)
         case other:
             raise FalseClaim(f"expected a fork of [salt, tail], found {other!r:.80}")
 
