@@ -23,17 +23,17 @@ from rich.table import Table
 
 from demo.bundles import Claim, Exhibit, build
 from demo.model import ensure_model
-from edit_store import Bundle, EditStore, identify
-from edit_store.authoring import host
-from edit_store.experiment import Experiment
-from edit_store.experiment_log import Experiments
-from edit_store.experiments import Change
 from loadtests.client import Answer, stream
 from loadtests.hub_server import HubServer
 from loadtests.metrics import Metrics
 from loadtests.server import Server, ServerFailed
-from plugin.experiments.evidence import Logs
-from plugin.experiments.records import Exposure
+from vllm_edits.edit_store import Bundle, EditStore, identify
+from vllm_edits.edit_store.authoring import host
+from vllm_edits.edit_store.experiment import Experiment
+from vllm_edits.edit_store.experiment_log import Experiments
+from vllm_edits.edit_store.experiments import Change
+from vllm_edits.plugin.experiments.evidence import Logs
+from vllm_edits.plugin.experiments.records import Exposure
 
 FOLDER = Path(".cache/demo")
 BASE = "smollm2"

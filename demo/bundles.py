@@ -12,12 +12,12 @@ from functools import cache, partial
 from pathlib import Path
 
 from demo import prompts
-from edit_store.authoring.ablate_heads import ablate_heads
-from edit_store.authoring.host import Answer, Edits, Host, edited
-from edit_store.authoring.redirect import redirect
-from edit_store.authoring.steering import steer
-from edit_store.authoring.subspace import filter_contrast
-from edit_store.bundle import BaseModelRef, Bundle, Measurement, Provenance
+from vllm_edits.edit_store.authoring.ablate_heads import ablate_heads
+from vllm_edits.edit_store.authoring.host import Answer, Edits, Host, edited
+from vllm_edits.edit_store.authoring.redirect import redirect
+from vllm_edits.edit_store.authoring.steering import steer
+from vllm_edits.edit_store.authoring.subspace import filter_contrast
+from vllm_edits.edit_store.bundle import BaseModelRef, Bundle, Measurement, Provenance
 
 Answers = Sequence[Answer]
 Ask = Callable[[tuple[str, ...], int], Answers]

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from edit_store import verify
-from edit_store.backends import get_or_none
-from edit_store.bundle import sha256
-from edit_store.errors import EditsError
-from edit_store.experiment_log import log_of
-from edit_store.experiments import FOLDER, ExperimentEntry, fold, versions_named
-from edit_store.signing import read_envelopes
-from edit_store.store import EditStore, TagEntry
+from vllm_edits.edit_store import verify
+from vllm_edits.edit_store.backends import get_or_none
+from vllm_edits.edit_store.bundle import sha256
+from vllm_edits.edit_store.errors import EditsError
+from vllm_edits.edit_store.experiment_log import log_of
+from vllm_edits.edit_store.experiments import FOLDER, ExperimentEntry, fold, versions_named
+from vllm_edits.edit_store.signing import read_envelopes
+from vllm_edits.edit_store.store import EditStore, TagEntry
 
 Progress = Callable[[str, int, int], None]
 """Told what is being checked, how much of it is done, and how much there is."""

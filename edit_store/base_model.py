@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from edit_store.bundle import BaseModelRef, canonical_json, sha256
-from edit_store.errors import UnsupportedHost
-from edit_store.private_folder import cache_folder
-from edit_store.sites import Widths
+from vllm_edits.edit_store.bundle import BaseModelRef, canonical_json, sha256
+from vllm_edits.edit_store.errors import UnsupportedHost
+from vllm_edits.edit_store.private_folder import cache_folder
+from vllm_edits.edit_store.sites import Widths
 
 Progress = Callable[[int], None]
 _CHUNK = 1 << 22

@@ -22,10 +22,10 @@ import rfc8785
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors.numpy import save
 
-from edit_store.edits import INDEX_FIELDS, AnyEdit, Edit, Tensors
-from edit_store.errors import BundleRefused, Reason
-from edit_store.refs import MAX_COMPOSED, NAME
-from edit_store.sites import Widths
+from vllm_edits.edit_store.edits import INDEX_FIELDS, AnyEdit, Edit, Tensors
+from vllm_edits.edit_store.errors import BundleRefused, Reason
+from vllm_edits.edit_store.refs import MAX_COMPOSED, NAME
+from vllm_edits.edit_store.sites import Widths
 
 SCHEMA_VERSION: Literal[1] = 1
 MANIFEST_FILE = "manifest.json"
@@ -242,7 +242,7 @@ class Bundle:
     @classmethod
     def load(cls, folder: Path) -> Bundle:
         """Read the two files from `folder`, unchecked apart from the manifest's own form."""
-        from edit_store.tensor_file import MAX_TENSOR_FILE_BYTES
+        from vllm_edits.edit_store.tensor_file import MAX_TENSOR_FILE_BYTES
 
         for name, limit in ((MANIFEST_FILE, MAX_MANIFEST_BYTES), (TENSORS_FILE, MAX_TENSOR_FILE_BYTES)):
             path = folder / name

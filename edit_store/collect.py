@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edit_store.backends import PROBES, Item, LocalFolder
-from edit_store.experiment_log import log_of
-from edit_store.experiments import versions_named
-from edit_store.intents import CONDEMNED, condemned_key, old_intents, relied_on
-from edit_store.store import EditStore
+from vllm_edits.edit_store.backends import PROBES, Item, LocalFolder
+from vllm_edits.edit_store.experiment_log import log_of
+from vllm_edits.edit_store.experiments import versions_named
+from vllm_edits.edit_store.intents import CONDEMNED, condemned_key, old_intents, relied_on
+from vllm_edits.edit_store.store import EditStore
 
 DEFAULT_GRACE_HOURS = 24.0
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from edit_store import verify
-from edit_store.bundle import Bundle
-from edit_store.edits import Edit, LowRank, SubspaceFilter, Tensors
-from edit_store.errors import EditsError
-from edit_store.inspection import low_rank_norm
-from edit_store.sites import Widths
+from vllm_edits.edit_store import verify
+from vllm_edits.edit_store.bundle import Bundle
+from vllm_edits.edit_store.edits import Edit, LowRank, SubspaceFilter, Tensors
+from vllm_edits.edit_store.errors import EditsError
+from vllm_edits.edit_store.inspection import low_rank_norm
+from vllm_edits.edit_store.sites import Widths
 
 ROUNDING = 1e-6
 """Relative difference below which two edits do the same: bundles hold float32."""

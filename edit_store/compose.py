@@ -2,7 +2,7 @@
 
     polite+safe     the edits of `polite`, then those of `safe`
 
-At every site the order of kinds is the one of `edit_store.edits`; within a kind the parts come in the order in which
+At every site the order of kinds is the one of `edit_store/edits.py`; within a kind the parts come in the order in which
 the bundles are named. Most edits at one site do not care: what they add is added. Where the order does decide, or one
 edit undoes part of another, `conflicts` says so.
 """
@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from edit_store import verify
-from edit_store.bundle import Bundle, Manifest, Part, Provenance, Strength
-from edit_store.edits import Array, Edit, Gate, LowRank, Offset, Scale, SubspaceFilter, WeightDelta
-from edit_store.errors import BundleRefused, Reason
-from edit_store.refs import JOIN
+from vllm_edits.edit_store import verify
+from vllm_edits.edit_store.bundle import Bundle, Manifest, Part, Provenance, Strength
+from vllm_edits.edit_store.edits import Array, Edit, Gate, LowRank, Offset, Scale, SubspaceFilter, WeightDelta
+from vllm_edits.edit_store.errors import BundleRefused, Reason
+from vllm_edits.edit_store.refs import JOIN
 
 VISIBLE = 0.01
 """Share of an edit, or overlap of two directions, below which nothing is reported."""

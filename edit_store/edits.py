@@ -26,8 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from edit_store.scope import ALL, Scope
-from edit_store.sites import LAYER_POINTS, POINTS, Site, Widths
+from vllm_edits.edit_store.scope import ALL, Scope
+from vllm_edits.edit_store.sites import LAYER_POINTS, POINTS, Site, Widths
 
 Array = NDArray[np.float32]
 Tensors = dict[str, Any]

@@ -23,11 +23,11 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from edit_store import assignment
-from edit_store.bundle import GATE_FIRINGS, Name
-from edit_store.durations import Seconds
-from edit_store.errors import ExperimentRefused, NotFound, Reason
-from edit_store.refs import Ref
+from vllm_edits.edit_store import assignment
+from vllm_edits.edit_store.bundle import GATE_FIRINGS, Name
+from vllm_edits.edit_store.durations import Seconds
+from vllm_edits.edit_store.errors import ExperimentRefused, NotFound, Reason
+from vllm_edits.edit_store.refs import Ref
 
 BASE = "base"
 """What an arm serves that is not edited."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from edit_store.bundle import GATE_FIRINGS, Manifest
-from edit_store.errors import AmbiguousVersion, ExperimentRefused, NotFound, Reason
-from edit_store.experiment import BASE, Arm, Experiment
-from edit_store.experiments import (
+from vllm_edits.edit_store.bundle import GATE_FIRINGS, Manifest
+from vllm_edits.edit_store.errors import AmbiguousVersion, ExperimentRefused, NotFound, Reason
+from vllm_edits.edit_store.experiment import BASE, Arm, Experiment
+from vllm_edits.edit_store.experiments import (
     FOLDER,
     Change,
     ExperimentEntry,
@@ -18,11 +18,11 @@ from edit_store.experiments import (
     is_of_variant,
     need,
 )
-from edit_store.intents import relying_on
-from edit_store.log import Log, now
-from edit_store.refs import DEFAULT_TAG, Ref
-from edit_store.signing import Role, SigningKey
-from edit_store.store import EditStore
+from vllm_edits.edit_store.intents import relying_on
+from vllm_edits.edit_store.log import Log, now
+from vllm_edits.edit_store.refs import DEFAULT_TAG, Ref
+from vllm_edits.edit_store.signing import Role, SigningKey
+from vllm_edits.edit_store.store import EditStore
 
 
 def log_of(store: EditStore) -> Log[ExperimentEntry]:

@@ -13,12 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edit_store.bundle import sha256
-from edit_store.errors import EditsError, StoreCorrupt
-from edit_store.experiment_log import log_of
-from edit_store.experiments import ExperimentEntry, Standings, fold
-from edit_store.log import E, Entry
-from edit_store.store import EditStore, Heads, IndexEntry, TagEntry
+from vllm_edits.edit_store.bundle import sha256
+from vllm_edits.edit_store.errors import EditsError, StoreCorrupt
+from vllm_edits.edit_store.experiment_log import log_of
+from vllm_edits.edit_store.experiments import ExperimentEntry, Standings, fold
+from vllm_edits.edit_store.log import E, Entry
+from vllm_edits.edit_store.store import EditStore, Heads, IndexEntry, TagEntry
 
 Key = tuple[str, str]
 """Name and tag."""

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edit_store import model_card
-from edit_store.backends import get_or_none
-from edit_store.bundle import MANIFEST_FILE, TENSORS_FILE, Manifest, sha256
-from edit_store.errors import (
+from vllm_edits.edit_store import model_card
+from vllm_edits.edit_store.backends import get_or_none
+from vllm_edits.edit_store.bundle import MANIFEST_FILE, TENSORS_FILE, Manifest, sha256
+from vllm_edits.edit_store.errors import (
     AmbiguousVersion,
     BundleRefused,
     Conflict,
@@ -34,11 +34,18 @@ from edit_store.errors import (
     StoreCorrupt,
     nearest,
 )
-from edit_store.hub_repo import DEFAULT_REVISION, Content, File, HubRepo
-from edit_store.model_card import CARD_FILE, MAX_CARD_BYTES
-from edit_store.refs import Ref, is_bundle_name
-from edit_store.store import EditStore, blob_key
-from edit_store.transfer import ATTESTATIONS, MAX_ATTESTATIONS, RECORD_FILE, Package, attestation_name, member_limit
+from vllm_edits.edit_store.hub_repo import DEFAULT_REVISION, Content, File, HubRepo
+from vllm_edits.edit_store.model_card import CARD_FILE, MAX_CARD_BYTES
+from vllm_edits.edit_store.refs import Ref, is_bundle_name
+from vllm_edits.edit_store.store import EditStore, blob_key
+from vllm_edits.edit_store.transfer import (
+    ATTESTATIONS,
+    MAX_ATTESTATIONS,
+    RECORD_FILE,
+    Package,
+    attestation_name,
+    member_limit,
+)
 
 _SHOWN_REASONS = 20
 _MEMBER = re.compile(r"(?P<name>[^/]+)/(?P<version>[0-9a-f]{64})/(?P<member>.+)", re.DOTALL)

@@ -14,8 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edit_store.bundle import sha256
-from edit_store.errors import BundleRefused, Conflict, EditsError, NotFound, Reason, StoreUnavailable, nearest
+from vllm_edits.edit_store.bundle import sha256
+from vllm_edits.edit_store.errors import (
+    BundleRefused,
+    Conflict,
+    EditsError,
+    NotFound,
+    Reason,
+    StoreUnavailable,
+    nearest,
+)
 
 DEFAULT_REVISION = "main"
 MAX_FILES = 100_000

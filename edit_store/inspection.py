@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from edit_store import verify
-from edit_store.architectures import supported
-from edit_store.base_model import CONFIG_FILE, tensor_entries, widths_of
-from edit_store.bundle import Bundle
-from edit_store.edits import KINDS, Edit, Gate, LowRank, Scale, SubspaceFilter, Tensors, WeightDelta
-from edit_store.errors import UnsupportedHost
-from edit_store.sites import POINTS, Site
+from vllm_edits.edit_store import verify
+from vllm_edits.edit_store.architectures import supported
+from vllm_edits.edit_store.base_model import CONFIG_FILE, tensor_entries, widths_of
+from vllm_edits.edit_store.bundle import Bundle
+from vllm_edits.edit_store.edits import KINDS, Edit, Gate, LowRank, Scale, SubspaceFilter, Tensors, WeightDelta
+from vllm_edits.edit_store.errors import UnsupportedHost
+from vllm_edits.edit_store.sites import POINTS, Site
 
 _DOWN_PROJECTION = "model.layers.{layer}.mlp.down_proj.weight"
 

@@ -15,9 +15,9 @@ import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from edit_store.backends import Backend, Item, get_or_none
-from edit_store.bundle import canonical_json
-from edit_store.errors import Conflict
+from vllm_edits.edit_store.backends import Backend, Item, get_or_none
+from vllm_edits.edit_store.bundle import canonical_json
+from vllm_edits.edit_store.errors import Conflict
 
 INTENTS, CONDEMNED = "intents", "condemned"
 

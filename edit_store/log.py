@@ -19,9 +19,9 @@ from typing import Any, Generic, TypeVar
 import rfc8785
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
-from edit_store.backends import AlreadyExists, Backend, get_many, get_or_none
-from edit_store.bundle import Digest, canonical_json, sha256
-from edit_store.errors import Overtaken, StoreCorrupt, StoreUnavailable
+from vllm_edits.edit_store.backends import AlreadyExists, Backend, get_many, get_or_none
+from vllm_edits.edit_store.bundle import Digest, canonical_json, sha256
+from vllm_edits.edit_store.errors import Overtaken, StoreCorrupt, StoreUnavailable
 
 MAX_ENTRY_BYTES = 1 << 16
 _ENTRY_FILE = re.compile(r"([0-9]{20})\.json")

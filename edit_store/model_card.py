@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from edit_store.bundle import Manifest, Measurement, Provenance, sha256
-from edit_store.errors import EditsError
+from vllm_edits.edit_store.bundle import Manifest, Measurement, Provenance, sha256
+from vllm_edits.edit_store.errors import EditsError
 
 CARD_FILE = "README.md"
 MAX_CARD_BYTES = 1 << 20

@@ -8,7 +8,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from edit_store.errors import UnsupportedHost
+from vllm_edits.edit_store.errors import UnsupportedHost
 
 
 def cache_folder() -> Path:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from edit_store.bundle import Bundle, Manifest
-from edit_store.cache import NodeCache
-from edit_store.errors import Reason
-from edit_store.experiments import ExperimentEntry
-from edit_store.follow import Follower, Look, Seen
-from edit_store.signing import Role
-from edit_store.store import EditStore, TagEntry
-from edit_store.trust import Enforcement, Trust
+from vllm_edits.edit_store.bundle import Bundle, Manifest
+from vllm_edits.edit_store.cache import NodeCache
+from vllm_edits.edit_store.errors import Reason
+from vllm_edits.edit_store.experiments import ExperimentEntry
+from vllm_edits.edit_store.follow import Follower, Look, Seen
+from vllm_edits.edit_store.signing import Role
+from vllm_edits.edit_store.store import EditStore, TagEntry
+from vllm_edits.edit_store.trust import Enforcement, Trust
 
 
 class Reader:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from edit_store.errors import NotFound
+from vllm_edits.edit_store.errors import NotFound
 
 DEFAULT_TAG = "prod"
 MIN_PREFIX = 6

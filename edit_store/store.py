@@ -22,10 +22,17 @@ from typing import Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
-from edit_store import verify
-from edit_store.backends import AlreadyExists, Backend, get_many, in_pieces, open_backend, require_exclusive_create
-from edit_store.bundle import Bundle, BundleName, Digest, Manifest, Name, canonical_json, sha256
-from edit_store.errors import (
+from vllm_edits.edit_store import verify
+from vllm_edits.edit_store.backends import (
+    AlreadyExists,
+    Backend,
+    get_many,
+    in_pieces,
+    open_backend,
+    require_exclusive_create,
+)
+from vllm_edits.edit_store.bundle import Bundle, BundleName, Digest, Manifest, Name, canonical_json, sha256
+from vllm_edits.edit_store.errors import (
     AmbiguousVersion,
     Conflict,
     NotFound,
@@ -33,11 +40,18 @@ from edit_store.errors import (
     StoreUnavailable,
     nearest,
 )
-from edit_store.intents import relying_on
-from edit_store.log import E, Entry, Log, now
-from edit_store.refs import DEFAULT_TAG, Ref, is_bundle_name, is_name, is_version_prefix
-from edit_store.signing import Role, Signature, SigningKey, attestation_folder, attestation_key, read_envelopes
-from edit_store.tensor_file import MAX_TENSOR_FILE_BYTES
+from vllm_edits.edit_store.intents import relying_on
+from vllm_edits.edit_store.log import E, Entry, Log, now
+from vllm_edits.edit_store.refs import DEFAULT_TAG, Ref, is_bundle_name, is_name, is_version_prefix
+from vllm_edits.edit_store.signing import (
+    Role,
+    Signature,
+    SigningKey,
+    attestation_folder,
+    attestation_key,
+    read_envelopes,
+)
+from vllm_edits.edit_store.tensor_file import MAX_TENSOR_FILE_BYTES
 
 FORMAT, FORMAT_VERSION = "vllm-edits-store", 1
 FORMAT_KEY = "store.json"

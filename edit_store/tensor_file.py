@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from edit_store.edits import INDEX_FIELDS, Tensors
-from edit_store.errors import Reason
+from vllm_edits.edit_store.edits import INDEX_FIELDS, Tensors
+from vllm_edits.edit_store.errors import Reason
 
 MAX_HEADER_BYTES = 1 << 20
 MAX_TENSOR_FILE_BYTES = 1 << 30

@@ -19,13 +19,20 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from edit_store import verify
-from edit_store.bundle import MANIFEST_FILE, MAX_MANIFEST_BYTES, TENSORS_FILE, Bundle, Manifest, canonical_json
-from edit_store.errors import BundleRefused, EditsError, Reason
-from edit_store.refs import Ref
-from edit_store.signing import MAX_ENVELOPE_BYTES, read_envelopes
-from edit_store.store import EditStore, Published
-from edit_store.tensor_file import MAX_TENSOR_FILE_BYTES
+from vllm_edits.edit_store import verify
+from vllm_edits.edit_store.bundle import (
+    MANIFEST_FILE,
+    MAX_MANIFEST_BYTES,
+    TENSORS_FILE,
+    Bundle,
+    Manifest,
+    canonical_json,
+)
+from vllm_edits.edit_store.errors import BundleRefused, EditsError, Reason
+from vllm_edits.edit_store.refs import Ref
+from vllm_edits.edit_store.signing import MAX_ENVELOPE_BYTES, read_envelopes
+from vllm_edits.edit_store.store import EditStore, Published
+from vllm_edits.edit_store.tensor_file import MAX_TENSOR_FILE_BYTES
 
 RECORD_FILE, ATTESTATIONS = "published.json", "attestations/"
 MAX_ATTESTATIONS = 100

@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
-from edit_store.errors import EditsError, Reason, SettingsError
-from edit_store.signing import Role, Signature, public_key
+from vllm_edits.edit_store.errors import EditsError, Reason, SettingsError
+from vllm_edits.edit_store.signing import Role, Signature, public_key
 
 
 class Enforcement(StrEnum):

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from edit_store import tensor_file
-from edit_store.architectures import supported
-from edit_store.bundle import BaseModelRef, BlobRef, Bundle, Manifest
-from edit_store.edits import Array, Edit, Gate, Scale, SubspaceFilter, Tensors, WeightDelta
-from edit_store.errors import BundleRefused, Reason, UnsupportedHost
-from edit_store.refs import JOIN
-from edit_store.sites import Site, Widths
+from vllm_edits.edit_store import tensor_file
+from vllm_edits.edit_store.architectures import supported
+from vllm_edits.edit_store.bundle import BaseModelRef, BlobRef, Bundle, Manifest
+from vllm_edits.edit_store.edits import Array, Edit, Gate, Scale, SubspaceFilter, Tensors, WeightDelta
+from vllm_edits.edit_store.errors import BundleRefused, Reason, UnsupportedHost
+from vllm_edits.edit_store.refs import JOIN
+from vllm_edits.edit_store.sites import Site, Widths
 
 ORTHONORMAL_TOLERANCE = 1e-4
 

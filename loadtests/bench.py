@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from demo.model import MODEL_FOLDER, ensure_model
-from edit_store.base_model import CONFIG_FILE
 from loadtests import bench_experiments
 from loadtests.bench_endurance import measure_endurance
 from loadtests.bench_guesses import measure_guesses
@@ -33,6 +32,7 @@ from loadtests.plot import draw
 from loadtests.record import about, cores_for, gpu, native_dtype, write
 from loadtests.server import ServerFailed
 from loadtests.shapes import SHAPES, ensure_shape
+from vllm_edits.edit_store.base_model import CONFIG_FILE
 
 WORK = Path(".cache/bench")  # always the same paths: the store's is part of the compile cache's key
 BUSY = 0.5  # one-minute load above which something else is running

@@ -18,17 +18,17 @@ from prometheus_client import CollectorRegistry
 from rich.console import Console
 from rich.table import Table
 
-from edit_store.experiment import BUILT_IN, Experiment
-from edit_store.experiments import Change, Standing, after
-from plugin.experiments import outcome
-from plugin.experiments.asking import Asking
-from plugin.experiments.deciding import Assignment
-from plugin.experiments.exposure_log import ExposureLog
-from plugin.experiments.handle import Handles
-from plugin.experiments.records import Exposure
-from plugin.experiments.served import ServedExperiments
-from plugin.metrics import Metrics
-from plugin.traits import PLAIN
+from vllm_edits.edit_store.experiment import BUILT_IN, Experiment
+from vllm_edits.edit_store.experiments import Change, Standing, after
+from vllm_edits.plugin.experiments import outcome
+from vllm_edits.plugin.experiments.asking import Asking
+from vllm_edits.plugin.experiments.deciding import Assignment
+from vllm_edits.plugin.experiments.exposure_log import ExposureLog
+from vllm_edits.plugin.experiments.handle import Handles
+from vllm_edits.plugin.experiments.records import Exposure
+from vllm_edits.plugin.experiments.served import ServedExperiments
+from vllm_edits.plugin.metrics import Metrics
+from vllm_edits.plugin.traits import PLAIN
 
 REQUESTS, REPEATS = 500, 9
 app = typer.Typer(add_completion=False)

@@ -19,8 +19,6 @@ from typing import Any
 import httpx
 import psutil
 
-from edit_store import EditStore
-from edit_store.edits import SERVED_PER_REQUEST
 from loadtests.bench_inputs import strengths
 from loadtests.bench_report import Figure, verdict
 from loadtests.bench_run import Measured, NotMeasured, Run
@@ -28,6 +26,8 @@ from loadtests.bench_swap import ask
 from loadtests.client import stream
 from loadtests.metrics import Metrics
 from loadtests.server import Server
+from vllm_edits.edit_store import EditStore
+from vllm_edits.edit_store.edits import SERVED_PER_REQUEST
 
 PROMPT = "Tell me about the sea."
 STREAM_TOKENS = 200

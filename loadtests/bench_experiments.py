@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any, Self
 
-from edit_store.edits import SERVED_PER_REQUEST
 from loadtests.bench_inputs import Inputs
 from loadtests.bench_kernels import kernels_of_a_step
 from loadtests.bench_report import Comparison, Rates, summarise_rates
@@ -17,6 +16,7 @@ from loadtests.bench_run import Measured, NotMeasured, Run
 from loadtests.bench_sides import Engine
 from loadtests.bench_swap import IN_WEIGHTS
 from loadtests.record import gpu
+from vllm_edits.edit_store.edits import SERVED_PER_REQUEST
 
 MAX_MODEL_LEN = 2048
 LARGEST_BLOCK = {False: 128, True: 64}

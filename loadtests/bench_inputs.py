@@ -17,9 +17,9 @@ import torch
 from safetensors.numpy import save_file
 
 import demo.prompts
-import edit_store.authoring
+import vllm_edits.edit_store.authoring
 from demo.bundles import EXHIBITS
-from edit_store import (
+from vllm_edits.edit_store import (
     BaseModelRef,
     Bundle,
     Edit,
@@ -33,13 +33,13 @@ from edit_store import (
     check,
     identify,
 )
-from edit_store.authoring.host import Edits, Host
-from edit_store.bundle import MANIFEST_FILE, canonical_json, sha256
-from edit_store.edits import Array
-from edit_store.sites import Site
-from plugin.plan import Plan
-from plugin.price import price
-from plugin.reservation import Reservation
+from vllm_edits.edit_store.authoring.host import Edits, Host
+from vllm_edits.edit_store.bundle import MANIFEST_FILE, canonical_json, sha256
+from vllm_edits.edit_store.edits import Array
+from vllm_edits.edit_store.sites import Site
+from vllm_edits.plugin.plan import Plan
+from vllm_edits.plugin.price import price
+from vllm_edits.plugin.reservation import Reservation
 
 MADE_AT = datetime(2026, 1, 1, tzinfo=UTC)  # one moment for all: the same numbers are the same version in every run
 PROVENANCE = Provenance(tool="loadtests.bench", method="the demo's edits at some strength")
@@ -192,7 +192,7 @@ def demo_edits(model: Path, base: BaseModelRef, kept: Path, say: Callable[[str],
 def _digest_of_authoring(base: BaseModelRef) -> str:
     """What the demo's edits follow from: the model, the prompts, the methods."""
     sources = [Path(demo.bundles.__file__), Path(demo.prompts.__file__)]
-    sources += sorted(Path(edit_store.authoring.__file__).parent.glob("*.py"))
+    sources += sorted(Path(vllm_edits.edit_store.authoring.__file__).parent.glob("*.py"))
     return sha256(canonical_json(base.files) + b"".join(source.read_bytes() for source in sources))
 
 

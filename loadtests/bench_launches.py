@@ -12,11 +12,11 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from edit_store.edits import SERVED_PER_REQUEST
 from loadtests.bench_engine import Calls
 from loadtests.bench_experiments import Engines
 from loadtests.bench_rounds import Phase, Side
 from loadtests.bench_run import Measured, Run
+from vllm_edits.edit_store.edits import SERVED_PER_REQUEST
 
 COUNTED: Mapping[str, Callable[[str], bool]] = {
     "operators": lambda call: call.startswith("CPU aten::"),

@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from edit_store.edits import SERVED_PER_REQUEST
 from loadtests.bench_engine import Calls
 from loadtests.bench_experiments import Engines
 from loadtests.bench_rounds import Phase, Side
 from loadtests.bench_run import Measured, Run
+from vllm_edits.edit_store.edits import SERVED_PER_REQUEST
 
 EVERY_LOOP = {"compilation_config": {"inductor_compile_config": {"cpp.enable_kernel_profile": True}}}
 """What makes compiled loops visible to torch's profiler on a CPU."""

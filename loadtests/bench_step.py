@@ -14,9 +14,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from edit_store import Scope
-from plugin.edited_site import Step
-from plugin.step_filler import Batch, Extents, StepFiller
+from vllm_edits.edit_store import Scope
+from vllm_edits.plugin.edited_site import Step
+from vllm_edits.plugin.step_filler import Batch, Extents, StepFiller
 
 SLOTS, STEPS, REPEATS = 64, 100, 9
 SCOPES = (Scope(phase="generated"),)

@@ -23,13 +23,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from edit_store import BaseModelRef, Bundle, EditStore, Offset, Provenance, Widths
-from edit_store.audit import audit
-from edit_store.bundle import canonical_json
-from edit_store.follow import Follower
-from edit_store.store import Published, version_key
 from loadtests.object_servers import BUCKET, seaweedfs
 from loadtests.record import about, write
+from vllm_edits.edit_store import BaseModelRef, Bundle, EditStore, Offset, Provenance, Widths
+from vllm_edits.edit_store.audit import audit
+from vllm_edits.edit_store.bundle import canonical_json
+from vllm_edits.edit_store.follow import Follower
+from vllm_edits.edit_store.store import Published, version_key
 
 HIDDEN = 2048
 BASE = BaseModelRef(

@@ -18,13 +18,13 @@ from typing import Any
 
 import httpx
 
-from edit_store import EditStore
-from edit_store.edits import SERVED_PER_REQUEST
 from loadtests.bench_inputs import strengths
 from loadtests.bench_report import Swap, gaps_within, summarise_swaps
 from loadtests.bench_run import Measured, NotMeasured, Run
 from loadtests.record import gpu
 from loadtests.server import Server
+from vllm_edits.edit_store import EditStore
+from vllm_edits.edit_store.edits import SERVED_PER_REQUEST
 
 VARIANTS = 8
 SETTLED_TOKENS = 16  # tokens that every stream must have before a window opens

@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edit_store.edits import SERVED_PER_REQUEST
 from loadtests.bench_report import Figure
 from loadtests.bench_rounds import turns
 from loadtests.bench_run import Measured, NotMeasured, Run
 from loadtests.server import ENVIRONMENT, Server
+from vllm_edits.edit_store.edits import SERVED_PER_REQUEST
 
 ALONE = "vLLM alone"
 QUICK = {"rounds": 2, "requests": 8}

@@ -20,14 +20,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, library, nn
 
-from edit_store.bundle import BaseModelRef, Strength
-from edit_store.edits import SERVED_PER_REQUEST, Edit
-from edit_store.sites import Widths
 from loadtests import gpu_compiler
 from loadtests.bench_inputs import edits_everywhere
-from plugin.edited_model import EditedModel
-from plugin.reservation import Reservation
-from plugin.vllm_host.architectures import anchors
+from vllm_edits.edit_store.bundle import BaseModelRef, Strength
+from vllm_edits.edit_store.edits import SERVED_PER_REQUEST, Edit
+from vllm_edits.edit_store.sites import Widths
+from vllm_edits.plugin.edited_model import EditedModel
+from vllm_edits.plugin.reservation import Reservation
+from vllm_edits.plugin.vllm_host.architectures import anchors
 
 ARCHITECTURE, DTYPE, META = "LlamaForCausalLM", torch.bfloat16, torch.device("meta")
 SLOTS, MOST_TOKENS, TOKENS = 64, 2048, 256

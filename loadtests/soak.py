@@ -33,14 +33,14 @@ import typer
 from rich.console import Console
 
 from demo.model import ensure_model
-from edit_store import BaseModelRef, Bundle, EditStore, Offset, Provenance, identify
-from edit_store.errors import NotFound
 from loadtests.bench_inputs import edits_everywhere
 from loadtests.client import Answer, stream
 from loadtests.metrics import Metrics
 from loadtests.object_servers import moto
 from loadtests.record import about, write
 from loadtests.server import Server
+from vllm_edits.edit_store import BaseModelRef, Bundle, EditStore, Offset, Provenance, identify
+from vllm_edits.edit_store.errors import NotFound
 
 VARIANTS, VERSIONS = 10, 4
 POLL_SECONDS = 0.5

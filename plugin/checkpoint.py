@@ -10,10 +10,10 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from edit_store.architectures import Architecture
-from edit_store.base_model import weight_files
-from edit_store.errors import UnsupportedHost
-from edit_store.sites import Site, Widths
+from vllm_edits.edit_store.architectures import Architecture
+from vllm_edits.edit_store.base_model import weight_files
+from vllm_edits.edit_store.errors import UnsupportedHost
+from vllm_edits.edit_store.sites import Site, Widths
 
 
 class Checkpoint:

@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from plugin.traits import PLAIN
-from plugin.variants import Choice
+from vllm_edits.plugin.traits import PLAIN
+from vllm_edits.plugin.variants import Choice
 
 CLAIM = "vllm_edits_claim"
 """Key of the claim in a request's extra arguments; absent for the base model. Callers cannot set it."""
-SCHEDULER = "plugin.vllm_host.scheduler.EditsScheduler"
+SCHEDULER = "vllm_edits.EditsScheduler"
 """The scheduler that knows how to fork, for `--scheduler-cls`."""
 FORK = "vllm_edits_fork"
 """Likewise: [salt, tail] of a request whose cache blocks are the base's up to `tail` tokens before its prompt ends."""

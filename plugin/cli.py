@@ -17,17 +17,17 @@ import httpx
 import typer
 from typer.core import TyperCommand
 
-from edit_store.architectures import supported
-from edit_store.base_model import identify, weight_files
-from edit_store.cli import JsonOption, StoreOption, app, as_script, counted, explained, plain, show
-from edit_store.errors import EditsError, SettingsError
-from plugin import gpu_driver, serve_command
-from plugin import run_batch as batch
-from plugin.experiments import cli as _experiments  # noqa: F401  importing it registers its command
-from plugin.reading import open_reader
-from plugin.server_options import DEFAULT_URL, ApiKeyOption, UrlOption, authorization, no_answer
-from plugin.sizes import bytes_of, sized
-from server_config.settings import KEY, read_settings
+from vllm_edits.edit_store.architectures import supported
+from vllm_edits.edit_store.base_model import identify, weight_files
+from vllm_edits.edit_store.cli import JsonOption, StoreOption, app, as_script, counted, explained, plain, show
+from vllm_edits.edit_store.errors import EditsError, SettingsError
+from vllm_edits.plugin import gpu_driver, serve_command
+from vllm_edits.plugin import run_batch as batch
+from vllm_edits.plugin.experiments import cli as _experiments  # noqa: F401  importing it registers its command
+from vllm_edits.plugin.reading import open_reader
+from vllm_edits.plugin.server_options import DEFAULT_URL, ApiKeyOption, UrlOption, authorization, no_answer
+from vllm_edits.plugin.sizes import bytes_of, sized
+from vllm_edits.server_config.settings import KEY, read_settings
 
 SettingOption = Annotated[
     list[str] | None, typer.Option("--set", help="one more setting, e.g. --set slots=32 (JSON values allowed)")
@@ -144,10 +144,10 @@ def plan(
     Everything follows from the checkpoint's config and the store; nothing is loaded. Every promoted version is held
     against what would be reserved.
     """
-    from plugin import plan as planning  # brings torch
-    from plugin import weights_room
-    from plugin.price import price
-    from plugin.weight_form import formless
+    from vllm_edits.plugin import plan as planning  # brings torch
+    from vllm_edits.plugin import weights_room
+    from vllm_edits.plugin.price import price
+    from vllm_edits.plugin.weight_form import formless
 
     settings = read_settings({KEY: {"store": store, **dict(_assignment(text) for text in setting or [])}})
     room = bytes_of(memory) if memory else None

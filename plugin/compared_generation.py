@@ -13,10 +13,10 @@ from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
-from plugin.claim import address
-from plugin.experiments.pairs import Transcript, compared
-from plugin.experiments.records import Compared
-from plugin.lease import Lease
+from vllm_edits.plugin.claim import address
+from vllm_edits.plugin.experiments.pairs import Transcript, compared
+from vllm_edits.plugin.experiments.records import Compared
+from vllm_edits.plugin.lease import Lease
 
 logger = logging.getLogger("vllm.edits")
 

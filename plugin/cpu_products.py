@@ -20,8 +20,8 @@ from torch import Tensor
 from torch import library as torch_library
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from edit_store.private_folder import cache_folder
-from plugin.slot_products import EXPRESSIONS, SlotProducts
+from vllm_edits.edit_store.private_folder import cache_folder
+from vllm_edits.plugin.slot_products import EXPRESSIONS, SlotProducts
 
 logger = logging.getLogger("vllm.edits")
 

@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from plugin.share import Sum, alone
-from plugin.slot_products import EXPRESSIONS, SlotProducts
+from vllm_edits.plugin.share import Sum, alone
+from vllm_edits.plugin.slot_products import EXPRESSIONS, SlotProducts
 
 ACTIVATION_CODES = {"relu": 0, "jump_relu": 1, "step": 2, "silu": 3, "sigmoid": 4}
 """How a slot says which activation a neuron has."""

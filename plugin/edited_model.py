@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edit_store.bundle import Manifest
-from edit_store.edits import SILENT, Edit, Gate, Tensors
-from edit_store.errors import InstallRefused, UnsupportedHost
-from edit_store.scope import Scope
-from edit_store.sites import Site
-from plugin.device_rows import DeviceRows
-from plugin.edited_site import (
+from vllm_edits.edit_store.bundle import Manifest
+from vllm_edits.edit_store.edits import SILENT, Edit, Gate, Tensors
+from vllm_edits.edit_store.errors import InstallRefused, UnsupportedHost
+from vllm_edits.edit_store.scope import Scope
+from vllm_edits.edit_store.sites import Site
+from vllm_edits.plugin.device_rows import DeviceRows
+from vllm_edits.plugin.edited_site import (
     SLOT_TENSORS,
     Carried,
     Firings,
@@ -37,12 +37,12 @@ from plugin.edited_site import (
     edited_logits,
     input_of,
 )
-from plugin.price import price
-from plugin.reservation import Place, Reservation, places, scopes_of
-from plugin.share import SOLE, Share, Sum, Worker, alone
-from plugin.slot_products import EXPRESSIONS, SlotProducts
-from plugin.slot_rows import Columns, Layout, Rows
-from plugin.step_filler import Batch, FalseClaim, StepFiller
+from vllm_edits.plugin.price import price
+from vllm_edits.plugin.reservation import Place, Reservation, places, scopes_of
+from vllm_edits.plugin.share import SOLE, Share, Sum, Worker, alone
+from vllm_edits.plugin.slot_products import EXPRESSIONS, SlotProducts
+from vllm_edits.plugin.slot_rows import Columns, Layout, Rows
+from vllm_edits.plugin.step_filler import Batch, FalseClaim, StepFiller
 
 BASE_SLOT = 0
 _TOO_LARGE = 1 << 31

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edit_store.edits import Array, Edit, Gate, Offset, SubspaceFilter
-from plugin import edit_math
-from plugin.fold import fold_filters
-from plugin.reservation import Room
-from plugin.share import Share, Sum, alone
-from plugin.slot_products import EXPRESSIONS, SlotProducts
-from plugin.slot_rows import Columns, Layout, Rows
+from vllm_edits.edit_store.edits import Array, Edit, Gate, Offset, SubspaceFilter
+from vllm_edits.plugin import edit_math
+from vllm_edits.plugin.fold import fold_filters
+from vllm_edits.plugin.reservation import Room
+from vllm_edits.plugin.share import Share, Sum, alone
+from vllm_edits.plugin.slot_products import EXPRESSIONS, SlotProducts
+from vllm_edits.plugin.slot_rows import Columns, Layout, Rows
 
 Numbers = Sequence[tuple[Edit, Mapping[str, Array]]]
 """Edits that share one place in one version, in order, each with its arrays."""
@@ -363,7 +363,7 @@ class Step(nn.Module):
 
 
 class Tap(nn.Module):
-    """All edits of one site, in the order that `edit_store.edits` lays down."""
+    """All edits of one site, in the order that `vllm_edits.edit_store.edits` lays down."""
 
     def __init__(self, step: Step, width: int, carried: Carried, total: Sum = alone) -> None:
         """width: of the worker's share of the vector; total: how sums over the vector become whole."""

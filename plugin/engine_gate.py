@@ -12,13 +12,13 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any
 
-from plugin.claim import address
-from plugin.compared_generation import Beside, LeaseOf
-from plugin.experiments.pairs import comparable
-from plugin.experiments.records import Compared
-from plugin.experiments.repeats import LOOKED_AT
-from plugin.lease import CURRENT_LEASE, Lease, Usage
-from plugin.variants import Choice
+from vllm_edits.plugin.claim import address
+from vllm_edits.plugin.compared_generation import Beside, LeaseOf
+from vllm_edits.plugin.experiments.pairs import comparable
+from vllm_edits.plugin.experiments.records import Compared
+from vllm_edits.plugin.experiments.repeats import LOOKED_AT
+from vllm_edits.plugin.lease import CURRENT_LEASE, Lease, Usage
+from vllm_edits.plugin.variants import Choice
 
 
 class EngineGate:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from plugin.metrics import Metrics
+from vllm_edits.plugin.metrics import Metrics
 
 
 class Firings:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Generic, Protocol, TypeVar
 
-from edit_store.errors import EditsError
-from plugin.short_turns import short_turns
+from vllm_edits.edit_store.errors import EditsError
+from vllm_edits.plugin.short_turns import short_turns
 
 
 class Ready(Protocol):

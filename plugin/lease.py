@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from plugin.variants import Choice
+from vllm_edits.plugin.variants import Choice
 
 CURRENT_LEASE: ContextVar[Lease | None] = ContextVar("vllm_edits_lease", default=None)
 

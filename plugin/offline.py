@@ -17,19 +17,19 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from plugin.claim import address
-from plugin.lease import Lease
-from plugin.metrics import Metrics
-from plugin.reconcile import Reconciler
-from server_config.settings import read_settings
+from vllm_edits.plugin.claim import address
+from vllm_edits.plugin.lease import Lease
+from vllm_edits.plugin.metrics import Metrics
+from vllm_edits.plugin.reconcile import Reconciler
+from vllm_edits.server_config.settings import read_settings
 
 
 class Variants:
     """The variants that a loaded `LLM` can serve. One per engine; use it from one thread."""
 
     def __init__(self, llm: Any) -> None:
-        from plugin.vllm_host.frontend import start
-        from plugin.vllm_host.scheduler import forks
+        from vllm_edits.plugin.vllm_host.frontend import start
+        from vllm_edits.plugin.vllm_host.scheduler import forks
 
         self._llm = llm
         self._forks = forks(llm.llm_engine.vllm_config)

@@ -7,13 +7,13 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
-from edit_store.errors import AmbiguousVersion, EditsError, NotFound, NotServed
-from edit_store.trust import Enforcement
-from plugin.experiments.asking import NOBODY, Asking
-from plugin.experiments.records import Record
-from plugin.lease import Lease
-from plugin.reconcile import Reconciler
-from plugin.variants import Choice
+from vllm_edits.edit_store.errors import AmbiguousVersion, EditsError, NotFound, NotServed
+from vllm_edits.edit_store.trust import Enforcement
+from vllm_edits.plugin.experiments.asking import NOBODY, Asking
+from vllm_edits.plugin.experiments.records import Record
+from vllm_edits.plugin.lease import Lease
+from vllm_edits.plugin.reconcile import Reconciler
+from vllm_edits.plugin.variants import Choice
 
 
 class CannotSign(EditsError):

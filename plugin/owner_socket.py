@@ -27,16 +27,16 @@ from typing import Any
 import msgspec
 from pydantic import TypeAdapter
 
-from edit_store import errors
-from edit_store.errors import BundleRefused, EditsError, Reason
-from edit_store.private_folder import private_folder
-from plugin import owner as owning
-from plugin.experiments.asking import NOBODY, Asking
-from plugin.experiments.records import Record
-from plugin.lease import Lease
-from plugin.owner import Change, Owner, Served
-from plugin.variants import Choice
-from plugin.workers import Workers
+from vllm_edits.edit_store import errors
+from vllm_edits.edit_store.errors import BundleRefused, EditsError, Reason
+from vllm_edits.edit_store.private_folder import private_folder
+from vllm_edits.plugin import owner as owning
+from vllm_edits.plugin.experiments.asking import NOBODY, Asking
+from vllm_edits.plugin.experiments.records import Record
+from vllm_edits.plugin.lease import Lease
+from vllm_edits.plugin.owner import Change, Owner, Served
+from vllm_edits.plugin.variants import Choice
+from vllm_edits.plugin.workers import Workers
 
 logger = logging.getLogger("vllm.edits")
 

@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edit_store.architectures import Architecture
-from edit_store.bundle import Manifest
-from edit_store.edits import Edit, Tensors, order_at_site
-from edit_store.errors import InstallRefused, Reason, UnsupportedHost
-from edit_store.sites import Site
-from plugin.share import Share
-from plugin.sizes import sized
-from plugin.weight_form import Numbers, formless, patched, touched
+from vllm_edits.edit_store.architectures import Architecture
+from vllm_edits.edit_store.bundle import Manifest
+from vllm_edits.edit_store.edits import Edit, Tensors, order_at_site
+from vllm_edits.edit_store.errors import InstallRefused, Reason, UnsupportedHost
+from vllm_edits.edit_store.sites import Site
+from vllm_edits.plugin.share import Share
+from vllm_edits.plugin.sizes import sized
+from vllm_edits.plugin.weight_form import Numbers, formless, patched, touched
 
 
 @dataclass

@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from plugin.patched_weights import Copy
+from vllm_edits.plugin.patched_weights import Copy
 
 _AT_ONCE = 1 << 22
 """numbers that are looked at or exchanged together: so much device memory more does it take"""

@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-from edit_store.architectures import supported
-from edit_store.base_model import CONFIG_FILE
-from edit_store.bundle import BaseModelRef, Manifest
-from edit_store.errors import SettingsError
-from edit_store.refs import Ref
-from plugin import weights_room
-from plugin.reading import open_reader
-from plugin.reservation import Place, Price, Reservation
-from plugin.sizes import sized
-from plugin.weights_room import WeightsRoom
-from server_config.settings import EditSettings
+from vllm_edits.edit_store.architectures import supported
+from vllm_edits.edit_store.base_model import CONFIG_FILE
+from vllm_edits.edit_store.bundle import BaseModelRef, Manifest
+from vllm_edits.edit_store.errors import SettingsError
+from vllm_edits.edit_store.refs import Ref
+from vllm_edits.plugin import weights_room
+from vllm_edits.plugin.reading import open_reader
+from vllm_edits.plugin.reservation import Place, Price, Reservation
+from vllm_edits.plugin.sizes import sized
+from vllm_edits.plugin.weights_room import WeightsRoom
+from vllm_edits.server_config.settings import EditSettings
 
 logger = logging.getLogger("vllm.edits")
 

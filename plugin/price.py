@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from edit_store.sites import Widths
-from plugin.edited_site import SLOT_TENSORS, Shape
-from plugin.reservation import Place, Price, Room
-from plugin.share import Worker
-from plugin.slot_rows import Layout
+from vllm_edits.edit_store.sites import Widths
+from vllm_edits.plugin.edited_site import SLOT_TENSORS, Shape
+from vllm_edits.plugin.reservation import Place, Price, Room
+from vllm_edits.plugin.share import Worker
+from vllm_edits.plugin.slot_rows import Layout
 
 
 def price(widths: Widths, dtype: torch.dtype, workers: int = 1) -> Price:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edit_store.cache import NodeCache
-from edit_store.reader import Reader
-from edit_store.signing import SigningKey
-from edit_store.store import EditStore
-from edit_store.trust import Trust
-from server_config.settings import EditSettings
+from vllm_edits.edit_store.cache import NodeCache
+from vllm_edits.edit_store.reader import Reader
+from vllm_edits.edit_store.signing import SigningKey
+from vllm_edits.edit_store.store import EditStore
+from vllm_edits.edit_store.trust import Trust
+from vllm_edits.server_config.settings import EditSettings
 
 
 def open_reader(settings: EditSettings) -> Reader:

@@ -18,29 +18,29 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-from edit_store import verify
-from edit_store.bundle import BaseModelRef, Bundle
-from edit_store.errors import BundleRefused, EditsError, InstallRefused, NotTrusted, Reason, RequestRefused
-from edit_store.experiment_log import Experiments
-from edit_store.experiments import Change
-from edit_store.reader import Reader
-from edit_store.store import TagEntry
-from edit_store.trust import Enforcement
-from plugin.experiments.asking import NOBODY, Asking
-from plugin.experiments.deciding import Way
-from plugin.experiments.exposure_log import ExposureLog
-from plugin.experiments.handle import Handles
-from plugin.experiments.resolver import Resolver
-from plugin.experiments.served import ServedExperiments
-from plugin.lease import Lease
-from plugin.metrics import OTHER, UNKNOWN, Metrics, VariantsNow
-from plugin.reservation import Price, Reservation
-from plugin.short_turns import in_thread
-from plugin.slots import Slots
-from plugin.traits import PLAIN, Traits
-from plugin.variants import BASE, Choice, VariantTable, VersionWanted
-from plugin.weights_mode import Running, WeightsMode
-from plugin.workers import Workers, ask, prepare
+from vllm_edits.edit_store import verify
+from vllm_edits.edit_store.bundle import BaseModelRef, Bundle
+from vllm_edits.edit_store.errors import BundleRefused, EditsError, InstallRefused, NotTrusted, Reason, RequestRefused
+from vllm_edits.edit_store.experiment_log import Experiments
+from vllm_edits.edit_store.experiments import Change
+from vllm_edits.edit_store.reader import Reader
+from vllm_edits.edit_store.store import TagEntry
+from vllm_edits.edit_store.trust import Enforcement
+from vllm_edits.plugin.experiments.asking import NOBODY, Asking
+from vllm_edits.plugin.experiments.deciding import Way
+from vllm_edits.plugin.experiments.exposure_log import ExposureLog
+from vllm_edits.plugin.experiments.handle import Handles
+from vllm_edits.plugin.experiments.resolver import Resolver
+from vllm_edits.plugin.experiments.served import ServedExperiments
+from vllm_edits.plugin.lease import Lease
+from vllm_edits.plugin.metrics import OTHER, UNKNOWN, Metrics, VariantsNow
+from vllm_edits.plugin.reservation import Price, Reservation
+from vllm_edits.plugin.short_turns import in_thread
+from vllm_edits.plugin.slots import Slots
+from vllm_edits.plugin.traits import PLAIN, Traits
+from vllm_edits.plugin.variants import BASE, Choice, VariantTable, VersionWanted
+from vllm_edits.plugin.weights_mode import Running, WeightsMode
+from vllm_edits.plugin.workers import Workers, ask, prepare
 
 logger = logging.getLogger("vllm.edits")
 

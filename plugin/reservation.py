@@ -12,14 +12,14 @@ from fnmatch import fnmatchcase
 from itertools import groupby
 from typing import Any, Protocol
 
-from edit_store.architectures import Architecture
-from edit_store.bundle import Strength
-from edit_store.edits import KINDS, SERVED_PER_REQUEST, Edit, Gate, Offset, SubspaceFilter
-from edit_store.errors import Reason, SettingsError
-from edit_store.scope import Scope, distinct
-from edit_store.sites import Site, Widths
-from plugin.sizes import sized
-from server_config.settings import Reserve
+from vllm_edits.edit_store.architectures import Architecture
+from vllm_edits.edit_store.bundle import Strength
+from vllm_edits.edit_store.edits import KINDS, SERVED_PER_REQUEST, Edit, Gate, Offset, SubspaceFilter
+from vllm_edits.edit_store.errors import Reason, SettingsError
+from vllm_edits.edit_store.scope import Scope, distinct
+from vllm_edits.edit_store.sites import Site, Widths
+from vllm_edits.plugin.sizes import sized
+from vllm_edits.server_config.settings import Reserve
 
 Features = frozenset[str]
 

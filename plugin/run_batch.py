@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 import httpx
 
-from edit_store.errors import EditsError, SettingsError
+from vllm_edits.edit_store.errors import EditsError, SettingsError
 
 SHOWN, _OURS = 20, "x-edits-"
 _PATH = re.compile(r"(/[!-.0-~]+)+")

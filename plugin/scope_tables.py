@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edit_store.scope import Scope
+from vllm_edits.edit_store.scope import Scope
 
 _EVER = np.iinfo(np.int64).max // 2
 _ID_BITS, _ID_MASK = 32, 0x7FFFFFFF

@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
-from edit_store.errors import SettingsError
-from plugin.claim import SCHEDULER
-from server_config.settings import KEY
+from vllm_edits.edit_store.errors import SettingsError
+from vllm_edits.plugin.claim import SCHEDULER
+from vllm_edits.server_config.settings import KEY
 
 PLUGIN, VARIABLE = "edits", "VLLM_PLUGINS"
 _LOADED_WITHOUT_BEING_NAMED = (

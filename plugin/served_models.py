@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from plugin.lease import CURRENT_LEASE
-from plugin.owner import Served
+from vllm_edits.plugin.lease import CURRENT_LEASE
+from vllm_edits.plugin.owner import Served
 
 
 class ServedModels:

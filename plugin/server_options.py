@@ -7,7 +7,7 @@ from typing import Annotated
 import httpx
 import typer
 
-from edit_store.errors import EditsError
+from vllm_edits.edit_store.errors import EditsError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 UrlOption = Annotated[str, typer.Option("--url", help="address of the server")]

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edit_store.errors import EditsError
-from edit_store.sites import Widths
+from vllm_edits.edit_store.errors import EditsError
+from vllm_edits.edit_store.sites import Widths
 
 Sum = Callable[[Tensor], Tensor]
 """Adds up what the workers each have of a sum, so that every one has the total."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from edit_store.errors import SettingsError
+from vllm_edits.edit_store.errors import SettingsError
 
 
 def bytes_of(text: str) -> int:

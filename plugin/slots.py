@@ -14,14 +14,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from edit_store.errors import BundleRefused, EditsError
-from plugin.firings import Firings
-from plugin.metrics import Metrics
-from plugin.repeat import repeat
-from plugin.residency import Plan, Residency
-from plugin.share import require_agreement
-from plugin.traits import TraitsOf
-from plugin.workers import Workers, ask, prepare
+from vllm_edits.edit_store.errors import BundleRefused, EditsError
+from vllm_edits.plugin.firings import Firings
+from vllm_edits.plugin.metrics import Metrics
+from vllm_edits.plugin.repeat import repeat
+from vllm_edits.plugin.residency import Plan, Residency
+from vllm_edits.plugin.share import require_agreement
+from vllm_edits.plugin.traits import TraitsOf
+from vllm_edits.plugin.workers import Workers, ask, prepare
 
 logger = logging.getLogger("vllm.edits")
 

@@ -19,10 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edit_store.scope import Scope
-from plugin.device_rows import DeviceRows
-from plugin.edited_site import Step
-from plugin.scope_tables import NamedIds, ScopeTables
+from vllm_edits.edit_store.scope import Scope
+from vllm_edits.plugin.device_rows import DeviceRows
+from vllm_edits.plugin.edited_site import Step
+from vllm_edits.plugin.scope_tables import NamedIds, ScopeTables
 
 Counts = NDArray[np.integer[Any]]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from edit_store.errors import NotFound, nearest
-from edit_store.refs import Ref
-from plugin.experiments.deciding import Assignment
-from plugin.traits import PLAIN, Traits
+from vllm_edits.edit_store.errors import NotFound, nearest
+from vllm_edits.edit_store.refs import Ref
+from vllm_edits.plugin.experiments.deciding import Assignment
+from vllm_edits.plugin.traits import PLAIN, Traits
 
 BASE = "base"
 """Name of the unedited model in metrics and headers."""

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edit_store.architectures import Architecture
-from edit_store.edits import Edit, Gate, LowRank, Offset, Scale, SubspaceFilter, WeightDelta
-from edit_store.errors import Reason
-from edit_store.sites import Site
-from plugin.fold import fold_filters
+from vllm_edits.edit_store.architectures import Architecture
+from vllm_edits.edit_store.edits import Edit, Gate, LowRank, Offset, Scale, SubspaceFilter, WeightDelta
+from vllm_edits.edit_store.errors import Reason
+from vllm_edits.edit_store.sites import Site
+from vllm_edits.plugin.fold import fold_filters
 
 Numbers = Sequence[tuple[Edit, Mapping[str, Any]]]
 """Edits of one site in the order in which they apply, each with its arrays."""

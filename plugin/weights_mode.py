@@ -16,8 +16,8 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from edit_store.errors import EditsError
-from plugin.share import require_agreement
+from vllm_edits.edit_store.errors import EditsError
+from vllm_edits.plugin.share import require_agreement
 
 logger = logging.getLogger("vllm.edits")
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
-from edit_store.architectures import Architecture
-from edit_store.bundle import Manifest
-from edit_store.errors import SettingsError
-from edit_store.sites import Site, Widths
-from plugin.weight_form import constant, touched
-from server_config.settings import ReserveWeight
+from vllm_edits.edit_store.architectures import Architecture
+from vllm_edits.edit_store.bundle import Manifest
+from vllm_edits.edit_store.errors import SettingsError
+from vllm_edits.edit_store.sites import Site, Widths
+from vllm_edits.plugin.weight_form import constant, touched
+from vllm_edits.server_config.settings import ReserveWeight
 
 WeightsRoom = Mapping[Site, bool]
 """Projections by what they give, and whether each is to have a bias if the model gives it none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Protocol
 
-from edit_store.errors import EditsError, InstallRefused, Reason
+from vllm_edits.edit_store.errors import EditsError, InstallRefused, Reason
 
 STAGING_POLL_SECONDS = 0.01
 

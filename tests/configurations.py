@@ -28,7 +28,14 @@ from unittest import mock
 import httpx
 import numpy as np
 
-from edit_store import (
+from loadtests.metrics import Metrics
+from loadtests.server import Server
+from tests.conftest import bundle_of
+from tests.gpu_ways import IN_PIECES, ON_V2, runner_of
+from tests.parity import Answer, Pair, cores_apart, in_a_process_of_its_own, random_numbers
+from tests.quantised import Scheme, quantise
+from tests.tiny_models import VOCABULARY, make_tiny
+from vllm_edits.edit_store import (
     BaseModelRef,
     Bundle,
     EditStore,
@@ -41,17 +48,10 @@ from edit_store import (
     check,
     identify,
 )
-from edit_store.architectures import supported
-from edit_store.errors import UnsupportedHost
-from edit_store.scope import Scope
-from loadtests.metrics import Metrics
-from loadtests.server import Server
-from plugin.weight_form import formless
-from tests.conftest import bundle_of
-from tests.gpu_ways import IN_PIECES, ON_V2, runner_of
-from tests.parity import Answer, Pair, cores_apart, in_a_process_of_its_own, random_numbers
-from tests.quantised import Scheme, quantise
-from tests.tiny_models import VOCABULARY, make_tiny
+from vllm_edits.edit_store.architectures import supported
+from vllm_edits.edit_store.errors import UnsupportedHost
+from vllm_edits.edit_store.scope import Scope
+from vllm_edits.plugin.weight_form import formless
 
 TABLE = Path(__file__).with_name("CONFIGURATIONS.md")
 MODEL = "LlamaForCausalLM"
@@ -266,7 +266,7 @@ class _Offline:
     def __init__(self, model: Path, arguments: Mapping[str, Any], way: Way) -> None:
         from vllm import LLM, SamplingParams
 
-        from plugin.offline import Variants
+        from vllm_edits.plugin.offline import Variants
 
         self._guesses, self._runner = "speculative_config" in arguments, way.runner
         self._llm = LLM(str(model), **arguments)
@@ -297,7 +297,7 @@ class _Offline:
 def _offline(model: Path, settings: dict[str, Any], way: Way) -> Iterator[Host]:
     from vllm.engine.arg_utils import EngineArgs
 
-    from plugin.vllm_host.compat import check_config
+    from vllm_edits.plugin.vllm_host.compat import check_config
 
     arguments: dict[str, Any] = {
         "load_format": "edits", "additional_config": {"edits": settings}, "dtype": "float32", "enforce_eager": True,
@@ -412,7 +412,7 @@ def _by_formula(model: Path, questions: list[Question], prompt: int) -> list[np.
     import torch
     from transformers import AutoModelForCausalLM
 
-    from edit_store.authoring.formula import Request, edited
+    from vllm_edits.edit_store.authoring.formula import Request, edited
 
     torch.set_num_threads(1)
     host = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, attn_implementation="eager").eval()
@@ -428,7 +428,7 @@ def _by_hooks_in_vllm(model: Path, questions: list[Question], way: Way) -> list[
     """By vLLM without the plugin, the formulas in hooks: where transformers does not compute as vLLM does."""
     from vllm import LLM, SamplingParams
 
-    from edit_store.authoring.formula import edited
+    from vllm_edits.edit_store.authoring.formula import edited
 
     llm = LLM(
         str(model), dtype=way.dtype, enforce_eager=True, skip_tokenizer_init=True, max_model_len=96, seed=0,

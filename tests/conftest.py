@@ -15,7 +15,9 @@ import pytest
 from hypothesis import settings
 
 from demo.model import ensure_model
-from edit_store import (
+from tests.lanes import Lane
+from tests.tiny_models import make_tiny_llama
+from vllm_edits.edit_store import (
     BaseModelRef,
     Bundle,
     EditStore,
@@ -28,9 +30,7 @@ from edit_store import (
     Widths,
     identify,
 )
-from edit_store.bundle import GATE_FIRINGS
-from tests.lanes import Lane
-from tests.tiny_models import make_tiny_llama
+from vllm_edits.edit_store.bundle import GATE_FIRINGS
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 settings.register_profile("no-clock", deadline=None)  # how long an example takes says more of the machine than of us

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 from torch import Tensor, nn
 
-from edit_store import (
+from tests.conftest import publish
+from vllm_edits.edit_store import (
     BaseModelRef,
     Bundle,
     EditStore,
@@ -34,29 +35,28 @@ from edit_store import (
     Widths,
     check,
 )
-from edit_store.architectures import supported
-from edit_store.backends import Backend, Item
-from edit_store.cache import NodeCache
-from edit_store.edits import Array, order_at_site
-from edit_store.errors import BundleRefused, EditsError, StoreUnavailable
-from edit_store.reader import Reader
-from edit_store.signing import SigningKey
-from edit_store.trust import Trust
-from plugin import weights_room
-from plugin.edited_model import EditedModel, Prepared
-from plugin.lease import Lease
-from plugin.metrics import PREFIX, Metrics
-from plugin.patched_weights import Part, Patch, PatchedWeights, Whole
-from plugin.plain_weight import PlainWeight
-from plugin.reconcile import Reconciler
-from plugin.reservation import Place, Reservation, Room
-from plugin.residency import Resident
-from plugin.share import SOLE, Sum, Worker, alone
-from plugin.slot_products import EXPRESSIONS, SlotProducts
-from plugin.step_filler import Batch, Extents
-from plugin.vllm_host.architectures import anchors
-from plugin.workers import Workers
-from tests.conftest import publish
+from vllm_edits.edit_store.architectures import supported
+from vllm_edits.edit_store.backends import Backend, Item
+from vllm_edits.edit_store.cache import NodeCache
+from vllm_edits.edit_store.edits import Array, order_at_site
+from vllm_edits.edit_store.errors import BundleRefused, EditsError, StoreUnavailable
+from vllm_edits.edit_store.reader import Reader
+from vllm_edits.edit_store.signing import SigningKey
+from vllm_edits.edit_store.trust import Trust
+from vllm_edits.plugin import weights_room
+from vllm_edits.plugin.edited_model import EditedModel, Prepared
+from vllm_edits.plugin.lease import Lease
+from vllm_edits.plugin.metrics import PREFIX, Metrics
+from vllm_edits.plugin.patched_weights import Part, Patch, PatchedWeights, Whole
+from vllm_edits.plugin.plain_weight import PlainWeight
+from vllm_edits.plugin.reconcile import Reconciler
+from vllm_edits.plugin.reservation import Place, Reservation, Room
+from vllm_edits.plugin.residency import Resident
+from vllm_edits.plugin.share import SOLE, Sum, Worker, alone
+from vllm_edits.plugin.slot_products import EXPRESSIONS, SlotProducts
+from vllm_edits.plugin.step_filler import Batch, Extents
+from vllm_edits.plugin.vllm_host.architectures import anchors
+from vllm_edits.plugin.workers import Workers
 
 WIDTHS = Widths(layers=3, hidden=8, mlp=16, heads=2, kv_heads=1, head_dim=4, vocab=24)
 BASE = BaseModelRef(name="tiny", architecture="LlamaForCausalLM", widths=WIDTHS, files={"model.safetensors": "a" * 64})
@@ -214,7 +214,7 @@ def tiny_by_formula(model: TinyModel, x: Tensor, at: At) -> Array:
 
 
 def edits_by_formula(pairs: Sequence[tuple[Any, Mapping[str, Array]]]) -> At:
-    """What edits do to every site, by the `apply` of their kinds and the order of `edit_store.edits`."""
+    """What edits do to every site, by the `apply` of their kinds and the order of `vllm_edits.edit_store.edits`."""
     seen: dict[str, Array] = {}
 
     def at(site: str, value: Array) -> Array:
@@ -367,7 +367,7 @@ class FakeWorker:
 
 
 def answered(act: Callable[[], Answer]) -> Answer:
-    """A refusal is an answer too, as in `plugin.vllm_host.worker`."""
+    """A refusal is an answer too, as in `vllm_edits.plugin.vllm_host.worker`."""
     try:
         return act()
     except BundleRefused as refusal:

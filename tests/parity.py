@@ -25,7 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from edit_store import (
+from loadtests.record import gpu
+from tests.conftest import bundle_of
+from tests.tiny_models import VOCABULARY, make_tiny
+from vllm_edits.edit_store import (
     BaseModelRef,
     Bundle,
     Gate,
@@ -36,14 +39,11 @@ from edit_store import (
     WeightDelta,
     identify,
 )
-from edit_store.architectures import ARCHITECTURES, Architecture, supported
-from edit_store.edits import IN_PLACE, KINDS, READS, Edit
-from edit_store.sites import Site
-from edit_store.verify import edit_rules
-from loadtests.record import gpu
-from plugin.weight_form import formless
-from tests.conftest import bundle_of
-from tests.tiny_models import VOCABULARY, make_tiny
+from vllm_edits.edit_store.architectures import ARCHITECTURES, Architecture, supported
+from vllm_edits.edit_store.edits import IN_PLACE, KINDS, READS, Edit
+from vllm_edits.edit_store.sites import Site
+from vllm_edits.edit_store.verify import edit_rules
+from vllm_edits.plugin.weight_form import formless
 
 PROMPT_TOKENS, NEW_TOKENS = 11, 3
 TOLD = 100
@@ -168,7 +168,7 @@ def compare(model: Path, prompt: list[int], how: How, store: Path) -> list[Row]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from edit_store.authoring.formula import edited
+    from vllm_edits.edit_store.authoring.formula import edited
 
     base = identify(model)
     # The embeddings of trained models are small: what is to be compared should not be drowned.
@@ -242,8 +242,8 @@ def in_a_process_of_its_own(besides: Mapping[str, str] = MappingProxyType({})) -
 
 def serve(model: Path, prompt: list[int], store: Path, bundles: list[Bundle], how: How) -> list[Answer]:
     """What the base model and every bundle, each in its slot, say to one prompt, all in one batch."""
-    from edit_store import EditStore
-    from plugin.reservation import Reservation
+    from vllm_edits.edit_store import EditStore
+    from vllm_edits.plugin.reservation import Reservation
 
     opened = EditStore(str(store), create=True)
     versions = [opened.publish(bundle) for bundle in bundles]
@@ -267,7 +267,7 @@ def _told(llm: Any, method: str, *arguments: Any) -> list[dict[str, Any]]:
 def serve_from_weights(model: Path, prompt: list[int], store: Path, bundles: list[Bundle], how: How) -> list[Answer]:
     """What the base model and every bundle, one after the other in the weights, say to one prompt; then the base model
     must say again what it said."""
-    from edit_store import EditStore
+    from vllm_edits.edit_store import EditStore
 
     opened = EditStore(str(store), create=True)
     settings = {"weights": "edit-0", "weights_reserve": [{"site": "*", "bias": True}]}
@@ -316,7 +316,7 @@ def _says(llm: Any, prompt: list[int], claims: list[Any]) -> list[Answer]:
     """What requests with these claims answer to one prompt, in one batch."""
     from vllm import SamplingParams
 
-    from plugin.claim import CLAIM
+    from vllm_edits.plugin.claim import CLAIM
 
     sampling = [
         SamplingParams(

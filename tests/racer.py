@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import sys
 
-from edit_store import EditStore
-from edit_store.errors import Conflict, EditsError
+from vllm_edits.edit_store import EditStore
+from vllm_edits.edit_store.errors import Conflict, EditsError
 
 
 def main(url: str, version: str) -> None:

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 
 from demo import prompts
-from edit_store import BaseModelRef, Bundle, Offset, SubspaceFilter, identify
-from edit_store import edits as kinds
-from edit_store.verify import check
 from tests.conftest import KINDS, Pairs, random_pairs
+from vllm_edits.edit_store import BaseModelRef, Bundle, Offset, SubspaceFilter, identify
+from vllm_edits.edit_store import edits as kinds
+from vllm_edits.edit_store.verify import check
 
 torch = pytest.importorskip("torch")
 from demo import bundles  # noqa: E402
-from edit_store.authoring.ablate_heads import attribute  # noqa: E402
-from edit_store.authoring.host import Host, edited  # noqa: E402
-from edit_store.authoring.redirect import read_vector, unused_directions  # noqa: E402
-from edit_store.authoring.steering import steer  # noqa: E402
-from edit_store.authoring.subspace import filter_contrast  # noqa: E402
+from vllm_edits.edit_store.authoring.ablate_heads import attribute  # noqa: E402
+from vllm_edits.edit_store.authoring.host import Host, edited  # noqa: E402
+from vllm_edits.edit_store.authoring.redirect import read_vector, unused_directions  # noqa: E402
+from vllm_edits.edit_store.authoring.steering import steer  # noqa: E402
+from vllm_edits.edit_store.authoring.subspace import filter_contrast  # noqa: E402
 
 TEXTS = ["The river runs slowly.", "She has never seen so much snow, and it was cold.", "Two dogs"]
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}

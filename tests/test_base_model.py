@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from vllm.config.load import LoadConfig
 
-from edit_store import identify
-from edit_store.base_model import CONFIG_FILE, INDEX_FILE, weight_files
-from edit_store.errors import UnsupportedHost
-from edit_store.verify import base_mismatch
-from plugin.vllm_host import base_files
+from vllm_edits.edit_store import identify
+from vllm_edits.edit_store.base_model import CONFIG_FILE, INDEX_FILE, weight_files
+from vllm_edits.edit_store.errors import UnsupportedHost
+from vllm_edits.edit_store.verify import base_mismatch
+from vllm_edits.plugin.vllm_host import base_files
 
 
 @pytest.fixture
@@ -157,8 +157,8 @@ def test_a_process_without_a_home_has_a_cache_of_its_own(folder: Path, open_to_a
     code = """
 import os, sys
 from pathlib import Path
-from edit_store import identify
-from edit_store.cache import NodeCache
+from vllm_edits.edit_store import identify
+from vllm_edits.edit_store.cache import NodeCache
 identify(Path(sys.argv[1]), cache=Path(sys.argv[2]))  # imports what that user may not read
 os.setgid(54321), os.setuid(54321)
 identify(Path(sys.argv[1]))

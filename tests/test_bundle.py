@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edit_store import (
+from vllm_edits.edit_store import (
     BaseModelRef,
     Bundle,
     Gate,
@@ -24,9 +24,9 @@ from edit_store import (
     Widths,
     check,
 )
-from edit_store.bundle import canonical_json, sha256
-from edit_store.errors import BundleRefused
-from edit_store.verify import edit_rules
+from vllm_edits.edit_store.bundle import canonical_json, sha256
+from vllm_edits.edit_store.errors import BundleRefused
+from vllm_edits.edit_store.verify import edit_rules
 
 WIDTHS = Widths(layers=4, hidden=8, mlp=16, heads=2, kv_heads=2, head_dim=4, vocab=32)
 BASE = BaseModelRef(name="tiny", architecture="LlamaForCausalLM", widths=WIDTHS, files={"model.safetensors": "a" * 64})

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edit_store import Bundle, EditStore, Offset, check
-from edit_store.cache import NodeCache
-from edit_store.errors import BundleRefused, NotFound
-from edit_store.store import blob_key
 from tests.fakes import BASE, FlakyBackend
 from tests.test_store import PROVENANCE, WHEN, bundle
+from vllm_edits.edit_store import Bundle, EditStore, Offset, check
+from vllm_edits.edit_store.cache import NodeCache
+from vllm_edits.edit_store.errors import BundleRefused, NotFound
+from vllm_edits.edit_store.store import blob_key
 
 
 class Remote(FlakyBackend):
@@ -70,7 +70,7 @@ def test_processes_of_a_node_share_one_download(store: EditStore, cache: NodeCac
 def test_a_large_file_comes_in_pieces_that_are_told(
     store: EditStore, cache: NodeCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edit_store.backends.protocol.PIECE_BYTES", 50)
+    monkeypatch.setattr("vllm_edits.edit_store.backends.protocol.PIECE_BYTES", 50)
     version, told = store.publish(bundle()), []
     cache.bundle(store, version, told.append)
     assert sum(told) == bundle().manifest.tensors.size

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from edit_store import Site, identify
-from edit_store.architectures import ARCHITECTURES, supported
-from edit_store.errors import UnsupportedHost
-from plugin.checkpoint import Checkpoint
 from tests.tiny_models import make_tiny
+from vllm_edits.edit_store import Site, identify
+from vllm_edits.edit_store.architectures import ARCHITECTURES, supported
+from vllm_edits.edit_store.errors import UnsupportedHost
+from vllm_edits.plugin.checkpoint import Checkpoint
 
 TOKENS = torch.tensor([[5, 9, 3, 44]])
 

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plugin.claim import CLAIM, FORK, address, cache_salt
-from plugin.traits import Traits
-from plugin.variants import Choice
-from plugin.vllm_host.scheduler import fork_at_first_edit
 from tests.fakes import cheaply
+from vllm_edits.plugin.claim import CLAIM, FORK, address, cache_salt
+from vllm_edits.plugin.traits import Traits
+from vllm_edits.plugin.variants import Choice
+from vllm_edits.plugin.vllm_host.scheduler import fork_at_first_edit
 
 versions = st.none() | st.text("0123456789abcdef", min_size=1, max_size=3)
 salts = st.none() | st.text(max_size=4)

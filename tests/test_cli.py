@@ -20,12 +20,12 @@ import typer
 from typer.main import get_command
 from typer.testing import CliRunner
 
-import plugin.cli  # noqa: F401  adds serve and status
-from edit_store import Bundle, EditStore
-from edit_store.cli import app
-from edit_store.cli.common import complete_name, complete_reference
+import vllm_edits.plugin.cli  # noqa: F401  adds serve and status
 from tests.conftest import random_bundle
 from tests.fakes import BASE
+from vllm_edits.edit_store import Bundle, EditStore
+from vllm_edits.edit_store.cli import app
+from vllm_edits.edit_store.cli.common import complete_name, complete_reference
 
 Run = Callable[..., Any]
 
@@ -225,7 +225,8 @@ def test_serve_becomes_vllm_with_the_plugin_and_every_other_flag(
     arguments, plugins = result.exception.args
     settings = json.dumps({"edits": {"store": store.url, "slots": 4}})
     assert arguments == [
-        "serve", "MODEL", "--load-format", "edits", "--scheduler-cls", "plugin.vllm_host.scheduler.EditsScheduler",
+        "serve", "MODEL", "--load-format", "edits",
+        "--scheduler-cls", "vllm_edits.EditsScheduler",
         "--additional-config", settings, "--port", str(free_port), "--dtype=float32", "--enforce-eager",
     ]  # fmt: skip
     assert plugins == "other,edits"

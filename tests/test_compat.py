@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from edit_store import Offset, Site
-from edit_store.errors import UnsupportedHost
-from plugin.reservation import Reservation
-from plugin.vllm_host.compat import check_config, check_room
 from tests.conftest import bundle_of
 from tests.fakes import BASE
 from tests.parity import random_numbers
+from vllm_edits.edit_store import Offset, Site
+from vllm_edits.edit_store.errors import UnsupportedHost
+from vllm_edits.plugin.reservation import Reservation
+from vllm_edits.plugin.vllm_host.compat import check_config, check_room
 
 
 def config(**changes: Any) -> Any:
@@ -29,6 +29,7 @@ def config(**changes: Any) -> Any:
         model_config=SimpleNamespace(enable_sleep_mode=False, model_impl="auto"),
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
         compilation_config=SimpleNamespace(pass_config=SimpleNamespace()),
+        scheduler_config=SimpleNamespace(scheduler_cls=None),
         lora_config=None, speculative_config=None, quant_config=None, weight_transfer_config=None,
         kv_transfer_config=None,
     )  # fmt: skip
@@ -45,6 +46,11 @@ def config(**changes: Any) -> Any:
         (
             {"parallel_config__tensor_parallel_size": 2, "parallel_config__enable_expert_parallel": True},
             "start without --enable-expert-parallel",
+        ),
+        ({"scheduler_config__scheduler_cls": "vllm_edits.EditsScheduler"}, None),
+        (
+            {"scheduler_config__scheduler_cls": "plugin.vllm_host.scheduler.EditsScheduler"},
+            "write --scheduler-cls vllm_edits.EditsScheduler",
         ),
         ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallel size 2; start with 1"),
         ({"parallel_config__data_parallel_size": 4}, None),

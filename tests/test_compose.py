@@ -10,7 +10,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from edit_store import (
+from tests.conftest import bundle_of
+from tests.fakes import BASE, WIDTHS, RequestStep, TinyModel, edits_by_formula, set_step, tiny_by_formula
+from tests.parity import random_numbers
+from tests.test_edited_model import SLOTS, claim_on, edited_model, install, reservation_of, run
+from vllm_edits.edit_store import (
     Bundle,
     EditStore,
     Gate,
@@ -23,13 +27,9 @@ from edit_store import (
     WeightDelta,
     check,
 )
-from edit_store.cli import app
-from edit_store.compose import compose, conflicts
-from edit_store.errors import BundleRefused
-from tests.conftest import bundle_of
-from tests.fakes import BASE, WIDTHS, RequestStep, TinyModel, edits_by_formula, set_step, tiny_by_formula
-from tests.parity import random_numbers
-from tests.test_edited_model import SLOTS, claim_on, edited_model, install, reservation_of, run
+from vllm_edits.edit_store.cli import app
+from vllm_edits.edit_store.compose import compose, conflicts
+from vllm_edits.edit_store.errors import BundleRefused
 
 RESID, OUT = "layers.1.resid", "layers.1.mlp.out"
 AXES = np.eye(8, dtype=np.float32)

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edit_store.errors import ArmRefused, NotFound, SettingsError
-from plugin.experiments.asking import Asking
-from plugin.experiments.deciding import Assignment, decide
-from plugin.experiments.handle import Handles
-from plugin.experiments.repeats import loops
 from tests.test_experiment import START, created, done
+from vllm_edits.edit_store.errors import ArmRefused, NotFound, SettingsError
+from vllm_edits.plugin.experiments.asking import Asking
+from vllm_edits.plugin.experiments.deciding import Assignment, decide
+from vllm_edits.plugin.experiments.handle import Handles
+from vllm_edits.plugin.experiments.repeats import loops
 
 HALVES = ({"name": "n", "start": 0, "end": 0.5}, {"name": "n", "start": 0.5, "end": 1})
 

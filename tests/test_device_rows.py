@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from plugin import device_rows
-from plugin.device_rows import TURNS, DeviceRows
 from tests.fakes import cheaply
 from tests.late_device import LateDevice
+from vllm_edits.plugin import device_rows
+from vllm_edits.plugin.device_rows import TURNS, DeviceRows
 
 ROWS = 8
 writes = st.lists(st.lists(st.integers(1, 9), max_size=ROWS), min_size=1, max_size=12)

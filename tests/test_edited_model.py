@@ -14,32 +14,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edit_store import (
-    Bundle,
-    Gate,
-    LowRank,
-    Offset,
-    Provenance,
-    Scale,
-    Scope,
-    Site,
-    Strength,
-    SubspaceFilter,
-    check,
-)
-from edit_store.architectures import ARCHITECTURES
-from edit_store.edits import SILENT, Array
-from edit_store.errors import InstallRefused, UnsupportedHost
-from plugin.cpu_products import compiled
-from plugin.device_rows import DeviceRows
-from plugin.edit_math import finite
-from plugin.edited_model import EditedModel
-from plugin.edited_site import Carried
-from plugin.reservation import Place, Reservation, Room
-from plugin.share import Share
-from plugin.slot_products import EXPRESSIONS, SlotProducts
-from plugin.step_filler import FalseClaim
-from plugin.vllm_host.architectures import anchors
 from tests.conftest import Pairs, random_bundle, random_pairs
 from tests.fakes import (
     BASE,
@@ -55,6 +29,32 @@ from tests.fakes import (
     tiny_by_formula,
 )
 from tests.parity import every_edit, random_numbers
+from vllm_edits.edit_store import (
+    Bundle,
+    Gate,
+    LowRank,
+    Offset,
+    Provenance,
+    Scale,
+    Scope,
+    Site,
+    Strength,
+    SubspaceFilter,
+    check,
+)
+from vllm_edits.edit_store.architectures import ARCHITECTURES
+from vllm_edits.edit_store.edits import SILENT, Array
+from vllm_edits.edit_store.errors import InstallRefused, UnsupportedHost
+from vllm_edits.plugin.cpu_products import compiled
+from vllm_edits.plugin.device_rows import DeviceRows
+from vllm_edits.plugin.edit_math import finite
+from vllm_edits.plugin.edited_model import EditedModel
+from vllm_edits.plugin.edited_site import Carried
+from vllm_edits.plugin.reservation import Place, Reservation, Room
+from vllm_edits.plugin.share import Share
+from vllm_edits.plugin.slot_products import EXPRESSIONS, SlotProducts
+from vllm_edits.plugin.step_filler import FalseClaim
+from vllm_edits.plugin.vllm_host.architectures import anchors
 
 SLOTS = 3
 TOKENS = 12
@@ -130,7 +130,7 @@ def inputs() -> Tensor:
 
 
 def by_formula(model: TinyModel, x: Tensor, bundle: Bundle | None) -> Array:
-    """The tiny model in numpy, edited by the formulas of `edit_store.edits`."""
+    """The tiny model in numpy, edited by the formulas of `vllm_edits.edit_store.edits`."""
     tensors = check(bundle) if bundle else {}
     pairs = [(edit, edit.numbers(tensors, WIDTHS)) for edit in (bundle.manifest.edits if bundle else ())]
     return tiny_by_formula(model, x, edits_by_formula(pairs))

@@ -25,11 +25,11 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from plugin.claim import FORK
-from plugin.step_filler import FalseClaim
-from plugin.vllm_host import ending
-from plugin.vllm_host.ending import EndsRequests
-from plugin.vllm_host.scheduler import EditsScheduler
+from vllm_edits.plugin.claim import FORK
+from vllm_edits.plugin.step_filler import FalseClaim
+from vllm_edits.plugin.vllm_host import ending
+from vllm_edits.plugin.vllm_host.ending import EndsRequests
+from vllm_edits.plugin.vllm_host.scheduler import EditsScheduler
 
 BLOCK, VERSION = 16, "v1"
 PROMPT = list(range(10, 10 + 4 * BLOCK))

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from edit_store import private_folder
-from edit_store.errors import UnsupportedHost
-from plugin.step_filler import FalseClaim
-from plugin.vllm_host import ending
-from plugin.vllm_host.ending import EndedRequests, EndsRequests
+from vllm_edits.edit_store import private_folder
+from vllm_edits.edit_store.errors import UnsupportedHost
+from vllm_edits.plugin.step_filler import FalseClaim
+from vllm_edits.plugin.vllm_host import ending
+from vllm_edits.plugin.vllm_host.ending import EndedRequests, EndsRequests
 
 REQUEST = SimpleNamespace(req_id="cmpl-1")
 SCHEDULER = SimpleNamespace(kv_cache_manager=SimpleNamespace())

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from edit_store.errors import EditsError, UnsupportedHost
-from plugin.vllm_host import frontend
-from plugin.vllm_host.frontend import EngineWorkers
+from vllm_edits.edit_store.errors import EditsError, UnsupportedHost
+from vllm_edits.plugin.vllm_host import frontend
+from vllm_edits.plugin.vllm_host.frontend import EngineWorkers
 
 pytestmark = pytest.mark.anyio
 

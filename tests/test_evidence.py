@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edit_store.errors import EditsError, NotFound
-from edit_store.experiment import BUILT_IN
-from plugin.experiments.evidence import Evidence, Logs, collect, gather
-from plugin.experiments.records import Exposure, Feedback, Record
 from tests.fakes import cheaply
+from vllm_edits.edit_store.errors import EditsError, NotFound
+from vllm_edits.edit_store.experiment import BUILT_IN
+from vllm_edits.plugin.experiments.evidence import Evidence, Logs, collect, gather
+from vllm_edits.plugin.experiments.records import Exposure, Feedback, Record
 
 START = datetime.fromisoformat("2026-11-22T10:00:00.123+00:00")
 OLD, NEW = "a" * 64, "b" * 64

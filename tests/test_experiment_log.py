@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from edit_store import EditStore
-from edit_store.audit import audit
-from edit_store.bundle import canonical_json
-from edit_store.cli import app
-from edit_store.collect import collect
-from edit_store.errors import Conflict, EditsError, ExperimentRefused, NotFound
-from edit_store.experiment import Experiment
-from edit_store.experiment_log import Experiments
-from edit_store.experiments import Change
 from tests.conftest import random_bundle, whose_gates_fire
 from tests.fakes import BASE
 from tests.test_experiment import document
+from vllm_edits.edit_store import EditStore
+from vllm_edits.edit_store.audit import audit
+from vllm_edits.edit_store.bundle import canonical_json
+from vllm_edits.edit_store.cli import app
+from vllm_edits.edit_store.collect import collect
+from vllm_edits.edit_store.errors import Conflict, EditsError, ExperimentRefused, NotFound
+from vllm_edits.edit_store.experiment import Experiment
+from vllm_edits.edit_store.experiment_log import Experiments
+from vllm_edits.edit_store.experiments import Change
 
 Run = Callable[..., Any]
 

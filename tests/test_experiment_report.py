@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-import plugin.cli  # noqa: F401  adds the report
-from edit_store import EditStore
-from edit_store.cli import app
-from edit_store.experiment_log import Experiments
-from edit_store.experiments import Change
-from plugin.experiments.exposure_log import ExposureLog
-from plugin.experiments.records import Exposure
-from plugin.experiments.replay import Answer, Parting, bodies, summary
+import vllm_edits.plugin.cli  # noqa: F401  adds the report
 from tests.conftest import random_bundle
 from tests.fakes import BASE
 from tests.test_experiment_log import two_arms
+from vllm_edits.edit_store import EditStore
+from vllm_edits.edit_store.cli import app
+from vllm_edits.edit_store.experiment_log import Experiments
+from vllm_edits.edit_store.experiments import Change
+from vllm_edits.plugin.experiments.exposure_log import ExposureLog
+from vllm_edits.plugin.experiments.records import Exposure
+from vllm_edits.plugin.experiments.replay import Answer, Parting, bodies, summary
 
 Run = Callable[..., Any]
 

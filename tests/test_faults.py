@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
-from edit_store import EditStore
-from edit_store.audit import audit
-from edit_store.backends import ObjectStore, require_exclusive_create
-from edit_store.errors import EditsError, StoreUnavailable
 from loadtests.object_servers import BUCKET, CREDENTIALS, azurite, make_bucket, moto
 from tests.fakes import FlakyBackend
 from tests.test_store import bundle, keeps_the_protocol, promoted
+from vllm_edits.edit_store import EditStore
+from vllm_edits.edit_store.audit import audit
+from vllm_edits.edit_store.backends import ObjectStore, require_exclusive_create
+from vllm_edits.edit_store.errors import EditsError, StoreUnavailable
 
 # -- disks -------------------------------------------------------------------------------------------------------------
 
@@ -125,7 +125,7 @@ def test_a_backend_that_lets_two_writers_win_is_refused(folder: EditStore, monke
     require_exclusive_create(folder.backend)
     with pytest.raises(StoreUnavailable, match=r"cannot be written safely.*let a second write replace a first"):
         require_exclusive_create(Overwriting(folder.backend))
-    monkeypatch.setattr("edit_store.store._exclusive", set())
+    monkeypatch.setattr("vllm_edits.edit_store.store._exclusive", set())
     folder.backend = Overwriting(folder.backend)
     for write in (lambda: folder.publish(bundle("2")), lambda: folder.rollback("polite")):
         with pytest.raises(EditsError):
@@ -195,7 +195,7 @@ def test_no_network_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
-    monkeypatch.setattr("edit_store.backends.objects.RETRIES", 0)
+    monkeypatch.setattr("vllm_edits.edit_store.backends.objects.RETRIES", 0)
     with pytest.raises(StoreUnavailable, match=r"store s3://edits/x: store\.json: ") as told:
         EditStore("s3://edits/x")
     assert "\n" not in str(told.value)
@@ -204,8 +204,8 @@ def test_no_network_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_server_that_does_not_answer_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("edit_store.backends.objects.REQUEST_SECONDS", 0.5)
-    monkeypatch.setattr("edit_store.backends.objects.RETRIES", 0)
+    monkeypatch.setattr("vllm_edits.edit_store.backends.objects.REQUEST_SECONDS", 0.5)
+    monkeypatch.setattr("vllm_edits.edit_store.backends.objects.RETRIES", 0)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen(16)

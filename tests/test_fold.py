@@ -8,10 +8,10 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edit_store import SubspaceFilter
-from plugin.fold import fold_filters
 from tests.fakes import BASE, cheaply
 from tests.parity import random_numbers
+from vllm_edits.edit_store import SubspaceFilter
+from vllm_edits.plugin.fold import fold_filters
 
 filters = st.builds(
     SubspaceFilter, site=st.just("layers.1.resid"), rank=st.integers(1, 6), onto=st.booleans(), oblique=st.booleans()

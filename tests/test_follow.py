@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from edit_store import EditStore
-from edit_store.backends import Item
-from edit_store.errors import EditsError, StoreUnavailable
-from edit_store.experiment import Experiment
-from edit_store.experiment_log import Experiments
-from edit_store.experiments import Change
-from edit_store.follow import Follower, Seen
 from tests.fakes import FlakyBackend
 from tests.test_experiment import document
 from tests.test_store import promoted
+from vllm_edits.edit_store import EditStore
+from vllm_edits.edit_store.backends import Item
+from vllm_edits.edit_store.errors import EditsError, StoreUnavailable
+from vllm_edits.edit_store.experiment import Experiment
+from vllm_edits.edit_store.experiment_log import Experiments
+from vllm_edits.edit_store.experiments import Change
+from vllm_edits.edit_store.follow import Follower, Seen
 
 
 class Counting(FlakyBackend):

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from edit_store import BaseModelRef, LowRank, Offset, Scale, SubspaceFilter, WeightDelta, identify
-from edit_store.architectures import ARCHITECTURES
-from edit_store.authoring.formula import edited
-from edit_store.edits import READS
 from tests.parity import random_numbers
 from tests.tiny_models import make_tiny
+from vllm_edits.edit_store import BaseModelRef, LowRank, Offset, Scale, SubspaceFilter, WeightDelta, identify
+from vllm_edits.edit_store.architectures import ARCHITECTURES
+from vllm_edits.edit_store.authoring.formula import edited
+from vllm_edits.edit_store.edits import READS
 
 LAYER = "layers.1."
 IDS = torch.tensor([[5, 17, 99, 3, 42, 8, 120, 7]])

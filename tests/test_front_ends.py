@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from edit_store.errors import UnsupportedHost
-from plugin.vllm_host import front_ends
+from vllm_edits.edit_store.errors import UnsupportedHost
+from vllm_edits.plugin.vllm_host import front_ends
 
 
 @pytest.mark.parametrize(

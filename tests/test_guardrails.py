@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edit_store.experiment import Guardrail
-from plugin.experiments import guardrails as module
-from plugin.experiments.guardrails import Action, Guardrails, Hold, State, Withdraw
 from tests.fakes import cheaply
+from vllm_edits.edit_store.experiment import Guardrail
+from vllm_edits.plugin.experiments import guardrails as module
+from vllm_edits.plugin.experiments.guardrails import Action, Guardrails, Hold, State, Withdraw
 
 BEGAN = 1000.0
 INTERVAL = 30.0

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from edit_store.errors import EditsError, StoreUnavailable
-from plugin.edited_model import Prepared
-from plugin.host_cache import HostCache
+from vllm_edits.edit_store.errors import EditsError, StoreUnavailable
+from vllm_edits.plugin.edited_model import Prepared
+from vllm_edits.plugin.host_cache import HostCache
 
 ROW = 100
 

@@ -20,23 +20,23 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
 
-from edit_store import LowRank, Offset
-from edit_store.cache import NodeCache
-from edit_store.reader import Reader
-from edit_store.scope import Scope as EditScope
-from plugin.claim import CLAIM, cache_salt
-from plugin.engine_gate import EngineGate
-from plugin.http.admin_token import HEADER as ADMIN_TOKEN_HEADER
-from plugin.http.api_key import ApiKeys
-from plugin.http.middleware import VariantMiddleware, record_late
-from plugin.http.routes import router
-from plugin.lease import CURRENT_LEASE
-from plugin.owner import LocalOwner, Owner, lease_of
-from plugin.owner_socket import FencedWorkers, OwnerServer, RemoteOwner
-from plugin.served_models import ServedModels
-from plugin.variants import Choice
 from tests.conftest import publish
 from tests.fakes import BASE, FakeWorkers, Overtaken, Server, version_of
+from vllm_edits.edit_store import LowRank, Offset
+from vllm_edits.edit_store.cache import NodeCache
+from vllm_edits.edit_store.reader import Reader
+from vllm_edits.edit_store.scope import Scope as EditScope
+from vllm_edits.plugin.claim import CLAIM, cache_salt
+from vllm_edits.plugin.engine_gate import EngineGate
+from vllm_edits.plugin.http.admin_token import HEADER as ADMIN_TOKEN_HEADER
+from vllm_edits.plugin.http.api_key import ApiKeys
+from vllm_edits.plugin.http.middleware import VariantMiddleware, record_late
+from vllm_edits.plugin.http.routes import router
+from vllm_edits.plugin.lease import CURRENT_LEASE
+from vllm_edits.plugin.owner import LocalOwner, Owner, lease_of
+from vllm_edits.plugin.owner_socket import FencedWorkers, OwnerServer, RemoteOwner
+from vllm_edits.plugin.served_models import ServedModels
+from vllm_edits.plugin.variants import Choice
 
 pytestmark = pytest.mark.anyio
 PROMPT_TOKENS = 4
@@ -269,7 +269,7 @@ class Handlers:
 
 
 class Site:
-    """The app with the plugin attached as `plugin.vllm_host.frontend` attaches it."""
+    """The app with the plugin attached as `vllm_edits.plugin.vllm_host.frontend` attaches it."""
 
     def __init__(
         self, server: Server, admin_token_file: Path | None, owner: Owner | None = None, keys: Sequence[str] = ()

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from edit_store import Gate, LowRank, Offset, Scale, SubspaceFilter, WeightDelta, identify
-from edit_store.architectures import ARCHITECTURES
-from edit_store.cli import app
-from edit_store.compare import compare
-from edit_store.errors import UnsupportedHost
-from edit_store.inspection import sites_of, summarise
 from tests.conftest import bundle_of
 from tests.fakes import BASE
 from tests.parity import every_edit, random_numbers
 from tests.tiny_models import make_tiny
+from vllm_edits.edit_store import Gate, LowRank, Offset, Scale, SubspaceFilter, WeightDelta, identify
+from vllm_edits.edit_store.architectures import ARCHITECTURES
+from vllm_edits.edit_store.cli import app
+from vllm_edits.edit_store.compare import compare
+from vllm_edits.edit_store.errors import UnsupportedHost
+from vllm_edits.edit_store.inspection import sites_of, summarise
 
 RESID = "layers.1.resid"
 

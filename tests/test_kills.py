@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edit_store import EditStore
-from edit_store.audit import audit
-from edit_store.backends import LocalFolder
-from edit_store.collect import collect
 from loadtests.object_servers import moto, seaweedfs
 from tests.places import Place, bucket, folder
 from tests.victim import one_of_each
+from vllm_edits.edit_store import EditStore
+from vllm_edits.edit_store.audit import audit
+from vllm_edits.edit_store.backends import LocalFolder
+from vllm_edits.edit_store.collect import collect
 
 LONGEST_SECONDS = 0.5
 

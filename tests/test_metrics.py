@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 
-from plugin.engine_gate import _Watch
-from plugin.lease import Usage
-from plugin.metrics import FIRST_TOKEN, METRICS, OTHER, PER_TOKEN, PREFIX, REQUEST, Metrics, VariantsNow
 from tests.fakes import cheaply
+from vllm_edits.plugin.engine_gate import _Watch
+from vllm_edits.plugin.lease import Usage
+from vllm_edits.plugin.metrics import FIRST_TOKEN, METRICS, OTHER, PER_TOKEN, PREFIX, REQUEST, Metrics, VariantsNow
 
 V1, V2 = "1" * 64, "2" * 64
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edit_store import Bundle, EditStore, Manifest, check
-from edit_store.bundle import MANIFEST_FILE, TENSORS_FILE, BlobRef, canonical_json
-from edit_store.errors import BundleRefused, EditsError
-from edit_store.store import manifest_key
 from tests.test_store import bundle
+from vllm_edits.edit_store import Bundle, EditStore, Manifest, check
+from vllm_edits.edit_store.bundle import MANIFEST_FILE, TENSORS_FILE, BlobRef, canonical_json
+from vllm_edits.edit_store.errors import BundleRefused, EditsError
+from vllm_edits.edit_store.store import manifest_key
 
 MEMORY_BYTES = 32 << 20
 Random = np.random.Generator

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from edit_store import Strength, private_folder
-from edit_store.errors import (
+from tests.fakes import Server, version_of
+from vllm_edits.edit_store import Strength, private_folder
+from vllm_edits.edit_store.errors import (
     BundleRefused,
     EditsError,
     InstallRefused,
@@ -23,17 +24,16 @@ from edit_store.errors import (
     RequestRefused,
     UnsupportedHost,
 )
-from edit_store.scope import Scope
-from plugin import owner_socket
-from plugin.experiments.asking import NOBODY, Asking
-from plugin.experiments.deciding import Assignment
-from plugin.experiments.records import Compared, Exposure, Record, Said
-from plugin.lease import Lease
-from plugin.owner import Change, LocalOwner, NotFollowed, Owner, Served
-from plugin.owner_socket import FencedWorkers, OwnerServer, RemoteOwner, socket_path
-from plugin.traits import Traits
-from plugin.variants import Choice
-from tests.fakes import Server, version_of
+from vllm_edits.edit_store.scope import Scope
+from vllm_edits.plugin import owner_socket
+from vllm_edits.plugin.experiments.asking import NOBODY, Asking
+from vllm_edits.plugin.experiments.deciding import Assignment
+from vllm_edits.plugin.experiments.records import Compared, Exposure, Record, Said
+from vllm_edits.plugin.lease import Lease
+from vllm_edits.plugin.owner import Change, LocalOwner, NotFollowed, Owner, Served
+from vllm_edits.plugin.owner_socket import FencedWorkers, OwnerServer, RemoteOwner, socket_path
+from vllm_edits.plugin.traits import Traits
+from vllm_edits.plugin.variants import Choice
 
 pytestmark = pytest.mark.anyio
 
@@ -341,7 +341,7 @@ async def test_who_comes_before_the_owner_waits_for_it(server: Server, tmp_path:
 
 async def test_scopes_of_a_version_are_told_to_every_process(server: Server, tmp_path: Path) -> None:
     """Whether a request forks the cache, and whether its beams can be searched, is decided where it arrives."""
-    from edit_store import Offset
+    from vllm_edits.edit_store import Offset
 
     await server.promote(version_of("late", edit=Offset(site="layers.1.resid", scope=Scope(phase="generated"))))
     async with processes(tmp_path, LocalOwner(server.core)) as made:

@@ -8,8 +8,8 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.platforms import current_platform
 
-from plugin.vllm_host import weights
-from plugin.vllm_host.weights import PackedWeight, TiledWeight
+from vllm_edits.plugin.vllm_host import weights
+from vllm_edits.plugin.vllm_host.weights import PackedWeight, TiledWeight
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="a GPU computes with the parameter itself")
 

@@ -10,12 +10,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edit_store import Bundle, LowRank, Offset, Provenance, Scale, Strength, SubspaceFilter, WeightDelta, check
-from edit_store.edits import Edit
-from edit_store.errors import InstallRefused
-from plugin.patched_weights import Copy, PatchedWeights
 from tests.fakes import BASE, WIDTHS, TinyModel, cheaply, edits_by_formula, plain_weights, tiny_by_formula
 from tests.parity import random_numbers
+from vllm_edits.edit_store import (
+    Bundle,
+    LowRank,
+    Offset,
+    Provenance,
+    Scale,
+    Strength,
+    SubspaceFilter,
+    WeightDelta,
+    check,
+)
+from vllm_edits.edit_store.edits import Edit
+from vllm_edits.edit_store.errors import InstallRefused
+from vllm_edits.plugin.patched_weights import Copy, PatchedWeights
 
 EDITS: list[Edit] = [
     LowRank(site="layers.0.mlp.out", reads="layers.0.mlp.h", rank=2),

@@ -12,18 +12,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from edit_store import EditStore, LowRank, Offset
-from edit_store.errors import SettingsError, UnsupportedHost
-from plugin.cli import app
-from plugin.plan import Plan, dtype_of
-from plugin.price import price
-from plugin.reservation import Reservation
-from plugin.sizes import bytes_of, sized
 from tests.conftest import base_of, publish, random_bundle
 from tests.fakes import BASE, WIDTHS, TinyModel, edited_model
 from tests.parity import every_edit
 from tests.test_reservation import Version
 from tests.tiny_models import make_tiny
+from vllm_edits.edit_store import EditStore, LowRank, Offset
+from vllm_edits.edit_store.errors import SettingsError, UnsupportedHost
+from vllm_edits.plugin.cli import app
+from vllm_edits.plugin.plan import Plan, dtype_of
+from vllm_edits.plugin.price import price
+from vllm_edits.plugin.reservation import Reservation
+from vllm_edits.plugin.sizes import bytes_of, sized
 
 FORMS = [pytest.param(pair[0], id=f"{pair[0].site} {label}") for label, pair in every_edit(BASE)]
 
@@ -152,8 +152,8 @@ def test_slots_get_what_the_model_and_the_smallest_cache_leave(
 ) -> None:
     """80 of 100 are free on a GPU that is described here, two of three layers cache 7 for a request; on a CPU none of
     that matters."""
-    from plugin.vllm_host import device
-    from plugin.vllm_host.device import free_for_slots
+    from vllm_edits.plugin.vllm_host import device
+    from vllm_edits.plugin.vllm_host.device import free_for_slots
 
     class Attention(torch.nn.Module):
         def __init__(self, shares: str | None) -> None:
@@ -188,7 +188,7 @@ def test_slots_get_what_the_model_and_the_smallest_cache_leave(
 def test_a_gpu_without_kernels_is_refused(
     capability: tuple[int, int], known: list[str], runs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from plugin.vllm_host.device import check_device
+    from vllm_edits.plugin.vllm_host.device import check_device
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
@@ -208,7 +208,7 @@ def test_a_start_that_compiles_for_a_cpu_needs_a_compiler(
 ) -> None:
     import torch
 
-    from plugin.vllm_host.device import check_compiler
+    from vllm_edits.plugin.vllm_host.device import check_compiler
 
     asked = torch.device(device), SimpleNamespace(mode=mode, backend=backend)
     check_compiler(*asked)  # there is one here

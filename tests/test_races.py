@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from edit_store import EditStore
-from edit_store.audit import audit
 from loadtests.object_servers import moto, seaweedfs
 from tests.places import Place, bucket, folder
 from tests.test_store import bundle
+from vllm_edits.edit_store import EditStore
+from vllm_edits.edit_store.audit import audit
 
 
 @contextmanager

@@ -9,15 +9,15 @@ import pytest
 import yaml
 from fastapi.routing import APIRoute
 
-from edit_store import KINDS, WeightDelta
-from edit_store.architectures import ARCHITECTURES
-from edit_store.edits import ACTIVATIONS
-from edit_store.sites import POINTS
-from plugin.http.routes import router
-from plugin.metrics import FIRST_TOKEN, METRICS, PER_TOKEN, PREFIX, REQUEST
-from server_config import EditSettings, read_settings
 from tests.fakes import BASE
 from tests.parity import every_edit
+from vllm_edits.edit_store import KINDS, WeightDelta
+from vllm_edits.edit_store.architectures import ARCHITECTURES
+from vllm_edits.edit_store.edits import ACTIVATIONS
+from vllm_edits.edit_store.sites import POINTS
+from vllm_edits.plugin.http.routes import router
+from vllm_edits.plugin.metrics import FIRST_TOKEN, METRICS, PER_TOKEN, PREFIX, REQUEST
+from vllm_edits.server_config import EditSettings, read_settings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edit_store.errors import EditsError
-from plugin.experiments.evidence import Caveats, Evidence, UnitSums
-from plugin.experiments.report import (
+from vllm_edits.edit_store.errors import EditsError
+from vllm_edits.plugin.experiments.evidence import Caveats, Evidence, UnitSums
+from vllm_edits.plugin.experiments.report import (
     BETTER,
     COLUMNS,
     CONTROL,

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edit_store import Gate, LowRank, Offset, Scale, Scope, Site, Strength, SubspaceFilter, WeightDelta
-from edit_store.architectures import ARCHITECTURES
-from edit_store.errors import SettingsError
-from plugin.reservation import Place, Reservation, Room, places
-from server_config.settings import Reserve
 from tests.fakes import BASE, WIDTHS, cheaply
 from tests.parity import every_edit
+from vllm_edits.edit_store import Gate, LowRank, Offset, Scale, Scope, Site, Strength, SubspaceFilter, WeightDelta
+from vllm_edits.edit_store.architectures import ARCHITECTURES
+from vllm_edits.edit_store.errors import SettingsError
+from vllm_edits.plugin.reservation import Place, Reservation, Room, places
+from vllm_edits.server_config.settings import Reserve
 
 LLAMA = ARCHITECTURES[BASE.architecture]
 EDITS: list[Any] = [

@@ -7,8 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
 
-from plugin.residency import Plan, Residency
 from tests.fakes import cheaply
+from vllm_edits.plugin.residency import Plan, Residency
 
 VERSIONS = [f"version-{number}" for number in range(6)]
 

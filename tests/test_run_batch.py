@@ -15,8 +15,8 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
 
-from edit_store.errors import EditsError, SettingsError
-from plugin import run_batch
+from vllm_edits.edit_store.errors import EditsError, SettingsError
+from vllm_edits.plugin import run_batch
 
 pytestmark = pytest.mark.anyio
 GOOD: dict[str, Any] = {"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": {"model": "polite"}}

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from edit_store import Offset, Scope
-from edit_store.errors import UnsupportedHost
-from plugin.claim import CLAIM
-from plugin.edited_model import EditedModel
-from plugin.reservation import Reservation
-from plugin.share import SOLE, Worker, alone
-from plugin.vllm_host import prompts
-from plugin.vllm_host.runner_v2 import with_token_slots
 from tests.conftest import bundle_of
 from tests.fakes import BASE, WIDTHS, TinyModel, divided, edited_model
 from tests.parity import random_numbers
 from tests.test_edited_model import install
+from vllm_edits.edit_store import Offset, Scope
+from vllm_edits.edit_store.errors import UnsupportedHost
+from vllm_edits.plugin.claim import CLAIM
+from vllm_edits.plugin.edited_model import EditedModel
+from vllm_edits.plugin.reservation import Reservation
+from vllm_edits.plugin.share import SOLE, Worker, alone
+from vllm_edits.plugin.vllm_host import prompts
+from vllm_edits.plugin.vllm_host.runner_v2 import with_token_slots
 
 
 def runner_knows(*names: str) -> Any:

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edit_store import Scope
-from plugin.scope_tables import ScopeTables
 from tests.fakes import cheaply
+from vllm_edits.edit_store import Scope
+from vllm_edits.plugin.scope_tables import ScopeTables
 
 LANES, SLOTS = 3, 4
 windows = st.one_of(st.none(), st.integers(1, 4))

@@ -10,10 +10,10 @@ import pytest
 import vllm
 from packaging.version import Version
 
-from edit_store.errors import UnsupportedHost
-from plugin.vllm_host import compat, seams
 from tests.engine.test_oldest import OLDEST
 from tests.remote_wheel import wheel_of
+from vllm_edits.edit_store.errors import UnsupportedHost
+from vllm_edits.plugin.vllm_host import compat, seams
 
 LOW, HIGH = compat.SUPPORTED_VLLM
 

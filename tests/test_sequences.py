@@ -10,8 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plugin.experiments.sequences import MIN_UNITS, PRIOR_UNITS, ArmMean, Interval, difference, radius, sample_ratio
 from tests.fakes import cheaply
+from vllm_edits.plugin.experiments.sequences import (
+    MIN_UNITS,
+    PRIOR_UNITS,
+    ArmMean,
+    Interval,
+    difference,
+    radius,
+    sample_ratio,
+)
 
 Look = tuple[ArmMean, ArmMean]
 Draw = Callable[[np.random.Generator, np.ndarray], np.ndarray]

@@ -14,24 +14,24 @@ from typing import Any
 import httpx
 import pytest
 
-from edit_store import Bundle, Gate, Offset
-from edit_store.assignment import bucket, chosen
-from edit_store.errors import SettingsError
-from edit_store.experiment import Experiment
-from edit_store.experiment_log import Experiments
-from edit_store.experiments import Change
-from edit_store.log import Log
-from plugin.claim import CLAIM
-from plugin.experiments.asking import Asking
-from plugin.experiments.evidence import Logs, collect
-from plugin.experiments.exposure_log import ExposureLog
-from plugin.experiments.handle import Handles
-from plugin.experiments.records import Compared, Exposure, Feedback, Record, Said
-from plugin.experiments.resolver import Resolver
-from plugin.http.middleware import _with_id
 from tests.conftest import whose_gates_fire
 from tests.fakes import Server, version_of
 from tests.test_http import Call, Site, another_process, until
+from vllm_edits.edit_store import Bundle, Gate, Offset
+from vllm_edits.edit_store.assignment import bucket, chosen
+from vllm_edits.edit_store.errors import SettingsError
+from vllm_edits.edit_store.experiment import Experiment
+from vllm_edits.edit_store.experiment_log import Experiments
+from vllm_edits.edit_store.experiments import Change
+from vllm_edits.edit_store.log import Log
+from vllm_edits.plugin.claim import CLAIM
+from vllm_edits.plugin.experiments.asking import Asking
+from vllm_edits.plugin.experiments.evidence import Logs, collect
+from vllm_edits.plugin.experiments.exposure_log import ExposureLog
+from vllm_edits.plugin.experiments.handle import Handles
+from vllm_edits.plugin.experiments.records import Compared, Exposure, Feedback, Record, Said
+from vllm_edits.plugin.experiments.resolver import Resolver
+from vllm_edits.plugin.http.middleware import _with_id
 
 pytestmark = pytest.mark.anyio
 UNITS = [f"user-{number}" for number in range(60)]

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from edit_store import EditStore, Enforcement, Role, SigningKey, TrustedKey, TrustPolicy
-from edit_store.errors import NotFound, NotTrusted, SettingsError
-from edit_store.experiment import Experiment, Guardrail
-from edit_store.experiment_log import Experiments
-from edit_store.experiments import Change
-from edit_store.trust import Trust
-from plugin.experiments.guardrails import Withdraw
 from tests.conftest import publish
 from tests.fakes import Server, version_of
 from tests.test_http import TOKEN, Site
+from vllm_edits.edit_store import EditStore, Enforcement, Role, SigningKey, TrustedKey, TrustPolicy
+from vllm_edits.edit_store.errors import NotFound, NotTrusted, SettingsError
+from vllm_edits.edit_store.experiment import Experiment, Guardrail
+from vllm_edits.edit_store.experiment_log import Experiments
+from vllm_edits.edit_store.experiments import Change
+from vllm_edits.edit_store.trust import Trust
+from vllm_edits.plugin.experiments.guardrails import Withdraw
 
 pytestmark = pytest.mark.anyio
 BOTH = (Role.AUTHOR, Role.PROMOTER)

@@ -12,9 +12,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edit_store.errors import SettingsError
-from server_config.settings import EditSettings, Reserve, read_settings
 from tests.fakes import cheaply
+from vllm_edits.edit_store.errors import SettingsError
+from vllm_edits.server_config.settings import EditSettings, Reserve, read_settings
 
 RESERVE = {"kind": "low_rank", "site": "layers.*.mlp.out", "rank": 4}
 

@@ -14,17 +14,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from edit_store import Bundle, Gate, LowRank, Offset, Scale, Site, SubspaceFilter, check
-from edit_store.architectures import ARCHITECTURES
-from edit_store.errors import UnsupportedHost
-from plugin.edited_model import EditedModel
-from plugin.price import price
-from plugin.share import Share, Sum, Worker, alone
-from plugin.vllm_host.architectures import anchors
-from plugin.weight_form import constant, formless, touched
 from tests.fakes import BASE, WIDTHS, RequestStep, TinyModel, divided, edited_model, plain_weights, set_step
 from tests.parity import random_numbers
 from tests.test_edited_model import FORMS, TOKENS, bundle_of, by_formula, crowded, reservation_of
+from vllm_edits.edit_store import Bundle, Gate, LowRank, Offset, Scale, Site, SubspaceFilter, check
+from vllm_edits.edit_store.architectures import ARCHITECTURES
+from vllm_edits.edit_store.errors import UnsupportedHost
+from vllm_edits.plugin.edited_model import EditedModel
+from vllm_edits.plugin.price import price
+from vllm_edits.plugin.share import Share, Sum, Worker, alone
+from vllm_edits.plugin.vllm_host.architectures import anchors
+from vllm_edits.plugin.weight_form import constant, formless, touched
 
 WORKERS = 2
 PER_LAYER = 2

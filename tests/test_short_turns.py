@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from plugin.short_turns import TURN_SECONDS, in_thread, short_turns
+from vllm_edits.plugin.short_turns import TURN_SECONDS, in_thread, short_turns
 
 pytestmark = pytest.mark.anyio
 

@@ -11,15 +11,15 @@ from random import Random
 
 import pytest
 
-from plugin.experiments.asking import Asking
-from plugin.experiments.deciding import decide
-from plugin.experiments.evidence import Logs, collect
-from plugin.experiments.exposure_log import ExposureLog
-from plugin.experiments.guardrails import Guardrails, Withdraw
-from plugin.experiments.records import Exposure, Feedback, Record
-from plugin.experiments.report import BETTER, DIFFERS, WORSE, ArmShare, Report, summarise
-from plugin.experiments.sequences import radius
 from tests.test_experiment import START, created, done
+from vllm_edits.plugin.experiments.asking import Asking
+from vllm_edits.plugin.experiments.deciding import decide
+from vllm_edits.plugin.experiments.evidence import Logs, collect
+from vllm_edits.plugin.experiments.exposure_log import ExposureLog
+from vllm_edits.plugin.experiments.guardrails import Guardrails, Withdraw
+from vllm_edits.plugin.experiments.records import Exposure, Feedback, Record
+from vllm_edits.plugin.experiments.report import BETTER, DIFFERS, WORSE, ArmShare, Report, summarise
+from vllm_edits.plugin.experiments.sequences import radius
 
 HOUR = timedelta(hours=1)
 LOOKS = [START + HOUR * hours for hours in range(6, 169, 6)]

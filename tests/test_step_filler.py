@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from edit_store import Scope
-from plugin.device_rows import DeviceRows
-from plugin.edited_site import Step
-from plugin.step_filler import Batch, Extents, FalseClaim, StepFiller
 from tests.fakes import cheaply
 from tests.late_device import LateDevice
+from vllm_edits.edit_store import Scope
+from vllm_edits.plugin.device_rows import DeviceRows
+from vllm_edits.plugin.edited_site import Step
+from vllm_edits.plugin.step_filler import Batch, Extents, FalseClaim, StepFiller
 
 TOKENS, LANES = 64, 3
 SCOPES: dict[int, tuple[Scope, ...]] = {

@@ -18,10 +18,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edit_store import Bundle, EditStore, Offset, Provenance, TagEntry, check
-from edit_store.backends import AlreadyExists, Backend, LocalFolder, open_backend
-from edit_store.bundle import canonical_json, sha256
-from edit_store.errors import (
+from tests.conftest import random_bundle
+from tests.fakes import BASE, FlakyBackend, Overtaken, cheaply
+from vllm_edits.edit_store import Bundle, EditStore, Offset, Provenance, TagEntry, check
+from vllm_edits.edit_store.backends import AlreadyExists, Backend, LocalFolder, open_backend
+from vllm_edits.edit_store.bundle import canonical_json, sha256
+from vllm_edits.edit_store.errors import (
     AmbiguousVersion,
     BundleRefused,
     Conflict,
@@ -30,8 +32,6 @@ from edit_store.errors import (
     StoreCorrupt,
     StoreUnavailable,
 )
-from tests.conftest import random_bundle
-from tests.fakes import BASE, FlakyBackend, Overtaken, cheaply
 
 PROVENANCE = Provenance(tool="tests", method="by hand")
 WHEN = datetime(2026, 1, 1, tzinfo=UTC)
@@ -354,8 +354,8 @@ def test_a_rollback_overtaken_by_a_promotion_is_a_conflict(store: EditStore, url
 
 RACER = """
 import sys
-from edit_store import EditStore
-from edit_store.errors import Conflict
+from vllm_edits.edit_store import EditStore
+from vllm_edits.edit_store.errors import Conflict
 store, won = EditStore(sys.argv[1]), 0
 print("ready", flush=True)
 sys.stdin.readline()
@@ -513,9 +513,8 @@ def test_a_file_url_is_the_folder(folder: EditStore) -> None:
 
 def test_importing_the_store_imports_neither_torch_nor_vllm() -> None:
     """An author's laptop needs neither; nor may it be slow to ask a store something."""
-    script = (
-        "import sys, edit_store, edit_store.cli; print(sorted({'torch', 'vllm', 'transformers'} & set(sys.modules)))"
-    )
+    looked_for = {"torch", "vllm", "transformers"}
+    script = f"import sys, vllm_edits.edit_store.cli; print(sorted({looked_for} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", script], text=True) == "[]\n"
 
 
@@ -567,10 +566,10 @@ def test_every_stored_json_object_is_canonical(folder: EditStore) -> None:
 READS_ONLY = """
 import os, sys
 from pathlib import Path
-from edit_store import EditStore
-from edit_store.cache import NodeCache
-from edit_store.errors import EditsError
-from edit_store.reader import Reader
+from vllm_edits.edit_store import EditStore
+from vllm_edits.edit_store.cache import NodeCache
+from vllm_edits.edit_store.errors import EditsError
+from vllm_edits.edit_store.reader import Reader
 from tests.conftest import random_bundle
 from tests.fakes import BASE
 

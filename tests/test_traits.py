@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from edit_store import Bundle, Gate, Offset, Scope, Strength
-from edit_store.errors import RequestRefused
-from plugin.firings import Firings
-from plugin.metrics import Metrics
-from plugin.traits import PLAIN, Traits
 from tests.conftest import bundle_of
 from tests.fakes import BASE
 from tests.parity import random_numbers
+from vllm_edits.edit_store import Bundle, Gate, Offset, Scope, Strength
+from vllm_edits.edit_store.errors import RequestRefused
+from vllm_edits.plugin.firings import Firings
+from vllm_edits.plugin.metrics import Metrics
+from vllm_edits.plugin.traits import PLAIN, Traits
 
 GATE: dict[str, Any] = {"site": "layers.1.mlp.out", "reads": "layers.1.mlp.in", "rank": 1}
 

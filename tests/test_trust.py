@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from edit_store import EditStore, Role, SigningKey, TrustedKey, TrustPolicy
-from edit_store.errors import EditsError, SettingsError
-from edit_store.signing import MAX_ENVELOPE_BYTES, read_envelopes
 from tests.test_store import bundle
+from vllm_edits.edit_store import EditStore, Role, SigningKey, TrustedKey, TrustPolicy
+from vllm_edits.edit_store.errors import EditsError, SettingsError
+from vllm_edits.edit_store.signing import MAX_ENVELOPE_BYTES, read_envelopes
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
 DIGEST, OTHER = "a" * 64, "b" * 64

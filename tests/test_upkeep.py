@@ -12,16 +12,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edit_store import Bundle, EditStore, LowRank, Offset, Role, Scale, SigningKey, SubspaceFilter, TrustPolicy
-from edit_store.audit import audit
-from edit_store.collect import collect, plan
-from edit_store.compare import compare
-from edit_store.errors import BundleRefused, Conflict, EditsError, NotFound, StoreCorrupt
-from edit_store.intents import condemned_key, relying_on
-from edit_store.store import blob_key, manifest_key, version_key
-from edit_store.transfer import copy, export, read_export
 from tests.fakes import BASE, FlakyBackend
 from tests.test_store import PROVENANCE, WHEN, bundle, keys, promoted
+from vllm_edits.edit_store import (
+    Bundle,
+    EditStore,
+    LowRank,
+    Offset,
+    Role,
+    Scale,
+    SigningKey,
+    SubspaceFilter,
+    TrustPolicy,
+)
+from vllm_edits.edit_store.audit import audit
+from vllm_edits.edit_store.collect import collect, plan
+from vllm_edits.edit_store.compare import compare
+from vllm_edits.edit_store.errors import BundleRefused, Conflict, EditsError, NotFound, StoreCorrupt
+from vllm_edits.edit_store.intents import condemned_key, relying_on
+from vllm_edits.edit_store.store import blob_key, manifest_key, version_key
+from vllm_edits.edit_store.transfer import copy, export, read_export
 
 HOUR = 3600
 
@@ -288,7 +298,7 @@ def test_a_copy_has_everything_a_version_needs(store: EditStore, other: EditStor
 def test_a_copy_tells_its_progress_in_bytes(
     store: EditStore, other: EditStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edit_store.backends.protocol.PIECE_BYTES", 100)
+    monkeypatch.setattr("vllm_edits.edit_store.backends.protocol.PIECE_BYTES", 100)
     references = [f"polite@{store.publish(bundle(label))}" for label in ("one", "two")]
     size = len(bundle().tensor_bytes)
     told: list[tuple[str, int, int]] = []
@@ -460,7 +470,7 @@ def test_policies_see_copied_signatures(store: EditStore, other: EditStore) -> N
     signer = SigningKey.generate()
     version = EditStore(store.url, signer=signer).publish(bundle())
     copy(store, other, [f"polite@{version}"])
-    from edit_store import TrustedKey
+    from vllm_edits.edit_store import TrustedKey
 
     key = TrustedKey(name="a", public=signer.public_pem(), roles=(Role.AUTHOR, Role.PROMOTER))
     assert not TrustPolicy(keys=(key,)).check(Role.AUTHOR, version, "it", other.signatures(version))

@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 
-from edit_store.errors import NotFound
-from edit_store.refs import Ref
-from plugin.variants import Choice, VariantTable, VersionWanted
+from vllm_edits.edit_store.errors import NotFound
+from vllm_edits.edit_store.refs import Ref
+from vllm_edits.plugin.variants import Choice, VariantTable, VersionWanted
 
 V1, V2, V3 = "1" * 64, "2" * 64, "3" * 64
 TABLE = VariantTable(

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edit_store import Gate, LowRank, Offset, Scale, Scope, SubspaceFilter, WeightDelta
-from edit_store.architectures import ARCHITECTURES, supported
-from edit_store.edits import Edit, order_at_site
-from plugin.weight_form import formless, patched, touched
 from tests.fakes import BASE, WIDTHS, cheaply, edits_by_formula
 from tests.parity import random_numbers
+from vllm_edits.edit_store import Gate, LowRank, Offset, Scale, Scope, SubspaceFilter, WeightDelta
+from vllm_edits.edit_store.architectures import ARCHITECTURES, supported
+from vllm_edits.edit_store.edits import Edit, order_at_site
+from vllm_edits.plugin.weight_form import formless, patched, touched
 
 HERE = "layers.1."
 LLAMA = supported("LlamaForCausalLM")

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edit_store import Bundle, Gate, LowRank, Provenance, Strength
-from edit_store.errors import EditsError, InstallRefused, NotFound, RequestRefused
-from plugin.claim import cache_salt
-from plugin.cli import _show_status
 from tests.conftest import publish
 from tests.fakes import BASE, WIDTHS, Answer, Server, version_of
 from tests.test_reconcile import InFlight, soon, start
+from vllm_edits.edit_store import Bundle, Gate, LowRank, Provenance, Strength
+from vllm_edits.edit_store.errors import EditsError, InstallRefused, NotFound, RequestRefused
+from vllm_edits.plugin.claim import cache_salt
+from vllm_edits.plugin.cli import _show_status
 
 pytestmark = pytest.mark.anyio
 EDIT = LowRank(site="layers.1.mlp.out", reads="layers.1.mlp.h", rank=1)

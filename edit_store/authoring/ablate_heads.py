@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edit_store.authoring.host import Edits, Host, edited
-from edit_store.edits import Array, Scale
+from vllm_edits.edit_store.authoring.host import Edits, Host, edited
+from vllm_edits.edit_store.edits import Array, Scale
 
 
 def ablate_heads(

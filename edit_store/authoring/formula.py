@@ -1,4 +1,4 @@
-"""A transformers model edited by the formulas of `edit_store.edits`: forward hooks, nothing fused, no slots.
+"""A transformers model edited by the formulas of `vllm_edits.edit_store.edits`: forward hooks, nothing fused, no slots.
 
 The authoring methods see an edited model through it, and the served engine is tested against it.
 """
@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edit_store.architectures import Architecture, supported
-from edit_store.base_model import widths_of
-from edit_store.edits import Edit, Gate, LowRank, Scale, SubspaceFilter, WeightDelta, order_at_site
-from edit_store.scope import Scope
-from edit_store.sites import Site
+from vllm_edits.edit_store.architectures import Architecture, supported
+from vllm_edits.edit_store.base_model import widths_of
+from vllm_edits.edit_store.edits import Edit, Gate, LowRank, Scale, SubspaceFilter, WeightDelta, order_at_site
+from vllm_edits.edit_store.scope import Scope
+from vllm_edits.edit_store.sites import Site
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def edited(
     """Inside, `model` computes with these edits; afterwards it is the base model again.
 
     Computed in float32, or the model's dtype if that is wider; each site rounds once to the model's dtype. Edits that
-    meet at one site apply in the order that `edit_store.edits` lays down. Edits with a scope need the `request`, given
+    meet at one site apply in the order that edit_store/edits.py lays down. Edits with a scope need the `request`, given
     to the model as one sequence without a cache.
     """
     pairs = sorted(edits, key=lambda pair: order_at_site(pair[0]))

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from edit_store.authoring.formula import architecture_of, decoder_of, edited, hook, own_layers
-from edit_store.base_model import widths_of
-from edit_store.edits import Array, Edit
-from edit_store.sites import Site, Widths
+from vllm_edits.edit_store.authoring.formula import architecture_of, decoder_of, edited, hook, own_layers
+from vllm_edits.edit_store.base_model import widths_of
+from vllm_edits.edit_store.edits import Array, Edit
+from vllm_edits.edit_store.sites import Site, Widths
 
 __all__ = ["Answer", "Edits", "Host", "edited"]
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edit_store.authoring.host import Edits, Host
-from edit_store.edits import Offset
+from vllm_edits.edit_store.authoring.host import Edits, Host
+from vllm_edits.edit_store.edits import Offset
 
 
 def steer(

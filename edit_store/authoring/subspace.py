@@ -16,8 +16,8 @@ from collections.abc import Sequence
 
 import torch
 
-from edit_store.authoring.host import Edits, Host
-from edit_store.edits import SubspaceFilter
+from vllm_edits.edit_store.authoring.host import Edits, Host
+from vllm_edits.edit_store.edits import SubspaceFilter
 
 
 def filter_contrast(

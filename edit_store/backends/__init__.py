@@ -6,11 +6,11 @@ import secrets
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from edit_store.backends.local import LocalFolder
-from edit_store.backends.memory import Memory
-from edit_store.backends.objects import SCHEMES, ObjectStore
-from edit_store.backends.protocol import AlreadyExists, Backend, Item, get_many, get_or_none, in_pieces
-from edit_store.errors import StoreUnavailable
+from vllm_edits.edit_store.backends.local import LocalFolder
+from vllm_edits.edit_store.backends.memory import Memory
+from vllm_edits.edit_store.backends.objects import SCHEMES, ObjectStore
+from vllm_edits.edit_store.backends.protocol import AlreadyExists, Backend, Item, get_many, get_or_none, in_pieces
+from vllm_edits.edit_store.errors import StoreUnavailable
 
 __all__ = [
     "PROBES", "AlreadyExists", "Backend", "Item", "LocalFolder", "Memory", "ObjectStore", "get_many", "get_or_none",

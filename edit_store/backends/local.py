@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from edit_store.backends.protocol import AlreadyExists, Item
-from edit_store.errors import StoreUnavailable
+from vllm_edits.edit_store.backends.protocol import AlreadyExists, Item
+from vllm_edits.edit_store.errors import StoreUnavailable
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 STAGING = ".staging"

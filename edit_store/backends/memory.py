@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import ClassVar
 
-from edit_store.backends.protocol import AlreadyExists, Item
+from vllm_edits.edit_store.backends.protocol import AlreadyExists, Item
 
 
 class Memory:

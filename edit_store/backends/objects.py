@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from edit_store.backends.protocol import AlreadyExists, Item
-from edit_store.errors import StoreUnavailable
+from vllm_edits.edit_store.backends.protocol import AlreadyExists, Item
+from vllm_edits.edit_store.errors import StoreUnavailable
 
 SCHEMES = ("s3", "gs", "az")
 PARALLEL = 16

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from edit_store import compose as composing
-from edit_store.bundle import Bundle
-from edit_store.cli.common import (
+from vllm_edits.edit_store import compose as composing
+from vllm_edits.edit_store.bundle import Bundle
+from vllm_edits.edit_store.cli.common import (
     JsonOption,
     KeyOption,
     ReasonOption,
@@ -26,11 +26,11 @@ from edit_store.cli.common import (
     plain,
     show,
 )
-from edit_store.compare import compare
-from edit_store.errors import EditsError
-from edit_store.inspection import EditSummary, sites_of, summarise
-from edit_store.refs import Ref
-from edit_store.store import EditStore
+from vllm_edits.edit_store.compare import compare
+from vllm_edits.edit_store.errors import EditsError
+from vllm_edits.edit_store.inspection import EditSummary, sites_of, summarise
+from vllm_edits.edit_store.refs import Ref
+from vllm_edits.edit_store.store import EditStore
 
 
 @app.command()

@@ -17,10 +17,10 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 from rich.table import Table
 from rich.text import Text
 
-from edit_store.errors import EditsError
-from edit_store.refs import is_digest
-from edit_store.signing import SigningKey
-from edit_store.store import EditStore
+from vllm_edits.edit_store.errors import EditsError
+from vllm_edits.edit_store.refs import is_digest
+from vllm_edits.edit_store.signing import SigningKey
+from vllm_edits.edit_store.store import EditStore
 
 PROBLEM = 1
 STORE_VARIABLE = "VLLM_EDITS_STORE"

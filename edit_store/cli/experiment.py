@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from edit_store.cli.common import (
+from vllm_edits.edit_store.cli.common import (
     JsonOption,
     KeyOption,
     ReasonOption,
@@ -21,13 +21,13 @@ from edit_store.cli.common import (
     plain,
     show,
 )
-from edit_store.durations import spoken
-from edit_store.experiment import Experiment
-from edit_store.experiment_log import Experiments
-from edit_store.experiments import Change, Standing, need
-from edit_store.log import now
-from edit_store.refs import DEFAULT_TAG
-from edit_store.signing import SigningKey
+from vllm_edits.edit_store.durations import spoken
+from vllm_edits.edit_store.experiment import Experiment
+from vllm_edits.edit_store.experiment_log import Experiments
+from vllm_edits.edit_store.experiments import Change, Standing, need
+from vllm_edits.edit_store.log import now
+from vllm_edits.edit_store.refs import DEFAULT_TAG
+from vllm_edits.edit_store.signing import SigningKey
 
 experiment = typer.Typer(
     no_args_is_help=True, help="Share the requests for one model name among arms, and end that with evidence."

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from edit_store import hub as channel
-from edit_store.cli.common import (
+from vllm_edits.edit_store import hub as channel
+from vllm_edits.edit_store.cli.common import (
     JsonOption,
     StoreOption,
     abbreviated,
@@ -19,7 +19,7 @@ from edit_store.cli.common import (
     moving,
     opened,
 )
-from edit_store.hub_repo import DEFAULT_REVISION
+from vllm_edits.edit_store.hub_repo import DEFAULT_REVISION
 
 hub = typer.Typer(no_args_is_help=True, help="The Hugging Face Hub: publish versions in a model repo, fetch them back.")
 app.add_typer(hub, name="hub")

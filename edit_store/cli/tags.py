@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from edit_store.cli.common import (
+from vllm_edits.edit_store.cli.common import (
     JsonOption,
     KeyOption,
     NameArgument,
@@ -20,9 +20,9 @@ from edit_store.cli.common import (
     opened,
     show,
 )
-from edit_store.compose import conflicts, named
-from edit_store.refs import DEFAULT_TAG
-from edit_store.store import TagEntry
+from vllm_edits.edit_store.compose import conflicts, named
+from vllm_edits.edit_store.refs import DEFAULT_TAG
+from vllm_edits.edit_store.store import TagEntry
 
 
 @app.command()

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from edit_store.cli.common import (
+from vllm_edits.edit_store.cli.common import (
     PROBLEM,
     JsonOption,
     ReferenceArgument,
@@ -19,12 +19,12 @@ from edit_store.cli.common import (
     opened,
     show,
 )
-from edit_store.errors import EditsError, SettingsError
-from edit_store.log import now
-from edit_store.refs import Ref
-from edit_store.signing import PRIVATE_SUFFIX, Role, SigningKey
-from edit_store.store import EditStore
-from edit_store.trust import TrustedKey, TrustPolicy
+from vllm_edits.edit_store.errors import EditsError, SettingsError
+from vllm_edits.edit_store.log import now
+from vllm_edits.edit_store.refs import Ref
+from vllm_edits.edit_store.signing import PRIVATE_SUFFIX, Role, SigningKey
+from vllm_edits.edit_store.store import EditStore
+from vllm_edits.edit_store.trust import TrustedKey, TrustPolicy
 
 trust = typer.Typer(no_args_is_help=True, help="Whom servers believe: the trust file, its keys and thresholds.")
 app.add_typer(trust, name="trust")

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from edit_store import audit as auditing
-from edit_store import collect, transfer
-from edit_store.cli.common import (
+from vllm_edits.edit_store import audit as auditing
+from vllm_edits.edit_store import collect, transfer
+from vllm_edits.edit_store.cli.common import (
     PROBLEM,
     JsonOption,
     ReferenceArgument,
@@ -27,7 +27,7 @@ from edit_store.cli.common import (
     opened,
     show,
 )
-from edit_store.store import EditStore
+from vllm_edits.edit_store.store import EditStore
 
 
 @app.command()

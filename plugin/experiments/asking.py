@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from plugin.experiments.records import Source
+from vllm_edits.plugin.experiments.records import Source
 
 ARM_HEADER = "x-edits-arm"
 """A request that says itself which arm it wants: gateways, flag systems, a tester."""

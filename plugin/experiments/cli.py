@@ -9,16 +9,16 @@ from typing import Annotated
 
 import typer
 
-from edit_store.cli import JsonOption, StoreOption, as_script, counted, explained, plain, show
-from edit_store.cli.experiment import ExperimentArgument, experiment
-from edit_store.errors import NotFound
-from edit_store.experiment import Experiment
-from edit_store.experiment_log import Experiments
-from edit_store.store import EditStore
-from plugin.experiments.evidence import gather
-from plugin.experiments.replay import bodies, replay, summary
-from plugin.experiments.report import ArmShare, as_json, html, picture, remarks, summarise, table
-from plugin.server_options import DEFAULT_URL, ApiKeyOption, UrlOption
+from vllm_edits.edit_store.cli import JsonOption, StoreOption, as_script, counted, explained, plain, show
+from vllm_edits.edit_store.cli.experiment import ExperimentArgument, experiment
+from vllm_edits.edit_store.errors import NotFound
+from vllm_edits.edit_store.experiment import Experiment
+from vllm_edits.edit_store.experiment_log import Experiments
+from vllm_edits.edit_store.store import EditStore
+from vllm_edits.plugin.experiments.evidence import gather
+from vllm_edits.plugin.experiments.replay import bodies, replay, summary
+from vllm_edits.plugin.experiments.report import ArmShare, as_json, html, picture, remarks, summarise, table
+from vllm_edits.plugin.server_options import DEFAULT_URL, ApiKeyOption, UrlOption
 
 
 @experiment.command()

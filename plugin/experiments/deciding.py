@@ -6,12 +6,12 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
-from edit_store.assignment import bucket, chosen
-from edit_store.errors import ArmRefused
-from edit_store.experiments import Standing, Standings
-from plugin.experiments.asking import ARM_HEADER, Asking, Unit
-from plugin.experiments.pairs import compared_in
-from plugin.experiments.records import How, Source
+from vllm_edits.edit_store.assignment import bucket, chosen
+from vllm_edits.edit_store.errors import ArmRefused
+from vllm_edits.edit_store.experiments import Standing, Standings
+from vllm_edits.plugin.experiments.asking import ARM_HEADER, Asking, Unit
+from vllm_edits.plugin.experiments.pairs import compared_in
+from vllm_edits.plugin.experiments.records import How, Source
 
 ArmKey = tuple[str, str]
 """Experiment and arm."""

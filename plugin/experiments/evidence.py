@@ -15,10 +15,10 @@ from typing import Generic, TypeVar
 import msgspec
 import numpy as np
 
-from edit_store.errors import EditsError, NotFound
-from edit_store.experiment import BUILT_IN
-from plugin.experiments.records import Compared, Exposure, Record
-from plugin.experiments.sequences import Counts, Flags, Floats
+from vllm_edits.edit_store.errors import EditsError, NotFound
+from vllm_edits.edit_store.experiment import BUILT_IN
+from vllm_edits.plugin.experiments.records import Compared, Exposure, Record
+from vllm_edits.plugin.experiments.sequences import Counts, Flags, Floats
 
 PATTERN = "exposures-*.jsonl"
 _REPORT_EVERY = 1 << 20  # bytes between two calls of `progress`

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from plugin.experiments.records import Record
+from vllm_edits.plugin.experiments.records import Record
 
 logger = logging.getLogger("vllm.edits")
 

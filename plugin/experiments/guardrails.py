@@ -17,9 +17,9 @@ from math import isfinite, sqrt
 from types import MappingProxyType
 from typing import Literal
 
-from edit_store.bundle import GATE_FIRINGS
-from edit_store.durations import spoken
-from edit_store.experiment import BUILT_IN, Guardrail
+from vllm_edits.edit_store.bundle import GATE_FIRINGS
+from vllm_edits.edit_store.durations import spoken
+from vllm_edits.edit_store.experiment import BUILT_IN, Guardrail
 
 CONTROL, AUTHOR = "the control", "what its author measured"
 """What a limit may be a multiple of."""

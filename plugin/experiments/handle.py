@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from edit_store.errors import NotFound, SettingsError
-from edit_store.experiments import Standings
-from plugin.experiments.deciding import Assignment
-from plugin.experiments.records import How
+from vllm_edits.edit_store.errors import NotFound, SettingsError
+from vllm_edits.edit_store.experiments import Standings
+from vllm_edits.plugin.experiments.deciding import Assignment
+from vllm_edits.plugin.experiments.records import How
 
 _FORM = struct.Struct(">4sBB8s8s")
 _CODE = 8

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from datetime import UTC, datetime
 
-from plugin.experiments.deciding import Assignment
-from plugin.experiments.records import Exposure, Outcome
-from plugin.experiments.repeats import loops
-from plugin.lease import Usage
-from plugin.metrics import Metrics
-from plugin.variants import BASE, Choice
+from vllm_edits.plugin.experiments.deciding import Assignment
+from vllm_edits.plugin.experiments.records import Exposure, Outcome
+from vllm_edits.plugin.experiments.repeats import loops
+from vllm_edits.plugin.lease import Usage
+from vllm_edits.plugin.metrics import Metrics
+from vllm_edits.plugin.variants import BASE, Choice
 
 
 def exposure_of(choice: Choice, assignment: Assignment, usage: Usage, outcome: Outcome) -> Exposure:

@@ -13,8 +13,8 @@ from datetime import UTC, datetime
 from itertools import zip_longest
 from typing import Any
 
-from edit_store.errors import CompareRefused
-from plugin.experiments.records import Compared, Said
+from vllm_edits.edit_store.errors import CompareRefused
+from vllm_edits.plugin.experiments.records import Compared, Said
 
 COMPARE_HEADER = "x-edits-compare"
 """`polite@a,polite@b`: the client gets what the first says."""

@@ -12,9 +12,9 @@ from typing import Any
 
 import httpx
 
-from edit_store.errors import EditsError
-from plugin.experiments.pairs import parted
-from plugin.server_options import authorization, no_answer
+from vllm_edits.edit_store.errors import EditsError
+from vllm_edits.plugin.experiments.pairs import parted
+from vllm_edits.plugin.server_options import authorization, no_answer
 
 AT_ONCE = 8
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"

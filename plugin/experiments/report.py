@@ -14,10 +14,10 @@ from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
-from edit_store.errors import EditsError, nearest
-from edit_store.experiment import BUILT_IN
-from plugin.experiments.evidence import Caveats, Evidence
-from plugin.experiments.sequences import ArmMean, Interval, SampleRatio, difference, sample_ratio
+from vllm_edits.edit_store.errors import EditsError, nearest
+from vllm_edits.edit_store.experiment import BUILT_IN
+from vllm_edits.plugin.experiments.evidence import Caveats, Evidence
+from vllm_edits.plugin.experiments.sequences import ArmMean, Interval, SampleRatio, difference, sample_ratio
 
 Goal = Literal["increase", "decrease"]
 GOALS: Mapping[str, Goal] = {name: goal for name, goal in BUILT_IN.items() if goal}

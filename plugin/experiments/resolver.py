@@ -15,7 +15,7 @@ import importlib
 import logging
 from collections.abc import Callable
 
-from edit_store.errors import SettingsError
+from vllm_edits.edit_store.errors import SettingsError
 
 logger = logging.getLogger("vllm.edits")
 

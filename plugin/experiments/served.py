@@ -16,8 +16,8 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from edit_store.bundle import GATE_FIRINGS
-from edit_store.errors import (
+from vllm_edits.edit_store.bundle import GATE_FIRINGS
+from vllm_edits.edit_store.errors import (
     BundleRefused,
     CompareRefused,
     Conflict,
@@ -29,20 +29,20 @@ from edit_store.errors import (
     Overtaken,
     StoreUnavailable,
 )
-from edit_store.experiment import BASE
-from edit_store.experiments import Change, Standing, Standings
-from edit_store.refs import Ref, is_digest
-from plugin.experiments.asking import Asking
-from plugin.experiments.deciding import ArmKey, Way, decide
-from plugin.experiments.exposure_log import ExposureLog
-from plugin.experiments.guardrails import Action, Guardrails, Withdraw
-from plugin.experiments.handle import Handles
-from plugin.experiments.pairs import COMPARE_HEADER
-from plugin.experiments.records import Exposure, Feedback, Record
-from plugin.experiments.resolver import Resolver
-from plugin.metrics import Metrics
-from plugin.repeat import repeat
-from plugin.traits import TraitsOf
+from vllm_edits.edit_store.experiment import BASE
+from vllm_edits.edit_store.experiments import Change, Standing, Standings
+from vllm_edits.edit_store.refs import Ref, is_digest
+from vllm_edits.plugin.experiments.asking import Asking
+from vllm_edits.plugin.experiments.deciding import ArmKey, Way, decide
+from vllm_edits.plugin.experiments.exposure_log import ExposureLog
+from vllm_edits.plugin.experiments.guardrails import Action, Guardrails, Withdraw
+from vllm_edits.plugin.experiments.handle import Handles
+from vllm_edits.plugin.experiments.pairs import COMPARE_HEADER
+from vllm_edits.plugin.experiments.records import Exposure, Feedback, Record
+from vllm_edits.plugin.experiments.resolver import Resolver
+from vllm_edits.plugin.metrics import Metrics
+from vllm_edits.plugin.repeat import repeat
+from vllm_edits.plugin.traits import TraitsOf
 
 logger = logging.getLogger("vllm.edits")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 from pathlib import Path
 
-from edit_store.errors import EditsError, SettingsError
+from vllm_edits.edit_store.errors import EditsError, SettingsError
 
 HEADER = "x-edits-admin-token"
 

@@ -11,8 +11,8 @@ import hashlib
 import hmac
 from collections.abc import Iterable
 
-from edit_store.errors import EditsError
-from plugin.http.client_request import Headers, first
+from vllm_edits.edit_store.errors import EditsError
+from vllm_edits.plugin.http.client_request import Headers, first
 
 
 class KeyMissing(EditsError):

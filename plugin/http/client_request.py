@@ -15,8 +15,8 @@ from typing import Any
 import msgspec
 import pydantic
 
-from edit_store.errors import RequestRefused
-from plugin.traits import STRENGTH_ARGUMENT, STRENGTH_HEADER
+from vllm_edits.edit_store.errors import RequestRefused
+from vllm_edits.plugin.traits import STRENGTH_ARGUMENT, STRENGTH_HEADER
 
 Headers = Sequence[tuple[bytes, bytes]]
 """ASGI's: names in lower case, in the order in which they came."""

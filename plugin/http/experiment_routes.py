@@ -11,8 +11,8 @@ from typing import Any
 from fastapi import APIRouter, HTTPException
 from pydantic import BaseModel, ConfigDict, Field
 
-from edit_store.errors import FeedbackRefused, NotFound
-from plugin.owner import Owner
+from vllm_edits.edit_store.errors import FeedbackRefused, NotFound
+from vllm_edits.plugin.owner import Owner
 
 
 class Feedback(BaseModel):

@@ -16,18 +16,25 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from edit_store.errors import AmbiguousVersion, ArmRefused, CompareRefused, EditsError, NotFound, RequestRefused
-from plugin.experiments.asking import ARM_HEADER, NOBODY, Asking
-from plugin.experiments.outcome import count, exposure_of
-from plugin.experiments.pairs import COMPARE_HEADER
-from plugin.experiments.records import Outcome
-from plugin.http.api_key import ApiKeys, KeyMissing
-from plugin.http.client_request import ClientRequest, first, is_json
-from plugin.lease import CURRENT_LEASE, Lease, Usage
-from plugin.metrics import UNKNOWN, Metrics
-from plugin.owner import Owner
-from plugin.traits import STRENGTH_ARGUMENT
-from plugin.variants import BASE
+from vllm_edits.edit_store.errors import (
+    AmbiguousVersion,
+    ArmRefused,
+    CompareRefused,
+    EditsError,
+    NotFound,
+    RequestRefused,
+)
+from vllm_edits.plugin.experiments.asking import ARM_HEADER, NOBODY, Asking
+from vllm_edits.plugin.experiments.outcome import count, exposure_of
+from vllm_edits.plugin.experiments.pairs import COMPARE_HEADER
+from vllm_edits.plugin.experiments.records import Outcome
+from vllm_edits.plugin.http.api_key import ApiKeys, KeyMissing
+from vllm_edits.plugin.http.client_request import ClientRequest, first, is_json
+from vllm_edits.plugin.lease import CURRENT_LEASE, Lease, Usage
+from vllm_edits.plugin.metrics import UNKNOWN, Metrics
+from vllm_edits.plugin.owner import Owner
+from vllm_edits.plugin.traits import STRENGTH_ARGUMENT
+from vllm_edits.plugin.variants import BASE
 
 Scope = dict[str, Any]
 VARIANT_HEADER, VERSION_HEADER = b"x-edits-variant", b"x-edits-version"

@@ -13,11 +13,11 @@ from fastapi import APIRouter, Depends, HTTPException, Query, Request
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 
-from edit_store.errors import AmbiguousVersion, BundleRefused, Conflict, EditsError, NotFound
-from plugin.http import admin_token, experiment_routes
-from plugin.http.api_key import ApiKeys
-from plugin.http.middleware import OURS
-from plugin.owner import CannotSign, Change, NotFollowed, Owner
+from vllm_edits.edit_store.errors import AmbiguousVersion, BundleRefused, Conflict, EditsError, NotFound
+from vllm_edits.plugin.http import admin_token, experiment_routes
+from vllm_edits.plugin.http.api_key import ApiKeys
+from vllm_edits.plugin.http.middleware import OURS
+from vllm_edits.plugin.owner import CannotSign, Change, NotFollowed, Owner
 
 _STATUS = {
     CannotSign: 403, NotFound: 404, AmbiguousVersion: 409, Conflict: 409, BundleRefused: 422, NotFollowed: 422,

@@ -1,4 +1,4 @@
-"""The modules of a loaded model behind each site, by the table in `edit_store.architectures`."""
+"""The modules of a loaded model behind each site, by the table in `vllm_edits.edit_store.architectures`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from edit_store.architectures import Architecture, ModuleSide, supported
-from edit_store.errors import UnsupportedHost
-from edit_store.sites import LAYER_POINTS, Site, Widths
-from plugin.edited_model import Anchor
-from plugin.share import SOLE, Share, Worker
+from vllm_edits.edit_store.architectures import Architecture, ModuleSide, supported
+from vllm_edits.edit_store.errors import UnsupportedHost
+from vllm_edits.edit_store.sites import LAYER_POINTS, Site, Widths
+from vllm_edits.plugin.edited_model import Anchor
+from vllm_edits.plugin.share import SOLE, Share, Worker
 
 
 def anchors(model: nn.Module, name: str, widths: Widths, worker: Worker = SOLE) -> dict[Site, Anchor]:

@@ -1,7 +1,7 @@
 """Finds the files from which vLLM loads the base model, after it has fetched them: what a bundle is made for.
 
 vLLM loads every *.safetensors file that it finds where there is no index, and a consolidated.safetensors in the place
-of the others where there is one. Here it loads the files of `edit_store.base_model.weight_files` and no other, so that
+of the others where there is one. Here it loads the files of `base_model.weight_files` and no other, so that
 what is identified is what is served.
 """
 
@@ -19,9 +19,9 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
-from edit_store.base_model import CONFIG_FILE, identify, read_config, weight_files
-from edit_store.bundle import BaseModelRef
-from edit_store.errors import UnsupportedHost
+from vllm_edits.edit_store.base_model import CONFIG_FILE, identify, read_config, weight_files
+from vllm_edits.edit_store.bundle import BaseModelRef
+from vllm_edits.edit_store.errors import UnsupportedHost
 
 FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")
 """vLLM's load formats that read safetensors files from a disk."""

@@ -10,11 +10,12 @@ from typing import Any
 import vllm
 from packaging.version import Version
 
-from edit_store.architectures import supported
-from edit_store.bundle import BaseModelRef
-from edit_store.errors import UnsupportedHost
-from plugin.reservation import Reservation
-from plugin.vllm_host import seams
+from vllm_edits.edit_store.architectures import supported
+from vllm_edits.edit_store.bundle import BaseModelRef
+from vllm_edits.edit_store.errors import UnsupportedHost
+from vllm_edits.plugin.claim import SCHEDULER
+from vllm_edits.plugin.reservation import Reservation
+from vllm_edits.plugin.vllm_host import seams
 
 logger = logging.getLogger("vllm.edits")
 
@@ -26,6 +27,7 @@ SUPPORTED_VLLM = (Version("0.26"), Version("0.34"))
 QUANTISED = ("compressed-tensors",)
 """Ways of quantising the base model under which edits, which stay in full precision around it, are proven."""
 
+_OLD_SCHEDULER = "plugin.vllm_host.scheduler.EditsScheduler"
 
 GUESSING = ("ngram", "draft_model")
 """Methods of speculative decoding under which what is answered is proven to be the edited model's."""
@@ -51,9 +53,20 @@ def _installed(file: str) -> str | None:
 
 def check_config(config: Any) -> None:
     """UnsupportedHost, with all reasons, for ways of running that are not proven exact: see tests/CONFIGURATIONS.md."""
-    reasons = [*_unproven_processes(config.parallel_config), *_unproven_models(config), *_unproven_weights(config)]
+    reasons = [
+        *_renamed(config.scheduler_config),
+        *_unproven_processes(config.parallel_config),
+        *_unproven_models(config),
+        *_unproven_weights(config),
+    ]
     if reasons:
         raise UnsupportedHost("edits are not proven exact with: " + "; ".join(reasons))
+
+
+def _renamed(scheduler_config: Any) -> Iterator[str]:
+    """Names from before they were `vllm_edits`', which point at nothing now."""
+    if scheduler_config.scheduler_cls == _OLD_SCHEDULER:
+        yield f"--scheduler-cls {_OLD_SCHEDULER}, which has another name now; write --scheduler-cls {SCHEDULER}"
 
 
 def _unproven_processes(parallel: Any) -> Iterator[str]:

@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 from vllm.model_executor.layers.attention import Attention
 
-from edit_store.errors import UnsupportedHost
-from plugin.edit_math import finite
+from vllm_edits.edit_store.errors import UnsupportedHost
+from vllm_edits.plugin.edit_math import finite
 
 
 def contain(model: nn.Module) -> None:

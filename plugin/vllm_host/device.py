@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.attention import Attention
 
-from edit_store.errors import UnsupportedHost
-from plugin.sizes import sized
+from vllm_edits.edit_store.errors import UnsupportedHost
+from vllm_edits.plugin.sizes import sized
 
 _ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)")
 

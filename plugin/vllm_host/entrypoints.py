@@ -9,8 +9,8 @@ def register() -> None:
     """Register the load format `edits`. vLLM may call this several times; nothing else happens until it is used."""
     from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, register_model_loader
 
-    from plugin.vllm_host.compat import LOAD_FORMAT
-    from plugin.vllm_host.loader import EditsModelLoader
+    from vllm_edits.plugin.vllm_host.compat import LOAD_FORMAT
+    from vllm_edits.plugin.vllm_host.loader import EditsModelLoader
 
     if _LOAD_FORMAT_TO_MODEL_LOADER.get(LOAD_FORMAT) is not EditsModelLoader:
         register_model_loader(LOAD_FORMAT)(EditsModelLoader)
@@ -18,6 +18,6 @@ def register() -> None:
 
 def endpoint_plugin() -> Any:
     """The HTTP side."""
-    from plugin.vllm_host.frontend import EditsEndpoints
+    from vllm_edits.plugin.vllm_host.frontend import EditsEndpoints
 
     return EditsEndpoints()

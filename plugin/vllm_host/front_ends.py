@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from edit_store.errors import UnsupportedHost
+from vllm_edits.edit_store.errors import UnsupportedHost
 
 _BATCH = "`vllm run-batch` attaches no plugin: use `vllm-edits run-batch MODEL --store … -i … -o …`"
 _GRPC = "`vllm serve --grpc` attaches no plugin, and its clients could name no variant: serve over HTTP"

@@ -17,31 +17,31 @@ from typing import Any
 import torch
 import vllm
 
-from edit_store.architectures import supported
-from edit_store.bundle import BaseModelRef
-from edit_store.errors import EditsError, NotFound, UnsupportedHost
-from edit_store.refs import Ref
-from plugin.engine_gate import EngineGate
-from plugin.experiments.exposure_log import ExposureLog
-from plugin.experiments.handle import Handles
-from plugin.experiments.resolver import Resolver
-from plugin.http import admin_token
-from plugin.http.api_key import ApiKeys
-from plugin.http.middleware import VariantMiddleware, record_late
-from plugin.http.routes import router
-from plugin.metrics import Metrics
-from plugin.owner import LocalOwner, Owner, lease_of
-from plugin.owner_socket import FencedWorkers, OwnerServer, RemoteOwner, socket_path
-from plugin.plan import weights_key
-from plugin.price import price
-from plugin.reading import open_reader
-from plugin.reconcile import Reconciler
-from plugin.reservation import Reservation
-from plugin.served_models import ServedModels
-from plugin.vllm_host import compat
-from plugin.vllm_host.scheduler import forks
-from plugin.workers import Workers
-from server_config.settings import EditSettings, Reserve, read_settings
+from vllm_edits.edit_store.architectures import supported
+from vllm_edits.edit_store.bundle import BaseModelRef
+from vllm_edits.edit_store.errors import EditsError, NotFound, UnsupportedHost
+from vllm_edits.edit_store.refs import Ref
+from vllm_edits.plugin.engine_gate import EngineGate
+from vllm_edits.plugin.experiments.exposure_log import ExposureLog
+from vllm_edits.plugin.experiments.handle import Handles
+from vllm_edits.plugin.experiments.resolver import Resolver
+from vllm_edits.plugin.http import admin_token
+from vllm_edits.plugin.http.api_key import ApiKeys
+from vllm_edits.plugin.http.middleware import VariantMiddleware, record_late
+from vllm_edits.plugin.http.routes import router
+from vllm_edits.plugin.metrics import Metrics
+from vllm_edits.plugin.owner import LocalOwner, Owner, lease_of
+from vllm_edits.plugin.owner_socket import FencedWorkers, OwnerServer, RemoteOwner, socket_path
+from vllm_edits.plugin.plan import weights_key
+from vllm_edits.plugin.price import price
+from vllm_edits.plugin.reading import open_reader
+from vllm_edits.plugin.reconcile import Reconciler
+from vllm_edits.plugin.reservation import Reservation
+from vllm_edits.plugin.served_models import ServedModels
+from vllm_edits.plugin.vllm_host import compat
+from vllm_edits.plugin.vllm_host.scheduler import forks
+from vllm_edits.plugin.workers import Workers
+from vllm_edits.server_config.settings import EditSettings, Reserve, read_settings
 
 logger = logging.getLogger("vllm.edits")
 

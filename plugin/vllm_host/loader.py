@@ -25,32 +25,32 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from edit_store import verify
-from edit_store.architectures import supported
-from edit_store.bundle import BaseModelRef, Manifest
-from edit_store.edits import Tensors
-from edit_store.errors import UnsupportedHost
-from plugin import weights_room
-from plugin.checkpoint import Checkpoint
-from plugin.cpu_products import products_for
-from plugin.edited_model import EditedModel, Prepared
-from plugin.host_cache import HostCache, R
-from plugin.patched_weights import Patch, PatchedWeights
-from plugin.plan import Plan, set_apart
-from plugin.price import price
-from plugin.reading import open_reader
-from plugin.share import Worker
-from plugin.slot_products import EXPRESSIONS
-from plugin.vllm_host import base_files, compat, front_ends
-from plugin.vllm_host.architectures import anchors
-from plugin.vllm_host.containment import contain
-from plugin.vllm_host.device import check_compiler, check_device, free_for_slots
-from plugin.vllm_host.ending import EndsRequests
-from plugin.vllm_host.proof import require_effective
-from plugin.vllm_host.runner_v2 import use_edits_model_state
-from plugin.vllm_host.weights import keeping_loaded, patchable
-from plugin.vllm_host.worker import EditsWorker
-from server_config.settings import KEY, EditSettings, read_settings
+from vllm_edits.edit_store import verify
+from vllm_edits.edit_store.architectures import supported
+from vllm_edits.edit_store.bundle import BaseModelRef, Manifest
+from vllm_edits.edit_store.edits import Tensors
+from vllm_edits.edit_store.errors import UnsupportedHost
+from vllm_edits.plugin import weights_room
+from vllm_edits.plugin.checkpoint import Checkpoint
+from vllm_edits.plugin.cpu_products import products_for
+from vllm_edits.plugin.edited_model import EditedModel, Prepared
+from vllm_edits.plugin.host_cache import HostCache, R
+from vllm_edits.plugin.patched_weights import Patch, PatchedWeights
+from vllm_edits.plugin.plan import Plan, set_apart
+from vllm_edits.plugin.price import price
+from vllm_edits.plugin.reading import open_reader
+from vllm_edits.plugin.share import Worker
+from vllm_edits.plugin.slot_products import EXPRESSIONS
+from vllm_edits.plugin.vllm_host import base_files, compat, front_ends
+from vllm_edits.plugin.vllm_host.architectures import anchors
+from vllm_edits.plugin.vllm_host.containment import contain
+from vllm_edits.plugin.vllm_host.device import check_compiler, check_device, free_for_slots
+from vllm_edits.plugin.vllm_host.ending import EndsRequests
+from vllm_edits.plugin.vllm_host.proof import require_effective
+from vllm_edits.plugin.vllm_host.runner_v2 import use_edits_model_state
+from vllm_edits.plugin.vllm_host.weights import keeping_loaded, patchable
+from vllm_edits.plugin.vllm_host.worker import EditsWorker
+from vllm_edits.server_config.settings import KEY, EditSettings, read_settings
 
 logger = logging.getLogger("vllm.edits")
 

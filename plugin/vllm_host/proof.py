@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from vllm.forward_context import set_forward_context
 
-from edit_store.errors import UnsupportedHost
-from plugin.edited_model import EditedModel
+from vllm_edits.edit_store.errors import UnsupportedHost
+from vllm_edits.plugin.edited_model import EditedModel
 
 _TOKENS, _SHOWN = 2, 8
 

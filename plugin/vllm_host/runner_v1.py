@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from edit_store.errors import UnsupportedHost
-from plugin.claim import CLAIM
-from plugin.edited_model import EditedModel
-from plugin.step_filler import Batch, Extents
-from plugin.vllm_host import prompts
-from plugin.vllm_host.compat import need
+from vllm_edits.edit_store.errors import UnsupportedHost
+from vllm_edits.plugin.claim import CLAIM
+from vllm_edits.plugin.edited_model import EditedModel
+from vllm_edits.plugin.step_filler import Batch, Extents
+from vllm_edits.plugin.vllm_host import prompts
+from vllm_edits.plugin.vllm_host.compat import need
 
 
 def attach(runner: Any, edited: EditedModel) -> None:

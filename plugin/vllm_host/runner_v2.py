@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edit_store.errors import UnsupportedHost
-from plugin.claim import CLAIM
-from plugin.step_filler import Batch, Extents
-from plugin.vllm_host import prompts
+from vllm_edits.edit_store.errors import UnsupportedHost
+from vllm_edits.plugin.claim import CLAIM
+from vllm_edits.plugin.step_filler import Batch, Extents
+from vllm_edits.plugin.vllm_host import prompts
 
 if TYPE_CHECKING:
-    from plugin.vllm_host.loader import LoadedEdits
+    from vllm_edits.plugin.vllm_host.loader import LoadedEdits
 
 
 @dataclass(frozen=True)

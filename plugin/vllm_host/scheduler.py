@@ -1,8 +1,8 @@
 """A scheduler that lets a request share the base model's cache blocks up to where its edits begin, and can end one.
 
-Start vLLM with `--scheduler-cls plugin.vllm_host.scheduler.EditsScheduler` (`vllm-edits serve` does). It is vLLM's own
-scheduler; only the hashes under which blocks are cached are other ones from the first edited token on, and a request
-with a false claim ends alone (ending.py). Without it nothing is wrong: then a version that edits only generated tokens
+Start vLLM with `--scheduler-cls vllm_edits.EditsScheduler` (`vllm-edits serve` does). It is vLLM's own scheduler; only
+the hashes under which blocks are cached are other ones from the first edited token on, and a request with a false claim
+ends alone (ending.py). Without it nothing is wrong: then a version that edits only generated tokens
 shares no blocks with the base, and a false claim ends the engine.
 """
 
@@ -11,17 +11,18 @@ from __future__ import annotations
 import functools
 import hashlib
 import secrets
+from pkgutil import resolve_name
 from typing import Any
 
-from plugin.claim import FORK, SCHEDULER
-from plugin.step_filler import FalseClaim
-from plugin.vllm_host.ending import BASE_TOKENS, EndedRequests
+from vllm_edits.plugin.claim import FORK
+from vllm_edits.plugin.step_filler import FalseClaim
+from vllm_edits.plugin.vllm_host.ending import BASE_TOKENS, EndedRequests
 
 
 def forks(vllm_config: Any) -> bool:
     """Whether the engine was started with this scheduler."""
-    found = vllm_config.scheduler_config.scheduler_cls
-    return found in (SCHEDULER, EditsScheduler)
+    named = vllm_config.scheduler_config.scheduler_cls
+    return (resolve_name(named) if isinstance(named, str) else named) is EditsScheduler
 
 
 class EditsScheduler:

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
-from edit_store.errors import UnsupportedHost
-from edit_store.sites import Site
-from plugin.checkpoint import Checkpoint
-from plugin.edited_model import Anchor
-from plugin.patched_weights import Copy, LiveWeight, Part, PatchedWeights
-from plugin.plain_weight import PlainWeight, exchange_bias
+from vllm_edits.edit_store.errors import UnsupportedHost
+from vllm_edits.edit_store.sites import Site
+from vllm_edits.plugin.checkpoint import Checkpoint
+from vllm_edits.plugin.edited_model import Anchor
+from vllm_edits.plugin.patched_weights import Copy, LiveWeight, Part, PatchedWeights
+from vllm_edits.plugin.plain_weight import PlainWeight, exchange_bias
 
 _PRIMITIVES = 32
 """how many shapes oneDNN remembers a plan for, as vLLM asks"""

@@ -1,7 +1,7 @@
 """What a worker answers when the API process calls it by name: stage, install, clear, describe.
 
 vLLM runs these between two steps of the engine, so each must be short. Reading and checking a version takes longer and
-goes on in the background (`plugin.host_cache`). Every answer is plain data: a refusal is an answer too, so no worker
+goes on in the background (host_cache.py). Every answer is plain data: a refusal is an answer too, so no worker
 dies of one.
 """
 
@@ -10,11 +10,11 @@ from __future__ import annotations
 import traceback
 from typing import TYPE_CHECKING, Any
 
-from edit_store.errors import BundleRefused, EditsError
-from plugin.vllm_host import runner_v1
+from vllm_edits.edit_store.errors import BundleRefused, EditsError
+from vllm_edits.plugin.vllm_host import runner_v1
 
 if TYPE_CHECKING:
-    from plugin.vllm_host.loader import LoadedEdits
+    from vllm_edits.plugin.vllm_host.loader import LoadedEdits
 
 Answer = dict[str, Any]
 
@@ -29,7 +29,7 @@ class EditsWorker:
             worker_class.__bases__ = (*worker_class.__bases__, cls)
 
     def _edits(self) -> LoadedEdits:
-        from plugin.vllm_host.loader import edits_of
+        from vllm_edits.plugin.vllm_host.loader import edits_of
 
         return edits_of(self.model_runner.get_model())  # type: ignore[attr-defined]
 

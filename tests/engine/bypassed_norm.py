@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from edit_store.errors import UnsupportedHost
+from vllm_edits.edit_store.errors import UnsupportedHost
 
 
 def main(model: str, store: str) -> None:

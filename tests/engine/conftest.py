@@ -12,13 +12,13 @@ from typing import Any
 import httpx
 import pytest
 
-from edit_store import BaseModelRef, Bundle, EditStore, Role, SigningKey, TrustedKey, TrustPolicy
 from loadtests.metrics import Metrics
 from loadtests.record import gpu
 from loadtests.server import Server
 from tests.conftest import KINDS, base_of, bundle_of, publish, random_bundle, random_pairs
 from tests.gpu_ways import IN_PIECES, runner_of
 from tests.parity import cores_apart
+from vllm_edits.edit_store import BaseModelRef, Bundle, EditStore, Role, SigningKey, TrustedKey, TrustPolicy
 
 
 def wait_until(true: Callable[[], bool], what: str, seconds: float = 60) -> None:

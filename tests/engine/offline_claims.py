@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from plugin.claim import CLAIM, SCHEDULER, address
-from plugin.offline import Variants
+from vllm_edits.plugin.claim import CLAIM, SCHEDULER, address
+from vllm_edits.plugin.offline import Variants
 
 PROMPT, TOKENS = "The sea, the hills and the road between them. " * 8, 24
 

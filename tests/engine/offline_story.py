@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from edit_store import EditStore
-from edit_store.errors import InstallRefused, Reason
-from plugin.offline import Variants
+from vllm_edits.edit_store import EditStore
+from vllm_edits.edit_store.errors import InstallRefused, Reason
+from vllm_edits.plugin.offline import Variants
 
 
 def main(model: str, store_folder: str, second: str) -> None:

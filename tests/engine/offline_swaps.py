@@ -8,8 +8,8 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 
-from edit_store import EditStore
-from plugin.offline import Variants
+from vllm_edits.edit_store import EditStore
+from vllm_edits.plugin.offline import Variants
 
 SETTLE, SWAPS, LEAKED = 300, 1000, 8192
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from edit_store import Bundle, check
-from edit_store.authoring.host import edited
 from loadtests.client import complete, stream
 from tests.engine.conftest import Serving, kind_bundle
+from vllm_edits.edit_store import Bundle, check
+from vllm_edits.edit_store.authoring.host import edited
 
 pytestmark = pytest.mark.vllm
 
@@ -154,8 +154,8 @@ def test_the_prefix_cache_never_crosses_versions(exact_server: tuple[str, Servin
 
 def test_a_caller_cannot_forge_or_drop_the_salt(exact_server: tuple[str, Serving]) -> None:
     """Sending another version's salt, or a claim of one's own, changes nothing about what answers."""
-    from plugin.claim import CLAIM, cache_salt
-    from plugin.variants import Choice
+    from vllm_edits.plugin.claim import CLAIM, cache_salt
+    from vllm_edits.plugin.variants import Choice
 
     _, serving = exact_server
     prompt = "Names of things that are found in a kitchen, in no order at all. " * 30

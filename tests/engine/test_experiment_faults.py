@@ -15,10 +15,6 @@ import httpx
 import numpy as np
 import pytest
 
-from edit_store import BaseModelRef, Bundle, EditStore, Gate
-from edit_store.experiment import Experiment
-from edit_store.experiment_log import Experiments
-from edit_store.experiments import Change, Standing
 from loadtests.client import complete
 from loadtests.metrics import Metrics
 from loadtests.object_servers import BUCKET, moto
@@ -26,6 +22,10 @@ from loadtests.server import Server
 from tests.conftest import Pairs, base_of, bundle_of, publish, random_pairs, whose_gates_fire
 from tests.engine.conftest import wait_until
 from tests.engine.network import Line
+from vllm_edits.edit_store import BaseModelRef, Bundle, EditStore, Gate
+from vllm_edits.edit_store.experiment import Experiment
+from vllm_edits.edit_store.experiment_log import Experiments
+from vllm_edits.edit_store.experiments import Change, Standing
 
 pytestmark = pytest.mark.vllm
 

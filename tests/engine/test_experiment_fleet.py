@@ -18,17 +18,17 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-import plugin.cli  # noqa: F401  adds the report
-from edit_store.cli import app
-from edit_store.experiment import Experiment
-from edit_store.experiment_log import Experiments
-from edit_store.experiments import Change
+import vllm_edits.plugin.cli  # noqa: F401  adds the report
 from loadtests.client import complete
 from loadtests.server import Server
 from tests.conftest import base_of, random_bundle
 from tests.engine.conftest import SLOW_ON_TWO, Serving, serve
 from tests.engine.prometheus import needs_prometheus, prometheus
 from tests.parity import cores_apart
+from vllm_edits.edit_store.cli import app
+from vllm_edits.edit_store.experiment import Experiment
+from vllm_edits.edit_store.experiment_log import Experiments
+from vllm_edits.edit_store.experiments import Change
 
 pytestmark = [pytest.mark.vllm, *SLOW_ON_TWO]
 

@@ -14,18 +14,18 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-import edit_store
-import plugin.cli  # noqa: F401  adds the report
-from edit_store.assignment import bucket, chosen
-from edit_store.cli import app
-from edit_store.experiment import Experiment
-from edit_store.experiment_log import Experiments
-from edit_store.experiments import Change
+import vllm_edits.plugin.cli  # noqa: F401  adds the report
 from loadtests.client import complete
-from plugin.experiments.evidence import Logs, gather
-from plugin.experiments.records import Compared
 from tests.engine.conftest import Serving, wait_until
 from tests.engine.prometheus import needs_prometheus, prometheus
+from vllm_edits import edit_store
+from vllm_edits.edit_store.assignment import bucket, chosen
+from vllm_edits.edit_store.cli import app
+from vllm_edits.edit_store.experiment import Experiment
+from vllm_edits.edit_store.experiment_log import Experiments
+from vllm_edits.edit_store.experiments import Change
+from vllm_edits.plugin.experiments.evidence import Logs, gather
+from vllm_edits.plugin.experiments.records import Compared
 
 pytestmark = pytest.mark.vllm
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from edit_store import EditStore
 from loadtests.client import complete
 from loadtests.hub_server import HubServer
 from loadtests.server import Server, ServerFailed
 from tests.conftest import base_of, publish, random_bundle
+from vllm_edits.edit_store import EditStore
 
 pytestmark = pytest.mark.vllm
 REPO = "ada/tiny"

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from edit_store import EditStore
 from loadtests.server import ENVIRONMENT
 from tests.conftest import base_of, publish, random_bundle
 from tests.engine.offline_swaps import LEAKED, SWAPS
+from vllm_edits.edit_store import EditStore
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -24,7 +24,7 @@ FOLDER = pathlib.Path(os.environ["TESTS_HOLD"])
 
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name != "plugin.vllm_host.worker":
+        if name != "vllm_edits.plugin.vllm_host.worker":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

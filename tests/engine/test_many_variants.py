@@ -10,13 +10,13 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from edit_store import EditStore, Offset
 from loadtests.client import complete
 from loadtests.metrics import Metrics
 from loadtests.server import Server
-from plugin.metrics import METRICS, OTHER, PREFIX
 from tests.conftest import base_of, bundle_of, publish
 from tests.parity import random_numbers
+from vllm_edits.edit_store import EditStore, Offset
+from vllm_edits.plugin.metrics import METRICS, OTHER, PREFIX
 
 pytestmark = pytest.mark.vllm
 

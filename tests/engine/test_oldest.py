@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from edit_store import EditStore
 from loadtests.client import complete
 from loadtests.server import Server
 from tests.conftest import base_of, publish, random_bundle
 from tests.gpu_ways import ON_V2
+from vllm_edits.edit_store import EditStore
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

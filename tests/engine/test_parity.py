@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from edit_store.architectures import ARCHITECTURES
 from tests.gemma import ensure_gemma
 from tests.gpu_ways import ON_V2
 from tests.parity import How, find
+from vllm_edits.edit_store.architectures import ARCHITECTURES
 
 pytestmark = pytest.mark.vllm
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from edit_store import Offset, Scope
-from edit_store.authoring.formula import Request, edited
 from loadtests.client import complete
 from tests.conftest import base_of, bundle_of
 from tests.engine.conftest import USUAL_OR_AS_ON_A_GPU, Serving, serve
 from tests.engine.test_exactness import pairs_of
 from tests.engine.test_scopes import SCOPES, numbered, scoped
+from vllm_edits.edit_store import Offset, Scope
+from vllm_edits.edit_store.authoring.formula import Request, edited
 
 pytestmark = pytest.mark.vllm
 torch.set_num_threads(1)

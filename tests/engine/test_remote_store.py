@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from edit_store import Bundle, EditStore, Role, SigningKey, TrustedKey, TrustPolicy
 from loadtests.client import complete
 from loadtests.metrics import Metrics
 from loadtests.object_servers import BUCKET, moto
@@ -15,6 +14,7 @@ from loadtests.server import Server
 from tests.conftest import base_of, publish, random_bundle
 from tests.engine.conftest import wait_until
 from tests.engine.network import Line
+from vllm_edits.edit_store import Bundle, EditStore, Role, SigningKey, TrustedKey, TrustPolicy
 
 pytestmark = pytest.mark.vllm
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from edit_store import BaseModelRef, Bundle, Gate, LowRank, Offset, Scale, Scope, Strength
-from edit_store.authoring.formula import Request, edited
-from edit_store.authoring.host import Edits
-from edit_store.compose import compose
 from loadtests.client import complete
 from tests.conftest import base_of, bundle_of
 from tests.engine.conftest import USUAL_OR_AS_ON_A_GPU, Serving, serve
 from tests.parity import random_numbers
+from vllm_edits.edit_store import BaseModelRef, Bundle, Gate, LowRank, Offset, Scale, Scope, Strength
+from vllm_edits.edit_store.authoring.formula import Request, edited
+from vllm_edits.edit_store.authoring.host import Edits
+from vllm_edits.edit_store.compose import compose
 
 pytestmark = pytest.mark.vllm
 torch.set_num_threads(1)

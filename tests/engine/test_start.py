@@ -14,14 +14,14 @@ from types import MappingProxyType
 
 import pytest
 
-from edit_store import EditStore, Scale
 from loadtests.client import complete
 from loadtests.server import ENVIRONMENT, Server, ServerFailed
-from plugin.reservation import Reservation
 from tests.conftest import base_of, bundle_of, publish, random_bundle
 from tests.engine.conftest import USUAL_OR_AS_ON_A_GPU
 from tests.parity import random_numbers
 from tests.tiny_models import make_tiny
+from vllm_edits.edit_store import EditStore, Scale
+from vllm_edits.plugin.reservation import Reservation
 
 pytestmark = pytest.mark.vllm
 

@@ -12,12 +12,12 @@ import httpx
 import numpy as np
 import pytest
 
-from edit_store import BaseModelRef, Bundle, LowRank, Offset, Scale, WeightDelta, check
-from edit_store.authoring.formula import edited
 from loadtests.client import Answer, complete, stream
 from tests.conftest import base_of, bundle_of, random_pairs
 from tests.engine.conftest import Serving, serve
 from tests.parity import random_numbers
+from vllm_edits.edit_store import BaseModelRef, Bundle, LowRank, Offset, Scale, WeightDelta, check
+from vllm_edits.edit_store.authoring.formula import edited
 
 pytestmark = pytest.mark.vllm
 PROMPT = "The road to the sea is long, and those who walk it "

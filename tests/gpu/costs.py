@@ -21,14 +21,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from edit_store import Bundle, EditStore, Offset, Provenance, Scope, Strength, identify
-from edit_store.edits import SERVED_PER_REQUEST
 from loadtests.bench_inputs import Edits, edits_everywhere, weakened
 from tests.gpu import null_gpu
 from tests.gpu.facts import ended, require, tell, tried
 from tests.gpu.story import tiny_model
 from tests.parity import random_numbers
 from tests.tiny_models import VOCABULARY
+from vllm_edits.edit_store import Bundle, EditStore, Offset, Provenance, Scope, Strength, identify
+from vllm_edits.edit_store.edits import SERVED_PER_REQUEST
 
 REQUESTS, VERSIONS, STEPS, ROUNDS = 256, (0, 1, 64, 256), 24, 5
 ALONE = "vLLM alone"
@@ -64,7 +64,7 @@ def engine(side: str, folder: Path) -> tuple[Any, Any]:
     if side == ALONE:
         llm = LLM(model, **arguments)
         return llm, lambda _, prompts, params: llm.generate(prompts, params, use_tqdm=False)
-    from plugin.offline import Variants
+    from vllm_edits.plugin.offline import Variants
 
     store = EditStore(str(folder / "store"), create=True)
     for number in range(max(VERSIONS)):

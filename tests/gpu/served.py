@@ -21,8 +21,6 @@ from typing import Any
 import httpx
 
 from demo.model import MODEL_FOLDER, made_whole
-from edit_store import BaseModelRef, Bundle, EditStore, LowRank, Offset, Provenance, Scale, Strength, identify
-from edit_store.edits import SERVED_PER_REQUEST
 from loadtests.bench_inputs import edits_everywhere, weakened
 from loadtests.client import Answer, complete, stream
 from loadtests.metrics import Metrics
@@ -30,6 +28,18 @@ from loadtests.server import Server
 from tests.gpu.facts import ended, require, tried
 from tests.parity import random_numbers
 from tests.tiny_models import make_tiny_llama
+from vllm_edits.edit_store import (
+    BaseModelRef,
+    Bundle,
+    EditStore,
+    LowRank,
+    Offset,
+    Provenance,
+    Scale,
+    Strength,
+    identify,
+)
+from vllm_edits.edit_store.edits import SERVED_PER_REQUEST
 
 MODEL = Path(".cache/gpu/served")
 VARIANTS, SLOTS, SWAPS, TOKENS = 6, 3, 6, 24

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from demo.model import made_whole
-from edit_store import Bundle, EditStore, LowRank, Offset, Provenance, Scope, Strength, identify
-from edit_store.bundle import BaseModelRef, canonical_json, sha256
-from edit_store.edits import SERVED_PER_REQUEST
 from loadtests.bench_inputs import edits_everywhere
 from tests.gpu.facts import ended, require, tried
 from tests.parity import every_edit, random_numbers
 from tests.tiny_models import VOCABULARY, make_tiny
+from vllm_edits.edit_store import Bundle, EditStore, LowRank, Offset, Provenance, Scope, Strength, identify
+from vllm_edits.edit_store.bundle import BaseModelRef, canonical_json, sha256
+from vllm_edits.edit_store.edits import SERVED_PER_REQUEST
 
 MODEL = Path(".cache/gpu/tiny")
 FOLDER = Path(".cache/gpu/story").resolve()
@@ -77,7 +77,7 @@ class Story:
     def __init__(self, way: Mapping[str, Any], folder: Path) -> None:
         from vllm import LLM
 
-        from plugin.offline import Variants
+        from vllm_edits.plugin.offline import Variants
 
         chosen = dict(way.get("arguments", {}))
         self.workers = chosen.get("tensor_parallel_size", 1)
@@ -96,7 +96,8 @@ class Story:
             "skip_tokenizer_init": True, "dtype": "bfloat16", "seed": 0, "max_model_len": 256, "max_num_seqs": 16,
             "max_num_batched_tokens": 64, "block_size": 16, "num_gpu_blocks_override": 64, "max_logprobs": 5,
             "gpu_memory_utilization": 0.3, "disable_log_stats": False, "load_format": "edits",
-            "additional_config": {"edits": settings}, "scheduler_cls": "plugin.vllm_host.scheduler.EditsScheduler",
+            "additional_config": {"edits": settings},
+            "scheduler_cls": "vllm_edits.EditsScheduler",
             **chosen,
         }  # fmt: skip
         self.llm = LLM(str(tiny_model().resolve()), **arguments)

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plugin.device_rows import PinnedTurns
-from plugin.edited_model import EditedModel
-from plugin.step_filler import Batch
 from tests.gpu import null_gpu
 from tests.gpu.facts import require
+from vllm_edits.plugin.device_rows import PinnedTurns
+from vllm_edits.plugin.edited_model import EditedModel
+from vllm_edits.plugin.step_filler import Batch
 
 
 @dataclass
