@@ -32,7 +32,7 @@ from vllm_edits.edit_store.authoring import host
 from vllm_edits.edit_store.experiment import Experiment
 from vllm_edits.edit_store.experiment_log import Experiments
 from vllm_edits.edit_store.experiments import Change
-from vllm_edits.plugin.experiments.evidence import Logs
+from vllm_edits.plugin.experiments.analysis.evidence import Logs
 from vllm_edits.plugin.experiments.records import Exposure
 
 FOLDER = Path(".cache/demo")

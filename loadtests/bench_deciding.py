@@ -20,15 +20,15 @@ from rich.table import Table
 
 from vllm_edits.edit_store.experiment import BUILT_IN, Experiment
 from vllm_edits.edit_store.experiments import Change, Standing, after
-from vllm_edits.plugin.experiments import outcome
-from vllm_edits.plugin.experiments.asking import Asking
-from vllm_edits.plugin.experiments.deciding import Assignment
+from vllm_edits.plugin.experiments import exposures
+from vllm_edits.plugin.experiments.evaluation_context import Asking
 from vllm_edits.plugin.experiments.exposure_log import ExposureLog
-from vllm_edits.plugin.experiments.handle import Handles
+from vllm_edits.plugin.experiments.feedback_token import Handles
+from vllm_edits.plugin.experiments.live_experiments import ServedExperiments
 from vllm_edits.plugin.experiments.records import Exposure
-from vllm_edits.plugin.experiments.served import ServedExperiments
+from vllm_edits.plugin.experiments.routing import Assignment
 from vllm_edits.plugin.metrics import Metrics
-from vllm_edits.plugin.traits import PLAIN
+from vllm_edits.plugin.serving.version_info import PLAIN
 
 REQUESTS, REPEATS = 500, 9
 app = typer.Typer(add_completion=False)
@@ -65,7 +65,7 @@ async def _measured(number: int, folder: Path) -> tuple[float, float]:
         for way in ways:
             if way is not None and way.assignment is not None:
                 exposure = _exposure(way.assignment, served.handle(way))
-                outcome.count(exposure, metrics)
+                exposures.count(exposure, metrics)
                 served.ended(exposure)
         noted = time.perf_counter()
         deciding.append(decided - began)

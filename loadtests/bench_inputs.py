@@ -37,9 +37,9 @@ from vllm_edits.edit_store.authoring.host import Edits, Host
 from vllm_edits.edit_store.bundle import MANIFEST_FILE, canonical_json, sha256
 from vllm_edits.edit_store.edits import Array
 from vllm_edits.edit_store.sites import Site
+from vllm_edits.plugin.graph.reservation import Reservation
+from vllm_edits.plugin.graph.slot_bytes import price
 from vllm_edits.plugin.plan import Plan
-from vllm_edits.plugin.price import price
-from vllm_edits.plugin.reservation import Reservation
 
 MADE_AT = datetime(2026, 1, 1, tzinfo=UTC)  # one moment for all: the same numbers are the same version in every run
 PROVENANCE = Provenance(tool="loadtests.bench", method="the demo's edits at some strength")

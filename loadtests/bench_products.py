@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from vllm_edits.plugin.cpu_products import compiled
-from vllm_edits.plugin.slot_products import SlotProducts
+from vllm_edits.plugin.graph.cpu_products import compiled
+from vllm_edits.plugin.graph.slot_products import SlotProducts
 
 LAYERS, READS, WRITES = 30, 1536, 576
 """Of SmolLM2-135M: edits read `mlp.h` and write to `mlp.out`, at every layer."""

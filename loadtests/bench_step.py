@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_edits.edit_store import Scope
-from vllm_edits.plugin.edited_site import Step
-from vllm_edits.plugin.step_filler import Batch, Extents, StepFiller
+from vllm_edits.plugin.graph.edited_site import Step
+from vllm_edits.plugin.graph.step_filler import Batch, Extents, StepFiller
 
 SLOTS, STEPS, REPEATS = 64, 100, 9
 SCOPES = (Scope(phase="generated"),)

@@ -25,8 +25,8 @@ from loadtests.bench_inputs import edits_everywhere
 from vllm_edits.edit_store.bundle import BaseModelRef, Strength
 from vllm_edits.edit_store.edits import SERVED_PER_REQUEST, Edit
 from vllm_edits.edit_store.sites import Widths
-from vllm_edits.plugin.edited_model import EditedModel
-from vllm_edits.plugin.reservation import Reservation
+from vllm_edits.plugin.graph.edited_model import EditedModel
+from vllm_edits.plugin.graph.reservation import Reservation
 from vllm_edits.plugin.vllm_host.architectures import anchors
 
 ARCHITECTURE, DTYPE, META = "LlamaForCausalLM", torch.bfloat16, torch.device("meta")

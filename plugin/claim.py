@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from vllm_edits.plugin.traits import PLAIN
-from vllm_edits.plugin.variants import Choice
+from vllm_edits.plugin.serving.variants import Choice
+from vllm_edits.plugin.serving.version_info import PLAIN
 
 CLAIM = "vllm_edits_claim"
 """Key of the claim in a request's extra arguments; absent for the base model. Callers cannot set it."""

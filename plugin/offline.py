@@ -18,9 +18,9 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from vllm_edits.plugin.claim import address
-from vllm_edits.plugin.lease import Lease
 from vllm_edits.plugin.metrics import Metrics
-from vllm_edits.plugin.reconcile import Reconciler
+from vllm_edits.plugin.serving.lease import Lease
+from vllm_edits.plugin.serving.reconcile import Reconciler
 from vllm_edits.server_config.settings import read_settings
 
 

@@ -16,11 +16,11 @@ from vllm_edits.edit_store.base_model import CONFIG_FILE
 from vllm_edits.edit_store.bundle import BaseModelRef, Manifest
 from vllm_edits.edit_store.errors import SettingsError
 from vllm_edits.edit_store.refs import Ref
-from vllm_edits.plugin import weights_room
-from vllm_edits.plugin.reading import open_reader
-from vllm_edits.plugin.reservation import Place, Price, Reservation
-from vllm_edits.plugin.sizes import sized
-from vllm_edits.plugin.weights_room import WeightsRoom
+from vllm_edits.plugin.byte_sizes import sized
+from vllm_edits.plugin.graph.reservation import Place, Price, Reservation
+from vllm_edits.plugin.open_store import open_reader
+from vllm_edits.plugin.weights import weights_reservation
+from vllm_edits.plugin.weights.weights_reservation import WeightsRoom
 from vllm_edits.server_config.settings import EditSettings
 
 logger = logging.getLogger("vllm.edits")
@@ -82,10 +82,10 @@ def reserve_weights(settings: EditSettings, base: BaseModelRef, found: Promoted 
     if settings.weights is None:
         return {}
     if settings.weights_reserve is not None:
-        return weights_room.asked_for(settings.weights_reserve, architecture, base.widths)
+        return weights_reservation.asked_for(settings.weights_reserve, architecture, base.widths)
     version = (promoted(settings, base) if found is None else found).in_weights
-    room = weights_room.for_version(version, architecture) if version else {}
-    return room or weights_room.usual(architecture, base.widths)
+    room = weights_reservation.for_version(version, architecture) if version else {}
+    return room or weights_reservation.usual(architecture, base.widths)
 
 
 def set_apart(settings: EditSettings, base: BaseModelRef) -> tuple[Reservation, WeightsRoom]:

@@ -51,7 +51,7 @@ from vllm_edits.edit_store import (
 from vllm_edits.edit_store.architectures import supported
 from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.edit_store.scope import Scope
-from vllm_edits.plugin.weight_form import formless
+from vllm_edits.plugin.weights.weight_form import formless
 
 TABLE = Path(__file__).with_name("CONFIGURATIONS.md")
 MODEL = "LlamaForCausalLM"

@@ -43,20 +43,20 @@ from vllm_edits.edit_store.errors import BundleRefused, EditsError, StoreUnavail
 from vllm_edits.edit_store.reader import Reader
 from vllm_edits.edit_store.signing import SigningKey
 from vllm_edits.edit_store.trust import Trust
-from vllm_edits.plugin import weights_room
-from vllm_edits.plugin.edited_model import EditedModel, Prepared
-from vllm_edits.plugin.lease import Lease
+from vllm_edits.plugin.graph.edited_model import EditedModel, Prepared
+from vllm_edits.plugin.graph.reservation import Place, Reservation, Room
+from vllm_edits.plugin.graph.slot_products import EXPRESSIONS, SlotProducts
+from vllm_edits.plugin.graph.step_filler import Batch, Extents
+from vllm_edits.plugin.graph.tensor_parallel import SOLE, Sum, Worker, alone
 from vllm_edits.plugin.metrics import PREFIX, Metrics
-from vllm_edits.plugin.patched_weights import Part, Patch, PatchedWeights, Whole
-from vllm_edits.plugin.plain_weight import PlainWeight
-from vllm_edits.plugin.reconcile import Reconciler
-from vllm_edits.plugin.reservation import Place, Reservation, Room
-from vllm_edits.plugin.residency import Resident
-from vllm_edits.plugin.share import SOLE, Sum, Worker, alone
-from vllm_edits.plugin.slot_products import EXPRESSIONS, SlotProducts
-from vllm_edits.plugin.step_filler import Batch, Extents
+from vllm_edits.plugin.serving.lease import Lease
+from vllm_edits.plugin.serving.reconcile import Reconciler
+from vllm_edits.plugin.serving.residency import Resident
+from vllm_edits.plugin.serving.workers import Workers
 from vllm_edits.plugin.vllm_host.architectures import anchors
-from vllm_edits.plugin.workers import Workers
+from vllm_edits.plugin.weights import weights_reservation
+from vllm_edits.plugin.weights.patched_weights import Part, Patch, PatchedWeights, Whole
+from vllm_edits.plugin.weights.plain_weight import PlainWeight
 
 WIDTHS = Widths(layers=3, hidden=8, mlp=16, heads=2, kv_heads=1, head_dim=4, vocab=24)
 BASE = BaseModelRef(name="tiny", architecture="LlamaForCausalLM", widths=WIDTHS, files={"model.safetensors": "a" * 64})
@@ -251,7 +251,7 @@ def plain_weights(model: TinyModel, worker: Worker = SOLE, whole: Whole | None =
     """Every projection of the tiny model, those of `attn.out` and `mlp.out` with a bias."""
     architecture, sites = supported(BASE.architecture), anchors(model, BASE.architecture, WIDTHS, worker)
     names = {module: name for name, module in model.named_modules()}
-    room = weights_room.usual(architecture, WIDTHS)
+    room = weights_reservation.usual(architecture, WIDTHS)
     for site in room:
         module: Any = sites[site].module
         if site.point in ("attn.out", "mlp.out"):

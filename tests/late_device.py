@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_edits.plugin.device_rows import DeviceRows, PinnedTurns
+from vllm_edits.plugin.graph.device_rows import DeviceRows, PinnedTurns
 
 
 class LateDevice:

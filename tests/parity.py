@@ -43,7 +43,7 @@ from vllm_edits.edit_store.architectures import ARCHITECTURES, Architecture, sup
 from vllm_edits.edit_store.edits import IN_PLACE, KINDS, READS, Edit
 from vllm_edits.edit_store.sites import Site
 from vllm_edits.edit_store.verify import edit_rules
-from vllm_edits.plugin.weight_form import formless
+from vllm_edits.plugin.weights.weight_form import formless
 
 PROMPT_TOKENS, NEW_TOKENS = 11, 3
 TOLD = 100
@@ -243,7 +243,7 @@ def in_a_process_of_its_own(besides: Mapping[str, str] = MappingProxyType({})) -
 def serve(model: Path, prompt: list[int], store: Path, bundles: list[Bundle], how: How) -> list[Answer]:
     """What the base model and every bundle, each in its slot, say to one prompt, all in one batch."""
     from vllm_edits.edit_store import EditStore
-    from vllm_edits.plugin.reservation import Reservation
+    from vllm_edits.plugin.graph.reservation import Reservation
 
     opened = EditStore(str(store), create=True)
     versions = [opened.publish(bundle) for bundle in bundles]

@@ -13,7 +13,7 @@ from tests.tiny_models import make_tiny
 from vllm_edits.edit_store import Site, identify
 from vllm_edits.edit_store.architectures import ARCHITECTURES, supported
 from vllm_edits.edit_store.errors import UnsupportedHost
-from vllm_edits.plugin.checkpoint import Checkpoint
+from vllm_edits.plugin.weights.checkpoint import Checkpoint
 
 TOKENS = torch.tensor([[5, 9, 3, 44]])
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from tests.fakes import cheaply
 from vllm_edits.plugin.claim import CLAIM, FORK, address, cache_salt
-from vllm_edits.plugin.traits import Traits
-from vllm_edits.plugin.variants import Choice
+from vllm_edits.plugin.serving.variants import Choice
+from vllm_edits.plugin.serving.version_info import Traits
 from vllm_edits.plugin.vllm_host.scheduler import fork_at_first_edit
 
 versions = st.none() | st.text("0123456789abcdef", min_size=1, max_size=3)

@@ -13,7 +13,7 @@ from tests.fakes import BASE
 from tests.parity import random_numbers
 from vllm_edits.edit_store import Offset, Site
 from vllm_edits.edit_store.errors import UnsupportedHost
-from vllm_edits.plugin.reservation import Reservation
+from vllm_edits.plugin.graph.reservation import Reservation
 from vllm_edits.plugin.vllm_host.compat import check_config, check_room
 
 

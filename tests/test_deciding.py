@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from tests.test_experiment import START, created, done
 from vllm_edits.edit_store.errors import ArmRefused, NotFound, SettingsError
-from vllm_edits.plugin.experiments.asking import Asking
-from vllm_edits.plugin.experiments.deciding import Assignment, decide
-from vllm_edits.plugin.experiments.handle import Handles
+from vllm_edits.plugin.experiments.evaluation_context import Asking
+from vllm_edits.plugin.experiments.feedback_token import Handles
 from vllm_edits.plugin.experiments.repeats import loops
+from vllm_edits.plugin.experiments.routing import Assignment, decide
 
 HALVES = ({"name": "n", "start": 0, "end": 0.5}, {"name": "n", "start": 0.5, "end": 1})
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tests.fakes import cheaply
 from tests.late_device import LateDevice
-from vllm_edits.plugin import device_rows
-from vllm_edits.plugin.device_rows import TURNS, DeviceRows
+from vllm_edits.plugin.graph import device_rows
+from vllm_edits.plugin.graph.device_rows import TURNS, DeviceRows
 
 ROWS = 8
 writes = st.lists(st.lists(st.integers(1, 9), max_size=ROWS), min_size=1, max_size=12)

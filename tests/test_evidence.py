@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.fakes import cheaply
 from vllm_edits.edit_store.errors import EditsError, NotFound
 from vllm_edits.edit_store.experiment import BUILT_IN
-from vllm_edits.plugin.experiments.evidence import Evidence, Logs, collect, gather
+from vllm_edits.plugin.experiments.analysis.evidence import Evidence, Logs, collect, gather
 from vllm_edits.plugin.experiments.records import Exposure, Feedback, Record
 
 START = datetime.fromisoformat("2026-11-22T10:00:00.123+00:00")

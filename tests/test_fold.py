@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.fakes import BASE, cheaply
 from tests.parity import random_numbers
 from vllm_edits.edit_store import SubspaceFilter
-from vllm_edits.plugin.fold import fold_filters
+from vllm_edits.plugin.graph.fold import fold_filters
 
 filters = st.builds(
     SubspaceFilter, site=st.just("layers.1.resid"), rank=st.integers(1, 6), onto=st.booleans(), oblique=st.booleans()

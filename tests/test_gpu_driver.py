@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from vllm_edits.plugin.gpu_driver import cuda_of_torch, faults
+from vllm_edits.plugin.cli.gpu_driver import cuda_of_torch, faults
 
 CUDA = (13, 0)
 
@@ -80,7 +80,7 @@ def test_the_cuda_of_torch_is_read_without_importing_it(version: str, expected: 
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise AssertionError('imported')")
     (tmp_path / "torch" / "version.py").write_text(version + "\n")
-    script = "from vllm_edits.plugin.gpu_driver import cuda_of_torch; print(cuda_of_torch())"
+    script = "from vllm_edits.plugin.cli.gpu_driver import cuda_of_torch; print(cuda_of_torch())"
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {script}"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     assert said == str(expected)

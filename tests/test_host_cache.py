@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from vllm_edits.edit_store.errors import EditsError, StoreUnavailable
-from vllm_edits.plugin.edited_model import Prepared
-from vllm_edits.plugin.host_cache import HostCache
+from vllm_edits.plugin.graph.edited_model import Prepared
+from vllm_edits.plugin.graph.host_cache import HostCache
 
 ROW = 100
 

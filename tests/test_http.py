@@ -27,16 +27,16 @@ from vllm_edits.edit_store.cache import NodeCache
 from vllm_edits.edit_store.reader import Reader
 from vllm_edits.edit_store.scope import Scope as EditScope
 from vllm_edits.plugin.claim import CLAIM, cache_salt
-from vllm_edits.plugin.engine_gate import EngineGate
 from vllm_edits.plugin.http.admin_token import HEADER as ADMIN_TOKEN_HEADER
 from vllm_edits.plugin.http.api_key import ApiKeys
+from vllm_edits.plugin.http.engine_gate import EngineGate
 from vllm_edits.plugin.http.middleware import VariantMiddleware, record_late
 from vllm_edits.plugin.http.routes import router
-from vllm_edits.plugin.lease import CURRENT_LEASE
-from vllm_edits.plugin.owner import LocalOwner, Owner, lease_of
-from vllm_edits.plugin.owner_socket import FencedWorkers, OwnerServer, RemoteOwner
-from vllm_edits.plugin.served_models import ServedModels
-from vllm_edits.plugin.variants import Choice
+from vllm_edits.plugin.http.served_models import ServedModels
+from vllm_edits.plugin.serving.coordinator import LocalOwner, Owner, lease_of
+from vllm_edits.plugin.serving.coordinator_socket import FencedWorkers, OwnerServer, RemoteOwner
+from vllm_edits.plugin.serving.lease import CURRENT_LEASE
+from vllm_edits.plugin.serving.variants import Choice
 
 pytestmark = pytest.mark.anyio
 PROMPT_TOKENS = 4

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 
 from tests.fakes import cheaply
-from vllm_edits.plugin.engine_gate import _Watch
-from vllm_edits.plugin.lease import Usage
+from vllm_edits.plugin.http.engine_gate import _Watch
 from vllm_edits.plugin.metrics import FIRST_TOKEN, METRICS, OTHER, PER_TOKEN, PREFIX, REQUEST, Metrics, VariantsNow
+from vllm_edits.plugin.serving.lease import Usage
 
 V1, V2 = "1" * 64, "2" * 64
 

@@ -25,15 +25,15 @@ from vllm_edits.edit_store.errors import (
     UnsupportedHost,
 )
 from vllm_edits.edit_store.scope import Scope
-from vllm_edits.plugin import owner_socket
-from vllm_edits.plugin.experiments.asking import NOBODY, Asking
-from vllm_edits.plugin.experiments.deciding import Assignment
+from vllm_edits.plugin.experiments.evaluation_context import NOBODY, Asking
 from vllm_edits.plugin.experiments.records import Compared, Exposure, Record, Said
-from vllm_edits.plugin.lease import Lease
-from vllm_edits.plugin.owner import Change, LocalOwner, NotFollowed, Owner, Served
-from vllm_edits.plugin.owner_socket import FencedWorkers, OwnerServer, RemoteOwner, socket_path
-from vllm_edits.plugin.traits import Traits
-from vllm_edits.plugin.variants import Choice
+from vllm_edits.plugin.experiments.routing import Assignment
+from vllm_edits.plugin.serving import coordinator_socket
+from vllm_edits.plugin.serving.coordinator import Change, LocalOwner, NotFollowed, Owner, Served
+from vllm_edits.plugin.serving.coordinator_socket import FencedWorkers, OwnerServer, RemoteOwner, socket_path
+from vllm_edits.plugin.serving.lease import Lease
+from vllm_edits.plugin.serving.variants import Choice
+from vllm_edits.plugin.serving.version_info import Traits
 
 pytestmark = pytest.mark.anyio
 
@@ -312,7 +312,7 @@ async def test_without_its_owner_a_process_answers_nothing(server: Server, tmp_p
 async def test_a_process_that_does_not_answer_stops_no_owner(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(owner_socket, "ANSWER_SECONDS", 0.05)
+    monkeypatch.setattr(coordinator_socket, "ANSWER_SECONDS", 0.05)
     async with processes(tmp_path, LocalOwner(server.core)) as made:
         remote = await made.another()
         await remote.status()

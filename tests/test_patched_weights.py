@@ -25,7 +25,7 @@ from vllm_edits.edit_store import (
 )
 from vllm_edits.edit_store.edits import Edit
 from vllm_edits.edit_store.errors import InstallRefused
-from vllm_edits.plugin.patched_weights import Copy, PatchedWeights
+from vllm_edits.plugin.weights.patched_weights import Copy, PatchedWeights
 
 EDITS: list[Edit] = [
     LowRank(site="layers.0.mlp.out", reads="layers.0.mlp.h", rank=2),

@@ -19,11 +19,11 @@ from tests.test_reservation import Version
 from tests.tiny_models import make_tiny
 from vllm_edits.edit_store import EditStore, LowRank, Offset
 from vllm_edits.edit_store.errors import SettingsError, UnsupportedHost
-from vllm_edits.plugin.cli import app
+from vllm_edits.plugin.byte_sizes import bytes_of, sized
+from vllm_edits.plugin.cli.commands import app
+from vllm_edits.plugin.graph.reservation import Reservation
+from vllm_edits.plugin.graph.slot_bytes import price
 from vllm_edits.plugin.plan import Plan, dtype_of
-from vllm_edits.plugin.price import price
-from vllm_edits.plugin.reservation import Reservation
-from vllm_edits.plugin.sizes import bytes_of, sized
 
 FORMS = [pytest.param(pair[0], id=f"{pair[0].site} {label}") for label, pair in every_edit(BASE)]
 

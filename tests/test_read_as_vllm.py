@@ -25,14 +25,14 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.serve import create_error_response
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_edits.plugin.experiments.asking import NOBODY, Asking
+from vllm_edits.plugin.experiments.evaluation_context import NOBODY, Asking
 from vllm_edits.plugin.http import client_request
 from vllm_edits.plugin.http.api_key import ApiKeys
 from vllm_edits.plugin.http.middleware import VariantMiddleware
-from vllm_edits.plugin.lease import CURRENT_LEASE, Lease
+from vllm_edits.plugin.http.served_models import ServedModels
 from vllm_edits.plugin.metrics import Metrics
-from vllm_edits.plugin.served_models import ServedModels
-from vllm_edits.plugin.variants import BASE, Choice
+from vllm_edits.plugin.serving.lease import CURRENT_LEASE, Lease
+from vllm_edits.plugin.serving.variants import BASE, Choice
 
 pytestmark = pytest.mark.anyio
 BASE_NAME, NAMES = "tiny", ("capital", "polite@staging", "büro/größe")

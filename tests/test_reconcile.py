@@ -16,8 +16,8 @@ from tests.conftest import publish
 from tests.fakes import BASE, SLOTS, Answer, Server, as_told, version_of
 from vllm_edits.edit_store import Bundle, Gate, LowRank
 from vllm_edits.edit_store.errors import EditsError, NotFound, StoreUnavailable
-from vllm_edits.plugin.cli import _show_status
-from vllm_edits.plugin.lease import Lease
+from vllm_edits.plugin.cli.commands import _show_status
+from vllm_edits.plugin.serving.lease import Lease
 
 pytestmark = pytest.mark.anyio
 
@@ -53,7 +53,7 @@ async def start(server: Server, model: str) -> InFlight:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits for long."""
-    monkeypatch.setattr("vllm_edits.plugin.slots.PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr("vllm_edits.plugin.serving.slots.PATIENCE_SECONDS", 0.05)
 
 
 async def soon(task: asyncio.Task[Any]) -> bool:

@@ -46,7 +46,7 @@ def last_run(code: int = 0, facts: Any = (), ran: Any = None) -> report.LastRun:
 
 
 def test_a_line_that_no_step_ran_is_told_with_the_reason_or_that_there_is_none() -> None:
-    place = "device_rows.py:PinnedTurns.end"
+    place = "graph/device_rows.py:PinnedTurns.end"
     every: dict[str, set[int]] = {}
     for each in functions():
         every.setdefault(each.file, set()).update(each.lines())
@@ -55,7 +55,9 @@ def test_a_line_that_no_step_ran_is_told_with_the_reason_or_that_there_is_none()
     assert "| another | not run |" in whole
     assert report.unexplained(whole) == 0
     (missed, *_) = next(each for each in functions() if each.place == place).lines()
-    text = report.written({"a step": last_run(ran={**every, "device_rows.py": every["device_rows.py"] - {missed}})})
+    text = report.written(
+        {"a step": last_run(ran={**every, "graph/device_rows.py": every["graph/device_rows.py"] - {missed}})}
+    )
     assert report.unexplained(text) == 1
 
 

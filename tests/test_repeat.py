@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from vllm_edits.plugin.repeat import repeat
+from vllm_edits.plugin.periodic import repeat
 
 pytestmark = pytest.mark.anyio
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from vllm_edits.edit_store.errors import EditsError
-from vllm_edits.plugin.experiments.evidence import Caveats, Evidence, UnitSums
-from vllm_edits.plugin.experiments.report import (
+from vllm_edits.plugin.experiments.analysis.evidence import Caveats, Evidence, UnitSums
+from vllm_edits.plugin.experiments.analysis.report import (
     BETTER,
     COLUMNS,
     CONTROL,

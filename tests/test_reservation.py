@@ -17,7 +17,7 @@ from tests.parity import every_edit
 from vllm_edits.edit_store import Gate, LowRank, Offset, Scale, Scope, Site, Strength, SubspaceFilter, WeightDelta
 from vllm_edits.edit_store.architectures import ARCHITECTURES
 from vllm_edits.edit_store.errors import SettingsError
-from vllm_edits.plugin.reservation import Place, Reservation, Room, places
+from vllm_edits.plugin.graph.reservation import Place, Reservation, Room, places
 from vllm_edits.server_config.settings import Reserve
 
 LLAMA = ARCHITECTURES[BASE.architecture]

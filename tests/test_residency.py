@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
 
 from tests.fakes import cheaply
-from vllm_edits.plugin.residency import Plan, Residency
+from vllm_edits.plugin.serving.residency import Plan, Residency
 
 VERSIONS = [f"version-{number}" for number in range(6)]
 

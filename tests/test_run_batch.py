@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
 
 from vllm_edits.edit_store.errors import EditsError, SettingsError
-from vllm_edits.plugin import run_batch
+from vllm_edits.plugin.cli import run_batch
 
 pytestmark = pytest.mark.anyio
 GOOD: dict[str, Any] = {"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": {"model": "polite"}}

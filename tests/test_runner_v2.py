@@ -16,9 +16,9 @@ from tests.test_edited_model import install
 from vllm_edits.edit_store import Offset, Scope
 from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.plugin.claim import CLAIM
-from vllm_edits.plugin.edited_model import EditedModel
-from vllm_edits.plugin.reservation import Reservation
-from vllm_edits.plugin.share import SOLE, Worker, alone
+from vllm_edits.plugin.graph.edited_model import EditedModel
+from vllm_edits.plugin.graph.reservation import Reservation
+from vllm_edits.plugin.graph.tensor_parallel import SOLE, Worker, alone
 from vllm_edits.plugin.vllm_host import prompts
 from vllm_edits.plugin.vllm_host.runner_v2 import with_token_slots
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.fakes import cheaply
 from vllm_edits.edit_store import Scope
-from vllm_edits.plugin.scope_tables import ScopeTables
+from vllm_edits.plugin.graph.scope_tables import ScopeTables
 
 LANES, SLOTS = 3, 4
 windows = st.one_of(st.none(), st.integers(1, 4))

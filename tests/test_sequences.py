@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fakes import cheaply
-from vllm_edits.plugin.experiments.sequences import (
+from vllm_edits.plugin.experiments.analysis.sequences import (
     MIN_UNITS,
     PRIOR_UNITS,
     ArmMean,

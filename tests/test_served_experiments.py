@@ -25,10 +25,10 @@ from vllm_edits.edit_store.experiment_log import Experiments
 from vllm_edits.edit_store.experiments import Change
 from vllm_edits.edit_store.log import Log
 from vllm_edits.plugin.claim import CLAIM
-from vllm_edits.plugin.experiments.asking import Asking
-from vllm_edits.plugin.experiments.evidence import Logs, collect
+from vllm_edits.plugin.experiments.analysis.evidence import Logs, collect
+from vllm_edits.plugin.experiments.evaluation_context import Asking
 from vllm_edits.plugin.experiments.exposure_log import ExposureLog
-from vllm_edits.plugin.experiments.handle import Handles
+from vllm_edits.plugin.experiments.feedback_token import Handles
 from vllm_edits.plugin.experiments.records import Compared, Exposure, Feedback, Record, Said
 from vllm_edits.plugin.experiments.resolver import Resolver
 from vllm_edits.plugin.http.middleware import _with_id

@@ -20,11 +20,11 @@ from tests.test_edited_model import FORMS, TOKENS, bundle_of, by_formula, crowde
 from vllm_edits.edit_store import Bundle, Gate, LowRank, Offset, Scale, Site, SubspaceFilter, check
 from vllm_edits.edit_store.architectures import ARCHITECTURES
 from vllm_edits.edit_store.errors import UnsupportedHost
-from vllm_edits.plugin.edited_model import EditedModel
-from vllm_edits.plugin.price import price
-from vllm_edits.plugin.share import Share, Sum, Worker, alone
+from vllm_edits.plugin.graph.edited_model import EditedModel
+from vllm_edits.plugin.graph.slot_bytes import price
+from vllm_edits.plugin.graph.tensor_parallel import Share, Sum, Worker, alone
 from vllm_edits.plugin.vllm_host.architectures import anchors
-from vllm_edits.plugin.weight_form import constant, formless, touched
+from vllm_edits.plugin.weights.weight_form import constant, formless, touched
 
 WORKERS = 2
 PER_LAYER = 2

@@ -12,14 +12,14 @@ from random import Random
 import pytest
 
 from tests.test_experiment import START, created, done
-from vllm_edits.plugin.experiments.asking import Asking
-from vllm_edits.plugin.experiments.deciding import decide
-from vllm_edits.plugin.experiments.evidence import Logs, collect
+from vllm_edits.plugin.experiments.analysis.evidence import Logs, collect
+from vllm_edits.plugin.experiments.analysis.report import BETTER, DIFFERS, WORSE, ArmShare, Report, summarise
+from vllm_edits.plugin.experiments.analysis.sequences import radius
+from vllm_edits.plugin.experiments.evaluation_context import Asking
 from vllm_edits.plugin.experiments.exposure_log import ExposureLog
 from vllm_edits.plugin.experiments.guardrails import Guardrails, Withdraw
 from vllm_edits.plugin.experiments.records import Exposure, Feedback, Record
-from vllm_edits.plugin.experiments.report import BETTER, DIFFERS, WORSE, ArmShare, Report, summarise
-from vllm_edits.plugin.experiments.sequences import radius
+from vllm_edits.plugin.experiments.routing import decide
 
 HOUR = timedelta(hours=1)
 LOOKS = [START + HOUR * hours for hours in range(6, 169, 6)]

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vllm_edits.edit_store.edits import Array
-from vllm_edits.plugin import cpu_products
-from vllm_edits.plugin.cpu_products import compiled, products_for
-from vllm_edits.plugin.slot_products import EXPRESSIONS, SlotProducts
+from vllm_edits.plugin.graph import cpu_products
+from vllm_edits.plugin.graph.cpu_products import compiled, products_for
+from vllm_edits.plugin.graph.slot_products import EXPRESSIONS, SlotProducts
 
 CPU = torch.device("cpu")
 EPSILON = torch.finfo(torch.float32).eps
@@ -147,7 +147,7 @@ def test_without_a_compiler_expressions_serve_and_the_log_says_what_is_missing(
 
 def test_processes_that_start_together_all_get_the_library(tmp_path: Path) -> None:
     """Workers of one engine compile at the same time; who comes later finds what was kept, and needs no compiler."""
-    script = "from vllm_edits.plugin.cpu_products import compiled; print(compiled().name)"
+    script = "from vllm_edits.plugin.graph.cpu_products import compiled; print(compiled().name)"
     environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     starting = [
         subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)

@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.fakes import cheaply
 from tests.late_device import LateDevice
 from vllm_edits.edit_store import Scope
-from vllm_edits.plugin.device_rows import DeviceRows
-from vllm_edits.plugin.edited_site import Step
-from vllm_edits.plugin.step_filler import Batch, Extents, FalseClaim, StepFiller
+from vllm_edits.plugin.graph.device_rows import DeviceRows
+from vllm_edits.plugin.graph.edited_site import Step
+from vllm_edits.plugin.graph.step_filler import Batch, Extents, FalseClaim, StepFiller
 
 TOKENS, LANES = 64, 3
 SCOPES: dict[int, tuple[Scope, ...]] = {

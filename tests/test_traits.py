@@ -13,9 +13,9 @@ from tests.fakes import BASE
 from tests.parity import random_numbers
 from vllm_edits.edit_store import Bundle, Gate, Offset, Scope, Strength
 from vllm_edits.edit_store.errors import RequestRefused
-from vllm_edits.plugin.firings import Firings
 from vllm_edits.plugin.metrics import Metrics
-from vllm_edits.plugin.traits import PLAIN, Traits
+from vllm_edits.plugin.serving.firings import Firings
+from vllm_edits.plugin.serving.version_info import PLAIN, Traits
 
 GATE: dict[str, Any] = {"site": "layers.1.mlp.out", "reads": "layers.1.mlp.in", "rank": 1}
 

@@ -8,7 +8,7 @@ import pytest
 
 from vllm_edits.edit_store.errors import NotFound
 from vllm_edits.edit_store.refs import Ref
-from vllm_edits.plugin.variants import Choice, VariantTable, VersionWanted
+from vllm_edits.plugin.serving.variants import Choice, VariantTable, VersionWanted
 
 V1, V2, V3 = "1" * 64, "2" * 64, "3" * 64
 TABLE = VariantTable(

@@ -15,7 +15,7 @@ from tests.parity import random_numbers
 from vllm_edits.edit_store import Gate, LowRank, Offset, Scale, Scope, SubspaceFilter, WeightDelta
 from vllm_edits.edit_store.architectures import ARCHITECTURES, supported
 from vllm_edits.edit_store.edits import Edit, order_at_site
-from vllm_edits.plugin.weight_form import formless, patched, touched
+from vllm_edits.plugin.weights.weight_form import formless, patched, touched
 
 HERE = "layers.1."
 LLAMA = supported("LlamaForCausalLM")

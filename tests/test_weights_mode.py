@@ -16,7 +16,7 @@ from tests.test_reconcile import InFlight, soon, start
 from vllm_edits.edit_store import Bundle, Gate, LowRank, Provenance, Strength
 from vllm_edits.edit_store.errors import EditsError, InstallRefused, NotFound, RequestRefused
 from vllm_edits.plugin.claim import cache_salt
-from vllm_edits.plugin.cli import _show_status
+from vllm_edits.plugin.cli.commands import _show_status
 
 pytestmark = pytest.mark.anyio
 EDIT = LowRank(site="layers.1.mlp.out", reads="layers.1.mlp.h", rank=1)

@@ -16,7 +16,7 @@ import msgspec
 import pydantic
 
 from vllm_edits.edit_store.errors import RequestRefused
-from vllm_edits.plugin.traits import STRENGTH_ARGUMENT, STRENGTH_HEADER
+from vllm_edits.plugin.serving.version_info import STRENGTH_ARGUMENT, STRENGTH_HEADER
 
 Headers = Sequence[tuple[bytes, bytes]]
 """ASGI's: names in lower case, in the order in which they came."""

@@ -12,7 +12,7 @@ from fastapi import APIRouter, HTTPException
 from pydantic import BaseModel, ConfigDict, Field
 
 from vllm_edits.edit_store.errors import FeedbackRefused, NotFound
-from vllm_edits.plugin.owner import Owner
+from vllm_edits.plugin.serving.coordinator import Owner
 
 
 class Feedback(BaseModel):

@@ -24,17 +24,17 @@ from vllm_edits.edit_store.errors import (
     NotFound,
     RequestRefused,
 )
-from vllm_edits.plugin.experiments.asking import ARM_HEADER, NOBODY, Asking
-from vllm_edits.plugin.experiments.outcome import count, exposure_of
-from vllm_edits.plugin.experiments.pairs import COMPARE_HEADER
+from vllm_edits.plugin.experiments.evaluation_context import ARM_HEADER, NOBODY, Asking
+from vllm_edits.plugin.experiments.exposures import count, exposure_of
 from vllm_edits.plugin.experiments.records import Outcome
+from vllm_edits.plugin.experiments.shadow_pairs import COMPARE_HEADER
 from vllm_edits.plugin.http.api_key import ApiKeys, KeyMissing
 from vllm_edits.plugin.http.client_request import ClientRequest, first, is_json
-from vllm_edits.plugin.lease import CURRENT_LEASE, Lease, Usage
 from vllm_edits.plugin.metrics import UNKNOWN, Metrics
-from vllm_edits.plugin.owner import Owner
-from vllm_edits.plugin.traits import STRENGTH_ARGUMENT
-from vllm_edits.plugin.variants import BASE
+from vllm_edits.plugin.serving.coordinator import Owner
+from vllm_edits.plugin.serving.lease import CURRENT_LEASE, Lease, Usage
+from vllm_edits.plugin.serving.variants import BASE
+from vllm_edits.plugin.serving.version_info import STRENGTH_ARGUMENT
 
 Scope = dict[str, Any]
 VARIANT_HEADER, VERSION_HEADER = b"x-edits-variant", b"x-edits-version"

@@ -17,7 +17,7 @@ from vllm_edits.edit_store.errors import AmbiguousVersion, BundleRefused, Confli
 from vllm_edits.plugin.http import admin_token, experiment_routes
 from vllm_edits.plugin.http.api_key import ApiKeys
 from vllm_edits.plugin.http.middleware import OURS
-from vllm_edits.plugin.owner import CannotSign, Change, NotFollowed, Owner
+from vllm_edits.plugin.serving.coordinator import CannotSign, Change, NotFollowed, Owner
 
 _STATUS = {
     CannotSign: 403, NotFound: 404, AmbiguousVersion: 409, Conflict: 409, BundleRefused: 422, NotFollowed: 422,

@@ -9,8 +9,8 @@ from torch import nn
 from vllm_edits.edit_store.architectures import Architecture, ModuleSide, supported
 from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.edit_store.sites import LAYER_POINTS, Site, Widths
-from vllm_edits.plugin.edited_model import Anchor
-from vllm_edits.plugin.share import SOLE, Share, Worker
+from vllm_edits.plugin.graph.edited_model import Anchor
+from vllm_edits.plugin.graph.tensor_parallel import SOLE, Share, Worker
 
 
 def anchors(model: nn.Module, name: str, widths: Widths, worker: Worker = SOLE) -> dict[Site, Anchor]:

@@ -14,7 +14,7 @@ from vllm_edits.edit_store.architectures import supported
 from vllm_edits.edit_store.bundle import BaseModelRef
 from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.plugin.claim import SCHEDULER
-from vllm_edits.plugin.reservation import Reservation
+from vllm_edits.plugin.graph.reservation import Reservation
 from vllm_edits.plugin.vllm_host import seams
 
 logger = logging.getLogger("vllm.edits")

@@ -14,7 +14,7 @@ from torch import nn
 from vllm.model_executor.layers.attention import Attention
 
 from vllm_edits.edit_store.errors import UnsupportedHost
-from vllm_edits.plugin.sizes import sized
+from vllm_edits.plugin.byte_sizes import sized
 
 _ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)")
 

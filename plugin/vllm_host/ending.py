@@ -22,7 +22,7 @@ from typing import Any
 
 from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.edit_store.private_folder import private_folder, private_path
-from vllm_edits.plugin.step_filler import FalseClaim
+from vllm_edits.plugin.graph.step_filler import FalseClaim
 
 logger = logging.getLogger("vllm.edits")
 

@@ -21,26 +21,26 @@ from vllm_edits.edit_store.architectures import supported
 from vllm_edits.edit_store.bundle import BaseModelRef
 from vllm_edits.edit_store.errors import EditsError, NotFound, UnsupportedHost
 from vllm_edits.edit_store.refs import Ref
-from vllm_edits.plugin.engine_gate import EngineGate
 from vllm_edits.plugin.experiments.exposure_log import ExposureLog
-from vllm_edits.plugin.experiments.handle import Handles
+from vllm_edits.plugin.experiments.feedback_token import Handles
 from vllm_edits.plugin.experiments.resolver import Resolver
+from vllm_edits.plugin.graph.reservation import Reservation
+from vllm_edits.plugin.graph.slot_bytes import price
 from vllm_edits.plugin.http import admin_token
 from vllm_edits.plugin.http.api_key import ApiKeys
+from vllm_edits.plugin.http.engine_gate import EngineGate
 from vllm_edits.plugin.http.middleware import VariantMiddleware, record_late
 from vllm_edits.plugin.http.routes import router
+from vllm_edits.plugin.http.served_models import ServedModels
 from vllm_edits.plugin.metrics import Metrics
-from vllm_edits.plugin.owner import LocalOwner, Owner, lease_of
-from vllm_edits.plugin.owner_socket import FencedWorkers, OwnerServer, RemoteOwner, socket_path
+from vllm_edits.plugin.open_store import open_reader
 from vllm_edits.plugin.plan import weights_key
-from vllm_edits.plugin.price import price
-from vllm_edits.plugin.reading import open_reader
-from vllm_edits.plugin.reconcile import Reconciler
-from vllm_edits.plugin.reservation import Reservation
-from vllm_edits.plugin.served_models import ServedModels
+from vllm_edits.plugin.serving.coordinator import LocalOwner, Owner, lease_of
+from vllm_edits.plugin.serving.coordinator_socket import FencedWorkers, OwnerServer, RemoteOwner, socket_path
+from vllm_edits.plugin.serving.reconcile import Reconciler
+from vllm_edits.plugin.serving.workers import Workers
 from vllm_edits.plugin.vllm_host import compat
 from vllm_edits.plugin.vllm_host.scheduler import forks
-from vllm_edits.plugin.workers import Workers
 from vllm_edits.server_config.settings import EditSettings, Reserve, read_settings
 
 logger = logging.getLogger("vllm.edits")

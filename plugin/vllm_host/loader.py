@@ -30,26 +30,26 @@ from vllm_edits.edit_store.architectures import supported
 from vllm_edits.edit_store.bundle import BaseModelRef, Manifest
 from vllm_edits.edit_store.edits import Tensors
 from vllm_edits.edit_store.errors import UnsupportedHost
-from vllm_edits.plugin import weights_room
-from vllm_edits.plugin.checkpoint import Checkpoint
-from vllm_edits.plugin.cpu_products import products_for
-from vllm_edits.plugin.edited_model import EditedModel, Prepared
-from vllm_edits.plugin.host_cache import HostCache, R
-from vllm_edits.plugin.patched_weights import Patch, PatchedWeights
+from vllm_edits.plugin.graph.cpu_products import products_for
+from vllm_edits.plugin.graph.edited_model import EditedModel, Prepared
+from vllm_edits.plugin.graph.host_cache import HostCache, R
+from vllm_edits.plugin.graph.slot_bytes import price
+from vllm_edits.plugin.graph.slot_products import EXPRESSIONS
+from vllm_edits.plugin.graph.tensor_parallel import Worker
+from vllm_edits.plugin.open_store import open_reader
 from vllm_edits.plugin.plan import Plan, set_apart
-from vllm_edits.plugin.price import price
-from vllm_edits.plugin.reading import open_reader
-from vllm_edits.plugin.share import Worker
-from vllm_edits.plugin.slot_products import EXPRESSIONS
 from vllm_edits.plugin.vllm_host import base_files, compat, front_ends
 from vllm_edits.plugin.vllm_host.architectures import anchors
-from vllm_edits.plugin.vllm_host.containment import contain
 from vllm_edits.plugin.vllm_host.device import check_compiler, check_device, free_for_slots
 from vllm_edits.plugin.vllm_host.ending import EndsRequests
+from vllm_edits.plugin.vllm_host.nan_guard import contain
 from vllm_edits.plugin.vllm_host.proof import require_effective
 from vllm_edits.plugin.vllm_host.runner_v2 import use_edits_model_state
 from vllm_edits.plugin.vllm_host.weights import keeping_loaded, patchable
 from vllm_edits.plugin.vllm_host.worker import EditsWorker
+from vllm_edits.plugin.weights import weights_reservation
+from vllm_edits.plugin.weights.checkpoint import Checkpoint
+from vllm_edits.plugin.weights.patched_weights import Patch, PatchedWeights
 from vllm_edits.server_config.settings import KEY, EditSettings, read_settings
 
 logger = logging.getLogger("vllm.edits")
@@ -120,7 +120,7 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
             **vllm_config.additional_config[KEY],
             "reserve": reservation.to_settings(),
             "scopes": reservation.scopes,
-            **({"weights_reserve": weights_room.to_settings(room)} if room else {}),
+            **({"weights_reserve": weights_reservation.to_settings(room)} if room else {}),
         }
         vllm_config.additional_config["edits_products"] = products.name
         vllm_config.additional_config["edits_plugin_version"] = importlib.metadata.version("vllm-edits")

@@ -13,7 +13,7 @@ import torch
 from vllm.forward_context import set_forward_context
 
 from vllm_edits.edit_store.errors import UnsupportedHost
-from vllm_edits.plugin.edited_model import EditedModel
+from vllm_edits.plugin.graph.edited_model import EditedModel
 
 _TOKENS, _SHOWN = 2, 8
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.plugin.claim import CLAIM
-from vllm_edits.plugin.edited_model import EditedModel
-from vllm_edits.plugin.step_filler import Batch, Extents
+from vllm_edits.plugin.graph.edited_model import EditedModel
+from vllm_edits.plugin.graph.step_filler import Batch, Extents
 from vllm_edits.plugin.vllm_host import prompts
 from vllm_edits.plugin.vllm_host.compat import need
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.plugin.claim import CLAIM
-from vllm_edits.plugin.step_filler import Batch, Extents
+from vllm_edits.plugin.graph.step_filler import Batch, Extents
 from vllm_edits.plugin.vllm_host import prompts
 
 if TYPE_CHECKING:

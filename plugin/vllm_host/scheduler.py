@@ -15,7 +15,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from vllm_edits.plugin.claim import FORK
-from vllm_edits.plugin.step_filler import FalseClaim
+from vllm_edits.plugin.graph.step_filler import FalseClaim
 from vllm_edits.plugin.vllm_host.ending import BASE_TOKENS, EndedRequests
 
 

@@ -21,10 +21,10 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 
 from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.edit_store.sites import Site
-from vllm_edits.plugin.checkpoint import Checkpoint
-from vllm_edits.plugin.edited_model import Anchor
-from vllm_edits.plugin.patched_weights import Copy, LiveWeight, Part, PatchedWeights
-from vllm_edits.plugin.plain_weight import PlainWeight, exchange_bias
+from vllm_edits.plugin.graph.edited_model import Anchor
+from vllm_edits.plugin.weights.checkpoint import Checkpoint
+from vllm_edits.plugin.weights.patched_weights import Copy, LiveWeight, Part, PatchedWeights
+from vllm_edits.plugin.weights.plain_weight import PlainWeight, exchange_bias
 
 _PRIMITIVES = 32
 """how many shapes oneDNN remembers a plan for, as vLLM asks"""

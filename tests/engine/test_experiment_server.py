@@ -24,7 +24,7 @@ from vllm_edits.edit_store.cli import app
 from vllm_edits.edit_store.experiment import Experiment
 from vllm_edits.edit_store.experiment_log import Experiments
 from vllm_edits.edit_store.experiments import Change
-from vllm_edits.plugin.experiments.evidence import Logs, gather
+from vllm_edits.plugin.experiments.analysis.evidence import Logs, gather
 from vllm_edits.plugin.experiments.records import Compared
 
 pytestmark = pytest.mark.vllm

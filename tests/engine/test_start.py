@@ -21,7 +21,7 @@ from tests.engine.conftest import USUAL_OR_AS_ON_A_GPU
 from tests.parity import random_numbers
 from tests.tiny_models import make_tiny
 from vllm_edits.edit_store import EditStore, Scale
-from vllm_edits.plugin.reservation import Reservation
+from vllm_edits.plugin.graph.reservation import Reservation
 
 pytestmark = pytest.mark.vllm
 

@@ -20,28 +20,28 @@ WORDS = frozenset(
 """What only a GPU has, as names in code and as text that code compares with."""
 
 PLACES: Mapping[str, str] = {
-    "cpu_products.py:products_for": "a GPU multiplies by expressions, which its compiler fuses",
-    "device_rows.py:DeviceRows.__init__": "rows of a device tensor are written through pinned buffers",
-    "device_rows.py:_pinned_like": "pinned memory, taken once when a server starts",
-    "device_rows.py:PinnedTurns.__init__": "three buffers, each with an event",
-    "device_rows.py:PinnedTurns.begin": "a buffer is written to when the copy from it is done",
-    "device_rows.py:PinnedTurns.end": "a copy that nobody waits for, and an event behind it",
-    "edited_model.py:Prepared.nbytes": "torch pins in powers of two, which the host cache counts",
-    "edited_model.py:EditedModel.prepare": "a version's row is made in pinned memory, in a thread of its own",
-    "edited_model.py:EditedModel.install": "a copy in the order of steps, which reading the row back waits for",
-    "gpu_driver.py:_driver": "the driver is asked before anything is loaded",
-    "gpu_driver.py:faults": "a driver or a GPU that torch cannot use is refused",
-    "gpu_driver.py:cuda_of_torch": "which CUDA torch is built for",
-    "plain_weight.py:PlainWeight.__init__": "a GPU computes with the parameter itself",
-    "plain_weight.py:PlainWeight.loaded": "the same",
-    "plain_weight.py:PlainWeight.copy": "a version's weights wait in pinned memory",
-    "plain_weight.py:PlainWeight.exchange": "weights change places at their addresses, which graphs know",
-    "plain_weight.py:PlainWeight.fingerprint": "a sum over the weight, where it lies",
-    "plain_weight.py:exchange": "through a part of device memory, taken before anything is changed",
-    "plain_weight.py:exchange_bias": "the same for a bias",
-    "plain_weight.py:fingerprint": "the same",
-    "scope_tables.py:_sent": "tables of token ids go to the device when slots change, and are not waited for",
-    "slot_rows.py:Layout.rows": "rows on the device, or in pinned memory",
+    "graph/cpu_products.py:products_for": "a GPU multiplies by expressions, which its compiler fuses",
+    "graph/device_rows.py:DeviceRows.__init__": "rows of a device tensor are written through pinned buffers",
+    "graph/device_rows.py:_pinned_like": "pinned memory, taken once when a server starts",
+    "graph/device_rows.py:PinnedTurns.__init__": "three buffers, each with an event",
+    "graph/device_rows.py:PinnedTurns.begin": "a buffer is written to when the copy from it is done",
+    "graph/device_rows.py:PinnedTurns.end": "a copy that nobody waits for, and an event behind it",
+    "graph/edited_model.py:Prepared.nbytes": "torch pins in powers of two, which the host cache counts",
+    "graph/edited_model.py:EditedModel.prepare": "a version's row is made in pinned memory, in a thread of its own",
+    "graph/edited_model.py:EditedModel.install": "a copy in the order of steps, which reading the row back waits for",
+    "cli/gpu_driver.py:_driver": "the driver is asked before anything is loaded",
+    "cli/gpu_driver.py:faults": "a driver or a GPU that torch cannot use is refused",
+    "cli/gpu_driver.py:cuda_of_torch": "which CUDA torch is built for",
+    "weights/plain_weight.py:PlainWeight.__init__": "a GPU computes with the parameter itself",
+    "weights/plain_weight.py:PlainWeight.loaded": "the same",
+    "weights/plain_weight.py:PlainWeight.copy": "a version's weights wait in pinned memory",
+    "weights/plain_weight.py:PlainWeight.exchange": "weights change places at their addresses, which graphs know",
+    "weights/plain_weight.py:PlainWeight.fingerprint": "a sum over the weight, where it lies",
+    "weights/plain_weight.py:exchange": "through a part of device memory, taken before anything is changed",
+    "weights/plain_weight.py:exchange_bias": "the same for a bias",
+    "weights/plain_weight.py:fingerprint": "the same",
+    "graph/scope_tables.py:_sent": "tables of token ids go to the device when slots change, and are not waited for",
+    "graph/slot_rows.py:Layout.rows": "rows on the device, or in pinned memory",
     "vllm_host/device.py:check_device": "a GPU that torch has no kernels for is refused",
     "vllm_host/device.py:check_compiler": "a GPU's compiler is not asked for",
     "vllm_host/device.py:free_for_slots": "device memory that the model, the KV cache and vLLM's share leave",
@@ -53,11 +53,11 @@ PLACES: Mapping[str, str] = {
     "vllm_host/weights.py:_live": "a GPU's weight is its parameter",
 }
 """By file and name in `plugin/`: why a GPU matters there; what `found` finds, and what no name betrays."""
-WHOLE = ("vllm_host/runner_v2.py", "plain_weight.py", "vllm_host/device.py")
+WHOLE = ("vllm_host/runner_v2.py", "weights/plain_weight.py", "vllm_host/device.py")
 
 _REASONS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "a CPU's": {
-        "cpu_products.py:products_for": (
+        "graph/cpu_products.py:products_for": (
             "try:", "return compiled()", 'said = (getattr(error, "stderr", None) or str(error)).strip()',
             "logger.warning(", "return EXPRESSIONS",
         ),
@@ -71,8 +71,8 @@ _REASONS: Mapping[str, Mapping[str, Sequence[str]]] = {
         ),
     },
     "another machine: `tests/test_gpu_driver.py`": {
-        "gpu_driver.py:cuda_of_torch": ("return None",),
-        "gpu_driver.py:faults": (
+        "cli/gpu_driver.py:cuda_of_torch": ("return None",),
+        "cli/gpu_driver.py:faults": (
             "return",
             """yield f"{needed}, and there is no NVIDIA driver ({error}): install one, or vLLM's CPU build\"""",
             """yield f"the NVIDIA driver does not start (error {failure}): {_WHY.get(failure, 'see its own log, dmesg')}\"""",  # noqa: E501  a line of code
@@ -83,13 +83,13 @@ _REASONS: Mapping[str, Mapping[str, Sequence[str]]] = {
     },
     "`--max-model-len auto`: `tests/test_plan.py`": {"vllm_host/device.py:_cache_of_one_request": ("return 0",)},
     "three buffers are not waited for: `tests/test_device_rows.py`": {
-        "device_rows.py:PinnedTurns.begin": ("buffer.copied.synchronize()",),
+        "graph/device_rows.py:PinnedTurns.begin": ("buffer.copied.synchronize()",),
     },
     "no matter of the device: `tests/test_edited_model.py`": {
-        "edited_model.py:EditedModel.prepare": (
+        "graph/edited_model.py:EditedModel.prepare": (
             """raise InstallRefused(f"version {version[:12]} of {manifest.name!r}", missing)""",
         ),
-        "edited_model.py:EditedModel.install": (
+        "graph/edited_model.py:EditedModel.install": (
             """raise ValueError(f"slot {slot} is not a free slot of 1 to {self.slots}")""",
             """raise RuntimeError(f"slot {slot} does not hold version {prepared.version[:12]} as it was prepared")""",
         ),

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from tests.gpu.facts import ended, require, tell, tried
-from vllm_edits.plugin.slot_products import EXPRESSIONS
+from vllm_edits.plugin.graph.slot_products import EXPRESSIONS
 
 TOKENS, HIDDEN, DEVICE = 256, 2048, "cuda"
 RANKS = (4, 16, 64)

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from tests.gpu import null_gpu
 from tests.gpu.facts import require
-from vllm_edits.plugin.device_rows import PinnedTurns
-from vllm_edits.plugin.edited_model import EditedModel
-from vllm_edits.plugin.step_filler import Batch
+from vllm_edits.plugin.graph.device_rows import PinnedTurns
+from vllm_edits.plugin.graph.edited_model import EditedModel
+from vllm_edits.plugin.graph.step_filler import Batch
 
 
 @dataclass

@@ -120,7 +120,7 @@ CHANGED: dict[str, Callable[[Any], None]] = {
     "vllm.v1.sample.sampler": v1_sampler,
     "vllm.v1.sample.rejection_sampler": v1_rejection,
     "vllm.v1.outputs": logprobs,
-    "vllm_edits.plugin.plain_weight": weights,
+    "vllm_edits.plugin.weights.plain_weight": weights,
 }
 
 

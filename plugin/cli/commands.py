@@ -1,0 +1,287 @@
+"""The `vllm-edits` command: the store's commands, and `serve` and `status` for servers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+from typer.core import TyperCommand
+
+from vllm_edits.edit_store.architectures import supported
+from vllm_edits.edit_store.base_model import identify, weight_files
+from vllm_edits.edit_store.cli import JsonOption, StoreOption, app, as_script, counted, explained, plain, show
+from vllm_edits.edit_store.errors import EditsError, SettingsError
+from vllm_edits.plugin.byte_sizes import bytes_of, sized
+from vllm_edits.plugin.cli import gpu_driver, serve_command
+from vllm_edits.plugin.cli import run_batch as batch
+from vllm_edits.plugin.cli_client import DEFAULT_URL, ApiKeyOption, UrlOption, authorization, no_answer
+from vllm_edits.plugin.experiments.analysis import cli as _experiments  # noqa: F401  importing it registers its command
+from vllm_edits.plugin.open_store import open_reader
+from vllm_edits.server_config.settings import KEY, read_settings
+
+SettingOption = Annotated[
+    list[str] | None, typer.Option("--set", help="one more setting, e.g. --set slots=32 (JSON values allowed)")
+]
+_SHORT = re.compile(r"-[A-Za-z]{2}")
+_NOT_ON_A_SOCKET = ("--headless", "--uds", "--ssl-certfile", "--ssl-keyfile")
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command(context_settings=_PASSED_ON)
+@explained
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="the base model: a folder or a repository name")],
+    store: StoreOption,
+    setting: SettingOption = None,
+) -> None:
+    """Start `vllm serve MODEL` with the plugin. Every other flag is handed on to vLLM."""
+    command, words, environment = _vllm(model, store, setting, list(context.args))
+    os.execve(command, [command, *words], environment)  # noqa: S606  the user asked for this very command
+
+
+class _LongFlags(TyperCommand):
+    """Takes no short flags but its own: of vLLM's `-cc.mode=0` click would read `-o`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if short := [word for word in args if _SHORT.match(word)]:
+            raise typer.BadParameter(f"{short[0]}: write flags of vLLM out, as --compilation-config for -cc")
+        return super().parse_args(ctx, args)
+
+
+@app.command(name="run-batch", cls=_LongFlags, context_settings=_PASSED_ON)
+@explained
+def run_batch(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="the base model: a folder or a repository name")],
+    *,
+    store: StoreOption,
+    requests: Annotated[
+        Path, typer.Option("--input", "-i", help="requests in OpenAI's batch format, a JSON line each")
+    ],
+    answers: Annotated[Path, typer.Option("--output", "-o", help="where the answers go, a JSON line each")],
+    at_once: Annotated[int, typer.Option(min=1, help="requests that are sent together")] = 256,
+    setting: SettingOption = None,
+    api_key: ApiKeyOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Answer a file of requests, for variants or the base, and end. Every other flag is handed on to vLLM.
+
+    A line of the file: {"custom_id": "1", "url": "/v1/chat/completions", "body": {"model": "polite", "messages": …}}
+    """
+    lines = batch.read(requests)
+    command, words, environment = _vllm(model, store, setting, context.args, on_socket=True)
+    part = answers.with_name(f"{answers.name}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        part.open("w") as out,
+        batch.server([command, *words], environment) as path,
+        counted("answering", total=len(lines)) as update,
+    ):
+        failed = asyncio.run(
+            batch.answer(path, lines, out, at_once=at_once, api_key=api_key, progress=lambda: update(advance=1))
+        )
+    part.replace(answers)
+    if as_json:
+        as_script({"requests": len(lines), "failed": failed, "output": str(answers)})
+    else:
+        plain(f"{len(lines) - failed} of {len(lines)} requests answered, in {answers}")
+    if failed:
+        raise EditsError(f"{failed} requests were not answered: see `error` in {answers}")
+
+
+def _vllm(
+    model: str, store: str, setting: list[str] | None, words: Sequence[str], *, on_socket: bool = False
+) -> tuple[str, list[str], dict[str, str]]:
+    """The `vllm` command, its words and its environment; what can be refused is, before minutes of loading."""
+    settings = {"store": store, **dict(_assignment(text) for text in setting or [])}
+    open_reader(read_settings({KEY: settings}))  # store, trust file and key
+    flags = serve_command.Flags(words)
+    if not on_socket:
+        _require_free_port(flags)
+    elif elsewhere := [flag for flag in _NOT_ON_A_SOCKET if flags.get(flag) not in (None, False)]:
+        raise SettingsError(
+            f"{', '.join(elsewhere)}: the server of a batch answers on a socket of its own. Leave it out"
+        )
+    if reasons := list(gpu_driver.faults(gpu_driver.cuda_of_torch())):
+        raise EditsError("; ".join(reasons))
+    command = shutil.which("vllm", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    if command is None:
+        raise EditsError("no `vllm` command beside this Python; install vLLM 0.26 to 0.33")
+    arguments = serve_command.arguments(model, settings, flags)
+    chosen = serve_command.plugins(os.environ.get(serve_command.VARIABLE))
+    for remark in chosen.remarks:
+        typer.echo(f"vllm-edits: {remark}", err=True)
+    return command, arguments, {**os.environ, serve_command.VARIABLE: ",".join(chosen.names)}
+
+
+@app.command()
+@explained
+def plan(
+    model: Annotated[Path, typer.Argument(help="folder of the base model's checkpoint", exists=True, file_okay=False)],
+    *,
+    store: StoreOption,
+    setting: SettingOption = None,
+    dtype: Annotated[str, typer.Option(help="as vLLM's --dtype", show_default="as vLLM chooses")] = "auto",
+    memory: Annotated[str, typer.Option(help="say how many slots fit into this, e.g. 8GiB")] = "",
+    workers: Annotated[
+        int, typer.Option("--tensor-parallel-size", min=1, help="as vLLM's; the figures are each worker's")
+    ] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """What `serve` with these settings would make room for, and the device memory that takes.
+
+    Everything follows from the checkpoint's config and the store; nothing is loaded. Every promoted version is held
+    against what would be reserved.
+    """
+    from vllm_edits.plugin import plan as planning  # brings torch
+    from vllm_edits.plugin.graph.slot_bytes import price
+    from vllm_edits.plugin.weights import weights_reservation
+    from vllm_edits.plugin.weights.weight_form import formless
+
+    settings = read_settings({KEY: {"store": store, **dict(_assignment(text) for text in setting or [])}})
+    room = bytes_of(memory) if memory else None
+    with counted("hashing the model", in_bytes=True) as update:
+        update(total=sum(path.stat().st_size for path in weight_files(model)))
+        base = identify(model, progress=lambda size: update(advance=size))
+    promoted = planning.promoted(settings, base)
+    reservation = planning.reserve(settings, base, promoted)
+    kind = planning.dtype_of(model, dtype)
+    if workers > 1 and (why := supported(base.architecture).undivided):
+        raise SettingsError(f"{base.architecture} cannot be divided among {workers} workers: {why}")
+    if base.widths.heads % workers:
+        raise SettingsError(f"{base.widths.heads} heads cannot be divided among {workers} workers")
+    of_room = price(base.widths, kind, workers)
+    found = planning.Plan.of(reservation, of_room)
+    rows = planning.rows(found, reservation)
+    refused = {
+        manifest.name: [reason.message for reason in missing]
+        for manifest in promoted.per_request
+        if (missing := reservation.missing(manifest, of_room))
+    }
+    patched = planning.reserve_weights(settings, base, promoted)
+    mine = base.widths.per_worker(workers)
+    patch = weights_reservation.bytes_kept(patched, supported(base.architecture), mine, kind.itemsize)
+    if promoted.in_weights and (missing := formless(promoted.in_weights.edits, supported(base.architecture))):
+        refused[promoted.in_weights.name] = [reason.message for reason in missing]
+    fits = None if room is None else found.most(room)
+    if as_json:
+        as_script({"rooms": rows, "bytes_per_slot": found.slot, "slots": settings.slots,
+                   "bytes": found.total(settings.slots), "fit": fits, "refused": refused,
+                   "weights": {"projections": len(patched), "bytes": patch}})  # fmt: skip
+        return
+    columns = {"kind": "kind", "point": "at", "reads": "reads", "rank": "rank", "features": "with", "sites": "layers"}
+    show([{**row, "size": sized(row["bytes"])} for row in rows], {**columns, "size": "bytes per slot"}, False)
+    plain(f"one slot {sized(found.slot)}; {settings.slots} slots and the base model's "
+          f"{sized(found.total(settings.slots))}")  # fmt: skip
+    if room is not None:
+        plain(f"{fits} slots fit into {sized(room)}")
+    if patched:
+        plain(f"{settings.weights} in the weights: up to {sized(patch)} of {len(patched)} projections, as much "
+              "host memory for every version that is prepared, and on a CPU once more")  # fmt: skip
+    for name, reasons in refused.items():
+        plain(f"{name} would be refused: {'; '.join(reasons)}")
+
+
+@app.command()
+@explained
+def status(
+    url: UrlOption = DEFAULT_URL,
+    api_key: ApiKeyOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """What a running server serves: variants, versions, slots, requests in flight, the last swap."""
+    try:
+        answer = httpx.get(f"{url}/v1/edits", headers=authorization(api_key), timeout=10)
+    except httpx.HTTPError as error:
+        raise no_answer(url, error) from None
+    if answer.status_code != httpx.codes.OK:
+        raise EditsError(f"{url}/v1/edits answered {answer.status_code}: {answer.text[:200]}")
+    found: dict[str, Any] = answer.json()
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    _show_status(found)
+
+
+def _show_status(found: dict[str, Any]) -> None:
+    rows = [{**row, "digits": row["version"][:12], "resident": _place(row)} for row in found["variants"]]
+    columns = {
+        "name": "variant", "tag": "tag", "digits": "version", "sequence": "#", "resident": "on device",
+        "in_flight": "in flight",
+    }  # fmt: skip
+    show(rows, columns, as_json=False)
+    base, slots, swap, store = found["base"], found["slots"], found["last_swap"], found["store"]
+    plain(f"base {', '.join(base['names'])}, {base['in_flight']} in flight")
+    plain(
+        f"slots {slots['used']} of {slots['total']}; store {store['url']}, read {_age(store)}, "
+        f"signatures {found['signatures']}"
+    )
+    if slots["waiting"]:
+        requests = sum(row["requests"] for row in slots["waiting"])
+        longest = max(row["seconds"] for row in slots["waiting"])
+        plain(f"{requests} requests wait for a slot, the first for {longest:.1f} s: raise edits.slots if they often do")
+    if found["weights"]["variant"]:
+        held = (found["weights"]["version"] or "the base model")[:14]
+        plain(f"weights are for {found['weights']['variant']}, and hold {held}")
+    if found["weights"]["doubt"]:
+        plain(f"weights in doubt, nothing is answered: {found['weights']['doubt']}")
+    if swap:
+        phases = ", ".join(f"{phase} {seconds * 1000:.0f} ms" for phase, seconds in swap["seconds"].items())
+        ended = swap["error"] or phases or "nothing to install"
+        version = (swap["to_version"] or "none")[:12]
+        plain(f"last swap {swap['variant']}@{swap['tag']} to {version} at {swap['at']}: {ended}")
+    for refused in found["refused"]:
+        plain(f"refused {refused['name']}@{refused['tag']}: {refused['error']}")
+    for trouble in found["troubles"]:
+        plain(f"history in trouble {trouble['name']}@{trouble['tag']}: {trouble['error']}")
+
+
+def _place(row: dict[str, Any]) -> str:
+    return "in weights" if row["in_weights"] else "yes" if row["resident"] else "paged out"
+
+
+def _age(store: dict[str, Any]) -> str:
+    seconds = store["head_age_seconds"]
+    return "never" if seconds is None else f"{seconds:.1f} s ago"
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise SettingsError(f"--set {text}: expected name=value")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _require_free_port(flags: serve_command.Flags) -> None:
+    """Refuse an address that is taken before minutes of loading, not after."""
+    if flags.get("--uds") is not None:
+        return
+    host, port = flags.get("--host") or "", flags.get("--port") or 8000
+    try:
+        found = socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, (address, _, *more) = found[0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((address, int(port), *more))
+    except (OSError, ValueError, OverflowError) as error:
+        where = f"port {port}" + (f" of {host}" if host else "")
+        raise EditsError(f"{where} cannot be used: {error}. Choose another with --port") from None
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()

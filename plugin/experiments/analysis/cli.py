@@ -1,0 +1,117 @@
+"""`vllm-edits experiment report` and `replay`: what the evidence comes to, and where two versions part."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_edits.edit_store.cli import JsonOption, StoreOption, as_script, counted, explained, plain, show
+from vllm_edits.edit_store.cli.experiment import ExperimentArgument, experiment
+from vllm_edits.edit_store.errors import NotFound
+from vllm_edits.edit_store.experiment import Experiment
+from vllm_edits.edit_store.experiment_log import Experiments
+from vllm_edits.edit_store.store import EditStore
+from vllm_edits.plugin.cli_client import DEFAULT_URL, ApiKeyOption, UrlOption
+from vllm_edits.plugin.experiments.analysis.evidence import gather
+from vllm_edits.plugin.experiments.analysis.replay import bodies, replay, summary
+from vllm_edits.plugin.experiments.analysis.report import ArmShare, as_json, html, picture, remarks, summarise, table
+
+
+@experiment.command()
+@explained
+def report(
+    name: ExperimentArgument,
+    exposures: Annotated[
+        list[Path], typer.Argument(help="folders (edits.exposure_folder of every server) and files of exposures")
+    ],
+    *,
+    store: StoreOption,
+    phase: Annotated[int | None, typer.Option(min=1, help="which phase", show_default="the last")] = None,
+    alpha: Annotated[
+        float, typer.Option(min=1e-6, max=0.5, help="how often an interval may be wrong, at any look")
+    ] = 0.05,
+    tuned_for: Annotated[int, typer.Option(min=1, help="requests of two arms at which intervals are narrowest")] = 5000,
+    html_file: Annotated[Path | None, typer.Option("--html", help="write a page with table and picture")] = None,
+    picture_file: Annotated[Path | None, typer.Option("--picture", help="write the picture, .png or .svg")] = None,
+    as_data: JsonOption = False,
+) -> None:
+    """Hold every arm against the control, from what servers wrote down.
+
+    Intervals hold at every look together: reading this every hour, and stopping when it is clear, is honest. Requests
+    of one unit are taken together. A mismatch of how many units came to each arm is told first, and then nothing else
+    is concluded.
+    """
+    document, last = _document(EditStore(store), name, phase)
+    with counted("reading exposures", in_bytes=True) as update:
+        evidence = gather(exposures, name, last, lambda done, total: update(completed=done, total=total))
+    arms = [ArmShare(arm.name, arm.weight, arm == document.control) for arm in document.arms]
+    goals = {metric: goal for metric, goal in document.metrics().items() if goal}
+    found = summarise(evidence, arms, goals=goals, alpha=alpha, tuned_for=tuned_for)
+    if html_file is not None:
+        html_file.write_text(html(found))
+    if picture_file is not None and not picture(found, picture_file):
+        typer.echo(f"nothing to draw yet: {picture_file} was not written", err=True)
+    if as_data:
+        as_script(as_json(found))
+        return
+    plain(f"{name}, phase {last}")
+    for remark in remarks(found):
+        plain(remark)
+    show(*table(found), as_json=False)
+
+
+def _document(store: EditStore, name: str, phase: int | None) -> tuple[Experiment, int]:
+    """The document that a phase ended with, and the phase's number."""
+    documents: dict[int, Experiment] = {}
+    document, started = None, 0
+    for entry in Experiments(store).history(name):
+        document = entry.document or document
+        started += entry.operation == "start"
+        if started and document is not None and entry.operation != "create":
+            documents[started] = document
+    wanted = phase or max(documents, default=0)
+    if wanted not in documents:
+        raise NotFound(f"experiment {name!r} has had {len(documents)} phase(s): there is no evidence of phase {wanted}")
+    return documents[wanted], wanted
+
+
+@experiment.command(name="replay")
+@explained
+def replay_prompts(
+    prompts: Annotated[
+        Path, typer.Argument(help="file of prompts: a line of text each, or of JSON with `prompt` or `messages`")
+    ],
+    first: Annotated[str, typer.Argument(help="base model, variant, name@tag or name@version")],
+    second: Annotated[str, typer.Argument(help="the same, to compare with")],
+    *,
+    url: UrlOption = DEFAULT_URL,
+    api_key: ApiKeyOption = "",
+    max_tokens: Annotated[int, typer.Option(min=1, help="of each answer, where a prompt does not say it")] = 64,
+    as_data: JsonOption = False,
+) -> None:
+    """Ask the same prompts of two versions, and tell where their answers part, token by token.
+
+    Answers are greedy unless a prompt says otherwise, so what differs is the edit.
+    """
+    requests = bodies(prompts)
+    with counted("asking", total=len(requests)) as update:
+        found = asyncio.run(
+            replay(url, (first, second), requests, max_tokens=max_tokens, api_key=api_key,
+                   progress=lambda: update(advance=1))
+        )  # fmt: skip
+    told = summary(found)
+    if as_data:
+        as_script({"summary": told, "partings": [asdict(each) for each in found]})
+        return
+    rows = [
+        {"prompt": each.prompt[:40], "place": "-" if each.parted_at is None else each.parted_at,
+         first: each.said[0][:40], second: each.said[1][:40]}
+        for each in found
+    ]  # fmt: skip
+    show(rows, {"prompt": "prompt", "place": "parts at token", first: first, second: second}, as_json=False)
+    where = "" if told["median_place"] is None else f", in the middle at token {told['median_place']:g}"
+    plain(f"{told['parted']} of {told['prompts']} answers part{where}")

@@ -1,0 +1,232 @@
+"""What the evidence of an experiment comes to: verdicts, a table, a page, a picture. Pure but for `picture`.
+
+Whether units came to the arms in the declared shares is asked first. If not, something chose who is in which arm, and
+no difference between them is the variant's doing: nothing is concluded.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from html import escape
+from pathlib import Path
+from typing import Any, Literal
+
+from vllm_edits.edit_store.errors import EditsError, nearest
+from vllm_edits.edit_store.experiment import BUILT_IN
+from vllm_edits.plugin.experiments.analysis.evidence import Caveats, Evidence
+from vllm_edits.plugin.experiments.analysis.sequences import ArmMean, Interval, SampleRatio, difference, sample_ratio
+
+Goal = Literal["increase", "decrease"]
+GOALS: Mapping[str, Goal] = {name: goal for name, goal in BUILT_IN.items() if goal}
+"""What is wished of the built-in metrics. More output is neither better nor worse."""
+
+CONTROL, BETTER, WORSE, DIFFERS = "control", "better", "worse", "differs"
+NO_DIFFERENCE, TOO_FEW, MISMATCH = "no difference seen yet", "too few units", "sample ratio mismatch"
+COLUMNS = {
+    "metric": "metric", "arm": "arm", "mean": "mean", "units": "units", "requests": "requests",
+    "difference": "difference", "lift": "relative", "verdict": "verdict",
+}  # fmt: skip
+_COLOURS = {BETTER: "#2ca02c", WORSE: "#d62728", MISMATCH: "#d62728", DIFFERS: "#1f77b4"}
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse } th, td { padding: .25rem .75rem; border-bottom: 1px solid #ddd; text-align: left }
+svg { max-width: 100%; height: auto }
+"""
+
+
+class NoMatplotlib(EditsError):
+    """A picture is asked for where matplotlib is not installed."""
+
+
+@dataclass(frozen=True)
+class ArmShare:
+    """An arm as the experiment declares it. share: the part of all units, at any scale; more than 0."""
+
+    name: str
+    share: float
+    is_control: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """One metric in one arm. `mean` is None without a request; `difference`, to the control, without enough of them."""
+
+    metric: str
+    arm: str
+    mean: float | None
+    units: int
+    requests: int
+    difference: Interval | None
+    lift: float | None
+    """the difference over the control's mean"""
+    verdict: str
+
+    def as_row(self) -> dict[str, Any]:
+        """Fields as shown, numbers rounded."""
+        found = self.difference
+        shown = "" if found is None else f"{found.estimate:+.3g} ({found.low:+.3g} to {found.high:+.3g})"
+        return {
+            **{name: getattr(self, name) for name in COLUMNS},
+            "mean": "" if self.mean is None else f"{self.mean:.4g}",
+            "difference": shown,
+            "lift": "" if self.lift is None else f"{self.lift:+.1%}",
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """What may be said of one phase. Every interval by itself holds at all looks with probability 1 - alpha."""
+
+    experiment: str
+    phase: int
+    alpha: float
+    arms: tuple[ArmShare, ...]
+    units: Mapping[str, int]
+    versions: Mapping[str, str]
+    sample_ratio: SampleRatio
+    lines: tuple[Line, ...]
+    caveats: Caveats
+
+
+def summarise(
+    evidence: Evidence, arms: Sequence[ArmShare], *,
+    goals: Mapping[str, Goal] | None = None, alpha: float = 0.05, tuned_for: int = 5000,
+) -> Report:  # fmt: skip
+    """Hold every arm against the control, metric by metric.
+
+    goals: what is wished of metrics, by name, beside or instead of GOALS. tuned_for: how many requests, or how much
+    feedback of a kind, the control and one arm are expected to have together when it is decided.
+    """
+    names = [arm.name for arm in arms]
+    controls = [arm.name for arm in arms if arm.is_control]
+    if len(controls) != 1:
+        raise EditsError(f"expected one control among the arms {', '.join(names)}, found {len(controls)}")
+    if unknown := [name for name in evidence.units if name not in names]:
+        known = f"Declared: {', '.join(names)}.{nearest(unknown[0], names)}"
+        raise EditsError(f"the logs hold an arm {unknown[0]!r} that {evidence.experiment!r} does not declare. {known}")
+    units = {name: evidence.units.get(name, 0) for name in names}
+    ratio = sample_ratio(list(units.values()), [arm.share for arm in arms])
+    wished = {**GOALS, **(goals or {})}
+
+    def line(metric: str, arm: str, mean: ArmMean | None, control: ArmMean | None) -> Line:
+        found: Interval | None = None
+        lift: float | None = None
+        enough = mean is not None and control is not None and mean.is_enough and control.is_enough
+        if mean and control and arm not in controls:
+            found = difference(control, mean, alpha=alpha, tuned_for=tuned_for)
+            lift = found.estimate / abs(control.mean) if found and control.mean else None
+        verdict = _verdict(found, wished.get(metric)) if enough else TOO_FEW
+        verdict = CONTROL if arm in controls else MISMATCH if ratio.mismatch else verdict
+        counted: tuple[float | None, int, int] = (mean.mean, mean.units, mean.requests) if mean else (None, 0, 0)
+        return Line(metric, arm, *counted, found, lift, verdict)
+
+    lines = []
+    for metric, sums in evidence.metrics.items():
+        means = {name: ArmMean.of(each.sums, each.counts) for name, each in sums.items()}
+        lines += [line(metric, name, means.get(name), means.get(controls[0])) for name in names]
+    return Report(
+        evidence.experiment, evidence.phase, alpha, tuple(arms), units, evidence.versions, ratio, tuple(lines),
+        evidence.caveats,
+    )  # fmt: skip
+
+
+def _verdict(found: Interval | None, goal: Goal | None) -> str:
+    if found is None or found.low <= 0 <= found.high:
+        return NO_DIFFERENCE
+    if goal is None:
+        return DIFFERS
+    return BETTER if (found.estimate > 0) == (goal == "increase") else WORSE
+
+
+# -- telling -----------------------------------------------------------------------------------------------------------
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """The report as plain data."""
+    return asdict(report)
+
+
+def table(report: Report) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Rows and columns for `show`."""
+    return [line.as_row() for line in report.lines], COLUMNS
+
+
+def remarks(report: Report) -> list[str]:
+    """What to know before the table: who came to which arm, what the intervals promise, what was left out."""
+    caveats, ratio = report.caveats, report.sample_ratio
+    whole = sum(arm.share for arm in report.arms)
+    came = (f"{arm.name} {report.units[arm.name]} ({arm.share / whole:.3g} declared)" for arm in report.arms)
+    told = [f"units: {', '.join(came)}"]
+    if ratio.mismatch:
+        told.append(f"sample ratio mismatch (p {ratio.p_value:.2g}): find out why before anything is concluded")
+    if compared := sum(line.difference is not None for line in report.lines):
+        told.append(
+            f"{compared} differences, each with an interval that by itself holds {1 - report.alpha:.0%} at all looks: "
+            f"where nothing has an effect, {compared * report.alpha:.2g} of them are expected to be wrong, or fewer"
+        )
+    counted = {
+        "requests whose arm was not chosen by hash, left out": caveats.not_by_hash,
+        **{f"requests of {arm} from another version's time, left out": n for arm, n in caveats.other_versions.items()},
+        "lines seen before, left out": caveats.repeated,
+        "of these that said something else": caveats.contradicting,
+        "feedback whose request is in no log, taken at its word": caveats.feedback_alone,
+        "units in two arms, where a unit should have one": caveats.units_in_two_arms,
+        "logs that end within a line": caveats.half_lines,
+    }
+    return told + [f"{number} {what}" for what, number in counted.items() if number]
+
+
+def html(report: Report) -> str:
+    """A page that needs nothing beside it: remarks, table, and the picture if matplotlib is installed."""
+    title = escape(f"{report.experiment}, phase {report.phase}")
+    told = "".join(f"<li>{escape(remark)}</li>\n" for remark in remarks(report))
+    head = "".join(f"<th>{escape(heading)}</th>" for heading in COLUMNS.values())
+    body = ""
+    for line in report.lines:
+        cells = "".join(f"<td>{escape(str(cell))}</td>" for cell in line.as_row().values())
+        body += f'<tr style="color: {_COLOURS.get(line.verdict, "inherit")}">{cells}</tr>\n'
+    drawing = io.StringIO()
+    with suppress(NoMatplotlib):
+        picture(report, drawing)
+    svg = "".join(drawing.getvalue().partition("<svg")[1:])  # without the prologue of a file
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
+        f"</head>\n<body><h1>{title}</h1>\n<ul>\n{told}</ul>\n<table><tr>{head}</tr>\n{body}</table>\n{svg}</body></html>\n"
+    )
+
+
+def picture(report: Report, where: Path | io.StringIO) -> bool:
+    """Draw every difference with its interval, a panel for each metric, a row for each arm; False if there is none.
+
+    where: a file, whose ending says PNG or SVG, or a text stream for SVG.
+    """
+    try:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise NoMatplotlib("drawing needs matplotlib, which is not installed: pip install matplotlib") from None
+    compared = [(line, line.difference) for line in reversed(report.lines) if line.difference is not None]
+    panels = {line.metric: [pair for pair in compared if pair[0].metric == line.metric] for line, _ in compared[::-1]}
+    if not panels:
+        return False
+    figure = Figure(figsize=(8, 0.3 * len(compared) + 0.8 * len(panels)), layout="constrained")
+    heights = [len(rows) for rows in panels.values()]
+    axes = figure.subplots(len(panels), squeeze=False, gridspec_kw={"height_ratios": heights})
+    for axis, (metric, rows) in zip(axes[:, 0], panels.items(), strict=True):
+        for height, (line, found) in enumerate(rows):
+            colour = _COLOURS.get(line.verdict, "grey")
+            axis.plot([found.low, found.high], [height, height], color=colour)
+            axis.plot(found.estimate, height, "o", color=colour, markersize=4)
+        axis.axvline(0, color="lightgrey", zorder=0)
+        axis.set_ylim(-0.6, len(rows) - 0.4)
+        axis.set_yticks(range(len(rows)), [line.arm for line, _ in rows], fontsize="x-small")
+        axis.set_title(f"{metric}: difference to the control", fontsize="small", parse_math=False)
+        for label in axis.get_yticklabels():  # a dollar in a name is a dollar
+            label.set_parse_math(False)
+    kind = where.suffix[1:] if isinstance(where, Path) else "svg"
+    with mpl.rc_context({"svg.hashsalt": "vllm-edits", "svg.fonttype": "none"}):  # the same report is the same file
+        figure.savefig(where, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    return True

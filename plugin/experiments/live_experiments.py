@@ -1,0 +1,382 @@
+"""The experiments of one server: how they stand, which arms it can serve, what came of requests, what must be ended.
+
+Lives in the process that owns the slots, on its event loop. What decides and judges is pure and lies elsewhere
+(`deciding`, `guardrails`); this object keeps what they decide on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from vllm_edits.edit_store.bundle import GATE_FIRINGS
+from vllm_edits.edit_store.errors import (
+    BundleRefused,
+    CompareRefused,
+    Conflict,
+    EditsError,
+    ExperimentRefused,
+    FeedbackRefused,
+    NotFound,
+    NotTrusted,
+    Overtaken,
+    StoreUnavailable,
+)
+from vllm_edits.edit_store.experiment import BASE
+from vllm_edits.edit_store.experiments import Change, Standing, Standings
+from vllm_edits.edit_store.refs import Ref, is_digest
+from vllm_edits.plugin.experiments.evaluation_context import Asking
+from vllm_edits.plugin.experiments.exposure_log import ExposureLog
+from vllm_edits.plugin.experiments.feedback_token import Handles
+from vllm_edits.plugin.experiments.guardrails import Action, Guardrails, Withdraw
+from vllm_edits.plugin.experiments.records import Exposure, Feedback, Record
+from vllm_edits.plugin.experiments.resolver import Resolver
+from vllm_edits.plugin.experiments.routing import ArmKey, Way, decide
+from vllm_edits.plugin.experiments.shadow_pairs import COMPARE_HEADER
+from vllm_edits.plugin.metrics import Metrics
+from vllm_edits.plugin.periodic import repeat
+from vllm_edits.plugin.serving.version_info import TraitsOf
+
+logger = logging.getLogger("vllm.edits")
+
+RAMP_GOES_ON_FOR = timedelta(seconds=60)
+"""how long a ramp goes on that nobody could stop, since the store is not read"""
+REMEMBERED_FEEDBACK = 100_000
+TICK_SECONDS = 1.0
+
+Prepare = Callable[[str, str], Awaitable[None]]
+"""Has every worker make a version ready, by name and digest; EditsError when this server cannot serve it."""
+Append = Callable[[Change, str, str], Any]
+"""Appends a change to the store's log, with its reason and who makes it; called in a thread."""
+
+
+class ServedExperiments:
+    """What this server knows of experiments. `follow` takes what the store says, `decide` answers for each request."""
+
+    def __init__(
+        self, metrics: Metrics, log: ExposureLog, handles: Handles, *, prepare: Prepare, append: Append,
+        traits: TraitsOf, resolver: Resolver | None = None, now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:  # fmt: skip
+        self.standings: Standings = {}
+        self._metrics = metrics
+        self._log = log
+        self._handles = handles
+        self._prepare = prepare
+        self._append = append
+        self._traits = traits
+        self._resolver = resolver
+        self._now = now
+        self._read_at = now()
+        self._servable: set[str] = set()
+        """versions that arms name, as `name@version`, and that are ready"""
+        self._refused: dict[str, EditsError] = {}
+        """versions that arms name, and why they cannot be served here"""
+        self._guards: dict[tuple[str, int], Guardrails] = {}
+        self._withdrawn: dict[tuple[str, int, str], str] = {}
+        """arms by experiment and phase that this server withdrew, and why"""
+        self._versions: dict[tuple[str, int, str], str] = {}
+        """what arms by experiment and phase have last answered with"""
+        self._held: dict[tuple[str, int], float] = {}
+        """ramps that this server holds, and how many seconds they had run"""
+        self._waiting: list[tuple[Change, str]] = []
+        """what the store has still to be told"""
+        self._heard: OrderedDict[tuple[str, str], float] = OrderedDict()
+        self._told: set[str] = set()
+
+    # -- following ---------------------------------------------------------------------------------------------------
+
+    async def follow(self, standings: Standings, passed_over: Sequence[str] = ()) -> None:
+        """Take over how experiments stand by the store. What is withdrawn or stopped there is so at once."""
+        self._read_at = self._now()
+        self.standings = {name: self._as_held(standing) for name, standing in standings.items()}
+        for line in passed_over:
+            self._tell(line)
+        serving = {(name, each.phase): each for name, each in self.standings.items() if each.serving}
+        self._guards = {key: self._guard(key, standing) for key, standing in serving.items()}
+        self._withdrawn = {key: why for key, why in self._withdrawn.items() if key[:2] in serving}
+        self._versions = {key: version for key, version in self._versions.items() if key[:2] in serving}
+        self._held = {key: elapsed for key, elapsed in self._held.items() if key in serving}
+        self._servable &= {arm.serves for each in serving.values() for arm in each.document.arms}
+        if serving and not self._log.keeps:
+            self._tell("experiments run and their exposures are not written down: set edits.exposure_folder")
+        for standing in serving.values():
+            for arm in standing.document.arms:
+                await self._make_ready(arm.serves)
+
+    def _as_held(self, standing: Standing) -> Standing:
+        """A ramp that this server holds stands still here until the store says so; then it is the store's to say."""
+        key = standing.document.name, standing.phase
+        if key in self._held and standing.ramping_since is None:
+            del self._held[key]
+        return replace(standing, ramped=self._held[key], ramping_since=None) if key in self._held else standing
+
+    def _guard(self, key: tuple[str, int], standing: Standing) -> Guardrails:
+        known = self._guards.get(key)
+        if known is None or known.rules != standing.document.guardrails:
+            known = self._new_guard(standing)
+        for arm in standing.document.arms[1:]:
+            if arm.name in standing.withdrawn or (*key, arm.name) in self._withdrawn:
+                known.stop_watching(arm.name)
+        return known
+
+    def _new_guard(self, standing: Standing) -> Guardrails:
+        document, now = standing.document, time.monotonic()
+        ago = (self._now() - standing.began_at).total_seconds() if standing.began_at else 0.0
+        weights = {arm.name: arm.weight for arm in document.arms}
+        return Guardrails(weights, document.guardrails, now - ago, now, standing.withdrawn)
+
+    async def _make_ready(self, serves: str) -> None:
+        """Have a version ready that an arm names. One that a tag promotes is: that is followed like any."""
+        ref = None if serves == BASE else Ref.parse(serves)
+        if ref is None or not is_digest(ref.selector) or serves in self._servable:
+            return
+        before = self._refused.get(serves)
+        if isinstance(before, BundleRefused) and not isinstance(before, NotTrusted):  # it stays what it is
+            return
+        try:
+            await self._prepare(ref.name, ref.selector)
+        except EditsError as error:
+            self._refused[serves] = error
+            self._tell(f"an arm that serves {ref.name}@{ref.selector[:12]} is served by the control: {error}")
+        else:
+            self._refused.pop(serves, None)
+            self._servable.add(serves)
+
+    def has_ready(self, model: str) -> bool:
+        """Whether that is a version, as `name@version`, which an arm names and is ready here."""
+        return model in self._servable
+
+    def versions(self) -> list[tuple[str, str]]:
+        """Name and version of what arms name and is ready here."""
+        return [(name, version) for name, _, version in (each.partition("@") for each in self._servable)]
+
+    # -- deciding ----------------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> set[str]:
+        """Names that experiments decide about now."""
+        return {standing.document.model for standing in self.standings.values() if standing.serving}
+
+    def decide(self, model: str, asking: Asking) -> Way | None:
+        """The way of a request, None when no experiment is about that name. ArmRefused for an unknown arm."""
+        if COMPARE_HEADER in asking.headers and not self._log.keeps:
+            raise CompareRefused(
+                f"{COMPARE_HEADER}: where the two answers part would be noted nowhere. Set edits.exposure_folder"
+            )
+        at = min(self._now(), self._read_at + RAMP_GOES_ON_FOR)
+        mine = {name: each for name, each in self.standings.items() if each.serving and each.document.model == model}
+        unavailable = {arm for each in mine.values() for arm in self._unavailable(each)}
+        way = decide(mine, model, asking, at, unavailable)
+        if self._resolver is not None and way is not None and not (way.beside or asking.arm or asking.serves):
+            arm = self._resolver.arm(*self._flag(mine, model, asking, way))
+            if arm:
+                way = decide(mine, model, replace(asking, arm_given=arm), at, unavailable)
+        if way is not None and way.assignment is not None and way.assignment.how == "hash":
+            guard = self._guards.get((way.assignment.experiment, way.assignment.phase))
+            if guard is not None:
+                guard.assign(way.assignment.arm, time.monotonic())
+        return way
+
+    def _flag(
+        self, mine: Standings, model: str, asking: Asking, way: Way
+    ) -> tuple[str, str, list[str], dict[str, str]]:
+        """What a resolver is asked: model, the arm by hash, the arms there are, and OpenFeature's context."""
+        standing = mine[way.assignment.experiment if way.assignment else min(mine)]
+        unit = asking.unit(standing.document.unit_header)
+        context = {"targetingKey": unit.value, "source": unit.source, "experiment": standing.document.name,
+                   "phase": str(standing.phase)}  # fmt: skip
+        gone = {arm for _, arm in self._unavailable(standing)} | standing.withdrawn
+        arms = [arm.name for arm in standing.document.arms if arm.name not in gone]
+        return model, way.assignment.arm if way.assignment else "", arms, context
+
+    def instead_of(self, way: Way, why: EditsError) -> None:
+        """The control serves a request, because what its arm serves cannot be."""
+        self._tell(f"{way.serves} is served by the control: {why}")
+
+    def handle(self, way: Way) -> str:
+        """The id by which feedback on a request that takes part may come; '' for one that does not."""
+        if way.assignment is None:
+            return ""
+        arms = [arm.name for arm in self.standings[way.assignment.experiment].document.arms]
+        if way.assignment.arm not in arms:  # another document came while the request waited
+            return ""
+        return self._handles.make(way.assignment, arms.index(way.assignment.arm))
+
+    def _unavailable(self, standing: Standing) -> set[ArmKey]:
+        """Arms that are served by the control here: what they serve is not ready, or they were withdrawn here."""
+        name, phase = standing.document.name, standing.phase
+        return {
+            (name, arm.name)
+            for arm in standing.document.arms
+            if (name, phase, arm.name) in self._withdrawn or not self._can_serve(arm.serves)
+        }
+
+    def _can_serve(self, serves: str) -> bool:
+        return serves in self._servable or not is_digest(serves.partition("@")[2])
+
+    # -- what came of it ---------------------------------------------------------------------------------------------
+
+    def ended(self, record: Record) -> None:
+        """A request that took part, or was answered twice, has ended."""
+        self._log.write(record)
+        self._metrics.exposures_lost.set(self._log.lost)
+        if isinstance(record, Exposure) and record.chosen == "hash":
+            guard = self._guards.get((record.experiment, record.phase))
+            if guard is not None:
+                tokens, now = record.prompt_tokens + record.output_tokens, time.monotonic()
+                self._versions[record.experiment, record.phase, record.arm] = record.version
+                guard.see(record.arm, record.metrics(), now)
+                if not self._traits(record.version).fires:
+                    guard.count(record.arm, GATE_FIRINGS, 0.0, tokens, now)
+
+    def fired(self, version: str, times: int, tokens: int) -> None:
+        """Gates of a version fired so often in so many tokens since they were last counted, whomever it answered."""
+        for (name, phase), guard in self._guards.items():
+            for arm in self.standings[name].document.arms:
+                if self._versions.get((name, phase, arm.name)) == version:
+                    guard.count(arm.name, GATE_FIRINGS, float(times), tokens, time.monotonic())
+
+    def feedback(self, request: str, metric: str, value: float) -> Mapping[str, Any]:
+        """A client says how a request went; saying the same again is harmless.
+
+        NotFound for a request that is of no experiment here; FeedbackRefused for a metric that its experiment does not
+        have, a value beyond the bounds, or another value than was given before.
+        """
+        handed = self._handles.read(request, self.standings)
+        known = {each.name: each for each in self.standings[handed.experiment].document.feedback}
+        if metric not in known:
+            there = ", ".join(known) or "none"
+            raise FeedbackRefused(f"experiment {handed.experiment!r} has no feedback {metric!r}; it has {there}")
+        low, high = known[metric].minimum, known[metric].maximum
+        if not low <= value <= high:
+            raise FeedbackRefused(f"expected a value of {metric!r} from {low:g} to {high:g}, found {value:g}")
+        answer = {"experiment": handed.experiment, "metric": metric, "value": value, "counted": handed.evidence}
+        before = self._heard.get((handed.request, metric))
+        if before is not None and before != value:
+            raise FeedbackRefused(f"{metric!r} of this request is {before:g} already; the first value counts")
+        if before is None:
+            self._hear((handed.request, metric), value)
+            if handed.evidence:
+                self._log.write(
+                    Feedback(at=self._now(), request=handed.request, experiment=handed.experiment, phase=handed.phase,
+                             arm=handed.arm, unit=handed.unit, metric=metric, value=value)
+                )  # fmt: skip
+                self._metrics.feedback.labels(handed.experiment, handed.arm, metric).observe(value)
+                guard = self._guards.get((handed.experiment, handed.phase))
+                if guard is not None:
+                    guard.see(handed.arm, {metric: value}, time.monotonic())
+        return answer
+
+    def _hear(self, key: tuple[str, str], value: float) -> None:
+        self._heard[key] = value
+        if len(self._heard) > REMEMBERED_FEEDBACK:
+            self._heard.popitem(last=False)
+
+    # -- ending what must be ended -----------------------------------------------------------------------------------
+
+    async def watch(self) -> None:
+        """Measure for ever."""
+        await repeat(TICK_SECONDS, self.measure, "guardrails were not measured")
+
+    async def measure(self) -> None:
+        """Do what the guardrails ask for: here at once, and by an entry in the store for all other servers."""
+        for (name, phase), guard in list(self._guards.items()):
+            unavailable = self._unavailable(self.standings[name])
+            for action in guard.measure(time.monotonic(), self._authored_by_arm(name, phase)):
+                if (name, action.arm) in unavailable:  # that is this server's fault, and says nothing of the arm
+                    self._guards[name, phase] = self._new_guard(self.standings[name])
+                else:
+                    self._act(name, phase, action)
+            for state in guard.states():
+                failing = state.failures if state.is_watched else 0
+                self._metrics.guardrail_failures.labels(name, state.arm, state.metric).set(failing)
+        await self._tell_the_store()
+
+    def _authored_by_arm(self, name: str, phase: int) -> Mapping[str, float]:
+        """The firing rates that authors measured of what arms have last answered with."""
+        mine = {arm: version for (*of, arm), version in self._versions.items() if of == [name, phase]}
+        rates = {arm: self._traits(version).authored_firings for arm, version in mine.items()}
+        return {arm: rate for arm, rate in rates.items() if rate is not None}
+
+    def _act(self, name: str, phase: int, action: Action) -> None:
+        if isinstance(action, Withdraw):
+            self._withdrawn[name, phase, action.arm] = action.reason
+            self._metrics.experiment_rollbacks.labels(name, action.arm, action.rule.metric).inc()
+            logger.error("arm withdrawn experiment=%s arm=%s: %s", name, action.arm, action.reason)
+            change = Change(experiment=name, operation="withdraw", arm=action.arm, phase=phase)
+        else:
+            standing = self.standings[name]
+            if standing.ramping_since is None:
+                return
+            self._held[name, phase] = standing.elapsed(self._now())
+            self.standings = {**self.standings, name: self._as_held(standing)}
+            logger.warning("ramp held experiment=%s because of arm=%s: %s", name, action.arm, action.reason)
+            change = Change(experiment=name, operation="hold", phase=phase)
+        self._waiting.append((change, action.reason))
+
+    async def _tell_the_store(self) -> None:
+        """Append what was decided here. What the store knows already is well; what it cannot hear now is told later."""
+        actor = f"guardrail:{socket.gethostname()}"
+        while self._waiting:
+            change, reason = self._waiting[0]
+            try:
+                await asyncio.to_thread(self._append, change, reason, actor)
+            except Overtaken:  # by an entry about something else, perhaps
+                continue
+            except StoreUnavailable as error:
+                self._tell(f"the store does not know yet that {change.operation} of {change.experiment} was: {error}")
+                return
+            except (Conflict, NotFound, ExperimentRefused) as error:
+                logger.info("%s of experiment %s needs no entry: %s", change.operation, change.experiment, error)
+            except EditsError as error:
+                self._tell(f"{change.operation} of {change.experiment} holds on this server only: {error}")
+            self._waiting.pop(0)
+
+    def _tell(self, line: str) -> None:
+        """Into the log, once."""
+        if line not in self._told:
+            self._told.add(line)
+            logger.warning(line)
+
+    # -- telling -----------------------------------------------------------------------------------------------------
+
+    def status(self) -> list[Mapping[str, Any]]:
+        """What `GET /v1/edits/experiments` answers."""
+        return [self._row(name, standing) for name, standing in sorted(self.standings.items())]
+
+    def _row(self, name: str, standing: Standing) -> Mapping[str, Any]:
+        guard = self._guards.get((name, standing.phase))
+        at = min(self._now(), self._read_at + RAMP_GOES_ON_FOR)
+        return {
+            "name": name,
+            "model": standing.document.model,
+            "status": standing.status,
+            "phase": standing.phase,
+            "began_at": standing.began_at.isoformat() if standing.began_at else None,
+            "coverage": standing.coverage(at),
+            "ramp_held": standing.status == "running" and standing.ramping_since is None,
+            "everyone": standing.everyone,
+            "reason": standing.reason,
+            "arms": [
+                {"name": arm.name, "serves": arm.serves, "weight": arm.weight,
+                 "by_control": self._why_by_control(standing, arm.name, arm.serves)}
+                for arm in standing.document.arms
+            ],
+            "guardrails": [asdict(state) for state in guard.states()] if guard else [],
+        }  # fmt: skip
+
+    def _why_by_control(self, standing: Standing, arm: str, serves: str) -> str:
+        """Why an arm's units are served by the control here, or ''."""
+        if arm in standing.withdrawn:
+            return "withdrawn"
+        if why := self._withdrawn.get((standing.document.name, standing.phase, arm)):
+            return why
+        error = self._refused.get(serves)
+        return str(error) if error else "" if self._can_serve(serves) else "it is being made ready"

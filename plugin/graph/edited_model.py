@@ -1,0 +1,397 @@
+"""The edited model in one worker: every site's slot tensors, what each slot holds, and the slot of each token.
+
+This is the worker's only state. No vLLM here: the loader hands over the modules, the runner hands over the batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vllm_edits.edit_store.bundle import Manifest
+from vllm_edits.edit_store.edits import SILENT, Edit, Gate, Tensors
+from vllm_edits.edit_store.errors import InstallRefused, UnsupportedHost
+from vllm_edits.edit_store.scope import Scope
+from vllm_edits.edit_store.sites import Site
+from vllm_edits.plugin.graph.device_rows import DeviceRows
+from vllm_edits.plugin.graph.edited_site import (
+    SLOT_TENSORS,
+    Carried,
+    Firings,
+    GateSlots,
+    LogitsEdits,
+    ModuleEdits,
+    Shape,
+    SlotTensors,
+    Step,
+    Tap,
+    edited_class,
+    edited_logits,
+    input_of,
+)
+from vllm_edits.plugin.graph.reservation import Place, Reservation, places, scopes_of
+from vllm_edits.plugin.graph.slot_bytes import price
+from vllm_edits.plugin.graph.slot_products import EXPRESSIONS, SlotProducts
+from vllm_edits.plugin.graph.slot_rows import Columns, Layout, Rows
+from vllm_edits.plugin.graph.step_filler import Batch, FalseClaim, StepFiller
+from vllm_edits.plugin.graph.tensor_parallel import SOLE, Share, Sum, Worker, alone
+
+BASE_SLOT = 0
+_TOO_LARGE = 1 << 31
+"""What no slot and no strength is; numbers that are far larger cannot even be written down in a message."""
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Where a site is in the model: a side of a module, and the part of the vector there that begins at `start`."""
+
+    module: nn.Module
+    side: str
+    start: int | None
+    share: Share
+    """what this worker has of the site's vector"""
+    is_layer: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A version ready to be written into a slot: its edits by place, and the row of bytes that the slot will hold."""
+
+    version: str
+    edits: Mapping[Place, tuple[Edit, ...]]
+    row: Tensor
+    scopes: tuple[Scope, ...]
+    digest: str
+    """sha256 over what the slot must hold: equal on workers that have the same share of the model"""
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory that it takes; torch pins in powers of two."""
+        return 1 << (self.row.nbytes - 1).bit_length() if self.row.is_pinned() else self.row.nbytes
+
+
+Counted = tuple[str, Firings, slice]
+"""An edit whose firings are counted, by what, and in which columns."""
+
+
+class EditedModel:
+    """Slot tensors for `slots` versions and the base model in slot 0."""
+
+    def __init__(
+        self,
+        anchors: Mapping[Site, Anchor],
+        reservation: Reservation,
+        *,
+        slots: int,
+        max_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        worker: Worker = SOLE,
+        over_workers: Sum = alone,
+        products: SlotProducts = EXPRESSIONS,
+        refused: Callable[[Any, FalseClaim], bool] = lambda _request, _error: False,
+    ) -> None:
+        """over_workers: adds up, in the graph, what all workers among which the model is divided have of a sum.
+
+        products: how tokens are multiplied with the vectors of their slots where an edit has several.
+        refused: told of a request whose claim is false; whether that request alone will end.
+        """
+        self.worker = worker
+        self.reservation = reservation
+        self.slots = slots
+        self.dtype = dtype
+        self.step = Step(max_tokens, 1 + reservation.scopes, device)
+        self.held: dict[int, str] = {}
+        self.in_weights: set[str | None] = {None}
+        """what requests without a slot may be computed with: the version in the weights, None for the base model"""
+        self._scopes: dict[int, tuple[Scope, ...]] = {}
+        self._gates: dict[int, list[Counted]] = {}
+        self._filler = StepFiller(self.step, self.slot_of, self._scopes, slots=slots, refused=refused)
+        self._output: Tensor | None = None
+        self._at_logits: LogitsEdits | None = None
+        most = max_tokens if reservation.edits_logits else 0
+        self._last_rows = DeviceRows(torch.zeros(most, dtype=torch.int64, device=device), 0)
+        """the rows of requests' last tokens"""
+        self._carried: dict[int | None, Carried] = {}
+        self._places: dict[Place, SlotTensors] = {}
+        self._over_workers = over_workers
+        read_elsewhere = reservation.read_elsewhere()
+        taps = {site: self._tap(site, anchors[site]) for site in sorted({*reservation.sites(), *read_elsewhere})}
+        joining = {place for place in reservation.rooms if _joins_sum(place, reservation, anchors)}
+        within = {site: self._tap_within(site, anchors[site]) for site in {place.site for place in joining}}
+        self._taps = {
+            **{str(site): (site, tap) for site, tap in taps.items()},
+            **{f"{site} before the sum over workers": (site, tap) for site, tap in within.items()},
+        }
+        for site in read_elsewhere:
+            if site.point != "final":  # read by the logits, which are given it
+                taps[site].carries_as = str(site)
+            readers = [place for place in reservation.rooms if place.reads == site != place.site]
+            last = max(place.site for place in readers)
+            joined = joining.issuperset(place for place in readers if place.site == last)
+            (within if joined else taps)[last].forgets.append(str(site))
+        self._layout = Layout()
+        for place, room in sorted(reservation.rooms.items(), key=lambda item: item[0]):
+            reads, writes = anchors[place.reads].share, anchors[place.site].share
+            total = alone if place in joining else reads.sum(over_workers)
+            shape = Shape(room, reads, writes, dtype, total, products if room.rank > 1 else EXPRESSIONS)
+            tensors = self._places[place] = SLOT_TENSORS[place.kind](shape, self._layout)
+            tap = (within if place in joining else taps)[place.site]
+            tap.add(place.kind, tensors, None if place.reads == place.site else str(place.reads))
+        self._rows = self._layout.rows(slots + 1, device)
+        parts: dict[int | None, list[Columns]] = {}
+        for place, tensors in self._places.items():
+            parts.setdefault(place.site.layer, []).extend(tensors.columns.values())
+        rows = Rows(self._rows, parts)
+        for place, tensors in self._places.items():
+            tensors.bind(rows, place.site.layer)
+        self._firings = [self._count(taps, logits=logits) for logits in (False, True)]
+
+    def _count(self, taps: Mapping[Site, Tap], *, logits: bool) -> Firings:
+        """Have the gates counted that run with the model, or those at the logits, which run after it."""
+        firings = Firings()
+        gates = {place: tensors for place, tensors in self._places.items()
+                 if isinstance(tensors, GateSlots) and (place.site.point == "logits") == logits}  # fmt: skip
+        for gate in gates.values():
+            gate.counted_by(firings)
+        firings.bind(self.slots + 1, self._rows.device)
+        if gates:
+            taps[max(place.site for place in gates)].adds_up = firings
+        return firings
+
+    def _tap(self, site: Site, anchor: Anchor) -> Tap:
+        """A tap at an anchor; the module's class is exchanged the first time it gets one."""
+        module: Any = anchor.module
+        carried = self._carried.setdefault(site.layer, Carried())
+        if site.point == "logits":
+            tap = Tap(Step(1, 1, self.step.slots.device), anchor.share.width, carried)
+            module.edits = self._at_logits = LogitsEdits(tap, self.step, self._logit_rows)
+            module.__class__ = edited_logits(module.__class__)
+            return tap
+        tap = Tap(self.step, anchor.share.width, carried, anchor.share.sum(self._over_workers))
+        if "forward" in vars(module):
+            raise UnsupportedHost(
+                f"the module behind {site} has a forward of its own, which edits would not be part of"
+            )
+        if not isinstance(getattr(module, "edits", None), ModuleEdits):
+            module.edits = ModuleEdits(*input_of(module))
+            module.__class__ = edited_class(module.__class__, stream=anchor.is_layer)
+        if anchor.side == "input":
+            module.edits.before = tap
+        else:
+            module.edits.after.append(tap)
+            module.edits.starts.append(anchor.start)
+        return tap
+
+    def _tap_within(self, site: Site, anchor: Anchor) -> Tap:
+        """A tap on what this worker adds to a module's output, before all workers' are added up."""
+        module: Any = anchor.module
+        tap = Tap(self.step, anchor.share.width, self._carried[site.layer])
+        module.reduce_results = False
+        module.edits.within, module.edits.sum = tap, self._over_workers
+        return tap
+
+    @property
+    def bytes_reserved(self) -> int:
+        """Device memory of all slots."""
+        return self._rows.nbytes + (self.slots + 1) * sum(place.counters for place in self._places.values())
+
+    # -- slots -----------------------------------------------------------------------------------------------------
+
+    def prepare(self, version: str, manifest: Manifest, tensors: Tensors) -> Prepared:
+        """Everything that can fail or take time, before a slot is touched. InstallRefused when there is no room."""
+        if missing := self.reservation.missing(manifest, price(manifest.base.widths, self.dtype, self.worker.size)):
+            raise InstallRefused(f"version {version[:12]} of {manifest.name!r}", missing)
+        widths = manifest.base.widths
+
+        def numbers(edit: Edit) -> tuple[Edit, dict[str, Any]]:
+            return edit, {field: np.array(array) for field, array in edit.numbers(tensors, widths).items()}
+
+        by_place, scopes = places(manifest.edits), scopes_of(manifest)
+        row = self._layout.rows(1, torch.device("cpu"), pinned=self._rows.is_cuda)
+        for place, edits in by_place.items():
+            lane = 0 if edits[0].scope.everything else 1 + scopes.index(edits[0].scope)
+            self._places[place].fill(row, [numbers(edit) for edit in edits], lane)
+        return Prepared(version, by_place, row[0], scopes, _digest(version, row[0]))
+
+    def install(self, slot: int, prepared: Prepared) -> str:
+        """Write a prepared version into a free slot; returns the digest of what the slot now holds.
+
+        RuntimeError, and the slot to be cleared, when that is not what was prepared.
+        """
+        if not BASE_SLOT < slot <= self.slots or slot in self.held:
+            raise ValueError(f"slot {slot} is not a free slot of 1 to {self.slots}")
+        self._rows[slot].copy_(prepared.row, non_blocking=True)
+        for place, edits in prepared.edits.items():
+            if counted := _counted(self._places[place], edits):
+                self._gates.setdefault(slot, []).extend(counted)
+        self.held[slot], self._scopes[slot] = prepared.version, prepared.scopes
+        self._filler.forget()
+        if (found := self.digest(slot)) != prepared.digest:
+            raise RuntimeError(f"slot {slot} does not hold version {prepared.version[:12]} as it was prepared")
+        return found
+
+    def clear(self, slot: int) -> None:
+        """Make a slot's edits the identity again."""
+        self._rows[slot].zero_()
+        for firings in self._firings:
+            firings.counts[slot] = 0
+        self._filler.tokens[slot] = 0
+        self.held.pop(slot, None)
+        self._scopes.pop(slot, None)
+        self._gates.pop(slot, None)
+        self._filler.forget()
+
+    def digest(self, slot: int) -> str:
+        """sha256 over what a slot holds: equal on workers that have the same share of the model and hold the same."""
+        return _digest(self.held.get(slot, ""), self._rows[slot])
+
+    def firings(self, *slots: int) -> list[tuple[str, int, dict[str, int]]]:
+        """What the gates in these slots, or in all, did since they were installed; of slots without gates nothing.
+
+        For each slot its version, how many tokens were computed with that, and of these by edit how often the neurons
+        of a gate gave something. All of one moment: nothing is computed while the device is asked.
+        """
+        gated = [slot for slot in slots or self._gates if slot in self._gates]
+        counts = {firings: firings.counts.cpu().numpy() for firings in self._firings if gated}
+        return [
+            (self.held[slot], int(self._filler.tokens[slot]),
+             {edit: int(counts[firings][slot, columns].sum()) for edit, firings, columns in self._gates[slot]})
+            for slot in gated
+        ]  # fmt: skip
+
+    # -- proof ---------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def watched(self) -> Iterator[Counter[str]]:
+        """Inside, how often the model's forward reaches each place at which it can be edited, named by its site."""
+        reached = Counter(dict.fromkeys(self._taps, 0))
+        watching: list[tuple[Any, str, str]] = []
+        for place, (site, tap) in self._taps.items():
+            at_logits = site.point == "logits"
+            watching += [(self._at_logits if at_logits else tap, name, place)
+                         for name in (("edited",) if at_logits else ("edited", "edited_stream"))]  # fmt: skip
+
+        def counted(act: Callable[..., Any], site: str) -> Callable[..., Any]:
+            def count(*args: Any) -> Any:
+                reached[site] += 1
+                return act(*args)
+
+            return count
+
+        for owner, name, at in watching:
+            setattr(owner, name, counted(getattr(owner, name), at))
+        try:
+            yield reached
+        finally:
+            for owner, name, _ in watching:
+                delattr(owner, name)
+
+    # -- logits ----------------------------------------------------------------------------------------------------
+
+    def note_output(self, hidden: Any) -> None:
+        """Tell what the model gave in this step, None where it will not be told: some logits are of parts of it."""
+        self._output = hidden if isinstance(hidden, Tensor) else None
+
+    def _logit_rows(self, hidden: Tensor) -> Tensor | None:
+        """Which tokens of the step the rows of `hidden` are; None where nobody's edits matter."""
+        if self._filler.all_base:
+            return None
+        output, last, begin = self._output, self._filler.last_tokens, None
+        if output is not None and hidden.untyped_storage().data_ptr() == output.untyped_storage().data_ptr():
+            begin = output.storage_offset()  # of prompt log-probabilities
+        elif output is None and hidden.untyped_storage().nbytes() > hidden.nbytes:
+            begin = 0  # of them too, where a full CUDA graph was replayed: it keeps what it gives
+        if begin is not None:
+            first = (hidden.storage_offset() - begin) // hidden.shape[-1]
+            return torch.arange(first, first + len(hidden), device=hidden.device)
+        if len(hidden) != len(last):
+            raise RuntimeError(
+                f"logits of {len(hidden)} tokens are wanted of a step with {len(last)} requests: which "
+                "tokens those are is unknown, so their edits cannot be applied"
+            )
+        self._last_rows.write(last)
+        return self._last_rows.tensor[: len(last)]
+
+    # -- the step --------------------------------------------------------------------------------------------------
+
+    def slot_of(self, claim: Any) -> int:
+        """The slot a request may use. FalseClaim when that does not hold what the request claims."""
+        slot, version = (BASE_SLOT, None) if claim is None else _claimed(claim)
+        if slot == BASE_SLOT and version not in self.in_weights:
+            raise FalseClaim(
+                f"a request wants {_named(version)}, and the weights hold {' or '.join(map(_named, self.in_weights))}: "
+                "refusing to answer it with other weights"
+            )
+        holds = slot == BASE_SLOT or (slot in self.held and self.held[slot] == version and None in self.in_weights)
+        if not holds:
+            raise FalseClaim(
+                f"a request claims version {str(version)[:12]} in slot {slot}, which holds "
+                f"{self.held.get(slot, 'nothing')[:12]}: refusing to answer it with other edits"
+            )
+        return int(slot)
+
+    def weights_hold(self, version: str | None, *, besides: bool) -> None:
+        """What is in the weights from now on; `besides`: requests that were computed with others go on."""
+        self.in_weights = {version, *(self.in_weights if besides else ())}
+        self._filler.forget()
+
+    def set_step(self, batch: Batch) -> None:
+        """Say which slot each token of the coming step belongs to, and how much it weighs in each lane."""
+        self._filler.fill(batch)
+
+
+def _joins_sum(place: Place, reservation: Reservation, anchors: Mapping[Site, Anchor]) -> bool:
+    """Whether what a place adds can join the sum over workers that its module makes anyway, which costs nothing.
+
+    That is so where it is linear in a divided vector. Scales come before it and in-place edits read what it has not
+    changed, so with these at the site its dot products are added up by themselves.
+    """
+    if place.kind != "low_rank" or anchors[place.site].share.divided or not anchors[place.reads].share.divided:
+        return False
+    others = (each for each in reservation.rooms if each.site == place.site)
+    return not any(
+        each.kind == "scale" or (each.kind in ("low_rank", "gate") and each.reads == each.site) for each in others
+    )
+
+
+def _digest(version: str, row: Tensor) -> str:
+    return hashlib.sha256(version.encode() + row.cpu().numpy().tobytes()).hexdigest()
+
+
+def _claimed(claim: Any) -> tuple[int, str]:
+    """Slot and version of a claim. FalseClaim unless it is [slot, version, strength], with numbers that can be such."""
+    match claim:
+        case [int() as slot, str() as version, int() | float() as strength] if (
+            abs(slot) < _TOO_LARGE and abs(strength) < _TOO_LARGE
+        ):
+            return slot, version
+    raise FalseClaim(f"expected a claim of [slot, version, strength], found {claim!r:.80}")
+
+
+def _named(version: str | None) -> str:
+    return "the base model" if version is None else f"version {version[:12]}"
+
+
+def _counted(place: SlotTensors, edits: Iterable[Edit]) -> list[Counted]:
+    """The edits of a place whose firings tell something: gates that are silent off their trigger."""
+    counted, begin = list[Counted](), 0
+    for edit in edits:
+        if (
+            isinstance(edit, Gate)
+            and isinstance(place, GateSlots)
+            and place.firings is not None
+            and edit.activation in SILENT
+        ):
+            first = place.column + begin
+            counted.append((edit.label, place.firings, slice(first, first + edit.rank)))
+        begin += edit.capacity
+    return counted

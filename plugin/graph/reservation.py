@@ -1,0 +1,267 @@
+"""Which kinds, at which sites, up to which rank a server has room for. Fixed when it starts; pure.
+
+A compiled graph reads preallocated tensors, so what is not reserved cannot be served later, and is refused with the
+setting to raise. What is not reserved costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import groupby
+from typing import Any, Protocol
+
+from vllm_edits.edit_store.architectures import Architecture
+from vllm_edits.edit_store.bundle import Strength
+from vllm_edits.edit_store.edits import KINDS, SERVED_PER_REQUEST, Edit, Gate, Offset, SubspaceFilter
+from vllm_edits.edit_store.errors import Reason, SettingsError
+from vllm_edits.edit_store.scope import Scope, distinct
+from vllm_edits.edit_store.sites import Site, Widths
+from vllm_edits.plugin.byte_sizes import sized
+from vllm_edits.server_config.settings import Reserve
+
+Features = frozenset[str]
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """Where edits of one kind that can be computed together stand. `turn` counts those that cannot, from 0."""
+
+    site: Site
+    kind: str
+    reads: Site
+    turn: int = 0
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much a place holds: a rank, and what else its tensors must be able to do (`Reserve.features`)."""
+
+    rank: int = 1
+    features: Features = frozenset()
+
+    def __or__(self, other: Room) -> Room:
+        """Room enough for either."""
+        return Room(max(self.rank, other.rank), self.features | other.features)
+
+    def holds(self, other: Room) -> bool:
+        """Whether what needs `other` fits."""
+        return self.rank >= other.rank and self.features >= other.features
+
+
+Price = Callable[[Place, Room], int]
+"""Bytes of one slot for so much room at a place."""
+
+
+def places(edits: Iterable[Edit]) -> dict[Place, tuple[Edit, ...]]:
+    """The edits of one version by the place that computes them, those of one place in their order."""
+    found: dict[Place, tuple[Edit, ...]] = {}
+
+    def target(edit: Edit) -> tuple[Site, str, Site]:
+        return Site.parse(edit.site), edit.kind, Site.parse(edit.source)
+
+    for (site, kind, reads), group in groupby(sorted(edits, key=lambda each: (target(each), each.part)), key=target):
+        turn, together = 0, list[Edit]()
+        for edit in group:
+            if together and not _computed_together(together[-1], edit):
+                found[Place(site, kind, reads, turn)] = tuple(together)
+                turn, together = turn + 1, []
+            together.append(edit)
+        found[Place(site, kind, reads, turn)] = tuple(together)
+    return found
+
+
+def _computed_together(one: Edit, other: Edit) -> bool:
+    return one.scope == other.scope and not any(isinstance(edit, Gate) and edit.normalise for edit in (one, other))
+
+
+def room_for(edits: Sequence[Edit], *, strengthened: bool) -> Room:
+    """What the edits of one place need; `strengthened`: requests may ask for another strength."""
+    features = {"weighted"} if strengthened or not edits[0].scope.everything else set()
+    for edit in edits:
+        if isinstance(edit, Gate) and edit.normalise:
+            features.add("normalise")
+        if isinstance(edit, SubspaceFilter):
+            features |= {"onto", "dual"} if edit.onto else {"dual"} if edit.oblique or len(edits) > 1 else set()
+        if isinstance(edit, Offset) and edit.renorm:
+            features.add("renorm")
+    return Room(sum(edit.capacity for edit in edits) if edits[0].ranked else 1, frozenset(features))
+
+
+class Version(Protocol):
+    """What a version asks of a server: a manifest does."""
+
+    @property
+    def edits(self) -> Sequence[Edit]: ...
+    @property
+    def strength(self) -> Strength | None: ...
+
+
+def needs(version: Version) -> dict[Place, Room]:
+    """The room that a version needs, by place. Kinds that are not served per request need none."""
+    served = (edit for edit in version.edits if edit.kind in SERVED_PER_REQUEST)
+    strengthened = version.strength is not None
+    return {place: room_for(edits, strengthened=strengthened) for place, edits in places(served).items()}
+
+
+def scopes_of(version: Version) -> tuple[Scope, ...]:
+    """The scopes of a version that are not everything. The first has lane 1: lane 0 is for edits of every token."""
+    return distinct(edit.scope for edit in version.edits)
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """Room by place, and how many scopes one version may have besides everything."""
+
+    rooms: Mapping[Place, Room]
+    scopes: int = 0
+
+    @classmethod
+    def for_versions(cls, versions: Iterable[Version]) -> Reservation:
+        """Exactly what these versions need."""
+        rooms: dict[Place, Room] = {}
+        scopes = 0
+        for version in versions:
+            scopes = max(scopes, len(scopes_of(version)))
+            for place, room in needs(version).items():
+                rooms[place] = rooms.get(place, Room()) | room
+        return cls(rooms, scopes)
+
+    @property
+    def edits_logits(self) -> bool:
+        """Whether there is room at the logits, which are computed after the model and for some tokens only."""
+        return any(site.point == "logits" for site in self.sites())
+
+    @property
+    def several_ranks(self) -> bool:
+        """Whether there is room for an edit of more than one rank."""
+        return any(room.rank > 1 for room in self.rooms.values())
+
+    @classmethod
+    def usual(cls, architecture: Architecture, widths: Widths) -> Reservation:
+        """For a server that starts with an empty store: rank one of what most methods use, at every layer."""
+        wanted = (
+            ("scale", "attn.z", "attn.z"), ("low_rank", "mlp.out", "mlp.h"),
+            ("subspace_filter", "resid", "resid"), ("offset", "resid", "resid"),
+        )  # fmt: skip
+        return cls({
+            Place(site, kind, site.beside(reads)): Room()
+            for site in architecture.sites(widths.layers)
+            for kind, point, reads in wanted
+            if site.point == point and architecture.hidden(reads) is None
+        })  # fmt: skip
+
+    @classmethod
+    def from_settings(
+        cls, reserve: Iterable[Reserve], architecture: Architecture, widths: Widths, scopes: int = 0
+    ) -> Reservation:
+        """Expand patterns over a model's sites. SettingsError when a pattern fits no place of its kind."""
+        rooms: dict[Place, Room] = {}
+        unmatched = []
+        for item in reserve:
+            points = [point for point in KINDS[item.kind].points if architecture.hidden(point) is None]
+            found = [
+                (site, reads) for site in architecture.sites(widths.layers)
+                if site.point in points and fnmatchcase(str(site), item.site)
+                and (reads := _source(item, site, architecture))
+            ]  # fmt: skip
+            if not found:
+                reading = f" reading {item.reads}" if item.reads else ""
+                unmatched.append(
+                    f"edits.reserve: {item.kind} at {item.site!r}{reading} fits no site; {item.kind} can stand at "
+                    f"{', '.join(points)}, in layers 0 to {widths.layers - 1}"
+                )
+            for site, reads in found:
+                place = Place(site, item.kind, reads, item.turn)
+                rooms[place] = rooms.get(place, Room()) | Room(item.rank, frozenset(item.features))
+        if unmatched:
+            raise SettingsError("\n".join(unmatched))
+        return cls(rooms, scopes)
+
+    def missing(self, version: Version, price: Price | None = None) -> list[Reason]:
+        """Why a version does not fit, each reason with the setting that would make room and the memory that takes."""
+        reasons = [
+            Reason(
+                "weights_mode",
+                f"weight_delta at {edit.site} changes a whole matrix, which is not done per request. Make a low_rank "
+                "edit of it, or serve it in the install mode `weights`",
+            )
+            for edit in version.edits
+            if edit.kind not in SERVED_PER_REQUEST
+        ]
+        if (scopes := len(scopes_of(version))) > self.scopes:
+            found = f"{scopes} scopes, room is reserved for {self.scopes}"
+            reasons.append(Reason("capacity", f"{found}. Set edits.scopes to {scopes} and restart"))
+        for place, need in needs(version).items():
+            have = self.rooms.get(place)
+            if have is not None and have.holds(need):
+                continue
+            wish = Reserve(
+                kind=place.kind, site=str(place.site), rank=need.rank, turn=place.turn,
+                reads=place.reads.point if "reads" in KINDS[place.kind].model_fields else None,
+                features=tuple(sorted(need.features)),
+            )  # fmt: skip
+            memory = "" if price is None else f" ({sized(_more(place, have, need, price))} more per slot)"
+            reasons.append(
+                Reason(
+                    "capacity",
+                    f"{_called(place, need)}: {_found(have)}. Add {wish.model_dump_json(exclude_defaults=True)} to "
+                    f"edits.reserve{memory} and restart, or restart with edits.reserve unset to "
+                    "make room for what is promoted",
+                )
+            )
+        return reasons
+
+    def to_settings(self) -> list[dict[str, Any]]:
+        """The same as explicit settings, sorted: one reservation has one spelling."""
+        return [
+            {
+                "kind": place.kind, "site": str(place.site), "reads": place.reads.point, "turn": place.turn,
+                "rank": room.rank, "features": sorted(room.features),
+            }
+            for place, room in sorted(self.rooms.items(), key=lambda item: item[0])
+        ]  # fmt: skip
+
+    def sites(self) -> list[Site]:
+        """Every reserved site once, in model order."""
+        return sorted({place.site for place in self.rooms})
+
+    def read_elsewhere(self) -> set[Site]:
+        """Sites that an edit at another site reads."""
+        return {place.reads for place in self.rooms if place.reads != place.site}
+
+    def __str__(self) -> str:
+        by_kind: dict[str, list[Place]] = {}
+        for place in self.rooms:
+            by_kind.setdefault(place.kind, []).append(place)
+        parts = [
+            f"{kind} at {len({place.site for place in found})} site(s) up to rank "
+            f"{max(self.rooms[place].rank for place in found)}"
+            for kind, found in sorted(by_kind.items())
+        ]
+        return "; ".join(parts) or "nothing"
+
+
+def _source(item: Reserve, site: Site, architecture: Architecture) -> Site | None:
+    """What the reserved edits read there: by default their module's input; None where `item.reads` cannot be read."""
+    able = KINDS[item.kind].sources(site, architecture.reads(site.point))
+    return next((reads for reads in able if item.reads in (None, reads.point)), None)
+
+
+def _more(place: Place, have: Room | None, need: Room, price: Price) -> int:
+    """Bytes that room for both takes beyond what there is."""
+    return price(place, need) if have is None else price(place, have | need) - price(place, have)
+
+
+def _called(place: Place, need: Room) -> str:
+    reads = f" reading {place.reads}" if place.reads != place.site else ""
+    extra = f" with {', '.join(sorted(need.features))}" if need.features else ""
+    return f"{place.kind} of rank {need.rank} at {place.site}{reads}{extra}"
+
+
+def _found(have: Room | None) -> str:
+    if have is None:
+        return "nothing is reserved there"
+    extra = f" with {', '.join(sorted(have.features))}" if have.features else ""
+    return f"rank {have.rank}{extra} is reserved"

@@ -1,0 +1,191 @@
+"""What a step's tokens read: filled in just before each forward pass. No vLLM here.
+
+Between two steps little changes, so what is known of a request is kept for as long as it stays in the batch, and what
+is on the device already is not sent again. A batch of base requests costs a comparison of two lists, and no more is
+asked of it: beside a model's step every line of Python is cold, and costs several times what it does in a loop. What an
+edited batch costs does not grow with the number of its versions: it takes two copies to the device at most, and a
+few operations there where scopes name token ids.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vllm_edits.edit_store.scope import Scope
+from vllm_edits.plugin.graph.device_rows import DeviceRows
+from vllm_edits.plugin.graph.edited_site import Step
+from vllm_edits.plugin.graph.scope_tables import NamedIds, ScopeTables
+
+Counts = NDArray[np.integer[Any]]
+
+
+class FalseClaim(RuntimeError):
+    """A request claims what the engine does not hold, or claims it in a form that the engine gate never writes."""
+
+
+@dataclass(frozen=True)
+class Extents:
+    """Where the tokens of a step's requests are. Counts are [requests], in the step's order."""
+
+    tokens: Counts
+    """how many tokens each has in the step"""
+    starts: Counts
+    """absolute position of the first of them"""
+    prompts: Callable[[], Counts]
+    """the length of each prompt, asked where a position decides"""
+    input_ids: Tensor
+    """[T] or more: the id of each token, whatever it is where `Batch.embedded` says that there is none"""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The requests of the coming step, in their order there."""
+
+    requests: Sequence[Any]
+    """an object for each, the same one for as long as the request is in the batch"""
+    claim_of: Callable[[Any], Any]
+    """[slot, version, strength] of such an object, None for the base; asked once"""
+    embedded: Callable[[Any], NDArray[np.bool_] | None]
+    """[prompt]: positions that take a vector of the client's in place of a token's, None where none does"""
+    extents: Callable[[], Extents]
+    """asked where one of them is edited"""
+
+
+class StepFiller:
+    """Writes each token's slot, and its weight in each lane, into a `Step`."""
+
+    def __init__(
+        self,
+        step: Step,
+        slot_of: Callable[[Any], int],
+        scopes: Mapping[int, Sequence[Scope]],
+        *,
+        slots: int,
+        refused: Callable[[Any, FalseClaim], bool] = lambda _request, _error: False,
+        device_rows: Callable[[Tensor, float], DeviceRows] = DeviceRows,
+    ) -> None:
+        """slot_of: the slot a claim may use, or FalseClaim; scopes: of each slot in use, the first has lane 1.
+
+        refused: told of a request with a false claim; whether that request will end without an answer. Else the step
+        is stopped.
+        """
+        self.all_base = True
+        self.tokens = np.zeros(slots + 1, dtype=np.int64)
+        """how many were computed with what each slot holds; for slot 0, the base, that is no count of anything"""
+        self.last_tokens: Counts = np.zeros(0, dtype=np.int64)
+        """the row of each request's last token in the step, unless all are of the base"""
+        self._step = step
+        self._slot_of = slot_of
+        self._refused = refused
+        self._scopes = scopes
+        self._slots_on_device = device_rows(step.slots, 0)
+        self._weights_on_device = device_rows(step.weights, 1)
+        self._by_position = device_rows(torch.ones_like(step.weights), 1)
+        """the weights as far as positions decide, where token ids decide too"""
+        self._sent_tokens: Counts = np.zeros(0, dtype=np.int64)
+        self._tokens_of_slots: Counts = np.zeros(0, dtype=np.int64)
+        """how many of them are of each slot"""
+        self.forget()
+
+    def forget(self) -> None:
+        """A slot holds something else now: every claim is to be looked at again."""
+        self._tables = ScopeTables(self._scopes, len(self.tokens) - 1, self._step.weights.shape[1])
+        self._named_ids: NamedIds | None = None
+        self._keep([], [])
+
+    def fill(self, batch: Batch) -> None:
+        """Tell the step of a batch. Rows beyond the batch are padding and read slot 0."""
+        changed = self._look_up(batch)
+        if not self._edited:
+            self._fill_base()
+            return
+        extents = batch.extents()
+        if changed or self.all_base or not np.array_equal(extents.tokens, self._sent_tokens):
+            self._fill_slots(extents.tokens)
+        self.tokens += self._tokens_of_slots
+        if self._weighed:
+            self._fill_weights(batch, extents)
+        else:
+            self._weights_on_device.clear()
+
+    def _fill_slots(self, tokens: Counts) -> None:
+        self.all_base = False
+        self._slots_on_device.write(np.repeat(self._slots, tokens))
+        self._sent_tokens = np.array(tokens)
+        self.last_tokens = np.cumsum(tokens) - 1
+        self._tokens_of_slots = np.bincount(self._slots, tokens, len(self.tokens)).astype(np.int64)
+
+    def _fill_base(self) -> None:
+        if not self.all_base:
+            self._slots_on_device.clear()
+            self._weights_on_device.clear()
+            self.all_base = True
+
+    def _look_up(self, batch: Batch) -> bool:
+        """Find out what each request uses; whether that is anything new."""
+        requests = batch.requests
+        if len(requests) == len(self._requests) and all(map(operator.is_, requests, self._requests)):
+            return False
+        known = dict(zip(map(id, self._requests), self._rows, strict=True))
+        rows = [known.get(id(request)) or self._row(request, batch.claim_of(request)) for request in requests]
+        self._keep(requests, rows)
+        return True
+
+    def _keep(self, requests: Sequence[Any], rows: list[tuple[int, float]]) -> None:
+        self._requests, self._rows = list(requests), rows
+        self._slots = np.array([slot for slot, _ in rows], dtype=np.int32)
+        self._strengths = np.array([strength for _, strength in rows], dtype=np.float32)
+        self._edited = any(slot for slot, _ in rows)
+        self._weighed = any(slot and (strength != 1 or self._scopes[slot]) for slot, strength in rows)
+
+    def _row(self, request: Any, claim: Any) -> tuple[int, float]:
+        try:
+            return self._slot_of(claim), 1.0 if claim is None else claim[2]
+        except FalseClaim as error:
+            if not self._refused(request, error):
+                raise
+            return 0, 1.0  # computed as any other, and told to no client
+
+    def _fill_weights(self, batch: Batch, extents: Extents) -> None:
+        first = np.cumsum(extents.tokens) - extents.tokens
+        per_token = [np.repeat(each, extents.tokens) for each in
+                     (self._slots, extents.starts - first, extents.prompts(), self._strengths)]  # fmt: skip
+        slots, shift, prompts, strengths = per_token
+        covered = self._tables.covered(slots, np.arange(len(slots)) + shift, prompts)
+        weights = strengths[:, None] * covered
+        if self._tables.names_ids[self._slots].any():
+            without_ids = self._without_ids(batch, extents)
+            weights[without_ids[:, None] & self._tables.named[slots]] = 0
+            self._weigh_by_id(weights, extents.input_ids)
+        else:
+            self._weights_on_device.write(weights)
+
+    def _without_ids(self, batch: Batch, extents: Extents) -> NDArray[np.bool_]:
+        """[T]: tokens that are vectors of the client's, and so have no id that a scope could name."""
+        found = np.zeros(extents.tokens.sum(), dtype=bool)
+        in_prompt = np.flatnonzero(extents.starts < extents.prompts())
+        ends = np.cumsum(extents.tokens)
+        for row in in_prompt:
+            embedded = batch.embedded(batch.requests[row])
+            if embedded is not None:
+                start, count = extents.starts[row], extents.tokens[row]
+                part = embedded[start : start + count]
+                found[ends[row] - count :][: len(part)] = part
+        return found
+
+    def _weigh_by_id(self, weights: NDArray[np.float32], input_ids: Tensor) -> None:
+        if self._named_ids is None:
+            self._named_ids = self._tables.named_ids(self._step.slots.device)
+        tokens = slice(len(weights))
+        met = self._named_ids.met(self._step.slots[tokens], input_ids.reshape(-1)[tokens])
+        self._by_position.write(weights)
+        torch.mul(self._by_position.tensor[tokens], met, out=self._step.weights[tokens])
+        self._weights_on_device.changed(len(weights))

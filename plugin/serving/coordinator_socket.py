@@ -1,0 +1,359 @@
+"""One API server process owns the slots; the others ask it, over a Unix socket.
+
+Versions sit in the same slots for all processes, so one of them decides: it keeps the reconciler, and the others ask it
+for the lease of every request, which costs a message each way, and for everything else that is asked of an owner. So a
+swap is seen by all of them at once, and a table of what is served is nowhere copied.
+
+Each process sends its requests to the engine by itself, so the owner cannot know by its own calls that a request of
+another process has left the engine when its lease has ended. Before it changes a slot it therefore has every process
+ask something of the engine: what that answers comes after all that the process sent before.
+
+A message is a length of four bytes and msgpack: {id, call, ...} one way, {id, value} or {id, error} back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from pydantic import TypeAdapter
+
+from vllm_edits.edit_store import errors
+from vllm_edits.edit_store.errors import BundleRefused, EditsError, Reason
+from vllm_edits.edit_store.private_folder import private_folder
+from vllm_edits.plugin.experiments.evaluation_context import NOBODY, Asking
+from vllm_edits.plugin.experiments.records import Record
+from vllm_edits.plugin.serving import coordinator as owning
+from vllm_edits.plugin.serving.coordinator import Change, Owner, Served
+from vllm_edits.plugin.serving.lease import Lease
+from vllm_edits.plugin.serving.variants import Choice
+from vllm_edits.plugin.serving.workers import Workers
+
+logger = logging.getLogger("vllm.edits")
+
+Message = dict[str, Any]
+_LENGTH_BYTES = 4
+_CHOICE: TypeAdapter[Choice] = TypeAdapter(Choice)
+_ERRORS: Mapping[str, type[EditsError]] = {
+    name: kind
+    for module in (errors, owning)
+    for name, kind in vars(module).items()
+    if isinstance(kind, type) and issubclass(kind, EditsError)
+}
+ANSWER_SECONDS = 60.0
+"""how long a process may take to hear from the engine"""
+_RETRY_SECONDS = 0.1
+
+
+def socket_path() -> Path:
+    """Where the processes of one server meet: they have their parent in common."""
+    return private_folder(str(os.getppid())) / "owner.sock"
+
+
+class OwnerServer:
+    """Lets other processes ask an owner."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._server: asyncio.Server | None = None
+        self._processes: dict[_Process, asyncio.Task[Any] | None] = {}
+        self._ended_holding: list[_Process] = []
+        """what they hold stays held: their requests may still be in the engine"""
+
+    async def start(self, owner: Owner) -> None:
+        """Answer from now on."""
+        self._path.unlink(missing_ok=True)
+        self._server = await asyncio.start_unix_server(partial(self._serve, owner), self._path)
+
+    async def close(self) -> None:
+        """Answer no more."""
+        if self._server is not None:
+            self._server.close()
+            self._path.unlink(missing_ok=True)
+            serving = [task for task in self._processes.values() if task is not None]
+            for process in self._processes:
+                process.close()
+            await asyncio.gather(*serving)
+
+    async def fence(self) -> None:
+        """Return when the engine has seen all that other processes had sent it. EditsError when one does not answer."""
+        if gone := len(self._ended_holding):
+            raise EditsError(f"{gone} API server process(es) ended: what they sent to the engine is not known")
+        await asyncio.gather(*(process.fence() for process in self._processes))
+
+    async def _serve(self, owner: Owner, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        process = _Process(owner, writer)
+        self._processes[process] = asyncio.current_task()
+        try:
+            while (message := await _read(reader)) is not None:
+                process.hear(message)
+        finally:
+            del self._processes[process]
+            if process.end():
+                self._ended_holding.append(process)
+            writer.close()
+
+
+class _Process:
+    """Another process, as its owner sees it."""
+
+    def __init__(self, owner: Owner, writer: asyncio.StreamWriter) -> None:
+        self._owner = owner
+        self._writer = writer
+        self._leases: dict[int, ExitStack] = {}
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._fences: dict[int, asyncio.Future[None]] = {}
+        self._numbers = itertools.count()
+
+    def hear(self, message: Message) -> None:
+        number, call = message["id"], message["call"]
+        if call == "release":
+            self._leases.pop(number).close()
+        elif call == "ended":
+            self._owner.ended(msgspec.convert(message["record"], Record))
+        elif call == "cancel":
+            if number in self._tasks:
+                self._tasks[number].cancel()
+        elif call == "fenced":
+            if number in self._fences:  # nobody waits for one that came too late
+                self._fences[number].set_result(None)
+        else:
+            task = asyncio.get_running_loop().create_task(self._answer(number, call, message))
+            self._tasks[number] = task
+            task.add_done_callback(lambda _: self._tasks.pop(number, None))
+
+    async def _answer(self, number: int, call: str, message: Message) -> None:
+        try:
+            value = await self._asked(number, call, message)
+        except EditsError as error:
+            _write(self._writer, {"id": number, "error": _told(error)})
+        except Exception as error:
+            logger.exception("another process asked for %s", call)
+            _write(self._writer, {"id": number, "error": _told(EditsError(f"{call} failed: {error!r}"))})
+        else:
+            _write(self._writer, {"id": number, "value": value})
+
+    async def _asked(self, number: int, call: str, message: Message) -> Any:
+        if call == "lease":
+            asking = Asking(**message["asking"])
+            return self._kept(number, await self._owner.lease(message["model"], message["strength"], asking))
+        if call == "renew":
+            choice = message["choice"]
+            return self._kept(number, await self._owner.renew(choice and _CHOICE.validate_python(choice)))
+        if call == "served":
+            return asdict(await self._owner.served())
+        if call == "change":
+            return await self._owner.change(Change(**message["change"]))
+        if call == "feedback":
+            return await self._owner.feedback(message["request"], message["metric"], message["value"])
+        return await (self._owner.status() if call == "status" else self._owner.sync())
+
+    def _kept(self, number: int, lease: Lease) -> Message:
+        self._leases[number] = stack = ExitStack()
+        stack.enter_context(lease.hold())
+        return {"slot": lease.slot, "choice": _CHOICE.dump_python(lease.choice, mode="json")}
+
+    async def fence(self) -> None:
+        number = next(self._numbers)
+        answered = self._fences[number] = asyncio.get_running_loop().create_future()
+        _write(self._writer, {"id": number, "fence": True})
+        try:
+            await asyncio.wait_for(answered, ANSWER_SECONDS)
+        except TimeoutError:
+            raise EditsError(f"another API server process did not answer within {ANSWER_SECONDS:g} s") from None
+        finally:
+            del self._fences[number]
+
+    def end(self) -> bool:
+        """Whether it ended with leases."""
+        for task in list(self._tasks.values()):
+            task.cancel()
+        for fence in self._fences.values():
+            if not fence.done():
+                fence.set_exception(EditsError("an API server process ended"))
+        return bool(self._leases)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class RemoteOwner:
+    """The owner is another process."""
+
+    def __init__(self, path: Path, reach_engine: Callable[[], Awaitable[Any]]) -> None:
+        """reach_engine: ask the engine something, behind all that was sent to it."""
+        self._path = path
+        self._reach_engine = reach_engine
+        self._writer: asyncio.StreamWriter | None = None
+        self._waiting: dict[int, asyncio.Future[Any]] = {}
+        self._numbers = itertools.count()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def connect(self) -> None:
+        """Wait until the owner answers. It may have versions to prepare; when it fails, vLLM ends this process too."""
+        while self._writer is None:
+            try:
+                reader, self._writer = await asyncio.open_unix_connection(self._path)
+            except (FileNotFoundError, ConnectionRefusedError):
+                await asyncio.sleep(_RETRY_SECONDS)
+        self._start(self._listen(reader))
+
+    async def close(self) -> None:
+        """Ask no more."""
+        if self._writer is not None:
+            self._writer.close()
+        for task in list(self._tasks):
+            task.cancel()
+
+    async def lease(self, model: str, strength: float | None = None, asking: Asking = NOBODY) -> Lease:
+        return await self._leased("lease", model=model, strength=strength, asking=asdict(asking))
+
+    def ended(self, record: Record) -> None:
+        with suppress(EditsError):  # an owner that is gone ends the server
+            self._write({"id": next(self._numbers), "call": "ended", "record": msgspec.to_builtins(record)})
+
+    async def renew(self, choice: Choice | None) -> Lease:
+        return await self._leased("renew", choice=choice and _CHOICE.dump_python(choice, mode="json"))
+
+    async def served(self) -> Served:
+        found = await self._ask("served")
+        return Served([tuple(each) for each in found["variants"]], found["base"], tuple(found["experiments"]))
+
+    async def status(self) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = await self._ask("status")
+        return found
+
+    async def sync(self) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = await self._ask("sync")
+        return found
+
+    async def change(self, change: Change) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = await self._ask("change", change=asdict(change))
+        return found
+
+    async def feedback(self, request: str, metric: str, value: float) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = await self._ask("feedback", request=request, metric=metric, value=value)
+        return found
+
+    async def _leased(self, call: str, **arguments: Any) -> Lease:
+        number = next(self._numbers)
+        found = await self._ask(call, number, **arguments)
+        choice = _CHOICE.validate_python(found["choice"])
+        return Lease(choice, found["slot"], lambda _: self._give_back(number))
+
+    def _give_back(self, number: int) -> None:
+        with suppress(EditsError):  # to an owner that is gone nothing can be given
+            self._write({"id": number, "call": "release"})
+
+    async def _ask(self, call: str, number: int | None = None, **arguments: Any) -> Any:
+        number = next(self._numbers) if number is None else number
+        answer = self._waiting[number] = asyncio.get_running_loop().create_future()
+        try:
+            self._write({"id": number, "call": call, **arguments})
+            return await answer
+        except asyncio.CancelledError:
+            if answer.cancelled():
+                with suppress(EditsError):
+                    self._write({"id": number, "call": "cancel"})
+            elif answer.exception() is None:
+                self._refuse(number, answer.result())
+            raise
+        finally:
+            del self._waiting[number]
+
+    def _refuse(self, number: int, value: Any) -> None:
+        """Give back what nobody waits for any more, if it is a lease."""
+        if isinstance(value, dict) and value.keys() == {"slot", "choice"}:
+            self._give_back(number)
+
+    def _write(self, message: Message) -> None:
+        if self._writer is None or self._writer.is_closing():
+            raise EditsError("the API server process that owns the slots is gone")
+        _write(self._writer, message)
+
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        with suppress(ConnectionError):
+            while (message := await _read(reader)) is not None:
+                self._hear(message)
+        for answer in self._waiting.values():
+            if not answer.done():
+                answer.set_exception(EditsError("the API server process that owns the slots is gone"))
+        if self._writer is not None:
+            self._writer.close()
+
+    def _hear(self, message: Message) -> None:
+        number = message["id"]
+        answer = self._waiting.get(number)
+        if "fence" in message:
+            self._start(self._fenced(number))
+        elif answer is None or answer.done():
+            self._refuse(number, message.get("value"))
+        elif "error" in message:
+            answer.set_exception(_error(message["error"]))
+        else:
+            answer.set_result(message["value"])
+
+    async def _fenced(self, number: int) -> None:
+        try:
+            await self._reach_engine()
+            self._write({"id": number, "call": "fenced"})
+        except Exception:
+            logger.exception("the owner of the slots hears nothing from here")
+
+    def _start(self, work: Any) -> None:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+class FencedWorkers:
+    """`Workers` that change a slot only when no request of another process that used it can still be in the engine."""
+
+    def __init__(self, workers: Workers, fence: Callable[[], Awaitable[None]]) -> None:
+        self._workers = workers
+        self._fence = fence
+
+    async def call(self, method: str, *args: Any) -> list[dict[str, Any]]:
+        if method in ("edits_clear", "edits_put_weights") or (method == "edits_install" and args[2] is not None):
+            await self._fence()
+        return await self._workers.call(method, *args)
+
+    async def abort_all(self) -> None:
+        await self._workers.abort_all()
+
+
+async def _read(reader: asyncio.StreamReader) -> Message | None:
+    """The next message, None at the end."""
+    try:
+        length = int.from_bytes(await reader.readexactly(_LENGTH_BYTES))
+        message: Message = msgspec.msgpack.decode(await reader.readexactly(length))
+    except asyncio.IncompleteReadError:
+        return None
+    return message
+
+
+def _write(writer: asyncio.StreamWriter, message: Message) -> None:
+    data = msgspec.msgpack.encode(message)
+    writer.write(len(data).to_bytes(_LENGTH_BYTES) + data)
+
+
+def _told(error: EditsError) -> Message:
+    reasons = [[reason.code, reason.message] for reason in error.reasons] if isinstance(error, BundleRefused) else []
+    what = error.what if isinstance(error, BundleRefused) else str(error)
+    return {"kind": type(error).__name__, "what": what, "reasons": reasons}
+
+
+def _error(told: Message) -> EditsError:
+    kind = _ERRORS.get(told["kind"], EditsError)
+    if issubclass(kind, BundleRefused):
+        return kind(told["what"], [Reason(*reason) for reason in told["reasons"]])
+    return kind(told["what"])

@@ -1,0 +1,76 @@
+"""One request's hold on one version, from its arrival to the end of its last engine request.
+
+The lease travels in a context variable from the HTTP middleware to the engine gate, so every endpoint of vLLM is
+covered by one rule: what reaches the engine without a lease is served by the base model, and cannot name a variant.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from vllm_edits.plugin.serving.variants import Choice
+
+CURRENT_LEASE: ContextVar[Lease | None] = ContextVar("vllm_edits_lease", default=None)
+
+
+@dataclass
+class Usage:
+    """What the engine said about a request; times are monotonic seconds."""
+
+    started: float = field(default_factory=time.monotonic)
+    first_token: float | None = None
+    last_token: float | None = None
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    engine_requests: int = 0
+    aborted: bool = False
+    refused: bool = False
+    """whether the engine found fault with it before it began"""
+    failed: bool = False
+    """whether the engine gave it up, with an error or by `finish_reason`"""
+    wrote: bool = False
+    """whether any answer had a character that is no space"""
+    corrupted: bool = False
+    """whether vLLM found NaN among the logits (it looks with VLLM_COMPUTE_NANS_IN_LOGITS=1)"""
+    tail: list[int] = field(default_factory=list)
+    """the last tokens, of a request that takes part in an experiment"""
+
+
+@dataclass
+class Lease:
+    """A version in use. While anybody holds it, its slot is not cleared and not given to another version."""
+
+    choice: Choice
+    slot: int
+    on_release: Callable[[Lease], None]
+    usage: Usage = field(default_factory=Usage)
+    released: bool = False
+    _holders: int = 0
+    _settling: list[Callable[[], None]] = field(default_factory=list)
+
+    @contextmanager
+    def hold(self) -> Iterator[Lease]:
+        """Keep the version in its slot; the last holder to leave releases it, for good."""
+        if self.released:
+            raise RuntimeError(f"the lease on {self.choice.requested!r} has ended; its slot may hold another version")
+        self._holders += 1
+        try:
+            yield self
+        finally:
+            self._holders -= 1
+            if self._holders == 0:
+                self.released = True
+                self.on_release(self)
+                for settle in self._settling:
+                    settle()
+
+    def when_released(self, settle: Callable[[], None]) -> None:
+        """Have something done when the last holder has left, which may be long after the HTTP request has ended."""
+        if self.released:
+            settle()
+        else:
+            self._settling.append(settle)

@@ -1,0 +1,321 @@
+"""The versions on the device: made ready by the workers, installed into slots, lent to requests, and cleared.
+
+Which version sits in which slot is `Residency`'s to say; this object has the workers do it, and waits where no slot is
+to be had. All methods run on one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_edits.edit_store.errors import BundleRefused, EditsError
+from vllm_edits.plugin.graph.tensor_parallel import require_agreement
+from vllm_edits.plugin.metrics import Metrics
+from vllm_edits.plugin.periodic import repeat
+from vllm_edits.plugin.serving.firings import Firings
+from vllm_edits.plugin.serving.residency import Plan, Residency
+from vllm_edits.plugin.serving.version_info import TraitsOf
+from vllm_edits.plugin.serving.workers import Workers, ask, prepare
+
+logger = logging.getLogger("vllm.edits")
+
+FIRINGS_SECONDS = 1.0
+"""how often the device is asked what its gates did"""
+
+PATIENCE_SECONDS = 1.0
+"""how long a version waits for a slot before another has to make way, and a swap before it goes on without one"""
+
+Fired = Callable[[str, int, int], None]
+"""Is told that gates of a version fired so often in so many tokens."""
+
+
+@dataclass
+class Waiting:
+    """Those who wait for one version to have a slot. `coming`: it has one, and is being installed."""
+
+    since: float = field(default_factory=time.monotonic)
+    asked: list[asyncio.Future[int]] = field(default_factory=list)
+    coming: asyncio.Task[None] | None = None
+
+    def requests(self) -> int:
+        """How many have not left."""
+        return sum(not asked.done() for asked in self.asked)
+
+    def seconds(self) -> float:
+        """How long the first of them has waited."""
+        return time.monotonic() - self.since
+
+    def may_close(self) -> int:
+        """How many other versions are to make way: one after a while, and one more each time that doubles.
+
+        More than one, since of those that make way the first to be idle is the one that is needed.
+        """
+        return int(self.seconds() / PATIENCE_SECONDS).bit_length()
+
+
+class Slots:
+    """So many slots on every worker, and what is done to fill and clear them."""
+
+    def __init__(self, count: int, workers: Workers, metrics: Metrics, *, traits: TraitsOf, fired: Fired) -> None:
+        self.residency = Residency(count)
+        self._workers = workers
+        self._metrics = metrics
+        self._traits = traits
+        self._fired = fired
+        self._firings = Firings(metrics)
+        self._ready: set[str] = set()  # versions in the memory of every worker, as far as is known
+        self._reading: dict[str, asyncio.Task[None]] = {}
+        self._installing = asyncio.Lock()
+        self._waiting: dict[str, Waiting] = {}  # those who came first, first
+        self._later: asyncio.TimerHandle | None = None
+        self._retired_at: dict[str, float] = {}
+        self._draining: set[asyncio.Task[None]] = set()
+        metrics.slots_total.set(count)
+
+    # -- filling -----------------------------------------------------------------------------------------------------
+
+    async def make_ready(self, version: str) -> None:
+        """Have every worker read, check and convert a version; all who need the same one wait together."""
+        if version in self._ready:
+            return
+        reading = self._reading.get(version)
+        if reading is None:
+            reading = self._reading[version] = asyncio.get_running_loop().create_task(self._stage(version))
+            reading.add_done_callback(lambda task: self._has_read(version, task))
+        # Whoever gives up waiting does not stop it for the others.
+        await asyncio.shield(reading)
+
+    def _has_read(self, version: str, task: asyncio.Task[None]) -> None:
+        del self._reading[version]
+        if not task.cancelled() and (failure := task.exception()) is not None:  # asked for, so that it counts as told
+            logger.warning("version %s was not made ready: %s", version[:12], failure)
+
+    async def _stage(self, version: str) -> None:
+        try:
+            await prepare(self._workers, "edits_stage", "edits_staged", version)
+        except EditsError as failure:
+            self._count_install(failure)
+            raise
+        self._ready.add(version)
+
+    async def bring_in(self, version: str) -> bool:
+        """Install a version on every worker, unless all slots stay in use: whoever asks for it then waits for one.
+
+        EditsError when it cannot be installed.
+        """
+        await self.make_ready(version)
+        asked = self._ask(version)
+        with self._given_back(asked, version):
+            await asyncio.wait({asked}, timeout=PATIENCE_SECONDS)
+            if not asked.done() and not self._waiting[version].coming:
+                asked.cancel()
+                self._serve()
+                return False
+            await asked
+        self.release(version)
+        return True
+
+    def _ask(self, version: str) -> asyncio.Future[int]:
+        """Will be the slot of a version, for one user more."""
+        asked = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(version, Waiting()).asked.append(asked)
+        self._serve()
+        return asked
+
+    @contextmanager
+    def _given_back(self, asked: asyncio.Future[int], version: str) -> Iterator[None]:
+        """Whoever is cancelled leaves nothing behind, not even a slot that came at the last moment."""
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not asked.cancel() and not asked.cancelled() and asked.exception() is None:
+                self.release(version)
+            self._serve()
+            raise
+
+    def _serve(self) -> None:
+        """Find slots for those who wait, in the order in which they came.
+
+        Where they have waited for long, others make way: with all slots in use by versions that are always asked for
+        again, none would ever be free.
+        """
+        for version, waiting in list(self._waiting.items()):
+            if waiting.coming:
+                continue
+            if not waiting.requests():
+                del self._waiting[version]
+            elif self.residency.is_open(version):
+                self._hand_out(version)
+            elif not self.residency.is_resident(version) and (plan := self.residency.plan(version)) is not None:
+                waiting.coming = asyncio.get_running_loop().create_task(self._bring(plan, version))
+        without = [
+            waiting for version, waiting in self._waiting.items()
+            if not waiting.coming and not self.residency.is_resident(version)
+        ]  # fmt: skip
+        if self.residency.make_way(sum(waiting.may_close() for waiting in without)):
+            self._serve()  # some may wait for what is open again
+        self._metrics.requests_waiting.set(sum(waiting.requests() for waiting in self._waiting.values()))
+        if without and self._later is None:
+            self._later = asyncio.get_running_loop().call_later(PATIENCE_SECONDS, self._serve_later)
+
+    def _serve_later(self) -> None:
+        self._later = None
+        self._serve()
+
+    def _hand_out(self, version: str) -> None:
+        for asked in self._waiting.pop(version).asked:
+            if not asked.done():
+                asked.set_result(self.residency.acquire(version))
+
+    async def _bring(self, plan: Plan, version: str) -> None:
+        """Install a version where it was planned, one install at a time, and hand it out."""
+        try:
+            async with self._installing:
+                await self._install(plan, version)
+        except Exception as failure:  # noqa: BLE001  told to who came first; the others try again, as it may pass
+            await self._undo(plan.slot, version)
+            self._count_install(failure)
+            waiting = self._waiting[version]
+            waiting.coming = None
+            if first := next((asked for asked in waiting.asked if not asked.done()), None):
+                first.set_exception(failure)
+        else:
+            self.residency.commit(version)
+            self._count_install(None)
+            self._hand_out(version)
+        finally:
+            if plan.evicted is not None:
+                self._firings.forget(plan.evicted)
+        self._serve()
+
+    async def _install(self, plan: Plan, version: str) -> None:
+        answers = await ask(self._workers, "edits_install", plan.slot, version, plan.evicted)
+        while any("absent" in answer for answer in answers):  # a worker made room for others meanwhile
+            self._ready.discard(version)
+            await self.make_ready(version)
+            answers = await ask(self._workers, "edits_install", plan.slot, version, plan.evicted)
+        self._count_firings(answers)
+        require_agreement(answers, f"what version {version[:12]} is")
+
+    async def _undo(self, slot: int, version: str) -> None:
+        """Take an uncommitted version out of every worker. A slot that cannot be cleared is not used again."""
+        try:
+            await self._clear(slot, version)
+        except EditsError:
+            logger.exception("slot %d could not be cleared and stays out of use", slot)
+            self.residency.lose(version)
+        else:
+            self.residency.abandon(version)
+
+    def _count_install(self, failure: BaseException | None) -> None:
+        ended = "ok" if failure is None else "refused" if isinstance(failure, BundleRefused) else "error"
+        self._metrics.installs.labels(ended).inc()
+        self._count_used()
+
+    def _count_used(self) -> None:
+        self._metrics.slots_used.set(self.residency.used)
+
+    # -- lending -----------------------------------------------------------------------------------------------------
+
+    async def acquire(self, version: str) -> int:
+        """The slot of a version for one more user, which is brought in if it has none; waits while all are in use."""
+        if self.residency.is_open(version):
+            self._metrics.version_lookups.labels("device").inc()
+            return self.residency.acquire(version)
+        found, start = "host" if version in self._ready else "store", time.monotonic()
+        await self.make_ready(version)  # needs no slot: a slow store keeps nobody else from being paged in
+        asked = self._ask(version)
+        with self._given_back(asked, version):
+            slot = await asked
+        self._metrics.version_lookups.labels(found).inc()
+        self._metrics.page_in_seconds.labels(found).observe(time.monotonic() - start)
+        return slot
+
+    def release(self, version: str) -> None:
+        """One user less."""
+        self.residency.release(version)
+        self._sweep()
+        self._serve()
+
+    def waiting(self) -> list[dict[str, Any]]:
+        """What requests wait for, for the status."""
+        return [
+            {"version": version, "requests": waiting.requests(), "seconds": round(waiting.seconds(), 3)}
+            for version, waiting in self._waiting.items()
+        ]
+
+    # -- clearing ----------------------------------------------------------------------------------------------------
+
+    def retire(self, version: str) -> None:
+        """Nothing names this version any more: clear its slot when the last user has left."""
+        if self.residency.is_resident(version):
+            self._retired_at[version] = time.monotonic()
+            self.residency.retire(version)
+            self._sweep()
+
+    def restore(self, version: str) -> None:
+        """Something names this version again."""
+        self.residency.restore(version)
+        self._retired_at.pop(version, None)
+
+    def _sweep(self) -> None:
+        """Clear the slots of retired versions that nobody uses any more, in the background."""
+        for version in self.residency.leaving():
+            slot = self.residency.remove(version)
+            task = asyncio.get_running_loop().create_task(self._drain(slot, version))
+            self._draining.add(task)
+            task.add_done_callback(self._draining.discard)
+
+    async def _drain(self, slot: int, version: str) -> None:
+        # Calls and requests reach the engine in order: the aborts and steps of the last user are behind this call.
+        try:
+            await self._clear(slot, version)
+        except Exception:
+            logger.exception(
+                "slot %d of retired version %s could not be cleared and stays out of use", slot, version[:12]
+            )
+            return
+        self.residency.give_back(slot)
+        self._count_used()
+        seconds = time.monotonic() - self._retired_at.pop(version, time.monotonic())
+        self._metrics.swap_seconds.labels("drain").observe(seconds)
+        self._serve()
+        logger.info("drained version=%s slot=%d", version[:12], slot)
+
+    async def settle(self) -> None:
+        """Wait until no retired version is being cleared."""
+        while self._draining:
+            await asyncio.gather(*self._draining)
+
+    async def _clear(self, slot: int, version: str) -> None:
+        """Make a slot neutral on every worker, and count what its gates did last."""
+        self._count_firings(await ask(self._workers, "edits_clear", slot))
+        self._firings.forget(version)
+
+    # -- gates -------------------------------------------------------------------------------------------------------
+
+    async def follow_firings(self) -> None:
+        """Count for ever; not by the store's clock, which stands while the store is away."""
+        await repeat(FIRINGS_SECONDS, self.read_firings, "the firings of gates were not read")
+
+    async def read_firings(self) -> None:
+        """Count how often the gates on the device have fired. Failing that, the next look counts them."""
+        if any(self._traits(version).fires for version in self.residency.residents()):
+            try:
+                self._count_firings(await ask(self._workers, "edits_firings"))
+            except EditsError as error:
+                logger.warning("the firings of gates were not read: %s", error)
+
+    def _count_firings(self, answers: list[dict[str, Any]]) -> None:
+        """Workers that divide a model see the same tokens, so of each engine the word of its first worker counts."""
+        for worker, answer in enumerate(answers):
+            for version, tokens, times in answer["firings"] if answer["share"] == 0 else ():
+                name = self._traits(version).name
+                new_tokens, new_firings = self._firings.count(name, version, worker, tokens, times)
+                self._fired(version, new_firings, new_tokens)

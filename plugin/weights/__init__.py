@@ -1,0 +1,1 @@
+"""One variant in the model's own weights. Runs in every worker."""

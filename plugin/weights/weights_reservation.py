@@ -1,0 +1,62 @@
+"""Which projections a server sets apart for versions in its weights, and which of them get a bias. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+
+from vllm_edits.edit_store.architectures import Architecture
+from vllm_edits.edit_store.bundle import Manifest
+from vllm_edits.edit_store.errors import SettingsError
+from vllm_edits.edit_store.sites import Site, Widths
+from vllm_edits.plugin.weights.weight_form import constant, touched
+from vllm_edits.server_config.settings import ReserveWeight
+
+WeightsRoom = Mapping[Site, bool]
+"""Projections by what they give, and whether each is to have a bias if the model gives it none."""
+
+
+def asked_for(reserve: Iterable[ReserveWeight], architecture: Architecture, widths: Widths) -> WeightsRoom:
+    """Expand patterns over a model's projections. SettingsError when a pattern fits none."""
+    every, room, unmatched = list(_every(architecture, widths)), dict[Site, bool](), []
+    for item in reserve:
+        found = [site for site in every if fnmatchcase(str(site), item.site)]
+        if not found:
+            unmatched.append(
+                f"edits.weights_reserve: {item.site!r} fits no projection; they are named by what they give: "
+                f"{', '.join(architecture.projections())}, in layers 0 to {widths.layers - 1}"
+            )
+        for site in found:
+            room[site] = room.get(site, False) or item.bias
+    if unmatched:
+        raise SettingsError("\n".join(unmatched))
+    return room
+
+
+def for_version(manifest: Manifest, architecture: Architecture) -> WeightsRoom:
+    """What one version changes."""
+    room: dict[Site, bool] = {}
+    for edit in manifest.edits:
+        for site in touched(edit, architecture):
+            room[site] = room.get(site, False) or constant(edit)
+    return room
+
+
+def usual(architecture: Architecture, widths: Widths) -> WeightsRoom:
+    """Every projection of every layer, with the biases that the model has."""
+    return dict.fromkeys(_every(architecture, widths), False)
+
+
+def to_settings(room: WeightsRoom) -> list[dict[str, object]]:
+    """The same as settings, one entry for each projection."""
+    return [{"site": str(site), "bias": bias} for site, bias in sorted(room.items())]
+
+
+def bytes_kept(room: WeightsRoom, architecture: Architecture, widths: Widths, itemsize: int) -> int:
+    """Bytes of the weights that are set apart: what a CPU server keeps of them besides, and the most a patch takes."""
+    projections = architecture.projections()
+    return sum(widths.of(site.point) * widths.of(projections[site.point]) * itemsize for site in room)
+
+
+def _every(architecture: Architecture, widths: Widths) -> Iterable[Site]:
+    return (Site(layer, point) for layer in range(widths.layers) for point in architecture.projections())
