@@ -29,9 +29,9 @@ from loadtests.metrics import Metrics
 from loadtests.server import Server, ServerFailed
 from vllm_edits.edit_store import Bundle, EditStore, identify
 from vllm_edits.edit_store.authoring import host
-from vllm_edits.edit_store.experiment import Experiment
-from vllm_edits.edit_store.experiment_log import Experiments
-from vllm_edits.edit_store.experiments import Change
+from vllm_edits.edit_store.experiments.document import Experiment
+from vllm_edits.edit_store.experiments.experiment_log import Experiments
+from vllm_edits.edit_store.experiments.state import Change
 from vllm_edits.plugin.experiments.analysis.evidence import Logs
 from vllm_edits.plugin.experiments.records import Exposure
 

@@ -6,7 +6,7 @@ from vllm_edits.edit_store.edits import KINDS, Edit, Gate, LowRank, Offset, Scal
 from vllm_edits.edit_store.scope import Scope
 from vllm_edits.edit_store.signing import Role, SigningKey
 from vllm_edits.edit_store.sites import Site, Widths
-from vllm_edits.edit_store.store import EditStore, Published, TagEntry
+from vllm_edits.edit_store.storage.store import EditStore, Published, TagEntry
 from vllm_edits.edit_store.trust import Enforcement, TrustedKey, TrustPolicy
 from vllm_edits.edit_store.verify import check
 

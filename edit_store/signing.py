@@ -24,7 +24,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from vllm_edits.edit_store.bundle import Digest, canonical_json, sha256
 from vllm_edits.edit_store.errors import EditsError
-from vllm_edits.edit_store.log import now
+from vllm_edits.edit_store.storage.log import now
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 MAX_ENVELOPE_BYTES = 1 << 14

@@ -18,8 +18,8 @@ from prometheus_client import CollectorRegistry
 from rich.console import Console
 from rich.table import Table
 
-from vllm_edits.edit_store.experiment import BUILT_IN, Experiment
-from vllm_edits.edit_store.experiments import Change, Standing, after
+from vllm_edits.edit_store.experiments.document import BUILT_IN, Experiment
+from vllm_edits.edit_store.experiments.state import Change, Standing, after
 from vllm_edits.plugin.experiments import exposures
 from vllm_edits.plugin.experiments.evaluation_context import Asking
 from vllm_edits.plugin.experiments.exposure_log import ExposureLog

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vllm_edits.edit_store.cache import NodeCache
-from vllm_edits.edit_store.reader import Reader
+from vllm_edits.edit_store.reading.cache import NodeCache
+from vllm_edits.edit_store.reading.reader import Reader
 from vllm_edits.edit_store.signing import SigningKey
-from vllm_edits.edit_store.store import EditStore
+from vllm_edits.edit_store.storage.store import EditStore
 from vllm_edits.edit_store.trust import Trust
 from vllm_edits.server_config.settings import EditSettings
 

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from vllm_edits.edit_store.cache import DEFAULT_LIMIT_BYTES
 from vllm_edits.edit_store.edits import MAX_RANK
 from vllm_edits.edit_store.errors import SettingsError, nearest
+from vllm_edits.edit_store.reading.cache import DEFAULT_LIMIT_BYTES
 from vllm_edits.edit_store.refs import DEFAULT_TAG, is_bundle_name, is_name, is_version_prefix
 from vllm_edits.edit_store.trust import Enforcement
 

@@ -37,10 +37,10 @@ from vllm_edits.edit_store import (
 )
 from vllm_edits.edit_store.architectures import supported
 from vllm_edits.edit_store.backends import Backend, Item
-from vllm_edits.edit_store.cache import NodeCache
 from vllm_edits.edit_store.edits import Array, order_at_site
 from vllm_edits.edit_store.errors import BundleRefused, EditsError, StoreUnavailable
-from vllm_edits.edit_store.reader import Reader
+from vllm_edits.edit_store.reading.cache import NodeCache
+from vllm_edits.edit_store.reading.reader import Reader
 from vllm_edits.edit_store.signing import SigningKey
 from vllm_edits.edit_store.trust import Trust
 from vllm_edits.plugin.graph.edited_model import EditedModel, Prepared

@@ -11,7 +11,7 @@ from growthbook.core import chooseVariation, gbhash, getBucketRanges
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_edits.edit_store.assignment import bucket, chosen, ranges
+from vllm_edits.edit_store.experiments.assignment import bucket, chosen, ranges
 
 UNITS = [f"user-{number}" for number in range(50_000)]
 WEIGHTS = [(0.5, 0.5), (0.98, 0.01, 0.01), (1 / 3, 1 / 3, 1 / 3), (0.7, 0.1, 0.15, 0.05)]

@@ -158,7 +158,7 @@ def test_a_process_without_a_home_has_a_cache_of_its_own(folder: Path, open_to_a
 import os, sys
 from pathlib import Path
 from vllm_edits.edit_store import identify
-from vllm_edits.edit_store.cache import NodeCache
+from vllm_edits.edit_store.reading.cache import NodeCache
 identify(Path(sys.argv[1]), cache=Path(sys.argv[2]))  # imports what that user may not read
 os.setgid(54321), os.setuid(54321)
 identify(Path(sys.argv[1]))

@@ -13,9 +13,9 @@ import pytest
 from tests.fakes import BASE, FlakyBackend
 from tests.test_store import PROVENANCE, WHEN, bundle
 from vllm_edits.edit_store import Bundle, EditStore, Offset, check
-from vllm_edits.edit_store.cache import NodeCache
 from vllm_edits.edit_store.errors import BundleRefused, NotFound
-from vllm_edits.edit_store.store import blob_key
+from vllm_edits.edit_store.reading.cache import NodeCache
+from vllm_edits.edit_store.storage.store import blob_key
 
 
 class Remote(FlakyBackend):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.fakes import cheaply
 from vllm_edits.edit_store.errors import EditsError, NotFound
-from vllm_edits.edit_store.experiment import BUILT_IN
+from vllm_edits.edit_store.experiments.document import BUILT_IN
 from vllm_edits.plugin.experiments.analysis.evidence import Evidence, Logs, collect, gather
 from vllm_edits.plugin.experiments.records import Exposure, Feedback, Record
 

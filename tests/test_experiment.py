@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_edits.edit_store.assignment import bucket, chosen
 from vllm_edits.edit_store.errors import Conflict, ExperimentRefused, NotFound
-from vllm_edits.edit_store.experiment import Experiment, Holdout, Namespace
-from vllm_edits.edit_store.experiments import Change, Standing, after
+from vllm_edits.edit_store.experiments.assignment import bucket, chosen
+from vllm_edits.edit_store.experiments.document import Experiment, Holdout, Namespace
+from vllm_edits.edit_store.experiments.state import Change, Standing, after
 
 START = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 

@@ -17,14 +17,14 @@ from tests.conftest import random_bundle, whose_gates_fire
 from tests.fakes import BASE
 from tests.test_experiment import document
 from vllm_edits.edit_store import EditStore
-from vllm_edits.edit_store.audit import audit
 from vllm_edits.edit_store.bundle import canonical_json
 from vllm_edits.edit_store.cli import app
-from vllm_edits.edit_store.collect import collect
 from vllm_edits.edit_store.errors import Conflict, EditsError, ExperimentRefused, NotFound
-from vllm_edits.edit_store.experiment import Experiment
-from vllm_edits.edit_store.experiment_log import Experiments
-from vllm_edits.edit_store.experiments import Change
+from vllm_edits.edit_store.experiments.document import Experiment
+from vllm_edits.edit_store.experiments.experiment_log import Experiments
+from vllm_edits.edit_store.experiments.state import Change
+from vllm_edits.edit_store.upkeep.audit import audit
+from vllm_edits.edit_store.upkeep.collect import collect
 
 Run = Callable[..., Any]
 

@@ -17,8 +17,8 @@ from tests.fakes import BASE
 from tests.test_experiment_log import two_arms
 from vllm_edits.edit_store import EditStore
 from vllm_edits.edit_store.cli import app
-from vllm_edits.edit_store.experiment_log import Experiments
-from vllm_edits.edit_store.experiments import Change
+from vllm_edits.edit_store.experiments.experiment_log import Experiments
+from vllm_edits.edit_store.experiments.state import Change
 from vllm_edits.plugin.experiments.analysis.replay import Answer, Parting, bodies, summary
 from vllm_edits.plugin.experiments.exposure_log import ExposureLog
 from vllm_edits.plugin.experiments.records import Exposure

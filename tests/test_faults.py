@@ -19,9 +19,9 @@ from loadtests.object_servers import BUCKET, CREDENTIALS, azurite, make_bucket, 
 from tests.fakes import FlakyBackend
 from tests.test_store import bundle, keeps_the_protocol, promoted
 from vllm_edits.edit_store import EditStore
-from vllm_edits.edit_store.audit import audit
 from vllm_edits.edit_store.backends import ObjectStore, require_exclusive_create
 from vllm_edits.edit_store.errors import EditsError, StoreUnavailable
+from vllm_edits.edit_store.upkeep.audit import audit
 
 # -- disks -------------------------------------------------------------------------------------------------------------
 
@@ -125,7 +125,7 @@ def test_a_backend_that_lets_two_writers_win_is_refused(folder: EditStore, monke
     require_exclusive_create(folder.backend)
     with pytest.raises(StoreUnavailable, match=r"cannot be written safely.*let a second write replace a first"):
         require_exclusive_create(Overwriting(folder.backend))
-    monkeypatch.setattr("vllm_edits.edit_store.store._exclusive", set())
+    monkeypatch.setattr("vllm_edits.edit_store.storage.store._exclusive", set())
     folder.backend = Overwriting(folder.backend)
     for write in (lambda: folder.publish(bundle("2")), lambda: folder.rollback("polite")):
         with pytest.raises(EditsError):

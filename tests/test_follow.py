@@ -14,10 +14,10 @@ from tests.test_store import promoted
 from vllm_edits.edit_store import EditStore
 from vllm_edits.edit_store.backends import Item
 from vllm_edits.edit_store.errors import EditsError, StoreUnavailable
-from vllm_edits.edit_store.experiment import Experiment
-from vllm_edits.edit_store.experiment_log import Experiments
-from vllm_edits.edit_store.experiments import Change
-from vllm_edits.edit_store.follow import Follower, Seen
+from vllm_edits.edit_store.experiments.document import Experiment
+from vllm_edits.edit_store.experiments.experiment_log import Experiments
+from vllm_edits.edit_store.experiments.state import Change
+from vllm_edits.edit_store.reading.follow import Follower, Seen
 
 
 class Counting(FlakyBackend):

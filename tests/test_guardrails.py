@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fakes import cheaply
-from vllm_edits.edit_store.experiment import Guardrail
+from vllm_edits.edit_store.experiments.document import Guardrail
 from vllm_edits.plugin.experiments import guardrails as module
 from vllm_edits.plugin.experiments.guardrails import Action, Guardrails, Hold, State, Withdraw
 

@@ -23,8 +23,8 @@ from pydantic import BaseModel
 from tests.conftest import publish
 from tests.fakes import BASE, FakeWorkers, Overtaken, Server, version_of
 from vllm_edits.edit_store import LowRank, Offset
-from vllm_edits.edit_store.cache import NodeCache
-from vllm_edits.edit_store.reader import Reader
+from vllm_edits.edit_store.reading.cache import NodeCache
+from vllm_edits.edit_store.reading.reader import Reader
 from vllm_edits.edit_store.scope import Scope as EditScope
 from vllm_edits.plugin.claim import CLAIM, cache_salt
 from vllm_edits.plugin.http.admin_token import HEADER as ADMIN_TOKEN_HEADER

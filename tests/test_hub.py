@@ -49,10 +49,10 @@ from vllm_edits.edit_store.errors import (
     StoreCorrupt,
     StoreUnavailable,
 )
-from vllm_edits.edit_store.hub import Pulled, Pushed, pull, push
-from vllm_edits.edit_store.model_card import BEGIN, END, plain, render
-from vllm_edits.edit_store.store import blob_key, version_key
-from vllm_edits.edit_store.transfer import Package
+from vllm_edits.edit_store.hub.model_card import BEGIN, END, plain, render
+from vllm_edits.edit_store.hub.push_pull import Pulled, Pushed, pull, push
+from vllm_edits.edit_store.storage.store import blob_key, version_key
+from vllm_edits.edit_store.upkeep.transfer import Package
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 constants, bars = (importlib.import_module(f"huggingface_hub.{name}") for name in ("constants", "utils"))
@@ -503,7 +503,7 @@ def test_a_digest_that_is_a_path_is_looked_up_nowhere(
 
 
 def test_a_repo_of_very_many_files_is_not_read(channel: Channel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_edits.edit_store.hub_repo.MAX_FILES", 5)
+    monkeypatch.setattr("vllm_edits.edit_store.hub.hub_repo.MAX_FILES", 5)
     channel.hub.add(REPO).commit({f"{number}.txt": b"" for number in range(5)})
     with pytest.raises(BundleRefused, match="more than 5 files"):
         channel.pull()
@@ -756,10 +756,10 @@ def test_without_the_client_it_is_said_what_to_install(channel: Channel, monkeyp
 
 def test_the_client_is_imported_only_when_it_is_used() -> None:
     """Every other command starts without it, and without torch."""
-    looked_for = {"vllm_edits.edit_store.hub", "huggingface_hub", "torch"}
+    looked_for = {"vllm_edits.edit_store.hub.push_pull", "huggingface_hub", "torch"}
     code = f"import sys, vllm_edits.edit_store.cli; print(sorted({looked_for} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "['vllm_edits.edit_store.hub']\n"
+    assert done.stdout == "['vllm_edits.edit_store.hub.push_pull']\n"
 
 
 # -- the card ----------------------------------------------------------------------------------------------------------

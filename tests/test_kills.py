@@ -15,9 +15,9 @@ from loadtests.object_servers import moto, seaweedfs
 from tests.places import Place, bucket, folder
 from tests.victim import one_of_each
 from vllm_edits.edit_store import EditStore
-from vllm_edits.edit_store.audit import audit
 from vllm_edits.edit_store.backends import LocalFolder
-from vllm_edits.edit_store.collect import collect
+from vllm_edits.edit_store.upkeep.audit import audit
+from vllm_edits.edit_store.upkeep.collect import collect
 
 LONGEST_SECONDS = 0.5
 

@@ -12,7 +12,7 @@ from tests.fakes import FlakyBackend, cheaply
 from vllm_edits.edit_store.backends import AlreadyExists, Memory
 from vllm_edits.edit_store.bundle import canonical_json
 from vllm_edits.edit_store.errors import Conflict, StoreCorrupt, StoreUnavailable
-from vllm_edits.edit_store.log import MAX_ENTRY_BYTES, Entry, Log
+from vllm_edits.edit_store.storage.log import MAX_ENTRY_BYTES, Entry, Log
 
 
 class Note(Entry):
@@ -93,7 +93,7 @@ class Unreliable(FlakyBackend):
 
 @pytest.fixture
 def unreliable(backend: Memory, monkeypatch: pytest.MonkeyPatch) -> Unreliable:
-    monkeypatch.setattr("vllm_edits.edit_store.log._FIRST_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("vllm_edits.edit_store.storage.log._FIRST_PAUSE_SECONDS", 0.0)
     return Unreliable(backend)
 
 

@@ -15,7 +15,7 @@ from tests.test_store import bundle
 from vllm_edits.edit_store import Bundle, EditStore, Manifest, check
 from vllm_edits.edit_store.bundle import MANIFEST_FILE, TENSORS_FILE, BlobRef, canonical_json
 from vllm_edits.edit_store.errors import BundleRefused, EditsError
-from vllm_edits.edit_store.store import manifest_key
+from vllm_edits.edit_store.storage.store import manifest_key
 
 MEMORY_BYTES = 32 << 20
 Random = np.random.Generator

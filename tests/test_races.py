@@ -15,7 +15,7 @@ from loadtests.object_servers import moto, seaweedfs
 from tests.places import Place, bucket, folder
 from tests.test_store import bundle
 from vllm_edits.edit_store import EditStore
-from vllm_edits.edit_store.audit import audit
+from vllm_edits.edit_store.upkeep.audit import audit
 
 
 @contextmanager

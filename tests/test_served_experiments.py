@@ -18,12 +18,12 @@ from tests.conftest import whose_gates_fire
 from tests.fakes import Server, version_of
 from tests.test_http import Call, Site, another_process, until
 from vllm_edits.edit_store import Bundle, Gate, Offset
-from vllm_edits.edit_store.assignment import bucket, chosen
 from vllm_edits.edit_store.errors import SettingsError
-from vllm_edits.edit_store.experiment import Experiment
-from vllm_edits.edit_store.experiment_log import Experiments
-from vllm_edits.edit_store.experiments import Change
-from vllm_edits.edit_store.log import Log
+from vllm_edits.edit_store.experiments.assignment import bucket, chosen
+from vllm_edits.edit_store.experiments.document import Experiment
+from vllm_edits.edit_store.experiments.experiment_log import Experiments
+from vllm_edits.edit_store.experiments.state import Change
+from vllm_edits.edit_store.storage.log import Log
 from vllm_edits.plugin.claim import CLAIM
 from vllm_edits.plugin.experiments.analysis.evidence import Logs, collect
 from vllm_edits.plugin.experiments.evaluation_context import Asking

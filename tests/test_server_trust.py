@@ -13,9 +13,9 @@ from tests.fakes import Server, version_of
 from tests.test_http import TOKEN, Site
 from vllm_edits.edit_store import EditStore, Enforcement, Role, SigningKey, TrustedKey, TrustPolicy
 from vllm_edits.edit_store.errors import NotFound, NotTrusted, SettingsError
-from vllm_edits.edit_store.experiment import Experiment, Guardrail
-from vllm_edits.edit_store.experiment_log import Experiments
-from vllm_edits.edit_store.experiments import Change
+from vllm_edits.edit_store.experiments.document import Experiment, Guardrail
+from vllm_edits.edit_store.experiments.experiment_log import Experiments
+from vllm_edits.edit_store.experiments.state import Change
 from vllm_edits.edit_store.trust import Trust
 from vllm_edits.plugin.experiments.guardrails import Withdraw
 

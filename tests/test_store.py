@@ -567,9 +567,9 @@ READS_ONLY = """
 import os, sys
 from pathlib import Path
 from vllm_edits.edit_store import EditStore
-from vllm_edits.edit_store.cache import NodeCache
+from vllm_edits.edit_store.reading.cache import NodeCache
 from vllm_edits.edit_store.errors import EditsError
-from vllm_edits.edit_store.reader import Reader
+from vllm_edits.edit_store.reading.reader import Reader
 from tests.conftest import random_bundle
 from tests.fakes import BASE
 

@@ -25,13 +25,13 @@ from vllm_edits.edit_store import (
     SubspaceFilter,
     TrustPolicy,
 )
-from vllm_edits.edit_store.audit import audit
-from vllm_edits.edit_store.collect import collect, plan
 from vllm_edits.edit_store.compare import compare
 from vllm_edits.edit_store.errors import BundleRefused, Conflict, EditsError, NotFound, StoreCorrupt
-from vllm_edits.edit_store.intents import condemned_key, relying_on
-from vllm_edits.edit_store.store import blob_key, manifest_key, version_key
-from vllm_edits.edit_store.transfer import copy, export, read_export
+from vllm_edits.edit_store.storage.intents import condemned_key, relying_on
+from vllm_edits.edit_store.storage.store import blob_key, manifest_key, version_key
+from vllm_edits.edit_store.upkeep.audit import audit
+from vllm_edits.edit_store.upkeep.collect import collect, plan
+from vllm_edits.edit_store.upkeep.transfer import copy, export, read_export
 
 HOUR = 3600
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from tests.test_store import bundle
 from vllm_edits.edit_store import EditStore
-from vllm_edits.edit_store.collect import collect
 from vllm_edits.edit_store.errors import Conflict, NotFound
-from vllm_edits.edit_store.transfer import copy
+from vllm_edits.edit_store.upkeep.collect import collect
+from vllm_edits.edit_store.upkeep.transfer import copy
 
 
 def one_of_each(store: EditStore, other: EditStore, label: str) -> None:

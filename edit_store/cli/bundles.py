@@ -30,7 +30,7 @@ from vllm_edits.edit_store.compare import compare
 from vllm_edits.edit_store.errors import EditsError
 from vllm_edits.edit_store.inspection import EditSummary, sites_of, summarise
 from vllm_edits.edit_store.refs import Ref
-from vllm_edits.edit_store.store import EditStore
+from vllm_edits.edit_store.storage.store import EditStore
 
 
 @app.command()

@@ -20,7 +20,7 @@ from rich.text import Text
 from vllm_edits.edit_store.errors import EditsError
 from vllm_edits.edit_store.refs import is_digest
 from vllm_edits.edit_store.signing import SigningKey
-from vllm_edits.edit_store.store import EditStore
+from vllm_edits.edit_store.storage.store import EditStore
 
 PROBLEM = 1
 STORE_VARIABLE = "VLLM_EDITS_STORE"

@@ -21,13 +21,13 @@ from vllm_edits.edit_store.cli.common import (
     plain,
     show,
 )
-from vllm_edits.edit_store.durations import spoken
-from vllm_edits.edit_store.experiment import Experiment
-from vllm_edits.edit_store.experiment_log import Experiments
-from vllm_edits.edit_store.experiments import Change, Standing, need
-from vllm_edits.edit_store.log import now
+from vllm_edits.edit_store.experiments.document import Experiment
+from vllm_edits.edit_store.experiments.durations import spoken
+from vllm_edits.edit_store.experiments.experiment_log import Experiments
+from vllm_edits.edit_store.experiments.state import Change, Standing, need
 from vllm_edits.edit_store.refs import DEFAULT_TAG
 from vllm_edits.edit_store.signing import SigningKey
+from vllm_edits.edit_store.storage.log import now
 
 experiment = typer.Typer(
     no_args_is_help=True, help="Share the requests for one model name among arms, and end that with evidence."

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from vllm_edits.edit_store import hub as channel
 from vllm_edits.edit_store.cli.common import (
     JsonOption,
     StoreOption,
@@ -19,7 +18,8 @@ from vllm_edits.edit_store.cli.common import (
     moving,
     opened,
 )
-from vllm_edits.edit_store.hub_repo import DEFAULT_REVISION
+from vllm_edits.edit_store.hub import push_pull as channel
+from vllm_edits.edit_store.hub.hub_repo import DEFAULT_REVISION
 
 hub = typer.Typer(no_args_is_help=True, help="The Hugging Face Hub: publish versions in a model repo, fetch them back.")
 app.add_typer(hub, name="hub")

@@ -22,7 +22,7 @@ from vllm_edits.edit_store.cli.common import (
 )
 from vllm_edits.edit_store.compose import conflicts, named
 from vllm_edits.edit_store.refs import DEFAULT_TAG
-from vllm_edits.edit_store.store import TagEntry
+from vllm_edits.edit_store.storage.store import TagEntry
 
 
 @app.command()

@@ -20,10 +20,10 @@ from vllm_edits.edit_store.cli.common import (
     show,
 )
 from vllm_edits.edit_store.errors import EditsError, SettingsError
-from vllm_edits.edit_store.log import now
 from vllm_edits.edit_store.refs import Ref
 from vllm_edits.edit_store.signing import PRIVATE_SUFFIX, Role, SigningKey
-from vllm_edits.edit_store.store import EditStore
+from vllm_edits.edit_store.storage.log import now
+from vllm_edits.edit_store.storage.store import EditStore
 from vllm_edits.edit_store.trust import TrustedKey, TrustPolicy
 
 trust = typer.Typer(no_args_is_help=True, help="Whom servers believe: the trust file, its keys and thresholds.")

@@ -8,8 +8,6 @@ from typing import Annotated
 
 import typer
 
-from vllm_edits.edit_store import audit as auditing
-from vllm_edits.edit_store import collect, transfer
 from vllm_edits.edit_store.cli.common import (
     PROBLEM,
     JsonOption,
@@ -27,7 +25,9 @@ from vllm_edits.edit_store.cli.common import (
     opened,
     show,
 )
-from vllm_edits.edit_store.store import EditStore
+from vllm_edits.edit_store.storage.store import EditStore
+from vllm_edits.edit_store.upkeep import audit as auditing
+from vllm_edits.edit_store.upkeep import collect, transfer
 
 
 @app.command()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import get_args
 
 from vllm_edits.edit_store.errors import NotFound, SettingsError
-from vllm_edits.edit_store.experiments import Standings
+from vllm_edits.edit_store.experiments.state import Standings
 from vllm_edits.plugin.experiments.records import How
 from vllm_edits.plugin.experiments.routing import Assignment
 

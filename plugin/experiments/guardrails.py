@@ -18,8 +18,8 @@ from types import MappingProxyType
 from typing import Literal
 
 from vllm_edits.edit_store.bundle import GATE_FIRINGS
-from vllm_edits.edit_store.durations import spoken
-from vllm_edits.edit_store.experiment import BUILT_IN, Guardrail
+from vllm_edits.edit_store.experiments.document import BUILT_IN, Guardrail
+from vllm_edits.edit_store.experiments.durations import spoken
 
 CONTROL, AUTHOR = "the control", "what its author measured"
 """What a limit may be a multiple of."""

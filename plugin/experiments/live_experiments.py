@@ -29,8 +29,8 @@ from vllm_edits.edit_store.errors import (
     Overtaken,
     StoreUnavailable,
 )
-from vllm_edits.edit_store.experiment import BASE
-from vllm_edits.edit_store.experiments import Change, Standing, Standings
+from vllm_edits.edit_store.experiments.document import BASE
+from vllm_edits.edit_store.experiments.state import Change, Standing, Standings
 from vllm_edits.edit_store.refs import Ref, is_digest
 from vllm_edits.plugin.experiments.evaluation_context import Asking
 from vllm_edits.plugin.experiments.exposure_log import ExposureLog

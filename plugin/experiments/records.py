@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from vllm_edits.edit_store.experiment import BUILT_IN
+from vllm_edits.edit_store.experiments.document import BUILT_IN
 
 Source = Literal["header", "user", "key", "request"]
 """What a unit was made of."""

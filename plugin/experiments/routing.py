@@ -6,9 +6,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
-from vllm_edits.edit_store.assignment import bucket, chosen
 from vllm_edits.edit_store.errors import ArmRefused
-from vllm_edits.edit_store.experiments import Standing, Standings
+from vllm_edits.edit_store.experiments.assignment import bucket, chosen
+from vllm_edits.edit_store.experiments.state import Standing, Standings
 from vllm_edits.plugin.experiments.evaluation_context import ARM_HEADER, Asking, Unit
 from vllm_edits.plugin.experiments.records import How, Source
 from vllm_edits.plugin.experiments.shadow_pairs import compared_in

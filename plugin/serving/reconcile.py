@@ -21,10 +21,10 @@ from typing import Any
 from vllm_edits.edit_store import verify
 from vllm_edits.edit_store.bundle import BaseModelRef, Bundle
 from vllm_edits.edit_store.errors import BundleRefused, EditsError, InstallRefused, NotTrusted, Reason, RequestRefused
-from vllm_edits.edit_store.experiment_log import Experiments
-from vllm_edits.edit_store.experiments import Change
-from vllm_edits.edit_store.reader import Reader
-from vllm_edits.edit_store.store import TagEntry
+from vllm_edits.edit_store.experiments.experiment_log import Experiments
+from vllm_edits.edit_store.experiments.state import Change
+from vllm_edits.edit_store.reading.reader import Reader
+from vllm_edits.edit_store.storage.store import TagEntry
 from vllm_edits.edit_store.trust import Enforcement
 from vllm_edits.plugin.experiments.evaluation_context import NOBODY, Asking
 from vllm_edits.plugin.experiments.exposure_log import ExposureLog

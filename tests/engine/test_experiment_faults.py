@@ -23,9 +23,9 @@ from tests.conftest import Pairs, base_of, bundle_of, publish, random_pairs, who
 from tests.engine.conftest import wait_until
 from tests.engine.network import Line
 from vllm_edits.edit_store import BaseModelRef, Bundle, EditStore, Gate
-from vllm_edits.edit_store.experiment import Experiment
-from vllm_edits.edit_store.experiment_log import Experiments
-from vllm_edits.edit_store.experiments import Change, Standing
+from vllm_edits.edit_store.experiments.document import Experiment
+from vllm_edits.edit_store.experiments.experiment_log import Experiments
+from vllm_edits.edit_store.experiments.state import Change, Standing
 
 pytestmark = pytest.mark.vllm
 

@@ -26,9 +26,9 @@ from tests.engine.conftest import SLOW_ON_TWO, Serving, serve
 from tests.engine.prometheus import needs_prometheus, prometheus
 from tests.parity import cores_apart
 from vllm_edits.edit_store.cli import app
-from vllm_edits.edit_store.experiment import Experiment
-from vllm_edits.edit_store.experiment_log import Experiments
-from vllm_edits.edit_store.experiments import Change
+from vllm_edits.edit_store.experiments.document import Experiment
+from vllm_edits.edit_store.experiments.experiment_log import Experiments
+from vllm_edits.edit_store.experiments.state import Change
 
 pytestmark = [pytest.mark.vllm, *SLOW_ON_TWO]
 

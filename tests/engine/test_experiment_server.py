@@ -19,11 +19,11 @@ from loadtests.client import complete
 from tests.engine.conftest import Serving, wait_until
 from tests.engine.prometheus import needs_prometheus, prometheus
 from vllm_edits import edit_store
-from vllm_edits.edit_store.assignment import bucket, chosen
 from vllm_edits.edit_store.cli import app
-from vllm_edits.edit_store.experiment import Experiment
-from vllm_edits.edit_store.experiment_log import Experiments
-from vllm_edits.edit_store.experiments import Change
+from vllm_edits.edit_store.experiments.assignment import bucket, chosen
+from vllm_edits.edit_store.experiments.document import Experiment
+from vllm_edits.edit_store.experiments.experiment_log import Experiments
+from vllm_edits.edit_store.experiments.state import Change
 from vllm_edits.plugin.experiments.analysis.evidence import Logs, gather
 from vllm_edits.plugin.experiments.records import Compared
 

@@ -12,9 +12,9 @@ import typer
 from vllm_edits.edit_store.cli import JsonOption, StoreOption, as_script, counted, explained, plain, show
 from vllm_edits.edit_store.cli.experiment import ExperimentArgument, experiment
 from vllm_edits.edit_store.errors import NotFound
-from vllm_edits.edit_store.experiment import Experiment
-from vllm_edits.edit_store.experiment_log import Experiments
-from vllm_edits.edit_store.store import EditStore
+from vllm_edits.edit_store.experiments.document import Experiment
+from vllm_edits.edit_store.experiments.experiment_log import Experiments
+from vllm_edits.edit_store.storage.store import EditStore
 from vllm_edits.plugin.cli_client import DEFAULT_URL, ApiKeyOption, UrlOption
 from vllm_edits.plugin.experiments.analysis.evidence import gather
 from vllm_edits.plugin.experiments.analysis.replay import bodies, replay, summary

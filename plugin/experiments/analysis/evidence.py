@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from vllm_edits.edit_store.errors import EditsError, NotFound
-from vllm_edits.edit_store.experiment import BUILT_IN
+from vllm_edits.edit_store.experiments.document import BUILT_IN
 from vllm_edits.plugin.experiments.analysis.sequences import Counts, Flags, Floats
 from vllm_edits.plugin.experiments.records import Compared, Exposure, Record
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vllm_edits.edit_store.errors import EditsError, nearest
-from vllm_edits.edit_store.experiment import BUILT_IN
+from vllm_edits.edit_store.experiments.document import BUILT_IN
 from vllm_edits.plugin.experiments.analysis.evidence import Caveats, Evidence
 from vllm_edits.plugin.experiments.analysis.sequences import ArmMean, Interval, SampleRatio, difference, sample_ratio
 

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vllm_edits.edit_store.backends import PROBES, Item, LocalFolder
-from vllm_edits.edit_store.experiment_log import log_of
-from vllm_edits.edit_store.experiments import versions_named
-from vllm_edits.edit_store.intents import CONDEMNED, condemned_key, old_intents, relied_on
-from vllm_edits.edit_store.store import EditStore
+from vllm_edits.edit_store.experiments.experiment_log import log_of
+from vllm_edits.edit_store.experiments.state import versions_named
+from vllm_edits.edit_store.storage.intents import CONDEMNED, condemned_key, old_intents, relied_on
+from vllm_edits.edit_store.storage.store import EditStore
 
 DEFAULT_GRACE_HOURS = 24.0
 

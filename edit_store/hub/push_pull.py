@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_edits.edit_store import model_card
 from vllm_edits.edit_store.backends import get_or_none
 from vllm_edits.edit_store.bundle import MANIFEST_FILE, TENSORS_FILE, Manifest, sha256
 from vllm_edits.edit_store.errors import (
@@ -34,11 +33,12 @@ from vllm_edits.edit_store.errors import (
     StoreCorrupt,
     nearest,
 )
-from vllm_edits.edit_store.hub_repo import DEFAULT_REVISION, Content, File, HubRepo
-from vllm_edits.edit_store.model_card import CARD_FILE, MAX_CARD_BYTES
+from vllm_edits.edit_store.hub import model_card
+from vllm_edits.edit_store.hub.hub_repo import DEFAULT_REVISION, Content, File, HubRepo
+from vllm_edits.edit_store.hub.model_card import CARD_FILE, MAX_CARD_BYTES
 from vllm_edits.edit_store.refs import Ref, is_bundle_name
-from vllm_edits.edit_store.store import EditStore, blob_key
-from vllm_edits.edit_store.transfer import (
+from vllm_edits.edit_store.storage.store import EditStore, blob_key
+from vllm_edits.edit_store.upkeep.transfer import (
     ATTESTATIONS,
     MAX_ATTESTATIONS,
     RECORD_FILE,

@@ -31,7 +31,7 @@ from vllm_edits.edit_store.bundle import (
 from vllm_edits.edit_store.errors import BundleRefused, EditsError, Reason
 from vllm_edits.edit_store.refs import Ref
 from vllm_edits.edit_store.signing import MAX_ENVELOPE_BYTES, read_envelopes
-from vllm_edits.edit_store.store import EditStore, Published
+from vllm_edits.edit_store.storage.store import EditStore, Published
 from vllm_edits.edit_store.tensor_file import MAX_TENSOR_FILE_BYTES
 
 RECORD_FILE, ATTESTATIONS = "published.json", "attestations/"

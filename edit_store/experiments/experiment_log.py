@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from vllm_edits.edit_store.bundle import GATE_FIRINGS, Manifest
 from vllm_edits.edit_store.errors import AmbiguousVersion, ExperimentRefused, NotFound, Reason
-from vllm_edits.edit_store.experiment import BASE, Arm, Experiment
-from vllm_edits.edit_store.experiments import (
+from vllm_edits.edit_store.experiments.document import BASE, Arm, Experiment
+from vllm_edits.edit_store.experiments.state import (
     FOLDER,
     Change,
     ExperimentEntry,
@@ -18,11 +18,11 @@ from vllm_edits.edit_store.experiments import (
     is_of_variant,
     need,
 )
-from vllm_edits.edit_store.intents import relying_on
-from vllm_edits.edit_store.log import Log, now
 from vllm_edits.edit_store.refs import DEFAULT_TAG, Ref
 from vllm_edits.edit_store.signing import Role, SigningKey
-from vllm_edits.edit_store.store import EditStore
+from vllm_edits.edit_store.storage.intents import relying_on
+from vllm_edits.edit_store.storage.log import Log, now
+from vllm_edits.edit_store.storage.store import EditStore
 
 
 def log_of(store: EditStore) -> Log[ExperimentEntry]:

@@ -40,8 +40,6 @@ from vllm_edits.edit_store.errors import (
     StoreUnavailable,
     nearest,
 )
-from vllm_edits.edit_store.intents import relying_on
-from vllm_edits.edit_store.log import E, Entry, Log, now
 from vllm_edits.edit_store.refs import DEFAULT_TAG, Ref, is_bundle_name, is_name, is_version_prefix
 from vllm_edits.edit_store.signing import (
     Role,
@@ -51,6 +49,8 @@ from vllm_edits.edit_store.signing import (
     attestation_key,
     read_envelopes,
 )
+from vllm_edits.edit_store.storage.intents import relying_on
+from vllm_edits.edit_store.storage.log import E, Entry, Log, now
 from vllm_edits.edit_store.tensor_file import MAX_TENSOR_FILE_BYTES
 
 FORMAT, FORMAT_VERSION = "vllm-edits-store", 1

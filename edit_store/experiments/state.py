@@ -15,11 +15,11 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from vllm_edits.edit_store.bundle import Name
-from vllm_edits.edit_store.durations import spoken
 from vllm_edits.edit_store.errors import Conflict, EditsError, ExperimentRefused, NotFound, Reason, nearest
-from vllm_edits.edit_store.experiment import BASE, Experiment, Share
-from vllm_edits.edit_store.log import Entry
+from vllm_edits.edit_store.experiments.document import BASE, Experiment, Share
+from vllm_edits.edit_store.experiments.durations import spoken
 from vllm_edits.edit_store.refs import Ref, is_digest
+from vllm_edits.edit_store.storage.log import Entry
 
 FOLDER = "experiments"
 Status = Literal["draft", "running", "stopped", "promoted"]

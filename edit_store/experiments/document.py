@@ -23,10 +23,10 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from vllm_edits.edit_store import assignment
 from vllm_edits.edit_store.bundle import GATE_FIRINGS, Name
-from vllm_edits.edit_store.durations import Seconds
 from vllm_edits.edit_store.errors import ExperimentRefused, NotFound, Reason
+from vllm_edits.edit_store.experiments import assignment
+from vllm_edits.edit_store.experiments.durations import Seconds
 from vllm_edits.edit_store.refs import Ref
 
 BASE = "base"

@@ -9,10 +9,10 @@ from vllm_edits.edit_store import verify
 from vllm_edits.edit_store.backends import get_or_none
 from vllm_edits.edit_store.bundle import sha256
 from vllm_edits.edit_store.errors import EditsError
-from vllm_edits.edit_store.experiment_log import log_of
-from vllm_edits.edit_store.experiments import FOLDER, ExperimentEntry, fold, versions_named
+from vllm_edits.edit_store.experiments.experiment_log import log_of
+from vllm_edits.edit_store.experiments.state import FOLDER, ExperimentEntry, fold, versions_named
 from vllm_edits.edit_store.signing import read_envelopes
-from vllm_edits.edit_store.store import EditStore, TagEntry
+from vllm_edits.edit_store.storage.store import EditStore, TagEntry
 
 Progress = Callable[[str, int, int], None]
 """Told what is being checked, how much of it is done, and how much there is."""

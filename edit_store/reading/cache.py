@@ -22,7 +22,7 @@ from vllm_edits.edit_store.backends import LocalFolder, in_pieces
 from vllm_edits.edit_store.bundle import BlobRef, Bundle
 from vllm_edits.edit_store.errors import BundleRefused, NotFound, Reason
 from vllm_edits.edit_store.private_folder import cache_folder
-from vllm_edits.edit_store.store import EditStore, blob_key
+from vllm_edits.edit_store.storage.store import EditStore, blob_key
 from vllm_edits.edit_store.tensor_file import MAX_TENSOR_FILE_BYTES
 
 DEFAULT_LIMIT_BYTES = 10 << 30

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from vllm_edits.edit_store.bundle import sha256
 from vllm_edits.edit_store.errors import EditsError, StoreCorrupt
-from vllm_edits.edit_store.experiment_log import log_of
-from vllm_edits.edit_store.experiments import ExperimentEntry, Standings, fold
-from vllm_edits.edit_store.log import E, Entry
-from vllm_edits.edit_store.store import EditStore, Heads, IndexEntry, TagEntry
+from vllm_edits.edit_store.experiments.experiment_log import log_of
+from vllm_edits.edit_store.experiments.state import ExperimentEntry, Standings, fold
+from vllm_edits.edit_store.storage.log import E, Entry
+from vllm_edits.edit_store.storage.store import EditStore, Heads, IndexEntry, TagEntry
 
 Key = tuple[str, str]
 """Name and tag."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from vllm_edits.edit_store.bundle import Bundle, Manifest
-from vllm_edits.edit_store.cache import NodeCache
 from vllm_edits.edit_store.errors import Reason
-from vllm_edits.edit_store.experiments import ExperimentEntry
-from vllm_edits.edit_store.follow import Follower, Look, Seen
+from vllm_edits.edit_store.experiments.state import ExperimentEntry
+from vllm_edits.edit_store.reading.cache import NodeCache
+from vllm_edits.edit_store.reading.follow import Follower, Look, Seen
 from vllm_edits.edit_store.signing import Role
-from vllm_edits.edit_store.store import EditStore, TagEntry
+from vllm_edits.edit_store.storage.store import EditStore, TagEntry
 from vllm_edits.edit_store.trust import Enforcement, Trust
 
 

@@ -1,0 +1,1 @@
+"""The document of an experiment, how it stands, and its log."""

@@ -1,0 +1,1 @@
+"""Finding damage, collecting garbage, carrying versions to another store."""
