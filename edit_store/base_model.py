@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_edits.edit_store.bundle import BaseModelRef, canonical_json, sha256
+from vllm_edits.edit_store.bundle import BaseModelRef
+from vllm_edits.edit_store.canonical import canonical_json, sha256
 from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.edit_store.private_folder import cache_folder
 from vllm_edits.edit_store.sites import Widths

@@ -9,7 +9,6 @@ No torch, no vLLM. Nothing here executes what it reads.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import mmap
 from collections.abc import Iterable, Mapping
@@ -22,6 +21,7 @@ import rfc8785
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors.numpy import save
 
+from vllm_edits.edit_store.canonical import Digest, canonical_json, sha256
 from vllm_edits.edit_store.edits import INDEX_FIELDS, AnyEdit, Edit, Tensors
 from vllm_edits.edit_store.errors import BundleRefused, Reason
 from vllm_edits.edit_store.refs import MAX_COMPOSED, NAME
@@ -32,19 +32,8 @@ MANIFEST_FILE = "manifest.json"
 TENSORS_FILE = "edits.safetensors"
 MAX_MANIFEST_BYTES = 1 << 20
 
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=rf"^{NAME}$")]
 BundleName = Annotated[str, Field(pattern=rf"^{NAME}(?:\+{NAME})*$", max_length=MAX_COMPOSED)]
-
-
-def sha256(data: bytes | mmap.mmap) -> str:
-    """Hex digest of `data`."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def canonical_json(value: Any) -> bytes:
-    """RFC 8785 bytes of a JSON value: one value has one spelling, so one digest."""
-    return rfc8785.dumps(value)
 
 
 class _Record(BaseModel):

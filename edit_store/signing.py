@@ -22,9 +22,8 @@ from typing import Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
-from vllm_edits.edit_store.bundle import Digest, canonical_json, sha256
+from vllm_edits.edit_store.canonical import Digest, canonical_json, now, sha256
 from vllm_edits.edit_store.errors import EditsError
-from vllm_edits.edit_store.storage.log import now
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 MAX_ENVELOPE_BYTES = 1 << 14

@@ -34,7 +34,8 @@ from vllm_edits.edit_store import (
     identify,
 )
 from vllm_edits.edit_store.authoring.host import Edits, Host
-from vllm_edits.edit_store.bundle import MANIFEST_FILE, canonical_json, sha256
+from vllm_edits.edit_store.bundle import MANIFEST_FILE
+from vllm_edits.edit_store.canonical import canonical_json, sha256
 from vllm_edits.edit_store.edits import Array
 from vllm_edits.edit_store.sites import Site
 from vllm_edits.plugin.graph.reservation import Reservation

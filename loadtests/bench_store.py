@@ -26,7 +26,7 @@ from rich.table import Table
 from loadtests.object_servers import BUCKET, seaweedfs
 from loadtests.record import about, write
 from vllm_edits.edit_store import BaseModelRef, Bundle, EditStore, Offset, Provenance, Widths
-from vllm_edits.edit_store.bundle import canonical_json
+from vllm_edits.edit_store.canonical import canonical_json
 from vllm_edits.edit_store.reading.follow import Follower
 from vllm_edits.edit_store.storage.store import Published, version_key
 from vllm_edits.edit_store.upkeep.audit import audit

@@ -24,7 +24,7 @@ from vllm_edits.edit_store import (
     Widths,
     check,
 )
-from vllm_edits.edit_store.bundle import canonical_json, sha256
+from vllm_edits.edit_store.canonical import canonical_json, sha256
 from vllm_edits.edit_store.errors import BundleRefused
 from vllm_edits.edit_store.verify import edit_rules
 

@@ -17,7 +17,7 @@ from tests.conftest import random_bundle, whose_gates_fire
 from tests.fakes import BASE
 from tests.test_experiment import document
 from vllm_edits.edit_store import EditStore
-from vllm_edits.edit_store.bundle import canonical_json
+from vllm_edits.edit_store.canonical import canonical_json
 from vllm_edits.edit_store.cli import app
 from vllm_edits.edit_store.errors import Conflict, EditsError, ExperimentRefused, NotFound
 from vllm_edits.edit_store.experiments.document import Experiment

@@ -38,7 +38,8 @@ from vllm_edits.edit_store import (
     Widths,
 )
 from vllm_edits.edit_store.backends import LocalFolder
-from vllm_edits.edit_store.bundle import MAX_MANIFEST_BYTES, canonical_json, sha256
+from vllm_edits.edit_store.bundle import MAX_MANIFEST_BYTES
+from vllm_edits.edit_store.canonical import canonical_json, sha256
 from vllm_edits.edit_store.cli import app
 from vllm_edits.edit_store.errors import (
     AmbiguousVersion,

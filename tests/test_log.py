@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.fakes import FlakyBackend, cheaply
 from vllm_edits.edit_store.backends import AlreadyExists, Memory
-from vllm_edits.edit_store.bundle import canonical_json
+from vllm_edits.edit_store.canonical import canonical_json
 from vllm_edits.edit_store.errors import Conflict, StoreCorrupt, StoreUnavailable
 from vllm_edits.edit_store.storage.log import MAX_ENTRY_BYTES, Entry, Log
 

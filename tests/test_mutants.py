@@ -13,7 +13,8 @@ import pytest
 
 from tests.test_store import bundle
 from vllm_edits.edit_store import Bundle, EditStore, Manifest, check
-from vllm_edits.edit_store.bundle import MANIFEST_FILE, TENSORS_FILE, BlobRef, canonical_json
+from vllm_edits.edit_store.bundle import MANIFEST_FILE, TENSORS_FILE, BlobRef
+from vllm_edits.edit_store.canonical import canonical_json
 from vllm_edits.edit_store.errors import BundleRefused, EditsError
 from vllm_edits.edit_store.storage.store import manifest_key
 

@@ -22,7 +22,7 @@ from tests.conftest import random_bundle
 from tests.fakes import BASE, FlakyBackend, Overtaken, cheaply
 from vllm_edits.edit_store import Bundle, EditStore, Offset, Provenance, TagEntry, check
 from vllm_edits.edit_store.backends import AlreadyExists, Backend, LocalFolder, open_backend
-from vllm_edits.edit_store.bundle import canonical_json, sha256
+from vllm_edits.edit_store.canonical import canonical_json, sha256
 from vllm_edits.edit_store.errors import (
     AmbiguousVersion,
     BundleRefused,

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from vllm_edits.edit_store.canonical import now
 from vllm_edits.edit_store.cli.common import (
     JsonOption,
     KeyOption,
@@ -27,7 +28,6 @@ from vllm_edits.edit_store.experiments.experiment_log import Experiments
 from vllm_edits.edit_store.experiments.state import Change, Standing, need
 from vllm_edits.edit_store.refs import DEFAULT_TAG
 from vllm_edits.edit_store.signing import SigningKey
-from vllm_edits.edit_store.storage.log import now
 
 experiment = typer.Typer(
     no_args_is_help=True, help="Share the requests for one model name among arms, and end that with evidence."

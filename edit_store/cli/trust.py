@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from vllm_edits.edit_store.canonical import now
 from vllm_edits.edit_store.cli.common import (
     PROBLEM,
     JsonOption,
@@ -22,7 +23,6 @@ from vllm_edits.edit_store.cli.common import (
 from vllm_edits.edit_store.errors import EditsError, SettingsError
 from vllm_edits.edit_store.refs import Ref
 from vllm_edits.edit_store.signing import PRIVATE_SUFFIX, Role, SigningKey
-from vllm_edits.edit_store.storage.log import now
 from vllm_edits.edit_store.storage.store import EditStore
 from vllm_edits.edit_store.trust import TrustedKey, TrustPolicy
 

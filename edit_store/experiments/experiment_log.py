@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vllm_edits.edit_store.bundle import GATE_FIRINGS, Manifest
+from vllm_edits.edit_store.canonical import now
 from vllm_edits.edit_store.errors import AmbiguousVersion, ExperimentRefused, NotFound, Reason
 from vllm_edits.edit_store.experiments.document import BASE, Arm, Experiment
 from vllm_edits.edit_store.experiments.state import (
@@ -21,7 +22,7 @@ from vllm_edits.edit_store.experiments.state import (
 from vllm_edits.edit_store.refs import DEFAULT_TAG, Ref
 from vllm_edits.edit_store.signing import Role, SigningKey
 from vllm_edits.edit_store.storage.intents import relying_on
-from vllm_edits.edit_store.storage.log import Log, now
+from vllm_edits.edit_store.storage.log import Log
 from vllm_edits.edit_store.storage.store import EditStore
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_edits.edit_store.bundle import sha256
+from vllm_edits.edit_store.canonical import sha256
 from vllm_edits.edit_store.errors import (
     BundleRefused,
     Conflict,

@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from vllm_edits.edit_store.bundle import Manifest, Measurement, Provenance, sha256
+from vllm_edits.edit_store.bundle import Manifest, Measurement, Provenance
+from vllm_edits.edit_store.canonical import sha256
 from vllm_edits.edit_store.errors import EditsError
 
 CARD_FILE = "README.md"

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_edits.edit_store.backends import get_or_none
-from vllm_edits.edit_store.bundle import MANIFEST_FILE, TENSORS_FILE, Manifest, sha256
+from vllm_edits.edit_store.bundle import MANIFEST_FILE, TENSORS_FILE, Manifest
+from vllm_edits.edit_store.canonical import sha256
 from vllm_edits.edit_store.errors import (
     AmbiguousVersion,
     BundleRefused,

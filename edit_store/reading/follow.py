@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vllm_edits.edit_store.bundle import sha256
+from vllm_edits.edit_store.canonical import sha256
 from vllm_edits.edit_store.errors import EditsError, StoreCorrupt
 from vllm_edits.edit_store.experiments.experiment_log import log_of
 from vllm_edits.edit_store.experiments.state import ExperimentEntry, Standings, fold

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from vllm_edits.edit_store.backends import Backend, Item, get_or_none
-from vllm_edits.edit_store.bundle import canonical_json
+from vllm_edits.edit_store.canonical import canonical_json
 from vllm_edits.edit_store.errors import Conflict
 
 INTENTS, CONDEMNED = "intents", "condemned"

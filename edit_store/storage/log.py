@@ -13,14 +13,13 @@ import re
 import secrets
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Any, Generic, TypeVar
 
 import rfc8785
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_edits.edit_store.backends import AlreadyExists, Backend, get_many, get_or_none
-from vllm_edits.edit_store.bundle import Digest, canonical_json, sha256
+from vllm_edits.edit_store.canonical import Digest, canonical_json, now, sha256
 from vllm_edits.edit_store.errors import Overtaken, StoreCorrupt, StoreUnavailable
 
 MAX_ENTRY_BYTES = 1 << 16
@@ -171,8 +170,3 @@ class Log(Generic[E]):
                 f"history of {self._what} is broken at entry {entry.sequence}: it does not follow the one before"
             )
         return entry
-
-
-def now() -> datetime:
-    """This moment, in whole seconds."""
-    return datetime.now(UTC).replace(microsecond=0)

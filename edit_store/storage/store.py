@@ -31,7 +31,8 @@ from vllm_edits.edit_store.backends import (
     open_backend,
     require_exclusive_create,
 )
-from vllm_edits.edit_store.bundle import Bundle, BundleName, Digest, Manifest, Name, canonical_json, sha256
+from vllm_edits.edit_store.bundle import Bundle, BundleName, Manifest, Name
+from vllm_edits.edit_store.canonical import Digest, canonical_json, now, sha256
 from vllm_edits.edit_store.errors import (
     AmbiguousVersion,
     Conflict,
@@ -50,7 +51,7 @@ from vllm_edits.edit_store.signing import (
     read_envelopes,
 )
 from vllm_edits.edit_store.storage.intents import relying_on
-from vllm_edits.edit_store.storage.log import E, Entry, Log, now
+from vllm_edits.edit_store.storage.log import E, Entry, Log
 from vllm_edits.edit_store.tensor_file import MAX_TENSOR_FILE_BYTES
 
 FORMAT, FORMAT_VERSION = "vllm-edits-store", 1

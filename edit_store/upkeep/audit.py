@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from vllm_edits.edit_store import verify
 from vllm_edits.edit_store.backends import get_or_none
-from vllm_edits.edit_store.bundle import sha256
+from vllm_edits.edit_store.canonical import sha256
 from vllm_edits.edit_store.errors import EditsError
 from vllm_edits.edit_store.experiments.experiment_log import log_of
 from vllm_edits.edit_store.experiments.state import FOLDER, ExperimentEntry, fold, versions_named

@@ -20,14 +20,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from vllm_edits.edit_store import verify
-from vllm_edits.edit_store.bundle import (
-    MANIFEST_FILE,
-    MAX_MANIFEST_BYTES,
-    TENSORS_FILE,
-    Bundle,
-    Manifest,
-    canonical_json,
-)
+from vllm_edits.edit_store.bundle import MANIFEST_FILE, MAX_MANIFEST_BYTES, TENSORS_FILE, Bundle, Manifest
+from vllm_edits.edit_store.canonical import canonical_json
 from vllm_edits.edit_store.errors import BundleRefused, EditsError, Reason
 from vllm_edits.edit_store.refs import Ref
 from vllm_edits.edit_store.signing import MAX_ENVELOPE_BYTES, read_envelopes

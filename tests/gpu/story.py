@@ -25,7 +25,8 @@ from tests.gpu.facts import ended, require, tried
 from tests.parity import every_edit, random_numbers
 from tests.tiny_models import VOCABULARY, make_tiny
 from vllm_edits.edit_store import Bundle, EditStore, LowRank, Offset, Provenance, Scope, Strength, identify
-from vllm_edits.edit_store.bundle import BaseModelRef, canonical_json, sha256
+from vllm_edits.edit_store.bundle import BaseModelRef
+from vllm_edits.edit_store.canonical import canonical_json, sha256
 from vllm_edits.edit_store.edits import SERVED_PER_REQUEST
 
 MODEL = Path(".cache/gpu/tiny")
