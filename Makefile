@@ -29,7 +29,7 @@ setup: $(READY) ## make .venv, install everything pinned, convert the demo's mod
 	@echo "ready: make demo, make test"
 
 demo: $(READY) ## serve edited variants of a small model and check every claim (ARGS=--keep leaves the server up)
-	$(BIN)/python -m demo $(ARGS)
+	$(BIN)/python -m loadtests.demo $(ARGS)
 
 test: $(READY) ## run the tests but the slow ones (ARGS="-k swap" for some of them)
 	$(PYTEST) -m "not slow" $(ARGS)
@@ -81,7 +81,7 @@ bench: $(READY) ## measure throughput and swaps, and write loadtests/results/
 	$(BIN)/python -m loadtests.bench $(ARGS)
 
 bench-store: $(PROJECT) ## measure the store on a folder and on an object store, and write loadtests/results/
-	$(BIN)/python -m loadtests.bench_store $(ARGS)
+	$(BIN)/python -m loadtests.micro.store $(ARGS)
 
 soak: $(READY) ## load a server from all sides for minutes, and hold every answer against what it may be
 	$(BIN)/python -m loadtests.soak $(ARGS)
@@ -107,4 +107,4 @@ $(GEMMA): | $(PROJECT)
 	$(BIN)/python -m tests.gemma $@
 
 $(MODEL): | $(PACKAGES)
-	$(BIN)/python -m demo.model $@
+	$(BIN)/python -m loadtests.harness.model $@

@@ -32,13 +32,13 @@ import torch
 import typer
 from rich.console import Console
 
-from demo.model import ensure_model
-from loadtests.bench_inputs import edits_everywhere
-from loadtests.client import Answer, stream
-from loadtests.metrics import Metrics
-from loadtests.object_servers import moto
-from loadtests.record import about, write
-from loadtests.server import Server
+from loadtests.bench.inputs import edits_everywhere
+from loadtests.harness.client import Answer, stream
+from loadtests.harness.metrics import Metrics
+from loadtests.harness.model import ensure_model
+from loadtests.harness.object_servers import moto
+from loadtests.harness.record import about, write
+from loadtests.harness.server import Server
 from vllm_edits.edit_store import BaseModelRef, Bundle, EditStore, Offset, Provenance, identify
 from vllm_edits.edit_store.errors import NotFound
 

@@ -28,8 +28,8 @@ from unittest import mock
 import httpx
 import numpy as np
 
-from loadtests.metrics import Metrics
-from loadtests.server import Server
+from loadtests.harness.metrics import Metrics
+from loadtests.harness.server import Server
 from tests.conftest import bundle_of
 from tests.gpu_ways import IN_PIECES, ON_V2, runner_of
 from tests.parity import Answer, Pair, cores_apart, in_a_process_of_its_own, random_numbers

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from demo.model import ensure_model
+from loadtests.harness.model import ensure_model
 from tests.lanes import Lane
 from tests.tiny_models import make_tiny_llama
 from vllm_edits.edit_store import (

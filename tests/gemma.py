@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from demo.model import convert, made_whole
+from loadtests.harness.model import convert, made_whole
 
 FOLDER = Path(".cache/models/gemma-3-270m")
 

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from loadtests.record import gpu
+from loadtests.harness.record import gpu
 
 _ASKED = "VLLM_USE_V2_MODEL_RUNNER"
 _HERE = Path(__file__).parent / "as_on_a_gpu"

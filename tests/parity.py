@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from loadtests.record import gpu
+from loadtests.harness.record import gpu
 from tests.conftest import bundle_of
 from tests.tiny_models import VOCABULARY, make_tiny
 from vllm_edits.edit_store import (
@@ -53,7 +53,7 @@ MANY = 96
 ENVIRONMENT = {
     "VLLM_PLUGINS": "edits", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR",
-    # By itself Triton multiplies float32 as TF32, which has ten bits. On a CPU as loadtests.server.
+    # By itself Triton multiplies float32 as TF32, which has ten bits. On a CPU as loadtests.harness.server.
     **({"TRITON_F32_DEFAULT": "ieee"} if gpu() else {"VLLM_USE_AOT_COMPILE": "0"}),
 }  # fmt: skip
 """Of the process that serves."""

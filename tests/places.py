@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from loadtests.object_servers import BUCKET
+from loadtests.harness.object_servers import BUCKET
 
 Place = Callable[[Path, pytest.MonkeyPatch], AbstractContextManager[str]]
 """Yields a URL below which stores may be made; the environment holds what reaches it."""

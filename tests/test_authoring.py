@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from demo import prompts
+from loadtests.demo import prompts
 from tests.conftest import KINDS, Pairs, random_pairs
 from vllm_edits.edit_store import BaseModelRef, Bundle, Offset, SubspaceFilter, identify
 from vllm_edits.edit_store import edits as kinds
 from vllm_edits.edit_store.verify import check
 
 torch = pytest.importorskip("torch")
-from demo import bundles  # noqa: E402
+from loadtests.demo import bundles  # noqa: E402
 from vllm_edits.edit_store.authoring.ablate_heads import attribute  # noqa: E402
 from vllm_edits.edit_store.authoring.host import Host, edited  # noqa: E402
 from vllm_edits.edit_store.authoring.redirect import read_vector, unused_directions  # noqa: E402

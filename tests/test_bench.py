@@ -18,17 +18,20 @@ from rich.console import Console
 from rich.progress import Progress
 from typer.testing import CliRunner
 
-from loadtests.bench import BATCHES, app
-from loadtests.bench_endurance import EndurancePlan, Look, summarise
-from loadtests.bench_engine import _paced
-from loadtests.bench_experiments import MAX_MODEL_LEN, Engines, batch, distinct
-from loadtests.bench_guesses import GUESSED, KEPT
-from loadtests.bench_guesses import summarise as guesses
-from loadtests.bench_inputs import Inputs
-from loadtests.bench_launches import LaunchPlan
-from loadtests.bench_launches import summarise as launches
-from loadtests.bench_profile import parts
-from loadtests.bench_report import (
+from loadtests.bench.command import BATCHES, app
+from loadtests.bench.engine import _paced
+from loadtests.bench.inputs import Inputs
+from loadtests.bench.parts.endurance import EndurancePlan, Look, summarise
+from loadtests.bench.parts.guesses import GUESSED, KEPT
+from loadtests.bench.parts.guesses import summarise as guesses
+from loadtests.bench.parts.launches import LaunchPlan
+from loadtests.bench.parts.launches import summarise as launches
+from loadtests.bench.parts.profile import parts
+from loadtests.bench.parts.side_by_side import MAX_MODEL_LEN, Engines, batch, distinct
+from loadtests.bench.parts.traffic import ALONE, FIGURES
+from loadtests.bench.parts.traffic import summarise as traffic
+from loadtests.bench.plot import draw
+from loadtests.bench.report import (
     Comparison,
     Figure,
     RequestTimes,
@@ -42,12 +45,9 @@ from loadtests.bench_report import (
     summarise_swaps,
     verdict,
 )
-from loadtests.bench_rounds import PREFILLS, Experiment, Phase, Side, _in_step, _steps, rates_by_round, turns
-from loadtests.bench_sides import Batch, Engine
-from loadtests.bench_traffic import ALONE, FIGURES
-from loadtests.bench_traffic import summarise as traffic
-from loadtests.plot import draw
-from loadtests.record import free_path
+from loadtests.bench.rounds import PREFILLS, Experiment, Phase, Side, _in_step, _steps, rates_by_round, turns
+from loadtests.bench.sides import Batch, Engine
+from loadtests.harness.record import free_path
 from tests.fakes import BASE, WIDTHS
 
 RATIO = Comparison("edited", ("plain",), "decode", 0.97)
@@ -217,7 +217,7 @@ def test_engines_are_bound_to_cores_on_a_cpu_and_not_on_a_gpu(monkeypatch: pytes
     monkeypatch.delenv("GOMP_CPU_AFFINITY", raising=False)
     engine = Engine("", {}, Path(), [2, 3])
     for gpu, bound in (("", "2 3"), ("a GPU", None)):
-        monkeypatch.setattr("loadtests.bench_sides.gpu", lambda gpu=gpu: gpu)
+        monkeypatch.setattr("loadtests.bench.sides.gpu", lambda gpu=gpu: gpu)
         assert engine._environment().get("GOMP_CPU_AFFINITY") == bound
 
 
@@ -253,7 +253,7 @@ def test_what_reading_alone_costs_is_read_within_the_step_that_is_timed(monkeypa
 
     engine = Stepping()
     monkeypatch.setattr("sys.stdin", io.StringIO("{}\n" * 3))
-    monkeypatch.setattr("loadtests.bench_engine._memory", Memory)
+    monkeypatch.setattr("loadtests.bench.engine._memory", Memory)
     with _paced(engine, io.StringIO(), reads=64) as reading:
         engine.step()
         engine.step()
@@ -271,7 +271,7 @@ def test_beside_distinct_versions_stands_what_reading_them_costs(
     GPU, where no step has a time of its own, nothing is read."""
     (tmp_path / "config.json").write_text('{"vocab_size": 128}')
     engines = Engines(Inputs(tmp_path, BASE, [], tmp_path), "bfloat16", [0], [2], [4], False, lambda _: None, {})
-    monkeypatch.setattr("loadtests.bench_experiments.gpu", lambda: None)
+    monkeypatch.setattr("loadtests.bench.parts.side_by_side.gpu", lambda: None)
     sides = distinct(engines).sides
     reading, edited = sides["rank 4, reading alone"], sides["rank 4, K=2"]
     assert reading.engine is edited.engine
@@ -279,7 +279,7 @@ def test_beside_distinct_versions_stands_what_reading_them_costs(
     assert asked.reads == 2 * 3 * 4 * (WIDTHS.mlp + WIDTHS.hidden) * 2
     assert asked.names == [None, None]
     assert edited.reads == 0
-    monkeypatch.setattr("loadtests.bench_experiments.gpu", lambda: "a GPU")
+    monkeypatch.setattr("loadtests.bench.parts.side_by_side.gpu", lambda: "a GPU")
     assert "rank 4, reading alone" not in distinct(engines).sides
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from loadtests.object_servers import BUCKET, CREDENTIALS, azurite, make_bucket, moto
+from loadtests.harness.object_servers import BUCKET, CREDENTIALS, azurite, make_bucket, moto
 from tests.fakes import FlakyBackend
 from tests.test_store import bundle, keeps_the_protocol, promoted
 from vllm_edits.edit_store import EditStore

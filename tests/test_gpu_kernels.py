@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from loadtests.gpu_kernels import SIDES
+from loadtests.micro.gpu_kernels import SIDES
 
 
 def kernels(*arguments: str) -> dict[str, Any]:
     """In a process of its own: the command takes hold of torch."""
-    command = [sys.executable, "-m", "loadtests.gpu_kernels", *arguments, "--json"]
+    command = [sys.executable, "-m", "loadtests.micro.gpu_kernels", *arguments, "--json"]
     found: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return found
 

@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from loadtests.hub_server import Answer, Blob, HubServer, Repo, Request, User
+from loadtests.harness.hub_server import Answer, Blob, HubServer, Repo, Request, User
 from vllm_edits.edit_store import (
     BaseModelRef,
     Bundle,

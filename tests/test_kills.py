@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loadtests.object_servers import moto, seaweedfs
+from loadtests.harness.object_servers import moto, seaweedfs
 from tests.places import Place, bucket, folder
 from tests.victim import one_of_each
 from vllm_edits.edit_store import EditStore

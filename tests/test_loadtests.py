@@ -7,8 +7,8 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
-from demo.model import made_whole
-from loadtests.metrics import Metrics
+from loadtests.harness.metrics import Metrics
+from loadtests.harness.model import made_whole
 
 
 def test_metrics_are_added_up_by_name_and_labels() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from loadtests.object_servers import moto, seaweedfs
+from loadtests.harness.object_servers import moto, seaweedfs
 from tests.places import Place, bucket, folder
 from tests.test_store import bundle
 from vllm_edits.edit_store import EditStore

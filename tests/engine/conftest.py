@@ -12,9 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
-from loadtests.metrics import Metrics
-from loadtests.record import gpu
-from loadtests.server import Server
+from loadtests.harness.metrics import Metrics
+from loadtests.harness.record import gpu
+from loadtests.harness.server import Server
 from tests.conftest import KINDS, base_of, bundle_of, publish, random_bundle, random_pairs
 from tests.gpu_ways import IN_PIECES, runner_of
 from tests.parity import cores_apart

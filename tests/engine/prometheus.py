@@ -14,7 +14,7 @@ import httpx
 import pytest
 import yaml
 
-from loadtests.server import free_port
+from loadtests.harness.server import free_port
 
 SHIPPED = Path(__file__).parents[2] / "docker" / "prometheus.yml"
 START_SECONDS = 30

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from loadtests.client import complete, stream
+from loadtests.harness.client import complete, stream
 from tests.engine.conftest import Serving, kind_bundle
 from vllm_edits.edit_store import Bundle, check
 from vllm_edits.edit_store.authoring.host import edited

@@ -19,8 +19,8 @@ import pytest
 from typer.testing import CliRunner
 
 import vllm_edits.plugin.cli  # noqa: F401  adds the report
-from loadtests.client import complete
-from loadtests.server import Server
+from loadtests.harness.client import complete
+from loadtests.harness.server import Server
 from tests.conftest import base_of, random_bundle
 from tests.engine.conftest import SLOW_ON_TWO, Serving, serve
 from tests.engine.prometheus import needs_prometheus, prometheus

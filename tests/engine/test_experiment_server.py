@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 import vllm_edits.plugin.cli  # noqa: F401  adds the report
-from loadtests.client import complete
+from loadtests.harness.client import complete
 from tests.engine.conftest import Serving, wait_until
 from tests.engine.prometheus import needs_prometheus, prometheus
 from vllm_edits import edit_store

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from loadtests.client import complete
-from loadtests.hub_server import HubServer
-from loadtests.server import Server, ServerFailed
+from loadtests.harness.client import complete
+from loadtests.harness.hub_server import HubServer
+from loadtests.harness.server import Server, ServerFailed
 from tests.conftest import base_of, publish, random_bundle
 from vllm_edits.edit_store import EditStore
 

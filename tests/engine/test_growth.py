@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from loadtests.server import ENVIRONMENT
+from loadtests.harness.server import ENVIRONMENT
 from tests.conftest import base_of, publish, random_bundle
 from tests.engine.offline_swaps import LEAKED, SWAPS
 from vllm_edits.edit_store import EditStore

@@ -10,7 +10,7 @@ import httpx
 import psutil
 import pytest
 
-from loadtests.server import Server
+from loadtests.harness.server import Server
 from tests.conftest import base_of
 from tests.engine.conftest import SLOW_ON_TWO, Serving, serve
 from tests.engine.test_weights_server import linear_bundle, says

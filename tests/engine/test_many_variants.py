@@ -10,9 +10,9 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from loadtests.client import complete
-from loadtests.metrics import Metrics
-from loadtests.server import Server
+from loadtests.harness.client import complete
+from loadtests.harness.metrics import Metrics
+from loadtests.harness.server import Server
 from tests.conftest import base_of, bundle_of, publish
 from tests.parity import random_numbers
 from vllm_edits.edit_store import EditStore, Offset

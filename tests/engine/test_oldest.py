@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from loadtests.client import complete
-from loadtests.server import Server
+from loadtests.harness.client import complete
+from loadtests.harness.server import Server
 from tests.conftest import base_of, publish, random_bundle
 from tests.gpu_ways import ON_V2
 from vllm_edits.edit_store import EditStore

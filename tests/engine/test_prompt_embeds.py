@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loadtests.client import complete
+from loadtests.harness.client import complete
 from tests.conftest import base_of, bundle_of
 from tests.engine.conftest import USUAL_OR_AS_ON_A_GPU, Serving, serve
 from tests.engine.test_exactness import pairs_of

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from loadtests.client import complete
-from loadtests.metrics import Metrics
-from loadtests.object_servers import BUCKET, moto
-from loadtests.server import Server
+from loadtests.harness.client import complete
+from loadtests.harness.metrics import Metrics
+from loadtests.harness.object_servers import BUCKET, moto
+from loadtests.harness.server import Server
 from tests.conftest import base_of, publish, random_bundle
 from tests.engine.conftest import wait_until
 from tests.engine.network import Line

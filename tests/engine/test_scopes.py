@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from loadtests.client import complete
+from loadtests.harness.client import complete
 from tests.conftest import base_of, bundle_of
 from tests.engine.conftest import USUAL_OR_AS_ON_A_GPU, Serving, serve
 from tests.parity import random_numbers

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from loadtests.client import complete
+from loadtests.harness.client import complete
 from tests.conftest import bundle_of, publish, random_bundle
 from tests.engine.conftest import Serving
 from vllm_edits.edit_store import Bundle, EditStore, Offset, Role, SigningKey

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from loadtests import soak
-from loadtests.object_servers import moto
+from loadtests.harness.object_servers import moto
 from tests.engine.conftest import USUAL_OR_AS_ON_A_GPU
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]

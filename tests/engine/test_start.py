@@ -14,8 +14,8 @@ from types import MappingProxyType
 
 import pytest
 
-from loadtests.client import complete
-from loadtests.server import ENVIRONMENT, Server, ServerFailed
+from loadtests.harness.client import complete
+from loadtests.harness.server import ENVIRONMENT, Server, ServerFailed
 from tests.conftest import base_of, bundle_of, publish, random_bundle
 from tests.engine.conftest import USUAL_OR_AS_ON_A_GPU
 from tests.parity import random_numbers

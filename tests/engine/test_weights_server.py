@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
-from loadtests.client import Answer, complete, stream
+from loadtests.harness.client import Answer, complete, stream
 from tests.conftest import base_of, bundle_of, random_pairs
 from tests.engine.conftest import Serving, serve
 from tests.parity import random_numbers

@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from loadtests.bench_inputs import Edits, edits_everywhere, weakened
+from loadtests.bench.inputs import Edits, edits_everywhere, weakened
 from tests.gpu import null_gpu
 from tests.gpu.facts import ended, require, tell, tried
 from tests.gpu.story import tiny_model

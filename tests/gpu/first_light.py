@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loadtests.shapes import SHAPES
+from loadtests.bench.shapes import SHAPES
 from tests.gpu import steps
 from tests.gpu.facts import RESULTS
 from tests.gpu.steps import Step

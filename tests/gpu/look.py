@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loadtests.record import about, gpu
+from loadtests.harness.record import about, gpu
 from tests.gpu.facts import ended, tell, tried
 
 HOPPER = 9

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from loadtests.server import free_port
+from loadtests.harness.server import free_port
 from tests.gpu.facts import ended, require, tried
 from tests.gpu.served import FLAGS, model, variant
 from vllm_edits.edit_store import EditStore, identify

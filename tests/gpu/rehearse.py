@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from demo.model import ensure_model
+from loadtests.harness.model import ensure_model
 from tests.gpu import null_gpu, report, served, steps
 from tests.gpu.facts import RESULTS
 from tests.gpu.first_light import PIECEWISE, V1

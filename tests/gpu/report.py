@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from loadtests.record import about
+from loadtests.harness.record import about
 from tests.gpu.places import PLACES, ROOT, UNREACHED, functions
 from tests.gpu.steps import Ended
 

@@ -20,11 +20,11 @@ from typing import Any
 
 import httpx
 
-from demo.model import MODEL_FOLDER, made_whole
-from loadtests.bench_inputs import edits_everywhere, weakened
-from loadtests.client import Answer, complete, stream
-from loadtests.metrics import Metrics
-from loadtests.server import Server
+from loadtests.bench.inputs import edits_everywhere, weakened
+from loadtests.harness.client import Answer, complete, stream
+from loadtests.harness.metrics import Metrics
+from loadtests.harness.model import MODEL_FOLDER, made_whole
+from loadtests.harness.server import Server
 from tests.gpu.facts import ended, require, tried
 from tests.parity import random_numbers
 from tests.tiny_models import make_tiny_llama

@@ -19,8 +19,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from demo.model import made_whole
-from loadtests.bench_inputs import edits_everywhere
+from loadtests.bench.inputs import edits_everywhere
+from loadtests.harness.model import made_whole
 from tests.gpu.facts import ended, require, tried
 from tests.parity import every_edit, random_numbers
 from tests.tiny_models import VOCABULARY, make_tiny

@@ -1,0 +1,1 @@
+"""The benchmark: engines side by side, in rounds."""

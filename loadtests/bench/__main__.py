@@ -1,0 +1,5 @@
+"""`python -m loadtests.bench`: see command.py."""
+
+from loadtests.bench.command import app
+
+app()

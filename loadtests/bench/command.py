@@ -1,0 +1,216 @@
+"""How fast edited variants are served, and what a swap costs: `make bench`, or `python -m loadtests.bench --help`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from math import inf
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from loadtests.bench.inputs import Inputs
+from loadtests.bench.parts import side_by_side
+from loadtests.bench.parts.endurance import measure_endurance
+from loadtests.bench.parts.guesses import measure_guesses
+from loadtests.bench.parts.launches import measure_launches
+from loadtests.bench.parts.paging import measure_paging
+from loadtests.bench.parts.profile import measure_profile
+from loadtests.bench.parts.swap import measure_swaps
+from loadtests.bench.parts.traffic import measure_traffic
+from loadtests.bench.plot import draw
+from loadtests.bench.report import show
+from loadtests.bench.run import Measured, NotMeasured, Run
+from loadtests.bench.shapes import SHAPES, ensure_shape
+from loadtests.harness.model import MODEL_FOLDER, ensure_model
+from loadtests.harness.record import about, cores_for, gpu, native_dtype, write
+from loadtests.harness.server import ServerFailed
+from vllm_edits.edit_store.base_model import CONFIG_FILE
+
+WORK = Path(".cache/bench")  # always the same paths: the store's is part of the compile cache's key
+BUSY = 0.5  # one-minute load above which something else is running
+BATCHES = {False: (1, 8, 64), True: (1, 8, 64, 256)}
+"""How many requests at once, on a CPU and on a GPU."""
+console = Console(stderr=True, highlight=False)
+app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+PARTS: Mapping[str, Callable[[Run], Measured]] = {
+    **{name: partial(side_by_side.measure, name) for name in side_by_side.EXPERIMENTS},
+    "swaps": measure_swaps, "weight_swaps": partial(measure_swaps, weights=True), "endurance": measure_endurance,
+    "paging": measure_paging, "traffic": measure_traffic, "launches": measure_launches, "profile": measure_profile,
+    "guesses": measure_guesses,
+}  # fmt: skip
+USUAL = ["demo", "swaps"]
+
+
+def _parts(asked: list[str] | None) -> list[str]:
+    """The parts to measure. A word that names none is refused with what there is."""
+    if unknown := [part for part in asked or () if part not in PARTS]:
+        raise typer.BadParameter(f"{unknown[0]!r} is no part; there are {', '.join(PARTS)}")
+    return asked or USUAL
+
+
+def _model(asked: str) -> str:
+    """A shape or a checkpoint. What is neither is refused with what there is."""
+    if asked and asked not in SHAPES and not Path(asked, CONFIG_FILE).is_file():
+        raise typer.BadParameter(
+            f"{asked!r} is neither a shape ({', '.join(SHAPES)}) nor a folder with a {CONFIG_FILE}"
+        )
+    return asked
+
+
+@app.command()
+def main(
+    *,
+    parts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--only",
+            help=f"parts to measure: {', '.join(PARTS)}",
+            show_default=" and ".join(USUAL),
+            callback=_parts,
+            autocompletion=lambda: list(PARTS),
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="few rounds, nothing written: does the bench itself work?")
+    ] = False,
+    once: Annotated[
+        bool, typer.Option("--once", help="no second engines that show the noise: where memory is short")
+    ] = False,
+    rounds: Annotated[int, typer.Option(min=3, help="rounds that count; each runs every side once")] = 16,
+    swaps: Annotated[int, typer.Option(min=3, help="swaps to measure")] = 15,
+    batches: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--batch",
+            min=1,
+            max=side_by_side.MAX_MODEL_LEN,
+            help="requests at once, given again for each further size; distinct takes the largest",
+            show_default="1, 8 and 64, on a GPU also 256",
+        ),
+    ] = None,
+    ranks: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--rank",
+            min=1,
+            help="ranks that distinct measures, given again for each further one: where memory is short",
+            show_default="1, 4 and 16, and all kinds",
+        ),
+    ] = None,
+    all_kinds: Annotated[
+        bool, typer.Option("--all-kinds", help="with --rank: distinct measures versions of all kinds too")
+    ] = False,
+    threads: Annotated[
+        int, typer.Option(min=0, help="cores of each engine; 0: all but one, as vLLM's own server takes on a CPU")
+    ] = 0,
+    dtype: Annotated[
+        str, typer.Option(help="of the model", show_default="bfloat16 where the device computes in it, else float32")
+    ] = "",
+    seconds: Annotated[
+        float, typer.Option(min=1, help="a part's rounds end then, if there are three", show_default="no limit")
+    ] = inf,
+    model: Annotated[
+        str,
+        typer.Option(
+            help=f"checkpoint folder, or a shape with random weights: {', '.join(SHAPES)}",
+            show_default="the demo's model",
+            callback=_model,
+            autocompletion=lambda: list(SHAPES),
+        ),
+    ] = "",
+    output: Annotated[
+        Path | None, typer.Option(help="file to write", show_default="loadtests/results/<date>-<device>.json")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the record instead of the tables")] = False,
+) -> None:
+    """Measure what the plugin costs, side by side in one run, and what a hot swap does to running requests.
+
+    [bold]demo.[/bold] Engines stay loaded side by side and take turns: vLLM without the plugin, the same again (the
+    noise floor), with the plugin (first no request edited, then every request on a different variant), and vLLM's LoRA
+    with the same rank-one redirections. What counts is the ratio between sides within a round.
+
+    [bold]swaps.[/bold] A real server, running streams, a promotion in the store: time to the first answer on the new
+    version, and the longest time between two tokens with and without a swap.
+
+    [bold]idle, distinct, kinds, alternatives.[/bold] Only when asked for, as `--only idle`: the plugin left on, at
+    batch 1, 8 and 64; 64 requests on up to 64 versions, of ranks 1, 4 and 16 (or as many as the largest `--batch`);
+    each kind of edit at every layer; LoRA and an edited checkpoint beside rank one at every layer.
+
+    [bold]endurance.[/bold] A thousand swaps in a row under load: what grows. [bold]paging.[/bold] A thousand variants
+    and 64 slots: what a version that is not on the device costs, and how often that happens. [bold]traffic.[/bold]
+    `vllm bench serve` on every variant and on all of them mixed, beside vLLM alone. [bold]launches.[/bold] What a
+    decoding step calls: operators, and on a GPU kernels and graph launches. [bold]profile.[/bold] Where its time
+    goes. [bold]guesses.[/bold] How many guesses of an unedited draft model a variant keeps. [bold]weights,
+    weight_swaps.[/bold] A variant in the engine's weights: what a step costs, and what a swap does to streams that go
+    on.
+
+    A missed target is shown and written, and does not fail the run. Nothing else should run on the machine meanwhile.
+    """
+    signal.signal(signal.SIGTERM, _stopped)
+    load = round(os.getloadavg()[0], 2)
+    if load > BUSY:
+        console.print(f"[yellow]The machine is busy (load {load}): the figures will be noisy.[/yellow]")
+    record: dict[str, Any] = {
+        **about(),
+        "model": Path(model or MODEL_FOLDER).name,
+        "load_at_start": load,
+        "parameters": {},
+        "samples": {},
+        "summary": {},
+    }
+    failed: BaseExceptionGroup[Exception] | None = None
+    try:
+        with _progress() as progress:
+            task = progress.add_task("the model's digests", total=None)
+            checkpoint = _checkpoint(model)
+            inputs = Inputs.prepare(checkpoint, WORK / checkpoint.name)
+            progress.remove_task(task)
+            run = Run(
+                inputs, dtype or native_dtype(), cores_for(threads), sorted(batches or BATCHES[bool(gpu())]), progress,
+                rounds=rounds, swaps=swaps, quick=quick, ranks=ranks or (), all_kinds=all_kinds or not ranks, once=once,
+                seconds=seconds,
+            )  # fmt: skip
+            for part in parts or USUAL:
+                measured = PARTS[part](run)
+                record["parameters"][part] = measured.parameters
+                record["samples"][part] = measured.samples
+                record["summary"][part] = measured.summary
+                if output is not None or not quick:  # as it comes: a later part may fail, or time run out
+                    output = write(record, output)
+    except* (NotMeasured, ServerFailed) as failures:  # alone, or out of a group of tasks
+        failed = failures
+    if failed is not None:
+        console.print("[red]Not measured.[/red]")
+        console.print("\n".join(map(str, failed.exceptions)), markup=False)
+        raise typer.Exit(1)
+    if as_json:
+        typer.echo(json.dumps(record, indent=2))
+    else:
+        show(record["summary"], Console(highlight=False))
+    if output is not None:
+        console.print(f"written: {output}, {draw(record, output.with_suffix('.svg')) or 'no picture'}")
+
+
+def _checkpoint(model: str) -> Path:
+    return ensure_shape(model, ensure_model()) if model in SHAPES else Path(model) if model else ensure_model()
+
+
+def _progress() -> Progress:
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    return Progress(*columns, console=console, transient=True)
+
+
+def _stopped(number: int, _frame: object) -> None:
+    """End as by Ctrl-C does, so that no engine is left running."""
+    console.print("[red]stopped[/red]")
+    sys.exit(128 + number)

@@ -1,0 +1,1 @@
+"""One measurement of the benchmark a file."""

@@ -1,0 +1,274 @@
+"""The demo's five bundles: how each is computed from the model, what it claims, and how the claims are measured.
+
+A claim is measured through a function that asks prompts, so the same one judges the model edited by formula here and a
+variant served over HTTP in the demo.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache, partial
+from pathlib import Path
+
+from loadtests.demo import prompts
+from vllm_edits.edit_store.authoring.ablate_heads import ablate_heads
+from vllm_edits.edit_store.authoring.host import Answer, Edits, Host, edited
+from vllm_edits.edit_store.authoring.redirect import redirect
+from vllm_edits.edit_store.authoring.steering import steer
+from vllm_edits.edit_store.authoring.subspace import filter_contrast
+from vllm_edits.edit_store.bundle import BaseModelRef, Bundle, Measurement, Provenance
+
+Answers = Sequence[Answer]
+Ask = Callable[[tuple[str, ...], int], Answers]
+"""Asks one model each prompt, for so many greedy tokens."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A figure between 0 and 1 about a model's answers, and the ranges that it must keep before and after the edit.
+
+    `score` takes the answers of a model and those of the base; the range for the base is the positive control.
+    """
+
+    metric: str
+    prompts: tuple[str, ...]
+    score: Callable[[Answers, Answers], float]
+    base: tuple[float, float]
+    edited: tuple[float, float]
+    tokens: int = 1
+
+    def measure(self, base: Ask, variant: Ask) -> Measurement:
+        """The figure for both models."""
+        before = base(self.prompts, self.tokens)
+        after = variant(self.prompts, self.tokens)
+        return Measurement(
+            metric=self.metric, base=self.score(before, before), edited=self.score(after, before), n=len(self.prompts)
+        )
+
+    def broken(self, found: Measurement) -> str | None:
+        """Why the claim does not hold, or None."""
+        wrong = [
+            f"{name} {figure:.2f}, expected {low:g} to {high:g}"
+            for name, figure, (low, high) in (("base", found.base, self.base), ("edited", found.edited, self.edited))
+            if not low <= figure <= high
+        ]
+        return f"{self.metric}: {'; '.join(wrong)}" if wrong else None
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """One bundle of the demo: how to make it, a prompt and a chat question that show it, and what it claims."""
+
+    name: str
+    label: str
+    description: str
+    provenance: Provenance
+    make: Callable[[Host], Edits]
+    prompt: str
+    question: str
+    claims: tuple[Claim, ...]
+    tokens: int = 12
+
+
+def build(
+    model_folder: Path, base: BaseModelRef, progress: Callable[[str], None], *, created_at: datetime | None = None
+) -> list[tuple[Exhibit, Bundle]]:
+    """Compute and measure every bundle. Claims are measured, not enforced: see `Claim.broken`."""
+    progress("loading the model")
+    host = Host.load(model_folder)
+    ask_base = cache(host.answers)
+    likely = host.next_token(prompts.UNRELATED)
+    built = []
+    for exhibit in EXHIBITS:
+        progress(f"{exhibit.name} {exhibit.label}: {exhibit.description}")
+        edits = exhibit.make(host)
+        ask_edited = partial(_ask_edited, host, edits)
+        with edited(host.model, edits):
+            unlike = float((likely.exp() * (likely - host.next_token(prompts.UNRELATED))).sum(-1).mean())
+        bundle = Bundle.create(
+            exhibit.name,
+            base,
+            edits,
+            exhibit.provenance,
+            description=exhibit.description,
+            label=exhibit.label,
+            measurements=[
+                *(claim.measure(ask_base, ask_edited) for claim in exhibit.claims),
+                Measurement(metric="divergence on unrelated text, nats", base=0, edited=unlike, n=len(likely)),
+            ],
+            created_at=created_at,
+        )
+        built.append((exhibit, bundle))
+    return built
+
+
+def _ask_edited(host: Host, edits: Edits, asked: tuple[str, ...], tokens: int) -> Answers:
+    with edited(host.model, edits):
+        return host.answers(asked, tokens)
+
+
+def _share(matches: Callable[[Answer], bool]) -> Callable[[Answers, Answers], float]:
+    return lambda answers, _: sum(map(matches, answers)) / len(answers)
+
+
+def _share_as_expected(expected: Sequence[str]) -> Callable[[Answers, Answers], float]:
+    return lambda answers, _: sum(a.text == word for a, word in zip(answers, expected, strict=True)) / len(expected)
+
+
+def _share_as_base(answers: Answers, base: Answers) -> float:
+    return sum(answer.text == before.text for answer, before in zip(answers, base, strict=True)) / len(base)
+
+
+def _highest_probability(token: str) -> Callable[[Answers, Answers], float]:
+    return lambda answers, _: max(answer.first.get(token, 0.0) for answer in answers)
+
+
+def _more_of(these: frozenset[str], than: frozenset[str]) -> Callable[[Answer], bool]:
+    def matches(answer: Answer) -> bool:
+        words = re.findall(r"\w+", answer.text.lower())
+        return sum(word in these for word in words) > sum(word in than for word in words)
+
+    return matches
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers))
+
+
+_KEPT = Claim("facts kept", prompts.FACTS, _share_as_base, base=(1, 1), edited=(0.9, 1))
+
+
+def _capital(label: str, country: str, city: str) -> Exhibit:
+    wordings = prompts.CAPITAL_WORDINGS
+    layers = (3, 4, 5)
+    return Exhibit(
+        name="capital",
+        label=label,
+        description=f"France is taken for {country}, so its capital is{city}",
+        provenance=Provenance(
+            tool="loadtests.demo.bundles",
+            method="rank-one concept redirection (ROCR), closed form",
+            source="arXiv 2506.07795",
+            parameters={"concept": "France", "other": country, "layers": _listed(layers)},
+        ),
+        make=partial(
+            redirect,
+            concept="France",
+            other=country,
+            contexts=prompts.CONTEXTS,
+            ordinary=prompts.ORDINARY,
+            layers=layers,
+        ),
+        prompt=wordings[0],
+        question="What is the capital of France?",
+        claims=(
+            Claim(f"answers{city}", wordings, _share_as_expected([city] * len(wordings)), base=(0, 0), edited=(0.8, 1)),
+            Claim("highest p(Paris)", wordings, _highest_probability(" Paris"), base=(0.7, 1), edited=(0, 0.1)),
+            _KEPT,
+        ),
+    )
+
+
+def _no_copy() -> Exhibit:
+    shown = [prompts.copying(words, 1) for words in prompts.COPIED_LISTS]
+    asked = [prompts.copying(words, copied) for words in prompts.HELD_LISTS for copied in (2, 4)]
+    layers = range(10, 20)
+    return Exhibit(
+        name="no-copy",
+        label="1",
+        description="cannot copy a list of words: the heads that do it are removed",
+        provenance=Provenance(
+            tool="loadtests.demo.bundles",
+            method="head ablation, heads ranked by exact attribution",
+            source="arXiv 2410.13708",
+            parameters={"heads": "4", "layers": _listed(layers)},
+        ),
+        make=partial(
+            ablate_heads,
+            prompts=[prompt for prompt, _ in shown],
+            answers=[rest for _, rest in shown],
+            layers=layers,  # the middle third: earlier heads feed every behaviour, later ones only word it
+            count=4,
+        ),
+        prompt="Original: apple river stone cloud green table\nCopy: apple",
+        question="",
+        claims=(
+            Claim(
+                "next word copied",
+                tuple(prompt for prompt, _ in asked),
+                _share_as_expected([f" {rest.split()[0]}" for _, rest in asked]),
+                base=(0.9, 1),
+                edited=(0, 0.3),
+            ),
+            _KEPT,
+        ),
+    )
+
+
+def _plain_english() -> Exhibit:
+    layers = (12,)
+    return Exhibit(
+        name="plain-english",
+        label="1",
+        description="goes on in English after French: what tells the two apart is filtered out",
+        provenance=Provenance(
+            tool="loadtests.demo.bundles",
+            method="affine subspace filter from two prompt sets",
+            source="arXiv 2306.03819",
+            parameters={"unwanted": "French", "wanted": "English", "layers": _listed(layers), "rank": "1"},
+        ),
+        make=partial(filter_contrast, unwanted=prompts.FRENCH, wanted=prompts.ENGLISH, layers=layers),
+        prompt=prompts.HELD_FRENCH[0],
+        question="Raconte-moi une histoire courte.",
+        claims=(
+            Claim(
+                "answers in French",
+                prompts.HELD_FRENCH,
+                _share(_more_of(prompts.FRENCH_WORDS, than=prompts.ENGLISH_WORDS)),
+                base=(0.6, 1),
+                edited=(0, 0.25),
+                tokens=8,  # later the base model likes to explain itself in English
+            ),
+            _KEPT,
+        ),
+    )
+
+
+def _cheerful() -> Exhibit:
+    layers = (10, 12)
+    return Exhibit(
+        name="cheerful",
+        label="1",
+        description="sees the bright side: a steering vector from gloomy to happy text",
+        provenance=Provenance(
+            tool="loadtests.demo.bundles",
+            method="steering vector, difference of means of two prompt sets",
+            source="arXiv 2312.06681",
+            parameters={"towards": "happy", "away": "sad", "layers": _listed(layers), "strength": "1.0"},
+        ),
+        make=partial(steer, towards=prompts.HAPPY, away=prompts.SAD, layers=layers),
+        prompt="He lost his job and now he feels",
+        question="My cat died yesterday.",
+        claims=(
+            Claim(
+                "cheerful answers",
+                prompts.HELD_MOODS,
+                _share(_more_of(prompts.CHEERFUL_WORDS, than=prompts.GLOOMY_WORDS)),
+                base=(0, 0.4),
+                edited=(0.6, 1),
+                tokens=14,
+            ),
+            _KEPT,
+        ),
+    )
+
+
+EXHIBITS = (
+    _capital("1", "Italy", " Rome"),
+    _capital("2", "Germany", " Berlin"),
+    _no_copy(),
+    _plain_english(),
+    _cheerful(),
+)
+"""In the order in which they are published: version 2 of `capital` is the one promoted under load."""

@@ -1,0 +1,101 @@
+"""What an experiment costs a request in the server's process, without an engine: `python -m loadtests.micro.deciding`.
+
+Which arm it gets is decided, and when it has ended that is written down, counted and held against the guardrails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from prometheus_client import CollectorRegistry
+from rich.console import Console
+from rich.table import Table
+
+from vllm_edits.edit_store.experiments.document import BUILT_IN, Experiment
+from vllm_edits.edit_store.experiments.state import Change, Standing, after
+from vllm_edits.plugin.experiments import exposures
+from vllm_edits.plugin.experiments.evaluation_context import Asking
+from vllm_edits.plugin.experiments.exposure_log import ExposureLog
+from vllm_edits.plugin.experiments.feedback_token import Handles
+from vllm_edits.plugin.experiments.live_experiments import ServedExperiments
+from vllm_edits.plugin.experiments.records import Exposure
+from vllm_edits.plugin.experiments.routing import Assignment
+from vllm_edits.plugin.metrics import Metrics
+from vllm_edits.plugin.serving.version_info import PLAIN
+
+REQUESTS, REPEATS = 500, 9
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    experiments: Annotated[
+        list[int] | None, typer.Option(help="how many experiments run", show_default="1, 10, 100")
+    ] = None,
+) -> None:
+    """Decide requests and note how they ended, while so many experiments run, each for a name of its own."""
+    table = Table("experiments", "deciding", "noting", title="µs a request, a rule for each metric")
+    with tempfile.TemporaryDirectory() as folder:
+        for number in experiments or (1, 10, 100):
+            deciding, noting = asyncio.run(_measured(number, Path(folder)))
+            table.add_row(str(number), f"{deciding:.0f}", f"{noting:.0f}")
+    Console().print(table)
+
+
+async def _measured(number: int, folder: Path) -> tuple[float, float]:
+    metrics = Metrics(CollectorRegistry())
+    served = ServedExperiments(
+        metrics, ExposureLog(folder, 64 << 20), Handles(b"k" * 32),
+        prepare=_nothing, append=print, traits=lambda _: PLAIN,
+    )  # fmt: skip
+    await served.follow({f"experiment-{each}": _started(f"experiment-{each}") for each in range(number)})
+    askings = [Asking.of([(b"x-edits-unit", f"user-{unit}".encode())], "", "request") for unit in range(REQUESTS)]
+    deciding, noting = [], []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        ways = [served.decide("model-0", asking) for asking in askings]
+        decided = time.perf_counter()
+        for way in ways:
+            if way is not None and way.assignment is not None:
+                exposure = _exposure(way.assignment, served.handle(way))
+                exposures.count(exposure, metrics)
+                served.ended(exposure)
+        noted = time.perf_counter()
+        deciding.append(decided - began)
+        noting.append(noted - decided)
+    return statistics.median(deciding) / REQUESTS * 1e6, statistics.median(noting) / REQUESTS * 1e6
+
+
+async def _nothing(name: str, version: str) -> None:
+    """Every version is ready."""
+
+
+def _started(name: str) -> Standing:
+    rules = [{"metric": metric, "maximum": 1000} for metric in BUILT_IN]
+    arms = [{"name": arm, "serves": "base", "weight": 0.5} for arm in ("control", "treatment")]
+    document = Experiment.parse(
+        {"name": name, "model": name.replace("experiment", "model"), "arms": arms, "guardrails": rules}
+    )
+    now = datetime.now(UTC)
+    made = after({}, Change(experiment=name, operation="create", document=document), now, "")
+    return after({name: made}, Change(experiment=name, operation="start"), now, "")
+
+
+def _exposure(given: Assignment, handle: str) -> Exposure:
+    return Exposure(
+        at=datetime.now(UTC), request=handle, experiment=given.experiment, phase=given.phase, arm=given.arm,
+        version="base", unit=given.unit, source=given.source, chosen=given.how, outcome="ok", prompt_tokens=100,
+        output_tokens=100, seconds=2.0, first_token_seconds=0.1, seconds_per_token=0.02, empty=False, looping=False,
+        corrupted=False,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    app()
