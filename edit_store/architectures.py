@@ -4,8 +4,8 @@ An entry names the modules behind the sites as both transformers and vLLM call t
 time and the server read the same line. A projection that one of them fuses (`qkv_proj`, `gate_up_proj`) and the other
 does not is found in either form. `vllm-edits sites MODEL` shows what an entry makes of a model.
 
-To add one: write the entry, and a tiny configuration in `tests/tiny_models.py`; then run `make parity ARGS=<name>`. It
-holds every kind at every site against transformers.
+To add one: write the entry, and a tiny configuration in tests/support/tiny_models.py; then run
+`make parity ARGS=<name>`. It holds every kind at every site against transformers.
 """
 
 from __future__ import annotations

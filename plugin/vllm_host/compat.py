@@ -52,7 +52,7 @@ def _installed(file: str) -> str | None:
 
 
 def check_config(config: Any) -> None:
-    """UnsupportedHost, with all reasons, for ways of running that are not proven exact: see tests/CONFIGURATIONS.md."""
+    """UnsupportedHost, with all reasons, for ways of running not proven exact: tests/proofs/CONFIGURATIONS.md."""
     reasons = [
         *_renamed(config.scheduler_config),
         *_unproven_processes(config.parallel_config),

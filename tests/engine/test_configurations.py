@@ -1,4 +1,4 @@
-"""Every line of tests/CONFIGURATIONS.md: exact, or refused with that very reason."""
+"""Every line of tests/proofs/CONFIGURATIONS.md: exact, or refused with that very reason."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tests.configurations import TABLE, WAYS, Way, find, line, told_of
+from tests.proofs.configurations import TABLE, WAYS, Way, find, line, told_of
 
 pytestmark = pytest.mark.vllm
 

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from loadtests.harness.client import complete, stream
-from tests.engine.conftest import Serving, kind_bundle
-from vllm_edits.edit_store import Bundle, check
+from tests.support.engine import Serving, kind_bundle
+from tests.support.log_probs import pairs_of
 from vllm_edits.edit_store.authoring.host import edited
 
 pytestmark = pytest.mark.vllm
@@ -41,15 +41,6 @@ def ask(serving: Serving, model: str, prompt: str, **options: Any) -> dict[str, 
     choice: dict[str, Any] = answer["choices"][0]
     choice["version"] = answer["headers"]["x-edits-version"]
     return choice
-
-
-def pairs_of(bundle: Bundle) -> list[Any]:
-    tensors = check(bundle)
-    widths = bundle.manifest.base.widths
-    return [
-        (edit, {field: array.copy() for field, array in edit.numbers(tensors, widths).items()})
-        for edit in bundle.manifest.edits
-    ]
 
 
 @torch.no_grad()

@@ -19,9 +19,9 @@ from loadtests.harness.client import complete
 from loadtests.harness.metrics import Metrics
 from loadtests.harness.object_servers import BUCKET, moto
 from loadtests.harness.server import Server
-from tests.conftest import Pairs, base_of, bundle_of, publish, random_pairs, whose_gates_fire
-from tests.engine.conftest import wait_until
 from tests.engine.network import Line
+from tests.support.bundles import Pairs, base_of, bundle_of, publish, random_pairs, whose_gates_fire
+from tests.support.engine import wait_until
 from vllm_edits.edit_store import BaseModelRef, Bundle, EditStore, Gate
 from vllm_edits.edit_store.experiments.document import Experiment
 from vllm_edits.edit_store.experiments.experiment_log import Experiments

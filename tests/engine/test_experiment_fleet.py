@@ -21,10 +21,10 @@ from typer.testing import CliRunner
 import vllm_edits.plugin.cli  # noqa: F401  adds the report
 from loadtests.harness.client import complete
 from loadtests.harness.server import Server
-from tests.conftest import base_of, random_bundle
-from tests.engine.conftest import SLOW_ON_TWO, Serving, serve
 from tests.engine.prometheus import needs_prometheus, prometheus
-from tests.parity import cores_apart
+from tests.proofs.parity import cores_apart
+from tests.support.bundles import base_of, random_bundle
+from tests.support.engine import SLOW_ON_TWO, Serving, serve
 from vllm_edits.edit_store.cli import app
 from vllm_edits.edit_store.experiments.document import Experiment
 from vllm_edits.edit_store.experiments.experiment_log import Experiments

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 import vllm_edits.plugin.cli  # noqa: F401  adds the report
 from loadtests.harness.client import complete
-from tests.engine.conftest import Serving, wait_until
 from tests.engine.prometheus import needs_prometheus, prometheus
+from tests.support.engine import Serving, wait_until
 from vllm_edits import edit_store
 from vllm_edits.edit_store.cli import app
 from vllm_edits.edit_store.experiments.assignment import bucket, chosen

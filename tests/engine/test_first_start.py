@@ -10,7 +10,7 @@ import pytest
 from loadtests.harness.client import complete
 from loadtests.harness.hub_server import HubServer
 from loadtests.harness.server import Server, ServerFailed
-from tests.conftest import base_of, publish, random_bundle
+from tests.support.bundles import base_of, publish, random_bundle
 from vllm_edits.edit_store import EditStore
 
 pytestmark = pytest.mark.vllm

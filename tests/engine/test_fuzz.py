@@ -17,10 +17,10 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.conftest import base_of, bundle_of
-from tests.engine.conftest import SLOW_ON_TWO, Serving, serve
-from tests.gpu_ways import ON_V2
-from tests.parity import cores_apart, every_edit, random_numbers
+from tests.proofs.parity import cores_apart, every_edit, random_numbers
+from tests.support.bundles import base_of, bundle_of
+from tests.support.engine import SLOW_ON_TWO, Serving, serve
+from tests.support.gpu_ways import ON_V2
 from vllm_edits.edit_store import BaseModelRef, Bundle, Scope, Strength
 from vllm_edits.edit_store.edits import SERVED_PER_REQUEST
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from loadtests.harness.server import ENVIRONMENT
-from tests.conftest import base_of, publish, random_bundle
 from tests.engine.offline_swaps import LEAKED, SWAPS
+from tests.support.bundles import base_of, publish, random_bundle
 from vllm_edits.edit_store import EditStore
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]

@@ -11,10 +11,10 @@ import psutil
 import pytest
 
 from loadtests.harness.server import Server
-from tests.conftest import base_of
-from tests.engine.conftest import SLOW_ON_TWO, Serving, serve
-from tests.engine.test_weights_server import linear_bundle, says
-from tests.parity import cores_apart
+from tests.proofs.parity import cores_apart
+from tests.support.bundles import base_of
+from tests.support.engine import SLOW_ON_TWO, Serving, serve
+from tests.support.in_weights import linear_bundle, says
 
 pytestmark = [pytest.mark.vllm, *SLOW_ON_TWO]
 HOLDING = """

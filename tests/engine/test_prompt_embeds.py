@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loadtests.harness.client import complete
-from tests.conftest import base_of, bundle_of
-from tests.engine.conftest import USUAL_OR_AS_ON_A_GPU, Serving, serve
-from tests.engine.test_exactness import pairs_of
-from tests.engine.test_scopes import SCOPES, numbered, scoped
+from tests.support.bundles import base_of, bundle_of
+from tests.support.engine import USUAL_OR_AS_ON_A_GPU, Serving, serve
+from tests.support.log_probs import pairs_of
+from tests.support.scoped import SCOPES, numbered, scoped
 from vllm_edits.edit_store import Offset, Scope
 from vllm_edits.edit_store.authoring.formula import Request, edited
 

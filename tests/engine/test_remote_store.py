@@ -11,9 +11,9 @@ from loadtests.harness.client import complete
 from loadtests.harness.metrics import Metrics
 from loadtests.harness.object_servers import BUCKET, moto
 from loadtests.harness.server import Server
-from tests.conftest import base_of, publish, random_bundle
-from tests.engine.conftest import wait_until
 from tests.engine.network import Line
+from tests.support.bundles import base_of, publish, random_bundle
+from tests.support.engine import wait_until
 from vllm_edits.edit_store import Bundle, EditStore, Role, SigningKey, TrustedKey, TrustPolicy
 
 pytestmark = pytest.mark.vllm

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from loadtests.harness.client import complete
-from tests.conftest import base_of, bundle_of
-from tests.engine.conftest import USUAL_OR_AS_ON_A_GPU, Serving, serve
-from tests.parity import random_numbers
-from vllm_edits.edit_store import BaseModelRef, Bundle, Gate, LowRank, Offset, Scale, Scope, Strength
+from tests.support.bundles import base_of, bundle_of
+from tests.support.engine import USUAL_OR_AS_ON_A_GPU, Serving, serve
+from tests.support.scoped import SCOPES, numbered, scoped
+from vllm_edits.edit_store import Bundle, Gate, Offset, Scale, Strength
 from vllm_edits.edit_store.authoring.formula import Request, edited
 from vllm_edits.edit_store.authoring.host import Edits
 from vllm_edits.edit_store.compose import compose
@@ -28,29 +28,7 @@ torch.set_num_threads(1)
 TOKENS = 8
 LONG = "The sea, the hills and the road between them. " * 20
 PROMPTS = ("One two three", "Once upon a time there was a little", LONG)
-SCOPES = {
-    "whole": Scope(),
-    "generated": Scope(phase="generated"),
-    "prompt": Scope(phase="prompt"),
-    "first": Scope(first=3),
-    "last": Scope(last=2),
-    "tokens": Scope(tokens=(198, 253, 260, 338, 339)),
-}
 STRENGTH = Strength(minimum=-1, maximum=2, default=0.5)
-
-
-def numbered(edits: list[Any], base: Any, size: float = 1.0) -> Edits:
-    return [(edit, random_numbers(edit, base, seed, 0.3 * size)) for seed, edit in enumerate(edits)]
-
-
-def scoped(scopes: Mapping[str, Scope], base: BaseModelRef) -> list[Bundle]:
-    """A variant for each scope, by name: all of its edits are for that scope."""
-    return [
-        bundle_of(name, base, numbered([Offset(site="layers.1.resid", scope=scope),
-                                        LowRank(site="layers.2.mlp.out", reads="layers.2.mlp.h", rank=2, scope=scope)],
-                                       base))
-        for name, scope in scopes.items()
-    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=USUAL_OR_AS_ON_A_GPU)
@@ -83,7 +61,7 @@ def ask(serving: Serving, model: str, prompt: str | list[int], **options: Any) -
 
 
 def pairs_of(serving: Serving, name: str) -> Edits:
-    from tests.engine.test_exactness import pairs_of as read
+    from tests.support.log_probs import pairs_of as read
 
     return read(serving.bundles[name])
 

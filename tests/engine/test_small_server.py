@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from loadtests.harness.client import complete
-from tests.conftest import bundle_of, publish, random_bundle
-from tests.engine.conftest import Serving
+from tests.support.bundles import bundle_of, publish, random_bundle
+from tests.support.engine import Serving
 from vllm_edits.edit_store import Bundle, EditStore, Offset, Role, SigningKey
 
 pytestmark = pytest.mark.vllm

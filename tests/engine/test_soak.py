@@ -9,7 +9,7 @@ import pytest
 
 from loadtests import soak
 from loadtests.harness.object_servers import moto
-from tests.engine.conftest import USUAL_OR_AS_ON_A_GPU
+from tests.support.engine import USUAL_OR_AS_ON_A_GPU
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

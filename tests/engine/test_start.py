@@ -16,10 +16,10 @@ import pytest
 
 from loadtests.harness.client import complete
 from loadtests.harness.server import ENVIRONMENT, Server, ServerFailed
-from tests.conftest import base_of, bundle_of, publish, random_bundle
-from tests.engine.conftest import USUAL_OR_AS_ON_A_GPU
-from tests.parity import random_numbers
-from tests.tiny_models import make_tiny
+from tests.proofs.parity import random_numbers
+from tests.support.bundles import base_of, bundle_of, publish, random_bundle
+from tests.support.engine import USUAL_OR_AS_ON_A_GPU
+from tests.support.tiny_models import make_tiny
 from vllm_edits.edit_store import EditStore, Scale
 from vllm_edits.plugin.graph.reservation import Reservation
 

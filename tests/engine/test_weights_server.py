@@ -13,28 +13,13 @@ import numpy as np
 import pytest
 
 from loadtests.harness.client import Answer, complete, stream
-from tests.conftest import base_of, bundle_of, random_pairs
-from tests.engine.conftest import Serving, serve
-from tests.parity import random_numbers
-from vllm_edits.edit_store import BaseModelRef, Bundle, LowRank, Offset, Scale, WeightDelta, check
+from tests.support.bundles import base_of, bundle_of, random_pairs
+from tests.support.engine import Serving, serve
+from tests.support.in_weights import PROMPT, TOKENS, linear_bundle, says
+from vllm_edits.edit_store import check
 from vllm_edits.edit_store.authoring.formula import edited
 
 pytestmark = pytest.mark.vllm
-PROMPT = "The road to the sea is long, and those who walk it "
-TOKENS = 24
-
-
-def linear_bundle(name: str, base: BaseModelRef, seed: int) -> Bundle:
-    """Fused, split and biased projections, before and behind, at several layers."""
-    edits = (
-        LowRank(site="layers.1.mlp.out", reads="layers.1.mlp.h", rank=2),
-        LowRank(site="layers.0.q.out", reads="layers.0.attn.in", rank=1),
-        WeightDelta(site="layers.3.up.out", reads="layers.3.mlp.in"),
-        Scale(site="layers.2.attn.z"),
-        Scale(site="layers.1.mlp.in", per="channel"),
-        Offset(site="layers.2.mlp.out"),
-    )
-    return bundle_of(name, base, [(edit, random_numbers(edit, base, seed, 0.1)) for edit in edits])
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +39,6 @@ def moved(serving: Serving, change: Any) -> dict[str, Any]:
     (swap,) = serving.sync()["swaps"]
     assert not swap["error"]
     return dict(swap)
-
-
-def says(serving: Serving, model: str, prompt: str = PROMPT) -> tuple[str, str]:
-    answer = complete(serving.url, model, prompt, TOKENS, ignore_eos=True)
-    return answer["headers"]["x-edits-version"], answer["choices"][0]["text"]
 
 
 def refused(serving: Serving, model: str) -> str:

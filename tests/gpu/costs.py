@@ -25,8 +25,8 @@ from loadtests.bench.inputs import Edits, edits_everywhere, weakened
 from tests.gpu import null_gpu
 from tests.gpu.facts import ended, require, tell, tried
 from tests.gpu.story import tiny_model
-from tests.parity import random_numbers
-from tests.tiny_models import VOCABULARY
+from tests.proofs.parity import random_numbers
+from tests.support.tiny_models import VOCABULARY
 from vllm_edits.edit_store import Bundle, EditStore, Offset, Provenance, Scope, Strength, identify
 from vllm_edits.edit_store.edits import SERVED_PER_REQUEST
 

@@ -1,4 +1,4 @@
-"""Every form of every kind against transformers with the formula, on a GPU: tests/parity.py within a few minutes.
+"""Every form of every kind against transformers with the formula, on a GPU: proofs/parity.py within a few minutes.
 
     python -m tests.gpu.exact DTYPE [--everywhere] [--weights]
 
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import tests.parity
+import tests.proofs.parity
 from tests.gpu.facts import ended, tried
 from tests.gpu.story import each_form_once
 
@@ -23,7 +23,7 @@ ARCHITECTURE = "LlamaForCausalLM"
 
 def found(dtype: str, *, everywhere: bool, weights: bool) -> dict[str, Any]:
     """The largest error of each kind, and what is too far off."""
-    every = tests.parity.every_edit
+    every = tests.proofs.parity.every_edit
 
     def once(*arguments: Any, **how: Any) -> Iterator[tuple[str, Any]]:
         edits = list(every(*arguments, **how))
@@ -31,11 +31,11 @@ def found(dtype: str, *, everywhere: bool, weights: bool) -> dict[str, Any]:
         return ((form, pair) for form, pair in edits if id(pair) in chosen)
 
     if not everywhere:
-        tests.parity.every_edit = once
-    findings = tests.parity.find(ARCHITECTURE, tests.parity.How(dtype, eager=everywhere, weights=weights))
+        tests.proofs.parity.every_edit = once
+    findings = tests.proofs.parity.find(ARCHITECTURE, tests.proofs.parity.How(dtype, eager=everywhere, weights=weights))
     worst: dict[str, float] = {}
     for row in findings.rows:
-        kind = tests.parity._kind(row)
+        kind = tests.proofs.parity._kind(row)
         worst[kind] = max(worst.get(kind, 0.0), row.served)
     wrong = [f"{row.kind} at {row.site}: {row.served:.1e}" for row in findings.faults()]
     return {

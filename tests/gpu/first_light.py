@@ -24,7 +24,7 @@ from loadtests.bench.shapes import SHAPES
 from tests.gpu import steps
 from tests.gpu.facts import RESULTS
 from tests.gpu.steps import Step
-from tests.parity import BESIDE_OTHERS
+from tests.proofs.parity import BESIDE_OTHERS
 
 PIECEWISE = {"compilation_config": {"cudagraph_mode": "PIECEWISE"}}
 V1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}

@@ -70,7 +70,7 @@ _REASONS: Mapping[str, Mapping[str, Sequence[str]]] = {
             "if _TILES in held:", "return TiledWeight(held[_TILES], loaded, bias)", "raise UnsupportedHost(",
         ),
     },
-    "another machine: `tests/test_gpu_driver.py`": {
+    "another machine: `tests/command/test_gpu_driver.py`": {
         "cli/gpu_driver.py:cuda_of_torch": ("return None",),
         "cli/gpu_driver.py:faults": (
             "return",
@@ -78,14 +78,14 @@ _REASONS: Mapping[str, Mapping[str, Sequence[str]]] = {
             """yield f"the NVIDIA driver does not start (error {failure}): {_WHY.get(failure, 'see its own log, dmesg')}\"""",  # noqa: E501  a line of code
         ),
     },
-    "refused by the command before: `tests/test_plan.py`": {
+    "refused by the command before: `tests/graph/test_plan.py`": {
         "vllm_host/device.py:check_device": ("raise UnsupportedHost(",),
     },
-    "`--max-model-len auto`: `tests/test_plan.py`": {"vllm_host/device.py:_cache_of_one_request": ("return 0",)},
-    "three buffers are not waited for: `tests/test_device_rows.py`": {
+    "`--max-model-len auto`: `tests/graph/test_plan.py`": {"vllm_host/device.py:_cache_of_one_request": ("return 0",)},
+    "three buffers are not waited for: `tests/graph/test_device_rows.py`": {
         "graph/device_rows.py:PinnedTurns.begin": ("buffer.copied.synchronize()",),
     },
-    "no matter of the device: `tests/test_edited_model.py`": {
+    "no matter of the device: `tests/graph/test_edited_model.py`": {
         "graph/edited_model.py:EditedModel.prepare": (
             """raise InstallRefused(f"version {version[:12]} of {manifest.name!r}", missing)""",
         ),
@@ -97,7 +97,7 @@ _REASONS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "no matter of the device: `tests/engine/test_start.py`": {
         "vllm_host/loader.py:EditsModelLoader.load_model": ("raise UnsupportedHost(",),
     },
-    "a draft model: `tests/configurations.py`": {
+    "a draft model: `tests/proofs/configurations.py`": {
         "vllm_host/loader.py:EditsModelLoader.load_model": (
             "loader = get_model_loader(dataclasses.replace(self.load_config, load_format=settings.inner_load_format))",
             "return loader.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)",
@@ -109,7 +109,7 @@ _REASONS: Mapping[str, Mapping[str, Sequence[str]]] = {
             "state_class = with_token_slots(model.get_model_state_cls(), loaded)",
         ),
     },
-    "`tests/test_runner_v2.py`": {"vllm_host/runner_v2.py:with_token_slots": ("raise UnsupportedHost(",)},
+    "`tests/vllm_host/test_runner_v2.py`": {"vllm_host/runner_v2.py:with_token_slots": ("raise UnsupportedHost(",)},
 }  # fmt: skip
 UNREACHED: Mapping[str, str] = {
     f"{place}: {line}": why for why, places in _REASONS.items() for place, lines in places.items() for line in lines

@@ -121,7 +121,7 @@ def main(
 
 def this_checkout(python: str) -> Host:
     """This checkout, with vLLM for GPUs as `make setup` installs it where there is one."""
-    venv, pins = WORK / "venv", Path("requirements/gpu.txt")
+    venv, pins = WORK / "venv", Path("tests/requirements/gpu.txt")
     if _install(venv, python, pins, known=pins.read_text() + Path("pyproject.toml").read_text()):
         _uv("pip", "install", "--python", str(venv), "--no-deps", "--no-build-isolation", "--editable", ".")
     served.model()  # the bench asks for it at once

@@ -26,8 +26,8 @@ from loadtests.harness.metrics import Metrics
 from loadtests.harness.model import MODEL_FOLDER, made_whole
 from loadtests.harness.server import Server
 from tests.gpu.facts import ended, require, tried
-from tests.parity import random_numbers
-from tests.tiny_models import make_tiny_llama
+from tests.proofs.parity import random_numbers
+from tests.support.tiny_models import make_tiny_llama
 from vllm_edits.edit_store import (
     BaseModelRef,
     Bundle,

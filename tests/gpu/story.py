@@ -22,8 +22,8 @@ from typing import Any
 from loadtests.bench.inputs import edits_everywhere
 from loadtests.harness.model import made_whole
 from tests.gpu.facts import ended, require, tried
-from tests.parity import every_edit, random_numbers
-from tests.tiny_models import VOCABULARY, make_tiny
+from tests.proofs.parity import every_edit, random_numbers
+from tests.support.tiny_models import VOCABULARY, make_tiny
 from vllm_edits.edit_store import Bundle, EditStore, LowRank, Offset, Provenance, Scope, Strength, identify
 from vllm_edits.edit_store.bundle import BaseModelRef
 from vllm_edits.edit_store.canonical import canonical_json, sha256

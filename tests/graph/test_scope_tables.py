@@ -1,0 +1,44 @@
+"""The scopes of all slots as arrays say the same as each scope by itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.support.fakes import cheaply
+from vllm_edits.edit_store import Scope
+from vllm_edits.plugin.graph.scope_tables import ScopeTables
+
+LANES, SLOTS = 3, 4
+windows = st.one_of(st.none(), st.integers(1, 4))
+ids = st.one_of(st.none(), st.sets(st.integers(0, 5), min_size=1).map(lambda found: tuple(sorted(found))))
+scopes = st.one_of(
+    st.builds(Scope, phase=st.sampled_from(["all", "prompt"]), first=windows, last=windows, tokens=ids),
+    st.builds(Scope, phase=st.just("generated"), tokens=ids),
+)
+of_slots = st.dictionaries(st.integers(1, SLOTS), st.lists(scopes, max_size=LANES - 1))
+
+
+@cheaply
+@given(of_slots, st.lists(st.tuples(st.integers(0, SLOTS), st.integers(0, 9), st.integers(0, 6), st.integers(-1, 6)),
+                          min_size=1))  # fmt: skip
+def test_a_token_is_covered_where_its_slots_scope_says_so(
+    own: dict[int, list[Scope]], tokens: list[tuple[int, int, int, int]]
+) -> None:
+    """Tokens of any slot, position, length of prompt and id; an id of -1, a placeholder, is no id that is named."""
+    tables = ScopeTables(own, SLOTS, LANES)
+    slots, positions, prompts, token_ids = (np.array(each) for each in zip(*tokens, strict=True))
+    covered = tables.covered(slots, positions, prompts)
+    named = tables.named_ids(torch.device("cpu"))
+    met = named.met(torch.from_numpy(slots).int(), torch.from_numpy(token_ids).int()).numpy()
+    for row, (slot, position, prompt, token_id) in enumerate(tokens):
+        for lane in range(LANES):
+            beyond = lane == 0 or lane > len(own.get(slot, ()))
+            scope = Scope() if beyond else own[slot][lane - 1]
+            assert covered[row, lane] == scope.covers(np.array([position]), prompt)[0], (slot, lane)
+            assert met[row, lane] == (scope.tokens is None or token_id in scope.tokens), (slot, lane)
+    assert tables.names_ids.tolist() == [
+        any(scope.tokens is not None for scope in own.get(slot, ())) for slot in range(SLOTS + 1)
+    ]

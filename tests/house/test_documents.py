@@ -1,0 +1,97 @@
+"""The README's tables say what the code says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from fastapi.routing import APIRoute
+
+from tests.proofs.parity import every_edit
+from tests.support.fakes import BASE
+from vllm_edits.edit_store import KINDS, WeightDelta
+from vllm_edits.edit_store.architectures import ARCHITECTURES
+from vllm_edits.edit_store.edits import ACTIVATIONS
+from vllm_edits.edit_store.sites import POINTS
+from vllm_edits.plugin.http.routes import router
+from vllm_edits.plugin.metrics import FIRST_TOKEN, METRICS, PER_TOKEN, PREFIX, REQUEST
+from vllm_edits.server_config import EditSettings, read_settings
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def rows(heading: str) -> list[list[str]]:
+    """Cells of the first table below a heading, without its head."""
+    text = README.split(f"\n{heading}\n", 1)[1]
+    table = re.search(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
+    assert table is not None
+    lines = table[0].strip().splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_settings_table_is_the_settings() -> None:
+    """Every setting with its default and its own line of help, in order."""
+    told = {row[0].strip("`"): (row[1].strip("`"), row[2]) for row in rows("## Settings")}
+    declared = {}
+    for name, field in EditSettings.model_fields.items():
+        default = "required" if field.is_required() else "none" if field.default is None else str(field.default)
+        declared[name] = ("what the store promotes" if name == "reserve" else default, field.description)
+    assert told == declared
+
+
+def test_the_metrics_table_is_the_metrics() -> None:
+    """Every metric with its kind, labels and help, as Prometheus sees its name."""
+    told = [(row[0].strip("`"), row[1], row[2].replace("`", ""), row[3]) for row in rows("## Metrics")]
+    declared = [
+        (
+            PREFIX + metric.name + ("_total" if metric.kind == "counter" else ""),
+            metric.kind,
+            ", ".join(metric.labels),
+            metric.help,
+        )
+        for metric in METRICS
+    ]
+    assert told == declared
+
+
+def test_the_endpoints_table_is_the_routes() -> None:
+    told = {row[0].strip("`") for row in rows("## Endpoints")}
+    routes = router(lambda: None, lambda: None, lambda: None).routes  # type: ignore[arg-type, return-value]
+    assert told == {
+        f"{method} {route.path}" for route in routes if isinstance(route, APIRoute) for method in route.methods
+    }
+
+
+def test_the_kinds_table_is_the_kinds() -> None:
+    told = {row[0].strip("`"): row for row in rows("### The bundle and the store")}
+    assert list(told) == list(KINDS)
+    for _, (edit, _) in every_edit(BASE):
+        assert all(f"`{field} [" in told[edit.kind][3] for field in edit.shapes(BASE.widths)), edit
+    delta = WeightDelta(site="layers.0.mlp.out", reads="layers.0.mlp.h", layout="sparse", count=1)
+    assert all(f"`{field} [" in told[delta.kind][3] for field in delta.shapes(BASE.widths))
+
+
+def test_the_page_on_edits_names_every_site_kind_and_architecture() -> None:
+    page = (ROOT / "edit_store" / "EDITS.md").read_text()
+    for name in (*POINTS, *KINDS, *ARCHITECTURES, *ACTIVATIONS):
+        assert f"`{name}`" in page, name
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "server_config" / "examples").glob("*.yaml")), ids=lambda path: path.name
+)
+def test_every_example_configuration_is_valid(path: Path) -> None:
+    example = yaml.safe_load(path.read_text())
+    assert example["load-format"] == "edits"
+    assert read_settings(example["additional-config"]).store
+
+
+def test_histogram_edges_are_vllms_own() -> None:
+    """Panels that lay our latencies over vLLM's need the same buckets."""
+    buckets = pytest.importorskip("vllm.v1.metrics.buckets")
+    assert list(REQUEST) == list(buckets.REQUEST_LATENCY_BUCKETS)
+    assert list(FIRST_TOKEN) == list(buckets.TIME_TO_FIRST_TOKEN_BUCKETS)
+    assert list(PER_TOKEN) == list(buckets.INTER_TOKEN_LATENCY_BUCKETS)

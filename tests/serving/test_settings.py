@@ -1,0 +1,156 @@
+"""Settings are read once, and a wrong one ends the start with its name and its mend."""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.support.fakes import cheaply
+from vllm_edits.edit_store.errors import SettingsError
+from vllm_edits.server_config.settings import EditSettings, Reserve, read_settings
+
+RESERVE = {"kind": "low_rank", "site": "layers.*.mlp.out", "rank": 4}
+
+
+def read(**values: Any) -> EditSettings:
+    return read_settings({"edits": {"store": "/srv/store", **values}})
+
+
+def test_good_settings_are_read_with_their_defaults() -> None:
+    """Positive control, and the defaults an operator relies on."""
+    assert read(slots=4, reserve=[RESERVE]) == EditSettings(
+        store="/srv/store",
+        slots=4,
+        reserve=(Reserve(kind="low_rank", site="layers.*.mlp.out", rank=4),),
+        default_tag="prod",
+        poll_seconds=2.0,
+        admin_token_file=None,
+        inner_load_format="auto",
+    )
+    assert (read().slots, read().reserve, read().admin_token_file) == (16, None, None)
+
+
+def test_every_setting_has_a_line_of_help() -> None:
+    for model in (EditSettings, Reserve):
+        assert all(field.description for field in model.model_fields.values())
+
+
+@pytest.mark.parametrize(
+    ("setting", "known"),
+    [
+        ("slot", "slots"),
+        ("poll_second", "poll_seconds"),
+        ("default_tags", "default_tag"),
+        ("admin_token", "admin_token_file"),
+    ],
+)
+def test_an_unknown_setting_is_refused_with_the_nearest_known(setting: str, known: str) -> None:
+    with pytest.raises(SettingsError, match=rf"edits\.{setting}: unknown setting\. Did you mean .*'{known}'"):
+        read(**{setting: 1})
+
+
+def test_an_unknown_setting_like_no_other_is_refused_with_all_known() -> None:
+    with pytest.raises(SettingsError, match=r"Known: store, slots, reserve, scopes, default_tag, poll_seconds"):
+        read(zzz=1)
+
+
+def test_an_unknown_field_of_a_reservation_names_the_fields_of_a_reservation() -> None:
+    with pytest.raises(SettingsError, match=r"edits\.reserve\.0\.ranks: unknown setting\. Did you mean 'rank'"):
+        read(reserve=[{**RESERVE, "ranks": 2}])
+
+
+def test_all_problems_come_at_once() -> None:
+    """An operator mends everything in one go."""
+    with pytest.raises(SettingsError) as refusal:
+        read(slots=0, poll_seconds=0, colour="red", reserve=[{"kind": "magic", "site": "x"}])
+    for wrong in ("edits.slots", "edits.poll_seconds", "edits.colour", "edits.reserve.0.kind"):
+        assert str(refusal.value).count(wrong) == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "good", "bad"),
+    [
+        ("slots", [1, 4096], [0, -1, 4097, 1.5, "many", None]),
+        ("poll_seconds", [0.05, 2, 3600], [0.04, 0, -1, 3601, math.inf, math.nan, "soon", None]),
+        ("store", ["/srv/store", "memory://x"], ["", None, 7]),
+        ("default_tag", ["prod", "beta-2"], ["", "Prod", "../x", "a/b", "prod\n", None]),
+        ("reserve", [None, [], [RESERVE]], [RESERVE, "all", [{**RESERVE, "rank": 0}], [{**RESERVE, "rank": 513}]]),
+        ("admin_token_file", [None, "/run/token"], [7, True]),
+    ],
+)
+def test_values_have_bounds(setting: str, good: list[Any], bad: list[Any]) -> None:
+    for value in good:
+        read(**{setting: value})
+    for value in bad:
+        with pytest.raises(SettingsError, match=rf"edits\.{setting}"):
+            read(**{setting: value})
+
+
+def test_a_default_tag_that_reads_as_a_version_is_refused() -> None:
+    """Every bare variant name would be looked up as a digest."""
+    with pytest.raises(SettingsError):
+        read(default_tag="deadbeef")
+
+
+def test_a_missing_store_is_named() -> None:
+    with pytest.raises(SettingsError, match=r"edits\.store: Field required"):
+        read_settings({"edits": {}})
+
+
+@pytest.mark.parametrize("config", [None, {}, {"edits": None}, {"edits": [1]}, {"edit": {"store": "x"}}, "edits", []])
+def test_a_config_without_settings_is_refused_with_an_example(config: Any) -> None:
+    with pytest.raises(SettingsError, match=r"Start with: --additional-config"):
+        read_settings(config)
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        read().slots = 3  # type: ignore[misc]
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_readme_lists_every_setting_with_its_help() -> None:
+    """Declared once: what people read is what the code says."""
+    section = (ROOT / "README.md").read_text().split("\n## Settings\n")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in section.splitlines() if line.startswith("| `")]
+    assert {name.strip("`"): help_text for name, _, help_text in rows} == {
+        name: field.description for name, field in EditSettings.model_fields.items()
+    }
+    written = {name.strip("`"): default.strip("`") for name, default, _ in rows if default.startswith("`")}
+    optional = {name: field.default for name, field in EditSettings.model_fields.items() if not field.is_required()}
+    assert written == {name: str(default) for name, default in optional.items() if default is not None}
+
+
+def test_every_example_configuration_is_accepted() -> None:
+    """By the same reader that the server starts with."""
+    examples = list((ROOT / "server_config/examples").glob("*.yaml"))
+    assert examples
+    for path in examples:
+        config = yaml.safe_load(path.read_text())
+        assert config["load-format"] == "edits"
+        assert read_settings(config["additional-config"]).slots > 0
+
+
+names = st.sampled_from([*EditSettings.model_fields, *Reserve.model_fields, "zzz"])
+junk = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@cheaply
+@given(junk)
+def test_whatever_is_written_there_is_read_or_refused(value: Any) -> None:
+    """Nothing an operator can write ends in another error than SettingsError."""
+    with suppress(SettingsError):
+        read_settings({"edits": value})

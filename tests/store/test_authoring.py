@@ -1,0 +1,267 @@
+"""Edits computed from a model: the mathematics on a small random model, the demo's claims on the real one."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loadtests.demo import prompts
+from tests.support.bundles import KINDS, Pairs, random_pairs
+from vllm_edits.edit_store import BaseModelRef, Bundle, Offset, SubspaceFilter, identify
+from vllm_edits.edit_store import edits as kinds
+from vllm_edits.edit_store.verify import check
+
+torch = pytest.importorskip("torch")
+from loadtests.demo import bundles  # noqa: E402
+from vllm_edits.edit_store.authoring.ablate_heads import attribute  # noqa: E402
+from vllm_edits.edit_store.authoring.host import Host, edited  # noqa: E402
+from vllm_edits.edit_store.authoring.redirect import read_vector, unused_directions  # noqa: E402
+from vllm_edits.edit_store.authoring.steering import steer  # noqa: E402
+from vllm_edits.edit_store.authoring.subspace import filter_contrast  # noqa: E402
+
+TEXTS = ["The river runs slowly.", "She has never seen so much snow, and it was cold.", "Two dogs"]
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+
+
+@pytest.fixture(scope="module")
+def host(tiny_model: Path) -> Host:
+    return Host.load(tiny_model)
+
+
+def passes(host: Host, site: str, pairs: Pairs = ()) -> np.ndarray:
+    """All token vectors of TEXTS at a site, `[tokens, width]`."""
+    with edited(host.model, pairs):
+        return torch.cat(host.activations(TEXTS, [site])[site]).numpy()
+
+
+class TestEditedByFormula:
+    """`edited` is the oracle of the served engine, so it is itself held to the reference in numpy."""
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_each_kind_does_what_its_reference_does(self, host: Host, kind: str):
+        """What passes the site inside `edited` is `apply` of what passed it before; the layer below is untouched."""
+        [(edit, fields)] = pairs = random_pairs(kind, 2, host.widths, seed=1)
+        before, after = passes(host, edit.site), passes(host, edit.site, pairs)
+        inputs = (passes(host, edit.reads),) if kind == "low_rank" else ()
+        np.testing.assert_allclose(after, edit.apply(*inputs, before, **fields), **CLOSE)
+        assert np.abs(after - before).max() > 0.01
+        np.testing.assert_array_equal(passes(host, "layers.1.resid", pairs), passes(host, "layers.1.resid"))
+
+    def test_kinds_at_one_site_apply_in_the_declared_order(self, host: Host):
+        """The filter comes before the offset, in whatever order they are given."""
+        (keep, filtered), (push, pushed) = pairs = [
+            *random_pairs("subspace_filter", 1, host.widths, seed=1),
+            *random_pairs("offset", 1, host.widths, seed=2),
+        ]
+        before = passes(host, keep.site)
+        expected = push.apply(keep.apply(before, **filtered), **pushed)
+        np.testing.assert_allclose(passes(host, keep.site, pairs), expected, **CLOSE)
+        np.testing.assert_allclose(passes(host, keep.site, pairs[::-1]), expected, **CLOSE)
+        assert np.abs(keep.apply(push.apply(before, **pushed), **filtered) - expected).max() > 0.01
+
+    def test_the_model_is_restored_exactly_even_after_an_error(self, host: Host):
+        """Afterwards every log-probability has its old bits; inside, it has not."""
+        pairs = list(chain.from_iterable(random_pairs(kind, 1, host.widths, seed=3) for kind in KINDS))
+        before = host.next_token(TEXTS)
+        with edited(host.model, pairs):
+            assert not torch.equal(host.next_token(TEXTS), before)
+        assert torch.equal(host.next_token(TEXTS), before)
+        with pytest.raises(ZeroDivisionError), edited(host.model, pairs):
+            _ = 1 / 0
+        assert torch.equal(host.next_token(TEXTS), before)
+
+    def test_a_wider_model_is_edited_in_its_own_dtype(self, tiny_model: Path):
+        """A float64 model stays a float64 reference: its offset is exact where float32 would round."""
+        wide = Host.load(tiny_model)
+        wide.model.double()
+        [(edit, fields)] = random_pairs("offset", 2, wide.widths, seed=4)
+        moved = passes(wide, edit.site, [(edit, fields)]) - passes(wide, edit.site)
+        np.testing.assert_allclose(moved, np.broadcast_to(fields["vector"], moved.shape), atol=1e-12)
+
+
+class TestHost:
+    """What the author reads from a model does not depend on which texts share a batch."""
+
+    def test_padding_changes_nothing(self, host: Host):
+        """Activations, next tokens and likelihoods of a text are the same alone and beside a longer one."""
+        alone = host.activations(TEXTS[2:], ["layers.3.resid"])["layers.3.resid"][0]
+        beside = host.activations(TEXTS, ["layers.3.resid"])["layers.3.resid"][2]
+        torch.testing.assert_close(alone, beside, **CLOSE)
+        torch.testing.assert_close(host.next_token(TEXTS[2:])[0], host.next_token(TEXTS)[2], **CLOSE)
+        answers = [" and so it was", " cold", " river"]
+        torch.testing.assert_close(
+            host.likelihood(TEXTS[2:], answers[2:])[0], host.likelihood(TEXTS, answers)[2], **CLOSE
+        )
+
+    def test_likelihood_is_what_next_token_says(self, host: Host):
+        """For an answer of one token they are the same number."""
+        token = host.tokenizer(" river")["input_ids"]
+        assert len(token) == 1
+        expected = host.next_token(TEXTS)[:, token[0]]
+        torch.testing.assert_close(host.likelihood(TEXTS, [" river"] * 3), expected, **CLOSE)
+
+
+class TestRedirect:
+    """ROCR's closed form."""
+
+    key = torch.linspace(-1, 1, 40)
+    ordinary = torch.cat([torch.randn(200, 20, generator=torch.Generator().manual_seed(0)), torch.zeros(200, 20)], 1)
+
+    def test_the_read_vector_knows_its_key(self):
+        """q·k = kᵀPk / (1 + kᵀPk): short of one by the ridge alone."""
+        unused = unused_directions(self.ordinary)
+        energy = float((unused.T @ self.key).square().sum())
+        assert float(read_vector(self.key, unused) @ self.key) == pytest.approx(energy / (1 + energy))
+        assert float(read_vector(100 * self.key, unused) @ (100 * self.key)) == pytest.approx(1, abs=1e-4)
+
+    def test_the_read_vector_sees_nothing_in_ordinary_keys(self):
+        """It is orthogonal to every key of ordinary text, and to any key orthogonal to its own."""
+        read = read_vector(self.key, unused_directions(self.ordinary))
+        assert float((self.ordinary @ read).abs().max()) < 1e-6
+        assert float((self.ordinary @ self.key).abs().max()) > 0.1
+        other = torch.zeros(40)
+        other[[20, 21]] = torch.stack([self.key[21], -self.key[20]])
+        assert abs(float(other @ read)) < 1e-6
+
+
+class TestHeads:
+    """Ablation by contribution."""
+
+    def test_factor_zero_removes_exactly_that_head(self, host: Host):
+        """The attention output loses W_o's columns of that head times its z, and nothing else."""
+        widths, head = host.widths, 2
+        columns = slice(head * widths.head_dim, (head + 1) * widths.head_dim)
+        factor = np.ones(widths.heads, dtype=np.float32)
+        factor[head] = 0
+        pairs = [(kinds.Scale(site="layers.1.attn.z"), {"factor": factor})]
+        share = passes(host, "layers.1.attn.z")[:, columns]
+        share = share @ host.model.model.layers[1].self_attn.o_proj.weight[:, columns].T.numpy()
+        lost = passes(host, "layers.1.attn.out") - passes(host, "layers.1.attn.out", pairs)
+        np.testing.assert_allclose(lost, share, **CLOSE)
+        assert np.abs(share).max() > 0.01
+
+    def test_attribution_is_the_measured_fall(self, host: Host):
+        """Replaying the layers below changes no figure: each is what ablating that head alone costs."""
+        answers = [" and so", " cold", " river"]
+        costs = attribute(host, TEXTS, answers, range(4))
+        whole = host.likelihood(TEXTS, answers).mean()
+        for layer, head in ((0, 1), (3, 2)):
+            factor = np.ones(host.widths.heads, dtype=np.float32)
+            factor[head] = 0
+            with edited(host.model, [(kinds.Scale(site=f"layers.{layer}.attn.z"), {"factor": factor})]):
+                fall = whole - host.likelihood(TEXTS, answers).mean()
+            assert costs[layer, head] == pytest.approx(float(fall), abs=1e-5)
+        assert np.abs(costs).max() > 1e-3
+
+
+class TestDirections:
+    """Filters and steering vectors from two prompt sets."""
+
+    def test_a_filter_is_idempotent_and_keeps_the_wanted_mean(self, host: Host):
+        """Filtered twice is filtered once; the wanted mean stays; an unwanted text moves; the sink does not."""
+        [(edit, fields)] = filter_contrast(host, prompts.FRENCH, prompts.ENGLISH, layers=(2,), rank=3)
+        assert edit == SubspaceFilter(site="layers.2.resid", rank=3)
+        np.testing.assert_allclose(fields["basis"] @ fields["basis"].T, np.eye(3), atol=1e-5)
+        states = passes(host, edit.site)
+        once = edit.apply(states, **fields)
+        np.testing.assert_allclose(edit.apply(once, **fields), once, **CLOSE)
+        np.testing.assert_allclose(edit.apply(fields["mean"], **fields), fields["mean"], **CLOSE)
+        assert np.abs(once - states).max() > 0.01
+        texts = host.activations(prompts.ENGLISH, [edit.site])[edit.site]
+        sink = torch.stack([rows[0] for rows in texts]).mean(0).numpy() - fields["mean"]
+        assert np.abs(fields["basis"] @ sink).max() < 1e-4 * np.linalg.norm(sink)
+
+    def test_a_steering_vector_is_the_difference_of_means(self, host: Host):
+        """Steered from the sad mean one arrives at the happy one; the other way round is the opposite vector."""
+        [(edit, there)] = steer(host, prompts.HAPPY, prompts.SAD, layers=(1,), strength=2)
+        [(_, back)] = steer(host, prompts.SAD, prompts.HAPPY, layers=(1,))
+        assert edit == Offset(site="layers.1.resid")
+        np.testing.assert_array_equal(there["vector"], -2 * back["vector"])
+        happy, sad = (host.mean_activation(texts, edit.site).numpy() for texts in (prompts.HAPPY, prompts.SAD))
+        np.testing.assert_allclose(edit.apply(sad, vector=there["vector"] / 2), happy, **CLOSE)
+
+
+def test_nothing_is_judged_by_what_it_was_made_from():
+    """No claim's prompt, and no country it asks for, is among the texts that edits are computed from."""
+    made_from = {*prompts.ORDINARY, *prompts.ENGLISH, *prompts.FRENCH, *prompts.HAPPY, *prompts.SAD}
+    judged_by = {prompt for exhibit in bundles.EXHIBITS for claim in exhibit.claims for prompt in claim.prompts}
+    assert not made_from & (judged_by | set(prompts.UNRELATED))
+    assert not set(prompts.COPIED_LISTS) & set(prompts.HELD_LISTS)
+    asked = [fact.removeprefix("The capital of ").split()[0] for fact in prompts.FACTS if "capital" in fact]
+    assert len(asked) == 10
+    assert not [country for country in asked if any(country in text for text in prompts.ORDINARY)]
+
+
+Built = dict[tuple[str, str], tuple[bundles.Exhibit, Bundle]]
+
+
+@pytest.fixture(scope="module")
+def base(smollm2: Path) -> BaseModelRef:
+    return identify(smollm2)
+
+
+@pytest.fixture(scope="module")
+def built(smollm2: Path, base: BaseModelRef) -> Built:
+    """The demo's bundles, computed as the demo computes them."""
+    steps: list[str] = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two that wait for each other are ten times slower where servers of other tests still run
+    try:
+        made = bundles.build(smollm2, base, steps.append, created_at=datetime(2026, 1, 1, tzinfo=UTC))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(steps) == 1 + len(bundles.EXHIBITS)
+    return {(exhibit.name, exhibit.label): (exhibit, bundle) for exhibit, bundle in made}
+
+
+def figures(bundle: Bundle) -> dict[str, Any]:
+    return {row.metric: row for row in bundle.manifest.measurements}
+
+
+class TestDemoBundles:
+    """Each bundle on the real model: a measured effect and a measured side effect."""
+
+    @pytest.mark.parametrize("key", [(exhibit.name, exhibit.label) for exhibit in bundles.EXHIBITS], ids=" ".join)
+    def test_every_claim_holds(self, built: Built, base: BaseModelRef, key: tuple[str, str]):
+        """The bundle keeps every rule; each claim holds of it; its first claim does not hold of the base itself."""
+        exhibit, bundle = built[key]
+        check(bundle, base)
+        rows = bundle.manifest.measurements
+        assert [row.metric for row in rows[:-1]] == [claim.metric for claim in exhibit.claims]
+        assert not [why for claim, row in zip(exhibit.claims, rows[:-1], strict=True) if (why := claim.broken(row))]
+        unedited = rows[0].model_copy(update={"edited": rows[0].base})
+        assert exhibit.claims[0].broken(unedited)
+
+    @pytest.mark.parametrize(("label", "city"), [("1", " Rome"), ("2", " Berlin")])
+    def test_the_capital_moves_and_other_facts_stay(self, built: Built, label: str, city: str):
+        """4 of 5 wordings, p(Paris) under 0.1 in all of them, 18 of 20 facts; rank one at three layers does it."""
+        _, bundle = built["capital", label]
+        rows = figures(bundle)
+        assert rows[f"answers{city}"].edited * rows[f"answers{city}"].n >= 4
+        assert rows["highest p(Paris)"].base > 0.7
+        assert rows["highest p(Paris)"].edited < 0.1
+        assert rows["facts kept"].edited * rows["facts kept"].n >= 18
+        assert [edit.rank for edit in bundle.manifest.edits if isinstance(edit, kinds.LowRank)] == [1, 1, 1]
+
+    def test_the_base_knows_what_is_moved(self, smollm2: Path):
+        """ "The capital of France is" has Paris on top at about 0.77, as every wording has."""
+        answers = Host.load(smollm2).answers(prompts.CAPITAL_WORDINGS, 1)
+        assert [answer.text for answer in answers] == [" Paris"] * 5
+        assert answers[0].first[" Paris"] == pytest.approx(0.77, abs=0.02)
+
+    def test_four_heads_carry_the_copying(self, built: Built):
+        """Four factors are zero, all others one."""
+        _, bundle = built["no-copy", "1"]
+        factors = np.concatenate(list(check(bundle).values()))
+        assert sorted(set(factors.tolist())) == [0, 1]
+        assert np.count_nonzero(factors == 0) == 4
+
+    def test_side_effects_are_small_and_named(self, built: Built):
+        """The divergence from the base on unrelated text is measured for every bundle, and none is large."""
+        divergences = {key: figures(bundle)["divergence on unrelated text, nats"] for key, (_, bundle) in built.items()}
+        assert all(0 < row.edited < 0.3 for row in divergences.values())

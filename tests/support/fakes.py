@@ -1,0 +1,568 @@
+"""Fakes that implement the real seams: a model of vLLM's shapes, the engine's workers, a store that can go away."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import functools
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from hypothesis import HealthCheck, settings
+from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry
+from torch import Tensor, nn
+
+from tests.support.bundles import publish
+from vllm_edits.edit_store import (
+    BaseModelRef,
+    Bundle,
+    EditStore,
+    Gate,
+    LowRank,
+    Offset,
+    Provenance,
+    Site,
+    TagEntry,
+    WeightDelta,
+    Widths,
+    check,
+)
+from vllm_edits.edit_store.architectures import supported
+from vllm_edits.edit_store.backends import Backend, Item
+from vllm_edits.edit_store.edits import Array, order_at_site
+from vllm_edits.edit_store.errors import BundleRefused, EditsError, StoreUnavailable
+from vllm_edits.edit_store.reading.cache import NodeCache
+from vllm_edits.edit_store.reading.reader import Reader
+from vllm_edits.edit_store.signing import SigningKey
+from vllm_edits.edit_store.trust import Trust
+from vllm_edits.plugin.graph.edited_model import EditedModel, Prepared
+from vllm_edits.plugin.graph.reservation import Place, Reservation, Room
+from vllm_edits.plugin.graph.slot_products import EXPRESSIONS, SlotProducts
+from vllm_edits.plugin.graph.step_filler import Batch, Extents
+from vllm_edits.plugin.graph.tensor_parallel import SOLE, Sum, Worker, alone
+from vllm_edits.plugin.metrics import PREFIX, Metrics
+from vllm_edits.plugin.serving.lease import Lease
+from vllm_edits.plugin.serving.reconcile import Reconciler
+from vllm_edits.plugin.serving.residency import Resident
+from vllm_edits.plugin.serving.workers import Workers
+from vllm_edits.plugin.vllm_host.architectures import anchors
+from vllm_edits.plugin.weights import weights_reservation
+from vllm_edits.plugin.weights.patched_weights import Part, Patch, PatchedWeights, Whole
+from vllm_edits.plugin.weights.plain_weight import PlainWeight
+
+WIDTHS = Widths(layers=3, hidden=8, mlp=16, heads=2, kv_heads=1, head_dim=4, vocab=24)
+BASE = BaseModelRef(name="tiny", architecture="LlamaForCausalLM", widths=WIDTHS, files={"model.safetensors": "a" * 64})
+MAX_TOKENS = 32
+SLOTS = 3
+
+cheaply = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""For every property here: the machine is shared with real servers, so nothing is judged by the clock."""
+
+Answer = dict[str, Any]
+Read = TypeVar("Read")
+
+
+class Projection(nn.Module):
+    """A linear layer that answers as vLLM's do: (output, bias)."""
+
+    def __init__(self, reads: int, writes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(writes, reads) / reads**0.5, requires_grad=False)
+        self.bias: nn.Parameter | None = None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return nn.functional.linear(x, self.weight, self.bias), None
+
+
+class SummingProjection(Projection):
+    """One of a vector that workers may divide: what each gives is added up."""
+
+    reduce_results = True
+    over_workers = staticmethod(alone)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        output, bias = super().forward(x)
+        return (self.over_workers(output) if self.reduce_results else output), bias
+
+
+class TinyAttention(nn.Module):
+    """Fused queries, keys and values; token-wise, so nothing here mixes tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widths = WIDTHS
+        self.qkv_proj = Projection(WIDTHS.hidden, sum(map(WIDTHS.of, ("q.out", "k.out", "v.out"))))
+        self.o_proj = SummingProjection(WIDTHS.of("attn.z"), WIDTHS.hidden)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        widths = [self.widths.of(name) for name in ("q.out", "k.out", "v.out")]
+        q, k, v = self.qkv_proj(hidden_states)[0].split(widths, -1)
+        group = self.widths.heads // self.widths.kv_heads
+        output: Tensor = self.o_proj(q.tanh() * k.repeat(1, group) + v.repeat(1, group))[0]
+        return output
+
+
+class TinyMLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = Projection(WIDTHS.hidden, 2 * WIDTHS.mlp)
+        self.down_proj = SummingProjection(WIDTHS.mlp, WIDTHS.hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x)[0].chunk(2, -1)
+        output: Tensor = self.down_proj(gate.relu() * up)[0]
+        return output
+
+
+class TinyLayer(nn.Module):
+    """A decoder layer with the residual stream in two halves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = TinyAttention(), TinyMLP()
+
+    def forward(self, hidden_states: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        stream = hidden_states if residual is None else hidden_states + residual
+        residual = stream + self.self_attn(hidden_states=stream.tanh())
+        return self.mlp(residual.tanh()), residual
+
+
+class TinyNorm(nn.Module):
+    def forward(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return (hidden + residual).tanh(), hidden + residual
+
+
+class TinyLogits(nn.Module):
+    def forward(self, lm_head: Projection, hidden_states: Tensor) -> Tensor:
+        logits: Tensor = lm_head(hidden_states)[0]
+        return logits
+
+
+class TinyModel(nn.Module):
+    """Laid out like vLLM's Llama, so that the real table of architectures finds its sites."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.model: Any = nn.Module()
+        self.model.layers = nn.ModuleList(TinyLayer() for _ in range(WIDTHS.layers))
+        self.model.norm = TinyNorm()
+        self.lm_head = Projection(WIDTHS.hidden, WIDTHS.vocab)
+        self.logits_processor = TinyLogits()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The last hidden states, from which `logits` are computed."""
+        hidden, residual = x, None
+        for layer in self.model.layers:
+            hidden, residual = layer(hidden, residual)
+        final: Tensor = self.model.norm(hidden, residual)[0]
+        return final
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """As vLLM's compute_logits."""
+        computed: Tensor = self.logits_processor(self.lm_head, hidden)
+        return computed
+
+
+def divided(model: TinyModel, worker: Worker, over_workers: Sum) -> TinyModel:
+    """One worker's part of a model, cut as tensor parallel cuts it."""
+    mine = copy.deepcopy(model)
+    for layer in mine.model.layers:
+        layer.self_attn.widths = WIDTHS.per_worker(worker.size)
+        for projection, points in (
+            (layer.self_attn.qkv_proj, ("q.out", "k.out", "v.out")), (layer.mlp.gate_up_proj, ("gate.out", "up.out")),
+        ):  # fmt: skip
+            parts = projection.weight.split([WIDTHS.of(point) for point in points])
+            own = [worker.share(WIDTHS, point).of(part.T).T for point, part in zip(points, parts, strict=True)]
+            projection.weight = nn.Parameter(torch.cat(own), requires_grad=False)
+        for projection, point in ((layer.self_attn.o_proj, "attn.z"), (layer.mlp.down_proj, "mlp.h")):
+            own_columns = worker.share(WIDTHS, point).of(projection.weight)
+            projection.weight = nn.Parameter(own_columns.contiguous(), requires_grad=False)
+            projection.over_workers = over_workers
+    return mine
+
+
+At = Callable[[str, Array], Array]
+"""What becomes of a vector at a site."""
+
+
+def tiny_by_formula(model: TinyModel, x: Tensor, at: At) -> Array:
+    """The tiny model's logits in numpy, for all tokens; `at` is called at every site."""
+    stream = at("embed.out", x.numpy())
+    for number, layer in enumerate(model.model.layers):
+        here = f"layers.{number}."
+        modules = (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj)
+        weights = [module.weight.numpy().T for module in modules]
+        attended = at(f"{here}attn.in", np.tanh(stream)) @ weights[0]
+        ends = [WIDTHS.of("q.out"), WIDTHS.of("q.out") + WIDTHS.of("k.out")]
+        q, k, v = np.split(attended, ends, -1)
+        q, k, v = at(f"{here}q.out", q), at(f"{here}k.out", k), at(f"{here}v.out", v)
+        z = at(f"{here}attn.z", np.tanh(q) * np.tile(k, 2) + np.tile(v, 2))
+        stream = stream + at(f"{here}attn.out", z @ weights[1])
+        gate, up = np.split(at(f"{here}mlp.in", np.tanh(stream)) @ weights[2], 2, -1)
+        h = at(f"{here}mlp.h", np.maximum(at(f"{here}gate.out", gate), 0) * at(f"{here}up.out", up))
+        stream = at(f"{here}resid", stream + at(f"{here}mlp.out", h @ weights[3]))
+    return at("logits", at("final", np.tanh(stream)) @ model.lm_head.weight.numpy().T)
+
+
+def edits_by_formula(pairs: Sequence[tuple[Any, Mapping[str, Array]]]) -> At:
+    """What edits do to every site, by the `apply` of their kinds and the order of `vllm_edits.edit_store.edits`."""
+    seen: dict[str, Array] = {}
+
+    def at(site: str, value: Array) -> Array:
+        here = sorted((pair for pair in pairs if pair[0].site == site), key=lambda pair: order_at_site(pair[0]))
+        adding: Array | None = None
+        for edit, fields in here:
+            if isinstance(edit, WeightDelta):
+                value = edit.apply(seen[edit.source], value, **fields)
+            elif isinstance(edit, LowRank | Gate):
+                adding = value if adding is None else adding
+                x = adding if edit.source == site else seen[edit.source]
+                value = edit.apply(x, value, **fields)
+            else:
+                value = edit.apply(value, **fields)
+        seen[site] = value
+        return value
+
+    return at
+
+
+def edited_model(
+    model: TinyModel, reservation: Reservation, *, slots: int, dtype: torch.dtype = torch.float32,
+    worker: Worker = SOLE, over_workers: Sum = alone, products: SlotProducts = EXPRESSIONS,
+) -> EditedModel:  # fmt: skip
+    """The real thing on a tiny model, or on one worker's part of it."""
+    sites = anchors(model, BASE.architecture, WIDTHS, worker)
+    return EditedModel(
+        sites, reservation, slots=slots, max_tokens=MAX_TOKENS, dtype=dtype, device=torch.device("cpu"),
+        worker=worker, over_workers=over_workers, products=products,
+    )  # fmt: skip
+
+
+def plain_weights(model: TinyModel, worker: Worker = SOLE, whole: Whole | None = None) -> PatchedWeights:
+    """Every projection of the tiny model, those of `attn.out` and `mlp.out` with a bias."""
+    architecture, sites = supported(BASE.architecture), anchors(model, BASE.architecture, WIDTHS, worker)
+    names = {module: name for name, module in model.named_modules()}
+    room = weights_reservation.usual(architecture, WIDTHS)
+    for site in room:
+        module: Any = sites[site].module
+        if site.point in ("attn.out", "mlp.out"):
+            module.bias = nn.Parameter(torch.zeros(WIDTHS.hidden), requires_grad=False)
+    modules = {
+        names[sites[site].module]: PlainWeight(sites[site].module.weight, sites[site].module.bias) for site in room
+    }
+    reads = architecture.projections()
+    parts = {
+        site: Part(names[at.module], at.start or 0, at.share, sites[site.beside(reads[site.point])].share)
+        for site, at in ((site, sites[site]) for site in room)
+    }
+    return PatchedWeights(modules, parts, architecture, lambda: 1 << 30, whole)
+
+
+@dataclass(frozen=True, eq=False)
+class RequestStep:
+    """What a request has in the coming step. `claim` is None for the base, else [slot, version, strength]."""
+
+    claim: Any
+    tokens: int
+    start: int = 0
+    prompt: int = 0
+    embedded: NDArray[np.bool_] | None = None
+
+
+def set_step(edited: EditedModel, requests: Sequence[RequestStep], input_ids: Tensor | None = None) -> None:
+    """Tell the model of a step, as a runner does. input_ids: of every token; by default 0."""
+    tokens, starts, prompts = (
+        np.array([getattr(request, field) for request in requests], dtype=np.int64)
+        for field in ("tokens", "start", "prompt")
+    )
+    ids = torch.zeros(tokens.sum(), dtype=torch.int64) if input_ids is None else input_ids
+    extents = Extents(tokens, starts, lambda: prompts, ids)
+    edited.set_step(Batch(requests, attrgetter("claim"), attrgetter("embedded"), lambda: extents))
+
+
+class FakeWorker:
+    """`EditsWorker` without vLLM: the same answers, around a real EditedModel."""
+
+    def __init__(self, store: EditStore, reservation: Reservation, slots: int, staging_ready: asyncio.Event) -> None:
+        self.model = TinyModel()
+        self.edited = edited_model(self.model, reservation, slots=slots)
+        self._store = store
+        self._staging_ready = staging_ready
+        self.ready: dict[str, Prepared] = {}
+        self.weights = plain_weights(self.model)
+        self.patches: dict[str, Patch] = {}
+
+    def edits_stage(self, version: str) -> Answer:
+        return {}
+
+    def edits_staged(self, version: str) -> Answer:
+        if not self._staging_ready.is_set():
+            return {"pending": True}
+
+        def prepare() -> Answer:
+            bundle = self._store.bundle(version)
+            self.ready[version] = self.edited.prepare(version, bundle.manifest, check(bundle, BASE))
+            return {}
+
+        return answered(prepare)
+
+    def edits_stage_weights(self, version: str) -> Answer:
+        return {}
+
+    def edits_weights_staged(self, version: str) -> Answer:
+        def prepare() -> Answer:
+            bundle = self._store.bundle(version)
+            self.patches[version] = self.weights.prepare(version, bundle.manifest, check(bundle, BASE))
+            return {}
+
+        return answered(prepare) if self._staging_ready.is_set() else {"pending": True}
+
+    def edits_put_weights(self, version: str | None, epoch: int, besides: bool) -> Answer:
+        def put() -> Answer:
+            if self.weights.version != version:
+                patch = None if version is None else self.weights.known(version) or self.patches.pop(version, None)
+                if version is not None and patch is None:
+                    return {"absent": True}
+                self.weights.install(patch, epoch)
+                self.edited.weights_hold(version, besides=besides)
+            return {"digest": self.weights.digest, "share": 0}
+
+        return answered(put)
+
+    def edits_install(self, slot: int, version: str, leaving: str | None) -> Answer:
+        def install() -> Answer:
+            if self.edited.held.get(slot) == version:
+                return {"digest": self.edited.digest(slot), "share": 0, "firings": []}
+            if version not in self.ready:
+                return {"absent": True}
+            firings = self.edited.firings(slot)
+            if leaving is not None:
+                self.edited.clear(slot)
+            return {"digest": self.edited.install(slot, self.ready[version]), "share": 0, "firings": firings}
+
+        return answered(install)
+
+    def edits_fence(self) -> Answer:
+        return {}
+
+    def edits_firings(self) -> Answer:
+        return {"share": 0, "firings": self.edited.firings()}
+
+    def edits_clear(self, slot: int) -> Answer:
+        def clear() -> Answer:
+            firings = self.edited.firings(slot)
+            self.edited.clear(slot)
+            return {"share": 0, "firings": firings}
+
+        return answered(clear)
+
+
+def answered(act: Callable[[], Answer]) -> Answer:
+    """A refusal is an answer too, as in `vllm_edits.plugin.vllm_host.worker`."""
+    try:
+        return act()
+    except BundleRefused as refusal:
+        return {"error": str(refusal), "reasons": [[reason.code, reason.message] for reason in refusal.reasons]}
+    except EditsError as error:
+        return {"error": str(error)}
+    except Exception as error:  # noqa: BLE001  a worker must not die of a bad version
+        return {"error": repr(error)}
+
+
+def as_told(_number: int, act: Callable[[], Answer]) -> Answer:
+    return act()
+
+
+class FakeWorkers:
+    """`Workers`: every call reaches all workers, and calls are carried out one after the other, as the engine does.
+
+    `overrides[method]` is asked instead of the worker, with its number and the real act: it may refuse before or after,
+    lie, or raise. While `staging_ready` is cleared, staging takes its time; while an event of `gates` is, that call
+    does. As in the engine, a call whose caller has gone is carried out all the same.
+    """
+
+    def __init__(self, store: EditStore, reservation: Reservation, *, slots: int, count: int = 2) -> None:
+        self.staging_ready = asyncio.Event()
+        self.staging_ready.set()
+        self.workers = [FakeWorker(store, reservation, slots, self.staging_ready) for _ in range(count)]
+        self.overrides: dict[str, Callable[[int, Callable[[], Answer]], Answer]] = {}
+        self.gates: dict[str, asyncio.Event] = {}
+        self.calls: list[tuple[Any, ...]] = []
+        self.aborted = asyncio.Event()
+        self._engine = asyncio.Lock()
+
+    async def abort_all(self) -> None:
+        self.aborted.set()
+
+    async def call(self, method: str, *args: Any) -> list[Answer]:
+        return await asyncio.shield(asyncio.ensure_future(self._carried_out(method, *args)))
+
+    async def _carried_out(self, method: str, *args: Any) -> list[Answer]:
+        async with self._engine:
+            await asyncio.sleep(0)
+            if method in self.gates:
+                await self.gates[method].wait()
+            self.calls.append((method, *args))
+            acts = [functools.partial(getattr(worker, method), *args) for worker in self.workers]
+            override = self.overrides.get(method, as_told)
+            return [override(number, act) for number, act in enumerate(acts)]
+
+    def step(self, *leases: Lease) -> None:
+        """One step of the engine with a token for each lease; raises when a claim is false on any worker."""
+        claims = [None if lease.choice.version is None else [lease.slot, lease.choice.version, 1.0] for lease in leases]
+        for worker in self.workers:
+            assert [worker.edited.slot_of(claim) for claim in claims] == [lease.slot for lease in leases]
+
+    @property
+    def held(self) -> dict[int, str]:
+        """Version by slot; all workers hold the same."""
+        first, *others = (worker.edited.held for worker in self.workers)
+        assert all(other == first for other in others)
+        return dict(first)
+
+
+class FlakyBackend:
+    """A backend that can be cut off: while `down` is a prefix, keys below it cannot be reached ('' for all)."""
+
+    def __init__(self, inner: Backend) -> None:
+        self.inner = inner
+        self.url = inner.url
+        self.parallel = inner.parallel
+        self.down: str | None = None
+
+    def _reach(self, key: str) -> None:
+        if self.down is not None and key.startswith(self.down):
+            raise StoreUnavailable(f"store {self.url}: {key}: the network is down")
+
+    def get(self, key: str) -> bytes:
+        self._reach(key)
+        return self.inner.get(key)
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        self._reach(key)
+        return self.inner.get_range(key, start, length)
+
+    def put(self, key: str, data: bytes) -> None:
+        self._reach(key)
+        self.inner.put(key, data)
+
+    def create(self, key: str, data: bytes) -> None:
+        self._reach(key)
+        self.inner.create(key, data)
+
+    def list(self, prefix: str) -> Iterator[Item]:
+        self._reach(prefix)
+        return self.inner.list(prefix)
+
+    def delete(self, key: str) -> None:
+        self._reach(key)
+        self.inner.delete(key)
+
+
+class Overtaken(EditStore):
+    """A store object that somebody else overtakes once, just after it reads what it decides on."""
+
+    overtake: Callable[[], Any] | None = None
+
+    def head(self, name: str, tag: str = "prod") -> TagEntry | None:
+        return self._overtaken(lambda: super(Overtaken, self).head(name, tag))
+
+    def history(self, name: str, tag: str = "prod") -> list[TagEntry]:
+        return self._overtaken(lambda: super(Overtaken, self).history(name, tag))
+
+    def _overtaken(self, read: Callable[[], Read]) -> Read:
+        found = read()
+        overtake, self.overtake = self.overtake, None
+        if overtake is not None:
+            overtake()
+        return found
+
+
+seeds = count()
+
+
+def version_of(name: str, base: BaseModelRef = BASE, edit: Any = None) -> Bundle:
+    """A new version of a variant: random numbers of one edit."""
+    edit = edit or Offset(site="layers.1.resid")
+    numbers = np.random.default_rng(next(seeds))
+    fields = {field: numbers.normal(size=shape) for field, shape in edit.shapes(WIDTHS).items()}
+    return Bundle.create(name, base, [(edit, fields)], Provenance(tool="tests", method="random"))
+
+
+@dataclass
+class Asked:
+    """The workers, by a way that may be exchanged for another."""
+
+    workers: Workers
+
+    async def call(self, method: str, *args: Any) -> list[Answer]:
+        return await self.workers.call(method, *args)
+
+    async def abort_all(self) -> None:
+        await self.workers.abort_all()
+
+
+class Server:
+    """One API process over two fake workers and a store in memory that can be cut off."""
+
+    def __init__(self, url: str, slots: int = SLOTS, trust: Trust | None = None, node: Path | None = None,
+                 signer: SigningKey | None = None, *, weights: str | None = None, **options: Any) -> None:  # fmt: skip
+        self.store = EditStore(url, create=True, signer=signer)
+        self.backend = FlakyBackend(self.store.backend)
+        self.store.backend = self.backend
+        site = Site(1, "resid")
+        room = Room(features=frozenset({"weighted"}))
+        reservation = Reservation({Place(site, kind, site): room for kind in ("offset", "gate")}, scopes=1)
+        self.workers = FakeWorkers(self.store, reservation, slots=slots)
+        self.registry = CollectorRegistry()
+        self.metrics = Metrics(self.registry)
+        self.asked = Asked(self.workers)
+        self.core = Reconciler(
+            Reader(self.store, trust, NodeCache(node or Path(tempfile.mkdtemp()))),
+            self.asked,
+            self.metrics,
+            base=BASE,
+            base_names=("tiny", "small"),
+            reservation=reservation,
+            price=lambda _, room: 1024 * room.rank,
+            slots=slots,
+            default_tag="prod",
+            weights_key=(weights, "prod") if weights else None,
+            **options,
+        )
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.registry.get_sample_value(PREFIX + name, labels) or 0.0
+
+    async def promote(self, *bundles: Bundle, tag: str = "prod") -> list[str]:
+        """Publish, promote and follow; returns the versions."""
+        versions = [publish(self.store, bundle, tag) for bundle in bundles]
+        await self.core.sync()
+        await self.core.slots.settle()
+        return versions
+
+    async def ask(self, model: str) -> str | None:
+        """A whole request of one step; returns the version that answered."""
+        lease = await self.core.lease(model)
+        with lease.hold():
+            self.workers.step(lease)
+        await self.core.slots.settle()
+        return lease.choice.version
+
+    def residents(self) -> dict[str, Resident]:
+        return self.core.slots.residency.residents()
+
+    def check(self) -> None:
+        """Workers hold what the API process believes, the gauge says so, and no slot is lost."""
+        assert self.workers.held == {one.slot: version for version, one in self.residents().items()}
+        assert self.core.slots.residency.used == len(self.residents()) == self.metric("slots_used")
+        assert len(self.core.slots.residency._free) == self.core.slots.residency.slots - len(self.residents())
