@@ -20,7 +20,7 @@ SAME, CHANGED, ADDED, REMOVED = "same", "changed", "added", "removed"
 
 
 @dataclass(frozen=True)
-class Change:
+class EditDifference:
     """One edit in two versions. `moved` is the norm of the difference over the norm of the older edit."""
 
     site: str
@@ -40,7 +40,7 @@ class Difference:
     """Two versions side by side: fields of the manifest that differ, and every edit of either."""
 
     fields: dict[str, tuple[str, str]]
-    edits: tuple[Change, ...]
+    edits: tuple[EditDifference, ...]
 
 
 def compare(old: Bundle, new: Bundle) -> Difference:
@@ -79,21 +79,21 @@ def _fields(old: Bundle, new: Bundle) -> dict[str, tuple[str, str]]:
     }
 
 
-def _change(old: Edit | None, new: Edit | None, before: Tensors, after: Tensors, widths: Widths) -> Change:
+def _change(old: Edit | None, new: Edit | None, before: Tensors, after: Tensors, widths: Widths) -> EditDifference:
     present = new or old
     assert present is not None  # noqa: S101  the key came from one of the two
     site, kind = present.site, present.kind
     ranks = [str(getattr(edit, "rank", 1)) for edit in (old, new) if edit is not None]
     rank = " -> ".join(dict.fromkeys(ranks))
     if old is None or new is None:
-        return Change(site, kind, ADDED if old is None else REMOVED, rank, None)
+        return EditDifference(site, kind, ADDED if old is None else REMOVED, rank, None)
     fields = [
         {field: array.astype(np.float64) for field, array in edit.numbers(tensors, widths).items()}
         for edit, tensors in ((old, before), (new, after))
     ]
     moved = _moved(old, new, *fields)
     same = moved is not None and moved <= ROUNDING and old == new
-    return Change(site, kind, SAME if same else CHANGED, rank, moved)
+    return EditDifference(site, kind, SAME if same else CHANGED, rank, moved)
 
 
 Fields = dict[str, Any]

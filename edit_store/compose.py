@@ -29,7 +29,7 @@ Fields = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Conflict:
+class Overlap:
     """Two edits of different bundles at one site that do not simply add up, and what comes of it."""
 
     site: str
@@ -83,7 +83,7 @@ def _strength(manifests: Sequence[Manifest]) -> tuple[Strength | None, list[Reas
     return Strength(minimum=minimum, maximum=maximum, default=min(max(1.0, minimum), maximum)), []
 
 
-def conflicts(bundle: Bundle) -> list[Conflict]:
+def conflicts(bundle: Bundle) -> list[Overlap]:
     """Where the parts of a composition do not simply add up; empty for any other bundle."""
     if not bundle.manifest.parts:
         return []
@@ -103,7 +103,7 @@ def conflicts(bundle: Bundle) -> list[Conflict]:
             names = (owner, other_owner) if one is edit else (other_owner, owner)
             if effect := _effect(one, one_fields, two, two_fields):
                 told = (f"{names[0]}: {one.kind}", f"{names[1]}: {two.kind}")
-                found.append(Conflict(edit.site, *told, effect))
+                found.append(Overlap(edit.site, *told, effect))
                 break
     return found
 
@@ -174,7 +174,7 @@ def _share(part: Any, whole: Any) -> float:
     return float(np.linalg.norm(part)) / size if size else 0.0
 
 
-def named(found: Sequence[Conflict]) -> Iterator[str]:
+def named(found: Sequence[Overlap]) -> Iterator[str]:
     """A line for each, for people."""
     for conflict in found:
         yield f"{conflict.site}: {conflict.first} and {conflict.second}: {conflict.effect}"

@@ -100,7 +100,7 @@ class ArmRefused(RequestRefused):
     """A request asks for an arm that no experiment about its model has, or that is not served."""
 
 
-class CompareRefused(RequestRefused):
+class ShadowRefused(RequestRefused):
     """A request asks to compare what cannot be compared."""
 
 

@@ -34,7 +34,7 @@ from rich.console import Console
 
 from loadtests.bench.inputs import edits_everywhere
 from loadtests.harness.client import Answer, stream
-from loadtests.harness.metrics import Metrics
+from loadtests.harness.metrics import Scrape
 from loadtests.harness.model import ensure_model
 from loadtests.harness.object_servers import moto
 from loadtests.harness.record import about, write
@@ -311,7 +311,7 @@ def compare_counts(soak: Soak, url: str) -> list[str]:
     """Requests by variant and version, as the server counted them and as the clients did."""
     time.sleep(2 * POLL_SECONDS)
     status = httpx.get(f"{url}/v1/edits", timeout=60).json()
-    served = Metrics.of(url).by("vllm_edits_requests_total", "variant", "version")
+    served = Scrape.of(url).by("vllm_edits_requests_total", "variant", "version")
     found = [
         f"{key}: the server counts {served.get(key, 0):.0f}, the clients {soak.counted[key]}"
         for key in {*served, *soak.counted}

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from vllm_edits.plugin.serving.variants import Choice
-from vllm_edits.plugin.serving.version_info import PLAIN
+from vllm_edits.plugin.serving.version_info import NO_INFO
 
 CLAIM = "vllm_edits_claim"
 """Key of the claim in a request's extra arguments; absent for the base model. Callers cannot set it."""
@@ -35,7 +35,7 @@ def cache_salt(choice: Choice | None, caller_salt: str | None, prompt: int | Non
     version, epoch = (choice.version, choice.epoch) if choice else (None, 0)
     if version is None and caller_salt is None and not epoch:
         return None
-    bound = choice is not None and choice.traits.bound_to_prompt
+    bound = choice is not None and choice.info.bound_to_prompt
     # Where the prompt's length matters and is not known, nothing is shared with anybody.
     length = "" if not bound else str(prompt) if prompt is not None else secrets.token_hex(16)
     strength = "" if choice is None or choice.strength == 1 else repr(choice.strength)
@@ -54,9 +54,9 @@ def address(prompt: Any, sampling_params: Any, choice: Choice | None, slot: int,
     arguments = {key: value for key, value in (sampling_params.extra_args or {}).items() if key not in (CLAIM, FORK)}
     if choice is not None and choice.version is not None:
         arguments[CLAIM] = [slot, choice.version, choice.strength]
-        if forks and choice.traits.tail is not None:
-            arguments[FORK] = [cache_salt(choice, None, _length(prompt)), choice.traits.tail]
-            choice = replace(choice, version=None, strength=1.0, traits=PLAIN)
+        if forks and choice.info.tail is not None:
+            arguments[FORK] = [cache_salt(choice, None, _length(prompt)), choice.info.tail]
+            choice = replace(choice, version=None, strength=1.0, info=NO_INFO)
     marked = sampling_params.clone()
     marked.extra_args = arguments or None
     return _salted(prompt, choice), marked

@@ -121,7 +121,7 @@ METRICS = (
     Metric(
         "exposures",
         "counter",
-        "Requests of experiments by arm: by hash, asked for, or instead (by the control); by the unit's source.",
+        "Requests of experiments by arm; chosen by `hash`, `forced`, or `fallback` (the control); and by unit source.",
         ("experiment", "arm", "chosen", "source"),
     ),
     Metric(

@@ -17,10 +17,10 @@ from vllm_edits.edit_store.bundle import BaseModelRef, Manifest
 from vllm_edits.edit_store.errors import SettingsError
 from vllm_edits.edit_store.refs import Ref
 from vllm_edits.plugin.byte_sizes import sized
-from vllm_edits.plugin.graph.reservation import Place, Price, Reservation
+from vllm_edits.plugin.graph.reservation import EditGroup, Reservation, SlotBytes
 from vllm_edits.plugin.open_store import open_reader
 from vllm_edits.plugin.weights import weights_reservation
-from vllm_edits.plugin.weights.weights_reservation import WeightsRoom
+from vllm_edits.plugin.weights.weights_reservation import WeightsReservation
 from vllm_edits.server_config.settings import EditSettings
 
 logger = logging.getLogger("vllm.edits")
@@ -76,7 +76,7 @@ def reserve(settings: EditSettings, base: BaseModelRef, found: Promoted | None =
     return usual
 
 
-def reserve_weights(settings: EditSettings, base: BaseModelRef, found: Promoted | None = None) -> WeightsRoom:
+def reserve_weights(settings: EditSettings, base: BaseModelRef, found: Promoted | None = None) -> WeightsReservation:
     """The projections that a version in the weights may change; none without `edits.weights`."""
     architecture = supported(base.architecture)
     if settings.weights is None:
@@ -84,11 +84,11 @@ def reserve_weights(settings: EditSettings, base: BaseModelRef, found: Promoted 
     if settings.weights_reserve is not None:
         return weights_reservation.asked_for(settings.weights_reserve, architecture, base.widths)
     version = (promoted(settings, base) if found is None else found).in_weights
-    room = weights_reservation.for_version(version, architecture) if version else {}
-    return room or weights_reservation.usual(architecture, base.widths)
+    capacity = weights_reservation.for_version(version, architecture) if version else {}
+    return capacity or weights_reservation.usual(architecture, base.widths)
 
 
-def set_apart(settings: EditSettings, base: BaseModelRef) -> tuple[Reservation, WeightsRoom]:
+def set_apart(settings: EditSettings, base: BaseModelRef) -> tuple[Reservation, WeightsReservation]:
     """Both of these, for one look at the store, and none where the settings say it all."""
     told = settings.reserve is not None and (settings.weights is None or settings.weights_reserve is not None)
     found = None if told else promoted(settings, base)
@@ -99,17 +99,17 @@ def set_apart(settings: EditSettings, base: BaseModelRef) -> tuple[Reservation, 
 class Plan:
     """The bytes of one slot, by place. Slot 0, the base model's, takes as much as any other."""
 
-    by_place: Mapping[Place, int]
+    by_group: Mapping[EditGroup, int]
 
     @classmethod
-    def of(cls, reservation: Reservation, price: Price) -> Plan:
+    def of(cls, reservation: Reservation, slot_bytes: SlotBytes) -> Plan:
         """What a reservation takes in a model of these prices."""
-        return cls({place: price(place, room) for place, room in reservation.rooms.items()})
+        return cls({group: slot_bytes(group, capacity) for group, capacity in reservation.capacities.items()})
 
     @property
     def slot(self) -> int:
         """Bytes of one slot."""
-        return sum(self.by_place.values())
+        return sum(self.by_group.values())
 
     def total(self, slots: int) -> int:
         """Bytes of that many slots and the base model's."""
@@ -137,16 +137,16 @@ class Plan:
 
 def rows(plan: Plan, reservation: Reservation) -> list[dict[str, Any]]:
     """For people: places that differ in nothing but the layer are one row."""
-    found: dict[tuple[Any, ...], list[Place]] = {}
-    for place, room in sorted(reservation.rooms.items(), key=lambda item: item[0]):
-        found.setdefault((place.kind, place.site.point, place.reads.point, room, place.turn), []).append(place)
+    found: dict[tuple[Any, ...], list[EditGroup]] = {}
+    for group, capacity in sorted(reservation.capacities.items(), key=lambda item: item[0]):
+        found.setdefault((group.kind, group.site.point, group.reads.point, capacity, group.index), []).append(group)
     return [
         {
-            "kind": kind, "point": point, "reads": "" if reads == point else reads, "rank": room.rank,
-            "features": " ".join(sorted(room.features)), "sites": len(places),
-            "bytes": sum(plan.by_place[place] for place in places),
+            "kind": kind, "point": point, "reads": "" if reads == point else reads, "rank": capacity.rank,
+            "features": " ".join(sorted(capacity.features)), "sites": len(edit_groups),
+            "bytes": sum(plan.by_group[group] for group in edit_groups),
         }
-        for (kind, point, reads, room, _), places in found.items()
+        for (kind, point, reads, capacity, _), edit_groups in found.items()
     ]  # fmt: skip
 
 

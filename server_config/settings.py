@@ -29,7 +29,7 @@ class Reserve(BaseModel):
     site: str = Field(description="site or pattern, e.g. layers.*.mlp.out or layers.3.resid")
     rank: int = Field(default=1, ge=1, le=MAX_RANK, description="largest rank an edit there may have")
     reads: str | None = Field(default=None, description="point that it reads; by default the input of its module")
-    turn: int = Field(default=0, ge=0, description="counts edits there that cannot be computed together")
+    index: int = Field(default=0, ge=0, description="counts edits there that cannot be computed together")
     features: tuple[Literal["dual", "normalise", "onto", "renorm", "weighted"], ...] = Field(
         default=(), description="what else an edit there may be; refusals name what is missing"
     )

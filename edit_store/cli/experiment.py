@@ -25,7 +25,7 @@ from vllm_edits.edit_store.cli.common import (
 from vllm_edits.edit_store.experiments.document import Experiment
 from vllm_edits.edit_store.experiments.durations import spoken
 from vllm_edits.edit_store.experiments.experiment_log import Experiments
-from vllm_edits.edit_store.experiments.state import Change, Standing, need
+from vllm_edits.edit_store.experiments.state import ExperimentChange, Standing, need
 from vllm_edits.edit_store.refs import DEFAULT_TAG
 from vllm_edits.edit_store.signing import SigningKey
 
@@ -81,7 +81,7 @@ def _plain(operation: Literal["start", "hold", "resume", "stop"], told: str) -> 
         key: KeyOption = None,
         as_json: JsonOption = False,
     ) -> None:
-        _changed(store, key, Change(experiment=name, operation=operation), reason, as_json)
+        _changed(store, key, ExperimentChange(experiment=name, operation=operation), reason, as_json)
 
 
 _plain("start", "Begin a new phase: servers assign units from their next look on. One that was stopped begins anew.")
@@ -102,7 +102,7 @@ def widen(
     as_json: JsonOption = False,
 ) -> None:
     """Let more units take part at once. Nobody changes arms; to narrow, stop and start anew."""
-    _changed(store, key, Change(experiment=name, operation="widen", coverage=coverage), reason, as_json)
+    _changed(store, key, ExperimentChange(experiment=name, operation="widen", coverage=coverage), reason, as_json)
 
 
 @experiment.command(name="withdraw")
@@ -117,7 +117,7 @@ def withdraw_arm(
     as_json: JsonOption = False,
 ) -> None:
     """Serve an arm's units by the control from now on. The others stay; the ramp is held."""
-    _changed(store, key, Change(experiment=name, operation="withdraw", arm=arm), reason, as_json)
+    _changed(store, key, ExperimentChange(experiment=name, operation="withdraw", arm=arm), reason, as_json)
 
 
 @experiment.command(name="promote")
@@ -226,7 +226,7 @@ def _what(row: dict[str, Any]) -> str:
     return " ".join(str(row[field]) for field in ("operation", "arm", "coverage") if field in row)
 
 
-def _changed(store: str, key: Path | None, change: Change, reason: str, as_json: bool) -> None:
+def _changed(store: str, key: Path | None, change: ExperimentChange, reason: str, as_json: bool) -> None:
     _told(Experiments(opened(store, key)).change(change, reason=reason), as_json)
 
 

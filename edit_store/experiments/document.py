@@ -39,7 +39,7 @@ BUILT_IN: dict[str, Literal["increase", "decrease", ""]] = {
 }  # fmt: skip
 """Metrics that every request has, and which way is better; of the rest clients say, as feedback. GATE_FIRINGS is none:
 it is counted by version, for guardrails only."""
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Record(BaseModel):
@@ -67,8 +67,8 @@ class Namespace(_Record):
     """A part of all units. Experiments with parts of the same namespace that do not overlap share no unit."""
 
     name: Name
-    start: Share
-    end: Share
+    start: Fraction
+    end: Fraction
 
     @model_validator(mode="after")
     def _is_a_part(self) -> Self:
@@ -89,7 +89,7 @@ class Holdout(_Record):
     """Units that take part in no experiment that names this holdout."""
 
     name: Name
-    share: Share
+    share: Fraction
 
     def holds(self, unit: str) -> bool:
         """Whether a unit is held out."""
@@ -100,10 +100,10 @@ class RampStep(_Record):
     """From so long after the start on, so many units take part."""
 
     after: Seconds
-    coverage: Share
+    coverage: Fraction
 
 
-class Feedback(_Record):
+class FeedbackMetric(_Record):
     """A metric that clients report. Values beyond the bounds are refused."""
 
     name: Name
@@ -181,11 +181,11 @@ class Experiment(_Record):
     unit_header: str = Field(default=UNIT_HEADER, pattern=r"^x-[a-z0-9-]+$", description="header that names the unit; "
                              "else it is the user of the request, its API key, or the request itself")  # fmt: skip
     arms: Annotated[tuple[Arm, ...], Field(min_length=2, max_length=16)]
-    coverage: Share = 1.0
+    coverage: Fraction = 1.0
     ramp: tuple[RampStep, ...] = ()
     namespace: Namespace | None = None
     holdout: Holdout | None = None
-    feedback: tuple[Feedback, ...] = ()
+    feedback: tuple[FeedbackMetric, ...] = ()
     guardrails: tuple[Guardrail, ...] = ()
     shadow: Shadow | None = None
 

@@ -10,7 +10,7 @@ from vllm_edits.edit_store.errors import AmbiguousVersion, ExperimentRefused, No
 from vllm_edits.edit_store.experiments.document import BASE, Arm, Experiment
 from vllm_edits.edit_store.experiments.state import (
     FOLDER,
-    Change,
+    ExperimentChange,
     ExperimentEntry,
     Standing,
     Standings,
@@ -58,10 +58,10 @@ class Experiments:
         versions, document = self._resolved(document)
         blobs = [self._store.manifest(version).tensors.sha256 for version in versions]
         with relying_on(self._store.backend, [*versions, *blobs]):
-            change = Change(experiment=document.name, operation="create", document=document)
+            change = ExperimentChange(experiment=document.name, operation="create", document=document)
             return self.change(change, reason=reason, actor=actor)
 
-    def change(self, change: Change, *, reason: str = "", actor: str | None = None) -> Standing:
+    def change(self, change: ExperimentChange, *, reason: str = "", actor: str | None = None) -> Standing:
         """Append a change. NotFound, Conflict, ExperimentRefused with all reasons: nothing was written then."""
         entries = self._log.history()
         standing = after(fold(entries)[0], change, now(), reason)
@@ -69,7 +69,7 @@ class Experiments:
             self._resolved(standing.document)
         self._store.append(
             self._log, entries[-1] if entries else None, f"experiment {change.experiment}", reason=reason, actor=actor,
-            **{name: getattr(change, name) for name in Change.model_fields},
+            **{name: getattr(change, name) for name in ExperimentChange.model_fields},
         )  # fmt: skip
         return standing
 
@@ -92,7 +92,7 @@ class Experiments:
         variant's tag and the experiment ends; else the experiment goes on deciding, and gives every unit that arm.
         """
         standing = need(self.standings()[0], name)
-        change = Change(experiment=name, operation="promote", arm=arm)
+        change = ExperimentChange(experiment=name, operation="promote", arm=arm)
         after({name: standing}, change, now(), reason)  # refused before the tag moves
         if is_of_variant(standing.document, arm):
             # First the tag: what a crash leaves is an experiment that runs on, and the command can be given again.

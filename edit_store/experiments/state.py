@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from vllm_edits.edit_store.bundle import Name
 from vllm_edits.edit_store.errors import Conflict, EditsError, ExperimentRefused, NotFound, Reason, nearest
-from vllm_edits.edit_store.experiments.document import BASE, Experiment, Share
+from vllm_edits.edit_store.experiments.document import BASE, Experiment, Fraction
 from vllm_edits.edit_store.experiments.durations import spoken
 from vllm_edits.edit_store.refs import Ref, is_digest
 from vllm_edits.edit_store.storage.log import Entry
@@ -25,7 +25,7 @@ FOLDER = "experiments"
 Status = Literal["draft", "running", "stopped", "promoted"]
 
 
-class Change(BaseModel):
+class ExperimentChange(BaseModel):
     """What is done to an experiment: `document` is of create, `arm` of withdraw and promote, `coverage` of widen."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,12 +34,12 @@ class Change(BaseModel):
     operation: Literal["create", "start", "widen", "hold", "resume", "withdraw", "promote", "stop"]
     document: Experiment | None = None
     arm: Name | None = None
-    coverage: Share | None = None
+    coverage: Fraction | None = None
     phase: int | None = None
     """the phase that is meant; without it the present one"""
 
 
-class ExperimentEntry(Change, Entry):
+class ExperimentEntry(ExperimentChange, Entry):
     """One line of the log."""
 
 
@@ -103,7 +103,7 @@ def fold(entries: Iterable[ExperimentEntry]) -> tuple[dict[str, Standing], list[
     return standings, troubles
 
 
-def after(standings: Standings, change: Change, at: datetime, reason: str = "") -> Standing:
+def after(standings: Standings, change: ExperimentChange, at: datetime, reason: str = "") -> Standing:
     """How an experiment stands after a change. NotFound, Conflict, ExperimentRefused: nothing is changed then."""
     if change.operation == "create":
         return replace(_created(standings.get(change.experiment), change, at), reason=reason)
@@ -139,7 +139,7 @@ def versions_named(entries: Iterable[ExperimentEntry]) -> set[str]:
     return {ref.selector for ref in refs if is_digest(ref.selector)}
 
 
-def _created(known: Standing | None, change: Change, at: datetime) -> Standing:
+def _created(known: Standing | None, change: ExperimentChange, at: datetime) -> Standing:
     document = change.document
     if document is None or document.name != change.experiment:
         raise ExperimentRefused(
@@ -168,7 +168,7 @@ def _moves(known: Standing, document: Experiment, at: datetime) -> Iterable[Reas
         yield Reason("moves", f"coverage is {reached:g} by now and would be {would:g}: units would leave. {anew}")
 
 
-def _started(standing: Standing, change: Change, at: datetime) -> Standing:
+def _started(standing: Standing, change: ExperimentChange, at: datetime) -> Standing:
     name = change.experiment
     if standing.status == "running":
         raise Conflict(
@@ -208,7 +208,7 @@ def _need_running(standing: Standing, what: str) -> None:
         raise Conflict(f"experiment {standing.document.name!r} is {standing.status}: {what}")
 
 
-def _widened(standing: Standing, change: Change, at: datetime) -> Standing:
+def _widened(standing: Standing, change: ExperimentChange, at: datetime) -> Standing:
     _need_running(standing, "there is nothing to widen")
     reached = standing.coverage(at)
     if change.coverage is None or change.coverage <= reached:
@@ -220,7 +220,7 @@ def _widened(standing: Standing, change: Change, at: datetime) -> Standing:
     return replace(standing, widened=change.coverage)
 
 
-def _held(standing: Standing, change: Change, at: datetime) -> Standing:
+def _held(standing: Standing, change: ExperimentChange, at: datetime) -> Standing:
     _need_running(standing, "there is no ramp to hold")
     if standing.ramping_since is None:
         raise Conflict(
@@ -229,14 +229,14 @@ def _held(standing: Standing, change: Change, at: datetime) -> Standing:
     return standing.held(at)
 
 
-def _resumed(standing: Standing, change: Change, at: datetime) -> Standing:
+def _resumed(standing: Standing, change: ExperimentChange, at: datetime) -> Standing:
     _need_running(standing, "there is no ramp to resume")
     if standing.ramping_since is not None:
         raise Conflict(f"the ramp of experiment {change.experiment!r} is not held")
     return replace(standing, ramping_since=at)
 
 
-def _withdrawn(standing: Standing, change: Change, at: datetime) -> Standing:
+def _withdrawn(standing: Standing, change: ExperimentChange, at: datetime) -> Standing:
     _need_running(standing, "no unit is in any arm")
     arm = standing.document.arm(change.arm or "").name
     if arm == standing.document.control.name:
@@ -247,7 +247,7 @@ def _withdrawn(standing: Standing, change: Change, at: datetime) -> Standing:
     return replace(standing.held(at), withdrawn=standing.withdrawn | {arm})
 
 
-def _promoted(standing: Standing, change: Change, at: datetime) -> Standing:
+def _promoted(standing: Standing, change: ExperimentChange, at: datetime) -> Standing:
     arm = standing.document.arm(change.arm or "").name
     if standing.status not in ("running", "stopped"):
         raise Conflict(f"experiment {change.experiment!r} is {standing.status}: start it before you promote an arm")
@@ -259,7 +259,7 @@ def _promoted(standing: Standing, change: Change, at: datetime) -> Standing:
     return replace(standing.held(at), status="promoted", everyone=arm)
 
 
-def _stopped(standing: Standing, change: Change, at: datetime) -> Standing:
+def _stopped(standing: Standing, change: ExperimentChange, at: datetime) -> Standing:
     if not standing.serving:
         raise Conflict(f"experiment {change.experiment!r} is {standing.status}: there is nothing to stop")
     return replace(standing.held(at), status="stopped", everyone=None)

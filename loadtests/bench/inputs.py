@@ -39,7 +39,7 @@ from vllm_edits.edit_store.canonical import canonical_json, sha256
 from vllm_edits.edit_store.edits import Array
 from vllm_edits.edit_store.sites import Site
 from vllm_edits.plugin.graph.reservation import Reservation
-from vllm_edits.plugin.graph.slot_bytes import price
+from vllm_edits.plugin.graph.slot_bytes import slot_bytes
 from vllm_edits.plugin.plan import Plan
 
 MADE_AT = datetime(2026, 1, 1, tzinfo=UTC)  # one moment for all: the same numbers are the same version in every run
@@ -81,7 +81,7 @@ class Inputs:
     def slot_bytes(self, dtype: str) -> int:
         """What one version takes on the device, and a step reads of it, as `vllm-edits plan` counts."""
         reservation = Reservation.for_versions([self.version("a-version", 1).manifest])
-        return Plan.of(reservation, price(self.base.widths, getattr(torch, dtype))).slot
+        return Plan.of(reservation, slot_bytes(self.base.widths, getattr(torch, dtype))).slot
 
     def version(self, name: str, strength: float) -> Bundle:
         """The edits at a strength between 0 and 1: as much work, other numbers."""

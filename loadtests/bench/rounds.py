@@ -50,7 +50,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Experiment:
+class Trial:
     """Sides and phases, and what is to be made of their rates."""
 
     what: str
@@ -58,7 +58,7 @@ class Experiment:
     phases: Sequence[Phase]
     comparisons: Sequence[Comparison]
 
-    def once(self) -> Experiment:
+    def once(self) -> Trial:
         """The same without the sides that are there a second time, to show the noise: for when memory is short."""
         sides = {name: side for name, side in self.sides.items() if not name.endswith(" again")}
         comparisons = [
@@ -84,7 +84,7 @@ class Experiment:
 
 
 def rates_by_round(
-    experiment: Experiment,
+    experiment: Trial,
     rounds: int,
     inputs: Inputs,
     progress: Progress,

@@ -24,14 +24,14 @@ from rich.table import Table
 from loadtests.demo.bundles import Claim, Exhibit, build
 from loadtests.harness.client import Answer, stream
 from loadtests.harness.hub_server import HubServer
-from loadtests.harness.metrics import Metrics
+from loadtests.harness.metrics import Scrape
 from loadtests.harness.model import ensure_model
 from loadtests.harness.server import Server, ServerFailed
 from vllm_edits.edit_store import Bundle, EditStore, identify
 from vllm_edits.edit_store.authoring import host
 from vllm_edits.edit_store.experiments.document import Experiment
 from vllm_edits.edit_store.experiments.experiment_log import Experiments
-from vllm_edits.edit_store.experiments.state import Change
+from vllm_edits.edit_store.experiments.state import ExperimentChange
 from vllm_edits.plugin.experiments.analysis.evidence import Logs
 from vllm_edits.plugin.experiments.records import Exposure
 
@@ -278,7 +278,7 @@ async def half_and_half(client: httpx.AsyncClient, store: EditStore, old: Made, 
     log.create(Experiment.parse({"name": "trial", "model": name, "arms": arms}))
 
     async def change(operation: Any, serving: str, **fields: Any) -> None:
-        log.change(Change(experiment="trial", operation=operation, **fields), reason="the demo")
+        log.change(ExperimentChange(experiment="trial", operation=operation, **fields), reason="the demo")
         while serving not in (await client.get("/v1/edits/experiments")).text:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
 
@@ -303,7 +303,7 @@ async def half_and_half(client: httpx.AsyncClient, store: EditStore, old: Made, 
 
 def show_metrics(server: Server, sent: int, claims: Claims) -> None:
     """The plugin's series, without buckets, and whether they agree with what was sent."""
-    metrics = Metrics.of(server.url)
+    metrics = Scrape.of(server.url)
     for line in metrics.text.splitlines():
         if line.startswith("vllm_edits_") and "_bucket{" not in line and "_created" not in line:
             console.print(f"  [dim]{escape(line)}[/dim]")

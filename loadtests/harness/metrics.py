@@ -11,13 +11,13 @@ from prometheus_client.samples import Sample
 
 
 @dataclass(frozen=True)
-class Metrics:
+class Scrape:
     """One look at a server's metrics."""
 
     text: str
 
     @classmethod
-    def of(cls, url: str | httpx.URL) -> Metrics:
+    def of(cls, url: str | httpx.URL) -> Scrape:
         """What the server at `url` exports now."""
         return cls(httpx.get(httpx.URL(url).join("/metrics"), timeout=60).raise_for_status().text)
 

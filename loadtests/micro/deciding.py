@@ -19,16 +19,16 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_edits.edit_store.experiments.document import BUILT_IN, Experiment
-from vllm_edits.edit_store.experiments.state import Change, Standing, after
+from vllm_edits.edit_store.experiments.state import ExperimentChange, Standing, after
 from vllm_edits.plugin.experiments import exposures
-from vllm_edits.plugin.experiments.evaluation_context import Asking
+from vllm_edits.plugin.experiments.evaluation_context import EvaluationContext
 from vllm_edits.plugin.experiments.exposure_log import ExposureLog
-from vllm_edits.plugin.experiments.feedback_token import Handles
-from vllm_edits.plugin.experiments.live_experiments import ServedExperiments
+from vllm_edits.plugin.experiments.feedback_token import FeedbackTokens
+from vllm_edits.plugin.experiments.live_experiments import LiveExperiments
 from vllm_edits.plugin.experiments.records import Exposure
 from vllm_edits.plugin.experiments.routing import Assignment
 from vllm_edits.plugin.metrics import Metrics
-from vllm_edits.plugin.serving.version_info import PLAIN
+from vllm_edits.plugin.serving.version_info import NO_INFO
 
 REQUESTS, REPEATS = 500, 9
 app = typer.Typer(add_completion=False)
@@ -51,20 +51,22 @@ def main(
 
 async def _measured(number: int, folder: Path) -> tuple[float, float]:
     metrics = Metrics(CollectorRegistry())
-    served = ServedExperiments(
-        metrics, ExposureLog(folder, 64 << 20), Handles(b"k" * 32),
-        prepare=_nothing, append=print, traits=lambda _: PLAIN,
+    served = LiveExperiments(
+        metrics, ExposureLog(folder, 64 << 20), FeedbackTokens(b"k" * 32),
+        prepare=_nothing, append=print, info=lambda _: NO_INFO,
     )  # fmt: skip
     await served.follow({f"experiment-{each}": _started(f"experiment-{each}") for each in range(number)})
-    askings = [Asking.of([(b"x-edits-unit", f"user-{unit}".encode())], "", "request") for unit in range(REQUESTS)]
+    contexts = [
+        EvaluationContext.of([(b"x-edits-unit", f"user-{unit}".encode())], "", "request") for unit in range(REQUESTS)
+    ]
     deciding, noting = [], []
     for _ in range(REPEATS):
         began = time.perf_counter()
-        ways = [served.decide("model-0", asking) for asking in askings]
+        routes = [served.decide("model-0", context) for context in contexts]
         decided = time.perf_counter()
-        for way in ways:
-            if way is not None and way.assignment is not None:
-                exposure = _exposure(way.assignment, served.handle(way))
+        for route in routes:
+            if route is not None and route.assignment is not None:
+                exposure = _exposure(route.assignment, served.feedback_token(route))
                 exposures.count(exposure, metrics)
                 served.ended(exposure)
         noted = time.perf_counter()
@@ -84,8 +86,8 @@ def _started(name: str) -> Standing:
         {"name": name, "model": name.replace("experiment", "model"), "arms": arms, "guardrails": rules}
     )
     now = datetime.now(UTC)
-    made = after({}, Change(experiment=name, operation="create", document=document), now, "")
-    return after({name: made}, Change(experiment=name, operation="start"), now, "")
+    made = after({}, ExperimentChange(experiment=name, operation="create", document=document), now, "")
+    return after({name: made}, ExperimentChange(experiment=name, operation="start"), now, "")
 
 
 def _exposure(given: Assignment, handle: str) -> Exposure:

@@ -27,7 +27,7 @@ from vllm_edits.edit_store.edits import SERVED_PER_REQUEST, Edit
 from vllm_edits.edit_store.sites import Widths
 from vllm_edits.plugin.graph.edited_model import EditedModel
 from vllm_edits.plugin.graph.reservation import Reservation
-from vllm_edits.plugin.vllm_host.architectures import anchors
+from vllm_edits.plugin.vllm_host.architectures import site_modules
 
 ARCHITECTURE, DTYPE, META = "LlamaForCausalLM", torch.bfloat16, torch.device("meta")
 SLOTS, MOST_TOKENS, TOKENS = 64, 2048, 256
@@ -80,7 +80,7 @@ def _edited(layers: int, kinds: Sequence[str], rank: int) -> tuple[nn.Module, Te
         if kinds:
             asked = _Asked([edit for edit, _ in edits_everywhere(base, kinds, rank)])
             EditedModel(
-                anchors(model, ARCHITECTURE, widths), Reservation.for_versions([asked]),
+                site_modules(model, ARCHITECTURE, widths), Reservation.for_versions([asked]),
                 slots=SLOTS, max_tokens=MOST_TOKENS, dtype=DTYPE, device=META,
             )  # fmt: skip
         angles = torch.empty(TOKENS, 1, widths.head_dim // 2, dtype=DTYPE)

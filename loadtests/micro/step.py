@@ -16,7 +16,7 @@ from rich.table import Table
 
 from vllm_edits.edit_store import Scope
 from vllm_edits.plugin.graph.edited_site import Step
-from vllm_edits.plugin.graph.step_filler import Batch, Extents, StepFiller
+from vllm_edits.plugin.graph.step_filler import Extents, StepBatch, StepFiller
 
 SLOTS, STEPS, REPEATS = 64, 100, 9
 SCOPES = (Scope(phase="generated"),)
@@ -48,7 +48,7 @@ def _microseconds(kind: str, count: int, *, exchanged: bool) -> float:
         if exchanged:
             running[0] = request(0)
         extents = Extents(tokens, starts, lambda: prompts, ids)
-        filler.fill(Batch(list(running), lambda each: each.claim, lambda _: None, lambda: extents))
+        filler.fill(StepBatch(list(running), lambda each: each.claim, lambda _: None, lambda: extents))
 
     return statistics.median(_timed(fill) for _ in range(REPEATS))
 

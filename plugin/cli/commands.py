@@ -145,7 +145,7 @@ def plan(
     against what would be reserved.
     """
     from vllm_edits.plugin import plan as planning  # brings torch
-    from vllm_edits.plugin.graph.slot_bytes import price
+    from vllm_edits.plugin.graph.slot_bytes import slot_bytes
     from vllm_edits.plugin.weights import weights_reservation
     from vllm_edits.plugin.weights.weight_form import formless
 
@@ -161,13 +161,13 @@ def plan(
         raise SettingsError(f"{base.architecture} cannot be divided among {workers} workers: {why}")
     if base.widths.heads % workers:
         raise SettingsError(f"{base.widths.heads} heads cannot be divided among {workers} workers")
-    of_room = price(base.widths, kind, workers)
-    found = planning.Plan.of(reservation, of_room)
+    capacity_bytes = slot_bytes(base.widths, kind, workers)
+    found = planning.Plan.of(reservation, capacity_bytes)
     rows = planning.rows(found, reservation)
     refused = {
         manifest.name: [reason.message for reason in missing]
         for manifest in promoted.per_request
-        if (missing := reservation.missing(manifest, of_room))
+        if (missing := reservation.missing(manifest, capacity_bytes))
     }
     patched = planning.reserve_weights(settings, base, promoted)
     mine = base.widths.per_worker(workers)

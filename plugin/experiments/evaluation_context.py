@@ -29,7 +29,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Asking:
+class EvaluationContext:
     """One request, as far as experiments look at it."""
 
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class Asking:
     """what it is to be served by, whatever experiments say: of requests that the server makes itself"""
 
     @classmethod
-    def of(cls, headers: list[tuple[bytes, bytes]], user: str, request: str) -> Asking:
+    def of(cls, headers: list[tuple[bytes, bytes]], user: str, request: str) -> EvaluationContext:
         """Of ASGI's headers, of which only those that may matter are kept."""
         told: dict[str, str] = {}
         for name, value in headers:  # of equal ones the first counts, as in vLLM's check of the key
@@ -69,5 +69,5 @@ class Asking:
         return Unit(self.key, "key") if self.key else Unit(self.request, "request")
 
 
-NOBODY = Asking()
+NO_CONTEXT = EvaluationContext()
 """Of what asks within the server."""

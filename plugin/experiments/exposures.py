@@ -22,7 +22,7 @@ def exposure_of(choice: Choice, assignment: Assignment, usage: Usage, outcome: O
             per_token = max(0.0, usage.last_token - usage.first_token) / (usage.output_tokens - 1)
     return Exposure(
         at=datetime.now(UTC),
-        request=choice.handle,
+        request=choice.feedback_token,
         experiment=assignment.experiment,
         phase=assignment.phase,
         arm=assignment.arm,

@@ -32,7 +32,7 @@ _HOW = get_args(How)
 
 
 @dataclass(frozen=True)
-class Handed:
+class FeedbackToken:
     """What a handle says."""
 
     request: str
@@ -48,14 +48,14 @@ def _seed(experiment: str, phase: int) -> bytes:
     return hashlib.sha256(f"{experiment}/{phase}".encode()).digest()[:4]
 
 
-class Handles:
+class FeedbackTokens:
     """Makes handles and reads them, with one key."""
 
     def __init__(self, key: bytes) -> None:
         self._key = key
 
     @classmethod
-    def of(cls, file: Path | None) -> Handles:
+    def of(cls, file: Path | None) -> FeedbackTokens:
         """With the key that is in a file, or one of its own; SettingsError for a file that holds none."""
         if file is None:
             return cls(secrets.token_bytes(32))
@@ -76,7 +76,7 @@ class Handles:
                           bytes.fromhex(assignment.unit), secrets.token_bytes(8))  # fmt: skip
         return base64.urlsafe_b64encode(said + self._code(said)).decode()
 
-    def read(self, text: str, standings: Standings) -> Handed:
+    def read(self, text: str, standings: Standings) -> FeedbackToken:
         """What a handle says, with or without what vLLM puts around it. NotFound when it is none of ours."""
         unknown = NotFound(
             f"no request of an experiment has the id {text!r}: expected the `id` of an answer, or its x-edits-request"
@@ -92,7 +92,9 @@ class Handles:
         for name, standing in standings.items():
             if _seed(name, standing.phase) == seed and arm < len(standing.document.arms):
                 evidence = _HOW[how] == "hash"
-                return Handed(match[1], name, standing.phase, standing.document.arms[arm].name, unit.hex(), evidence)
+                return FeedbackToken(
+                    match[1], name, standing.phase, standing.document.arms[arm].name, unit.hex(), evidence
+                )
         raise NotFound(f"the request {text!r} was of an experiment that is gone, or of a phase that is over")
 
     def _code(self, said: bytes) -> bytes:

@@ -84,7 +84,7 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Measurement:
+class Observation:
     """What one window of a rule came to for one arm.
 
     waiting       too few requests, and no more could be expected but for chance: it says nothing
@@ -115,7 +115,7 @@ class State:
     failures: int
     missing: int
     """measurements in a row without enough requests"""
-    last: Measurement
+    last: Observation
 
 
 @dataclass
@@ -124,7 +124,7 @@ class _Record:
 
     failures: int = 0
     missing: int = 0
-    last: Measurement = Measurement("waiting", "nothing has been measured yet")
+    last: Observation = Observation("waiting", "nothing has been measured yet")
 
 
 @dataclass
@@ -245,12 +245,12 @@ class Guardrails:
             raise ValueError(f"expected an arm of {', '.join(self._weights)}, found {arm!r}")
 
 
-def measurement(rule: Guardrail, arm: Sums, control: Sums, known: Known, seconds: float) -> Measurement:
+def measurement(rule: Guardrail, arm: Sums, control: Sums, known: Known, seconds: float) -> Observation:
     """What a window of so many seconds comes to."""
     result, why, is_missing = _verdict(rule, arm, control, known)
-    length, beside = spoken(round(seconds, 1)), _amount(rule, control)
-    explained = f"{rule.metric} was {_amount(rule, arm)} in {length} (control: {beside}); {why}"
-    return Measurement(result, explained, seconds, arm.mean, arm.number, control.mean, control.number, is_missing)
+    length, shadow = spoken(round(seconds, 1)), _amount(rule, control)
+    explained = f"{rule.metric} was {_amount(rule, arm)} in {length} (control: {shadow}); {why}"
+    return Observation(result, explained, seconds, arm.mean, arm.number, control.mean, control.number, is_missing)
 
 
 def _verdict(rule: Guardrail, arm: Sums, control: Sums, known: Known) -> tuple[Result, str, bool]:
@@ -260,11 +260,11 @@ def _verdict(rule: Guardrail, arm: Sums, control: Sums, known: Known) -> tuple[R
                  enough, by more than chance = CHANCE standard errors of expected - found, √(expected + share·expected)
                  as both are counts
     """
-    needed, beside = rule.minimum_requests, _requests(rule, control)
+    needed, shadow = rule.minimum_requests, _requests(rule, control)
     found = _requests(rule, arm) if arm.number else 0
     if arm.mean is None or found < needed:
         # Not from all of the control's requests: where those have no first token, none can be missed here.
-        expected = beside * known.share
+        expected = shadow * known.share
         chance = CHANCE * sqrt(expected * (1 + known.share))
         why = f"{needed} are needed, and {expected:.1f} could be expected, give or take {chance:.1f}"
         if arm.assigned < needed:
@@ -324,7 +324,7 @@ def _limit(rule: Guardrail) -> tuple[float, bool, str]:
     raise AssertionError("a rule has a limit: Guardrail refuses one that has none")
 
 
-def _judged(record: _Record, rule: Guardrail, arm: str, measured: Measurement) -> Action | None:
+def _judged(record: _Record, rule: Guardrail, arm: str, measured: Observation) -> Action | None:
     """Count a measurement, and say what it leads to."""
     record.last = measured
     if measured.result == "waiting":

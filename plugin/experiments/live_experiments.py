@@ -19,7 +19,6 @@ from typing import Any
 from vllm_edits.edit_store.bundle import GATE_FIRINGS
 from vllm_edits.edit_store.errors import (
     BundleRefused,
-    CompareRefused,
     Conflict,
     EditsError,
     ExperimentRefused,
@@ -27,22 +26,23 @@ from vllm_edits.edit_store.errors import (
     NotFound,
     NotTrusted,
     Overtaken,
+    ShadowRefused,
     StoreUnavailable,
 )
 from vllm_edits.edit_store.experiments.document import BASE
-from vllm_edits.edit_store.experiments.state import Change, Standing, Standings
+from vllm_edits.edit_store.experiments.state import ExperimentChange, Standing, Standings
 from vllm_edits.edit_store.refs import Ref, is_digest
-from vllm_edits.plugin.experiments.evaluation_context import Asking
+from vllm_edits.plugin.experiments.evaluation_context import EvaluationContext
 from vllm_edits.plugin.experiments.exposure_log import ExposureLog
-from vllm_edits.plugin.experiments.feedback_token import Handles
+from vllm_edits.plugin.experiments.feedback_token import FeedbackTokens
 from vllm_edits.plugin.experiments.guardrails import Action, Guardrails, Withdraw
-from vllm_edits.plugin.experiments.records import Exposure, Feedback, Record
+from vllm_edits.plugin.experiments.records import Exposure, FeedbackRecord, Record
 from vllm_edits.plugin.experiments.resolver import Resolver
-from vllm_edits.plugin.experiments.routing import ArmKey, Way, decide
-from vllm_edits.plugin.experiments.shadow_pairs import COMPARE_HEADER
+from vllm_edits.plugin.experiments.routing import ArmKey, Route, decide
+from vllm_edits.plugin.experiments.shadow_pairs import SHADOW_HEADER
 from vllm_edits.plugin.metrics import Metrics
 from vllm_edits.plugin.periodic import repeat
-from vllm_edits.plugin.serving.version_info import TraitsOf
+from vllm_edits.plugin.serving.version_info import InfoOf
 
 logger = logging.getLogger("vllm.edits")
 
@@ -53,24 +53,24 @@ TICK_SECONDS = 1.0
 
 Prepare = Callable[[str, str], Awaitable[None]]
 """Has every worker make a version ready, by name and digest; EditsError when this server cannot serve it."""
-Append = Callable[[Change, str, str], Any]
+Append = Callable[[ExperimentChange, str, str], Any]
 """Appends a change to the store's log, with its reason and who makes it; called in a thread."""
 
 
-class ServedExperiments:
+class LiveExperiments:
     """What this server knows of experiments. `follow` takes what the store says, `decide` answers for each request."""
 
     def __init__(
-        self, metrics: Metrics, log: ExposureLog, handles: Handles, *, prepare: Prepare, append: Append,
-        traits: TraitsOf, resolver: Resolver | None = None, now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        self, metrics: Metrics, log: ExposureLog, feedback_tokens: FeedbackTokens, *, prepare: Prepare, append: Append,
+        info: InfoOf, resolver: Resolver | None = None, now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:  # fmt: skip
         self.standings: Standings = {}
         self._metrics = metrics
         self._log = log
-        self._handles = handles
+        self._feedback_tokens = feedback_tokens
         self._prepare = prepare
         self._append = append
-        self._traits = traits
+        self._info = info
         self._resolver = resolver
         self._now = now
         self._read_at = now()
@@ -85,7 +85,7 @@ class ServedExperiments:
         """what arms by experiment and phase have last answered with"""
         self._held: dict[tuple[str, int], float] = {}
         """ramps that this server holds, and how many seconds they had run"""
-        self._waiting: list[tuple[Change, str]] = []
+        self._waiting: list[tuple[ExperimentChange, str]] = []
         """what the store has still to be told"""
         self._heard: OrderedDict[tuple[str, str], float] = OrderedDict()
         self._told: set[str] = set()
@@ -164,50 +164,50 @@ class ServedExperiments:
         """Names that experiments decide about now."""
         return {standing.document.model for standing in self.standings.values() if standing.serving}
 
-    def decide(self, model: str, asking: Asking) -> Way | None:
+    def decide(self, model: str, context: EvaluationContext) -> Route | None:
         """The way of a request, None when no experiment is about that name. ArmRefused for an unknown arm."""
-        if COMPARE_HEADER in asking.headers and not self._log.keeps:
-            raise CompareRefused(
-                f"{COMPARE_HEADER}: where the two answers part would be noted nowhere. Set edits.exposure_folder"
+        if SHADOW_HEADER in context.headers and not self._log.keeps:
+            raise ShadowRefused(
+                f"{SHADOW_HEADER}: where the two answers part would be noted nowhere. Set edits.exposure_folder"
             )
         at = min(self._now(), self._read_at + RAMP_GOES_ON_FOR)
         mine = {name: each for name, each in self.standings.items() if each.serving and each.document.model == model}
         unavailable = {arm for each in mine.values() for arm in self._unavailable(each)}
-        way = decide(mine, model, asking, at, unavailable)
-        if self._resolver is not None and way is not None and not (way.beside or asking.arm or asking.serves):
-            arm = self._resolver.arm(*self._flag(mine, model, asking, way))
+        route = decide(mine, model, context, at, unavailable)
+        if self._resolver is not None and route is not None and not (route.shadow or context.arm or context.serves):
+            arm = self._resolver.arm(*self._flag(mine, model, context, route))
             if arm:
-                way = decide(mine, model, replace(asking, arm_given=arm), at, unavailable)
-        if way is not None and way.assignment is not None and way.assignment.how == "hash":
-            guard = self._guards.get((way.assignment.experiment, way.assignment.phase))
+                route = decide(mine, model, replace(context, arm_given=arm), at, unavailable)
+        if route is not None and route.assignment is not None and route.assignment.how == "hash":
+            guard = self._guards.get((route.assignment.experiment, route.assignment.phase))
             if guard is not None:
-                guard.assign(way.assignment.arm, time.monotonic())
-        return way
+                guard.assign(route.assignment.arm, time.monotonic())
+        return route
 
     def _flag(
-        self, mine: Standings, model: str, asking: Asking, way: Way
+        self, mine: Standings, model: str, context: EvaluationContext, route: Route
     ) -> tuple[str, str, list[str], dict[str, str]]:
         """What a resolver is asked: model, the arm by hash, the arms there are, and OpenFeature's context."""
-        standing = mine[way.assignment.experiment if way.assignment else min(mine)]
-        unit = asking.unit(standing.document.unit_header)
-        context = {"targetingKey": unit.value, "source": unit.source, "experiment": standing.document.name,
+        standing = mine[route.assignment.experiment if route.assignment else min(mine)]
+        unit = context.unit(standing.document.unit_header)
+        told = {"targetingKey": unit.value, "source": unit.source, "experiment": standing.document.name,
                    "phase": str(standing.phase)}  # fmt: skip
         gone = {arm for _, arm in self._unavailable(standing)} | standing.withdrawn
         arms = [arm.name for arm in standing.document.arms if arm.name not in gone]
-        return model, way.assignment.arm if way.assignment else "", arms, context
+        return model, route.assignment.arm if route.assignment else "", arms, told
 
-    def instead_of(self, way: Way, why: EditsError) -> None:
+    def fall_back_from(self, route: Route, why: EditsError) -> None:
         """The control serves a request, because what its arm serves cannot be."""
-        self._tell(f"{way.serves} is served by the control: {why}")
+        self._tell(f"{route.serves} is served by the control: {why}")
 
-    def handle(self, way: Way) -> str:
+    def feedback_token(self, route: Route) -> str:
         """The id by which feedback on a request that takes part may come; '' for one that does not."""
-        if way.assignment is None:
+        if route.assignment is None:
             return ""
-        arms = [arm.name for arm in self.standings[way.assignment.experiment].document.arms]
-        if way.assignment.arm not in arms:  # another document came while the request waited
+        arms = [arm.name for arm in self.standings[route.assignment.experiment].document.arms]
+        if route.assignment.arm not in arms:  # another document came while the request waited
             return ""
-        return self._handles.make(way.assignment, arms.index(way.assignment.arm))
+        return self._feedback_tokens.make(route.assignment, arms.index(route.assignment.arm))
 
     def _unavailable(self, standing: Standing) -> set[ArmKey]:
         """Arms that are served by the control here: what they serve is not ready, or they were withdrawn here."""
@@ -233,7 +233,7 @@ class ServedExperiments:
                 tokens, now = record.prompt_tokens + record.output_tokens, time.monotonic()
                 self._versions[record.experiment, record.phase, record.arm] = record.version
                 guard.see(record.arm, record.metrics(), now)
-                if not self._traits(record.version).fires:
+                if not self._info(record.version).fires:
                     guard.count(record.arm, GATE_FIRINGS, 0.0, tokens, now)
 
     def fired(self, version: str, times: int, tokens: int) -> None:
@@ -249,29 +249,37 @@ class ServedExperiments:
         NotFound for a request that is of no experiment here; FeedbackRefused for a metric that its experiment does not
         have, a value beyond the bounds, or another value than was given before.
         """
-        handed = self._handles.read(request, self.standings)
-        known = {each.name: each for each in self.standings[handed.experiment].document.feedback}
+        token = self._feedback_tokens.read(request, self.standings)
+        known = {each.name: each for each in self.standings[token.experiment].document.feedback}
         if metric not in known:
             there = ", ".join(known) or "none"
-            raise FeedbackRefused(f"experiment {handed.experiment!r} has no feedback {metric!r}; it has {there}")
+            raise FeedbackRefused(f"experiment {token.experiment!r} has no feedback {metric!r}; it has {there}")
         low, high = known[metric].minimum, known[metric].maximum
         if not low <= value <= high:
             raise FeedbackRefused(f"expected a value of {metric!r} from {low:g} to {high:g}, found {value:g}")
-        answer = {"experiment": handed.experiment, "metric": metric, "value": value, "counted": handed.evidence}
-        before = self._heard.get((handed.request, metric))
+        answer = {"experiment": token.experiment, "metric": metric, "value": value, "counted": token.evidence}
+        before = self._heard.get((token.request, metric))
         if before is not None and before != value:
             raise FeedbackRefused(f"{metric!r} of this request is {before:g} already; the first value counts")
         if before is None:
-            self._hear((handed.request, metric), value)
-            if handed.evidence:
+            self._hear((token.request, metric), value)
+            if token.evidence:
                 self._log.write(
-                    Feedback(at=self._now(), request=handed.request, experiment=handed.experiment, phase=handed.phase,
-                             arm=handed.arm, unit=handed.unit, metric=metric, value=value)
-                )  # fmt: skip
-                self._metrics.feedback.labels(handed.experiment, handed.arm, metric).observe(value)
-                guard = self._guards.get((handed.experiment, handed.phase))
+                    FeedbackRecord(
+                        at=self._now(),
+                        request=token.request,
+                        experiment=token.experiment,
+                        phase=token.phase,
+                        arm=token.arm,
+                        unit=token.unit,
+                        metric=metric,
+                        value=value,
+                    )
+                )
+                self._metrics.feedback.labels(token.experiment, token.arm, metric).observe(value)
+                guard = self._guards.get((token.experiment, token.phase))
                 if guard is not None:
-                    guard.see(handed.arm, {metric: value}, time.monotonic())
+                    guard.see(token.arm, {metric: value}, time.monotonic())
         return answer
 
     def _hear(self, key: tuple[str, str], value: float) -> None:
@@ -302,7 +310,7 @@ class ServedExperiments:
     def _authored_by_arm(self, name: str, phase: int) -> Mapping[str, float]:
         """The firing rates that authors measured of what arms have last answered with."""
         mine = {arm: version for (*of, arm), version in self._versions.items() if of == [name, phase]}
-        rates = {arm: self._traits(version).authored_firings for arm, version in mine.items()}
+        rates = {arm: self._info(version).authored_firings for arm, version in mine.items()}
         return {arm: rate for arm, rate in rates.items() if rate is not None}
 
     def _act(self, name: str, phase: int, action: Action) -> None:
@@ -310,7 +318,7 @@ class ServedExperiments:
             self._withdrawn[name, phase, action.arm] = action.reason
             self._metrics.experiment_rollbacks.labels(name, action.arm, action.rule.metric).inc()
             logger.error("arm withdrawn experiment=%s arm=%s: %s", name, action.arm, action.reason)
-            change = Change(experiment=name, operation="withdraw", arm=action.arm, phase=phase)
+            change = ExperimentChange(experiment=name, operation="withdraw", arm=action.arm, phase=phase)
         else:
             standing = self.standings[name]
             if standing.ramping_since is None:
@@ -318,7 +326,7 @@ class ServedExperiments:
             self._held[name, phase] = standing.elapsed(self._now())
             self.standings = {**self.standings, name: self._as_held(standing)}
             logger.warning("ramp held experiment=%s because of arm=%s: %s", name, action.arm, action.reason)
-            change = Change(experiment=name, operation="hold", phase=phase)
+            change = ExperimentChange(experiment=name, operation="hold", phase=phase)
         self._waiting.append((change, action.reason))
 
     async def _tell_the_store(self) -> None:

@@ -16,7 +16,7 @@ from vllm_edits.edit_store.experiments.document import BUILT_IN
 
 Source = Literal["header", "user", "key", "request"]
 """What a unit was made of."""
-How = Literal["hash", "asked", "instead"]
+How = Literal["hash", "forced", "fallback"]
 """By the hash of its unit; because the request asked for it; the control in place of an arm that cannot be served."""
 Outcome = Literal["ok", "error", "aborted", "rejected"]
 Instant = Annotated[datetime, msgspec.Meta(tz=True)]
@@ -60,7 +60,7 @@ class Exposure(msgspec.Struct, frozen=True, gc=False, tag_field="kind", tag="exp
         return found
 
 
-class Feedback(msgspec.Struct, frozen=True, gc=False, tag_field="kind", tag="feedback"):
+class FeedbackRecord(msgspec.Struct, frozen=True, gc=False, tag_field="kind", tag="feedback"):
     """What somebody thought of an answer."""
 
     at: Instant
@@ -80,7 +80,7 @@ class Said(msgspec.Struct, frozen=True):
     logprob: float | None
 
 
-class Compared(msgspec.Struct, frozen=True, tag_field="kind", tag="compared"):
+class ShadowRecord(msgspec.Struct, frozen=True, tag_field="kind", tag="shadow"):
     """A request that was answered twice; of every pair the client's own answer is the first."""
 
     at: Instant
@@ -97,4 +97,4 @@ class Compared(msgspec.Struct, frozen=True, tag_field="kind", tag="compared"):
     seconds: tuple[float, float]
 
 
-Record = Exposure | Feedback | Compared
+Record = Exposure | FeedbackRecord | ShadowRecord

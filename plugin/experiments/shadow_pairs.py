@@ -13,21 +13,21 @@ from datetime import UTC, datetime
 from itertools import zip_longest
 from typing import Any
 
-from vllm_edits.edit_store.errors import CompareRefused
-from vllm_edits.plugin.experiments.records import Compared, Said
+from vllm_edits.edit_store.errors import ShadowRefused
+from vllm_edits.plugin.experiments.records import Said, ShadowRecord
 
-COMPARE_HEADER = "x-edits-compare"
+SHADOW_HEADER = "x-edits-shadow"
 """`polite@a,polite@b`: the client gets what the first says."""
 
 
-def compared_in(headers: Mapping[str, str]) -> tuple[str, str] | None:
+def shadow_in(headers: Mapping[str, str]) -> tuple[str, str] | None:
     """The two that a request asks to compare; CompareRefused when they are not two."""
-    told = headers.get(COMPARE_HEADER)
+    told = headers.get(SHADOW_HEADER)
     if told is None:
         return None
     names = [name.strip() for name in told.split(",")]
     if len(names) != 2 or not all(names):
-        raise CompareRefused(f"expected two names in {COMPARE_HEADER}, as in polite@a,polite@b; found {told!r}")
+        raise ShadowRefused(f"expected two names in {SHADOW_HEADER}, as in polite@a,polite@b; found {told!r}")
     return names[0], names[1]
 
 
@@ -79,14 +79,14 @@ def parted(one: Sequence[int], other: Sequence[int]) -> int | None:
     return next((place for place, (left, right) in enumerate(pairs) if left != right), None)
 
 
-def compared(
+def shadow_record(
     request: str, versions: tuple[str, str], transcripts: tuple[Transcript, Transcript], seconds: tuple[float, float],
     experiment: str = "",
-) -> Compared:  # fmt: skip
+) -> ShadowRecord:  # fmt: skip
     """The record of a comparison, of what the client got first."""
     place = parted(transcripts[0].tokens, transcripts[1].tokens)
     said = (None, None) if place is None else (transcripts[0].at(place), transcripts[1].at(place))
-    return Compared(
+    return ShadowRecord(
         at=datetime.now(UTC), request=request, experiment=experiment, versions=versions, parted_at=place,
         said=said, tokens=(len(transcripts[0].tokens), len(transcripts[1].tokens)),
         finish=(transcripts[0].finish, transcripts[1].finish), seconds=seconds,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vllm_edits.plugin.graph.slot_products import EXPRESSIONS, SlotProducts
-from vllm_edits.plugin.graph.tensor_parallel import Sum, alone
+from vllm_edits.plugin.graph.tensor_parallel import AllReduce, identity
 
 ACTIVATION_CODES = {"relu": 0, "jump_relu": 1, "step": 2, "silu": 3, "sigmoid": 4}
 """How a slot says which activation a neuron has."""
@@ -29,7 +29,13 @@ def scale(x: Tensor, change: Tensor, slots: Tensor) -> Tensor:
 
 
 def low_rank(
-    x: Tensor, slots: Tensor, *, read: Tensor, write: Tensor, total: Sum = alone, products: SlotProducts = EXPRESSIONS
+    x: Tensor,
+    slots: Tensor,
+    *,
+    read: Tensor,
+    write: Tensor,
+    total: AllReduce = identity,
+    products: SlotProducts = EXPRESSIONS,
 ) -> Tensor:
     """sum_k write[s, k] (read[s, k] . x[t]).   x: [T, I], read: [S, K, I], write: [S, K, O]"""
     return products.combine(total(products.dots(x, read, slots)), write, slots)
@@ -37,7 +43,7 @@ def low_rank(
 
 def gate(
     x: Tensor, slots: Tensor, *, read: Tensor, bias: Tensor, write: Tensor, activation: Tensor, threshold: Tensor,
-    shrink: Tensor | None = None, total: Sum = alone, products: SlotProducts = EXPRESSIONS,
+    shrink: Tensor | None = None, total: AllReduce = identity, products: SlotProducts = EXPRESSIONS,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """sum_k write[s, k] sigma_sk(read[s, k] . x[t] shrink[t] + bias[s, k]), and what each neuron gave, [T, K].
 
@@ -61,7 +67,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def centred(
-    x: Tensor, slots: Tensor, *, stretch: Tensor, centre: Tensor, normalise: Tensor, total: Sum = alone
+    x: Tensor, slots: Tensor, *, stretch: Tensor, centre: Tensor, normalise: Tensor, total: AllReduce = identity
 ) -> tuple[Tensor, Tensor]:
     """y[t] = x[t] * stretch[s] - centre[s], and what its dot products shrink by: 1 / |y[t]| where normalise[s], else 1.
 
@@ -76,7 +82,7 @@ def centred(
 
 def subspace_filter(
     x: Tensor, slots: Tensor, *, read: Tensor, write: Tensor | None, shift: Tensor,
-    total: Sum = alone, products: SlotProducts = EXPRESSIONS,
+    total: AllReduce = identity, products: SlotProducts = EXPRESSIONS,
 ) -> Tensor:  # fmt: skip
     """sum_k write[s, k] (read[s, k] . x[t] - shift[s, k]); without `write` it is -read.
 
@@ -91,7 +97,7 @@ def pull(x: Tensor, drop: Tensor, constant: Tensor, slots: Tensor) -> Tensor:
     return constant[slots] - drop[slots].unsqueeze(-1) * x
 
 
-def renormed(x: Tensor, step: Tensor, renorm: Tensor, total: Sum = alone) -> Tensor:
+def renormed(x: Tensor, step: Tensor, renorm: Tensor, total: AllReduce = identity) -> Tensor:
     """step[t]; where renorm[t], such that x[t] + step[t] has the norm of x[t].   x, step: [T, O], renorm: [T, 1]"""
     moved = x + step
     before, after = (total((each * each).sum(-1, keepdim=True)).sqrt() for each in (x, moved))

@@ -25,24 +25,24 @@ from vllm_edits.plugin.graph.device_rows import DeviceRows
 from vllm_edits.plugin.graph.edited_site import (
     SLOT_TENSORS,
     Carried,
-    Firings,
+    FiringCounters,
     GateSlots,
     LogitsEdits,
     ModuleEdits,
     Shape,
+    SiteEdits,
     SlotTensors,
     Step,
-    Tap,
     edited_class,
     edited_logits,
     input_of,
 )
-from vllm_edits.plugin.graph.reservation import Place, Reservation, places, scopes_of
-from vllm_edits.plugin.graph.slot_bytes import price
+from vllm_edits.plugin.graph.reservation import EditGroup, Reservation, edit_groups, scopes_of
+from vllm_edits.plugin.graph.slot_bytes import slot_bytes
 from vllm_edits.plugin.graph.slot_products import EXPRESSIONS, SlotProducts
 from vllm_edits.plugin.graph.slot_rows import Columns, Layout, Rows
-from vllm_edits.plugin.graph.step_filler import Batch, FalseClaim, StepFiller
-from vllm_edits.plugin.graph.tensor_parallel import SOLE, Share, Sum, Worker, alone
+from vllm_edits.plugin.graph.step_filler import FalseClaim, StepBatch, StepFiller
+from vllm_edits.plugin.graph.tensor_parallel import ONLY_RANK, AllReduce, Rank, Shard, identity
 
 BASE_SLOT = 0
 _TOO_LARGE = 1 << 31
@@ -50,13 +50,13 @@ _TOO_LARGE = 1 << 31
 
 
 @dataclass(frozen=True)
-class Anchor:
+class SiteModule:
     """Where a site is in the model: a side of a module, and the part of the vector there that begins at `start`."""
 
     module: nn.Module
     side: str
     start: int | None
-    share: Share
+    shard: Shard
     """what this worker has of the site's vector"""
     is_layer: bool = False
 
@@ -66,7 +66,7 @@ class Prepared:
     """A version ready to be written into a slot: its edits by place, and the row of bytes that the slot will hold."""
 
     version: str
-    edits: Mapping[Place, tuple[Edit, ...]]
+    edits: Mapping[EditGroup, tuple[Edit, ...]]
     row: Tensor
     scopes: tuple[Scope, ...]
     digest: str
@@ -78,7 +78,7 @@ class Prepared:
         return 1 << (self.row.nbytes - 1).bit_length() if self.row.is_pinned() else self.row.nbytes
 
 
-Counted = tuple[str, Firings, slice]
+Counted = tuple[str, FiringCounters, slice]
 """An edit whose firings are counted, by what, and in which columns."""
 
 
@@ -87,15 +87,15 @@ class EditedModel:
 
     def __init__(
         self,
-        anchors: Mapping[Site, Anchor],
+        site_modules: Mapping[Site, SiteModule],
         reservation: Reservation,
         *,
         slots: int,
         max_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
-        worker: Worker = SOLE,
-        over_workers: Sum = alone,
+        worker: Rank = ONLY_RANK,
+        over_workers: AllReduce = identity,
         products: SlotProducts = EXPRESSIONS,
         refused: Callable[[Any, FalseClaim], bool] = lambda _request, _error: False,
     ) -> None:
@@ -121,106 +121,110 @@ class EditedModel:
         self._last_rows = DeviceRows(torch.zeros(most, dtype=torch.int64, device=device), 0)
         """the rows of requests' last tokens"""
         self._carried: dict[int | None, Carried] = {}
-        self._places: dict[Place, SlotTensors] = {}
+        self._places: dict[EditGroup, SlotTensors] = {}
         self._over_workers = over_workers
         read_elsewhere = reservation.read_elsewhere()
-        taps = {site: self._tap(site, anchors[site]) for site in sorted({*reservation.sites(), *read_elsewhere})}
-        joining = {place for place in reservation.rooms if _joins_sum(place, reservation, anchors)}
-        within = {site: self._tap_within(site, anchors[site]) for site in {place.site for place in joining}}
+        edits_of_site = {
+            site: self._tap(site, site_modules[site]) for site in sorted({*reservation.sites(), *read_elsewhere})
+        }
+        joining = {group for group in reservation.capacities if _joins_sum(group, reservation, site_modules)}
+        within = {site: self._tap_within(site, site_modules[site]) for site in {group.site for group in joining}}
         self._taps = {
-            **{str(site): (site, tap) for site, tap in taps.items()},
-            **{f"{site} before the sum over workers": (site, tap) for site, tap in within.items()},
+            **{str(site): (site, site_edits) for site, site_edits in edits_of_site.items()},
+            **{f"{site} before the sum over workers": (site, site_edits) for site, site_edits in within.items()},
         }
         for site in read_elsewhere:
             if site.point != "final":  # read by the logits, which are given it
-                taps[site].carries_as = str(site)
-            readers = [place for place in reservation.rooms if place.reads == site != place.site]
-            last = max(place.site for place in readers)
-            joined = joining.issuperset(place for place in readers if place.site == last)
-            (within if joined else taps)[last].forgets.append(str(site))
+                edits_of_site[site].carries_as = str(site)
+            readers = [group for group in reservation.capacities if group.reads == site != group.site]
+            last = max(group.site for group in readers)
+            joined = joining.issuperset(group for group in readers if group.site == last)
+            (within if joined else edits_of_site)[last].forgets.append(str(site))
         self._layout = Layout()
-        for place, room in sorted(reservation.rooms.items(), key=lambda item: item[0]):
-            reads, writes = anchors[place.reads].share, anchors[place.site].share
-            total = alone if place in joining else reads.sum(over_workers)
-            shape = Shape(room, reads, writes, dtype, total, products if room.rank > 1 else EXPRESSIONS)
-            tensors = self._places[place] = SLOT_TENSORS[place.kind](shape, self._layout)
-            tap = (within if place in joining else taps)[place.site]
-            tap.add(place.kind, tensors, None if place.reads == place.site else str(place.reads))
+        for group, capacity in sorted(reservation.capacities.items(), key=lambda item: item[0]):
+            reads, writes = site_modules[group.reads].shard, site_modules[group.site].shard
+            total = identity if group in joining else reads.sum(over_workers)
+            shape = Shape(capacity, reads, writes, dtype, total, products if capacity.rank > 1 else EXPRESSIONS)
+            tensors = self._places[group] = SLOT_TENSORS[group.kind](shape, self._layout)
+            site_edits = (within if group in joining else edits_of_site)[group.site]
+            site_edits.add(group.kind, tensors, None if group.reads == group.site else str(group.reads))
         self._rows = self._layout.rows(slots + 1, device)
         parts: dict[int | None, list[Columns]] = {}
-        for place, tensors in self._places.items():
-            parts.setdefault(place.site.layer, []).extend(tensors.columns.values())
+        for group, tensors in self._places.items():
+            parts.setdefault(group.site.layer, []).extend(tensors.columns.values())
         rows = Rows(self._rows, parts)
-        for place, tensors in self._places.items():
-            tensors.bind(rows, place.site.layer)
-        self._firings = [self._count(taps, logits=logits) for logits in (False, True)]
+        for group, tensors in self._places.items():
+            tensors.bind(rows, group.site.layer)
+        self._firings = [self._count(edits_of_site, logits=logits) for logits in (False, True)]
 
-    def _count(self, taps: Mapping[Site, Tap], *, logits: bool) -> Firings:
+    def _count(self, edits_of_site: Mapping[Site, SiteEdits], *, logits: bool) -> FiringCounters:
         """Have the gates counted that run with the model, or those at the logits, which run after it."""
-        firings = Firings()
-        gates = {place: tensors for place, tensors in self._places.items()
-                 if isinstance(tensors, GateSlots) and (place.site.point == "logits") == logits}  # fmt: skip
+        firings = FiringCounters()
+        gates = {group: tensors for group, tensors in self._places.items()
+                 if isinstance(tensors, GateSlots) and (group.site.point == "logits") == logits}  # fmt: skip
         for gate in gates.values():
             gate.counted_by(firings)
         firings.bind(self.slots + 1, self._rows.device)
         if gates:
-            taps[max(place.site for place in gates)].adds_up = firings
+            edits_of_site[max(group.site for group in gates)].adds_up = firings
         return firings
 
-    def _tap(self, site: Site, anchor: Anchor) -> Tap:
+    def _tap(self, site: Site, site_module: SiteModule) -> SiteEdits:
         """A tap at an anchor; the module's class is exchanged the first time it gets one."""
-        module: Any = anchor.module
+        module: Any = site_module.module
         carried = self._carried.setdefault(site.layer, Carried())
         if site.point == "logits":
-            tap = Tap(Step(1, 1, self.step.slots.device), anchor.share.width, carried)
-            module.edits = self._at_logits = LogitsEdits(tap, self.step, self._logit_rows)
+            site_edits = SiteEdits(Step(1, 1, self.step.slots.device), site_module.shard.width, carried)
+            module.edits = self._at_logits = LogitsEdits(site_edits, self.step, self._logit_rows)
             module.__class__ = edited_logits(module.__class__)
-            return tap
-        tap = Tap(self.step, anchor.share.width, carried, anchor.share.sum(self._over_workers))
+            return site_edits
+        site_edits = SiteEdits(self.step, site_module.shard.width, carried, site_module.shard.sum(self._over_workers))
         if "forward" in vars(module):
             raise UnsupportedHost(
                 f"the module behind {site} has a forward of its own, which edits would not be part of"
             )
         if not isinstance(getattr(module, "edits", None), ModuleEdits):
             module.edits = ModuleEdits(*input_of(module))
-            module.__class__ = edited_class(module.__class__, stream=anchor.is_layer)
-        if anchor.side == "input":
-            module.edits.before = tap
+            module.__class__ = edited_class(module.__class__, stream=site_module.is_layer)
+        if site_module.side == "input":
+            module.edits.before = site_edits
         else:
-            module.edits.after.append(tap)
-            module.edits.starts.append(anchor.start)
-        return tap
+            module.edits.after.append(site_edits)
+            module.edits.starts.append(site_module.start)
+        return site_edits
 
-    def _tap_within(self, site: Site, anchor: Anchor) -> Tap:
+    def _tap_within(self, site: Site, site_module: SiteModule) -> SiteEdits:
         """A tap on what this worker adds to a module's output, before all workers' are added up."""
-        module: Any = anchor.module
-        tap = Tap(self.step, anchor.share.width, self._carried[site.layer])
+        module: Any = site_module.module
+        site_edits = SiteEdits(self.step, site_module.shard.width, self._carried[site.layer])
         module.reduce_results = False
-        module.edits.within, module.edits.sum = tap, self._over_workers
-        return tap
+        module.edits.within, module.edits.sum = site_edits, self._over_workers
+        return site_edits
 
     @property
     def bytes_reserved(self) -> int:
         """Device memory of all slots."""
-        return self._rows.nbytes + (self.slots + 1) * sum(place.counters for place in self._places.values())
+        return self._rows.nbytes + (self.slots + 1) * sum(group.counters for group in self._places.values())
 
     # -- slots -----------------------------------------------------------------------------------------------------
 
     def prepare(self, version: str, manifest: Manifest, tensors: Tensors) -> Prepared:
         """Everything that can fail or take time, before a slot is touched. InstallRefused when there is no room."""
-        if missing := self.reservation.missing(manifest, price(manifest.base.widths, self.dtype, self.worker.size)):
+        if missing := self.reservation.missing(
+            manifest, slot_bytes(manifest.base.widths, self.dtype, self.worker.size)
+        ):
             raise InstallRefused(f"version {version[:12]} of {manifest.name!r}", missing)
         widths = manifest.base.widths
 
         def numbers(edit: Edit) -> tuple[Edit, dict[str, Any]]:
             return edit, {field: np.array(array) for field, array in edit.numbers(tensors, widths).items()}
 
-        by_place, scopes = places(manifest.edits), scopes_of(manifest)
+        by_group, scopes = edit_groups(manifest.edits), scopes_of(manifest)
         row = self._layout.rows(1, torch.device("cpu"), pinned=self._rows.is_cuda)
-        for place, edits in by_place.items():
-            lane = 0 if edits[0].scope.everything else 1 + scopes.index(edits[0].scope)
-            self._places[place].fill(row, [numbers(edit) for edit in edits], lane)
-        return Prepared(version, by_place, row[0], scopes, _digest(version, row[0]))
+        for group, edits in by_group.items():
+            scope_row = 0 if edits[0].scope.everything else 1 + scopes.index(edits[0].scope)
+            self._places[group].fill(row, [numbers(edit) for edit in edits], scope_row)
+        return Prepared(version, by_group, row[0], scopes, _digest(version, row[0]))
 
     def install(self, slot: int, prepared: Prepared) -> str:
         """Write a prepared version into a free slot; returns the digest of what the slot now holds.
@@ -230,8 +234,8 @@ class EditedModel:
         if not BASE_SLOT < slot <= self.slots or slot in self.held:
             raise ValueError(f"slot {slot} is not a free slot of 1 to {self.slots}")
         self._rows[slot].copy_(prepared.row, non_blocking=True)
-        for place, edits in prepared.edits.items():
-            if counted := _counted(self._places[place], edits):
+        for group, edits in prepared.edits.items():
+            if counted := _counted(self._places[group], edits):
                 self._gates.setdefault(slot, []).extend(counted)
         self.held[slot], self._scopes[slot] = prepared.version, prepared.scopes
         self._filler.forget()
@@ -275,9 +279,9 @@ class EditedModel:
         """Inside, how often the model's forward reaches each place at which it can be edited, named by its site."""
         reached = Counter(dict.fromkeys(self._taps, 0))
         watching: list[tuple[Any, str, str]] = []
-        for place, (site, tap) in self._taps.items():
+        for group, (site, site_edits) in self._taps.items():
             at_logits = site.point == "logits"
-            watching += [(self._at_logits if at_logits else tap, name, place)
+            watching += [(self._at_logits if at_logits else site_edits, name, group)
                          for name in (("edited",) if at_logits else ("edited", "edited_stream"))]  # fmt: skip
 
         def counted(act: Callable[..., Any], site: str) -> Callable[..., Any]:
@@ -344,20 +348,24 @@ class EditedModel:
         self.in_weights = {version, *(self.in_weights if besides else ())}
         self._filler.forget()
 
-    def set_step(self, batch: Batch) -> None:
+    def set_step(self, batch: StepBatch) -> None:
         """Say which slot each token of the coming step belongs to, and how much it weighs in each lane."""
         self._filler.fill(batch)
 
 
-def _joins_sum(place: Place, reservation: Reservation, anchors: Mapping[Site, Anchor]) -> bool:
+def _joins_sum(group: EditGroup, reservation: Reservation, site_modules: Mapping[Site, SiteModule]) -> bool:
     """Whether what a place adds can join the sum over workers that its module makes anyway, which costs nothing.
 
     That is so where it is linear in a divided vector. Scales come before it and in-place edits read what it has not
     changed, so with these at the site its dot products are added up by themselves.
     """
-    if place.kind != "low_rank" or anchors[place.site].share.divided or not anchors[place.reads].share.divided:
+    if (
+        group.kind != "low_rank"
+        or site_modules[group.site].shard.divided
+        or not site_modules[group.reads].shard.divided
+    ):
         return False
-    others = (each for each in reservation.rooms if each.site == place.site)
+    others = (each for each in reservation.capacities if each.site == group.site)
     return not any(
         each.kind == "scale" or (each.kind in ("low_rank", "gate") and each.reads == each.site) for each in others
     )
@@ -381,17 +389,17 @@ def _named(version: str | None) -> str:
     return "the base model" if version is None else f"version {version[:12]}"
 
 
-def _counted(place: SlotTensors, edits: Iterable[Edit]) -> list[Counted]:
+def _counted(group: SlotTensors, edits: Iterable[Edit]) -> list[Counted]:
     """The edits of a place whose firings tell something: gates that are silent off their trigger."""
     counted, begin = list[Counted](), 0
     for edit in edits:
         if (
             isinstance(edit, Gate)
-            and isinstance(place, GateSlots)
-            and place.firings is not None
+            and isinstance(group, GateSlots)
+            and group.firings is not None
             and edit.activation in SILENT
         ):
-            first = place.column + begin
-            counted.append((edit.label, place.firings, slice(first, first + edit.rank)))
+            first = group.column + begin
+            counted.append((edit.label, group.firings, slice(first, first + edit.rank)))
         begin += edit.capacity
     return counted

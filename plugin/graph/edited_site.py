@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from vllm_edits.edit_store.edits import Array, Edit, Gate, Offset, SubspaceFilter
 from vllm_edits.plugin.graph import edit_math
 from vllm_edits.plugin.graph.fold import fold_filters
-from vllm_edits.plugin.graph.reservation import Room
+from vllm_edits.plugin.graph.reservation import Capacity
 from vllm_edits.plugin.graph.slot_products import EXPRESSIONS, SlotProducts
 from vllm_edits.plugin.graph.slot_rows import Columns, Layout, Rows
-from vllm_edits.plugin.graph.tensor_parallel import Share, Sum, alone
+from vllm_edits.plugin.graph.tensor_parallel import AllReduce, Shard, identity
 
-Numbers = Sequence[tuple[Edit, Mapping[str, Array]]]
+GroupEdits = Sequence[tuple[Edit, Mapping[str, Array]]]
 """Edits that share one place in one version, in order, each with its arrays."""
 
 
@@ -32,18 +32,18 @@ Numbers = Sequence[tuple[Edit, Mapping[str, Array]]]
 class Shape:
     """What decides the shapes of one place's slot tensors, and how tokens are multiplied with them."""
 
-    room: Room
-    reads: Share
-    writes: Share
+    capacity: Capacity
+    reads: Shard
+    writes: Shard
     dtype: torch.dtype
-    total: Sum = alone
+    total: AllReduce = identity
     products: SlotProducts = EXPRESSIONS
 
 
 class SlotTensors(nn.Module):
     """The tensors of one kind at one place, of every slot: columns of the slots' rows. A row of zeros changes nothing.
 
-    `lane` [S], where there is room for weighted edits, says which column of a step's weights weighs a slot's edit.
+    `scope_row` [S], where there is room for weighted edits, says which column of a step's weights weighs a slot's edit.
     Called with the vectors that the edits read, `x` [T, reads], and each token's slot, [T], it gives what the edits
     add, in float32. Flags and codes are kept in float32 too: each type is an input more of the graph, at every layer.
     """
@@ -57,7 +57,7 @@ class SlotTensors(nn.Module):
         self._layout = layout
         self.columns: dict[str, Columns] = {}
         """where each tensor lies in a row"""
-        self._shares: dict[str, Share] = {}
+        self._shares: dict[str, Shard] = {}
         self._keep("lane", dtype=torch.float32, feature="weighted")
 
     def bind(self, rows: Rows, layer: int | None) -> None:
@@ -72,9 +72,9 @@ class SlotTensors(nn.Module):
         """One of the tensors in every slot: [S, *shape]."""
         return self.rows.tensor(self.layer, self.columns[name])
 
-    def fill(self, row: Tensor, numbers: Numbers, lane: int) -> None:
+    def fill(self, row: Tensor, numbers: GroupEdits, scope_row: int) -> None:
         """Write several edits at once into a row [1, bytes] of zeros. Ranks that they do not use stay zero."""
-        for name, values in {**self._values(numbers), "lane": lane}.items():
+        for name, values in {**self._values(numbers), "lane": scope_row}.items():
             if self.has(name):
                 columns, source = self.columns[name], torch.as_tensor(values)
                 target = columns.of(row.view(columns.dtype))[0]
@@ -95,7 +95,7 @@ class SlotTensors(nn.Module):
         """What the edits add at full strength."""
         raise NotImplementedError
 
-    def _values(self, numbers: Numbers) -> dict[str, Any]:
+    def _values(self, numbers: GroupEdits) -> dict[str, Any]:
         """What the tensors hold for several edits at once, in any type; what there are no columns for is left out."""
         raise NotImplementedError
 
@@ -104,16 +104,16 @@ class SlotTensors(nn.Module):
         return {"total": self._shape.total, "products": self._shape.products}
 
     def _keep(
-        self, name: str, *shape: int | Share, dtype: torch.dtype | None = None, feature: str | None = None
+        self, name: str, *shape: int | Shard, dtype: torch.dtype | None = None, feature: str | None = None
     ) -> None:
         """Columns for a tensor, if there is room for the `feature` it serves.
 
         Of a tensor whose last dimension is a vector's, what the worker has no share in is not kept.
         """
-        if feature is None or feature in self._shape.room.features:
-            sizes = tuple(size.width if isinstance(size, Share) else size for size in shape)
+        if feature is None or feature in self._shape.capacity.features:
+            sizes = tuple(size.width if isinstance(size, Shard) else size for size in shape)
             self.columns[name] = self._layout.take(sizes, dtype or self._shape.dtype)
-            if shape and isinstance(shape[-1], Share):
+            if shape and isinstance(shape[-1], Shard):
                 self._shares[name] = shape[-1]
 
 
@@ -127,7 +127,7 @@ class ScaleSlots(SlotTensors):
     def _added(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
         return edit_math.scale(x, self.tensor("change"), slots)
 
-    def _values(self, numbers: Numbers) -> dict[str, Any]:
+    def _values(self, numbers: GroupEdits) -> dict[str, Any]:
         factor = torch.ones(self._shape.writes.whole, dtype=torch.float64)
         for _, fields in numbers:
             each = torch.as_tensor(fields["factor"], dtype=torch.float64)
@@ -140,13 +140,13 @@ class LowRankSlots(SlotTensors):
 
     def __init__(self, shape: Shape, layout: Layout) -> None:
         super().__init__(shape, layout)
-        self._keep("read", shape.room.rank, shape.reads)
-        self._keep("write", shape.room.rank, shape.writes)
+        self._keep("read", shape.capacity.rank, shape.reads)
+        self._keep("write", shape.capacity.rank, shape.writes)
 
     def _added(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
         return edit_math.low_rank(x, slots, read=self.tensor("read"), write=self.tensor("write"), **self._sums())
 
-    def _values(self, numbers: Numbers) -> dict[str, Any]:
+    def _values(self, numbers: GroupEdits) -> dict[str, Any]:
         return {field: _stacked(numbers, field) for field in ("read", "write")}
 
 
@@ -179,7 +179,7 @@ def _attribute(name: str) -> str:
     return "of_" + name.replace(".", "_")
 
 
-class Firings(nn.Module):
+class FiringCounters(nn.Module):
     """How many tokens each neuron of every gate gave something for, by slot; no part of what a slot holds.
 
     Gates note what they gave while the model runs, and the last one has all of it added in one operation: one for each
@@ -229,7 +229,7 @@ class GateSlots(SlotTensors):
 
     def __init__(self, shape: Shape, layout: Layout) -> None:
         super().__init__(shape, layout)
-        rank = shape.room.rank
+        rank = shape.capacity.rank
         self._keep("read", rank, shape.reads, dtype=torch.float32)
         self._keep("bias", rank, dtype=torch.float32)
         self._keep("write", rank, shape.writes)
@@ -239,13 +239,13 @@ class GateSlots(SlotTensors):
         self._keep("centre", shape.reads, dtype=torch.float32, feature="normalise")
         self._keep("normalise", dtype=torch.float32, feature="normalise")
         self.counters = rank * _COUNTED.itemsize
-        self.firings: Firings | None = None
+        self.firings: FiringCounters | None = None
         """what is told which neurons gave something"""
         self.column = 0
 
-    def counted_by(self, firings: Firings) -> None:
+    def counted_by(self, firings: FiringCounters) -> None:
         """Have the firings of the neurons counted."""
-        self.firings, self.column = firings, firings.take(self._shape.room.rank)
+        self.firings, self.column = firings, firings.take(self._shape.capacity.rank)
 
     def _added(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
         shrink = None
@@ -258,7 +258,7 @@ class GateSlots(SlotTensors):
             self.firings.note(self.column, (fired if weight is None else fired * weight) != 0)
         return added
 
-    def _values(self, numbers: Numbers) -> dict[str, Any]:
+    def _values(self, numbers: GroupEdits) -> dict[str, Any]:
         gates = [(edit, fields) for edit, fields in numbers if isinstance(edit, Gate)]
         neurons = [edit for edit, _ in gates for _ in range(edit.rank)]
         values: dict[str, Any] = {
@@ -284,7 +284,7 @@ class SubspaceFilterSlots(SlotTensors):
 
     def __init__(self, shape: Shape, layout: Layout) -> None:
         super().__init__(shape, layout)
-        rank = shape.room.rank
+        rank = shape.capacity.rank
         self._keep("read", rank, shape.writes)
         self._keep("shift", rank, dtype=torch.float32)
         self._keep("write", rank, shape.writes, feature="dual")
@@ -300,7 +300,7 @@ class SubspaceFilterSlots(SlotTensors):
             added = added + edit_math.pull(x, self.tensor("drop"), self.tensor("constant"), slots)
         return added
 
-    def _values(self, numbers: Numbers) -> dict[str, Any]:
+    def _values(self, numbers: GroupEdits) -> dict[str, Any]:
         folded = fold_filters([(edit, fields) for edit, fields in numbers if isinstance(edit, SubspaceFilter)])
         return {name: getattr(folded, name) for name in ("read", "shift", "write", "drop", "constant")}
 
@@ -323,14 +323,14 @@ class OffsetSlots(SlotTensors):
         asked, weight = self.tensor("renorm")[slots].unsqueeze(-1) != 0, self.weight(step, slots)
         return asked if weight is None else asked & (weight != 0)
 
-    def _values(self, numbers: Numbers) -> dict[str, Any]:
+    def _values(self, numbers: GroupEdits) -> dict[str, Any]:
         return {
             "vector": sum(torch.as_tensor(fields["vector"]) for _, fields in numbers),
             "renorm": any(isinstance(edit, Offset) and edit.renorm for edit, _ in numbers),
         }
 
 
-def _stacked(numbers: Numbers, field: str) -> Tensor:
+def _stacked(numbers: GroupEdits, field: str) -> Tensor:
     return torch.cat([torch.as_tensor(fields[field]) for _, fields in numbers])
 
 
@@ -349,23 +349,23 @@ class Step(nn.Module):
     slots: Tensor
     weights: Tensor
 
-    def __init__(self, max_tokens: int, lanes: int, device: torch.device) -> None:
+    def __init__(self, max_tokens: int, scope_rows: int, device: torch.device) -> None:
         super().__init__()
         self.register_buffer("slots", torch.zeros(max_tokens, dtype=torch.int32, device=device), persistent=False)
-        weights = torch.ones(max_tokens, lanes, dtype=torch.float32, device=device)
+        weights = torch.ones(max_tokens, scope_rows, dtype=torch.float32, device=device)
         self.register_buffer("weights", weights, persistent=False)
 
-    def weight(self, lane: Tensor, slots: Tensor) -> Tensor:
+    def weight(self, scope_row: Tensor, slots: Tensor) -> Tensor:
         """[T, 1]: each token's weight in the lane of its slot's edit."""
         # One flat index: a gather would compare lengths, and so fix the graph to one number of tokens.
         tokens = torch.arange(slots.shape[0], device=slots.device)
-        return self.weights.flatten()[tokens * self.weights.shape[1] + lane[slots].long()].unsqueeze(-1)
+        return self.weights.flatten()[tokens * self.weights.shape[1] + scope_row[slots].long()].unsqueeze(-1)
 
 
-class Tap(nn.Module):
+class SiteEdits(nn.Module):
     """All edits of one site, in the order that `vllm_edits.edit_store.edits` lays down."""
 
-    def __init__(self, step: Step, width: int, carried: Carried, total: Sum = alone) -> None:
+    def __init__(self, step: Step, width: int, carried: Carried, total: AllReduce = identity) -> None:
         """width: of the worker's share of the vector; total: how sums over the vector become whole."""
         super().__init__()
         self.step = step
@@ -379,7 +379,7 @@ class Tap(nn.Module):
         """what each of `adds` reads: another site's name, or None for this one"""
         self.forgets: list[str] = []
         """names that nobody reads after this tap"""
-        self.adds_up: Firings | None = None
+        self.adds_up: FiringCounters | None = None
         """what counts the gates, where none of them comes after this tap"""
 
     def add(self, kind: str, slots: SlotTensors, source: str | None) -> None:
@@ -461,10 +461,10 @@ class ModuleEdits(nn.Module):
         super().__init__()
         self.argument, self.position = argument, position
         """name and place of the input among the forward's arguments"""
-        self.before: Tap | None = None
-        self.within: Tap | None = None
+        self.before: SiteEdits | None = None
+        self.within: SiteEdits | None = None
         """on what this worker adds to an output that is the sum of what all workers give"""
-        self.sum: Sum = alone
+        self.sum: AllReduce = identity
         """what then makes that sum, in the module's place"""
         self.after = nn.ModuleList()
         self.starts: list[int | None] = []
@@ -484,16 +484,16 @@ class ModuleEdits(nn.Module):
             return self._edited_parts(output)
         first, *rest = output
         if stream and isinstance(rest[0], Tensor):
-            for tap, _ in self._outputs():
-                first = tap.edited_stream(first, rest[0])
+            for site_edits, _ in self._outputs():
+                first = site_edits.edited_stream(first, rest[0])
             return first, *rest
         return self._edited_parts(first), *rest
 
     def _edited_parts(self, output: Tensor) -> Tensor:
         if self.within is not None:
             output = self.sum(self.within.edited(output, None))
-        for tap, start in self._outputs():
-            output = tap.edited(output, start)
+        for site_edits, start in self._outputs():
+            output = site_edits.edited(output, start)
         return output
 
     def _outputs(self) -> Iterator[tuple[Any, int | None]]:
@@ -503,9 +503,9 @@ class ModuleEdits(nn.Module):
 class LogitsEdits(nn.Module):
     """The tap on the logits, which are computed outside the graph and for some tokens only; `rows` says for which."""
 
-    def __init__(self, tap: Tap, step: Step, rows: Callable[[Tensor], Tensor | None]) -> None:
+    def __init__(self, site_edits: SiteEdits, step: Step, rows: Callable[[Tensor], Tensor | None]) -> None:
         super().__init__()
-        self.tap = tap
+        self.site_edits = site_edits
         self._whole_step = step
         self._rows = rows
 
@@ -514,10 +514,10 @@ class LogitsEdits(nn.Module):
         rows = self._rows(hidden)
         if logits is None or rows is None:
             return logits
-        self.tap.step.slots = self._whole_step.slots[rows]
-        self.tap.step.weights = self._whole_step.weights[rows]
-        self.tap.supply(hidden)
-        return self.tap.edited(logits, None)
+        self.site_edits.step.slots = self._whole_step.slots[rows]
+        self.site_edits.step.weights = self._whole_step.weights[rows]
+        self.site_edits.supply(hidden)
+        return self.site_edits.edited(logits, None)
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from vllm_edits.edit_store.edits import SubspaceFilter
 
 
 @dataclass(frozen=True)
-class Affine:
+class AffineMap:
     """read, write: [rank, width], shift: [rank], drop: a number, constant: [width]; in float64."""
 
     read: Any
@@ -27,10 +27,10 @@ class Affine:
     drop: float
     constant: Any
 
-    def then(self, after: Affine) -> Affine:
+    def then(self, after: AffineMap) -> AffineMap:
         """This map, and `after` applied to what it gives."""
         seen = after.read @ self.write.T
-        return Affine(
+        return AffineMap(
             read=np.concatenate([self.read, after.read * (1 - self.drop) + seen @ self.read]),
             write=np.concatenate([self.write * (1 - after.drop), after.write]),
             shift=np.concatenate([self.shift, after.shift + seen @ self.shift - after.read @ self.constant]),
@@ -43,7 +43,7 @@ class Affine:
         return x * (1 - self.drop) + self.constant + (x @ self.read.T - self.shift) @ self.write
 
 
-def fold_filters(filters: Sequence[tuple[SubspaceFilter, Mapping[str, Any]]]) -> Affine:
+def fold_filters(filters: Sequence[tuple[SubspaceFilter, Mapping[str, Any]]]) -> AffineMap:
     """One map that does what the filters do in their order."""
     first, *others = [_affine(edit, fields) for edit, fields in filters]
     for other in others:
@@ -51,10 +51,10 @@ def fold_filters(filters: Sequence[tuple[SubspaceFilter, Mapping[str, Any]]]) ->
     return first
 
 
-def _affine(edit: SubspaceFilter, fields: Mapping[str, Any]) -> Affine:
+def _affine(edit: SubspaceFilter, fields: Mapping[str, Any]) -> AffineMap:
     basis, mean = (np.asarray(fields[name], dtype=np.float64) for name in ("basis", "mean"))
     dual = np.asarray(fields["dual"], dtype=np.float64) if edit.oblique else basis
     shift = basis @ mean
     if edit.onto:
-        return Affine(basis, dual, shift, 1.0, mean)
-    return Affine(basis, -dual, shift, 0.0, np.zeros_like(mean))
+        return AffineMap(basis, dual, shift, 1.0, mean)
+    return AffineMap(basis, -dual, shift, 0.0, np.zeros_like(mean))

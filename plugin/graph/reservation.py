@@ -25,50 +25,50 @@ Features = frozenset[str]
 
 
 @dataclass(frozen=True, order=True)
-class Place:
-    """Where edits of one kind that can be computed together stand. `turn` counts those that cannot, from 0."""
+class EditGroup:
+    """Where edits of one kind that can be computed together stand. `index` counts those that cannot, from 0."""
 
     site: Site
     kind: str
     reads: Site
-    turn: int = 0
+    index: int = 0
 
 
 @dataclass(frozen=True)
-class Room:
+class Capacity:
     """How much a place holds: a rank, and what else its tensors must be able to do (`Reserve.features`)."""
 
     rank: int = 1
     features: Features = frozenset()
 
-    def __or__(self, other: Room) -> Room:
+    def __or__(self, other: Capacity) -> Capacity:
         """Room enough for either."""
-        return Room(max(self.rank, other.rank), self.features | other.features)
+        return Capacity(max(self.rank, other.rank), self.features | other.features)
 
-    def holds(self, other: Room) -> bool:
+    def holds(self, other: Capacity) -> bool:
         """Whether what needs `other` fits."""
         return self.rank >= other.rank and self.features >= other.features
 
 
-Price = Callable[[Place, Room], int]
+SlotBytes = Callable[[EditGroup, Capacity], int]
 """Bytes of one slot for so much room at a place."""
 
 
-def places(edits: Iterable[Edit]) -> dict[Place, tuple[Edit, ...]]:
+def edit_groups(edits: Iterable[Edit]) -> dict[EditGroup, tuple[Edit, ...]]:
     """The edits of one version by the place that computes them, those of one place in their order."""
-    found: dict[Place, tuple[Edit, ...]] = {}
+    found: dict[EditGroup, tuple[Edit, ...]] = {}
 
     def target(edit: Edit) -> tuple[Site, str, Site]:
         return Site.parse(edit.site), edit.kind, Site.parse(edit.source)
 
     for (site, kind, reads), group in groupby(sorted(edits, key=lambda each: (target(each), each.part)), key=target):
-        turn, together = 0, list[Edit]()
+        index, together = 0, list[Edit]()
         for edit in group:
             if together and not _computed_together(together[-1], edit):
-                found[Place(site, kind, reads, turn)] = tuple(together)
-                turn, together = turn + 1, []
+                found[EditGroup(site, kind, reads, index)] = tuple(together)
+                index, together = index + 1, []
             together.append(edit)
-        found[Place(site, kind, reads, turn)] = tuple(together)
+        found[EditGroup(site, kind, reads, index)] = tuple(together)
     return found
 
 
@@ -76,7 +76,7 @@ def _computed_together(one: Edit, other: Edit) -> bool:
     return one.scope == other.scope and not any(isinstance(edit, Gate) and edit.normalise for edit in (one, other))
 
 
-def room_for(edits: Sequence[Edit], *, strengthened: bool) -> Room:
+def capacity_for(edits: Sequence[Edit], *, strengthened: bool) -> Capacity:
     """What the edits of one place need; `strengthened`: requests may ask for another strength."""
     features = {"weighted"} if strengthened or not edits[0].scope.everything else set()
     for edit in edits:
@@ -86,7 +86,7 @@ def room_for(edits: Sequence[Edit], *, strengthened: bool) -> Room:
             features |= {"onto", "dual"} if edit.onto else {"dual"} if edit.oblique or len(edits) > 1 else set()
         if isinstance(edit, Offset) and edit.renorm:
             features.add("renorm")
-    return Room(sum(edit.capacity for edit in edits) if edits[0].ranked else 1, frozenset(features))
+    return Capacity(sum(edit.capacity for edit in edits) if edits[0].ranked else 1, frozenset(features))
 
 
 class Version(Protocol):
@@ -98,11 +98,11 @@ class Version(Protocol):
     def strength(self) -> Strength | None: ...
 
 
-def needs(version: Version) -> dict[Place, Room]:
+def needs(version: Version) -> dict[EditGroup, Capacity]:
     """The room that a version needs, by place. Kinds that are not served per request need none."""
     served = (edit for edit in version.edits if edit.kind in SERVED_PER_REQUEST)
     strengthened = version.strength is not None
-    return {place: room_for(edits, strengthened=strengthened) for place, edits in places(served).items()}
+    return {group: capacity_for(edits, strengthened=strengthened) for group, edits in edit_groups(served).items()}
 
 
 def scopes_of(version: Version) -> tuple[Scope, ...]:
@@ -114,19 +114,19 @@ def scopes_of(version: Version) -> tuple[Scope, ...]:
 class Reservation:
     """Room by place, and how many scopes one version may have besides everything."""
 
-    rooms: Mapping[Place, Room]
+    capacities: Mapping[EditGroup, Capacity]
     scopes: int = 0
 
     @classmethod
     def for_versions(cls, versions: Iterable[Version]) -> Reservation:
         """Exactly what these versions need."""
-        rooms: dict[Place, Room] = {}
+        capacities: dict[EditGroup, Capacity] = {}
         scopes = 0
         for version in versions:
             scopes = max(scopes, len(scopes_of(version)))
-            for place, room in needs(version).items():
-                rooms[place] = rooms.get(place, Room()) | room
-        return cls(rooms, scopes)
+            for group, capacity in needs(version).items():
+                capacities[group] = capacities.get(group, Capacity()) | capacity
+        return cls(capacities, scopes)
 
     @property
     def edits_logits(self) -> bool:
@@ -136,7 +136,7 @@ class Reservation:
     @property
     def several_ranks(self) -> bool:
         """Whether there is room for an edit of more than one rank."""
-        return any(room.rank > 1 for room in self.rooms.values())
+        return any(capacity.rank > 1 for capacity in self.capacities.values())
 
     @classmethod
     def usual(cls, architecture: Architecture, widths: Widths) -> Reservation:
@@ -146,7 +146,7 @@ class Reservation:
             ("subspace_filter", "resid", "resid"), ("offset", "resid", "resid"),
         )  # fmt: skip
         return cls({
-            Place(site, kind, site.beside(reads)): Room()
+            EditGroup(site, kind, site.beside(reads)): Capacity()
             for site in architecture.sites(widths.layers)
             for kind, point, reads in wanted
             if site.point == point and architecture.hidden(reads) is None
@@ -157,7 +157,7 @@ class Reservation:
         cls, reserve: Iterable[Reserve], architecture: Architecture, widths: Widths, scopes: int = 0
     ) -> Reservation:
         """Expand patterns over a model's sites. SettingsError when a pattern fits no place of its kind."""
-        rooms: dict[Place, Room] = {}
+        capacities: dict[EditGroup, Capacity] = {}
         unmatched = []
         for item in reserve:
             points = [point for point in KINDS[item.kind].points if architecture.hidden(point) is None]
@@ -173,13 +173,13 @@ class Reservation:
                     f"{', '.join(points)}, in layers 0 to {widths.layers - 1}"
                 )
             for site, reads in found:
-                place = Place(site, item.kind, reads, item.turn)
-                rooms[place] = rooms.get(place, Room()) | Room(item.rank, frozenset(item.features))
+                group = EditGroup(site, item.kind, reads, item.index)
+                capacities[group] = capacities.get(group, Capacity()) | Capacity(item.rank, frozenset(item.features))
         if unmatched:
             raise SettingsError("\n".join(unmatched))
-        return cls(rooms, scopes)
+        return cls(capacities, scopes)
 
-    def missing(self, version: Version, price: Price | None = None) -> list[Reason]:
+    def missing(self, version: Version, slot_bytes: SlotBytes | None = None) -> list[Reason]:
         """Why a version does not fit, each reason with the setting that would make room and the memory that takes."""
         reasons = [
             Reason(
@@ -193,20 +193,20 @@ class Reservation:
         if (scopes := len(scopes_of(version))) > self.scopes:
             found = f"{scopes} scopes, room is reserved for {self.scopes}"
             reasons.append(Reason("capacity", f"{found}. Set edits.scopes to {scopes} and restart"))
-        for place, need in needs(version).items():
-            have = self.rooms.get(place)
+        for group, need in needs(version).items():
+            have = self.capacities.get(group)
             if have is not None and have.holds(need):
                 continue
             wish = Reserve(
-                kind=place.kind, site=str(place.site), rank=need.rank, turn=place.turn,
-                reads=place.reads.point if "reads" in KINDS[place.kind].model_fields else None,
+                kind=group.kind, site=str(group.site), rank=need.rank, index=group.index,
+                reads=group.reads.point if "reads" in KINDS[group.kind].model_fields else None,
                 features=tuple(sorted(need.features)),
             )  # fmt: skip
-            memory = "" if price is None else f" ({sized(_more(place, have, need, price))} more per slot)"
+            memory = "" if slot_bytes is None else f" ({sized(_more(group, have, need, slot_bytes))} more per slot)"
             reasons.append(
                 Reason(
                     "capacity",
-                    f"{_called(place, need)}: {_found(have)}. Add {wish.model_dump_json(exclude_defaults=True)} to "
+                    f"{_called(group, need)}: {_found(have)}. Add {wish.model_dump_json(exclude_defaults=True)} to "
                     f"edits.reserve{memory} and restart, or restart with edits.reserve unset to "
                     "make room for what is promoted",
                 )
@@ -217,27 +217,27 @@ class Reservation:
         """The same as explicit settings, sorted: one reservation has one spelling."""
         return [
             {
-                "kind": place.kind, "site": str(place.site), "reads": place.reads.point, "turn": place.turn,
-                "rank": room.rank, "features": sorted(room.features),
+                "kind": group.kind, "site": str(group.site), "reads": group.reads.point, "index": group.index,
+                "rank": capacity.rank, "features": sorted(capacity.features),
             }
-            for place, room in sorted(self.rooms.items(), key=lambda item: item[0])
+            for group, capacity in sorted(self.capacities.items(), key=lambda item: item[0])
         ]  # fmt: skip
 
     def sites(self) -> list[Site]:
         """Every reserved site once, in model order."""
-        return sorted({place.site for place in self.rooms})
+        return sorted({group.site for group in self.capacities})
 
     def read_elsewhere(self) -> set[Site]:
         """Sites that an edit at another site reads."""
-        return {place.reads for place in self.rooms if place.reads != place.site}
+        return {group.reads for group in self.capacities if group.reads != group.site}
 
     def __str__(self) -> str:
-        by_kind: dict[str, list[Place]] = {}
-        for place in self.rooms:
-            by_kind.setdefault(place.kind, []).append(place)
+        by_kind: dict[str, list[EditGroup]] = {}
+        for group in self.capacities:
+            by_kind.setdefault(group.kind, []).append(group)
         parts = [
-            f"{kind} at {len({place.site for place in found})} site(s) up to rank "
-            f"{max(self.rooms[place].rank for place in found)}"
+            f"{kind} at {len({group.site for group in found})} site(s) up to rank "
+            f"{max(self.capacities[group].rank for group in found)}"
             for kind, found in sorted(by_kind.items())
         ]
         return "; ".join(parts) or "nothing"
@@ -249,18 +249,18 @@ def _source(item: Reserve, site: Site, architecture: Architecture) -> Site | Non
     return next((reads for reads in able if item.reads in (None, reads.point)), None)
 
 
-def _more(place: Place, have: Room | None, need: Room, price: Price) -> int:
+def _more(group: EditGroup, have: Capacity | None, need: Capacity, slot_bytes: SlotBytes) -> int:
     """Bytes that room for both takes beyond what there is."""
-    return price(place, need) if have is None else price(place, have | need) - price(place, have)
+    return slot_bytes(group, need) if have is None else slot_bytes(group, have | need) - slot_bytes(group, have)
 
 
-def _called(place: Place, need: Room) -> str:
-    reads = f" reading {place.reads}" if place.reads != place.site else ""
+def _called(group: EditGroup, need: Capacity) -> str:
+    reads = f" reading {group.reads}" if group.reads != group.site else ""
     extra = f" with {', '.join(sorted(need.features))}" if need.features else ""
-    return f"{place.kind} of rank {need.rank} at {place.site}{reads}{extra}"
+    return f"{group.kind} of rank {need.rank} at {group.site}{reads}{extra}"
 
 
-def _found(have: Room | None) -> str:
+def _found(have: Capacity | None) -> str:
     if have is None:
         return "nothing is reserved there"
     extra = f" with {', '.join(sorted(have.features))}" if have.features else ""

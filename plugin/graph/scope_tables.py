@@ -23,20 +23,20 @@ class ScopeTables:
     """For slot s and lane l: positions below `head` of the prompt are covered, and those from `begin` up to `end`,
     counted from the prompt's end. Everything is where no scope is."""
 
-    def __init__(self, scopes: Mapping[int, Sequence[Scope]], slots: int, lanes: int) -> None:
+    def __init__(self, scopes: Mapping[int, Sequence[Scope]], slots: int, scope_rows: int) -> None:
         """scopes: by slot, the first has lane 1"""
-        self._head = np.zeros((slots + 1, lanes), dtype=np.int64)
-        self._begin = np.full((slots + 1, lanes), -_EVER)
-        self._end = np.full((slots + 1, lanes), _EVER)
+        self._head = np.zeros((slots + 1, scope_rows), dtype=np.int64)
+        self._begin = np.full((slots + 1, scope_rows), -_EVER)
+        self._end = np.full((slots + 1, scope_rows), _EVER)
         self._named: dict[tuple[int, int], tuple[int, ...]] = {}
         """the token ids that slot and lane are for, where these are named"""
         for slot, own in scopes.items():
-            for lane, scope in enumerate(own, 1):
-                self._put((slot, lane), scope)
+            for scope_row, scope in enumerate(own, 1):
+                self._put((slot, scope_row), scope)
         self.names_ids = np.zeros(slots + 1, dtype=bool)
         """[S]: whether any scope of a slot names token ids"""
         self.names_ids[[slot for slot, _ in self._named]] = True
-        self.named = np.zeros((slots + 1, lanes), dtype=bool)
+        self.named = np.zeros((slots + 1, scope_rows), dtype=bool)
         """[S, lanes]: whether a lane of a slot is for token ids"""
         for at in self._named:
             self.named[at] = True
@@ -64,12 +64,12 @@ class ScopeTables:
 
     def named_ids(self, device: torch.device) -> NamedIds:
         """What decides over token ids, on the device, where the ids are."""
-        slots, lanes = self._head.shape
-        base = np.full((slots, lanes), -1, dtype=np.int64)
+        slots, scope_rows = self._head.shape
+        base = np.full((slots, scope_rows), -1, dtype=np.int64)
         keys = [np.array([-1, np.iinfo(np.int64).max])]
-        for number, ((slot, lane), ids) in enumerate(self._named.items()):
-            base[slot, lane] = number << _ID_BITS
-            keys.append(np.array(ids, dtype=np.int64) | base[slot, lane])
+        for number, ((slot, scope_row), ids) in enumerate(self._named.items()):
+            base[slot, scope_row] = number << _ID_BITS
+            keys.append(np.array(ids, dtype=np.int64) | base[slot, scope_row])
         return NamedIds(_sent(base, device), _sent(np.sort(np.concatenate(keys)), device))
 
 

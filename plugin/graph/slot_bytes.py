@@ -6,18 +6,18 @@ import torch
 
 from vllm_edits.edit_store.sites import Widths
 from vllm_edits.plugin.graph.edited_site import SLOT_TENSORS, Shape
-from vllm_edits.plugin.graph.reservation import Place, Price, Room
+from vllm_edits.plugin.graph.reservation import Capacity, EditGroup, SlotBytes
 from vllm_edits.plugin.graph.slot_rows import Layout
-from vllm_edits.plugin.graph.tensor_parallel import Worker
+from vllm_edits.plugin.graph.tensor_parallel import Rank
 
 
-def price(widths: Widths, dtype: torch.dtype, workers: int = 1) -> Price:
+def slot_bytes(widths: Widths, dtype: torch.dtype, workers: int = 1) -> SlotBytes:
     """Bytes of one slot on each worker, for room in a model of these widths that so many workers divide."""
 
-    def of_room(place: Place, room: Room) -> int:
+    def capacity_bytes(group: EditGroup, capacity: Capacity) -> int:
         layout = Layout()
-        reads, writes = (Worker(0, workers).share(widths, site.point) for site in (place.reads, place.site))
-        shape = Shape(room, reads, writes, dtype)
-        return SLOT_TENSORS[place.kind](shape, layout).counters + layout.width
+        reads, writes = (Rank(0, workers).shard(widths, site.point) for site in (group.reads, group.site))
+        shape = Shape(capacity, reads, writes, dtype)
+        return SLOT_TENSORS[group.kind](shape, layout).counters + layout.width
 
-    return of_room
+    return capacity_bytes

@@ -24,7 +24,7 @@ from vllm_edits.plugin.graph.device_rows import DeviceRows
 from vllm_edits.plugin.graph.edited_site import Step
 from vllm_edits.plugin.graph.scope_tables import NamedIds, ScopeTables
 
-Counts = NDArray[np.integer[Any]]
+TokenCounts = NDArray[np.integer[Any]]
 
 
 class FalseClaim(RuntimeError):
@@ -35,18 +35,18 @@ class FalseClaim(RuntimeError):
 class Extents:
     """Where the tokens of a step's requests are. Counts are [requests], in the step's order."""
 
-    tokens: Counts
+    tokens: TokenCounts
     """how many tokens each has in the step"""
-    starts: Counts
+    starts: TokenCounts
     """absolute position of the first of them"""
-    prompts: Callable[[], Counts]
+    prompts: Callable[[], TokenCounts]
     """the length of each prompt, asked where a position decides"""
     input_ids: Tensor
-    """[T] or more: the id of each token, whatever it is where `Batch.embedded` says that there is none"""
+    """[T] or more: the id of each token, whatever it is where `StepBatch.embedded` says that there is none"""
 
 
 @dataclass(frozen=True)
-class Batch:
+class StepBatch:
     """The requests of the coming step, in their order there."""
 
     requests: Sequence[Any]
@@ -80,7 +80,7 @@ class StepFiller:
         self.all_base = True
         self.tokens = np.zeros(slots + 1, dtype=np.int64)
         """how many were computed with what each slot holds; for slot 0, the base, that is no count of anything"""
-        self.last_tokens: Counts = np.zeros(0, dtype=np.int64)
+        self.last_tokens: TokenCounts = np.zeros(0, dtype=np.int64)
         """the row of each request's last token in the step, unless all are of the base"""
         self._step = step
         self._slot_of = slot_of
@@ -90,8 +90,8 @@ class StepFiller:
         self._weights_on_device = device_rows(step.weights, 1)
         self._by_position = device_rows(torch.ones_like(step.weights), 1)
         """the weights as far as positions decide, where token ids decide too"""
-        self._sent_tokens: Counts = np.zeros(0, dtype=np.int64)
-        self._tokens_of_slots: Counts = np.zeros(0, dtype=np.int64)
+        self._sent_tokens: TokenCounts = np.zeros(0, dtype=np.int64)
+        self._tokens_of_slots: TokenCounts = np.zeros(0, dtype=np.int64)
         """how many of them are of each slot"""
         self.forget()
 
@@ -101,7 +101,7 @@ class StepFiller:
         self._named_ids: NamedIds | None = None
         self._keep([], [])
 
-    def fill(self, batch: Batch) -> None:
+    def fill(self, batch: StepBatch) -> None:
         """Tell the step of a batch. Rows beyond the batch are padding and read slot 0."""
         changed = self._look_up(batch)
         if not self._edited:
@@ -116,7 +116,7 @@ class StepFiller:
         else:
             self._weights_on_device.clear()
 
-    def _fill_slots(self, tokens: Counts) -> None:
+    def _fill_slots(self, tokens: TokenCounts) -> None:
         self.all_base = False
         self._slots_on_device.write(np.repeat(self._slots, tokens))
         self._sent_tokens = np.array(tokens)
@@ -129,7 +129,7 @@ class StepFiller:
             self._weights_on_device.clear()
             self.all_base = True
 
-    def _look_up(self, batch: Batch) -> bool:
+    def _look_up(self, batch: StepBatch) -> bool:
         """Find out what each request uses; whether that is anything new."""
         requests = batch.requests
         if len(requests) == len(self._requests) and all(map(operator.is_, requests, self._requests)):
@@ -154,7 +154,7 @@ class StepFiller:
                 raise
             return 0, 1.0  # computed as any other, and told to no client
 
-    def _fill_weights(self, batch: Batch, extents: Extents) -> None:
+    def _fill_weights(self, batch: StepBatch, extents: Extents) -> None:
         first = np.cumsum(extents.tokens) - extents.tokens
         per_token = [np.repeat(each, extents.tokens) for each in
                      (self._slots, extents.starts - first, extents.prompts(), self._strengths)]  # fmt: skip
@@ -168,7 +168,7 @@ class StepFiller:
         else:
             self._weights_on_device.write(weights)
 
-    def _without_ids(self, batch: Batch, extents: Extents) -> NDArray[np.bool_]:
+    def _without_ids(self, batch: StepBatch, extents: Extents) -> NDArray[np.bool_]:
         """[T]: tokens that are vectors of the client's, and so have no id that a scope could name."""
         found = np.zeros(extents.tokens.sum(), dtype=bool)
         in_prompt = np.flatnonzero(extents.starts < extents.prompts())

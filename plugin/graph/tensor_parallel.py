@@ -16,17 +16,17 @@ from torch import Tensor
 from vllm_edits.edit_store.errors import EditsError
 from vllm_edits.edit_store.sites import Widths
 
-Sum = Callable[[Tensor], Tensor]
+AllReduce = Callable[[Tensor], Tensor]
 """Adds up what the workers each have of a sum, so that every one has the total."""
 
 
-def alone(partial: Tensor) -> Tensor:
-    """The `Sum` of a worker that has the whole vector."""
+def identity(partial: Tensor) -> Tensor:
+    """The `AllReduce` of a worker that has the whole vector."""
     return partial
 
 
 @dataclass(frozen=True)
-class Share:
+class Shard:
     """What one worker has of a vector of width `whole`: `width` numbers from `start` on."""
 
     start: int
@@ -36,7 +36,7 @@ class Share:
     """whether it speaks for these numbers in sums over all workers: of several that have the same, one does"""
 
     @classmethod
-    def all_of(cls, width: int) -> Share:
+    def all_of(cls, width: int) -> Shard:
         """The whole vector, of this width."""
         return cls(0, width, width)
 
@@ -49,28 +49,28 @@ class Share:
         """The worker's own of values [..., whole]."""
         return values[..., self.start : self.start + self.width]
 
-    def sum(self, over_workers: Sum) -> Sum:
+    def sum(self, over_workers: AllReduce) -> AllReduce:
         """How a dot product with the vector becomes whole, where `over_workers` adds up all workers' parts of it."""
         if not self.divided:
-            return alone
+            return identity
         return over_workers if self.counts else lambda partial: over_workers(torch.zeros_like(partial))
 
 
 @dataclass(frozen=True)
-class Worker:
+class Rank:
     """Which one of how many workers among which a model's heads are divided."""
 
     rank: int = 0
     size: int = 1
 
-    def share(self, widths: Widths, point: str) -> Share:
+    def shard(self, widths: Widths, point: str) -> Shard:
         """What this worker has of the vector at a point of a model of these widths."""
         whole, width = widths.of(point), widths.per_worker(self.size).of(point)
         holders = self.size * width // whole  # of the same numbers
-        return Share(self.rank // holders * width, width, whole, counts=self.rank % holders == 0)
+        return Shard(self.rank // holders * width, width, whole, counts=self.rank % holders == 0)
 
 
-SOLE = Worker()
+ONLY_RANK = Rank()
 
 
 def require_agreement(answers: Iterable[Mapping[str, Any]], on: str) -> None:
@@ -78,6 +78,6 @@ def require_agreement(answers: Iterable[Mapping[str, Any]], on: str) -> None:
 
     Those that divide a model hold different numbers; each has checked them there against what was prepared.
     """
-    held = {(answer["share"], answer["digest"]) for answer in answers}
-    if len(held) != len({share for share, _ in held}):
+    held = {(answer["rank"], answer["digest"]) for answer in answers}
+    if len(held) != len({shard for shard, _ in held}):
         raise EditsError(f"workers disagree on {on}: {sorted(held)}")

@@ -13,10 +13,10 @@ from functools import partial
 from typing import Any
 
 from vllm_edits.plugin.claim import address
-from vllm_edits.plugin.experiments.records import Compared
+from vllm_edits.plugin.experiments.records import ShadowRecord
 from vllm_edits.plugin.experiments.repeats import LOOKED_AT
 from vllm_edits.plugin.experiments.shadow_pairs import comparable
-from vllm_edits.plugin.http.shadow import Beside, LeaseOf
+from vllm_edits.plugin.http.shadow import LeaseOf, ShadowRun
 from vllm_edits.plugin.serving.lease import CURRENT_LEASE, Lease, Usage
 from vllm_edits.plugin.serving.variants import Choice
 
@@ -26,7 +26,7 @@ class EngineGate:
 
     def __init__(
         self, engine: Any, renew: Callable[[Choice | None], Awaitable[Lease]], *, forks: bool = False,
-        lease_of: LeaseOf | None = None, note: Callable[[Compared], None] = lambda _: None,
+        lease_of: LeaseOf | None = None, note: Callable[[ShadowRecord], None] = lambda _: None,
         settle: Callable[[Lease], None] = lambda _: None,
     ) -> None:  # fmt: skip
         """lease_of: a lease by name, for requests that are answered twice; note: told where the two answers part;
@@ -57,11 +57,11 @@ class EngineGate:
         with lease.hold():
             deltas = getattr(sampling_params.output_kind, "name", "") == "DELTA"
             watch = _Watch(lease.usage, deltas=deltas, keeps_tail=lease.choice.assignment is not None)
-            beside = None
-            if self._lease_of is not None and lease.choice.beside:
+            shadow = None
+            if self._lease_of is not None and lease.choice.shadow:
                 sampling_params = comparable(sampling_params)
-                beside = Beside(lease, deltas=deltas, note=self._note)
-                beside.start(self._engine, self._lease_of, (prompt, sampling_params, request_id), forks=self._forks)
+                shadow = ShadowRun(lease, deltas=deltas, note=self._note)
+                shadow.start(self._engine, self._lease_of, (prompt, sampling_params, request_id), forks=self._forks)
             prompt, sampling_params = address(prompt, sampling_params, lease.choice, lease.slot, forks=self._forks)
             outputs = self._engine.generate(prompt, sampling_params, request_id, *args, **kwargs)
             whole = False
@@ -70,16 +70,16 @@ class EngineGate:
                 async with aclosing(outputs):
                     async for output in outputs:
                         watch.see(output)
-                        if beside is not None:
-                            beside.hear(output)
+                        if shadow is not None:
+                            shadow.hear(output)
                         yield output
                 whole = True
             except Exception as error:
                 watch.broke(error)
                 raise
             finally:
-                if beside is not None:
-                    beside.end(whole=whole)
+                if shadow is not None:
+                    shadow.end(whole=whole)
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
         """Pooling has no edited form: refused for a variant, untouched for the base."""

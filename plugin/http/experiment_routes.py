@@ -12,10 +12,10 @@ from fastapi import APIRouter, HTTPException
 from pydantic import BaseModel, ConfigDict, Field
 
 from vllm_edits.edit_store.errors import FeedbackRefused, NotFound
-from vllm_edits.plugin.serving.coordinator import Owner
+from vllm_edits.plugin.serving.coordinator import Coordinator
 
 
-class Feedback(BaseModel):
+class FeedbackBody(BaseModel):
     """Body of POST /v1/edits/feedback."""
 
     model_config = ConfigDict(extra="forbid")
@@ -25,17 +25,17 @@ class Feedback(BaseModel):
     value: float = Field(allow_inf_nan=False)
 
 
-def add_to(routes: APIRouter, owner: Callable[[], Owner]) -> None:
-    """Add the routes; `owner` is asked at each request."""
+def add_to(routes: APIRouter, coordinator: Callable[[], Coordinator]) -> None:
+    """Add the routes; `coordinator` is asked at each request."""
 
     @routes.get("/experiments", summary="Experiments as this server follows them: arms, coverage, guardrails")
     async def experiments() -> Any:
-        return (await owner().status())["experiments"]
+        return (await coordinator().status())["experiments"]
 
     @routes.post("/feedback", summary="Say how a request of an experiment went; saying the same again is harmless")
-    async def feedback(body: Feedback) -> Any:
+    async def feedback(body: FeedbackBody) -> Any:
         try:
-            return await owner().feedback(body.request_id, body.metric, body.value)
+            return await coordinator().feedback(body.request_id, body.metric, body.value)
         except NotFound as error:
             raise HTTPException(404, detail=str(error)) from error
         except FeedbackRefused as error:

@@ -19,24 +19,24 @@ from typing import Any
 from vllm_edits.edit_store.errors import (
     AmbiguousVersion,
     ArmRefused,
-    CompareRefused,
     EditsError,
     NotFound,
     RequestRefused,
+    ShadowRefused,
 )
-from vllm_edits.plugin.experiments.evaluation_context import ARM_HEADER, NOBODY, Asking
+from vllm_edits.plugin.experiments.evaluation_context import ARM_HEADER, NO_CONTEXT, EvaluationContext
 from vllm_edits.plugin.experiments.exposures import count, exposure_of
 from vllm_edits.plugin.experiments.records import Outcome
-from vllm_edits.plugin.experiments.shadow_pairs import COMPARE_HEADER
+from vllm_edits.plugin.experiments.shadow_pairs import SHADOW_HEADER
 from vllm_edits.plugin.http.api_key import ApiKeys, KeyMissing
 from vllm_edits.plugin.http.client_request import ClientRequest, first, is_json
 from vllm_edits.plugin.metrics import UNKNOWN, Metrics
-from vllm_edits.plugin.serving.coordinator import Owner
+from vllm_edits.plugin.serving.coordinator import Coordinator
 from vllm_edits.plugin.serving.lease import CURRENT_LEASE, Lease, Usage
 from vllm_edits.plugin.serving.variants import BASE
 from vllm_edits.plugin.serving.version_info import STRENGTH_ARGUMENT
 
-Scope = dict[str, Any]
+AsgiScope = dict[str, Any]
 VARIANT_HEADER, VERSION_HEADER = b"x-edits-variant", b"x-edits-version"
 EXPERIMENT_HEADER, REQUEST_HEADER = b"x-edits-experiment", b"x-edits-request"
 VLLM_ID_HEADER = b"x-request-id"
@@ -51,15 +51,15 @@ class BeamsRefused(RequestRefused):
 class VariantMiddleware:
     """ASGI middleware; `serving` gives the slots' owner, the metrics and the API keys once the server is up."""
 
-    def __init__(self, app: Any, serving: Callable[[], tuple[Owner, Metrics, ApiKeys]]) -> None:
+    def __init__(self, app: Any, serving: Callable[[], tuple[Coordinator, Metrics, ApiKeys]]) -> None:
         self._app = app
         self._serving = serving
 
-    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: AsgiScope, receive: Any, send: Any) -> None:
         if scope["type"] != "http" or scope["method"] != "POST" or not is_json(scope["headers"]) or _is_ours(scope):
             await self._app(scope, receive, send)
             return
-        owner, metrics, keys = self._serving()
+        coordinator, metrics, keys = self._serving()
         arrived = time.monotonic()
         body, replay = await _buffered(receive)
         if not body or _asks_no_model(_route(scope)):
@@ -67,13 +67,13 @@ class VariantMiddleware:
             return
         headers = scope["headers"]
         request = ClientRequest.read(_route(scope), headers, body)
-        asking = Asking.of(headers, request.user, uuid.uuid4().hex)
+        context = EvaluationContext.of(headers, request.user, uuid.uuid4().hex)
         try:
             if not keys.sent(headers):
                 keys.require_base(request.model)
-                asking = replace(NOBODY, serves=BASE)
-            lease = await _unless_gone(owner.lease(request.model, request.strength, asking), receive)
-            if lease is not None and lease.choice.traits.bound_to_prompt and request.beam_search:
+                context = replace(NO_CONTEXT, serves=BASE)
+            lease = await _unless_gone(coordinator.lease(request.model, request.strength, context), receive)
+            if lease is not None and lease.choice.info.bound_to_prompt and request.beam_search:
                 with lease.hold():
                     pass
                 raise BeamsRefused(
@@ -88,9 +88,9 @@ class VariantMiddleware:
             metrics.requests.labels(*metrics.labels(UNKNOWN, None), "aborted").inc()
             return
         lease.usage.started = arrived
-        await self._serve(lease, metrics, _with_id(scope, lease.choice.handle), replay, send)
+        await self._serve(lease, metrics, _with_id(scope, lease.choice.feedback_token), replay, send)
 
-    async def _serve(self, lease: Lease, metrics: Metrics, scope: Scope, receive: Any, send: Any) -> None:
+    async def _serve(self, lease: Lease, metrics: Metrics, scope: AsgiScope, receive: Any, send: Any) -> None:
         status, finished, failed = 0, False, False
 
         async def receive_until_gone() -> Any:
@@ -166,25 +166,25 @@ def _record(lease: Lease, metrics: Metrics, outcome: Outcome) -> None:
             metrics.time_per_output_token_seconds.labels(labels[0]).observe(mean)
 
 
-def _headers(lease: Lease, scope: Scope) -> list[tuple[bytes, bytes]]:
+def _headers(lease: Lease, scope: AsgiScope) -> list[tuple[bytes, bytes]]:
     choice = lease.choice
     found = [(VARIANT_HEADER, choice.variant.encode()), (VERSION_HEADER, (choice.version or "base").encode())]
     if choice.assignment is not None:
         found.append((EXPERIMENT_HEADER, f"{choice.assignment.experiment}/{choice.assignment.arm}".encode()))
-        found.append((REQUEST_HEADER, choice.handle.encode()))
+        found.append((REQUEST_HEADER, choice.feedback_token.encode()))
     if first(scope["headers"], b"origin"):  # a script in a browser sees no other header than those exposed to it
         found.append((b"access-control-expose-headers", b", ".join(name for name, _ in found)))
     return found
 
 
-def _with_id(scope: Scope, handle: str) -> Scope:
+def _with_id(scope: AsgiScope, feedback_token: str) -> AsgiScope:
     """The same request; one that takes part in an experiment, and has no id of its own, has its handle as that."""
-    if not handle or any(name == VLLM_ID_HEADER for name, _ in scope["headers"]):
+    if not feedback_token or any(name == VLLM_ID_HEADER for name, _ in scope["headers"]):
         return scope
-    return {**scope, "headers": [*scope["headers"], (VLLM_ID_HEADER, handle.encode())]}
+    return {**scope, "headers": [*scope["headers"], (VLLM_ID_HEADER, feedback_token.encode())]}
 
 
-def _route(scope: Scope) -> str:
+def _route(scope: AsgiScope) -> str:
     """The path below --root-path, as Starlette's router has it: only whole parts of it are taken away."""
     path: str = scope["path"]
     root: str = scope.get("root_path", "")
@@ -197,7 +197,7 @@ def _asks_no_model(route: str) -> bool:
     return route == "/inference/v1/abort_requests" or (route.startswith("/v1/responses/") and route.endswith("/cancel"))
 
 
-def _is_ours(scope: Scope) -> bool:
+def _is_ours(scope: AsgiScope) -> bool:
     return _route(scope) == OURS or _route(scope).startswith(f"{OURS}/")
 
 
@@ -247,7 +247,7 @@ async def _answer_error(path: str, error: EditsError, send: Any) -> None:
     if isinstance(error, NotFound | AmbiguousVersion):
         status, kind, message = 404, "NotFoundError", str(error)
     elif isinstance(error, RequestRefused):
-        parameters = {BeamsRefused: BEAMS, ArmRefused: ARM_HEADER, CompareRefused: COMPARE_HEADER}
+        parameters = {BeamsRefused: BEAMS, ArmRefused: ARM_HEADER, ShadowRefused: SHADOW_HEADER}
         parameter = parameters.get(type(error), STRENGTH_ARGUMENT)
         status, kind, message = 400, "BadRequestError", str(error)
     elif isinstance(error, KeyMissing):

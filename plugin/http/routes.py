@@ -17,7 +17,7 @@ from vllm_edits.edit_store.errors import AmbiguousVersion, BundleRefused, Confli
 from vllm_edits.plugin.http import admin_token, experiment_routes
 from vllm_edits.plugin.http.api_key import ApiKeys
 from vllm_edits.plugin.http.middleware import OURS
-from vllm_edits.plugin.serving.coordinator import CannotSign, Change, NotFollowed, Owner
+from vllm_edits.plugin.serving.coordinator import CannotSign, Coordinator, NotFollowed, TagChange
 
 _STATUS = {
     CannotSign: 403, NotFound: 404, AmbiguousVersion: 409, Conflict: 409, BundleRefused: 422, NotFollowed: 422,
@@ -48,7 +48,7 @@ ReasonQuery = Annotated[str, Query(description="why, for the history")]
 
 
 def router(
-    owner: Callable[[], Owner], admin_token_file: Callable[[], str | None], keys: Callable[[], ApiKeys]
+    coordinator: Callable[[], Coordinator], admin_token_file: Callable[[], str | None], keys: Callable[[], ApiKeys]
 ) -> APIRouter:
     """The routes; all arguments are asked at each request."""
 
@@ -62,33 +62,33 @@ def router(
 
     @routes.get("", summary="Variants, versions, slots, in-flight requests, last swap, last error, store head")
     async def status() -> Any:
-        return await owner().status()
+        return await coordinator().status()
 
-    experiment_routes.add_to(routes, owner)
+    experiment_routes.add_to(routes, coordinator)
 
     @routes.post("/sync", summary="Read the store now and follow what moved; count what gates did")
     async def sync() -> Any:
-        return await owner().sync()
+        return await coordinator().sync()
 
-    async def changed(request: Request, change: Change) -> Any:
+    async def changed(request: Request, change: TagChange) -> Any:
         actor = f"http:{request.client.host if request.client else 'unknown'}"
         try:
-            return await owner().change(replace(change, actor=actor))
+            return await coordinator().change(replace(change, actor=actor))
         except EditsError as error:
             status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 503)
             raise HTTPException(status, detail=str(error)) from error
 
     @changes.put("/{name}", summary="Promote a version: append to the store, then follow it")
     async def promote(name: str, body: Promotion, request: Request) -> Any:
-        return await changed(request, Change("promote", name, body.tag, body.version, body.reason))
+        return await changed(request, TagChange("promote", name, body.tag, body.version, body.reason))
 
     @changes.post("/{name}/rollback", summary="Return to the version promoted before")
     async def rollback(name: str, body: Return, request: Request) -> Any:
-        return await changed(request, Change("rollback", name, body.tag, reason=body.reason))
+        return await changed(request, TagChange("rollback", name, body.tag, reason=body.reason))
 
     @changes.delete("/{name}", summary="Withdraw: the tag promotes nothing any more, and requests for it are not found")
     async def withdraw(name: str, request: Request, tag: TagQuery = None, reason: ReasonQuery = "") -> Any:
-        return await changed(request, Change("withdraw", name, tag, reason=reason))
+        return await changed(request, TagChange("withdraw", name, tag, reason=reason))
 
     routes.include_router(changes)
     return routes
@@ -99,11 +99,11 @@ def _needing_token(admin_token_file: Callable[[], str | None]) -> type[APIRoute]
 
     class NeedingToken(APIRoute):
         def get_route_handler(self) -> Any:
-            handle = super().get_route_handler()
+            feedback_token = super().get_route_handler()
 
             async def authorized(request: Request) -> Any:
                 _authorize(request, admin_token_file())
-                return await handle(request)
+                return await feedback_token(request)
 
             return authorized
 

@@ -14,8 +14,8 @@ from contextlib import aclosing
 from typing import Any
 
 from vllm_edits.plugin.claim import address
-from vllm_edits.plugin.experiments.records import Compared
-from vllm_edits.plugin.experiments.shadow_pairs import Transcript, compared
+from vllm_edits.plugin.experiments.records import ShadowRecord
+from vllm_edits.plugin.experiments.shadow_pairs import Transcript, shadow_record
 from vllm_edits.plugin.serving.lease import Lease
 
 logger = logging.getLogger("vllm.edits")
@@ -27,10 +27,10 @@ LeaseOf = Callable[[str], Awaitable[Lease]]
 _running: set[asyncio.Task[None]] = set()  # what nobody refers to may be collected while it runs
 
 
-class Beside:
+class ShadowRun:
     """The second run of one request. `hear` is told what the first one says, `end` that it has said everything."""
 
-    def __init__(self, lease: Lease, *, deltas: bool, note: Callable[[Compared], None]) -> None:
+    def __init__(self, lease: Lease, *, deltas: bool, note: Callable[[ShadowRecord], None]) -> None:
         self._lease = lease
         self._deltas = deltas
         self._note = note
@@ -60,7 +60,7 @@ class Beside:
         prompt, sampling_params, request_id = request
         choice = self._lease.choice
         try:
-            lease = await asyncio.wait_for(lease_of(choice.beside), SLOT_PATIENCE_SECONDS)
+            lease = await asyncio.wait_for(lease_of(choice.shadow), SLOT_PATIENCE_SECONDS)
             with lease.hold():
                 second = address(prompt, sampling_params, lease.choice, lease.slot, forks=forks)
                 outputs = engine.generate(*second, f"{request_id}-beside")
@@ -69,9 +69,9 @@ class Beside:
                         self._second.hear(output, deltas=self._deltas)
             seconds = await self._first_ended, time.monotonic() - self._started
         except Exception as error:  # noqa: BLE001  the client's answer is not touched by what happens here
-            logger.warning("%s was not compared with %s: %r", choice.requested, choice.beside, error)
+            logger.warning("%s was not compared with %s: %r", choice.requested, choice.shadow, error)
             return
         versions = choice.version or "base", lease.choice.version or "base"
         experiment = choice.assignment.experiment if choice.assignment else ""
-        request_id = choice.handle or request_id
-        self._note(compared(request_id, versions, (self._first, self._second), seconds, experiment))
+        request_id = choice.feedback_token or request_id
+        self._note(shadow_record(request_id, versions, (self._first, self._second), seconds, experiment))

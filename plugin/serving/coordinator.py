@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 
 from vllm_edits.edit_store.errors import AmbiguousVersion, EditsError, NotFound, NotServed
 from vllm_edits.edit_store.trust import Enforcement
-from vllm_edits.plugin.experiments.evaluation_context import NOBODY, Asking
+from vllm_edits.plugin.experiments.evaluation_context import NO_CONTEXT, EvaluationContext
 from vllm_edits.plugin.experiments.records import Record
 from vllm_edits.plugin.serving.lease import Lease
 from vllm_edits.plugin.serving.reconcile import Reconciler
@@ -25,7 +25,7 @@ class NotFollowed(EditsError):
 
 
 @dataclass(frozen=True)
-class Change:
+class TagChange:
     """A change of a variant's tag in the store. Of no tag: the server's default one."""
 
     operation: Literal["promote", "rollback", "withdraw"]
@@ -47,11 +47,11 @@ class Served:
     """names that only experiments give a meaning"""
 
 
-class Owner(Protocol):
+class Coordinator(Protocol):
     """Whoever owns the slots. Its answers are plain data, but for leases."""
 
-    async def lease(self, model: str, strength: float | None = None, asking: Asking = NOBODY) -> Lease:
-        """A slot for a request that names `model`; waits while all slots are in use. `asking` decides its arm.
+    async def lease(self, model: str, strength: float | None = None, context: EvaluationContext = NO_CONTEXT) -> Lease:
+        """A slot for a request that names `model`; waits while all slots are in use. `context` decides its arm.
 
         NotFound, AmbiguousVersion, NotServed, RequestRefused; InstallRefused when the version cannot be brought in.
         """
@@ -68,7 +68,7 @@ class Owner(Protocol):
     async def sync(self) -> Mapping[str, Any]:
         """Look at the store now and follow what moved; the swaps that were tried, and the last error."""
 
-    async def change(self, change: Change) -> Mapping[str, Any]:
+    async def change(self, change: TagChange) -> Mapping[str, Any]:
         """Append a change to the store and follow it at once; the entry, and the swap."""
 
     def ended(self, record: Record) -> None:
@@ -78,20 +78,20 @@ class Owner(Protocol):
         """How a request went; NotFound, FeedbackRefused. What was counted."""
 
 
-def lease_of(owner: Owner) -> Callable[[str], Awaitable[Lease]]:
+def lease_of(coordinator: Coordinator) -> Callable[[str], Awaitable[Lease]]:
     """Leases by what an arm serves, past any experiment."""
-    return lambda serves: owner.lease(serves, None, Asking(serves=serves))
+    return lambda serves: coordinator.lease(serves, None, EvaluationContext(serves=serves))
 
 
-class LocalOwner:
+class LocalCoordinator:
     """The owner is in this process: its reconciler."""
 
     def __init__(self, reconciler: Reconciler) -> None:
         self._core = reconciler
 
-    async def lease(self, model: str, strength: float | None = None, asking: Asking = NOBODY) -> Lease:
+    async def lease(self, model: str, strength: float | None = None, context: EvaluationContext = NO_CONTEXT) -> Lease:
         try:
-            return await self._core.lease(model, strength, asking)
+            return await self._core.lease(model, strength, context)
         except (NotFound, AmbiguousVersion) as error:
             if refusal := self._core.refusal(model):
                 raise NotServed(f"This variant cannot be served: {refusal}") from error
@@ -123,7 +123,7 @@ class LocalOwner:
     async def feedback(self, request: str, metric: str, value: float) -> Mapping[str, Any]:
         return self._core.experiments.feedback(request, metric, value)
 
-    async def change(self, change: Change) -> Mapping[str, Any]:
+    async def change(self, change: TagChange) -> Mapping[str, Any]:
         core = self._core
         if core.reader.trust.enforcement is Enforcement.REQUIRE and not core.reader.store.signs:
             raise CannotSign(
@@ -139,7 +139,7 @@ class LocalOwner:
             )
         return {"entry": entry.model_dump(mode="json"), "swap": asdict(swap) if swap else None}
 
-    def _append(self, change: Change) -> Callable[[], Any]:
+    def _append(self, change: TagChange) -> Callable[[], Any]:
         store = self._core.reader.store
         said = {"tag": change.tag or self._core.table.default_tag, "reason": change.reason, "actor": change.actor}
         if change.operation == "promote":

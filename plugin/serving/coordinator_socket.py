@@ -30,10 +30,10 @@ from pydantic import TypeAdapter
 from vllm_edits.edit_store import errors
 from vllm_edits.edit_store.errors import BundleRefused, EditsError, Reason
 from vllm_edits.edit_store.private_folder import private_folder
-from vllm_edits.plugin.experiments.evaluation_context import NOBODY, Asking
+from vllm_edits.plugin.experiments.evaluation_context import NO_CONTEXT, EvaluationContext
 from vllm_edits.plugin.experiments.records import Record
-from vllm_edits.plugin.serving import coordinator as owning
-from vllm_edits.plugin.serving.coordinator import Change, Owner, Served
+from vllm_edits.plugin.serving import coordinator as coordinating
+from vllm_edits.plugin.serving.coordinator import Coordinator, Served, TagChange
 from vllm_edits.plugin.serving.lease import Lease
 from vllm_edits.plugin.serving.variants import Choice
 from vllm_edits.plugin.serving.workers import Workers
@@ -45,7 +45,7 @@ _LENGTH_BYTES = 4
 _CHOICE: TypeAdapter[Choice] = TypeAdapter(Choice)
 _ERRORS: Mapping[str, type[EditsError]] = {
     name: kind
-    for module in (errors, owning)
+    for module in (errors, coordinating)
     for name, kind in vars(module).items()
     if isinstance(kind, type) and issubclass(kind, EditsError)
 }
@@ -59,7 +59,7 @@ def socket_path() -> Path:
     return private_folder(str(os.getppid())) / "owner.sock"
 
 
-class OwnerServer:
+class CoordinatorServer:
     """Lets other processes ask an owner."""
 
     def __init__(self, path: Path) -> None:
@@ -69,10 +69,10 @@ class OwnerServer:
         self._ended_holding: list[_Process] = []
         """what they hold stays held: their requests may still be in the engine"""
 
-    async def start(self, owner: Owner) -> None:
+    async def start(self, coordinator: Coordinator) -> None:
         """Answer from now on."""
         self._path.unlink(missing_ok=True)
-        self._server = await asyncio.start_unix_server(partial(self._serve, owner), self._path)
+        self._server = await asyncio.start_unix_server(partial(self._serve, coordinator), self._path)
 
     async def close(self) -> None:
         """Answer no more."""
@@ -90,8 +90,10 @@ class OwnerServer:
             raise EditsError(f"{gone} API server process(es) ended: what they sent to the engine is not known")
         await asyncio.gather(*(process.fence() for process in self._processes))
 
-    async def _serve(self, owner: Owner, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        process = _Process(owner, writer)
+    async def _serve(
+        self, coordinator: Coordinator, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        process = _Process(coordinator, writer)
         self._processes[process] = asyncio.current_task()
         try:
             while (message := await _read(reader)) is not None:
@@ -106,8 +108,8 @@ class OwnerServer:
 class _Process:
     """Another process, as its owner sees it."""
 
-    def __init__(self, owner: Owner, writer: asyncio.StreamWriter) -> None:
-        self._owner = owner
+    def __init__(self, coordinator: Coordinator, writer: asyncio.StreamWriter) -> None:
+        self._coordinator = coordinator
         self._writer = writer
         self._leases: dict[int, ExitStack] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
@@ -119,7 +121,7 @@ class _Process:
         if call == "release":
             self._leases.pop(number).close()
         elif call == "ended":
-            self._owner.ended(msgspec.convert(message["record"], Record))
+            self._coordinator.ended(msgspec.convert(message["record"], Record))
         elif call == "cancel":
             if number in self._tasks:
                 self._tasks[number].cancel()
@@ -144,18 +146,18 @@ class _Process:
 
     async def _asked(self, number: int, call: str, message: Message) -> Any:
         if call == "lease":
-            asking = Asking(**message["asking"])
-            return self._kept(number, await self._owner.lease(message["model"], message["strength"], asking))
+            context = EvaluationContext(**message["context"])
+            return self._kept(number, await self._coordinator.lease(message["model"], message["strength"], context))
         if call == "renew":
             choice = message["choice"]
-            return self._kept(number, await self._owner.renew(choice and _CHOICE.validate_python(choice)))
+            return self._kept(number, await self._coordinator.renew(choice and _CHOICE.validate_python(choice)))
         if call == "served":
-            return asdict(await self._owner.served())
+            return asdict(await self._coordinator.served())
         if call == "change":
-            return await self._owner.change(Change(**message["change"]))
+            return await self._coordinator.change(TagChange(**message["change"]))
         if call == "feedback":
-            return await self._owner.feedback(message["request"], message["metric"], message["value"])
-        return await (self._owner.status() if call == "status" else self._owner.sync())
+            return await self._coordinator.feedback(message["request"], message["metric"], message["value"])
+        return await (self._coordinator.status() if call == "status" else self._coordinator.sync())
 
     def _kept(self, number: int, lease: Lease) -> Message:
         self._leases[number] = stack = ExitStack()
@@ -186,7 +188,7 @@ class _Process:
         self._writer.close()
 
 
-class RemoteOwner:
+class RemoteCoordinator:
     """The owner is another process."""
 
     def __init__(self, path: Path, reach_engine: Callable[[], Awaitable[Any]]) -> None:
@@ -214,8 +216,8 @@ class RemoteOwner:
         for task in list(self._tasks):
             task.cancel()
 
-    async def lease(self, model: str, strength: float | None = None, asking: Asking = NOBODY) -> Lease:
-        return await self._leased("lease", model=model, strength=strength, asking=asdict(asking))
+    async def lease(self, model: str, strength: float | None = None, context: EvaluationContext = NO_CONTEXT) -> Lease:
+        return await self._leased("lease", model=model, strength=strength, context=asdict(context))
 
     def ended(self, record: Record) -> None:
         with suppress(EditsError):  # an owner that is gone ends the server
@@ -236,7 +238,7 @@ class RemoteOwner:
         found: Mapping[str, Any] = await self._ask("sync")
         return found
 
-    async def change(self, change: Change) -> Mapping[str, Any]:
+    async def change(self, change: TagChange) -> Mapping[str, Any]:
         found: Mapping[str, Any] = await self._ask("change", change=asdict(change))
         return found
 

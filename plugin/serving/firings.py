@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from vllm_edits.plugin.metrics import Metrics
 
 
-class Firings:
+class FiringTotals:
     """What has been counted of each version on the device."""
 
     def __init__(self, metrics: Metrics) -> None:

@@ -22,22 +22,22 @@ from vllm_edits.edit_store import verify
 from vllm_edits.edit_store.bundle import BaseModelRef, Bundle
 from vllm_edits.edit_store.errors import BundleRefused, EditsError, InstallRefused, NotTrusted, Reason, RequestRefused
 from vllm_edits.edit_store.experiments.experiment_log import Experiments
-from vllm_edits.edit_store.experiments.state import Change
+from vllm_edits.edit_store.experiments.state import ExperimentChange
 from vllm_edits.edit_store.reading.reader import Reader
 from vllm_edits.edit_store.storage.store import TagEntry
 from vllm_edits.edit_store.trust import Enforcement
-from vllm_edits.plugin.experiments.evaluation_context import NOBODY, Asking
+from vllm_edits.plugin.experiments.evaluation_context import NO_CONTEXT, EvaluationContext
 from vllm_edits.plugin.experiments.exposure_log import ExposureLog
-from vllm_edits.plugin.experiments.feedback_token import Handles
-from vllm_edits.plugin.experiments.live_experiments import ServedExperiments
+from vllm_edits.plugin.experiments.feedback_token import FeedbackTokens
+from vllm_edits.plugin.experiments.live_experiments import LiveExperiments
 from vllm_edits.plugin.experiments.resolver import Resolver
-from vllm_edits.plugin.experiments.routing import Way
-from vllm_edits.plugin.graph.reservation import Price, Reservation
+from vllm_edits.plugin.experiments.routing import Route
+from vllm_edits.plugin.graph.reservation import Reservation, SlotBytes
 from vllm_edits.plugin.metrics import OTHER, UNKNOWN, Metrics, VariantsNow
 from vllm_edits.plugin.serving.lease import Lease
 from vllm_edits.plugin.serving.slots import Slots
 from vllm_edits.plugin.serving.variants import BASE, Choice, VariantTable, VersionWanted
-from vllm_edits.plugin.serving.version_info import PLAIN, Traits
+from vllm_edits.plugin.serving.version_info import NO_INFO, VersionInfo
 from vllm_edits.plugin.serving.weights_mode import Running, WeightsMode
 from vllm_edits.plugin.serving.workers import Workers, ask, prepare
 from vllm_edits.plugin.short_turns import in_thread
@@ -92,14 +92,14 @@ class Reconciler:
         base: BaseModelRef,
         base_names: tuple[str, ...],
         reservation: Reservation,
-        price: Price,
+        slot_bytes: SlotBytes,
         slots: int,
         default_tag: str,
         weights_key: tuple[str, str] | None = None,
         weights_running: Running = "finish",
         weights_patience_seconds: float = 60.0,
         exposures: ExposureLog | None = None,
-        handles: Handles | None = None,
+        feedback_tokens: FeedbackTokens | None = None,
         resolver: Resolver | None = None,
     ) -> None:
         self.reader = reader
@@ -112,8 +112,8 @@ class Reconciler:
         metrics.follow_variants(self._variants_now)
         self._base = base
         self._reservation = reservation
-        self._price = price
-        self._traits: dict[str, Traits] = {}  # small, and the same for ever, so never dropped
+        self._price = slot_bytes
+        self._info: dict[str, VersionInfo] = {}  # small, and the same for ever, so never dropped
         self._heads: dict[tuple[str, str], TagEntry] = {}
         self._refused: dict[tuple[str, str], Refusal] = {}
         self._troubles: Mapping[tuple[str, str], EditsError] = {}
@@ -125,11 +125,11 @@ class Reconciler:
             weights_key, partial(ask, workers), running=weights_running, patience_seconds=weights_patience_seconds,
             inside=self._in_flight.total, abort_all=workers.abort_all,
         )  # fmt: skip
-        self.experiments = ServedExperiments(
-            metrics, exposures or ExposureLog(None, 0), handles or Handles.of(None), prepare=self.prepare,
-            append=self._append_change, traits=self._known, resolver=resolver,
+        self.experiments = LiveExperiments(
+            metrics, exposures or ExposureLog(None, 0), feedback_tokens or FeedbackTokens.of(None),
+            prepare=self.prepare, append=self._append_change, info=self._known, resolver=resolver,
         )  # fmt: skip
-        self.slots = Slots(slots, workers, metrics, traits=self._known, fired=self.experiments.fired)
+        self.slots = Slots(slots, workers, metrics, info=self._known, fired=self.experiments.fired)
         metrics.signature_policy.labels(reader.trust.enforcement).set(1)
         if reader.trust.enforcement is Enforcement.OFF:
             logger.warning(
@@ -151,7 +151,7 @@ class Reconciler:
                 self._metrics.store_errors.inc()
             self._metrics.store_head_age_seconds.set(self._head_age() or 0)
 
-    def _append_change(self, change: Change, reason: str, actor: str) -> None:
+    def _append_change(self, change: ExperimentChange, reason: str, actor: str) -> None:
         store = self.reader.store
         if self.reader.trust.enforcement is Enforcement.REQUIRE and not store.signs:
             raise EditsError("entries must be signed, and this server has no key: set edits.signing_key_file")
@@ -285,7 +285,7 @@ class Reconciler:
             bundle = await in_thread(self.reader.bundle, version)
         with swap.phase("verify", self._metrics):
             await in_thread(verify.check, bundle, self._base)
-        self._traits[version] = Traits.of(bundle.manifest)
+        self._info[version] = VersionInfo.of(bundle.manifest)
         return bundle
 
     async def _bring_in(self, swap: Swap, version: str) -> None:
@@ -328,35 +328,40 @@ class Reconciler:
 
     # -- lending slots ---------------------------------------------------------------------------------------------
 
-    async def lease(self, model: str, strength: float | None = None, asking: Asking = NOBODY) -> Lease:
+    async def lease(self, model: str, strength: float | None = None, context: EvaluationContext = NO_CONTEXT) -> Lease:
         """A slot for a request that names `model`; waits while all slots are in use.
 
         Where an experiment is about that name, the arm of who asks; the control's, when that arm cannot be served.
         NotFound for a name that is not served; RequestRefused for a strength that its version does not take;
         InstallRefused when the version cannot be brought in.
         """
-        way = self.experiments.decide(model, asking)
-        if way is None:
+        route = self.experiments.decide(model, context)
+        if route is None:
             return await self._lease_of(model, strength)
-        if way.beside and model not in self.experiments.names:
+        if route.shadow and model not in self.experiments.names:
             self.table.resolve(model)  # to compare two does not make a name that is not served one that is
         try:
-            return await self._lease_on(way, model, strength)
+            return await self._lease_on(route, model, strength)
         except RequestRefused:
             raise
         except EditsError as error:
-            if way.instead is None:
+            if route.fallback is None:
                 raise
-            self.experiments.instead_of(way, error)
-            return await self._lease_on(way.instead, model, strength)
+            self.experiments.fall_back_from(route, error)
+            return await self._lease_on(route.fallback, model, strength)
 
-    async def _lease_on(self, way: Way, model: str, strength: float | None) -> Lease:
+    async def _lease_on(self, route: Route, model: str, strength: float | None) -> Lease:
         """A slot for what an experiment decided, under the name that was asked for."""
-        handle = self.experiments.handle(way)
-        lease = await self._lease_of("" if way.serves == BASE else way.serves, strength)
+        feedback_token = self.experiments.feedback_token(route)
+        lease = await self._lease_of("" if route.serves == BASE else route.serves, strength)
         requested = model or lease.choice.requested
-        lease.choice = replace(lease.choice, requested=requested, assignment=way.assignment, handle=handle,
-                               beside=way.beside)  # fmt: skip
+        lease.choice = replace(
+            lease.choice,
+            requested=requested,
+            assignment=route.assignment,
+            feedback_token=feedback_token,
+            shadow=route.shadow,
+        )
         return lease
 
     async def _lease_of(self, model: str, strength: float | None) -> Lease:
@@ -368,10 +373,10 @@ class Reconciler:
                 known = ref.selector in served  # a whole digest that is served needs no store
                 version = ref.selector if known else await in_thread(self.reader.resolve, str(ref))
                 found = self.table.chosen(model, ref.name, version)
-            traits = PLAIN if found.version is None else await self._traits_of(found.variant, found.version)
+            info = NO_INFO if found.version is None else await self._info_of(found.variant, found.version)
             if self._weights.open and found.epoch == self.table.epoch:  # else they changed while the store was asked
-                strength = traits.strength_of(strength, model, fixed=found.in_weights)
-                return await self._enter(replace(found, strength=strength, traits=traits))
+                strength = info.strength_of(strength, model, fixed=found.in_weights)
+                return await self._enter(replace(found, strength=strength, info=info))
 
     def _found(self, model: str) -> Choice | VersionWanted:
         """What a name means. A version that an arm names is known, whether or not a tag promotes anything."""
@@ -387,18 +392,18 @@ class Reconciler:
         await in_thread(verify.check, bundle, self._base)
         if missing := self._reservation.missing(bundle.manifest, self._price):
             raise InstallRefused(f"version {version[:12]} of {name!r}", missing)
-        self._traits[version] = Traits.of(bundle.manifest)
+        self._info[version] = VersionInfo.of(bundle.manifest)
         await self.slots.make_ready(version)
 
-    def _known(self, version: str) -> Traits:
+    def _known(self, version: str) -> VersionInfo:
         """What is known of a version; of one that was never looked at, nothing."""
-        return self._traits.get(version, PLAIN)
+        return self._info.get(version, NO_INFO)
 
-    async def _traits_of(self, name: str, version: str) -> Traits:
-        if version not in self._traits:
+    async def _info_of(self, name: str, version: str) -> VersionInfo:
+        if version not in self._info:
             await self._require_author(name, version)
-            self._traits[version] = Traits.of(await in_thread(self.reader.manifest, version))
-        return self._traits[version]
+            self._info[version] = VersionInfo.of(await in_thread(self.reader.manifest, version))
+        return self._info[version]
 
     async def renew(self, choice: Choice | None) -> Lease:
         """A slot for a choice already made: the same version, whatever its name means by now. None: the base model.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Plan:
+class Placement:
     """Install a version into `slot`, after clearing out `evicted` if somebody idle sits there."""
 
     slot: int
@@ -55,7 +55,7 @@ class Residency:
         """Whether it may be acquired."""
         return version in self._resident and not self._resident[version].closed
 
-    def plan(self, version: str) -> Plan | None:
+    def plan(self, version: str) -> Placement | None:
         """Where to put a version that is not resident, or None while every slot is in use. The slot is held for it."""
         if version in self._resident or version in self._planned:
             raise ValueError(f"version {version[:12]} has a slot already")
@@ -67,7 +67,7 @@ class Residency:
             self._free.append(self._resident.pop(evicted).slot)
         slot = self._free.pop()
         self._planned[version] = slot
-        return Plan(slot, evicted)
+        return Placement(slot, evicted)
 
     def commit(self, version: str) -> None:
         """The planned version is installed on every worker: it may be used."""

@@ -18,9 +18,9 @@ from vllm_edits.edit_store.errors import BundleRefused, EditsError
 from vllm_edits.plugin.graph.tensor_parallel import require_agreement
 from vllm_edits.plugin.metrics import Metrics
 from vllm_edits.plugin.periodic import repeat
-from vllm_edits.plugin.serving.firings import Firings
-from vllm_edits.plugin.serving.residency import Plan, Residency
-from vllm_edits.plugin.serving.version_info import TraitsOf
+from vllm_edits.plugin.serving.firings import FiringTotals
+from vllm_edits.plugin.serving.residency import Placement, Residency
+from vllm_edits.plugin.serving.version_info import InfoOf
 from vllm_edits.plugin.serving.workers import Workers, ask, prepare
 
 logger = logging.getLogger("vllm.edits")
@@ -62,13 +62,13 @@ class Waiting:
 class Slots:
     """So many slots on every worker, and what is done to fill and clear them."""
 
-    def __init__(self, count: int, workers: Workers, metrics: Metrics, *, traits: TraitsOf, fired: Fired) -> None:
+    def __init__(self, count: int, workers: Workers, metrics: Metrics, *, info: InfoOf, fired: Fired) -> None:
         self.residency = Residency(count)
         self._workers = workers
         self._metrics = metrics
-        self._traits = traits
+        self._info = info
         self._fired = fired
-        self._firings = Firings(metrics)
+        self._firings = FiringTotals(metrics)
         self._ready: set[str] = set()  # versions in the memory of every worker, as far as is known
         self._reading: dict[str, asyncio.Task[None]] = {}
         self._installing = asyncio.Lock()
@@ -173,7 +173,7 @@ class Slots:
             if not asked.done():
                 asked.set_result(self.residency.acquire(version))
 
-    async def _bring(self, plan: Plan, version: str) -> None:
+    async def _bring(self, plan: Placement, version: str) -> None:
         """Install a version where it was planned, one install at a time, and hand it out."""
         try:
             async with self._installing:
@@ -194,7 +194,7 @@ class Slots:
                 self._firings.forget(plan.evicted)
         self._serve()
 
-    async def _install(self, plan: Plan, version: str) -> None:
+    async def _install(self, plan: Placement, version: str) -> None:
         answers = await ask(self._workers, "edits_install", plan.slot, version, plan.evicted)
         while any("absent" in answer for answer in answers):  # a worker made room for others meanwhile
             self._ready.discard(version)
@@ -306,7 +306,7 @@ class Slots:
 
     async def read_firings(self) -> None:
         """Count how often the gates on the device have fired. Failing that, the next look counts them."""
-        if any(self._traits(version).fires for version in self.residency.residents()):
+        if any(self._info(version).fires for version in self.residency.residents()):
             try:
                 self._count_firings(await ask(self._workers, "edits_firings"))
             except EditsError as error:
@@ -315,7 +315,7 @@ class Slots:
     def _count_firings(self, answers: list[dict[str, Any]]) -> None:
         """Workers that divide a model see the same tokens, so of each engine the word of its first worker counts."""
         for worker, answer in enumerate(answers):
-            for version, tokens, times in answer["firings"] if answer["share"] == 0 else ():
-                name = self._traits(version).name
+            for version, tokens, times in answer["firings"] if answer["rank"] == 0 else ():
+                name = self._info(version).name
                 new_tokens, new_firings = self._firings.count(name, version, worker, tokens, times)
                 self._fired(version, new_firings, new_tokens)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from vllm_edits.edit_store.errors import NotFound, nearest
 from vllm_edits.edit_store.refs import Ref
 from vllm_edits.plugin.experiments.routing import Assignment
-from vllm_edits.plugin.serving.version_info import PLAIN, Traits
+from vllm_edits.plugin.serving.version_info import NO_INFO, VersionInfo
 
 BASE = "base"
 """Name of the unedited model in metrics and headers."""
@@ -22,16 +22,16 @@ class Choice:
     variant: str
     version: str | None
     strength: float = 1.0
-    traits: Traits = PLAIN
+    info: VersionInfo = NO_INFO
     in_weights: bool = False
     """whether the version is in the engine's weights, so that it needs no slot"""
     epoch: int = 0
     """counts what has been in the engine's weights: what was computed with others is never shared"""
     assignment: Assignment | None = None
     """the arm of an experiment that this is, where the request takes part in one"""
-    handle: str = ""
+    feedback_token: str = ""
     """the id by which feedback on it may come"""
-    beside: str = ""
+    shadow: str = ""
     """what answers the request too, unseen by the client"""
 
 

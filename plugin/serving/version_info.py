@@ -17,7 +17,7 @@ STRENGTH_ARGUMENT, STRENGTH_HEADER = "edits_strength", "x-edits-strength"
 
 
 @dataclass(frozen=True)
-class Traits:
+class VersionInfo:
     """Of one version, or of the base model (the defaults)."""
 
     strength: Strength | None = None
@@ -33,7 +33,7 @@ class Traits:
     """how often they fire for each token, as far as its author has measured that"""
 
     @classmethod
-    def of(cls, manifest: Manifest) -> Traits:
+    def of(cls, manifest: Manifest) -> VersionInfo:
         """The traits of a version."""
         scopes = {edit.scope for edit in manifest.edits}
         # Far into a long prompt, where each scope begins tells its distance from the prompt's end, if it has one.
@@ -63,7 +63,7 @@ class Traits:
         return asked
 
 
-PLAIN = Traits()
+NO_INFO = VersionInfo()
 
-TraitsOf = Callable[[str], Traits]
+InfoOf = Callable[[str], VersionInfo]
 """What is known of a version."""

@@ -9,20 +9,20 @@ from torch import nn
 from vllm_edits.edit_store.architectures import Architecture, ModuleSide, supported
 from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.edit_store.sites import LAYER_POINTS, Site, Widths
-from vllm_edits.plugin.graph.edited_model import Anchor
-from vllm_edits.plugin.graph.tensor_parallel import SOLE, Share, Worker
+from vllm_edits.plugin.graph.edited_model import SiteModule
+from vllm_edits.plugin.graph.tensor_parallel import ONLY_RANK, Rank, Shard
 
 
-def anchors(model: nn.Module, name: str, widths: Widths, worker: Worker = SOLE) -> dict[Site, Anchor]:
+def site_modules(model: nn.Module, name: str, widths: Widths, worker: Rank = ONLY_RANK) -> dict[Site, SiteModule]:
     """The module behind every site of `model`, and what the worker that holds it has of the vector there.
 
     UnsupportedHost names what is missing, or divided among workers otherwise than expected.
     """
     architecture = supported(name)
-    return {site: _anchor(model, architecture, widths, site, worker) for site in architecture.sites(widths.layers)}
+    return {site: _site_module(model, architecture, widths, site, worker) for site in architecture.sites(widths.layers)}
 
 
-def _anchor(model: nn.Module, architecture: Architecture, widths: Widths, site: Site, worker: Worker) -> Anchor:
+def _site_module(model: nn.Module, architecture: Architecture, widths: Widths, site: Site, worker: Rank) -> SiteModule:
     try:
         root: Any = model
         if site.layer is not None:
@@ -35,18 +35,18 @@ def _anchor(model: nn.Module, architecture: Architecture, widths: Widths, site: 
             f"this vLLM builds {architecture.name} otherwise than expected: no module behind {site} ({error})"
         ) from error
     is_layer = site.point in LAYER_POINTS and at.path == ""
-    share = worker.share(widths, site.point)
+    shard = worker.shard(widths, site.point)
     if worker.size > 1:
-        _require_divided_so(module, at, share, site)
-    return Anchor(module, at.side, at.start, share, is_layer)
+        _require_divided_so(module, at, shard, site)
+    return SiteModule(module, at.side, at.start, shard, is_layer)
 
 
-def _require_divided_so(module: Any, at: ModuleSide, share: Share, site: Site) -> None:
+def _require_divided_so(module: Any, at: ModuleSide, shard: Shard, site: Site) -> None:
     """UnsupportedHost where a projection has another part of a vector, or of a sum, than edits there are made for."""
     found = getattr(module, f"{at.side}_size_per_partition", None)
-    fits = found is None or (found == share.width if at.start is None else at.start + share.width <= found)
+    fits = found is None or (found == shard.width if at.start is None else at.start + shard.width <= found)
     if not fits:
-        why = f"{share.width} numbers of it for each, found {found}"
+        why = f"{shard.width} numbers of it for each, found {found}"
     elif at.side == "output" and not getattr(module, "reduce_results", True):
         why = "all of it for each, found a part of a sum"
     else:

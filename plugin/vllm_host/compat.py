@@ -29,7 +29,7 @@ QUANTISED = ("compressed-tensors",)
 
 _OLD_SCHEDULER = "plugin.vllm_host.scheduler.EditsScheduler"
 
-GUESSING = ("ngram", "draft_model")
+SPECULATIVE_METHODS = ("ngram", "draft_model")
 """Methods of speculative decoding under which what is answered is proven to be the edited model's."""
 
 
@@ -88,9 +88,9 @@ def _unproven_models(config: Any) -> Iterator[str]:
     if config.lora_config is not None:
         yield "LoRA beside edits; start without --enable-lora"
     speculative = config.speculative_config
-    if speculative is not None and speculative.method not in GUESSING:
+    if speculative is not None and speculative.method not in SPECULATIVE_METHODS:
         yield (
-            f"speculative decoding by {speculative.method!r}; use {' or '.join(GUESSING)}, or start without "
+            f"speculative decoding by {speculative.method!r}; use {' or '.join(SPECULATIVE_METHODS)}, or start without "
             "--speculative-config"
         )
     if getattr(speculative, "enable_adaptive_verification", False):

@@ -33,9 +33,9 @@ def require_http() -> None:
 
 def refused(words: Sequence[str]) -> str:
     """Why a command's engine cannot serve edits, or ''."""
-    for place, word in enumerate(words[:_PROGRAM]):
+    for group, word in enumerate(words[:_PROGRAM]):
         if Path(word).name == "vllm" or word == "vllm.entrypoints.cli.main":
-            rest = words[place + 1 :]
+            rest = words[group + 1 :]
             return _BATCH if rest[:1] == ["run-batch"] else _GRPC if "--grpc" in rest else ""
         if word.startswith("vllm.entrypoints."):
             return _BATCH if word.endswith(".run_batch") else _GRPC if "grpc_server" in word else ""

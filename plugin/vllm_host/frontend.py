@@ -22,10 +22,10 @@ from vllm_edits.edit_store.bundle import BaseModelRef
 from vllm_edits.edit_store.errors import EditsError, NotFound, UnsupportedHost
 from vllm_edits.edit_store.refs import Ref
 from vllm_edits.plugin.experiments.exposure_log import ExposureLog
-from vllm_edits.plugin.experiments.feedback_token import Handles
+from vllm_edits.plugin.experiments.feedback_token import FeedbackTokens
 from vllm_edits.plugin.experiments.resolver import Resolver
 from vllm_edits.plugin.graph.reservation import Reservation
-from vllm_edits.plugin.graph.slot_bytes import price
+from vllm_edits.plugin.graph.slot_bytes import slot_bytes
 from vllm_edits.plugin.http import admin_token
 from vllm_edits.plugin.http.api_key import ApiKeys
 from vllm_edits.plugin.http.engine_gate import EngineGate
@@ -35,8 +35,13 @@ from vllm_edits.plugin.http.served_models import ServedModels
 from vllm_edits.plugin.metrics import Metrics
 from vllm_edits.plugin.open_store import open_reader
 from vllm_edits.plugin.plan import weights_key
-from vllm_edits.plugin.serving.coordinator import LocalOwner, Owner, lease_of
-from vllm_edits.plugin.serving.coordinator_socket import FencedWorkers, OwnerServer, RemoteOwner, socket_path
+from vllm_edits.plugin.serving.coordinator import Coordinator, LocalCoordinator, lease_of
+from vllm_edits.plugin.serving.coordinator_socket import (
+    CoordinatorServer,
+    FencedWorkers,
+    RemoteCoordinator,
+    socket_path,
+)
 from vllm_edits.plugin.serving.reconcile import Reconciler
 from vllm_edits.plugin.serving.workers import Workers
 from vllm_edits.plugin.vllm_host import compat
@@ -99,7 +104,7 @@ class EditsEndpoints:
     required_tasks: tuple[str, ...] | None = ("generate",)
 
     def __init__(self) -> None:
-        self._owner: Owner | None = None
+        self._coordinator: Coordinator | None = None
         self._metrics: Metrics | None = None
         self._keys = ApiKeys((), ())
         self._settings: EditSettings | None = None
@@ -113,10 +118,10 @@ class EditsEndpoints:
     def _admin_token_file(self) -> str | None:
         return self._settings.admin_token_file if self._settings else None
 
-    def _asked(self) -> Owner:
-        if self._owner is None:
+    def _asked(self) -> Coordinator:
+        if self._coordinator is None:
             raise UnsupportedHost("edits are not attached to an engine yet")
-        return self._owner
+        return self._coordinator
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Everything that must hold before the first request; an exception here ends the start."""
@@ -137,41 +142,47 @@ class EditsEndpoints:
         _require_plain(base_names)
         self._keys = ApiKeys(_api_keys(args), base_names)
         workers = EngineWorkers(engine_client)
-        self._owner, description = await self._owning(workers, settings, self._metrics, base_names)
-        owner = self._owner
+        self._coordinator, description = await self._owning(workers, settings, self._metrics, base_names)
+        coordinator = self._coordinator
         self._metrics.server_info.labels(base_names[0], importlib.metadata.version("vllm-edits"), vllm.__version__).set(
             1
         )
-        gate = EngineGate(engine_client, owner.renew, forks=forks(config), lease_of=lease_of(owner), note=owner.ended,
-                          settle=partial(record_late, self._metrics))  # fmt: skip
-        put_before_handlers(state, {engine_client: gate, models: ServedModels(models, self._owner.served)})
+        gate = EngineGate(
+            engine_client,
+            coordinator.renew,
+            forks=forks(config),
+            lease_of=lease_of(coordinator),
+            note=coordinator.ended,
+            settle=partial(record_late, self._metrics),
+        )
+        put_before_handlers(state, {engine_client: gate, models: ServedModels(models, self._coordinator.served)})
         logger.info("%s; %s", versions(config), description)
 
     async def _owning(
         self, workers: EngineWorkers, settings: EditSettings, metrics: Metrics, base_names: tuple[str, ...]
-    ) -> tuple[Owner, str]:
+    ) -> tuple[Coordinator, str]:
         """Whoever owns the slots: the first of the API server's processes, which the others ask."""
         rank, count = workers.api_process
         if rank:
-            remote = RemoteOwner(socket_path(), partial(workers.call, "edits_fence"))
+            remote = RemoteCoordinator(socket_path(), partial(workers.call, "edits_fence"))
             await remote.connect()
             return remote, f"API server process {rank + 1} of {count}, asks the first"
         asked: Workers = workers
         if count > 1:
             path = socket_path()
             atexit.register(shutil.rmtree, path.parent, ignore_errors=True)
-            server = OwnerServer(path)
+            server = CoordinatorServer(path)
             asked = FencedWorkers(workers, server.fence)
         reconciler, description = await start(asked, settings, metrics, base_names)
-        owner = LocalOwner(reconciler)
+        coordinator = LocalCoordinator(reconciler)
         if count > 1:
-            await server.start(owner)
+            await server.start(coordinator)
         self._following = [
             asyncio.create_task(reconciler.follow(settings.poll_seconds)),
             asyncio.create_task(reconciler.slots.follow_firings()),
             asyncio.create_task(reconciler.experiments.watch()),
         ]
-        return owner, description
+        return coordinator, description
 
 
 async def start(
@@ -197,14 +208,14 @@ async def start(
         base=base,
         base_names=base_names,
         reservation=reservation,
-        price=price(base.widths, getattr(torch, described["dtype"]), described["workers"]),
+        slot_bytes=slot_bytes(base.widths, getattr(torch, described["dtype"]), described["workers"]),
         slots=described["slots"],
         default_tag=settings.default_tag,
         weights_key=weights_key(settings),
         weights_running=settings.weights_running,
         weights_patience_seconds=settings.weights_patience_seconds,
         exposures=ExposureLog(_path(settings.exposure_folder), settings.exposure_bytes),
-        handles=Handles.of(_path(settings.feedback_key_file)),
+        feedback_tokens=FeedbackTokens.of(_path(settings.feedback_key_file)),
         resolver=Resolver.of(settings.arm_resolver),
     )
     await reconciler.sync()

@@ -33,16 +33,16 @@ from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.plugin.graph.cpu_products import products_for
 from vllm_edits.plugin.graph.edited_model import EditedModel, Prepared
 from vllm_edits.plugin.graph.host_cache import HostCache, R
-from vllm_edits.plugin.graph.slot_bytes import price
+from vllm_edits.plugin.graph.slot_bytes import slot_bytes
 from vllm_edits.plugin.graph.slot_products import EXPRESSIONS
-from vllm_edits.plugin.graph.tensor_parallel import Worker
+from vllm_edits.plugin.graph.tensor_parallel import Rank
 from vllm_edits.plugin.open_store import open_reader
 from vllm_edits.plugin.plan import Plan, set_apart
 from vllm_edits.plugin.vllm_host import base_files, compat, front_ends
-from vllm_edits.plugin.vllm_host.architectures import anchors
+from vllm_edits.plugin.vllm_host.architectures import site_modules
 from vllm_edits.plugin.vllm_host.device import check_compiler, check_device, free_for_slots
 from vllm_edits.plugin.vllm_host.ending import EndsRequests
-from vllm_edits.plugin.vllm_host.nan_guard import contain
+from vllm_edits.plugin.vllm_host.nan_guard import guard_against_nan
 from vllm_edits.plugin.vllm_host.proof import require_effective
 from vllm_edits.plugin.vllm_host.runner_v2 import use_edits_model_state
 from vllm_edits.plugin.vllm_host.weights import keeping_loaded, patchable
@@ -100,18 +100,18 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
         architecture = supported(base.architecture)
         reservation, room = set_apart(settings, base)
         compat.check_room(vllm_config, base, reservation)
-        tensor_parallel = Worker(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
+        tensor_parallel = Rank(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
 
         def patched(model: nn.Module) -> list[nn.Module]:
-            sites = anchors(model, base.architecture, base.widths, tensor_parallel)
+            sites = site_modules(model, base.architecture, base.widths, tensor_parallel)
             return [sites[site].module for site in room]
 
         with keeping_loaded(inner, patched) as kept:
             model: Any = inner.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
-        sites = anchors(model, base.architecture, base.widths, tensor_parallel)
+        sites = site_modules(model, base.architecture, base.widths, tensor_parallel)
         weights = patchable(model, sites, room, kept, Checkpoint(folder, architecture, base.widths))
         device = next(model.parameters()).device
-        plan = Plan.of(reservation, price(base.widths, model_config.dtype, tensor_parallel.size))
+        plan = Plan.of(reservation, slot_bytes(base.widths, model_config.dtype, tensor_parallel.size))
         free = free_for_slots(vllm_config, model, device)
         plan.require(settings.slots, free.size, free.beside)
         products = products_for(device, model_config.dtype) if reservation.several_ranks else EXPRESSIONS
@@ -137,7 +137,7 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
             products=products,
             refused=ending.end,
         )
-        contain(model)
+        guard_against_nan(model)
         require_effective(model, edited, vllm_config, device)
         EditsWorker.extend(resolve_obj_by_qualname(vllm_config.parallel_config.worker_cls))
         model.loaded_edits = LoadedEdits(

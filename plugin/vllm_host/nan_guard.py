@@ -18,7 +18,7 @@ from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.plugin.graph.edit_math import finite
 
 
-def contain(model: nn.Module) -> None:
+def guard_against_nan(model: nn.Module) -> None:
     """Have every attention layer cache finite values only. Finite ones stay as they are, bit for bit."""
     layers: list[Any] = [module for module in model.modules() if isinstance(module, Attention)]
     if not layers:

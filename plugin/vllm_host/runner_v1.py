@@ -14,7 +14,7 @@ from torch import nn
 from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.plugin.claim import CLAIM
 from vllm_edits.plugin.graph.edited_model import EditedModel
-from vllm_edits.plugin.graph.step_filler import Batch, Extents
+from vllm_edits.plugin.graph.step_filler import Extents, StepBatch
 from vllm_edits.plugin.vllm_host import prompts
 from vllm_edits.plugin.vllm_host.compat import need
 
@@ -52,7 +52,7 @@ def attach(runner: Any, edited: EditedModel) -> None:
                 input_ids=runner.input_ids.gpu,
             )
 
-        edited.set_step(Batch(requests, _claim, prompts.embedded, extents))
+        edited.set_step(StepBatch(requests, _claim, prompts.embedded, extents))
 
     model.register_forward_pre_hook(prepare_step)
     if edited.reservation.edits_logits:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.plugin.claim import CLAIM
-from vllm_edits.plugin.graph.step_filler import Batch, Extents
+from vllm_edits.plugin.graph.step_filler import Extents, StepBatch
 from vllm_edits.plugin.vllm_host import prompts
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def with_token_slots(base: Any, loaded: LoadedEdits) -> type:
 
             if self._edits_logits:
                 loaded.edited.note_output(None)  # a full CUDA graph is replayed without calling the model
-            loaded.edited.set_step(Batch(requests, attrgetter("claim"), attrgetter("embedded"), extents))
+            loaded.edited.set_step(StepBatch(requests, attrgetter("claim"), attrgetter("embedded"), extents))
             return super().prepare_inputs(input_batch, req_states)
 
     return EditsModelState

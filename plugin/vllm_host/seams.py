@@ -162,39 +162,39 @@ def _parsed(text: str) -> ast.Module:
 
 def _fault(module: ast.Module, seam: Seam) -> str:
     """Why a module does not have what it should, or ''."""
-    place: ast.AST | None = module
+    group: ast.AST | None = module
     for part in seam.name.split("."):
-        place = _member(module, place, part) if place is not None else None
-    if place is None:
+        group = _member(module, group, part) if group is not None else None
+    if group is None:
         return f"no {seam.name} in vllm/{seam.file}"
     if not seam.takes:
         return ""
-    if not isinstance(place, ast.FunctionDef | ast.AsyncFunctionDef):
+    if not isinstance(group, ast.FunctionDef | ast.AsyncFunctionDef):
         return f"{seam.name} in vllm/{seam.file} is no function"
-    arguments = place.args
+    arguments = group.args
     names = [each.arg for each in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
     absent = [name for name in seam.takes if name not in names]
     return f"{seam.name} in vllm/{seam.file} takes no {' and no '.join(absent)}" if absent else ""
 
 
-def _member(module: ast.Module, place: ast.AST, name: str) -> ast.AST | None:
+def _member(module: ast.Module, group: ast.AST, name: str) -> ast.AST | None:
     """What is called so in a module or a class, or in a base of the class that the same module holds."""
-    for node in _members(place):
-        if name in _names(node, inside_class=isinstance(place, ast.ClassDef)):
+    for node in _members(group):
+        if name in _names(node, inside_class=isinstance(group, ast.ClassDef)):
             return node
-    if isinstance(place, ast.ClassDef):
-        for base in place.bases:
+    if isinstance(group, ast.ClassDef):
+        for base in group.bases:
             held = _member(module, module, base.id) if isinstance(base, ast.Name) else None
             if isinstance(held, ast.ClassDef) and (inherited := _member(module, held, name)) is not None:
                 return inherited
     return None
 
 
-def _members(place: ast.AST) -> Iterator[ast.AST]:
+def _members(group: ast.AST) -> Iterator[ast.AST]:
     """Statements of a module, also below `if` and `try`; of a class also what its methods do."""
-    for node in ast.iter_child_nodes(place):
+    for node in ast.iter_child_nodes(group):
         yield node
-        if isinstance(node, ast.If | ast.Try) or isinstance(place, ast.ClassDef):
+        if isinstance(node, ast.If | ast.Try) or isinstance(group, ast.ClassDef):
             yield from (each for each in ast.walk(node) if each is not node)
 
 

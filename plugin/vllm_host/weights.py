@@ -21,9 +21,9 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 
 from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.edit_store.sites import Site
-from vllm_edits.plugin.graph.edited_model import Anchor
+from vllm_edits.plugin.graph.edited_model import SiteModule
 from vllm_edits.plugin.weights.checkpoint import Checkpoint
-from vllm_edits.plugin.weights.patched_weights import Copy, LiveWeight, Part, PatchedWeights
+from vllm_edits.plugin.weights.patched_weights import Copy, LiveWeight, PatchedWeights, ProjectionPart
 from vllm_edits.plugin.weights.plain_weight import PlainWeight, exchange_bias
 
 _PRIMITIVES = 32
@@ -115,9 +115,12 @@ def _weights_of(modules: Iterable[Any]) -> Iterator[tuple[nn.Module, Tensor]]:
 
 
 def patchable(
-    model: nn.Module, anchors: Mapping[Site, Anchor], room: Mapping[Site, bool], kept: Mapping[nn.Module, Tensor],
+    model: nn.Module,
+    site_modules: Mapping[Site, SiteModule],
+    room: Mapping[Site, bool],
+    kept: Mapping[nn.Module, Tensor],
     checkpoint: Checkpoint,
-) -> PatchedWeights:  # fmt: skip
+) -> PatchedWeights:
     """The weights of a loaded model that a version may be installed in.
 
     room: the projections that are set apart, by what they give, and whether each is to have a bias; one that has none
@@ -126,11 +129,13 @@ def patchable(
     architecture = checkpoint.architecture
     names, reads = {module: name for name, module in model.named_modules()}, architecture.projections()
     parts = {
-        site: Part(names[at.module], at.start or 0, at.share, anchors[site.beside(reads[site.point])].share)
-        for site, at in ((site, anchors[site]) for site in sorted(room))
+        site: ProjectionPart(
+            names[at.module], at.start or 0, at.shard, site_modules[site.beside(reads[site.point])].shard
+        )
+        for site, at in ((site, site_modules[site]) for site in sorted(room))
     }
     for site, biased in room.items():
-        module: Any = anchors[site].module
+        module: Any = site_modules[site].module
         if biased and module.bias is None:
             dtype = torch.float32 if _TILES in _captured(module) else kept[module].dtype  # as its kernel wants it
             zeros = torch.zeros(len(kept[module]), dtype=dtype, device=kept[module].device)

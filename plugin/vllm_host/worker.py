@@ -81,13 +81,13 @@ class EditsWorker:
             edited, prepared = loaded.edited, loaded.ready.get(version)
             share = edited.worker.rank
             if edited.held.get(slot) == version:
-                return {"digest": edited.digest(slot), "share": share, "firings": []}
+                return {"digest": edited.digest(slot), "rank": share, "firings": []}
             if prepared is None:
                 return {"absent": True}
             firings = edited.firings(slot)
             if leaving is not None:
                 edited.clear(slot)
-            return {"digest": edited.install(slot, prepared), "share": share, "firings": firings}
+            return {"digest": edited.install(slot, prepared), "rank": share, "firings": firings}
 
         return _answer(install)
 
@@ -117,7 +117,7 @@ class EditsWorker:
                         return {"absent": True}
                 weights.install(patch, epoch)
                 loaded.edited.weights_hold(version, besides=besides)
-            return {"digest": weights.digest, "share": loaded.edited.worker.rank}
+            return {"digest": weights.digest, "rank": loaded.edited.worker.rank}
 
         return _answer(put)
 
@@ -130,7 +130,7 @@ class EditsWorker:
 
         def firings() -> Answer:
             edited = self._edits().edited
-            return {"share": edited.worker.rank, "firings": edited.firings()}
+            return {"rank": edited.worker.rank, "firings": edited.firings()}
 
         return _answer(firings)
 
@@ -141,7 +141,7 @@ class EditsWorker:
             edited = self._edits().edited
             firings = edited.firings(slot)
             edited.clear(slot)
-            return {"share": edited.worker.rank, "firings": firings}
+            return {"rank": edited.worker.rank, "firings": firings}
 
         return _answer(clear)
 

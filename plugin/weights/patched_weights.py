@@ -23,7 +23,7 @@ from vllm_edits.edit_store.edits import Edit, Tensors, order_at_site
 from vllm_edits.edit_store.errors import InstallRefused, Reason, UnsupportedHost
 from vllm_edits.edit_store.sites import Site
 from vllm_edits.plugin.byte_sizes import sized
-from vllm_edits.plugin.graph.tensor_parallel import Share
+from vllm_edits.plugin.graph.tensor_parallel import Shard
 from vllm_edits.plugin.weights.weight_form import Numbers, formless, patched, touched
 
 
@@ -58,13 +58,13 @@ class LiveWeight(Protocol):
 
 
 @dataclass(frozen=True)
-class Part:
+class ProjectionPart:
     """A projection inside a module: rows of its weight from `start` on, and what this worker has of the whole."""
 
     module: str
     start: int
-    rows: Share
-    columns: Share
+    rows: Shard
+    columns: Shard
 
     @property
     def slice(self) -> slice:
@@ -104,7 +104,7 @@ class PatchedWeights:
     def __init__(
         self,
         modules: Mapping[str, LiveWeight],
-        parts: Mapping[Site, Part],
+        parts: Mapping[Site, ProjectionPart],
         architecture: Architecture,
         free_bytes: Callable[[], int],
         whole: Whole | None = None,

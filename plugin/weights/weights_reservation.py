@@ -12,11 +12,11 @@ from vllm_edits.edit_store.sites import Site, Widths
 from vllm_edits.plugin.weights.weight_form import constant, touched
 from vllm_edits.server_config.settings import ReserveWeight
 
-WeightsRoom = Mapping[Site, bool]
+WeightsReservation = Mapping[Site, bool]
 """Projections by what they give, and whether each is to have a bias if the model gives it none."""
 
 
-def asked_for(reserve: Iterable[ReserveWeight], architecture: Architecture, widths: Widths) -> WeightsRoom:
+def asked_for(reserve: Iterable[ReserveWeight], architecture: Architecture, widths: Widths) -> WeightsReservation:
     """Expand patterns over a model's projections. SettingsError when a pattern fits none."""
     every, room, unmatched = list(_every(architecture, widths)), dict[Site, bool](), []
     for item in reserve:
@@ -33,7 +33,7 @@ def asked_for(reserve: Iterable[ReserveWeight], architecture: Architecture, widt
     return room
 
 
-def for_version(manifest: Manifest, architecture: Architecture) -> WeightsRoom:
+def for_version(manifest: Manifest, architecture: Architecture) -> WeightsReservation:
     """What one version changes."""
     room: dict[Site, bool] = {}
     for edit in manifest.edits:
@@ -42,17 +42,17 @@ def for_version(manifest: Manifest, architecture: Architecture) -> WeightsRoom:
     return room
 
 
-def usual(architecture: Architecture, widths: Widths) -> WeightsRoom:
+def usual(architecture: Architecture, widths: Widths) -> WeightsReservation:
     """Every projection of every layer, with the biases that the model has."""
     return dict.fromkeys(_every(architecture, widths), False)
 
 
-def to_settings(room: WeightsRoom) -> list[dict[str, object]]:
+def to_settings(room: WeightsReservation) -> list[dict[str, object]]:
     """The same as settings, one entry for each projection."""
     return [{"site": str(site), "bias": bias} for site, bias in sorted(room.items())]
 
 
-def bytes_kept(room: WeightsRoom, architecture: Architecture, widths: Widths, itemsize: int) -> int:
+def bytes_kept(room: WeightsReservation, architecture: Architecture, widths: Widths, itemsize: int) -> int:
     """Bytes of the weights that are set apart: what a CPU server keeps of them besides, and the most a patch takes."""
     projections = architecture.projections()
     return sum(widths.of(site.point) * widths.of(projections[site.point]) * itemsize for site in room)

@@ -45,7 +45,7 @@ from loadtests.bench.report import (
     summarise_swaps,
     verdict,
 )
-from loadtests.bench.rounds import PREFILLS, Experiment, Phase, Side, _in_step, _steps, rates_by_round, turns
+from loadtests.bench.rounds import PREFILLS, Phase, Side, Trial, _in_step, _steps, rates_by_round, turns
 from loadtests.bench.sides import Batch, Engine
 from loadtests.harness.record import free_path
 from tests.support.fakes import BASE, WIDTHS
@@ -84,7 +84,7 @@ def test_without_second_engines_sides_are_held_against_the_first() -> None:
     both = ("plain", "plain again")
     comparisons = [Comparison(over, under, "decode") for over, under in
                    (("plain again", ("plain",)), ("idle", both), ("idle again", both))]  # fmt: skip
-    once = Experiment("", sides, [Phase("decode", 1, 1)], comparisons).once()
+    once = Trial("", sides, [Phase("decode", 1, 1)], comparisons).once()
     assert list(once.sides) == ["plain", "idle"]
     assert once.comparisons == [Comparison("idle", ("plain",), "decode")]
 
@@ -148,7 +148,7 @@ def test_engines_take_a_step_each_in_turns() -> None:
     assert turns == ["a", "b", "b", "a", "a", "b"], "each goes first in turns"
 
 
-class Asking(Side):
+class EvaluationContext(Side):
     """Notes which prompts are asked for, instead of making them."""
 
     seeds: ClassVar[list[Sequence[int]]] = []
@@ -160,13 +160,16 @@ class Asking(Side):
 
 def test_a_prefill_is_measured_several_times_a_round_with_other_prompts_each_time() -> None:
     """A prompt seen before would come from the prefix cache. Positive control: decoding is measured once."""
-    sides = {"a": Asking("", EngineThatSays("a", 0.5, []), [None]), "b": Asking("", EngineThatSays("b", 1, []), [None])}
+    sides = {
+        "a": EvaluationContext("", EngineThatSays("a", 0.5, []), [None]),
+        "b": EvaluationContext("", EngineThatSays("b", 1, []), [None]),
+    }
     no_inputs: Any = None
     for tokens, measured, rates in ((1, PREFILLS, {"a": 200, "b": 100}), (3, 1, {"a": 2, "b": 1})):
-        Asking.seeds.clear()
+        EvaluationContext.seeds.clear()
         found = _in_step(sides, Phase("", requests=1, prompt_tokens=100, tokens=tokens), no_inputs, (7, 0, 0))
         assert found == pytest.approx(rates)
-        assert sorted(Asking.seeds) == sorted([(7, 0, 0, again) for again in range(measured)] * len(sides))
+        assert sorted(EvaluationContext.seeds) == sorted([(7, 0, 0, again) for again in range(measured)] * len(sides))
 
 
 def test_sides_of_one_engine_work_in_different_heats() -> None:
@@ -175,7 +178,7 @@ def test_sides_of_one_engine_work_in_different_heats() -> None:
     sides = {"plain": Side("", plain, [None]), "K=0": Side("", edited, [None]), "K=1": Side("", edited, ["a"]),
              "other": Side("", other, [None])}  # fmt: skip
     compared = [Comparison(side, ("plain",), "decode") for side in ("K=0", "K=1", "other")]
-    experiment = Experiment("", sides, [Phase("decode", 1, 1)], compared)
+    experiment = Trial("", sides, [Phase("decode", 1, 1)], compared)
     assert experiment.heats() == [["plain", "K=0", "other"], ["plain", "K=1"]]
     rates = [{"plain": {"decode": 10.0}, "K=0": {"decode": 9.0}}, {"plain": {"decode": 20.0}, "K=1": {"decode": 20.0}}]
     assert [each.of(rates).median for each in compared[:2]] == [0.9, 1.0]
@@ -204,8 +207,8 @@ def test_on_a_gpu_engines_start_side_by_side_and_rounds_end_when_their_time_is_u
     """A lent GPU is short of time; three rounds there are in any case. Positive control: with time there are all."""
     for seconds, rounds in ((0.0, 3), (60.0, 6)):
         begun = Barrier(3)
-        sides: dict[str, Side] = {name: Asking("", EngineThatStarts(name, begun), [None]) for name in "abc"}
-        experiment = Experiment("", sides, [Phase("decode", 1, 1, 11)], [])
+        sides: dict[str, Side] = {name: EvaluationContext("", EngineThatStarts(name, begun), [None]) for name in "abc"}
+        experiment = Trial("", sides, [Phase("decode", 1, 1, 11)], [])
         no_inputs: Any = None
         with Progress(disable=True) as progress:
             found = rates_by_round(experiment, 6, no_inputs, progress, in_step=False, seconds=seconds)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
-from loadtests.harness.metrics import Metrics
+from loadtests.harness.metrics import Scrape
 from loadtests.harness.model import made_whole
 
 
@@ -19,7 +19,7 @@ def test_metrics_are_added_up_by_name_and_labels() -> None:
     Histogram("seconds", "how long", registry=registry).observe(2.5)
     for variant, outcome, count in (("a", "ok", 2), ("a", "error", 1), ('b", outcome="ok', "ok", 4)):
         requests.labels(variant, outcome).inc(count)
-    metrics = Metrics(generate_latest(registry).decode())
+    metrics = Scrape(generate_latest(registry).decode())
     assert metrics.sum("requests_total") == 7
     assert metrics.sum("requests_total", outcome="ok") == 6
     assert metrics.sum("requests_total", outcome="ok", variant="a") == 2

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from loadtests.harness.client import complete
-from loadtests.harness.metrics import Metrics
+from loadtests.harness.metrics import Scrape
 from loadtests.harness.object_servers import BUCKET, moto
 from loadtests.harness.server import Server
 from tests.engine.network import Line
@@ -25,7 +25,7 @@ from tests.support.engine import wait_until
 from vllm_edits.edit_store import BaseModelRef, Bundle, EditStore, Gate
 from vllm_edits.edit_store.experiments.document import Experiment
 from vllm_edits.edit_store.experiments.experiment_log import Experiments
-from vllm_edits.edit_store.experiments.state import Change, Standing
+from vllm_edits.edit_store.experiments.state import ExperimentChange, Standing
 
 pytestmark = pytest.mark.vllm
 
@@ -53,7 +53,7 @@ class Guarded:
         ]
         log = Experiments(self.store)
         log.create(Experiment.parse({"name": "tone", "model": "polite", "arms": arms, **fields}))
-        log.change(Change(experiment="tone", operation="start"))
+        log.change(ExperimentChange(experiment="tone", operation="start"))
         phase = self.standing().phase
         wait_until(lambda: self.serves_every_arm(phase), "the start")
 
@@ -133,7 +133,7 @@ def running(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def guarded(running: Guarded) -> Iterator[Guarded]:
     """Stopped afterwards."""
     yield running
-    Experiments(running.store).change(Change(experiment="tone", operation="stop"))
+    Experiments(running.store).change(ExperimentChange(experiment="tone", operation="stop"))
     wait_until(lambda: not any(found["status"] == "running" for found in running.status()), "the stop")
 
 
@@ -161,7 +161,7 @@ def test_an_arm_whose_logits_are_not_numbers_is_withdrawn_and_harms_nobody(guard
     assert {arm_of(answer): text(answer) for answer in guarded.ask_all()} == {
         "control": solo["control"], "sound": solo["sound"], "unsound": solo["control"],
     }  # fmt: skip
-    assert Metrics.of(guarded.server.url).sum("vllm_edits_requests_total", outcome="error") == 0
+    assert Scrape.of(guarded.server.url).sum("vllm_edits_requests_total", outcome="error") == 0
 
 
 def test_gates_that_fire_more_than_their_author_measured_withdraw_an_arm(guarded: Guarded) -> None:

@@ -28,7 +28,7 @@ from tests.support.engine import SLOW_ON_TWO, Serving, serve
 from vllm_edits.edit_store.cli import app
 from vllm_edits.edit_store.experiments.document import Experiment
 from vllm_edits.edit_store.experiments.experiment_log import Experiments
-from vllm_edits.edit_store.experiments.state import Change
+from vllm_edits.edit_store.experiments.state import ExperimentChange
 
 pytestmark = [pytest.mark.vllm, *SLOW_ON_TWO]
 
@@ -63,7 +63,7 @@ def fleet(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def do(serving: Serving, operation: Any, **fields: Any) -> None:
-    Experiments(serving.store).change(Change(experiment="tone", operation=operation, **fields))
+    Experiments(serving.store).change(ExperimentChange(experiment="tone", operation=operation, **fields))
 
 
 def ask(serving: Serving, unit: str) -> dict[str, Any]:

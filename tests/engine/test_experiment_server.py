@@ -23,9 +23,9 @@ from vllm_edits.edit_store.cli import app
 from vllm_edits.edit_store.experiments.assignment import bucket, chosen
 from vllm_edits.edit_store.experiments.document import Experiment
 from vllm_edits.edit_store.experiments.experiment_log import Experiments
-from vllm_edits.edit_store.experiments.state import Change
+from vllm_edits.edit_store.experiments.state import ExperimentChange
 from vllm_edits.plugin.experiments.analysis.evidence import Logs, gather
-from vllm_edits.plugin.experiments.records import Compared
+from vllm_edits.plugin.experiments.records import ShadowRecord
 
 pytestmark = pytest.mark.vllm
 
@@ -44,7 +44,7 @@ def trial(small_server: Serving) -> Iterator[Serving]:
 
 
 def do(serving: Serving, operation: Any, **fields: Any) -> None:
-    Experiments(serving.store).change(Change(experiment="tone", operation=operation, **fields))
+    Experiments(serving.store).change(ExperimentChange(experiment="tone", operation=operation, **fields))
     serving.sync()
 
 
@@ -185,7 +185,7 @@ def test_two_answers_to_one_request_part_where_two_solo_runs_do(trial: Serving, 
         tokens = zip(left["token_ids"], right["token_ids"], strict=False)
         place = next((at for at, (ours, theirs) in enumerate(tokens) if ours != theirs), None)
         known = len(pairs_of(trial))
-        headers = {"x-edits-compare": f"{one},{two}"}
+        headers = {"x-edits-shadow": f"{one},{two}"}
         body = {"model": "base", "prompt": prompt, "max_tokens": 12, "temperature": 0, "return_token_ids": True}
         answer = httpx.post(f"{trial.url}/v1/completions", json=body, headers=headers, timeout=60).json()
         assert answer["choices"][0]["token_ids"] == left["token_ids"]
@@ -206,7 +206,7 @@ def test_two_answers_to_one_request_part_where_two_solo_runs_do(trial: Serving, 
     assert any(place is not None for place in places), "positive control: some part"
 
 
-def pairs_of(serving: Serving) -> list[Compared]:
+def pairs_of(serving: Serving) -> list[ShadowRecord]:
     if not list(serving.exposures.glob("exposures-*")):
         return []
-    return [record for record in Logs([serving.exposures]) if isinstance(record, Compared)]
+    return [record for record in Logs([serving.exposures]) if isinstance(record, ShadowRecord)]

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from loadtests.harness.client import complete
-from loadtests.harness.metrics import Metrics
+from loadtests.harness.metrics import Scrape
 from loadtests.harness.server import Server
 from tests.proofs.parity import random_numbers
 from tests.support.bundles import base_of, bundle_of, publish
@@ -43,7 +43,7 @@ def test_every_variant_that_is_served_has_series_of_its_own(tiny_model: Path, tm
             return version
 
         def counted() -> dict[tuple[str, ...], float]:
-            return dict(Metrics.of(server.url).by(REQUESTS, "variant", "version"))
+            return dict(Scrape.of(server.url).by(REQUESTS, "variant", "version"))
 
         with ThreadPoolExecutor(SLOTS) as pool:
             assert list(pool.map(ask, now)) == list(versions.values())
@@ -67,7 +67,7 @@ def test_every_variant_that_is_served_has_series_of_its_own(tiny_model: Path, tm
 
 def _look_at_every_series(url: str, variants: set[str]) -> None:
     """Each is known, is there once, and names a variant that there is, or the base model; routers see the slots."""
-    metrics = Metrics.of(url)
+    metrics = Scrape.of(url)
     labels = {PREFIX + metric.name: set(metric.labels) for metric in METRICS}
     ours = {family.name: family for family in text_string_to_metric_families(metrics.text) if family.name in labels}
     assert ours.keys() == labels.keys()

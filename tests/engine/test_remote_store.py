@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from loadtests.harness.client import complete
-from loadtests.harness.metrics import Metrics
+from loadtests.harness.metrics import Scrape
 from loadtests.harness.object_servers import BUCKET, moto
 from loadtests.harness.server import Server
 from tests.engine.network import Line
@@ -70,7 +70,7 @@ def test_a_server_on_a_bucket(tiny_model: Path, tmp_path: Path, monkeypatch: pyt
                 return answer["headers"].get("x-edits-version", ""), answer["choices"][0]["text"]
 
             def metric(name: str, **labels: str) -> float:
-                return Metrics.of(server.url).sum(name, **labels)
+                return Scrape.of(server.url).sum(name, **labels)
 
             base_text = ask("base")[1]
             assert ask()[0] == first

@@ -15,15 +15,15 @@ from tests.support.experiments import START, created, document, done
 from vllm_edits.edit_store.errors import Conflict, ExperimentRefused, NotFound
 from vllm_edits.edit_store.experiments.assignment import bucket, chosen
 from vllm_edits.edit_store.experiments.document import Experiment, Holdout, Namespace
-from vllm_edits.edit_store.experiments.state import Change
+from vllm_edits.edit_store.experiments.state import ExperimentChange
 
 
-def widened(to: float) -> Change:
-    return Change(experiment="tone", operation="widen", coverage=to)
+def widened(to: float) -> ExperimentChange:
+    return ExperimentChange(experiment="tone", operation="widen", coverage=to)
 
 
-def of_arm(operation: Any, arm: str) -> Change:
-    return Change(experiment="tone", operation=operation, arm=arm)
+def of_arm(operation: Any, arm: str) -> ExperimentChange:
+    return ExperimentChange(experiment="tone", operation=operation, arm=arm)
 
 
 def test_a_document_is_read_from_yaml_and_from_json(tmp_path: Path) -> None:
@@ -167,9 +167,9 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(changes: list[Any], 
 
 def test_two_experiments_for_one_model_need_parts_of_one_namespace() -> None:
     """Side by side is fine; over each other, or in another namespace, is not. A stopped one stands in nobody's way."""
-    first, beside = {"name": "n", "start": 0, "end": 0.5}, {"name": "n", "start": 0.5, "end": 1}
+    first, shadow = {"name": "n", "start": 0, "end": 0.5}, {"name": "n", "start": 0.5, "end": 1}
     running = done({}, created(namespace=first), ("tone", "start"))
-    done(running, created(name="two", namespace=beside), ("two", "start"))
+    done(running, created(name="two", namespace=shadow), ("two", "start"))
     for wrong in ({"name": "n", "start": 0.4, "end": 1}, {"name": "m", "start": 0.5, "end": 1}, None):
         with pytest.raises(ExperimentRefused):
             done(running, created(name="two", namespace=wrong), ("two", "start"))

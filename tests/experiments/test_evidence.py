@@ -17,7 +17,7 @@ from tests.support.fakes import cheaply
 from vllm_edits.edit_store.errors import EditsError, NotFound
 from vllm_edits.edit_store.experiments.document import BUILT_IN
 from vllm_edits.plugin.experiments.analysis.evidence import Evidence, Logs, collect, gather
-from vllm_edits.plugin.experiments.records import Exposure, Feedback, Record
+from vllm_edits.plugin.experiments.records import Exposure, FeedbackRecord, Record
 
 START = datetime.fromisoformat("2026-11-22T10:00:00.123+00:00")
 OLD, NEW = "a" * 64, "b" * 64
@@ -36,9 +36,9 @@ def exposure(request: str, arm: str = "treatment", minute: float = 0, **fields: 
     return Exposure(at=at(minute), request=request, arm=arm, **{**known, **fields})
 
 
-def feedback(request: str, value: float, minute: float = 1, arm: str = "treatment", **fields: Any) -> Feedback:
+def feedback(request: str, value: float, minute: float = 1, arm: str = "treatment", **fields: Any) -> FeedbackRecord:
     known: dict[str, Any] = {"experiment": "polite", "phase": 1, "unit": f"of {request}", "metric": "thumbs"}
-    return Feedback(at=at(minute), request=request, arm=arm, value=value, **{**known, **fields})
+    return FeedbackRecord(at=at(minute), request=request, arm=arm, value=value, **{**known, **fields})
 
 
 def line(record: Record) -> str:
@@ -136,7 +136,7 @@ def test_errors_are_among_served_requests_and_qualities_among_whole_answers() ->
 def test_only_arms_chosen_by_hash_are_evidence() -> None:
     """Nor is the feedback on the others."""
     evidence = polite([
-        exposure("1"), exposure("2", chosen="asked"), exposure("3", chosen="instead"), feedback("1", 1),
+        exposure("1"), exposure("2", chosen="forced"), exposure("3", chosen="fallback"), feedback("1", 1),
         feedback("2", 0),
     ])  # fmt: skip
     assert evidence.units == {"treatment": 1}

@@ -21,7 +21,7 @@ from vllm_edits.edit_store.canonical import canonical_json
 from vllm_edits.edit_store.cli import app
 from vllm_edits.edit_store.errors import Conflict, EditsError, ExperimentRefused, NotFound
 from vllm_edits.edit_store.experiments.experiment_log import Experiments
-from vllm_edits.edit_store.experiments.state import Change
+from vllm_edits.edit_store.experiments.state import ExperimentChange
 from vllm_edits.edit_store.upkeep.audit import audit
 from vllm_edits.edit_store.upkeep.collect import collect
 
@@ -41,8 +41,8 @@ def versions(store: EditStore) -> list[str]:
     return found
 
 
-def start(name: str = "tone") -> Change:
-    return Change(experiment=name, operation="start")
+def start(name: str = "tone") -> ExperimentChange:
+    return ExperimentChange(experiment=name, operation="start")
 
 
 def test_an_arm_that_names_a_version_is_pinned_to_all_of_its_digits(store: EditStore, versions: list[str]) -> None:

@@ -18,7 +18,7 @@ from tests.support.fakes import BASE
 from vllm_edits.edit_store import EditStore
 from vllm_edits.edit_store.cli import app
 from vllm_edits.edit_store.experiments.experiment_log import Experiments
-from vllm_edits.edit_store.experiments.state import Change
+from vllm_edits.edit_store.experiments.state import ExperimentChange
 from vllm_edits.plugin.experiments.analysis.replay import Answer, Parting, bodies, summary
 from vllm_edits.plugin.experiments.exposure_log import ExposureLog
 from vllm_edits.plugin.experiments.records import Exposure
@@ -41,7 +41,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     store = EditStore(str(tmp_path / "store"), create=True)
     store.promote(f"polite@{store.publish(random_bundle('polite', BASE, 1))}")
     Experiments(store).create(two_arms("base", "polite"))
-    Experiments(store).change(Change(experiment="tone", operation="start"))
+    Experiments(store).change(ExperimentChange(experiment="tone", operation="start"))
     log = ExposureLog(tmp_path / "exposures", 1 << 20)
     for number in range(600):
         log.write(exposure(number, "control"))

@@ -22,14 +22,14 @@ from vllm_edits.edit_store.errors import SettingsError
 from vllm_edits.edit_store.experiments.assignment import bucket, chosen
 from vllm_edits.edit_store.experiments.document import Experiment
 from vllm_edits.edit_store.experiments.experiment_log import Experiments
-from vllm_edits.edit_store.experiments.state import Change
+from vllm_edits.edit_store.experiments.state import ExperimentChange
 from vllm_edits.edit_store.storage.log import Log
 from vllm_edits.plugin.claim import CLAIM
 from vllm_edits.plugin.experiments.analysis.evidence import Logs, collect
-from vllm_edits.plugin.experiments.evaluation_context import Asking
+from vllm_edits.plugin.experiments.evaluation_context import EvaluationContext
 from vllm_edits.plugin.experiments.exposure_log import ExposureLog
-from vllm_edits.plugin.experiments.feedback_token import Handles
-from vllm_edits.plugin.experiments.records import Compared, Exposure, Feedback, Record, Said
+from vllm_edits.plugin.experiments.feedback_token import FeedbackTokens
+from vllm_edits.plugin.experiments.records import Exposure, FeedbackRecord, Record, Said, ShadowRecord
 from vllm_edits.plugin.experiments.resolver import Resolver
 from vllm_edits.plugin.http.middleware import _with_id
 
@@ -62,7 +62,7 @@ class Trial(Site):
         await self.do("start")
 
     async def do(self, operation: Any, **fields: Any) -> None:
-        self.log.change(Change(experiment="tone", operation=operation, **fields))
+        self.log.change(ExperimentChange(experiment="tone", operation=operation, **fields))
         await self.server.core.sync()
 
     async def say(
@@ -88,7 +88,9 @@ class Trial(Site):
 async def trial(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Trial]:
     """The slots' owner is in this process or in another."""
     folder = tmp_path / "exposures"
-    server = Server(f"memory://{tmp_path}", exposures=ExposureLog(folder, 1 << 20), handles=Handles(b"k" * 32))
+    server = Server(
+        f"memory://{tmp_path}", exposures=ExposureLog(folder, 1 << 20), feedback_tokens=FeedbackTokens(b"k" * 32)
+    )
     async with AsyncExitStack() as processes:
         owner = None
         if request.param == "another process":
@@ -100,8 +102,8 @@ async def trial(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
             await asyncio.sleep(0.001)
 
 
-def _asking(unit: str) -> Asking:
-    return Asking(headers={"x-edits-unit": unit})
+def _asking(unit: str) -> EvaluationContext:
+    return EvaluationContext(headers={"x-edits-unit": unit})
 
 
 def version(answer: httpx.Response) -> str:
@@ -185,7 +187,7 @@ async def test_who_says_what_it_wants_gets_that(trial: Trial) -> None:
     await trial.do("withdraw", arm="milder")
     assert "is not served here now" in (await trial.say(None, {"x-edits-arm": "milder"})).json()["error"]["message"]
     await asyncio.sleep(0.05)
-    assert [exposure.chosen for exposure in trial.exposures()] == ["asked"]
+    assert [exposure.chosen for exposure in trial.exposures()] == ["forced"]
 
 
 async def test_who_takes_no_part_gets_the_control_and_is_not_written_down(trial: Trial) -> None:
@@ -210,7 +212,7 @@ async def test_a_withdrawn_arm_is_served_by_the_control(trial: Trial) -> None:
     await trial.do("withdraw", arm="milder")
     assert version(await trial.say(treated)) == "base"
     await asyncio.sleep(0.05)
-    assert [exposure.chosen for exposure in trial.exposures()] == ["hash", "instead"]
+    assert [exposure.chosen for exposure in trial.exposures()] == ["hash", "fallback"]
     await trial.do("stop")
     assert version(await trial.say(treated)) == trial.promoted
 
@@ -262,29 +264,30 @@ async def test_feedback_is_joined_to_the_arm_and_counts_once(trial: Trial) -> No
     """By the header, or by the id of vLLM's answer; the same again is harmless, something else is refused."""
     await trial.begin(feedback=[{"name": "thumbs"}])
     answer = await trial.say("ann")
-    handle = answer.headers["x-edits-request"]
+    feedback_token = answer.headers["x-edits-request"]
 
     async def tell(request: str, metric: str = "thumbs", value: float = 1.0) -> httpx.Response:
         told = {"request_id": request, "metric": metric, "value": value}
         return await trial.client.post("/v1/edits/feedback", json=told)
 
-    for same in (handle, f"chatcmpl-{handle}", f"cmpl-{handle}-0"):
+    for same in (feedback_token, f"chatcmpl-{feedback_token}", f"cmpl-{feedback_token}-0"):
         said = await tell(same)
         assert (said.status_code, said.json()["counted"]) == (200, True)
+    changed = feedback_token[:-1] + ("A" if feedback_token[-1] != "A" else "B")
     for request, metric, value, status, words in [
-        (handle, "thumbs", 0.0, 422, "is 1 already; the first value counts"),
-        (handle, "thumbs", 7.0, 422, "from 0 to 1, found 7"),
-        (handle, "stars", 1.0, 422, "has no feedback 'stars'; it has thumbs"),
+        (feedback_token, "thumbs", 0.0, 422, "is 1 already; the first value counts"),
+        (feedback_token, "thumbs", 7.0, 422, "from 0 to 1, found 7"),
+        (feedback_token, "stars", 1.0, 422, "has no feedback 'stars'; it has thumbs"),
         ("cmpl-123", "thumbs", 1.0, 404, "expected the `id` of an answer"),
-        (handle[:-1] + ("A" if handle[-1] != "A" else "B"), "thumbs", 1.0, 404, "no request of an experiment"),
-        (Handles(b"x" * 32).make(trial.server.core.experiments.decide("polite", _asking("ann")).assignment, 0),
+        (changed, "thumbs", 1.0, 404, "no request of an experiment"),
+        (FeedbackTokens(b"x" * 32).make(trial.server.core.experiments.decide("polite", _asking("ann")).assignment, 0),
          "thumbs", 1.0, 404, "no request of an experiment"),
     ]:  # fmt: skip
         refused = await tell(request, metric, value)
         assert (refused.status_code, words in refused.json()["detail"]) == (status, True), refused.text
     forced = await trial.say("ann", {"x-edits-arm": "milder"})
     assert (await tell(forced.headers["x-edits-request"])).json()["counted"] is False
-    (feedback,) = [record for record in trial.records() if isinstance(record, Feedback)]
+    (feedback,) = [record for record in trial.records() if isinstance(record, FeedbackRecord)]
     arm = ["control", "milder"][trial.arm("ann") or 0]
     assert (feedback.arm, feedback.value) == (arm, 1.0)
     assert trial.server.metric("feedback_count", experiment="tone", arm=arm, metric="thumbs") == 1
@@ -326,12 +329,12 @@ async def test_a_version_that_only_an_arm_names_is_served_by_its_name_and_until_
     arms = [{"name": name, "serves": serves, "weight": 0.5}
             for name, serves in (("control", "base"), ("alone", f"only-published@{alone}"))]  # fmt: skip
     trial.log.create(Experiment.parse({"name": "lone", "model": "lonely", "arms": arms}))
-    trial.log.change(Change(experiment="lone", operation="start"))
+    trial.log.change(ExperimentChange(experiment="lone", operation="start"))
     await trial.server.core.sync()
     assert version(await trial.ask(f"only-published@{alone}")) == alone
     for name in ("lonely", "nobody"):
         assert (await trial.ask(f"{name}@{alone}")).status_code == 404
-    trial.log.change(Change(experiment="lone", operation="stop"))
+    trial.log.change(ExperimentChange(experiment="lone", operation="stop"))
     await trial.server.core.sync()
     assert (await trial.ask(f"only-published@{alone}")).status_code == 404
 
@@ -399,7 +402,7 @@ async def test_a_withdrawal_of_a_phase_that_is_over_is_not_of_the_next(trial: Tr
     trial.server.backend.down = ""
     await trial.server.core.experiments.measure()
     trial.server.backend.down = None
-    trial.log.change(Change(experiment="tone", operation="stop"))
+    trial.log.change(ExperimentChange(experiment="tone", operation="stop"))
     await trial.do("start")
     await trial.server.core.experiments.measure()
     assert trial.log.standings()[0]["tone"].withdrawn == frozenset()
@@ -507,16 +510,16 @@ def edited_from(place: int) -> Any:
     return lambda step, arguments: step + (100 if CLAIM in (arguments or {}) and step >= place else 0)
 
 
-async def comparison(trial: Trial) -> Compared:
+async def comparison(trial: Trial) -> ShadowRecord:
     """The one there is, once it is."""
 
-    def found() -> list[Compared]:
+    def found() -> list[ShadowRecord]:
         written = trial.records() if trial.folder.exists() else []
-        return [record for record in written if isinstance(record, Compared)]
+        return [record for record in written if isinstance(record, ShadowRecord)]
 
     await until(lambda: bool(found()))
-    (compared,) = found()
-    return compared
+    (shadow_record,) = found()
+    return shadow_record
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -525,7 +528,7 @@ async def test_two_answers_to_one_request_and_where_they_part(trial: Trial, stre
     await trial.begin()
     trial.engine.token = edited_from(3)  # type: ignore[method-assign]
     alone = await trial.ask(f"polite@{trial.promoted}", max_tokens=6, stream=stream)
-    pair = {"x-edits-compare": f"polite@{trial.promoted[:10]}, base"}
+    pair = {"x-edits-shadow": f"polite@{trial.promoted[:10]}, base"}
     answer = await trial.say("ann", pair, max_tokens=6, stream=stream)
     assert (version(answer), answer.text) == (trial.promoted, alone.text.replace(f"polite@{trial.promoted}", "polite"))
     found = await comparison(trial)
@@ -538,7 +541,7 @@ async def test_two_answers_to_one_request_and_where_they_part(trial: Trial, stre
 
 async def test_answers_that_are_the_same_do_not_part(trial: Trial) -> None:
     await trial.begin()
-    await trial.say("ann", {"x-edits-compare": f"base,polite@{trial.promoted}"}, max_tokens=6)
+    await trial.say("ann", {"x-edits-shadow": f"base,polite@{trial.promoted}"}, max_tokens=6)
     assert (await comparison(trial)).parted_at is None
 
 
@@ -550,7 +553,7 @@ async def test_a_share_of_the_controls_requests_is_answered_by_the_shadow_too(tr
         assert version(await trial.say(unit)) == "base"
     await trial.say(next(unit for unit in UNITS if trial.arm(unit) == 1))
     await asyncio.sleep(0.2)
-    pairs = [record for record in trial.records() if isinstance(record, Compared)]
+    pairs = [record for record in trial.records() if isinstance(record, ShadowRecord)]
     assert 0 < len(pairs) < len(units)
     assert {(pair.experiment, pair.versions) for pair in pairs} == {("tone", ("base", trial.treatment))}
     assert collect(trial.records(), "tone", 1).units == {"control": len(units), "milder": 1}
@@ -559,12 +562,12 @@ async def test_a_share_of_the_controls_requests_is_answered_by_the_shadow_too(tr
 async def test_what_cannot_be_compared_is_refused_or_leaves_the_client_alone(trial: Trial) -> None:
     """Not two names, a name that is not there; a second one that fails is nobody's loss but the record's."""
     await trial.begin()
-    wrong = await trial.say("ann", {"x-edits-compare": "base"})
-    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "x-edits-compare")
-    assert (await trial.say("ann", {"x-edits-compare": "rude,base"})).status_code == 404
-    body, pair = {"model": "polit"}, {"x-edits-compare": "base,base"}
+    wrong = await trial.say("ann", {"x-edits-shadow": "base"})
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "x-edits-shadow")
+    assert (await trial.say("ann", {"x-edits-shadow": "rude,base"})).status_code == 404
+    body, pair = {"model": "polit"}, {"x-edits-shadow": "base,base"}
     assert (await trial.client.post("/v1/completions", json=body, headers=pair)).status_code == 404
-    answer = await trial.say("ann", {"x-edits-compare": "base,rude"})
+    answer = await trial.say("ann", {"x-edits-shadow": "base,rude"})
     assert version(answer) == "base"
     await asyncio.sleep(0.05)
     assert not trial.folder.exists()
@@ -574,7 +577,7 @@ async def test_what_cannot_be_compared_is_refused_or_leaves_the_client_alone(tri
 async def test_a_client_that_leaves_ends_both(trial: Trial) -> None:
     await trial.begin()
     trial.engine.pause()
-    headers = {"x-edits-compare": f"base,polite@{trial.promoted}"}
+    headers = {"x-edits-shadow": f"base,polite@{trial.promoted}"}
     call = Call(trial.app, {"model": "polite", "max_tokens": 6, "stream": True}, headers=headers)
     await until(lambda: trial.engine.running == 2)
     call.leave()
@@ -606,7 +609,7 @@ async def test_a_flag_system_may_give_arms(trial: Trial, caplog: pytest.LogCaptu
     await trial.say("friend", {"x-edits-arm": "control"})
     assert len(asked) == 14, "not asked where no experiment decides, nor where the request says itself"
     await asyncio.sleep(0.05)
-    assert Counter(exposure.chosen for exposure in trial.exposures()) == {"asked": 2, "hash": 13}
+    assert Counter(exposure.chosen for exposure in trial.exposures()) == {"forced": 2, "hash": 13}
     assert len(re.findall("the hash decides", caplog.text)) == 2
 
 
@@ -642,10 +645,18 @@ async def test_files_are_begun_anew_when_they_are_full_and_a_full_disk_loses_lin
 ) -> None:
     log = ExposureLog(tmp_path / "log", 300)
     records = [
-        Feedback(at=datetime.now(UTC), request=str(number), experiment="tone", phase=1, arm="a", unit="u", metric="m",
-                 value=1)
+        FeedbackRecord(
+            at=datetime.now(UTC),
+            request=str(number),
+            experiment="tone",
+            phase=1,
+            arm="a",
+            unit="u",
+            metric="m",
+            value=1,
+        )
         for number in range(10)
-    ]  # fmt: skip
+    ]
     for record in records:
         log.write(record)
     assert len(list((tmp_path / "log").iterdir())) == 5

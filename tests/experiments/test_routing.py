@@ -10,31 +10,31 @@ from hypothesis import strategies as st
 
 from tests.support.experiments import START, created, done
 from vllm_edits.edit_store.errors import ArmRefused, NotFound, SettingsError
-from vllm_edits.plugin.experiments.evaluation_context import Asking
-from vllm_edits.plugin.experiments.feedback_token import Handles
+from vllm_edits.plugin.experiments.evaluation_context import EvaluationContext
+from vllm_edits.plugin.experiments.feedback_token import FeedbackTokens
 from vllm_edits.plugin.experiments.repeats import loops
 from vllm_edits.plugin.experiments.routing import Assignment, decide
 
 HALVES = ({"name": "n", "start": 0, "end": 0.5}, {"name": "n", "start": 0.5, "end": 1})
 
 
-def asking(unit: str, arm: str = "") -> Asking:
-    return Asking(headers={"x-edits-unit": unit, **({"x-edits-arm": arm} if arm else {})})
+def context(unit: str, arm: str = "") -> EvaluationContext:
+    return EvaluationContext(headers={"x-edits-unit": unit, **({"x-edits-arm": arm} if arm else {})})
 
 
 def serves(standings: Any, unit: str, **options: Any) -> str:
-    way = decide(standings, "polite", asking(unit), START, **options)
-    assert way is not None
-    return way.serves
+    route = decide(standings, "polite", context(unit), START, **options)
+    assert route is not None
+    return route.serves
 
 
 def test_only_what_runs_decides_and_only_about_its_model() -> None:
     draft = done({}, created())
-    assert decide(draft, "polite", asking("ann"), START) is None
+    assert decide(draft, "polite", context("ann"), START) is None
     running = done(draft, ("tone", "start"))
-    assert decide(running, "other", asking("ann"), START) is None
-    assert decide(running, "polite", asking("ann"), START) is not None
-    assert decide(done(running, ("tone", "stop")), "polite", asking("ann"), START) is None
+    assert decide(running, "other", context("ann"), START) is None
+    assert decide(running, "polite", context("ann"), START) is not None
+    assert decide(done(running, ("tone", "stop")), "polite", context("ann"), START) is None
 
 
 @given(unit=st.text(max_size=20))
@@ -43,13 +43,13 @@ def test_two_experiments_in_parts_of_a_namespace_share_out_the_units(unit: str) 
     both = done(
         {}, created(namespace=HALVES[0]), created(name="two", namespace=HALVES[1]), ("tone", "start"), ("two", "start")
     )
-    way = decide(both, "polite", asking(unit), START)
-    assert way is not None
-    assert way.assignment is not None
-    lower = way.assignment.experiment == "tone"
+    route = decide(both, "polite", context(unit), START)
+    assert route is not None
+    assert route.assignment is not None
+    lower = route.assignment.experiment == "tone"
     assert both["tone"].document.namespace.holds(unit) == lower  # type: ignore[union-attr]
     one = done({}, created(namespace=HALVES[0], holdout={"name": "h", "share": 1}), ("tone", "start"))
-    held_out = decide(one, "polite", asking(unit), START)
+    held_out = decide(one, "polite", context(unit), START)
     assert held_out is not None
     assert (held_out.serves, held_out.assignment) == ("base", None)
 
@@ -59,47 +59,47 @@ def test_what_this_server_cannot_serve_goes_to_the_control_and_an_asked_arm_is_r
     unit = next(str(number) for number in range(100) if serves(running, str(number)) == "polite")
     assert serves(running, unit, unavailable={("tone", "milder")}) == "base"
     with pytest.raises(ArmRefused, match="is not served here now"):
-        decide(running, "polite", asking(unit, "milder"), START, {("tone", "milder")})
+        decide(running, "polite", context(unit, "milder"), START, {("tone", "milder")})
 
 
-@pytest.mark.parametrize("how", ["hash", "asked", "instead"])
+@pytest.mark.parametrize("how", ["hash", "forced", "fallback"])
 @given(unit=st.text(max_size=10))
 def test_a_handle_says_what_it_was_made_of(how: Any, unit: str) -> None:
     """With and without what vLLM puts around it; one bit otherwise, and it says nothing."""
     standings = done({}, created(), ("tone", "start"))
-    handles = Handles(b"k" * 32)
-    shown = Assignment("tone", 1, "milder", how, asking(unit).unit("x-edits-unit").hash, "header")
-    made = handles.make(shown, 1)
+    feedback_tokens = FeedbackTokens(b"k" * 32)
+    shown = Assignment("tone", 1, "milder", how, context(unit).unit("x-edits-unit").hash, "header")
+    made = feedback_tokens.make(shown, 1)
     assert len(made) == 40
     for text in (made, f"chatcmpl-{made}", f"cmpl-{made}-0", f"resp_{made}"):
-        said = handles.read(text, standings)
+        said = feedback_tokens.read(text, standings)
         assert (said.request, said.arm, said.unit, said.evidence) == (made, "milder", shown.unit, how == "hash")
     for place in (0, 8, 20, 39):
         other = made[:place] + ("A" if made[place] != "A" else "B") + made[place + 1 :]
         with pytest.raises(NotFound):
-            handles.read(other, standings)
+            feedback_tokens.read(other, standings)
 
 
 def test_a_handle_of_a_phase_that_is_over_is_not_taken() -> None:
     first = done({}, created(), ("tone", "start"))
-    handles = Handles(b"k" * 32)
-    made = handles.make(Assignment("tone", 1, "milder", "hash", "0" * 16, "user"), 1)
-    assert handles.read(made, first).phase == 1
+    feedback_tokens = FeedbackTokens(b"k" * 32)
+    made = feedback_tokens.make(Assignment("tone", 1, "milder", "hash", "0" * 16, "user"), 1)
+    assert feedback_tokens.read(made, first).phase == 1
     with pytest.raises(NotFound, match="a phase that is over"):
-        handles.read(made, done(first, ("tone", "stop"), ("tone", "start")))
+        feedback_tokens.read(made, done(first, ("tone", "stop"), ("tone", "start")))
 
 
 def test_a_key_file_that_cannot_be_one_is_refused(tmp_path: Any) -> None:
     (tmp_path / "short").write_text("abc")
     for file, said in ((tmp_path / "none", "cannot be read"), (tmp_path / "short", "expected at least 16 bytes")):
         with pytest.raises(SettingsError, match=said):
-            Handles.of(file)
+            FeedbackTokens.of(file)
     (tmp_path / "key").write_text("0123456789abcdef\n")
-    one, two = Handles.of(tmp_path / "key"), Handles.of(tmp_path / "key")
+    one, two = FeedbackTokens.of(tmp_path / "key"), FeedbackTokens.of(tmp_path / "key")
     made = one.make(Assignment("tone", 1, "milder", "hash", "0" * 16, "user"), 1)
     assert two.read(made, done({}, created(), ("tone", "start"))).arm == "milder"
     with pytest.raises(NotFound):
-        Handles.of(None).read(made, done({}, created(), ("tone", "start")))
+        FeedbackTokens.of(None).read(made, done({}, created(), ("tone", "start")))
 
 
 @given(passage=st.lists(st.integers(0, 9), min_size=1, max_size=32), before=st.lists(st.integers(10, 99), max_size=20))
@@ -121,7 +121,9 @@ def test_what_is_no_loop() -> None:
 
 def test_secrets_among_the_headers_are_not_kept() -> None:
     """A key is known by its hash."""
-    found = Asking.of([(b"X-Api-Key", b"sk-1"), (b"x-edits-admin-token", b"t"), (b"X-Edits-Unit", b"ann")], "", "r")
+    found = EvaluationContext.of(
+        [(b"X-Api-Key", b"sk-1"), (b"x-edits-admin-token", b"t"), (b"X-Edits-Unit", b"ann")], "", "r"
+    )
     assert found.headers == {"x-edits-unit": "ann"}
     assert "sk-1" not in repr(found)
     assert found.key

@@ -15,10 +15,10 @@ from tests.support.experiments import START, created, done
 from vllm_edits.plugin.experiments.analysis.evidence import Logs, collect
 from vllm_edits.plugin.experiments.analysis.report import BETTER, DIFFERS, WORSE, ArmShare, Report, summarise
 from vllm_edits.plugin.experiments.analysis.sequences import radius
-from vllm_edits.plugin.experiments.evaluation_context import Asking
+from vllm_edits.plugin.experiments.evaluation_context import EvaluationContext
 from vllm_edits.plugin.experiments.exposure_log import ExposureLog
 from vllm_edits.plugin.experiments.guardrails import Guardrails, Withdraw
-from vllm_edits.plugin.experiments.records import Exposure, Feedback, Record
+from vllm_edits.plugin.experiments.records import Exposure, FeedbackRecord, Record
 from vllm_edits.plugin.experiments.routing import decide
 
 HOUR = timedelta(hours=1)
@@ -57,15 +57,15 @@ class Week:
             for number, unit in enumerate(draw.choices(range(self.units), activity, k=self.an_hour)):
                 at = START + HOUR * (hour + number / self.an_hour)
                 name = f"{self.seed}/{unit}"
-                way = decide(running, "polite", Asking(user=name), at)
-                if way is None or way.assignment is None:
+                route = decide(running, "polite", EvaluationContext(user=name), at)
+                if route is None or route.assignment is None:
                     continue
-                shown = way.assignment
+                shown = route.assignment
                 changed = shown.arm != "control" and hour >= self.from_hour
                 world = self.treatment if changed else World()
                 request, failed = f"{hour}-{number}", draw.random() < world.error
                 yield Exposure(
-                    at=at, request=request, experiment="tone", phase=1, arm=shown.arm, version=way.serves,
+                    at=at, request=request, experiment="tone", phase=1, arm=shown.arm, version=route.serves,
                     unit=shown.unit, source=shown.source, chosen=shown.how, outcome="error" if failed else "ok",
                     prompt_tokens=10, output_tokens=draw.randrange(20, 60), seconds=1.0,
                     first_token_seconds=world.first_token * draw.uniform(0.5, 1.5), seconds_per_token=0.02,
@@ -73,8 +73,16 @@ class Week:
                 )  # fmt: skip
                 if not failed and draw.random() < 0.5:  # some of them say something; a unit has a mood of its own
                     likes = draw.random() < world.liked + 0.2 * (unit % 2) - 0.1
-                    yield Feedback(at=at, request=request, experiment="tone", phase=1, arm=shown.arm, unit=shown.unit,
-                                   metric="thumbs", value=float(likes))  # fmt: skip
+                    yield FeedbackRecord(
+                        at=at,
+                        request=request,
+                        experiment="tone",
+                        phase=1,
+                        arm=shown.arm,
+                        unit=shown.unit,
+                        metric="thumbs",
+                        value=float(likes),
+                    )
 
 
 ARMS = [ArmShare("control", 0.5, is_control=True), ArmShare("milder", 0.5)]

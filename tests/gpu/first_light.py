@@ -45,7 +45,7 @@ class Place:
 
     steps: Sequence[Step]
     beside: bool = False
-    instead_of: str = ""
+    fall_back_from: str = ""
     """the step that must not have worked for these to be wanted"""
 
 
@@ -125,7 +125,7 @@ def chosen(shape: str, out: Path) -> Iterator[Place]:
         story("V1, piecewise graphs", {"arguments": PIECEWISE, "environment": V1}, 200),
     ]
     yield Place(correct, beside=True)
-    yield Place([story(name, way, 100) for name, way in OTHER_WAYS], instead_of=default.name)
+    yield Place([story(name, way, 100) for name, way in OTHER_WAYS], fall_back_from=default.name)
     yield Place([Step("products of several ranks", ["tests.gpu.products"], 60)])
     yield Place([figures(shape, out, 300)])
 
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str]) -> int:
     worked: dict[str, bool] = {}
     for place in chosen(asked.shape, call.out):
         wanted = [step for step in place.steps if not asked.only or any(word in step.name for word in asked.only)]
-        if not worked.get(place.instead_of):
+        if not worked.get(place.fall_back_from):
             worked |= call.take(replace(place, steps=wanted))
     print("\n".join(line[:400] for line in call.results.read_text().splitlines()))
     return 0 if all(worked.values()) else 1

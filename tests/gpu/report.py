@@ -99,9 +99,9 @@ def _places(ran: Mapping[str, Mapping[str, AbstractSet[int]]]) -> Iterator[str]:
     """By step and file, the lines that ran."""
     yield from ("## What only a GPU reaches", "", "| place | what matters there | run by | never reached |")
     yield "|---|---|---|---|"
-    by_place = {each.place: each for each in functions()}
+    by_group = {each.place: each for each in functions()}
     for place, why in PLACES.items():
-        function = by_place[place]
+        function = by_group[place]
         lines = function.lines()
         by = {step: lines.keys() & files.get(function.file, set()) for step, files in ran.items()}
         reached = set[int]().union(*by.values())

@@ -22,7 +22,7 @@ import httpx
 
 from loadtests.bench.inputs import edits_everywhere, weakened
 from loadtests.harness.client import Answer, complete, stream
-from loadtests.harness.metrics import Metrics
+from loadtests.harness.metrics import Scrape
 from loadtests.harness.model import MODEL_FOLDER, made_whole
 from loadtests.harness.server import Server
 from tests.gpu.facts import ended, require, tried
@@ -121,7 +121,7 @@ def per_request(folder: Path, way: Mapping[str, Any]) -> dict[str, Any]:
     with Server.with_edits(model(), store.url, log, *flags, settings=settings, environment=environment) as server:
         complete(server.url, names[0], "One", 3, headers={"x-edits-strength": "0.5"})
         answers = asyncio.run(under_load(server.url, [*names, "base", *names], lambda: swap(server.url)))
-        metrics = Metrics.of(server.url)
+        metrics = Scrape.of(server.url)
         status = httpx.get(f"{server.url}/v1/edits", timeout=60).raise_for_status().json()
         told = next(line for line in server.log_text().splitlines() if "runner V" in line)
     failed = [answer for answer in answers if not answer.complete]

@@ -20,7 +20,7 @@ from tests.gpu import null_gpu
 from tests.gpu.facts import require
 from vllm_edits.plugin.graph.device_rows import PinnedTurns
 from vllm_edits.plugin.graph.edited_model import EditedModel
-from vllm_edits.plugin.graph.step_filler import Batch
+from vllm_edits.plugin.graph.step_filler import StepBatch
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Watch:
         for rows in (self.edited.step.weights, self.edited._filler._by_position.tensor):
             rows.copy_(torch.ones(rows.shape))  # where kernels do nothing, what fills a tensor does not either
 
-        def watched(batch: Batch) -> None:
+        def watched(batch: StepBatch) -> None:
             before = null_gpu.counts()
             set_step(batch)
             self.asked.update(null_gpu.less(null_gpu.counts(), before))
@@ -74,7 +74,7 @@ class Watch:
 
         self.edited.set_step = watched  # type: ignore[method-assign]
 
-    def _look(self, batch: Batch) -> None:
+    def _look(self, batch: StepBatch) -> None:
         claims = [batch.claim_of(request) for request in batch.requests]
         filler, step = self.edited._filler, self.edited.step
         if not any(claims):
@@ -124,15 +124,17 @@ class Watch:
         return found
 
 
-def _expected(claims: list[Any], extents: Any, scopes: Mapping[int, Any], lanes: int) -> tuple[np.ndarray, np.ndarray]:
+def _expected(
+    claims: list[Any], extents: Any, scopes: Mapping[int, Any], scope_rows: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Straight from the words, request by request; as far as positions decide."""
     slots, weights = [], []
     for claim, tokens, start, prompt in zip(claims, extents.tokens, extents.starts, extents.prompts(), strict=True):
         slot, strength = (0, 1.0) if claim is None else (claim[0], claim[2])
         positions = np.arange(start, start + tokens)
-        rows = np.full((tokens, lanes), strength, dtype=np.float32)
-        for lane, scope in enumerate(scopes.get(slot, ()), 1):
-            rows[:, lane] *= scope.covers(positions, int(prompt))
+        rows = np.full((tokens, scope_rows), strength, dtype=np.float32)
+        for scope_row, scope in enumerate(scopes.get(slot, ()), 1):
+            rows[:, scope_row] *= scope.covers(positions, int(prompt))
         slots += [slot] * int(tokens)
         weights.append(rows)
     return np.array(slots, dtype=np.int32), np.concatenate(weights)

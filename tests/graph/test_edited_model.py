@@ -61,11 +61,11 @@ from vllm_edits.plugin.graph.device_rows import DeviceRows
 from vllm_edits.plugin.graph.edit_math import finite
 from vllm_edits.plugin.graph.edited_model import EditedModel
 from vllm_edits.plugin.graph.edited_site import Carried
-from vllm_edits.plugin.graph.reservation import Place, Reservation, Room
+from vllm_edits.plugin.graph.reservation import Capacity, EditGroup, Reservation
 from vllm_edits.plugin.graph.slot_products import EXPRESSIONS, SlotProducts
 from vllm_edits.plugin.graph.step_filler import FalseClaim
-from vllm_edits.plugin.graph.tensor_parallel import Share
-from vllm_edits.plugin.vllm_host.architectures import anchors
+from vllm_edits.plugin.graph.tensor_parallel import Shard
+from vllm_edits.plugin.vllm_host.architectures import site_modules
 
 PRODUCTS = [pytest.param(EXPRESSIONS, id="expressions"), pytest.param(compiled(), id="compiled")]
 
@@ -77,11 +77,11 @@ EVERYWHERE = reservation_of(*(bundle_of([form.values[0]]) for form in FORMS))
 def with_room_for_more(reservation: Reservation) -> Reservation:
     """The same places with a rank more and all that edits of their kind may be."""
     features = {"gate": {"normalise"}, "subspace_filter": {"dual", "onto"}, "offset": {"renorm"}}
-    rooms = {
-        place: room | Room(room.rank + 1, frozenset(features.get(place.kind, ())))
-        for place, room in reservation.rooms.items()
+    capacities = {
+        group: capacity | Capacity(capacity.rank + 1, frozenset(features.get(group.kind, ())))
+        for group, capacity in reservation.capacities.items()
     }
-    return replace(reservation, rooms=rooms)
+    return replace(reservation, capacities=capacities)
 
 
 def use_slots(edited: EditedModel, slots: list[int]) -> None:
@@ -474,7 +474,7 @@ def test_the_digest_sees_every_number_of_every_place() -> None:
     bundle = crowded(1)
     edited = edited_model(TinyModel(), reservation_of(bundle), slots=SLOTS)
     digests = {install(edited, 1, bundle)}
-    held = [place.tensor(name) for place in edited._places.values() for name in place.columns]
+    held = [group.tensor(name) for group in edited._places.values() for name in group.columns]
     assert {tensor.dtype for tensor in held} == {torch.float32}, "each type would be an input more of the graph"
     for tensor in held:
         last = tensor[1].view(-1)[-1]
@@ -648,10 +648,11 @@ def test_every_place_that_can_be_edited_is_reached_once(inputs: Tensor) -> None:
 def test_a_module_that_the_model_goes_past_is_told(inputs: Tensor) -> None:
     """As fused kernels do with norms: the weight is read, and the module never called. Or it is called twice."""
     model, points = TinyModel(), ("gate.out", "up.out", "mlp.out", "q.out", "attn.out")
-    rooms = {
-        Place(site, "offset", site): Room() for site in (Site(layer, point) for layer in (0, 1) for point in points)
+    capacities = {
+        EditGroup(site, "offset", site): Capacity()
+        for site in (Site(layer, point) for layer in (0, 1) for point in points)
     }
-    edited = edited_model(model, Reservation(rooms), slots=SLOTS)
+    edited = edited_model(model, Reservation(capacities), slots=SLOTS)
     past = model.model.layers[1].mlp
 
     def fused(x: Tensor) -> Tensor:
@@ -687,15 +688,15 @@ def test_an_edited_module_is_still_the_same_object_of_the_same_kind() -> None:
     assert isinstance(layer.mlp.down_proj, Projection)
     assert type(layer.mlp.down_proj).__name__ == "EditedSummingProjection"
     assert type(model.lm_head) is Projection  # no site, no change
-    assert all(isinstance(place, nn.Module) for place in edited._places.values())
+    assert all(isinstance(group, nn.Module) for group in edited._places.values())
 
 
-OFFSET = Place(Site(1, "resid"), "offset", Site(1, "resid"))
+OFFSET = EditGroup(Site(1, "resid"), "offset", Site(1, "resid"))
 
 
 def test_sites_without_a_reservation_are_left_alone() -> None:
     model = TinyModel()
-    edited_model(model, Reservation({OFFSET: Room()}), slots=1)
+    edited_model(model, Reservation({OFFSET: Capacity()}), slots=1)
     assert [hasattr(layer, "edits") for layer in model.model.layers] == [False, True, False]
 
 
@@ -705,7 +706,7 @@ def test_a_module_with_a_forward_of_its_own_is_refused() -> None:
     layer: Any = model.model.layers[1]
     layer.forward = layer.forward
     with pytest.raises(UnsupportedHost, match=r"layers\.1\.resid has a forward of its own"):
-        edited_model(model, Reservation({OFFSET: Room()}), slots=1)
+        edited_model(model, Reservation({OFFSET: Capacity()}), slots=1)
 
 
 def test_logits_of_unknown_tokens_are_refused(inputs: Tensor) -> None:
@@ -727,7 +728,7 @@ def test_logits_of_unknown_tokens_are_refused(inputs: Tensor) -> None:
 
 def test_the_reserved_bytes_are_those_of_the_slot_tensors() -> None:
     """An offset of 8 float32 in each of 4 slots, the base slot among them; every tensor begins at a cache line."""
-    reservation = Reservation({OFFSET: Room()})
+    reservation = Reservation({OFFSET: Capacity()})
     assert edited_model(TinyModel(), reservation, slots=3).bytes_reserved == 4 * 64
 
 
@@ -740,14 +741,14 @@ def test_the_reserved_bytes_are_those_of_the_slot_tensors() -> None:
 )
 def test_an_architecture_that_is_not_known_is_refused(model: nn.Module, architecture: str, reason: str) -> None:
     with pytest.raises(UnsupportedHost, match=reason):
-        anchors(model, architecture, WIDTHS)
+        site_modules(model, architecture, WIDTHS)
 
 
 def test_every_site_of_the_model_has_an_anchor_of_the_right_widths() -> None:
-    found: Mapping[Site, Any] = anchors(TinyModel(), BASE.architecture, WIDTHS)
+    found: Mapping[Site, Any] = site_modules(TinyModel(), BASE.architecture, WIDTHS)
     assert list(found) == ARCHITECTURES[BASE.architecture].sites(WIDTHS.layers)
     assert all(one < other for one, other in pairwise(found))
-    assert all(anchor.share == Share.all_of(WIDTHS.of(site.point)) for site, anchor in found.items())
+    assert all(site_module.shard == Shard.all_of(WIDTHS.of(site.point)) for site, site_module in found.items())
     fused = [found[Site(0, point)].start for point in ("q.out", "k.out", "v.out", "gate.out", "up.out")]
     assert fused == [0, 8, 12, 0, 16]
 

@@ -22,7 +22,7 @@ from vllm_edits.edit_store.errors import SettingsError, UnsupportedHost
 from vllm_edits.plugin.byte_sizes import bytes_of, sized
 from vllm_edits.plugin.cli.commands import app
 from vllm_edits.plugin.graph.reservation import Reservation
-from vllm_edits.plugin.graph.slot_bytes import price
+from vllm_edits.plugin.graph.slot_bytes import slot_bytes
 from vllm_edits.plugin.plan import Plan, dtype_of
 
 FORMS = [pytest.param(pair[0], id=f"{pair[0].site} {label}") for label, pair in every_edit(BASE)]
@@ -35,11 +35,13 @@ def test_the_bytes_that_are_foretold_are_those_that_are_taken(edit: Any) -> None
     for dtype in (torch.float32, torch.bfloat16):
         for slots in (1, 7):
             taken = edited_model(TinyModel(), reservation, slots=slots, dtype=dtype).bytes_reserved
-            assert Plan.of(reservation, price(WIDTHS, dtype)).total(slots) == taken > 0
+            assert Plan.of(reservation, slot_bytes(WIDTHS, dtype)).total(slots) == taken > 0
 
 
 def test_more_slots_than_memory_are_refused_with_the_largest_number_that_fits() -> None:
-    plan = Plan.of(Reservation.for_versions([Version([Offset(site="layers.1.resid")])]), price(WIDTHS, torch.float32))
+    plan = Plan.of(
+        Reservation.for_versions([Version([Offset(site="layers.1.resid")])]), slot_bytes(WIDTHS, torch.float32)
+    )
     free = 10 * plan.slot + 1
     plan.require(plan.most(free), free)
     with pytest.raises(SettingsError, match=r"edits\.slots = 10 takes .* are free: 9 slots .* fit\. Set edits\.slots"):
@@ -65,13 +67,15 @@ def test_planning_on_the_command_line(checkpoint: Path, tmp_path: Path) -> None:
     bundle = random_bundle("polite", base_of(checkpoint), seed=1)
     publish(store, bundle)
     told = planned(checkpoint, store, "--set", "slots=8", "--memory", "1MiB", "--dtype", "float32", "--json")
-    plan = Plan.of(Reservation.for_versions([bundle.manifest]), price(bundle.manifest.base.widths, torch.float32))
+    plan = Plan.of(Reservation.for_versions([bundle.manifest]), slot_bytes(bundle.manifest.base.widths, torch.float32))
     assert (told["bytes_per_slot"], told["bytes"]) == (plan.slot, plan.total(8))
     assert plan.total(told["fit"]) <= 1 << 20 < plan.total(told["fit"] + 1)
     assert sum(row["bytes"] for row in told["rooms"]) == plan.slot
     assert told["refused"] == {}
     each = planned(checkpoint, store, "--dtype", "float32", "--tensor-parallel-size", "2", "--json")
-    divided = Plan.of(Reservation.for_versions([bundle.manifest]), price(bundle.manifest.base.widths, torch.float32, 2))
+    divided = Plan.of(
+        Reservation.for_versions([bundle.manifest]), slot_bytes(bundle.manifest.base.widths, torch.float32, 2)
+    )
     assert each["bytes_per_slot"] == divided.slot < plan.slot
     small = json.dumps([{"kind": "offset", "site": "final"}])
     assert "polite would be refused" in planned(checkpoint, store, "--set", f"reserve={small}")
@@ -98,8 +102,10 @@ def test_versions_for_another_model_reserve_nothing(checkpoint: Path, tmp_path: 
     publish(
         store, random_bundle("polite", base_of(checkpoint).model_copy(update={"files": {"x.safetensors": "a" * 64}}), 1)
     )
-    rooms = planned(checkpoint, store, "--json")["rooms"]
-    assert {(row["kind"], row["point"]) for row in rooms} >= {("offset", "resid"), ("low_rank", "mlp.out")}, "the usual"
+    capacities = planned(checkpoint, store, "--json")["rooms"]
+    assert {(row["kind"], row["point"]) for row in capacities} >= {("offset", "resid"), ("low_rank", "mlp.out")}, (
+        "the usual"
+    )
 
 
 @pytest.mark.parametrize(("asked", "meant"), [("auto", "bfloat16"), ("half", "float16"), ("float32", "float32")])
@@ -118,7 +124,7 @@ def test_what_is_no_dtype_and_no_size_is_refused(checkpoint: Path) -> None:
 def test_ranks_cost_what_they_read_and_write() -> None:
     def slot(rank: int) -> int:
         edit = LowRank(site="layers.1.mlp.out", reads="layers.1.mlp.h", rank=rank)
-        return Plan.of(Reservation.for_versions([Version([edit])]), price(WIDTHS, torch.float32)).slot
+        return Plan.of(Reservation.for_versions([Version([edit])]), slot_bytes(WIDTHS, torch.float32)).slot
 
     assert slot(4) == 4 * 4 * (WIDTHS.mlp + WIDTHS.hidden)
     assert slot(8) == 2 * slot(4)
@@ -127,14 +133,14 @@ def test_ranks_cost_what_they_read_and_write() -> None:
 @pytest.mark.parametrize("reserved", [[], [1], [4]])
 def test_a_refusal_says_what_the_advice_would_cost(reserved: list[int]) -> None:
     """Beyond what there is already: for room where there was none, and for a higher rank."""
-    of_room = price(WIDTHS, torch.float32)
+    capacity_bytes = slot_bytes(WIDTHS, torch.float32)
 
     def version(rank: int) -> Version:
         return Version([LowRank(site="layers.1.mlp.out", reads="layers.1.mlp.h", rank=rank)])
 
     have, enough = Reservation.for_versions(map(version, reserved)), Reservation.for_versions([version(16)])
-    (reason,) = have.missing(version(16), of_room)
-    more = Plan.of(enough, of_room).slot - Plan.of(have, of_room).slot
+    (reason,) = have.missing(version(16), capacity_bytes)
+    more = Plan.of(enough, capacity_bytes).slot - Plan.of(have, capacity_bytes).slot
     assert f"edits.reserve ({sized(more)} more per slot) and restart" in reason.message
 
 

@@ -17,7 +17,7 @@ from tests.support.reserved import Version
 from vllm_edits.edit_store import Gate, LowRank, Offset, Scale, Scope, Site, Strength, SubspaceFilter, WeightDelta
 from vllm_edits.edit_store.architectures import ARCHITECTURES
 from vllm_edits.edit_store.errors import SettingsError
-from vllm_edits.plugin.graph.reservation import Place, Reservation, Room, places
+from vllm_edits.plugin.graph.reservation import Capacity, EditGroup, Reservation, edit_groups
 from vllm_edits.server_config.settings import Reserve
 
 LLAMA = ARCHITECTURES[BASE.architecture]
@@ -35,12 +35,12 @@ def reserved_for(*versions: Sequence[Any]) -> Reservation:
     return Reservation.for_versions(map(Version, versions))
 
 
-def at(kind: str, site: str, reads: str | None = None, turn: int = 0) -> Place:
-    return Place(Site.parse(site), kind, Site.parse(reads or site), turn)
+def at(kind: str, site: str, reads: str | None = None, index: int = 0) -> EditGroup:
+    return EditGroup(Site.parse(site), kind, Site.parse(reads or site), index)
 
 
-def room(rank: int, *features: str) -> Room:
-    return Room(rank, frozenset(features))
+def capacity(rank: int, *features: str) -> Capacity:
+    return Capacity(rank, frozenset(features))
 
 
 def reserve(*items: dict[str, Any]) -> Reservation:
@@ -51,13 +51,13 @@ def test_room_for_given_versions_is_exactly_theirs() -> None:
     """The largest rank at each place and every feature asked for, and nothing elsewhere."""
     larger = LowRank(site="layers.1.mlp.out", reads="layers.1.mlp.h", rank=4)
     made = reserved_for(EDITS, [larger])
-    assert made.rooms == {
-        at("low_rank", "layers.1.mlp.out", "layers.1.mlp.h"): room(4),
-        at("low_rank", "layers.1.mlp.out", "layers.1.mlp.in"): room(5),
-        at("scale", "layers.2.attn.z"): room(1),
-        at("subspace_filter", "layers.0.resid"): room(3),
-        at("offset", "layers.0.resid"): room(1, "renorm"),
-        at("gate", "layers.1.mlp.out", "layers.1.mlp.in"): room(2, "normalise"),
+    assert made.capacities == {
+        at("low_rank", "layers.1.mlp.out", "layers.1.mlp.h"): capacity(4),
+        at("low_rank", "layers.1.mlp.out", "layers.1.mlp.in"): capacity(5),
+        at("scale", "layers.2.attn.z"): capacity(1),
+        at("subspace_filter", "layers.0.resid"): capacity(3),
+        at("offset", "layers.0.resid"): capacity(1, "renorm"),
+        at("gate", "layers.1.mlp.out", "layers.1.mlp.in"): capacity(2, "normalise"),
     }
     assert reserved_for([larger], EDITS) == made
     assert made.missing(Version(EDITS)) == made.missing(Version([larger])) == []
@@ -70,12 +70,12 @@ def test_ranks_of_edits_that_are_computed_together_add_up() -> None:
     filters = [SubspaceFilter(site="layers.0.resid", rank=rank, part=rank) for rank in (1, 2)]
     scales = [Scale(site="layers.0.q.out"), Scale(site="layers.0.q.out", part=2)]
     found = reserved_for([*gates, *filters, *scales])
-    assert found.rooms == {
-        at("subspace_filter", "layers.0.resid"): room(3, "dual"),
-        at("scale", "layers.0.q.out"): room(1),
-        at("gate", "layers.1.mlp.out", "layers.1.mlp.in"): room(1),
-        at("gate", "layers.1.mlp.out", "layers.1.mlp.in", 1): room(1, "normalise"),
-        at("gate", "layers.1.mlp.out", "layers.1.mlp.in", 2): room(1, "normalise"),
+    assert found.capacities == {
+        at("subspace_filter", "layers.0.resid"): capacity(3, "dual"),
+        at("scale", "layers.0.q.out"): capacity(1),
+        at("gate", "layers.1.mlp.out", "layers.1.mlp.in"): capacity(1),
+        at("gate", "layers.1.mlp.out", "layers.1.mlp.in", 1): capacity(1, "normalise"),
+        at("gate", "layers.1.mlp.out", "layers.1.mlp.in", 2): capacity(1, "normalise"),
     }
 
 
@@ -86,12 +86,12 @@ def test_scopes_and_strengths_need_room_of_their_own() -> None:
         Offset(site="layers.0.resid", part=part, scope=scope) for part, scope in enumerate([late, late, early], 1)
     ]
     found = reserved_for(offsets)
-    places_found = at("offset", "layers.0.resid"), at("offset", "layers.0.resid", turn=1)
-    assert found.rooms == dict.fromkeys(places_found, room(1, "weighted"))
+    places_found = at("offset", "layers.0.resid"), at("offset", "layers.0.resid", index=1)
+    assert found.capacities == dict.fromkeys(places_found, capacity(1, "weighted"))
     assert found.scopes == 2
     strong = Version(EDITS, Strength(minimum=0, maximum=1))
-    assert all("weighted" in each.features for each in Reservation.for_versions([strong]).rooms.values())
-    (reason,) = Reservation(found.rooms, 1).missing(Version(offsets))
+    assert all("weighted" in each.features for each in Reservation.for_versions([strong]).capacities.values())
+    (reason,) = Reservation(found.capacities, 1).missing(Version(offsets))
     assert "Set edits.scopes to 2" in reason.message
 
 
@@ -105,9 +105,13 @@ def test_patterns_expand_over_the_sites_where_a_kind_has_a_meaning() -> None:
         {"kind": "low_rank", "site": "layers.1.mlp.out", "rank": 7},
         {"kind": "low_rank", "site": "layers.1.mlp.out", "reads": "mlp.out"},
     )
-    ranks = {str(place.site): room.rank for place, room in overlapping.rooms.items() if place.reads.point == "mlp.h"}
+    ranks = {
+        str(group.site): capacity.rank
+        for group, capacity in overlapping.capacities.items()
+        if group.reads.point == "mlp.h"
+    }
     assert ranks == {"layers.0.mlp.out": 2, "layers.1.mlp.out": 7, "layers.2.mlp.out": 2}
-    assert overlapping.rooms[at("low_rank", "layers.1.mlp.out")] == room(1)
+    assert overlapping.capacities[at("low_rank", "layers.1.mlp.out")] == capacity(1)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +125,9 @@ def test_patterns_expand_over_the_sites_where_a_kind_has_a_meaning() -> None:
 def test_room_is_for_what_the_architecture_can_read(name: str, site: str, usual: str, never: str) -> None:
     """Unless said otherwise its module's input; nothing inside experts, nor across a norm, where no edit could read."""
     item = Reserve(kind="low_rank", site=site)
-    assert Reservation.from_settings([item], ARCHITECTURES[name], WIDTHS).rooms.keys() == {at("low_rank", site, usual)}
+    assert Reservation.from_settings([item], ARCHITECTURES[name], WIDTHS).capacities.keys() == {
+        at("low_rank", site, usual)
+    }
     with pytest.raises(SettingsError, match=f"reading {never} fits no site"):
         Reservation.from_settings([item.model_copy(update={"reads": never})], ARCHITECTURES[name], WIDTHS)
 
@@ -144,20 +150,20 @@ def test_an_empty_store_reserves_what_most_methods_use() -> None:
     assert usual.missing(Version([Scale(site="layers.0.attn.z"), Offset(site="layers.2.resid"), EDITS[0]]))[
         0
     ].message.startswith("low_rank of rank 2 at layers.1.mlp.out reading layers.1.mlp.h: rank 1 is reserved")
-    assert len(usual.rooms) == 4 * WIDTHS.layers
+    assert len(usual.capacities) == 4 * WIDTHS.layers
     experts = Reservation.usual(ARCHITECTURES["Qwen3MoeForCausalLM"], WIDTHS)
-    assert len(experts.rooms) == 3 * WIDTHS.layers, "what is read lies inside the experts"
+    assert len(experts.capacities) == 3 * WIDTHS.layers, "what is read lies inside the experts"
 
 
-rooms = st.dictionaries(
-    st.sampled_from(sorted({place for _, (edit, _) in every_edit(BASE) for place in places([edit])})),
-    st.builds(Room, st.integers(1, 8), st.frozensets(st.sampled_from(["dual", "onto", "renorm", "normalise"]))),
+capacities = st.dictionaries(
+    st.sampled_from(sorted({group for _, (edit, _) in every_edit(BASE) for group in edit_groups([edit])})),
+    st.builds(Capacity, st.integers(1, 8), st.frozensets(st.sampled_from(["dual", "onto", "renorm", "normalise"]))),
 )
 
 
 @cheaply
-@given(rooms)
-def test_a_reservation_has_one_spelling_as_settings(wanted: dict[Place, Room]) -> None:
+@given(capacities)
+def test_a_reservation_has_one_spelling_as_settings(wanted: dict[EditGroup, Capacity]) -> None:
     """What a server resolved is written into its config: it must read back as the same, in the same order."""
     made = Reservation(wanted)
     spelled = made.to_settings()
@@ -167,8 +173,8 @@ def test_a_reservation_has_one_spelling_as_settings(wanted: dict[Place, Room]) -
 
 
 @cheaply
-@given(rooms)
-def test_the_advice_in_a_refusal_makes_room(wanted: dict[Place, Room]) -> None:
+@given(capacities)
+def test_the_advice_in_a_refusal_makes_room(wanted: dict[EditGroup, Capacity]) -> None:
     """Each reason names a setting to add; with all of them added nothing is missing any more."""
     have = Reservation(wanted)
     reasons = have.missing(Version(EDITS))

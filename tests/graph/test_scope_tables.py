@@ -34,11 +34,11 @@ def test_a_token_is_covered_where_its_slots_scope_says_so(
     named = tables.named_ids(torch.device("cpu"))
     met = named.met(torch.from_numpy(slots).int(), torch.from_numpy(token_ids).int()).numpy()
     for row, (slot, position, prompt, token_id) in enumerate(tokens):
-        for lane in range(LANES):
-            beyond = lane == 0 or lane > len(own.get(slot, ()))
-            scope = Scope() if beyond else own[slot][lane - 1]
-            assert covered[row, lane] == scope.covers(np.array([position]), prompt)[0], (slot, lane)
-            assert met[row, lane] == (scope.tokens is None or token_id in scope.tokens), (slot, lane)
+        for scope_row in range(LANES):
+            beyond = scope_row == 0 or scope_row > len(own.get(slot, ()))
+            scope = Scope() if beyond else own[slot][scope_row - 1]
+            assert covered[row, scope_row] == scope.covers(np.array([position]), prompt)[0], (slot, scope_row)
+            assert met[row, scope_row] == (scope.tokens is None or token_id in scope.tokens), (slot, scope_row)
     assert tables.names_ids.tolist() == [
         any(scope.tokens is not None for scope in own.get(slot, ())) for slot in range(SLOTS + 1)
     ]

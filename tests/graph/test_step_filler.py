@@ -19,7 +19,7 @@ from tests.support.late_device import LateDevice
 from vllm_edits.edit_store import Scope
 from vllm_edits.plugin.graph.device_rows import DeviceRows
 from vllm_edits.plugin.graph.edited_site import Step
-from vllm_edits.plugin.graph.step_filler import Batch, Extents, FalseClaim, StepFiller
+from vllm_edits.plugin.graph.step_filler import Extents, FalseClaim, StepBatch, StepFiller
 
 TOKENS, LANES = 64, 3
 SCOPES: dict[int, tuple[Scope, ...]] = {
@@ -55,7 +55,7 @@ def fill(filler: StepFiller, running: list[Running], tokens: list[int], ids: tor
     starts, prompts = (np.array([getattr(one, field) for one in running], dtype=np.int64) for field in
                        ("computed", "prompt"))  # fmt: skip
     extents = Extents(np.array(tokens, dtype=np.int64), starts, lambda: prompts, ids)
-    filler.fill(Batch(running, attrgetter("claim"), attrgetter("embedded"), lambda: extents))
+    filler.fill(StepBatch(running, attrgetter("claim"), attrgetter("embedded"), lambda: extents))
 
 
 def covered(scope: Scope, position: int, prompt: int, token: int | None) -> bool:
@@ -106,11 +106,11 @@ def test_every_token_has_the_slot_and_the_weights_of_its_request(everyone: list[
                 assert step.slots[row] == slot
                 computed[slot] += 1
                 scopes = SCOPES.get(slot, ())
-                for lane in range(1 + len(scopes)) if slot else ():
+                for scope_row in range(1 + len(scopes)) if slot else ():
                     vector = one.embedded is not None and position < min(one.prompt, len(one.embedded))
                     token = None if vector and one.embedded[position] else int(ids[row])
-                    met = lane == 0 or covered(scopes[lane - 1], position, one.prompt, token)
-                    assert step.weights[row, lane] == strength * met, (lane, position, one)
+                    met = scope_row == 0 or covered(scopes[scope_row - 1], position, one.prompt, token)
+                    assert step.weights[row, scope_row] == strength * met, (scope_row, position, one)
                 row += 1
             one.computed = data.draw(st.sampled_from([one.computed + count, one.computed + count, 0]))
         assert not step.slots[row:].any()
@@ -188,7 +188,7 @@ def test_of_a_batch_of_the_base_nothing_else_is_asked() -> None:
     fill(filler, [Running((2, "v", 0.5), 2, 5)], [1], torch.zeros(TOKENS, dtype=torch.int64))
     assert (step.slots[0], step.weights[0, 0], filler.all_base) == (2, 0.5, False), "positive control"
     for running in ([Running(None, 2, 5)], [Running(None, 2, 5)] * 2, []):
-        nothing = Batch(
+        nothing = StepBatch(
             running, attrgetter("claim"), attrgetter("embedded"), lambda: pytest.fail("asked where tokens are")
         )
         filler.fill(nothing)

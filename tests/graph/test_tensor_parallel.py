@@ -21,9 +21,9 @@ from vllm_edits.edit_store import Bundle, Gate, LowRank, Offset, Scale, Site, Su
 from vllm_edits.edit_store.architectures import ARCHITECTURES
 from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.plugin.graph.edited_model import EditedModel
-from vllm_edits.plugin.graph.slot_bytes import price
-from vllm_edits.plugin.graph.tensor_parallel import Share, Sum, Worker, alone
-from vllm_edits.plugin.vllm_host.architectures import anchors
+from vllm_edits.plugin.graph.slot_bytes import slot_bytes
+from vllm_edits.plugin.graph.tensor_parallel import AllReduce, Rank, Shard, identity
+from vllm_edits.plugin.vllm_host.architectures import site_modules
 from vllm_edits.plugin.weights.weight_form import constant, formless, touched
 
 WORKERS = 2
@@ -39,8 +39,8 @@ class Sums:
         self._parts: list[Any] = [None] * WORKERS
         self._barrier = threading.Barrier(WORKERS, timeout=30)
 
-    def of(self, rank: int) -> Sum:
-        """The `Sum` of one worker."""
+    def of(self, rank: int) -> AllReduce:
+        """The `AllReduce` of one worker."""
 
         def add(partial: Tensor) -> Tensor:
             self._parts[rank] = partial
@@ -58,7 +58,7 @@ class Divided:
 
     def __init__(self, *bundles: Bundle) -> None:
         self.sums = Sums()
-        workers = [Worker(rank, WORKERS) for rank in range(WORKERS)]
+        workers = [Rank(rank, WORKERS) for rank in range(WORKERS)]
         self.models = [divided(TinyModel(), worker, self.sums.of(worker.rank)) for worker in workers]
         reservation = reservation_of(*bundles)
         self.edited = [
@@ -177,36 +177,36 @@ def test_the_price_of_room_is_what_each_worker_sets_apart() -> None:
     reservation = reservation_of(bundle)
     workers, whole = Divided(bundle), edited_model(TinyModel(), reservation, slots=2)
     each = {edited.bytes_reserved for edited in workers.edited}
-    of_room = price(WIDTHS, torch.float32, WORKERS)
-    assert each == {3 * sum(of_room(place, room) for place, room in reservation.rooms.items())}
+    capacity_bytes = slot_bytes(WIDTHS, torch.float32, WORKERS)
+    assert each == {3 * sum(capacity_bytes(group, capacity) for group, capacity in reservation.capacities.items())}
     assert each.pop() < whole.bytes_reserved
 
 
 @pytest.mark.parametrize(
-    ("worker", "point", "share"),
+    ("worker", "point", "shard"),
     [
-        (Worker(1, 2), "q.out", Share(4, 4, 8)),
-        (Worker(1, 2), "mlp.h", Share(8, 8, 16)),
-        (Worker(1, 2), "k.out", Share(0, 4, 4, counts=False)),
-        (Worker(0, 2), "v.out", Share(0, 4, 4)),
-        (Worker(1, 2), "resid", Share(0, 8, 8, counts=False)),
-        (Worker(), "q.out", Share.all_of(8)),
+        (Rank(1, 2), "q.out", Shard(4, 4, 8)),
+        (Rank(1, 2), "mlp.h", Shard(8, 8, 16)),
+        (Rank(1, 2), "k.out", Shard(0, 4, 4, counts=False)),
+        (Rank(0, 2), "v.out", Shard(0, 4, 4)),
+        (Rank(1, 2), "resid", Shard(0, 8, 8, counts=False)),
+        (Rank(), "q.out", Shard.all_of(8)),
     ],
 )
-def test_what_a_worker_has_of_a_vector(worker: Worker, point: str, share: Share) -> None:
-    assert worker.share(WIDTHS, point) == share
+def test_what_a_worker_has_of_a_vector(worker: Rank, point: str, shard: Shard) -> None:
+    assert worker.shard(WIDTHS, point) == shard
 
 
 def test_of_several_workers_with_the_same_head_one_speaks() -> None:
     """Four workers, two key-value heads: the sum over all workers counts every number once."""
     widths = WIDTHS.model_copy(update={"heads": 4, "kv_heads": 2})
-    shares = [Worker(rank, 4).share(widths, "k.out") for rank in range(4)]
-    assert [(share.start, share.width, share.counts) for share in shares] == [
+    shares = [Rank(rank, 4).shard(widths, "k.out") for rank in range(4)]
+    assert [(shard.start, shard.width, shard.counts) for shard in shares] == [
         (0, 4, True), (0, 4, False), (4, 4, True), (4, 4, False)]  # fmt: skip
     vector = torch.arange(8.0)
     parts: list[Tensor] = []
-    for share in shares:
-        share.sum(lambda part: (parts.append(part), part)[1])(share.of(vector).sum())
+    for shard in shares:
+        shard.sum(lambda part: (parts.append(part), part)[1])(shard.of(vector).sum())
     assert sum(parts) == vector.sum()
 
 
@@ -226,15 +226,15 @@ def test_every_worker_puts_its_own_of_the_same_weights_into_place(pair: Any) -> 
     undivided.install(undivided.prepare(bundle.version, bundle.manifest, tensors), 1)
 
     def projection(site: Site) -> tuple[Tensor, None]:
-        at = anchors(original, BASE.architecture, WIDTHS)[site]
-        return at.module.weight[at.start or 0 :][: at.share.width], None
+        at = site_modules(original, BASE.architecture, WIDTHS)[site]
+        return at.module.weight[at.start or 0 :][: at.shard.width], None
 
-    for worker in (Worker(rank, WORKERS) for rank in range(WORKERS)):
-        mine = divided(original, worker, alone)
+    for worker in (Rank(rank, WORKERS) for rank in range(WORKERS)):
+        mine = divided(original, worker, identity)
         weights = plain_weights(mine, worker, projection)
         before = [each.clone() for each in mine.parameters()]
         weights.install(weights.prepare(bundle.version, bundle.manifest, tensors), 1)
-        expected = divided(whole, worker, alone)
+        expected = divided(whole, worker, identity)
         for (name, found), cut in zip(mine.named_parameters(), expected.parameters(), strict=True):
             assert torch.equal(found, cut), name
         assert not all(map(torch.equal, mine.parameters(), before)), "positive control"
@@ -245,8 +245,8 @@ def test_every_worker_puts_its_own_of_the_same_weights_into_place(pair: Any) -> 
 def test_a_part_of_another_weight_than_the_files_hold_is_refused() -> None:
     edit = Scale(site="layers.1.attn.z")
     bundle = bundle_of([(edit, random_numbers(edit, BASE, 0))])
-    mine = divided(TinyModel(), Worker(1, WORKERS), alone)
-    weights = plain_weights(mine, Worker(1, WORKERS), lambda site: (torch.zeros(WIDTHS.of(site.point), 8), None))
+    mine = divided(TinyModel(), Rank(1, WORKERS), identity)
+    weights = plain_weights(mine, Rank(1, WORKERS), lambda site: (torch.zeros(WIDTHS.of(site.point), 8), None))
     with pytest.raises(UnsupportedHost, match=r"hold another projection to layers.1.attn.out than the one"):
         weights.prepare(bundle.version, bundle.manifest, check(bundle))
 
@@ -264,8 +264,8 @@ def summed_later(model: TinyModel) -> None:
     [(cut_otherwise, "8 numbers of it for each, found 16"), (summed_later, "found a part of a sum")],
 )
 def test_a_model_that_is_divided_otherwise_is_refused(change: Callable[[TinyModel], None], why: str) -> None:
-    model = divided(TinyModel(), Worker(0, WORKERS), alone)
-    anchors(model, BASE.architecture, WIDTHS, Worker(0, WORKERS))
+    model = divided(TinyModel(), Rank(0, WORKERS), identity)
+    site_modules(model, BASE.architecture, WIDTHS, Rank(0, WORKERS))
     change(model)
     with pytest.raises(UnsupportedHost, match=why):
-        anchors(model, BASE.architecture, WIDTHS, Worker(0, WORKERS))
+        site_modules(model, BASE.architecture, WIDTHS, Rank(0, WORKERS))

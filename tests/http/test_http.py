@@ -45,10 +45,10 @@ async def site(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
     token_file.write_text("let-me-in\n")
     server = Server(f"memory://{tmp_path}")
     async with AsyncExitStack() as processes:
-        owner = None
+        coordinator = None
         if request.param == "another process":
-            owner = await processes.enter_async_context(another_process(server, tmp_path / "owner.sock"))
-        made = Site(server, token_file, owner)
+            coordinator = await processes.enter_async_context(another_process(server, tmp_path / "owner.sock"))
+        made = Site(server, token_file, coordinator)
         yield made
         await made.client.aclose()
         await made.server.core.slots.settle()
@@ -733,7 +733,7 @@ async def test_what_is_said_to_the_plugin_holds_no_lease_below_a_root_path_eithe
     async def send(_: Any) -> None:
         raise AssertionError("nothing is answered here")
 
-    middleware = VariantMiddleware(app, lambda: (site.owner, site.server.metrics, site.keys))
+    middleware = VariantMiddleware(app, lambda: (site.coordinator, site.server.metrics, site.keys))
     for path in ("/v1/edits/sync", "/v1/edits/polite/rollback", "/v1/completions"):
         for sent in (root + path, path):  # a proxy may leave its prefix in the path or take it away
             scope = {"type": "http", "method": "POST", "path": sent, "root_path": root, "headers": []}

@@ -25,7 +25,7 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.serve import create_error_response
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_edits.plugin.experiments.evaluation_context import NOBODY, Asking
+from vllm_edits.plugin.experiments.evaluation_context import NO_CONTEXT, EvaluationContext
 from vllm_edits.plugin.http import client_request
 from vllm_edits.plugin.http.api_key import ApiKeys
 from vllm_edits.plugin.http.middleware import VariantMiddleware
@@ -81,7 +81,7 @@ class Recorder:
 class EveryName:
     """An owner of slots that has a variant for every name."""
 
-    async def lease(self, model: str, strength: float | None = None, asking: Asking = NOBODY) -> Lease:
+    async def lease(self, model: str, strength: float | None = None, context: EvaluationContext = NO_CONTEXT) -> Lease:
         version = None if model in ("", BASE_NAME) else "a" * 64
         return Lease(Choice(model or BASE_NAME, BASE if version is None else model, version), 0, lambda _: None)
 

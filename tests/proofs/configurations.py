@@ -28,7 +28,7 @@ from unittest import mock
 import httpx
 import numpy as np
 
-from loadtests.harness.metrics import Metrics
+from loadtests.harness.metrics import Scrape
 from loadtests.harness.server import Server
 from tests.proofs.parity import Answer, Pair, cores_apart, in_a_process_of_its_own, random_numbers
 from tests.support.bundles import bundle_of
@@ -343,7 +343,7 @@ class _Server:
         """Every engine has computed tokens, on that runner."""
         if f"runner {self._runner}," not in self._server.log_text():
             raise RuntimeError(f"the runner is not {self._runner}: nothing was compared")
-        by_engine = Metrics.of(self._server.url).by("vllm:generation_tokens_total", "engine")
+        by_engine = Scrape.of(self._server.url).by("vllm:generation_tokens_total", "engine")
         if len(by_engine) < 2 or not all(by_engine.values()):
             raise RuntimeError(f"not every engine was asked: nothing was compared; tokens by engine {by_engine}")
 

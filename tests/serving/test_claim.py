@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 from tests.support.fakes import cheaply
 from vllm_edits.plugin.claim import CLAIM, FORK, address, cache_salt
 from vllm_edits.plugin.serving.variants import Choice
-from vllm_edits.plugin.serving.version_info import Traits
+from vllm_edits.plugin.serving.version_info import VersionInfo
 from vllm_edits.plugin.vllm_host.scheduler import fork_at_first_edit
 
 versions = st.none() | st.text("0123456789abcdef", min_size=1, max_size=3)
 salts = st.none() | st.text(max_size=4)
 
 
-def of(version: str | None, strength: float = 1.0, **traits: Any) -> Choice:
+def of(version: str | None, strength: float = 1.0, **info: Any) -> Choice:
     """A choice of a version."""
-    return Choice("polite", "polite", version, strength, Traits(**traits))
+    return Choice("polite", "polite", version, strength, VersionInfo(**info))
 
 
 V1, V2 = of("1" * 64), of("2" * 64)

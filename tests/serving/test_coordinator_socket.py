@@ -25,15 +25,20 @@ from vllm_edits.edit_store.errors import (
     UnsupportedHost,
 )
 from vllm_edits.edit_store.scope import Scope
-from vllm_edits.plugin.experiments.evaluation_context import NOBODY, Asking
-from vllm_edits.plugin.experiments.records import Compared, Exposure, Record, Said
+from vllm_edits.plugin.experiments.evaluation_context import NO_CONTEXT, EvaluationContext
+from vllm_edits.plugin.experiments.records import Exposure, Record, Said, ShadowRecord
 from vllm_edits.plugin.experiments.routing import Assignment
 from vllm_edits.plugin.serving import coordinator_socket
-from vllm_edits.plugin.serving.coordinator import Change, LocalOwner, NotFollowed, Owner, Served
-from vllm_edits.plugin.serving.coordinator_socket import FencedWorkers, OwnerServer, RemoteOwner, socket_path
+from vllm_edits.plugin.serving.coordinator import Coordinator, LocalCoordinator, NotFollowed, Served, TagChange
+from vllm_edits.plugin.serving.coordinator_socket import (
+    CoordinatorServer,
+    FencedWorkers,
+    RemoteCoordinator,
+    socket_path,
+)
 from vllm_edits.plugin.serving.lease import Lease
 from vllm_edits.plugin.serving.variants import Choice
-from vllm_edits.plugin.serving.version_info import Traits
+from vllm_edits.plugin.serving.version_info import VersionInfo
 
 pytestmark = pytest.mark.anyio
 
@@ -46,28 +51,28 @@ def anyio_backend() -> str:
 class Processes:
     """A server's first process, and others that ask it."""
 
-    def __init__(self, path: Path, owner: Owner) -> None:
+    def __init__(self, path: Path, coordinator: Coordinator) -> None:
         self.path = path
-        self.owner = owner
-        self.listening = OwnerServer(path)
+        self.coordinator = coordinator
+        self.listening = CoordinatorServer(path)
         self.reached = 0
         self.may_reach = asyncio.Event()
         self.may_reach.set()
 
-    async def another(self) -> RemoteOwner:
+    async def another(self) -> RemoteCoordinator:
         async def reach_engine() -> None:
             self.reached += 1
             await self.may_reach.wait()
 
-        remote = RemoteOwner(self.path, reach_engine)
+        remote = RemoteCoordinator(self.path, reach_engine)
         await remote.connect()
         return remote
 
 
 @asynccontextmanager
-async def processes(path: Path, owner: Owner) -> AsyncIterator[Processes]:
-    made = Processes(path / "owner.sock", owner)
-    await made.listening.start(owner)
+async def processes(path: Path, coordinator: Coordinator) -> AsyncIterator[Processes]:
+    made = Processes(path / "owner.sock", coordinator)
+    await made.listening.start(coordinator)
     yield made
     await made.listening.close()
 
@@ -94,8 +99,8 @@ class Says:
     def _released(self, _: Lease) -> None:
         self.released += 1
 
-    async def lease(self, model: str, strength: float | None = None, asking: Asking = NOBODY) -> Lease:
-        return Lease(await self._said(model, strength, asking), 3, self._released)
+    async def lease(self, model: str, strength: float | None = None, context: EvaluationContext = NO_CONTEXT) -> Lease:
+        return Lease(await self._said(model, strength, context), 3, self._released)
 
     async def renew(self, choice: Choice | None) -> Lease:
         return Lease(await self._said(choice), 2, self._released)
@@ -109,7 +114,7 @@ class Says:
     async def sync(self) -> Any:
         return await self._said()
 
-    async def change(self, change: Change) -> Any:
+    async def change(self, change: TagChange) -> Any:
         return await self._said(change)
 
     def ended(self, record: Record) -> None:
@@ -119,7 +124,9 @@ class Says:
         return await self._said(request, metric, value)
 
 
-TRAITS = Traits(Strength(minimum=0, maximum=2, default=0.5), bound_to_prompt=True, tail=4, name="polite", fires=True)
+TRAITS = VersionInfo(
+    Strength(minimum=0, maximum=2, default=0.5), bound_to_prompt=True, tail=4, name="polite", fires=True
+)
 ASSIGNED = Assignment("tone", 2, "milder", "hash", "0" * 16, "user")
 CHOICE = Choice(
     "polite@prod",
@@ -130,10 +137,10 @@ CHOICE = Choice(
     in_weights=False,
     epoch=3,
     assignment=ASSIGNED,
-    handle="h",
-    beside="b",
+    feedback_token="h",
+    shadow="b",
 )
-ASKING = Asking({"x-edits-unit": "ann"}, "bob", "key", "request")
+ASKING = EvaluationContext({"x-edits-unit": "ann"}, "bob", "key", "request")
 
 
 @pytest.mark.parametrize("choice", [CHOICE, Choice("base", "base", None), replace(CHOICE, in_weights=True)])
@@ -169,7 +176,7 @@ async def test_a_lease_arrives_as_it_was_given_and_is_given_back_once(choice: Ch
 async def test_a_refusal_is_the_same_in_every_process(error: EditsError, tmp_path: Path) -> None:
     async with processes(tmp_path, Says(error)) as made:
         remote = await made.another()
-        for ask in (remote.lease("x"), remote.status(), remote.change(Change("withdraw", "polite"))):
+        for ask in (remote.lease("x"), remote.status(), remote.change(TagChange("withdraw", "polite"))):
             with pytest.raises(EditsError) as told:
                 await ask
             assert type(told.value) is type(error)
@@ -191,15 +198,15 @@ async def test_a_fault_of_the_owner_is_told_and_it_goes_on(tmp_path: Path) -> No
 async def test_everything_that_is_asked_of_an_owner_can_be(server: Server, tmp_path: Path) -> None:
     (first,) = await server.promote(version_of("polite"))
     second = server.store.publish(version_of("polite"))
-    async with processes(tmp_path, local := LocalOwner(server.core)) as made:
+    async with processes(tmp_path, local := LocalCoordinator(server.core)) as made:
         remote = await made.another()
         assert await remote.served() == await local.served() == Served([("polite", "polite", first)], base=True)
         assert (await remote.status())["variants"] == (await local.status())["variants"]
-        changed = await remote.change(Change("promote", "polite", version=second, reason="better", actor="http:me"))
+        changed = await remote.change(TagChange("promote", "polite", version=second, reason="better", actor="http:me"))
         assert (changed["entry"]["version"], changed["entry"]["actor"]) == (second, "http:me")
         assert changed["swap"]["from_version"] == first
-        await remote.change(Change("rollback", "polite"))
-        await remote.change(Change("withdraw", "polite"))
+        await remote.change(TagChange("rollback", "polite"))
+        await remote.change(TagChange("withdraw", "polite"))
         assert (await remote.sync())["swaps"] == []
         assert (await remote.served()).variants == []
         await remote.close()
@@ -214,7 +221,7 @@ async def test_what_requests_of_experiments_came_to_is_told_and_asked(tmp_path: 
         chosen="hash", outcome="ok", prompt_tokens=1, output_tokens=2, seconds=0.5, first_token_seconds=None,
         seconds_per_token=None, empty=False, looping=False, corrupted=False,
     )  # fmt: skip
-    pair = Compared(
+    pair = ShadowRecord(
         at=now, request="h", experiment="", versions=("a", "base"), parted_at=3,
         said=(Said(token=1, logprob=-0.5), None), tokens=(4, 3), finish=("stop", "length"), seconds=(0.1, 0.2),
     )  # fmt: skip
@@ -231,7 +238,7 @@ async def test_who_stops_waiting_for_a_slot_holds_nothing(server: Server, tmp_pa
     """Three slots, all in use: the fourth waits, and goes."""
     names = [f"variant-{number}" for number in range(4)]
     await server.promote(*map(version_of, names))
-    async with processes(tmp_path, LocalOwner(server.core)) as made:
+    async with processes(tmp_path, LocalCoordinator(server.core)) as made:
         remote = await made.another()
         async with AsyncExitStack() as held:
             for name in names[:3]:
@@ -252,7 +259,7 @@ async def test_a_slot_is_not_changed_before_every_process_has_heard_from_the_eng
     server: Server, tmp_path: Path
 ) -> None:
     """Its requests may be on their way there; what is only read, and a slot that was free, does not wait."""
-    async with processes(tmp_path, LocalOwner(server.core)) as made:
+    async with processes(tmp_path, LocalCoordinator(server.core)) as made:
         others = [await made.another(), await made.another()]
         await others[0].status(), await others[1].status()  # both are known to the owner
         workers = FencedWorkers(server.workers, made.listening.fence)
@@ -276,7 +283,7 @@ async def test_a_process_that_ends_with_leases_leaves_its_slots_as_they_are(
 ) -> None:
     """Its requests may still be in the engine. vLLM ends the server when one of its processes ends."""
     await server.promote(version_of("polite"))
-    async with processes(tmp_path, LocalOwner(server.core)) as made:
+    async with processes(tmp_path, LocalCoordinator(server.core)) as made:
         remote = await made.another()
         lease = await remote.lease("polite")
         if not holding:
@@ -297,7 +304,7 @@ async def test_a_process_that_ends_with_leases_leaves_its_slots_as_they_are(
 async def test_without_its_owner_a_process_answers_nothing(server: Server, tmp_path: Path) -> None:
     """And what it still holds ends in silence."""
     await server.promote(version_of("polite"))
-    async with processes(tmp_path, LocalOwner(server.core)) as made:
+    async with processes(tmp_path, LocalCoordinator(server.core)) as made:
         remote = await made.another()
         lease = await remote.lease("polite")
         await made.listening.close()
@@ -313,7 +320,7 @@ async def test_a_process_that_does_not_answer_stops_no_owner(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(coordinator_socket, "ANSWER_SECONDS", 0.05)
-    async with processes(tmp_path, LocalOwner(server.core)) as made:
+    async with processes(tmp_path, LocalCoordinator(server.core)) as made:
         remote = await made.another()
         await remote.status()
         made.may_reach.clear()
@@ -327,12 +334,12 @@ async def test_a_process_that_does_not_answer_stops_no_owner(
 
 async def test_who_comes_before_the_owner_waits_for_it(server: Server, tmp_path: Path) -> None:
     path = tmp_path / "owner.sock"
-    remote = RemoteOwner(path, lambda: asyncio.sleep(0))
+    remote = RemoteCoordinator(path, lambda: asyncio.sleep(0))
     connecting = asyncio.ensure_future(remote.connect())
     await asyncio.sleep(0.05)
     assert not connecting.done()
-    listening = OwnerServer(path)
-    await listening.start(LocalOwner(server.core))
+    listening = CoordinatorServer(path)
+    await listening.start(LocalCoordinator(server.core))
     await connecting
     assert (await remote.served()).base
     await remote.close()
@@ -344,11 +351,11 @@ async def test_scopes_of_a_version_are_told_to_every_process(server: Server, tmp
     from vllm_edits.edit_store import Offset
 
     await server.promote(version_of("late", edit=Offset(site="layers.1.resid", scope=Scope(phase="generated"))))
-    async with processes(tmp_path, LocalOwner(server.core)) as made:
+    async with processes(tmp_path, LocalCoordinator(server.core)) as made:
         remote = await made.another()
         lease = await remote.lease("late")
-        assert lease.choice.traits == (await server.core.lease("late")).choice.traits
-        assert lease.choice.traits.bound_to_prompt
+        assert lease.choice.info == (await server.core.lease("late")).choice.info
+        assert lease.choice.info.bound_to_prompt
         await remote.close()
 
 

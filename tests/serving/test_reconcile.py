@@ -848,7 +848,7 @@ async def test_firings_that_cannot_be_read_are_counted_at_the_next_look(server: 
     (version,) = await server.promote(version_of("polite", edit=gate))
 
     def told(times: int, share: int = 0) -> Answer:
-        return {"share": share, "firings": [[version, 10 * times, {"layers.1.resid": times}]]}
+        return {"rank": share, "firings": [[version, 10 * times, {"layers.1.resid": times}]]}
 
     async def counted() -> float:
         await server.core.sync()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
 
 from tests.support.fakes import cheaply
-from vllm_edits.plugin.serving.residency import Plan, Residency
+from vllm_edits.plugin.serving.residency import Placement, Residency
 
 VERSIONS = [f"version-{number}" for number in range(6)]
 
@@ -44,7 +44,7 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
             assert plan is not None
             assert plan.evicted is None
         elif idle:
-            assert plan == Plan(self.slot_of.pop(idle[0]), idle[0])  # the idle one that was used longest ago
+            assert plan == Placement(self.slot_of.pop(idle[0]), idle[0])  # the idle one that was used longest ago
             self.by_use.remove(idle[0])
             self.retired.discard(idle[0])
             self.closed.discard(idle[0])
@@ -182,7 +182,7 @@ def test_nothing_is_planned_while_every_slot_is_in_use() -> None:
     residency.acquire("a")
     assert residency.plan("b") is None
     residency.release("a")
-    assert residency.plan("b") == Plan(1, "a")
+    assert residency.plan("b") == Placement(1, "a")
 
 
 def test_those_with_the_fewest_users_make_way_and_retired_ones_before_them() -> None:
@@ -199,7 +199,7 @@ def test_those_with_the_fewest_users_make_way_and_retired_ones_before_them() -> 
 
 def test_a_planned_slot_is_not_planned_twice() -> None:
     residency = Residency(1)
-    assert residency.plan("a") == Plan(1, None)
+    assert residency.plan("a") == Placement(1, None)
     assert residency.plan("b") is None
 
 

@@ -15,7 +15,7 @@ from vllm_edits.edit_store import EditStore, Enforcement, Role, SigningKey, Trus
 from vllm_edits.edit_store.errors import NotFound, NotTrusted, SettingsError
 from vllm_edits.edit_store.experiments.document import Experiment, Guardrail
 from vllm_edits.edit_store.experiments.experiment_log import Experiments
-from vllm_edits.edit_store.experiments.state import Change
+from vllm_edits.edit_store.experiments.state import ExperimentChange
 from vllm_edits.edit_store.trust import Trust
 from vllm_edits.plugin.experiments.guardrails import Withdraw
 
@@ -195,14 +195,14 @@ async def test_experiments_are_followed_as_promotions_are(tmp_path: Path) -> Non
     arms = [{"name": name, "serves": "base", "weight": 0.5} for name in ("control", "same")]
     log = Experiments(signed(server))
     log.create(Experiment.parse({"name": "tone", "model": "polite", "arms": arms}))
-    log.change(Change(experiment="tone", operation="start"))
+    log.change(ExperimentChange(experiment="tone", operation="start"))
     await follow(server)
     assert server.core.experiments.standings == {}
     assert log.sign("tone", BOB) == [1, 2]
     assert log.sign("tone", BOB) == []
     await follow(server)
     assert server.core.experiments.standings["tone"].status == "running"
-    Experiments(signed(server, None)).change(Change(experiment="tone", operation="stop"))
+    Experiments(signed(server, None)).change(ExperimentChange(experiment="tone", operation="stop"))
     await follow(server)
     assert server.core.experiments.standings["tone"].status == "running"
 
@@ -216,7 +216,7 @@ async def test_an_arm_must_be_signed_by_its_author_and_a_server_without_a_key_wi
     arms = [{"name": name, "serves": each, "weight": 0.5 if each == "base" else 0.25} for name, each in serves.items()]
     log = Experiments(signed(server))
     log.create(Experiment.parse({"name": "tone", "model": "tone", "arms": arms}))
-    log.change(Change(experiment="tone", operation="start"))
+    log.change(ExperimentChange(experiment="tone", operation="start"))
     await follow(server)
     assert bad not in server.residents()
     (told,) = server.core.experiments.status()

@@ -14,15 +14,15 @@ from tests.support.fakes import BASE
 from vllm_edits.edit_store import Bundle, Gate, Offset, Scope, Strength
 from vllm_edits.edit_store.errors import RequestRefused
 from vllm_edits.plugin.metrics import Metrics
-from vllm_edits.plugin.serving.firings import Firings
-from vllm_edits.plugin.serving.version_info import PLAIN, Traits
+from vllm_edits.plugin.serving.firings import FiringTotals
+from vllm_edits.plugin.serving.version_info import NO_INFO, VersionInfo
 
 GATE: dict[str, Any] = {"site": "layers.1.mlp.out", "reads": "layers.1.mlp.in", "rank": 1}
 
 
-def traits_of(*edits: Any, strength: Strength | None = None) -> Traits:
+def traits_of(*edits: Any, strength: Strength | None = None) -> VersionInfo:
     made = bundle_of("polite", BASE, [(edit, random_numbers(edit, BASE, 1)) for edit in edits])
-    return Traits.of(Bundle(made.manifest.model_copy(update={"strength": strength}), made.tensor_bytes).manifest)
+    return VersionInfo.of(Bundle(made.manifest.model_copy(update={"strength": strength}), made.tensor_bytes).manifest)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_strength_is_within_the_authors_bounds_or_refused() -> None:
     for asked in (-0.1, 2.1, math.nan, math.inf):
         with pytest.raises(RequestRefused, match=r"takes a strength of 0 to 2, by default 0\.5, found"):
             bounded.strength_of(asked, "polite")
-    for unbounded in (PLAIN, traits_of(Offset(site="final"))):
+    for unbounded in (NO_INFO, traits_of(Offset(site="final"))):
         assert unbounded.strength_of(None, "polite") == 1
         with pytest.raises(RequestRefused, match="'polite' takes no strength"):
             unbounded.strength_of(1.0, "polite")
@@ -74,7 +74,7 @@ def test_bounds_are_in_order() -> None:
 def test_firings_only_grow_also_when_a_version_comes_back() -> None:
     """Workers count from every install on; the metric goes on."""
     registry = CollectorRegistry()
-    firings = Firings(Metrics(registry))
+    firings = FiringTotals(Metrics(registry))
 
     def counted() -> tuple[float, float]:
         labels = {"variant": "polite", "version": "v1"}

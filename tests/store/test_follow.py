@@ -16,7 +16,7 @@ from vllm_edits.edit_store.backends import Item
 from vllm_edits.edit_store.errors import EditsError, StoreUnavailable
 from vllm_edits.edit_store.experiments.document import Experiment
 from vllm_edits.edit_store.experiments.experiment_log import Experiments
-from vllm_edits.edit_store.experiments.state import Change
+from vllm_edits.edit_store.experiments.state import ExperimentChange
 from vllm_edits.edit_store.reading.follow import Follower, Seen
 
 
@@ -175,8 +175,8 @@ def test_a_memory_that_cannot_be_read_is_told(store: EditStore, tmp_path: Path) 
         seen(store, tmp_path)
 
 
-def of_tone(operation: Any, **fields: Any) -> Change:
-    return Change(experiment="tone", operation=operation, **fields)
+def of_tone(operation: Any, **fields: Any) -> ExperimentChange:
+    return ExperimentChange(experiment="tone", operation=operation, **fields)
 
 
 def test_experiments_are_followed_entry_by_entry(store: EditStore) -> None:

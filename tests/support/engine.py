@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from loadtests.harness.metrics import Metrics
+from loadtests.harness.metrics import Scrape
 from loadtests.harness.record import gpu
 from loadtests.harness.server import Server
 from tests.support.bundles import base_of, bundle_of, publish, random_pairs
@@ -66,7 +66,7 @@ class Serving:
 
     def metric(self, name: str, **labels: str) -> float:
         """Sum of a metric's series that carry these labels."""
-        return Metrics.of(self.url).sum(name, **labels)
+        return Scrape.of(self.url).sum(name, **labels)
 
 
 def kind_bundle(kind: str, base: BaseModelRef, strength: float) -> Bundle:

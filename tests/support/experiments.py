@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from vllm_edits.edit_store.experiments.document import Experiment
-from vllm_edits.edit_store.experiments.state import Change, Standing, after
+from vllm_edits.edit_store.experiments.state import ExperimentChange, Standing, after
 
 START = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 
@@ -19,16 +19,16 @@ def document(**changes: Any) -> dict[str, Any]:
 
 
 def done(
-    standings: Mapping[str, Standing], *changes: Change | tuple[str, str], at: datetime = START
+    standings: Mapping[str, Standing], *changes: ExperimentChange | tuple[str, str], at: datetime = START
 ) -> dict[str, Standing]:
     """Standings after changes; a pair is (experiment, operation)."""
     found = dict(standings)
     for each in changes:
-        change = each if isinstance(each, Change) else Change(experiment=each[0], operation=each[1])  # type: ignore[arg-type]
+        change = each if isinstance(each, ExperimentChange) else ExperimentChange(experiment=each[0], operation=each[1])  # type: ignore[arg-type]
         found[change.experiment] = after(found, change, at)
     return found
 
 
-def created(**changes: Any) -> Change:
+def created(**changes: Any) -> ExperimentChange:
     made = Experiment.parse(document(**changes))
-    return Change(experiment=made.name, operation="create", document=made)
+    return ExperimentChange(experiment=made.name, operation="create", document=made)

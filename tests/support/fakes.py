@@ -44,18 +44,18 @@ from vllm_edits.edit_store.reading.reader import Reader
 from vllm_edits.edit_store.signing import SigningKey
 from vllm_edits.edit_store.trust import Trust
 from vllm_edits.plugin.graph.edited_model import EditedModel, Prepared
-from vllm_edits.plugin.graph.reservation import Place, Reservation, Room
+from vllm_edits.plugin.graph.reservation import Capacity, EditGroup, Reservation
 from vllm_edits.plugin.graph.slot_products import EXPRESSIONS, SlotProducts
-from vllm_edits.plugin.graph.step_filler import Batch, Extents
-from vllm_edits.plugin.graph.tensor_parallel import SOLE, Sum, Worker, alone
+from vllm_edits.plugin.graph.step_filler import Extents, StepBatch
+from vllm_edits.plugin.graph.tensor_parallel import ONLY_RANK, AllReduce, Rank, identity
 from vllm_edits.plugin.metrics import PREFIX, Metrics
 from vllm_edits.plugin.serving.lease import Lease
 from vllm_edits.plugin.serving.reconcile import Reconciler
 from vllm_edits.plugin.serving.residency import Resident
 from vllm_edits.plugin.serving.workers import Workers
-from vllm_edits.plugin.vllm_host.architectures import anchors
+from vllm_edits.plugin.vllm_host.architectures import site_modules
 from vllm_edits.plugin.weights import weights_reservation
-from vllm_edits.plugin.weights.patched_weights import Part, Patch, PatchedWeights, Whole
+from vllm_edits.plugin.weights.patched_weights import Patch, PatchedWeights, ProjectionPart, Whole
 from vllm_edits.plugin.weights.plain_weight import PlainWeight
 
 WIDTHS = Widths(layers=3, hidden=8, mlp=16, heads=2, kv_heads=1, head_dim=4, vocab=24)
@@ -86,7 +86,7 @@ class SummingProjection(Projection):
     """One of a vector that workers may divide: what each gives is added up."""
 
     reduce_results = True
-    over_workers = staticmethod(alone)
+    over_workers = staticmethod(identity)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         output, bias = super().forward(x)
@@ -172,7 +172,7 @@ class TinyModel(nn.Module):
         return computed
 
 
-def divided(model: TinyModel, worker: Worker, over_workers: Sum) -> TinyModel:
+def divided(model: TinyModel, worker: Rank, over_workers: AllReduce) -> TinyModel:
     """One worker's part of a model, cut as tensor parallel cuts it."""
     mine = copy.deepcopy(model)
     for layer in mine.model.layers:
@@ -181,10 +181,10 @@ def divided(model: TinyModel, worker: Worker, over_workers: Sum) -> TinyModel:
             (layer.self_attn.qkv_proj, ("q.out", "k.out", "v.out")), (layer.mlp.gate_up_proj, ("gate.out", "up.out")),
         ):  # fmt: skip
             parts = projection.weight.split([WIDTHS.of(point) for point in points])
-            own = [worker.share(WIDTHS, point).of(part.T).T for point, part in zip(points, parts, strict=True)]
+            own = [worker.shard(WIDTHS, point).of(part.T).T for point, part in zip(points, parts, strict=True)]
             projection.weight = nn.Parameter(torch.cat(own), requires_grad=False)
         for projection, point in ((layer.self_attn.o_proj, "attn.z"), (layer.mlp.down_proj, "mlp.h")):
-            own_columns = worker.share(WIDTHS, point).of(projection.weight)
+            own_columns = worker.shard(WIDTHS, point).of(projection.weight)
             projection.weight = nn.Parameter(own_columns.contiguous(), requires_grad=False)
             projection.over_workers = over_workers
     return mine
@@ -237,19 +237,19 @@ def edits_by_formula(pairs: Sequence[tuple[Any, Mapping[str, Array]]]) -> At:
 
 def edited_model(
     model: TinyModel, reservation: Reservation, *, slots: int, dtype: torch.dtype = torch.float32,
-    worker: Worker = SOLE, over_workers: Sum = alone, products: SlotProducts = EXPRESSIONS,
+    worker: Rank = ONLY_RANK, over_workers: AllReduce = identity, products: SlotProducts = EXPRESSIONS,
 ) -> EditedModel:  # fmt: skip
     """The real thing on a tiny model, or on one worker's part of it."""
-    sites = anchors(model, BASE.architecture, WIDTHS, worker)
+    sites = site_modules(model, BASE.architecture, WIDTHS, worker)
     return EditedModel(
         sites, reservation, slots=slots, max_tokens=MAX_TOKENS, dtype=dtype, device=torch.device("cpu"),
         worker=worker, over_workers=over_workers, products=products,
     )  # fmt: skip
 
 
-def plain_weights(model: TinyModel, worker: Worker = SOLE, whole: Whole | None = None) -> PatchedWeights:
+def plain_weights(model: TinyModel, worker: Rank = ONLY_RANK, whole: Whole | None = None) -> PatchedWeights:
     """Every projection of the tiny model, those of `attn.out` and `mlp.out` with a bias."""
-    architecture, sites = supported(BASE.architecture), anchors(model, BASE.architecture, WIDTHS, worker)
+    architecture, sites = supported(BASE.architecture), site_modules(model, BASE.architecture, WIDTHS, worker)
     names = {module: name for name, module in model.named_modules()}
     room = weights_reservation.usual(architecture, WIDTHS)
     for site in room:
@@ -261,7 +261,7 @@ def plain_weights(model: TinyModel, worker: Worker = SOLE, whole: Whole | None =
     }
     reads = architecture.projections()
     parts = {
-        site: Part(names[at.module], at.start or 0, at.share, sites[site.beside(reads[site.point])].share)
+        site: ProjectionPart(names[at.module], at.start or 0, at.shard, sites[site.beside(reads[site.point])].shard)
         for site, at in ((site, sites[site]) for site in room)
     }
     return PatchedWeights(modules, parts, architecture, lambda: 1 << 30, whole)
@@ -286,7 +286,7 @@ def set_step(edited: EditedModel, requests: Sequence[RequestStep], input_ids: Te
     )
     ids = torch.zeros(tokens.sum(), dtype=torch.int64) if input_ids is None else input_ids
     extents = Extents(tokens, starts, lambda: prompts, ids)
-    edited.set_step(Batch(requests, attrgetter("claim"), attrgetter("embedded"), lambda: extents))
+    edited.set_step(StepBatch(requests, attrgetter("claim"), attrgetter("embedded"), lambda: extents))
 
 
 class FakeWorker:
@@ -334,20 +334,20 @@ class FakeWorker:
                     return {"absent": True}
                 self.weights.install(patch, epoch)
                 self.edited.weights_hold(version, besides=besides)
-            return {"digest": self.weights.digest, "share": 0}
+            return {"digest": self.weights.digest, "rank": 0}
 
         return answered(put)
 
     def edits_install(self, slot: int, version: str, leaving: str | None) -> Answer:
         def install() -> Answer:
             if self.edited.held.get(slot) == version:
-                return {"digest": self.edited.digest(slot), "share": 0, "firings": []}
+                return {"digest": self.edited.digest(slot), "rank": 0, "firings": []}
             if version not in self.ready:
                 return {"absent": True}
             firings = self.edited.firings(slot)
             if leaving is not None:
                 self.edited.clear(slot)
-            return {"digest": self.edited.install(slot, self.ready[version]), "share": 0, "firings": firings}
+            return {"digest": self.edited.install(slot, self.ready[version]), "rank": 0, "firings": firings}
 
         return answered(install)
 
@@ -355,13 +355,13 @@ class FakeWorker:
         return {}
 
     def edits_firings(self) -> Answer:
-        return {"share": 0, "firings": self.edited.firings()}
+        return {"rank": 0, "firings": self.edited.firings()}
 
     def edits_clear(self, slot: int) -> Answer:
         def clear() -> Answer:
             firings = self.edited.firings(slot)
             self.edited.clear(slot)
-            return {"share": 0, "firings": firings}
+            return {"rank": 0, "firings": firings}
 
         return answered(clear)
 
@@ -520,8 +520,8 @@ class Server:
         self.backend = FlakyBackend(self.store.backend)
         self.store.backend = self.backend
         site = Site(1, "resid")
-        room = Room(features=frozenset({"weighted"}))
-        reservation = Reservation({Place(site, kind, site): room for kind in ("offset", "gate")}, scopes=1)
+        room = Capacity(features=frozenset({"weighted"}))
+        reservation = Reservation({EditGroup(site, kind, site): room for kind in ("offset", "gate")}, scopes=1)
         self.workers = FakeWorkers(self.store, reservation, slots=slots)
         self.registry = CollectorRegistry()
         self.metrics = Metrics(self.registry)
@@ -533,7 +533,7 @@ class Server:
             base=BASE,
             base_names=("tiny", "small"),
             reservation=reservation,
-            price=lambda _, room: 1024 * room.rank,
+            slot_bytes=lambda _, room: 1024 * room.rank,
             slots=slots,
             default_tag="prod",
             weights_key=(weights, "prod") if weights else None,

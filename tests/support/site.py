@@ -26,8 +26,8 @@ from vllm_edits.plugin.http.engine_gate import EngineGate
 from vllm_edits.plugin.http.middleware import VariantMiddleware, record_late
 from vllm_edits.plugin.http.routes import router
 from vllm_edits.plugin.http.served_models import ServedModels
-from vllm_edits.plugin.serving.coordinator import LocalOwner, Owner, lease_of
-from vllm_edits.plugin.serving.coordinator_socket import FencedWorkers, OwnerServer, RemoteOwner
+from vllm_edits.plugin.serving.coordinator import Coordinator, LocalCoordinator, lease_of
+from vllm_edits.plugin.serving.coordinator_socket import CoordinatorServer, FencedWorkers, RemoteCoordinator
 from vllm_edits.plugin.serving.lease import CURRENT_LEASE
 
 PROMPT_TOKENS = 4
@@ -257,19 +257,28 @@ class Site:
     """The app with the plugin attached as `vllm_edits.plugin.vllm_host.frontend` attaches it."""
 
     def __init__(
-        self, server: Server, admin_token_file: Path | None, owner: Owner | None = None, keys: Sequence[str] = ()
+        self,
+        server: Server,
+        admin_token_file: Path | None,
+        coordinator: Coordinator | None = None,
+        keys: Sequence[str] = (),
     ) -> None:
         self.server = server
         self.keys = ApiKeys(keys, ["tiny"])
         self.engine = FakeEngine(server.workers)
         self.app = FastAPI()
-        self.owner = owner or LocalOwner(server.core)
-        self.app.add_middleware(VariantMiddleware, serving=lambda: (self.owner, server.metrics, self.keys))
+        self.coordinator = coordinator or LocalCoordinator(server.core)
+        self.app.add_middleware(VariantMiddleware, serving=lambda: (self.coordinator, server.metrics, self.keys))
         token_file = str(admin_token_file) if admin_token_file else None
-        self.app.include_router(router(lambda: self.owner, lambda: token_file, lambda: self.keys))
-        models = ServedModels(FakeModels(), self.owner.served)
-        gate = EngineGate(self.engine, self.owner.renew, lease_of=lease_of(self.owner), note=self.owner.ended,
-                          settle=partial(record_late, server.metrics))  # fmt: skip
+        self.app.include_router(router(lambda: self.coordinator, lambda: token_file, lambda: self.keys))
+        models = ServedModels(FakeModels(), self.coordinator.served)
+        gate = EngineGate(
+            self.engine,
+            self.coordinator.renew,
+            lease_of=lease_of(self.coordinator),
+            note=self.coordinator.ended,
+            settle=partial(record_late, server.metrics),
+        )
         Handlers(gate, models).add_to(self.app)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://server")
@@ -295,11 +304,11 @@ class Site:
 
 
 @asynccontextmanager
-async def another_process(server: Server, path: Path) -> AsyncIterator[RemoteOwner]:
+async def another_process(server: Server, path: Path) -> AsyncIterator[RemoteCoordinator]:
     """An owner that is asked over its socket, as the other processes of an API server do."""
-    listening = OwnerServer(path)
-    await listening.start(LocalOwner(server.core))
-    remote = RemoteOwner(path, lambda: server.workers.call("edits_fence"))
+    listening = CoordinatorServer(path)
+    await listening.start(LocalCoordinator(server.core))
+    remote = RemoteCoordinator(path, lambda: server.workers.call("edits_fence"))
     await remote.connect()
     server.asked.workers = FencedWorkers(server.workers, listening.fence)
     yield remote

@@ -18,7 +18,7 @@ from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.plugin.claim import CLAIM
 from vllm_edits.plugin.graph.edited_model import EditedModel
 from vllm_edits.plugin.graph.reservation import Reservation
-from vllm_edits.plugin.graph.tensor_parallel import SOLE, Worker, alone
+from vllm_edits.plugin.graph.tensor_parallel import ONLY_RANK, Rank, identity
 from vllm_edits.plugin.vllm_host import prompts
 from vllm_edits.plugin.vllm_host.runner_v2 import with_token_slots
 
@@ -127,7 +127,7 @@ def test_what_the_runner_makes_up_is_nobodys(edited: EditedModel) -> None:
     assert not edited.step.slots.any()
 
 
-def at_logits(model: TinyModel, worker: Worker = SOLE) -> EditedModel:
+def at_logits(model: TinyModel, worker: Rank = ONLY_RANK) -> EditedModel:
     """With room there, and a version that uses it in slot 1."""
     edit = Offset(site="logits")
     bundle = bundle_of("loud", BASE, [(edit, random_numbers(edit, BASE, 1))])
@@ -154,7 +154,7 @@ def test_logits_are_edited_whether_the_model_was_called_or_a_graph_replayed() ->
 
 
 def test_edits_at_logits_are_refused_where_workers_divide_the_requests() -> None:
-    halves = Worker(0, 2)
-    made = at_logits(divided(TinyModel(), halves, alone), halves)
+    halves = Rank(0, 2)
+    made = at_logits(divided(TinyModel(), halves, identity), halves)
     with pytest.raises(UnsupportedHost, match="VLLM_USE_V2_MODEL_RUNNER=0"):
         with_token_slots(ModelState, SimpleNamespace(edited=made))([])  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ from loadtests.bench.parts.swap import ask
 from loadtests.bench.report import Figure, verdict
 from loadtests.bench.run import Measured, NotMeasured, Run
 from loadtests.harness.client import stream
-from loadtests.harness.metrics import Metrics
+from loadtests.harness.metrics import Scrape
 from loadtests.harness.server import Server
 from vllm_edits.edit_store import EditStore
 from vllm_edits.edit_store.edits import SERVED_PER_REQUEST
@@ -108,7 +108,7 @@ async def _measure(
             if answer.version != version:
                 raise NotMeasured(f"swap {number}: expected {version[:12]} to answer, found {answer.version[:12]}")
             if number % plan.look_every == 0:
-                steps = Metrics.of(server.url).sum("vllm:iteration_tokens_total_count")
+                steps = Scrape.of(server.url).sum("vllm:iteration_tokens_total_count")
                 looks.append(_look(root, number, statistics.median(seconds), int(steps)))
                 seconds.clear()
             done()

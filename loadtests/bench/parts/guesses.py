@@ -14,7 +14,7 @@ from typing import Any
 from loadtests.bench.inputs import strengths
 from loadtests.bench.run import Measured, NotMeasured, Run
 from loadtests.harness.client import complete
-from loadtests.harness.metrics import Metrics
+from loadtests.harness.metrics import Scrape
 from loadtests.harness.server import Server
 
 PROMPTS = (
@@ -49,10 +49,10 @@ def measure_guesses(run: Run) -> Measured:
     with Server.with_edits(inputs.model, store, inputs.folder / "guesses.log", *flags, settings=settings) as server:
         for name in ("base", *names):
             run.progress.update(task, description=f"counting: {name}")
-            before = Metrics.of(server.url)
+            before = Scrape.of(server.url)
             for prompt in PROMPTS[: 2 if run.quick else None]:
                 complete(server.url, name, prompt, plan.tokens, ignore_eos=True)
-            after = Metrics.of(server.url)
+            after = Scrape.of(server.url)
             counts[name] = {metric: after.sum(metric) - before.sum(metric) for metric in (GUESSED, KEPT)}
             if not counts[name][GUESSED]:
                 raise NotMeasured(f"nothing was guessed for {name}")

@@ -20,7 +20,7 @@ from loadtests.bench.inputs import FIRST_ORDINARY_TOKEN
 from loadtests.bench.report import Figure, verdict
 from loadtests.bench.run import Measured, NotMeasured, Run
 from loadtests.harness.client import Answer, stream
-from loadtests.harness.metrics import Metrics
+from loadtests.harness.metrics import Scrape
 from loadtests.harness.server import Server
 
 FOUND = ("device", "host", "store")
@@ -106,7 +106,7 @@ async def _first_token(client: httpx.AsyncClient, model: str, tokens: int, seed:
 async def _traffic(
     plan: PagingPlan, client: httpx.AsyncClient, asked: Sequence[str], done: Callable[[], None]
 ) -> dict[str, Any]:
-    before = await asyncio.to_thread(Metrics.of, client.base_url)
+    before = await asyncio.to_thread(Scrape.of, client.base_url)
     turns = asyncio.Semaphore(plan.at_once)
 
     async def one(number: int, model: str) -> None:
@@ -118,7 +118,7 @@ async def _traffic(
     async with asyncio.TaskGroup() as group:
         for number, model in enumerate(asked):
             group.create_task(one(number, model))
-    after = await asyncio.to_thread(Metrics.of, client.base_url)
+    after = await asyncio.to_thread(Scrape.of, client.base_url)
     lookups, waited = (
         {found: after.sum(name, found=found) - before.sum(name, found=found) for found in FOUND}
         for name in ("vllm_edits_version_lookups_total", "vllm_edits_page_in_seconds_sum")

@@ -12,7 +12,7 @@ from loadtests.bench.inputs import Inputs
 from loadtests.bench.parts.kernels import kernels_of_a_step
 from loadtests.bench.parts.swap import IN_WEIGHTS
 from loadtests.bench.report import Comparison, Rates, summarise_rates
-from loadtests.bench.rounds import Experiment, Phase, Side, rates_by_round
+from loadtests.bench.rounds import Phase, Side, Trial, rates_by_round
 from loadtests.bench.run import Measured, NotMeasured, Run
 from loadtests.bench.sides import Engine
 from loadtests.harness.record import gpu
@@ -122,11 +122,11 @@ def against(
     return [Comparison(over, tuple(under), phase.name, prefill if phase.tokens == 1 else decode) for phase in phases]
 
 
-def demo(engines: Engines) -> Experiment:
+def demo(engines: Engines) -> Trial:
     """The demo's edits: what the plugin costs idle and at work, and LoRA with the same redirections."""
     inputs, phases = engines.inputs.of_the_demo(engines.say), batch(8)
     engine, variants = engines.edited(inputs, "plugin", 16)
-    return Experiment(
+    return Trial(
         "The demo's nine edits, eight requests at once",
         {
             **engines.plain(),
@@ -145,7 +145,7 @@ def demo(engines: Engines) -> Experiment:
     )
 
 
-def kinds(engines: Engines) -> Experiment:
+def kinds(engines: Engines) -> Trial:
     """Each kind of edit at every layer, and all of them, every request on a variant of its own."""
     phases = batch(8)
     sides = engines.plain()
@@ -155,10 +155,10 @@ def kinds(engines: Engines) -> Experiment:
     compared = [each for side in sides if not side.startswith("plain")
                 for each in against(side, PLAIN, phases, DECODE, PREFILL)]  # fmt: skip
     noise = against("plain again", ["plain"], phases, None, None)
-    return Experiment("Each kind at every layer, eight requests at once", sides, phases, [*noise, *compared])
+    return Trial("Each kind at every layer, eight requests at once", sides, phases, [*noise, *compared])
 
 
-def idle(engines: Engines) -> Experiment:
+def idle(engines: Engines) -> Trial:
     """What it costs to leave the plugin on, with room for all kinds at every layer and no edited request."""
     phases = [phase for requests in engines.batches for phase in batch(requests)]
     sides, inputs = engines.plain(), engines.inputs.everywhere(SERVED_PER_REQUEST)
@@ -167,10 +167,10 @@ def idle(engines: Engines) -> Experiment:
         engine, _ = engines.edited(inputs, side.replace(" ", "_"), 16)
         sides[side] = Side("all kinds reserved at every layer, no edited request", engine, [None])
         comparisons += against(side, PLAIN, phases, IDLE, IDLE)
-    return Experiment("Plugin on, no edited request, by batch size", sides, phases, comparisons)
+    return Trial("Plugin on, no edited request, by batch size", sides, phases, comparisons)
 
 
-def distinct(engines: Engines) -> Experiment:
+def distinct(engines: Engines) -> Trial:
     """The largest batch on K distinct versions, for ranks 1, 4 and 16 at every layer, and for all kinds; or for what
     was asked for. Beside each, where engines take turns step by step, what reading alone costs."""
     requests = max(engines.batches)
@@ -200,16 +200,16 @@ def distinct(engines: Engines) -> Experiment:
         add(f"all kinds, K={requests}", every, (DECODE, PREFILL))
         if not gpu():
             add("all kinds, reading alone", engines.reading_alone(inputs, engine, requests))
-    return Experiment(f"{requests} requests at once, on K distinct versions", sides, phases, comparisons)
+    return Trial(f"{requests} requests at once, on K distinct versions", sides, phases, comparisons)
 
 
-def alternatives(engines: Engines) -> Experiment:
+def alternatives(engines: Engines) -> Trial:
     """Rank one at every layer: the plugin, LoRA with the same updates, and a checkpoint with one of them in it."""
     sizes = sorted({8, max(engines.batches)})
     phases = [phase for requests in sizes for phase in batch(requests)]
     inputs = engines.inputs.everywhere(["low_rank"])
     engine, variants = engines.edited(inputs, "low_rank", sizes[-1])
-    return Experiment(
+    return Trial(
         f"Rank one at every layer, {' and '.join(map(str, sizes))} requests at once",
         {
             "checkpoint": engines.checkpoint(inputs),
@@ -227,17 +227,15 @@ def alternatives(engines: Engines) -> Experiment:
     )
 
 
-def weights(engines: Engines) -> Experiment:
+def weights(engines: Engines) -> Trial:
     """Rank one and factors at every layer, in the weights: no step should cost more than without the plugin."""
     phases = [phase for requests in engines.batches[:2] for phase in batch(requests)]
     sides = {**engines.plain(), "in weights": engines.in_weights(engines.inputs.everywhere(IN_WEIGHTS))}
     noise = against("plain again", ["plain"], phases, None, None)
-    return Experiment(
-        "A variant in the weights", sides, phases, [*noise, *against("in weights", PLAIN, phases, IDLE, IDLE)]
-    )
+    return Trial("A variant in the weights", sides, phases, [*noise, *against("in weights", PLAIN, phases, IDLE, IDLE)])
 
 
-EXPERIMENTS: Mapping[str, Callable[[Engines], Experiment]] = {
+EXPERIMENTS: Mapping[str, Callable[[Engines], Trial]] = {
     "demo": demo, "kinds": kinds, "idle": idle, "distinct": distinct, "alternatives": alternatives, "weights": weights,
 }  # fmt: skip
 """By the name that --only takes."""

@@ -17,8 +17,8 @@ import numpy as np
 
 from vllm_edits.edit_store.errors import EditsError, NotFound
 from vllm_edits.edit_store.experiments.document import BUILT_IN
-from vllm_edits.plugin.experiments.analysis.sequences import Counts, Flags, Floats
-from vllm_edits.plugin.experiments.records import Compared, Exposure, Record
+from vllm_edits.plugin.experiments.analysis.sequences import Flags, Floats, Integers
+from vllm_edits.plugin.experiments.records import Exposure, Record, ShadowRecord
 
 PATTERN = "exposures-*.jsonl"
 _REPORT_EVERY = 1 << 20  # bytes between two calls of `progress`
@@ -77,7 +77,7 @@ class UnitSums:
     """A metric in one arm. sums, counts: [units], over a unit's requests."""
 
     sums: Floats
-    counts: Counts
+    counts: Integers
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def collect(records: Iterable[Record], experiment: str, phase: int) -> Evidence:
     shown: _Table[str] = _Table(_COLUMNS + len(BUILT_IN))
     told: _Table[tuple[str, str]] = _Table(5)
     for record in records:
-        if isinstance(record, Compared) or record.experiment != experiment or record.phase != phase:
+        if isinstance(record, ShadowRecord) or record.experiment != experiment or record.phase != phase:
             continue
         place = record.at.timestamp(), arms[record.arm], units[record.unit]
         if isinstance(record, Exposure):
@@ -156,7 +156,7 @@ def collect(records: Iterable[Record], experiment: str, phase: int) -> Evidence:
     said_kept = said[:, 0] >= since
     said_kept[known] = kept[exposure[known]]
 
-    def by_arm(values: Floats, arm: Counts, unit: Counts, kept: Flags) -> dict[str, UnitSums]:
+    def by_arm(values: Floats, arm: Integers, unit: Integers, kept: Flags) -> dict[str, UnitSums]:
         which = {name: kept & (arm == code) & ~np.isnan(values) for name, code in arms.items()}
         return {name: _unit_sums(unit[here], values[here]) for name, here in which.items()}
 
@@ -220,7 +220,7 @@ class _Table(Generic[K]):
         return np.frombuffer(self._numbers, dtype=np.float64).reshape(-1, self._width)
 
 
-def _last_versions(at: Floats, arm: Counts, version: Counts, arms: int) -> tuple[Counts, float]:
+def _last_versions(at: Floats, arm: Integers, version: Integers, arms: int) -> tuple[Integers, float]:
     """Every arm's last version (-1 without any), and since when every arm that changed its version was at the last."""
     last = np.full(arms, -1)
     order = np.argsort(at, kind="stable")
@@ -229,6 +229,6 @@ def _last_versions(at: Floats, arm: Counts, version: Counts, arms: int) -> tuple
     return last, max((float(at[(arm == code) & (version == last[code])].min()) for code in changed), default=-np.inf)
 
 
-def _unit_sums(unit: Counts, values: Floats) -> UnitSums:
+def _unit_sums(unit: Integers, values: Floats) -> UnitSums:
     _, place, counts = np.unique(unit, return_inverse=True, return_counts=True)
     return UnitSums(np.bincount(place, weights=values, minlength=len(counts)).astype(np.float64), counts)

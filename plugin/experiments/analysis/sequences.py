@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
-Counts = npt.NDArray[np.int64]
+Integers = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
 MIN_UNITS = 100
@@ -59,7 +59,7 @@ class ArmMean:
     """equally active units that would say as much: (sum of counts)² / sum of counts²"""
 
     @classmethod
-    def of(cls, sums: Floats, counts: Counts) -> ArmMean | None:
+    def of(cls, sums: Floats, counts: Integers) -> ArmMean | None:
         """The ratio of sums, with units as clusters and its variance linearised (delta method); None without a unit.
 
             mean = sum(sums) / sum(counts)        variance = sum( (sums - mean counts)² ) / mean(counts)² / (units - 1)
