@@ -518,7 +518,7 @@ from vllm_edits.edit_store import EditStore
 from vllm_edits.edit_store.reading.cache import NodeCache
 from vllm_edits.edit_store.errors import EditsError
 from vllm_edits.edit_store.reading.reader import Reader
-from tests.conftest import random_bundle
+from tests.support.bundles import random_bundle
 from tests.support.fakes import BASE
 
 bundle, (url, cache, version) = random_bundle("polite", BASE, seed=2), sys.argv[1:]
