@@ -13,10 +13,11 @@ EditsError
 ├── StoreCorrupt       stored bytes do not match the digest or chain that names them
 ├── SettingsError      a setting is unknown or impossible
 ├── UnsupportedHost    this vLLM, or the way it was started, cannot serve edits exactly
+├── CannotSign         entries must be signed, and there is no key to sign them with
 ├── NotServed          a promoted variant that this server refuses
 ├── RequestRefused     a request asks for what its variant or experiment does not allow
 │   ├── ArmRefused     an arm that is not there, or not served
-│   └── CompareRefused two answers that cannot be compared
+│   └── ShadowRefused  two answers that cannot be compared
 └── FeedbackRefused    feedback that its experiment does not take
 """
 
@@ -86,6 +87,10 @@ class StoreUnavailable(EditsError):
 
 class StoreCorrupt(EditsError):
     """Stored bytes do not match the digest that names them."""
+
+
+class CannotSign(EditsError):
+    """Entries must be signed, and there is no key to sign them with."""
 
 
 class NotServed(EditsError):

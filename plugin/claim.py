@@ -1,83 +1,55 @@
-"""What the engine gate writes on every request: what it is computed with, and what keeps its KV cache apart. Pure.
+"""What travels with a request into the engine, and what every worker holds it against. Pure.
 
-A claim is [slot, version, strength]. The prefix cache shares blocks between requests of equal salt, so the salt is a
-hash of everything that the edits of a token depend on: version, strength, and for versions that treat prompt and answer
-differently the prompt's length. A version that edits only the prompt's end or what is generated leaves the blocks
-before as the base model has them: its request has no salt but the caller's, and says from where on it forks.
+The engine gate writes both into the request's extra arguments, and whatever a caller put there is overwritten.
 """
 
 from __future__ import annotations
 
-import hashlib
-import secrets
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from vllm_edits.plugin.serving.variants import Choice
-from vllm_edits.plugin.serving.version_info import NO_INFO
-
-CLAIM = "vllm_edits_claim"
-"""Key of the claim in a request's extra arguments; absent for the base model. Callers cannot set it."""
 SCHEDULER = "vllm_edits.EditsScheduler"
 """The scheduler that knows how to fork, for `--scheduler-cls`."""
+_TOO_LARGE = 2**31
+
+
+class FalseClaim(RuntimeError):
+    """A request claims what the engine does not hold, or claims it in a form that the engine gate never writes."""
+
+
+class Claim(NamedTuple):
+    """That a request is to be computed with what a slot holds. Absent for the base model."""
+
+    slot: int
+    version: str
+    strength: float
+
+    @classmethod
+    def of(cls, told: Any) -> Claim:
+        """The claim that arrived. FalseClaim unless it has the form of one, with numbers that can be such."""
+        match told:
+            case [int() as slot, str() as version, int() | float() as strength] if (
+                abs(slot) < _TOO_LARGE and abs(strength) < _TOO_LARGE
+            ):
+                return cls(slot, version, strength)
+        raise FalseClaim(f"expected a claim of [slot, version, strength], found {told!r:.80}")
+
+
+class Fork(NamedTuple):
+    """That the cache blocks of a request are the base's up to `tail` tokens before its prompt ends."""
+
+    salt: str
+    tail: int
+
+    @classmethod
+    def of(cls, told: Any) -> Fork:
+        """The fork that arrived. FalseClaim unless it has the form of one."""
+        match told:
+            case [str() as salt, int() as tail] if tail >= 0:
+                return cls(salt, tail)
+        raise FalseClaim(f"expected a fork of [salt, tail], found {told!r:.80}")
+
+
+CLAIM = "vllm_edits_claim"
+"""Key of a `Claim` in a request's extra arguments."""
 FORK = "vllm_edits_fork"
-"""Likewise: [salt, tail] of a request whose cache blocks are the base's up to `tail` tokens before its prompt ends."""
-
-
-def cache_salt(choice: Choice | None, caller_salt: str | None, prompt: int | None = None) -> str | None:
-    """Salt of a request's blocks: sha256 over version, strength, prompt length and caller's salt, each with its length,
-    and what has been in the engine's weights until now, if anything has.
-
-    Without all of these there is none: the base model shares its cache as if the plugin were not there. The lengths
-    make the tuple unambiguous, and the hash keeps a caller from writing a salt that is another version's.
-    """
-    version, epoch = (choice.version, choice.epoch) if choice else (None, 0)
-    if version is None and caller_salt is None and not epoch:
-        return None
-    bound = choice is not None and choice.info.bound_to_prompt
-    # Where the prompt's length matters and is not known, nothing is shared with anybody.
-    length = "" if not bound else str(prompt) if prompt is not None else secrets.token_hex(16)
-    strength = "" if choice is None or choice.strength == 1 else repr(choice.strength)
-    hasher = hashlib.sha256()
-    for part in (version or "", strength, length, caller_salt or "", *([str(epoch)] if epoch else ())):
-        data = part.encode()
-        hasher.update(len(data).to_bytes(8, "big") + data)
-    return hasher.hexdigest()
-
-
-def address(prompt: Any, sampling_params: Any, choice: Choice | None, slot: int, *, forks: bool) -> tuple[Any, Any]:
-    """Copies of a request's prompt and sampling parameters that say what it is computed with; None is the base.
-
-    `forks`: whether the engine's scheduler knows how to fork the cache within a request.
-    """
-    arguments = {key: value for key, value in (sampling_params.extra_args or {}).items() if key not in (CLAIM, FORK)}
-    if choice is not None and choice.version is not None:
-        arguments[CLAIM] = [slot, choice.version, choice.strength]
-        if forks and choice.info.tail is not None:
-            arguments[FORK] = [cache_salt(choice, None, _length(prompt)), choice.info.tail]
-            choice = replace(choice, version=None, strength=1.0, info=NO_INFO)
-    marked = sampling_params.clone()
-    marked.extra_args = arguments or None
-    return _salted(prompt, choice), marked
-
-
-def _salted(prompt: Any, choice: Choice | None) -> Any:
-    """A copy of the prompt with its salt. A base prompt without one is left as it is."""
-    if isinstance(prompt, str):
-        prompt = {"prompt": prompt}
-    elif isinstance(prompt, list):
-        prompt = {"prompt_token_ids": prompt}
-    if isinstance(prompt, Mapping):
-        salt = cache_salt(choice, prompt.get("cache_salt"), _length(prompt))
-        return prompt if salt is None else {**prompt, "cache_salt": salt}
-    if cache_salt(choice, None) is None and not hasattr(prompt, "cache_salt"):
-        return prompt
-    raise TypeError(
-        f"a prompt of type {type(prompt).__name__} cannot be kept apart in the prefix cache; send text or tokens"
-    )
-
-
-def _length(prompt: Any) -> int | None:
-    ids = prompt.get("prompt_token_ids", prompt.get("prompt_embeds")) if isinstance(prompt, Mapping) else prompt
-    return None if ids is None or isinstance(ids, str) else len(ids)
+"""Key of a `Fork`."""

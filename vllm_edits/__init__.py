@@ -13,14 +13,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm_edits.plugin.offline import Variants
+    from vllm_edits.plugin.vllm_host.offline import Variants
     from vllm_edits.plugin.vllm_host.scheduler import EditsScheduler
 
 __all__ = ["EditsScheduler", "Variants"]
 
 _DEFINED_IN = {
     "EditsScheduler": "vllm_edits.plugin.vllm_host.scheduler",
-    "Variants": "vllm_edits.plugin.offline",
+    "Variants": "vllm_edits.plugin.vllm_host.offline",
 }
 
 

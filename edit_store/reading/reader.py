@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vllm_edits.edit_store.bundle import Bundle, Manifest
-from vllm_edits.edit_store.errors import Reason
+from vllm_edits.edit_store.errors import CannotSign, Reason
 from vllm_edits.edit_store.experiments.state import ExperimentEntry
 from vllm_edits.edit_store.reading.cache import NodeCache
 from vllm_edits.edit_store.reading.follow import Follower, Look, Seen
@@ -21,9 +21,13 @@ class Reader:
         self._cache = cache or NodeCache()
         self._follower = Follower(store, Seen(self._cache.folder, store.url), self._counts)
 
-    @property
-    def store(self) -> EditStore:
-        """The store itself, for those who append to it."""
+    def writable(self) -> EditStore:
+        """The store, to append to. CannotSign where entries must be signed and there is no key for that."""
+        if self.trust.enforcement is Enforcement.REQUIRE and not self._store.signs:
+            raise CannotSign(
+                "entries must be signed, and this server has no key: set edits.signing_key_file, or use `vllm-edits` "
+                "with --key on the store"
+            )
         return self._store
 
     @property

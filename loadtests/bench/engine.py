@@ -61,7 +61,7 @@ def _load(wanted: dict[str, Any]) -> tuple[Any, Generate]:
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
-    from vllm_edits.plugin.offline import Variants
+    from vllm_edits import Variants
 
     llm = LLM(**wanted["engine"], disable_log_stats=False)  # the stamps are part of its statistics
     if "additional_config" in wanted["engine"]:

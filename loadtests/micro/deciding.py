@@ -20,15 +20,15 @@ from rich.table import Table
 
 from vllm_edits.edit_store.experiments.document import BUILT_IN, Experiment
 from vllm_edits.edit_store.experiments.state import ExperimentChange, Standing, after
-from vllm_edits.plugin.experiments import exposures
-from vllm_edits.plugin.experiments.evaluation_context import EvaluationContext
 from vllm_edits.plugin.experiments.exposure_log import ExposureLog
 from vllm_edits.plugin.experiments.feedback_token import FeedbackTokens
 from vllm_edits.plugin.experiments.live_experiments import LiveExperiments
 from vllm_edits.plugin.experiments.records import Exposure
 from vllm_edits.plugin.experiments.routing import Assignment
 from vllm_edits.plugin.metrics import Metrics
-from vllm_edits.plugin.serving.version_info import NO_INFO
+from vllm_edits.plugin.request import Request
+from vllm_edits.plugin.serving import exposures
+from vllm_edits.plugin.version_info import NO_INFO
 
 REQUESTS, REPEATS = 500, 9
 app = typer.Typer(add_completion=False)
@@ -55,20 +55,18 @@ async def _measured(number: int, folder: Path) -> tuple[float, float]:
         metrics, ExposureLog(folder, 64 << 20), FeedbackTokens(b"k" * 32),
         prepare=_nothing, append=print, info=lambda _: NO_INFO,
     )  # fmt: skip
-    await served.follow({f"experiment-{each}": _started(f"experiment-{each}") for each in range(number)})
-    contexts = [
-        EvaluationContext.of([(b"x-edits-unit", f"user-{unit}".encode())], "", "request") for unit in range(REQUESTS)
-    ]
+    served.follow({f"experiment-{each}": _started(f"experiment-{each}") for each in range(number)})
+    requests = [Request("model-0", headers={"x-edits-unit": f"user-{unit}"}, id="request") for unit in range(REQUESTS)]
     deciding, noting = [], []
     for _ in range(REPEATS):
         began = time.perf_counter()
-        routes = [served.decide("model-0", context) for context in contexts]
+        routes = [served.route(request) for request in requests]
         decided = time.perf_counter()
         for route in routes:
-            if route is not None and route.assignment is not None:
-                exposure = _exposure(route.assignment, served.feedback_token(route))
+            if route.assignment is not None:
+                exposure = _exposure(route.assignment, route.feedback_token)
                 exposures.count(exposure, metrics)
-                served.ended(exposure)
+                served.record(exposure)
         noted = time.perf_counter()
         deciding.append(decided - began)
         noting.append(noted - decided)

@@ -1,7 +1,7 @@
 """The experiments of one server: how they stand, which arms it can serve, what came of requests, what must be ended.
 
 Lives in the process that owns the slots, on its event loop. What decides and judges is pure and lies elsewhere
-(`deciding`, `guardrails`); this object keeps what they decide on.
+(routing.py, guardrails.py); this object keeps what they decide on.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from vllm_edits.edit_store.errors import (
 from vllm_edits.edit_store.experiments.document import BASE
 from vllm_edits.edit_store.experiments.state import ExperimentChange, Standing, Standings
 from vllm_edits.edit_store.refs import Ref, is_digest
-from vllm_edits.plugin.experiments.evaluation_context import EvaluationContext
+from vllm_edits.plugin import headers
 from vllm_edits.plugin.experiments.exposure_log import ExposureLog
 from vllm_edits.plugin.experiments.feedback_token import FeedbackTokens
 from vllm_edits.plugin.experiments.guardrails import Action, Guardrails, Withdraw
 from vllm_edits.plugin.experiments.records import Exposure, FeedbackRecord, Record
 from vllm_edits.plugin.experiments.resolver import Resolver
 from vllm_edits.plugin.experiments.routing import ArmKey, Route, decide
-from vllm_edits.plugin.experiments.shadow_pairs import SHADOW_HEADER
 from vllm_edits.plugin.metrics import Metrics
 from vllm_edits.plugin.periodic import repeat
-from vllm_edits.plugin.serving.version_info import InfoOf
+from vllm_edits.plugin.request import Request
+from vllm_edits.plugin.version_info import InfoOf
 
 logger = logging.getLogger("vllm.edits")
 
@@ -58,7 +58,7 @@ Append = Callable[[ExperimentChange, str, str], Any]
 
 
 class LiveExperiments:
-    """What this server knows of experiments. `follow` takes what the store says, `decide` answers for each request."""
+    """What this server knows of experiments. `follow` takes what the store says, `route` answers for each request."""
 
     def __init__(
         self, metrics: Metrics, log: ExposureLog, feedback_tokens: FeedbackTokens, *, prepare: Prepare, append: Append,
@@ -92,7 +92,7 @@ class LiveExperiments:
 
     # -- following ---------------------------------------------------------------------------------------------------
 
-    async def follow(self, standings: Standings, passed_over: Sequence[str] = ()) -> None:
+    def follow(self, standings: Standings, passed_over: Sequence[str] = ()) -> None:
         """Take over how experiments stand by the store. What is withdrawn or stopped there is so at once."""
         self._read_at = self._now()
         self.standings = {name: self._as_held(standing) for name, standing in standings.items()}
@@ -106,8 +106,11 @@ class LiveExperiments:
         self._servable &= {arm.serves for each in serving.values() for arm in each.document.arms}
         if serving and not self._log.keeps:
             self._tell("experiments run and their exposures are not written down: set edits.exposure_folder")
-        for standing in serving.values():
-            for arm in standing.document.arms:
+
+    async def make_ready(self) -> None:
+        """Have every version ready that an arm names; until then, and where that fails, the control serves for it."""
+        for standing in list(self.standings.values()):
+            for arm in standing.document.arms if standing.serving else ():
                 await self._make_ready(arm.serves)
 
     def _as_held(self, standing: Standing) -> Standing:
@@ -164,50 +167,55 @@ class LiveExperiments:
         """Names that experiments decide about now."""
         return {standing.document.model for standing in self.standings.values() if standing.serving}
 
-    def decide(self, model: str, context: EvaluationContext) -> Route | None:
-        """The way of a request, None when no experiment is about that name. ArmRefused for an unknown arm."""
-        if SHADOW_HEADER in context.headers and not self._log.keeps:
+    def route(self, request: Request) -> Route:
+        """The route of a request; where no experiment is about its model, to that model. ArmRefused, ShadowRefused."""
+        if headers.SHADOW in request.headers and not self._log.keeps:
             raise ShadowRefused(
-                f"{SHADOW_HEADER}: where the two answers part would be noted nowhere. Set edits.exposure_folder"
+                f"{headers.SHADOW}: where the two answers part would be noted nowhere. Set edits.exposure_folder"
             )
         at = min(self._now(), self._read_at + RAMP_GOES_ON_FOR)
-        mine = {name: each for name, each in self.standings.items() if each.serving and each.document.model == model}
-        unavailable = {arm for each in mine.values() for arm in self._unavailable(each)}
-        route = decide(mine, model, context, at, unavailable)
-        if self._resolver is not None and route is not None and not (route.shadow or context.arm or context.serves):
-            arm = self._resolver.arm(*self._flag(mine, model, context, route))
+        about = {
+            name: each for name, each in self.standings.items()
+            if each.serving and each.document.model == request.model
+        }  # fmt: skip
+        unavailable = {arm for each in about.values() for arm in self._unavailable(each)}
+        route = decide(about, request, at, unavailable)
+        if self._resolver is not None and about and not (route.shadow or request.arm or request.target):
+            arm = self._resolver.arm(*self._flag(about, request, route))
             if arm:
-                route = decide(mine, model, replace(context, arm_given=arm), at, unavailable)
-        if route is not None and route.assignment is not None and route.assignment.how == "hash":
+                route = decide(about, replace(request, resolved_arm=arm), at, unavailable)
+        if route.assignment is not None and route.assignment.how == "hash":
             guard = self._guards.get((route.assignment.experiment, route.assignment.phase))
             if guard is not None:
                 guard.assign(route.assignment.arm, time.monotonic())
-        return route
+        return self._with_token(route)
 
-    def _flag(
-        self, mine: Standings, model: str, context: EvaluationContext, route: Route
-    ) -> tuple[str, str, list[str], dict[str, str]]:
-        """What a resolver is asked: model, the arm by hash, the arms there are, and OpenFeature's context."""
-        standing = mine[route.assignment.experiment if route.assignment else min(mine)]
-        unit = context.unit(standing.document.unit_header)
-        told = {"targetingKey": unit.value, "source": unit.source, "experiment": standing.document.name,
+    def _flag(self, about: Standings, request: Request, route: Route) -> tuple[str, str, list[str], dict[str, str]]:
+        """What a resolver is asked: model, the arm by hash, the arms there are, OpenFeature's evaluation context."""
+        standing = about[route.assignment.experiment if route.assignment else min(about)]
+        unit = request.unit(standing.document.unit_header)
+        context = {"targetingKey": unit.value, "source": unit.source, "experiment": standing.document.name,
                    "phase": str(standing.phase)}  # fmt: skip
         gone = {arm for _, arm in self._unavailable(standing)} | standing.withdrawn
         arms = [arm.name for arm in standing.document.arms if arm.name not in gone]
-        return model, route.assignment.arm if route.assignment else "", arms, told
+        return request.model, route.assignment.arm if route.assignment else "", arms, context
 
-    def fall_back_from(self, route: Route, why: EditsError) -> None:
-        """The control serves a request, because what its arm serves cannot be."""
-        self._tell(f"{route.serves} is served by the control: {why}")
-
-    def feedback_token(self, route: Route) -> str:
-        """The id by which feedback on a request that takes part may come; '' for one that does not."""
+    def _with_token(self, route: Route) -> Route:
+        """The route with an id for feedback, where it is an arm of an experiment."""
         if route.assignment is None:
-            return ""
+            return route
         arms = [arm.name for arm in self.standings[route.assignment.experiment].document.arms]
         if route.assignment.arm not in arms:  # another document came while the request waited
-            return ""
-        return self._feedback_tokens.make(route.assignment, arms.index(route.assignment.arm))
+            return route
+        token = self._feedback_tokens.make(route.assignment, arms.index(route.assignment.arm))
+        return replace(route, feedback_token=token)
+
+    def fall_back(self, route: Route, why: EditsError) -> Route | None:
+        """The control's route, where what an arm serves cannot be served; None where there is no other route."""
+        if route.fallback is None:
+            return None
+        self._tell(f"{route.target} is served by the control: {why}")
+        return self._with_token(route.fallback)
 
     def _unavailable(self, standing: Standing) -> set[ArmKey]:
         """Arms that are served by the control here: what they serve is not ready, or they were withdrawn here."""
@@ -223,8 +231,8 @@ class LiveExperiments:
 
     # -- what came of it ---------------------------------------------------------------------------------------------
 
-    def ended(self, record: Record) -> None:
-        """A request that took part, or was answered twice, has ended."""
+    def record(self, record: Record) -> None:
+        """Write down that a request which took part, or was answered twice, has ended; and measure it."""
         self._log.write(record)
         self._metrics.exposures_lost.set(self._log.lost)
         if isinstance(record, Exposure) and record.chosen == "hash":

@@ -13,9 +13,8 @@ from typing import Annotated, Literal
 import msgspec
 
 from vllm_edits.edit_store.experiments.document import BUILT_IN
+from vllm_edits.plugin.request import Source
 
-Source = Literal["header", "user", "key", "request"]
-"""What a unit was made of."""
 How = Literal["hash", "forced", "fallback"]
 """By the hash of its unit; because the request asked for it; the control in place of an arm that cannot be served."""
 Outcome = Literal["ok", "error", "aborted", "rejected"]

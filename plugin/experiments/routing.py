@@ -9,9 +9,10 @@ from datetime import datetime
 from vllm_edits.edit_store.errors import ArmRefused
 from vllm_edits.edit_store.experiments.assignment import bucket, chosen
 from vllm_edits.edit_store.experiments.state import Standing, Standings
-from vllm_edits.plugin.experiments.evaluation_context import ARM_HEADER, EvaluationContext, Unit
-from vllm_edits.plugin.experiments.records import How, Source
+from vllm_edits.plugin import headers
+from vllm_edits.plugin.experiments.records import How
 from vllm_edits.plugin.experiments.shadow_pairs import shadow_in
+from vllm_edits.plugin.request import Request, Source, Unit
 
 ArmKey = tuple[str, str]
 """Experiment and arm."""
@@ -32,60 +33,59 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Route:
-    """What to serve, what to note of it (nothing: it takes no part), and the way to go when it cannot be served."""
+    """What a request is served by, decided once, before it has a slot."""
 
-    serves: str
+    target: str
+    """a name as in the `model` field; '' or `base` for the base model"""
     assignment: Assignment | None = None
+    """what is noted of it; None for a request that takes no part in an experiment"""
     fallback: Route | None = field(default=None, repr=False)
+    """the route to take when the target cannot be served"""
     shadow: str = ""
     """what answers too, unseen by the client"""
+    feedback_token: str = ""
+    """the id by which feedback on it may come"""
 
 
-def decide(
-    standings: Standings, model: str, context: EvaluationContext, at: datetime, unavailable: Collection[ArmKey] = ()
-) -> Route | None:
-    """The way of a request for `model`; None when no experiment is about that name.
+def decide(standings: Standings, request: Request, at: datetime, unavailable: Collection[ArmKey] = ()) -> Route:
+    """The route of a request; where no experiment is about its model, to that model.
 
     unavailable: arms that this server does not serve, whatever the store says. ArmRefused for an arm that is asked
     for and is in no experiment here.
     """
-    mine = [standings[name] for name in sorted(standings)]
-    mine = [standing for standing in mine if standing.serving and standing.document.model == model]
-    if context.serves:
-        return Route(context.serves)
-    if pair := shadow_in(context.headers):
+    if request.target:
+        return Route(request.target)
+    if pair := shadow_in(request.headers):
         return Route(pair[0], shadow=pair[1])
-    if context.arm:
-        return _asked(mine, model, context, unavailable)
-    if not mine:
-        return None
-    for standing in mine:
-        route = _decided(standing, context, at, unavailable)
+    about = [standing for _, standing in sorted(standings.items())]
+    about = [standing for standing in about if standing.serving and standing.document.model == request.model]
+    if request.arm:
+        return _forced(about, request, unavailable)
+    for standing in about:
+        route = _decided(standing, request, at, unavailable)
         if route is not None:
             return route
-    return Route(mine[0].document.control.serves)  # in the namespace part of none
+    return Route(about[0].document.control.serves if about else request.model)  # in the namespace part of none
 
 
-def _asked(mine: list[Standing], model: str, context: EvaluationContext, unavailable: Collection[ArmKey]) -> Route:
-    for standing in mine:
+def _forced(about: list[Standing], request: Request, unavailable: Collection[ArmKey]) -> Route:
+    for standing in about:
         document = standing.document
         for arm in document.arms:
-            if arm.name == context.arm:
+            if arm.name == request.arm:
                 if arm.name in standing.withdrawn or (document.name, arm.name) in unavailable:
                     raise ArmRefused(f"arm {arm.name!r} of experiment {document.name!r} is not served here now")
-                unit = context.unit(document.unit_header)
+                unit = request.unit(document.unit_header)
                 return Route(arm.serves, _of(standing, arm.name, unit, "forced"))
     known = (
-        ", ".join(arm.name for standing in mine for arm in standing.document.arms) or "none, since no experiment runs"
+        ", ".join(arm.name for standing in about for arm in standing.document.arms) or "none, since no experiment runs"
     )
-    raise ArmRefused(f"{ARM_HEADER} asks for arm {context.arm!r}; for {model!r} there are: {known}")
+    raise ArmRefused(f"{headers.ARM} asks for arm {request.arm!r}; for {request.model!r} there are: {known}")
 
 
-def _decided(
-    standing: Standing, context: EvaluationContext, at: datetime, unavailable: Collection[ArmKey]
-) -> Route | None:
+def _decided(standing: Standing, request: Request, at: datetime, unavailable: Collection[ArmKey]) -> Route | None:
     document = standing.document
-    unit = context.unit(document.unit_header)
+    unit = request.unit(document.unit_header)
     if standing.everyone is not None:  # a person's word: what cannot be served is an error then, not the control
         return Route(document.arm(standing.everyone).serves)
     if document.namespace is not None and not document.namespace.holds(unit.value):
@@ -98,20 +98,20 @@ def _decided(
     arm = document.arms[number]
     assignment = _of(standing, arm.name, unit, "hash")
     if number == 0:
-        return Route(arm.serves, assignment, shadow=_shadow(standing, context, unavailable))
+        return Route(arm.serves, assignment, shadow=_shadow(standing, request, unavailable))
     control = Route(document.control.serves, replace(assignment, how="fallback"))
     if arm.name in standing.withdrawn or (document.name, arm.name) in unavailable:
         return control
     return Route(arm.serves, assignment, control)
 
 
-def _shadow(standing: Standing, context: EvaluationContext, unavailable: Collection[ArmKey]) -> str:
+def _shadow(standing: Standing, request: Request, unavailable: Collection[ArmKey]) -> str:
     """What the shadow arm serves, for the share of requests that it answers too, or ''."""
     document = standing.document
     shadow = document.shadow
     if shadow is None or shadow.arm in standing.withdrawn or (document.name, shadow.arm) in unavailable:
         return ""
-    drawn = bucket(f"shadow/{standing.seed}", context.request) < shadow.share
+    drawn = bucket(f"shadow/{standing.seed}", request.id) < shadow.share
     return document.arm(shadow.arm).serves if drawn else ""
 
 

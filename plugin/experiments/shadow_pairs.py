@@ -1,4 +1,4 @@
-"""One request, answered twice: by what the client gets, and unseen by another arm; and where the two part. Pure.
+"""One request, answered twice: to the client, and unseen by a shadow; and where the two answers part. Pure.
 
 With the same seed, or greedily, both say the same tokens until their distributions differ enough; the first token that
 is not the same is where an edit begins to show.
@@ -6,41 +6,25 @@ is not the same is where an edit begins to show.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import zip_longest
-from typing import Any
 
 from vllm_edits.edit_store.errors import ShadowRefused
 from vllm_edits.plugin.experiments.records import Said, ShadowRecord
-
-SHADOW_HEADER = "x-edits-shadow"
-"""`polite@a,polite@b`: the client gets what the first says."""
+from vllm_edits.plugin.headers import SHADOW
 
 
 def shadow_in(headers: Mapping[str, str]) -> tuple[str, str] | None:
-    """The two that a request asks to compare; CompareRefused when they are not two."""
-    told = headers.get(SHADOW_HEADER)
+    """The two names that a request asks to compare, the client's first; ShadowRefused when they are not two."""
+    told = headers.get(SHADOW)
     if told is None:
         return None
     names = [name.strip() for name in told.split(",")]
     if len(names) != 2 or not all(names):
-        raise ShadowRefused(f"expected two names in {SHADOW_HEADER}, as in polite@a,polite@b; found {told!r}")
+        raise ShadowRefused(f"expected two names in {SHADOW}, as in polite@a,polite@b; found {told!r}")
     return names[0], names[1]
-
-
-def comparable(sampling_params: Any) -> Any:
-    """A copy of a request's sampling parameters under which two answers can be compared, for both of them.
-
-    The log-probability of every token is asked for, and one seed for both; the client is answered as it asked.
-    """
-    made = sampling_params.clone()
-    made.logprobs = made.logprobs or 0
-    if made.seed is None and made.temperature > 0:
-        made.seed = secrets.randbits(31)
-    return made
 
 
 @dataclass
@@ -51,26 +35,16 @@ class Transcript:
     logprobs: list[float] = field(default_factory=list)
     finish: str = ""
 
-    def hear(self, output: Any, *, deltas: bool) -> None:
-        """One of the engine's outputs; of several answers the first counts."""
-        for completion in output.outputs:
-            if completion.index == 0:
-                seen = 0 if deltas else len(self.tokens)
-                new = list(completion.token_ids)[seen:]
-                told = list(completion.logprobs or ())[seen:]
-                self.tokens += new
-                self.logprobs += [_logprob(each, token) for token, each in zip(new, told, strict=False)]
-                self.finish = completion.finish_reason or self.finish
+    def add(self, tokens: Sequence[int], logprobs: Sequence[float], finish: str) -> None:
+        """What was said since."""
+        self.tokens += tokens
+        self.logprobs += logprobs
+        self.finish = finish or self.finish
 
     def at(self, place: int) -> Said:
         """The token there and how likely it was; nothing behind the end."""
         token = self.tokens[place] if place < len(self.tokens) else None
         return Said(token=token, logprob=self.logprobs[place] if place < len(self.logprobs) else None)
-
-
-def _logprob(position: Any, token: int) -> float:
-    found = position[token]
-    return float(getattr(found, "logprob", found))
 
 
 def parted(one: Sequence[int], other: Sequence[int]) -> int | None:

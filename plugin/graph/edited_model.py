@@ -21,6 +21,7 @@ from vllm_edits.edit_store.edits import SILENT, Edit, Gate, Tensors
 from vllm_edits.edit_store.errors import InstallRefused, UnsupportedHost
 from vllm_edits.edit_store.scope import Scope
 from vllm_edits.edit_store.sites import Site
+from vllm_edits.plugin.claim import Claim, FalseClaim
 from vllm_edits.plugin.graph.device_rows import DeviceRows
 from vllm_edits.plugin.graph.edited_site import (
     SLOT_TENSORS,
@@ -41,11 +42,10 @@ from vllm_edits.plugin.graph.reservation import EditGroup, Reservation, edit_gro
 from vllm_edits.plugin.graph.slot_bytes import slot_bytes
 from vllm_edits.plugin.graph.slot_products import EXPRESSIONS, SlotProducts
 from vllm_edits.plugin.graph.slot_rows import Columns, Layout, Rows
-from vllm_edits.plugin.graph.step_filler import FalseClaim, StepBatch, StepFiller
+from vllm_edits.plugin.graph.step_filler import StepBatch, StepFiller
 from vllm_edits.plugin.graph.tensor_parallel import ONLY_RANK, AllReduce, Rank, Shard, identity
 
 BASE_SLOT = 0
-_TOO_LARGE = 1 << 31
 """What no slot and no strength is; numbers that are far larger cannot even be written down in a message."""
 
 
@@ -329,7 +329,7 @@ class EditedModel:
 
     def slot_of(self, claim: Any) -> int:
         """The slot a request may use. FalseClaim when that does not hold what the request claims."""
-        slot, version = (BASE_SLOT, None) if claim is None else _claimed(claim)
+        slot, version, _ = (BASE_SLOT, None, 1.0) if claim is None else Claim.of(claim)
         if slot == BASE_SLOT and version not in self.in_weights:
             raise FalseClaim(
                 f"a request wants {_named(version)}, and the weights hold {' or '.join(map(_named, self.in_weights))}: "
@@ -373,16 +373,6 @@ def _joins_sum(group: EditGroup, reservation: Reservation, site_modules: Mapping
 
 def _digest(version: str, row: Tensor) -> str:
     return hashlib.sha256(version.encode() + row.cpu().numpy().tobytes()).hexdigest()
-
-
-def _claimed(claim: Any) -> tuple[int, str]:
-    """Slot and version of a claim. FalseClaim unless it is [slot, version, strength], with numbers that can be such."""
-    match claim:
-        case [int() as slot, str() as version, int() | float() as strength] if (
-            abs(slot) < _TOO_LARGE and abs(strength) < _TOO_LARGE
-        ):
-            return slot, version
-    raise FalseClaim(f"expected a claim of [slot, version, strength], found {claim!r:.80}")
 
 
 def _named(version: str | None) -> str:

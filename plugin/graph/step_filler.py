@@ -20,15 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_edits.edit_store.scope import Scope
+from vllm_edits.plugin.claim import FalseClaim
 from vllm_edits.plugin.graph.device_rows import DeviceRows
 from vllm_edits.plugin.graph.edited_site import Step
 from vllm_edits.plugin.graph.scope_tables import NamedIds, ScopeTables
 
 TokenCounts = NDArray[np.integer[Any]]
-
-
-class FalseClaim(RuntimeError):
-    """A request claims what the engine does not hold, or claims it in a form that the engine gate never writes."""
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,12 @@ reads. Every worker has all of the other vectors. With one worker nothing is div
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from vllm_edits.edit_store.errors import EditsError
 from vllm_edits.edit_store.sites import Widths
 
 AllReduce = Callable[[Tensor], Tensor]
@@ -71,13 +69,3 @@ class Rank:
 
 
 ONLY_RANK = Rank()
-
-
-def require_agreement(answers: Iterable[Mapping[str, Any]], on: str) -> None:
-    """EditsError unless workers that have the same share of the model answer the same digest.
-
-    Those that divide a model hold different numbers; each has checked them there against what was prepared.
-    """
-    held = {(answer["rank"], answer["digest"]) for answer in answers}
-    if len(held) != len({shard for shard, _ in held}):
-        raise EditsError(f"workers disagree on {on}: {sorted(held)}")

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from vllm_edits.edit_store.errors import EditsError, SettingsError
 
-HEADER = "x-edits-admin-token"
-
 
 class TokenUnreadable(EditsError):
     """The file of the admin token cannot be used now."""

@@ -12,7 +12,7 @@ import hmac
 from collections.abc import Iterable
 
 from vllm_edits.edit_store.errors import EditsError
-from vllm_edits.plugin.http.client_request import Headers, first
+from vllm_edits.plugin.request import Headers, first
 
 
 class KeyMissing(EditsError):

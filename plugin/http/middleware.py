@@ -12,7 +12,6 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Coroutine
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,21 +23,17 @@ from vllm_edits.edit_store.errors import (
     RequestRefused,
     ShadowRefused,
 )
-from vllm_edits.plugin.experiments.evaluation_context import ARM_HEADER, NO_CONTEXT, EvaluationContext
-from vllm_edits.plugin.experiments.exposures import count, exposure_of
+from vllm_edits.plugin import headers
 from vllm_edits.plugin.experiments.records import Outcome
-from vllm_edits.plugin.experiments.shadow_pairs import SHADOW_HEADER
 from vllm_edits.plugin.http.api_key import ApiKeys, KeyMissing
-from vllm_edits.plugin.http.client_request import ClientRequest, first, is_json
 from vllm_edits.plugin.metrics import UNKNOWN, Metrics
+from vllm_edits.plugin.request import STRENGTH_ARGUMENT, Request, first, is_json
 from vllm_edits.plugin.serving.coordinator import Coordinator
+from vllm_edits.plugin.serving.exposures import count, exposure_of
 from vllm_edits.plugin.serving.lease import CURRENT_LEASE, Lease, Usage
 from vllm_edits.plugin.serving.variants import BASE
-from vllm_edits.plugin.serving.version_info import STRENGTH_ARGUMENT
 
 AsgiScope = dict[str, Any]
-VARIANT_HEADER, VERSION_HEADER = b"x-edits-variant", b"x-edits-version"
-EXPERIMENT_HEADER, REQUEST_HEADER = b"x-edits-experiment", b"x-edits-request"
 VLLM_ID_HEADER = b"x-request-id"
 OURS, _ANTHROPIC_PATH = "/v1/edits", "/v1/messages"
 BEAMS = "use_beam_search"
@@ -65,14 +60,12 @@ class VariantMiddleware:
         if not body or _asks_no_model(_route(scope)):
             await self._app(scope, replay, send)
             return
-        headers = scope["headers"]
-        request = ClientRequest.read(_route(scope), headers, body)
-        context = EvaluationContext.of(headers, request.user, uuid.uuid4().hex)
+        request = Request.read(_route(scope), scope["headers"], body, id=uuid.uuid4().hex)
         try:
-            if not keys.sent(headers):
+            if not keys.sent(scope["headers"]):
                 keys.require_base(request.model)
-                context = replace(NO_CONTEXT, serves=BASE)
-            lease = await _unless_gone(coordinator.lease(request.model, request.strength, context), receive)
+                request = Request(request.model, request.strengths, target=BASE)
+            lease = await _unless_gone(coordinator.lease(request), receive)
             if lease is not None and lease.choice.info.bound_to_prompt and request.beam_search:
                 with lease.hold():
                     pass
@@ -127,7 +120,7 @@ class VariantMiddleware:
         if lease.choice.assignment is not None and asked:  # a count of tokens tells nothing of an arm
             exposure = exposure_of(lease.choice, lease.choice.assignment, lease.usage, outcome)
             count(exposure, metrics)
-            self._serving()[0].ended(exposure)
+            self._serving()[0].record(exposure)
 
 
 def record_late(metrics: Metrics, lease: Lease) -> None:
@@ -149,29 +142,27 @@ def _outcome(usage: Usage, status: int, finished: bool) -> Outcome:
 
 def _record(lease: Lease, metrics: Metrics, outcome: Outcome) -> None:
     """Count a request when it has ended, if the engine saw it or it was turned away."""
-    usage, now = lease.usage, time.monotonic()
-    labels = metrics.labels(lease.choice.variant, lease.choice.version)
+    usage, labels = lease.usage, metrics.labels(lease.choice.variant, lease.choice.version)
+    if usage.engine_requests or outcome != "ok":
+        metrics.requests.labels(*labels, outcome).inc()
     if not usage.engine_requests or outcome == "rejected":
-        if outcome != "ok":
-            metrics.requests.labels(*labels, outcome).inc()
         return
-    metrics.requests.labels(*labels, outcome).inc()
     metrics.tokens.labels(*labels, "prompt").inc(usage.prompt_tokens)
     metrics.tokens.labels(*labels, "generation").inc(usage.output_tokens)
-    metrics.request_seconds.labels(labels[0]).observe(now - usage.started)
-    if usage.first_token is not None and usage.last_token is not None:
-        metrics.time_to_first_token_seconds.labels(labels[0]).observe(max(0.0, usage.first_token - usage.started))
-        if usage.output_tokens > 1:
-            mean = (usage.last_token - usage.first_token) / (usage.output_tokens - 1)
-            metrics.time_per_output_token_seconds.labels(labels[0]).observe(mean)
+    metrics.request_seconds.labels(labels[0]).observe(usage.seconds)
+    if usage.first_token_seconds is not None:
+        metrics.time_to_first_token_seconds.labels(labels[0]).observe(usage.first_token_seconds)
+    if usage.seconds_per_token is not None:
+        metrics.time_per_output_token_seconds.labels(labels[0]).observe(usage.seconds_per_token)
 
 
 def _headers(lease: Lease, scope: AsgiScope) -> list[tuple[bytes, bytes]]:
     choice = lease.choice
-    found = [(VARIANT_HEADER, choice.variant.encode()), (VERSION_HEADER, (choice.version or "base").encode())]
+    said = {headers.VARIANT: choice.variant, headers.VERSION: choice.version or BASE}
     if choice.assignment is not None:
-        found.append((EXPERIMENT_HEADER, f"{choice.assignment.experiment}/{choice.assignment.arm}".encode()))
-        found.append((REQUEST_HEADER, choice.feedback_token.encode()))
+        said[headers.EXPERIMENT] = f"{choice.assignment.experiment}/{choice.assignment.arm}"
+        said[headers.REQUEST] = choice.feedback_token
+    found = [(name.encode(), value.encode()) for name, value in said.items()]
     if first(scope["headers"], b"origin"):  # a script in a browser sees no other header than those exposed to it
         found.append((b"access-control-expose-headers", b", ".join(name for name, _ in found)))
     return found
@@ -247,7 +238,7 @@ async def _answer_error(path: str, error: EditsError, send: Any) -> None:
     if isinstance(error, NotFound | AmbiguousVersion):
         status, kind, message = 404, "NotFoundError", str(error)
     elif isinstance(error, RequestRefused):
-        parameters = {BeamsRefused: BEAMS, ArmRefused: ARM_HEADER, ShadowRefused: SHADOW_HEADER}
+        parameters = {BeamsRefused: BEAMS, ArmRefused: headers.ARM, ShadowRefused: headers.SHADOW}
         parameter = parameters.get(type(error), STRENGTH_ARGUMENT)
         status, kind, message = 400, "BadRequestError", str(error)
     elif isinstance(error, KeyMissing):
@@ -260,6 +251,6 @@ async def _answer_error(path: str, error: EditsError, send: Any) -> None:
     else:
         content = {"error": {"message": message, "type": kind, "param": parameter, "code": status}}
     data = json.dumps(content).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+    said = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": said})
     await send({"type": "http.response.body", "body": data})

@@ -13,11 +13,12 @@ from fastapi import APIRouter, Depends, HTTPException, Query, Request
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 
-from vllm_edits.edit_store.errors import AmbiguousVersion, BundleRefused, Conflict, EditsError, NotFound
+from vllm_edits.edit_store.errors import AmbiguousVersion, BundleRefused, CannotSign, Conflict, EditsError, NotFound
+from vllm_edits.plugin import headers
 from vllm_edits.plugin.http import admin_token, experiment_routes
 from vllm_edits.plugin.http.api_key import ApiKeys
 from vllm_edits.plugin.http.middleware import OURS
-from vllm_edits.plugin.serving.coordinator import CannotSign, Coordinator, NotFollowed, TagChange
+from vllm_edits.plugin.serving.coordinator import Coordinator, NotFollowed, TagChange
 
 _STATUS = {
     CannotSign: 403, NotFound: 404, AmbiguousVersion: 409, Conflict: 409, BundleRefused: 422, NotFollowed: 422,
@@ -117,8 +118,8 @@ def _authorize(request: Request, token_file: str | None) -> None:
             403, detail="changes over HTTP are off: set edits.admin_token_file, or use the command line on the store"
         )
     try:
-        allowed = admin_token.matches(token_file, request.headers.get(admin_token.HEADER, ""))
+        allowed = admin_token.matches(token_file, request.headers.get(headers.ADMIN_TOKEN, ""))
     except admin_token.TokenUnreadable as error:
         raise HTTPException(503, detail=f"no change can be authorised now: {error}") from error
     if not allowed:
-        raise HTTPException(401, detail=f"send the admin token in the header {admin_token.HEADER}")
+        raise HTTPException(401, detail=f"send the admin token in the header {headers.ADMIN_TOKEN}")

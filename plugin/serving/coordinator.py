@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
+from vllm_edits.edit_store.bundle import BaseModelRef
 from vllm_edits.edit_store.errors import AmbiguousVersion, EditsError, NotFound, NotServed
-from vllm_edits.edit_store.trust import Enforcement
-from vllm_edits.plugin.experiments.evaluation_context import NO_CONTEXT, EvaluationContext
+from vllm_edits.edit_store.experiments.experiment_log import Experiments
+from vllm_edits.edit_store.experiments.state import ExperimentChange
+from vllm_edits.edit_store.reading.reader import Reader
+from vllm_edits.edit_store.storage.store import TagEntry
+from vllm_edits.plugin.experiments.exposure_log import ExposureLog
+from vllm_edits.plugin.experiments.feedback_token import FeedbackTokens
+from vllm_edits.plugin.experiments.live_experiments import LiveExperiments
 from vllm_edits.plugin.experiments.records import Record
+from vllm_edits.plugin.experiments.resolver import Resolver
+from vllm_edits.plugin.graph.reservation import Reservation, SlotBytes
+from vllm_edits.plugin.metrics import Metrics
+from vllm_edits.plugin.request import Request
+from vllm_edits.plugin.serving.admission import Admission
 from vllm_edits.plugin.serving.lease import Lease
 from vllm_edits.plugin.serving.reconcile import Reconciler
+from vllm_edits.plugin.serving.slots import Slots
+from vllm_edits.plugin.serving.status import status
 from vllm_edits.plugin.serving.variants import Choice
-
-
-class CannotSign(EditsError):
-    """Promotions must be signed, and this server has no key."""
+from vllm_edits.plugin.serving.versions import KnownVersions, Versions
+from vllm_edits.plugin.serving.weights_mode import Running, WeightsMode
+from vllm_edits.plugin.serving.workers import Workers, ask
 
 
 class NotFollowed(EditsError):
@@ -48,10 +61,10 @@ class Served:
 
 
 class Coordinator(Protocol):
-    """Whoever owns the slots. Its answers are plain data, but for leases."""
+    """The process that owns the slots, as API server processes ask it. Its answers are plain data, but for leases."""
 
-    async def lease(self, model: str, strength: float | None = None, context: EvaluationContext = NO_CONTEXT) -> Lease:
-        """A slot for a request that names `model`; waits while all slots are in use. `context` decides its arm.
+    async def lease(self, request: Request) -> Lease:
+        """A slot for a request; waits while all slots are in use.
 
         NotFound, AmbiguousVersion, NotServed, RequestRefused; InstallRefused when the version cannot be brought in.
         """
@@ -71,79 +84,117 @@ class Coordinator(Protocol):
     async def change(self, change: TagChange) -> Mapping[str, Any]:
         """Append a change to the store and follow it at once; the entry, and the swap."""
 
-    def ended(self, record: Record) -> None:
-        """A request that took part in an experiment, or was answered twice, has ended."""
+    def record(self, record: Record) -> None:
+        """Note that a request which took part in an experiment, or was answered twice, has ended."""
 
     async def feedback(self, request: str, metric: str, value: float) -> Mapping[str, Any]:
-        """How a request went; NotFound, FeedbackRefused. What was counted."""
+        """Note how a request went; NotFound, FeedbackRefused. Returns what was counted."""
 
 
-def lease_of(coordinator: Coordinator) -> Callable[[str], Awaitable[Lease]]:
-    """Leases by what an arm serves, past any experiment."""
-    return lambda serves: coordinator.lease(serves, None, EvaluationContext(serves=serves))
+@dataclass(frozen=True)
+class Extras:
+    """What a server may do without: by default nothing is written down, and the weights stay."""
+
+    weights_key: tuple[str, str] | None = None
+    """name and tag of the variant that is served from the engine's weights"""
+    weights_running: Running = "finish"
+    weights_patience_seconds: float = 60.0
+    exposures: ExposureLog | None = None
+    feedback_tokens: FeedbackTokens | None = None
+    resolver: Resolver | None = None
 
 
 class LocalCoordinator:
-    """The owner is in this process: its reconciler."""
+    """The process that owns the slots: this one. Its parts are put together here, and nowhere else."""
 
-    def __init__(self, reconciler: Reconciler) -> None:
-        self._core = reconciler
+    def __init__(
+        self, reader: Reader, workers: Workers, metrics: Metrics, *, base: BaseModelRef, base_names: tuple[str, ...],
+        reservation: Reservation, slot_bytes: SlotBytes, slots: int, default_tag: str, extras: Extras | None = None,
+    ) -> None:  # fmt: skip
+        extras = extras or Extras()
+        known = KnownVersions()
+        self.experiments = LiveExperiments(
+            metrics, extras.exposures or ExposureLog(None, 0), extras.feedback_tokens or FeedbackTokens.of(None),
+            prepare=self._prepare_arm, append=self._append_of_experiment, info=known.__getitem__,
+            resolver=extras.resolver,
+        )  # fmt: skip
+        self.slots = Slots(slots, workers, metrics, info=known.__getitem__, fired=self.experiments.fired)
+        self.versions = Versions(reader, known, self.slots, base=base, reservation=reservation, slot_bytes=slot_bytes)
+        self.weights = WeightsMode(
+            extras.weights_key, partial(ask, workers), running=extras.weights_running,
+            patience_seconds=extras.weights_patience_seconds, inside=self._inside,
+            abort_all=workers.abort_all,
+        )  # fmt: skip
+        self.reconciler = Reconciler(
+            reader, versions=self.versions, slots=self.slots, experiments=self.experiments, weights=self.weights,
+            workers=workers, metrics=metrics, base_names=base_names, default_tag=default_tag,
+        )  # fmt: skip
+        self.admission = Admission(
+            lambda: self.reconciler.table, versions=self.versions, slots=self.slots, experiments=self.experiments,
+            weights=self.weights, metrics=metrics,
+        )  # fmt: skip
 
-    async def lease(self, model: str, strength: float | None = None, context: EvaluationContext = NO_CONTEXT) -> Lease:
+    def _inside(self) -> int:
+        """How many requests are being answered."""
+        return self.admission.in_flight.total()
+
+    async def lease(self, request: Request) -> Lease:
         try:
-            return await self._core.lease(model, strength, context)
+            return await self.admission.lease(request)
         except (NotFound, AmbiguousVersion) as error:
-            if refusal := self._core.refusal(model):
+            name, _, tag = (request.target or request.model).partition("@")
+            if refusal := self.reconciler.refusal(name, tag or self.reconciler.table.default_tag):
                 raise NotServed(f"This variant cannot be served: {refusal}") from error
             raise
 
     async def renew(self, choice: Choice | None) -> Lease:
-        return await self._core.renew(choice)
+        return await self.admission.renew(choice)
 
     async def served(self) -> Served:
-        table = self._core.table
-        variants = []
-        for name in table.names():
-            variant, _, tag = name.partition("@")
-            variants.append((name, variant, table.promoted[variant][tag or table.default_tag]))
+        table = self.reconciler.table
         known = {*table.base_names, *table.names()}
-        return Served(variants, table.in_weights is None, tuple(sorted(self._core.experiments.names - known)))
+        return Served(list(table.served()), table.in_weights is None, tuple(sorted(self.experiments.names - known)))
 
     async def status(self) -> Mapping[str, Any]:
-        return self._core.status()
+        return status(self.reconciler, self.admission, self.slots, self.experiments, self.weights)
 
     async def sync(self) -> Mapping[str, Any]:
-        swaps = await self._core.sync(retry_refused=True)
-        await self._core.slots.read_firings()
-        return {"swaps": [asdict(swap) for swap in swaps], "last_error": self._core.last_error}
+        swaps = await self.reconciler.sync(retry_refused=True, wait_for_weights=True)
+        await self.slots.read_firings()
+        return {"swaps": [asdict(swap) for swap in swaps], "last_error": self.reconciler.last_error}
 
-    def ended(self, record: Record) -> None:
-        self._core.experiments.ended(record)
+    def record(self, record: Record) -> None:
+        self.experiments.record(record)
 
     async def feedback(self, request: str, metric: str, value: float) -> Mapping[str, Any]:
-        return self._core.experiments.feedback(request, metric, value)
+        return self.experiments.feedback(request, metric, value)
 
     async def change(self, change: TagChange) -> Mapping[str, Any]:
-        core = self._core
-        if core.reader.trust.enforcement is Enforcement.REQUIRE and not core.reader.store.signs:
-            raise CannotSign(
-                "promotions must be signed, and this server has no key: set edits.signing_key_file, or use "
-                "`vllm-edits promote --key` on the store"
-            )
         entry = await asyncio.to_thread(self._append(change))
-        swaps = await core.sync(retry_refused=True)
-        swap = next((swap for swap in swaps if (swap.variant, swap.tag) == (entry.name, entry.tag)), None)
+        key = entry.name, entry.tag
+        swaps = await self.reconciler.sync(retry_refused=True, wait_for_weights=key == self.weights.key)
+        swap = next((swap for swap in swaps if (swap.variant, swap.tag) == key), None)
         if swap is not None and swap.error:
             raise NotFollowed(
                 f"the {change.operation} stands in the store, but this server keeps what it served: {swap.error}"
             )
         return {"entry": entry.model_dump(mode="json"), "swap": asdict(swap) if swap else None}
 
-    def _append(self, change: TagChange) -> Callable[[], Any]:
-        store = self._core.reader.store
-        said = {"tag": change.tag or self._core.table.default_tag, "reason": change.reason, "actor": change.actor}
+    def _append(self, change: TagChange) -> Callable[[], TagEntry]:
+        """The append of a change, to be done in a thread. CannotSign before it."""
+        store = self.versions.reader.writable()
+        tag = change.tag or self.reconciler.table.default_tag
+        said = {"tag": tag, "reason": change.reason, "actor": change.actor}
         if change.operation == "promote":
             return lambda: store.promote(f"{change.name}@{change.version}", **said)
         if change.operation == "rollback":
             return lambda: store.rollback(change.name, **said)
         return lambda: store.withdraw(change.name, **said)
+
+    def _append_of_experiment(self, change: ExperimentChange, reason: str, actor: str) -> None:
+        Experiments(self.versions.reader.writable()).change(change, reason=reason, actor=actor)
+
+    async def _prepare_arm(self, name: str, version: str) -> None:
+        """Have a version ready that an arm names; EditsError when it cannot be served here."""
+        await self.versions.require_author(name, version)
+        await self.versions.stage(name, version)

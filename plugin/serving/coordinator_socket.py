@@ -30,8 +30,8 @@ from pydantic import TypeAdapter
 from vllm_edits.edit_store import errors
 from vllm_edits.edit_store.errors import BundleRefused, EditsError, Reason
 from vllm_edits.edit_store.private_folder import private_folder
-from vllm_edits.plugin.experiments.evaluation_context import NO_CONTEXT, EvaluationContext
 from vllm_edits.plugin.experiments.records import Record
+from vllm_edits.plugin.request import Request
 from vllm_edits.plugin.serving import coordinator as coordinating
 from vllm_edits.plugin.serving.coordinator import Coordinator, Served, TagChange
 from vllm_edits.plugin.serving.lease import Lease
@@ -42,6 +42,7 @@ logger = logging.getLogger("vllm.edits")
 
 Message = dict[str, Any]
 _LENGTH_BYTES = 4
+_REQUEST: TypeAdapter[Request] = TypeAdapter(Request)
 _CHOICE: TypeAdapter[Choice] = TypeAdapter(Choice)
 _ERRORS: Mapping[str, type[EditsError]] = {
     name: kind
@@ -120,8 +121,8 @@ class _Process:
         number, call = message["id"], message["call"]
         if call == "release":
             self._leases.pop(number).close()
-        elif call == "ended":
-            self._coordinator.ended(msgspec.convert(message["record"], Record))
+        elif call == "record":
+            self._coordinator.record(msgspec.convert(message["record"], Record))
         elif call == "cancel":
             if number in self._tasks:
                 self._tasks[number].cancel()
@@ -146,8 +147,7 @@ class _Process:
 
     async def _asked(self, number: int, call: str, message: Message) -> Any:
         if call == "lease":
-            context = EvaluationContext(**message["context"])
-            return self._kept(number, await self._coordinator.lease(message["model"], message["strength"], context))
+            return self._kept(number, await self._coordinator.lease(_REQUEST.validate_python(message["request"])))
         if call == "renew":
             choice = message["choice"]
             return self._kept(number, await self._coordinator.renew(choice and _CHOICE.validate_python(choice)))
@@ -216,12 +216,12 @@ class RemoteCoordinator:
         for task in list(self._tasks):
             task.cancel()
 
-    async def lease(self, model: str, strength: float | None = None, context: EvaluationContext = NO_CONTEXT) -> Lease:
-        return await self._leased("lease", model=model, strength=strength, context=asdict(context))
+    async def lease(self, request: Request) -> Lease:
+        return await self._leased("lease", request=asdict(request))
 
-    def ended(self, record: Record) -> None:
-        with suppress(EditsError):  # an owner that is gone ends the server
-            self._write({"id": next(self._numbers), "call": "ended", "record": msgspec.to_builtins(record)})
+    def record(self, record: Record) -> None:
+        with suppress(EditsError):  # a coordinator that is gone ends the server
+            self._write({"id": next(self._numbers), "call": "record", "record": msgspec.to_builtins(record)})
 
     async def renew(self, choice: Choice | None) -> Lease:
         return await self._leased("renew", choice=choice and _CHOICE.dump_python(choice, mode="json"))

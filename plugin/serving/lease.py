@@ -39,6 +39,30 @@ class Usage:
     tail: list[int] = field(default_factory=list)
     """the last tokens, of a request that takes part in an experiment"""
 
+    def add_output(self, tokens: int, times: tuple[float, float]) -> None:
+        """Count tokens that came; times: of the request's first token and of its last one so far."""
+        first, last = times
+        self.output_tokens += tokens
+        self.first_token = min(self.first_token or first, first)
+        self.last_token = last
+
+    @property
+    def seconds(self) -> float:
+        """Seconds from the request's arrival until now."""
+        return time.monotonic() - self.started
+
+    @property
+    def first_token_seconds(self) -> float | None:
+        """Seconds from arrival to the first token; None where nothing was generated."""
+        return None if self.first_token is None else max(0.0, self.first_token - self.started)
+
+    @property
+    def seconds_per_token(self) -> float | None:
+        """Mean seconds between two output tokens; None where there are less than two."""
+        if self.first_token is None or self.last_token is None or self.output_tokens < 2:
+            return None
+        return max(0.0, self.last_token - self.first_token) / (self.output_tokens - 1)
+
 
 @dataclass
 class Lease:

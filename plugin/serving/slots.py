@@ -15,13 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_edits.edit_store.errors import BundleRefused, EditsError
-from vllm_edits.plugin.graph.tensor_parallel import require_agreement
 from vllm_edits.plugin.metrics import Metrics
 from vllm_edits.plugin.periodic import repeat
 from vllm_edits.plugin.serving.firings import FiringTotals
 from vllm_edits.plugin.serving.residency import Placement, Residency
-from vllm_edits.plugin.serving.version_info import InfoOf
-from vllm_edits.plugin.serving.workers import Workers, ask, prepare
+from vllm_edits.plugin.serving.workers import Workers, ask, prepare, require_agreement
+from vllm_edits.plugin.version_info import InfoOf
 
 logger = logging.getLogger("vllm.edits")
 

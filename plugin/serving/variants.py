@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from vllm_edits.edit_store.errors import NotFound, nearest
 from vllm_edits.edit_store.refs import Ref
 from vllm_edits.plugin.experiments.routing import Assignment
-from vllm_edits.plugin.serving.version_info import NO_INFO, VersionInfo
+from vllm_edits.plugin.version_info import NO_INFO, VersionInfo
 
 BASE = "base"
 """Name of the unedited model in metrics and headers."""

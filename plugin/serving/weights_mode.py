@@ -13,11 +13,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 from vllm_edits.edit_store.errors import EditsError
-from vllm_edits.plugin.graph.tensor_parallel import require_agreement
+from vllm_edits.plugin.serving.swap import Phase
+from vllm_edits.plugin.serving.workers import require_agreement
 
 logger = logging.getLogger("vllm.edits")
 
@@ -66,7 +67,11 @@ class WeightsMode:
         self._left.set()
 
     async def exchange(
-        self, version: str | None, entry: int, switch: Callable[[], None], phase: Callable[[str], Any]
+        self,
+        version: str | None,
+        entry: int,
+        switch: Callable[[], None],
+        phase: Callable[[Phase], AbstractContextManager[None]],
     ) -> None:
         """Put a staged version into the weights of every worker, or with None the loaded model; then `switch`.
 

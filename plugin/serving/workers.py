@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from vllm_edits.edit_store.errors import EditsError, InstallRefused, Reason
@@ -43,3 +44,13 @@ async def prepare(workers: Workers, stage: str, staged: str, version: str) -> No
     # Workers read it in threads of their own processes: there is nothing here to wait on but their word.
     while any("pending" in answer for answer in await ask(workers, staged, version)):  # noqa: ASYNC110
         await asyncio.sleep(STAGING_POLL_SECONDS)
+
+
+def require_agreement(answers: Iterable[Mapping[str, Any]], on: str) -> None:
+    """EditsError unless workers that have the same share of the model answer the same digest.
+
+    Those that divide a model hold different numbers; each has checked them there against what was prepared.
+    """
+    held = {(answer["rank"], answer["digest"]) for answer in answers}
+    if len(held) != len({shard for shard, _ in held}):
+        raise EditsError(f"workers disagree on {on}: {sorted(held)}")

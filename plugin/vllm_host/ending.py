@@ -22,7 +22,7 @@ from typing import Any
 
 from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.edit_store.private_folder import private_folder, private_path
-from vllm_edits.plugin.graph.step_filler import FalseClaim
+from vllm_edits.plugin.claim import FalseClaim
 
 logger = logging.getLogger("vllm.edits")
 
@@ -34,7 +34,7 @@ _STEPS = 3
 """For so many steps the scheduler remembers what freed requests held: as many as can be under way, and one."""
 _UNATTACHED = (
     "requests end with an error: what sends them is not the plugin's HTTP side, which has not attached itself to this "
-    "engine. Start it with `vllm-edits serve` or `vllm serve`, or use vllm_edits.plugin.offline.Variants in Python"
+    "engine. Start it with `vllm-edits serve` or `vllm serve`, or use vllm_edits.Variants in Python"
 )
 
 

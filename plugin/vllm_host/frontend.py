@@ -28,24 +28,24 @@ from vllm_edits.plugin.graph.reservation import Reservation
 from vllm_edits.plugin.graph.slot_bytes import slot_bytes
 from vllm_edits.plugin.http import admin_token
 from vllm_edits.plugin.http.api_key import ApiKeys
-from vllm_edits.plugin.http.engine_gate import EngineGate
 from vllm_edits.plugin.http.middleware import VariantMiddleware, record_late
 from vllm_edits.plugin.http.routes import router
-from vllm_edits.plugin.http.served_models import ServedModels
 from vllm_edits.plugin.metrics import Metrics
 from vllm_edits.plugin.open_store import open_reader
 from vllm_edits.plugin.plan import weights_key
-from vllm_edits.plugin.serving.coordinator import Coordinator, LocalCoordinator, lease_of
+from vllm_edits.plugin.request import Request
+from vllm_edits.plugin.serving.coordinator import Coordinator, Extras, LocalCoordinator
 from vllm_edits.plugin.serving.coordinator_socket import (
     CoordinatorServer,
     FencedWorkers,
     RemoteCoordinator,
     socket_path,
 )
-from vllm_edits.plugin.serving.reconcile import Reconciler
 from vllm_edits.plugin.serving.workers import Workers
 from vllm_edits.plugin.vllm_host import compat
+from vllm_edits.plugin.vllm_host.engine_gate import EngineGate
 from vllm_edits.plugin.vllm_host.scheduler import forks
+from vllm_edits.plugin.vllm_host.served_models import ServedModels
 from vllm_edits.server_config.settings import EditSettings, Reserve, read_settings
 
 logger = logging.getLogger("vllm.edits")
@@ -151,8 +151,8 @@ class EditsEndpoints:
             engine_client,
             coordinator.renew,
             forks=forks(config),
-            lease_of=lease_of(coordinator),
-            note=coordinator.ended,
+            lease_of=lambda target: coordinator.lease(Request(target=target)),
+            note=coordinator.record,
             settle=partial(record_late, self._metrics),
         )
         put_before_handlers(state, {engine_client: gate, models: ServedModels(models, self._coordinator.served)})
@@ -173,21 +173,20 @@ class EditsEndpoints:
             atexit.register(shutil.rmtree, path.parent, ignore_errors=True)
             server = CoordinatorServer(path)
             asked = FencedWorkers(workers, server.fence)
-        reconciler, description = await start(asked, settings, metrics, base_names)
-        coordinator = LocalCoordinator(reconciler)
+        coordinator, description = await start(asked, settings, metrics, base_names)
         if count > 1:
             await server.start(coordinator)
         self._following = [
-            asyncio.create_task(reconciler.follow(settings.poll_seconds)),
-            asyncio.create_task(reconciler.slots.follow_firings()),
-            asyncio.create_task(reconciler.experiments.watch()),
+            asyncio.create_task(coordinator.reconciler.follow(settings.poll_seconds)),
+            asyncio.create_task(coordinator.slots.follow_firings()),
+            asyncio.create_task(coordinator.experiments.watch()),
         ]
         return coordinator, description
 
 
 async def start(
     workers: Workers, settings: EditSettings, metrics: Metrics, base_names: tuple[str, ...]
-) -> tuple[Reconciler, str]:
+) -> tuple[LocalCoordinator, str]:
     """Attach to every worker, open the store, install what it promotes. Also returns a line on what is reserved."""
     answers = await workers.call("edits_attach")
     for answer in answers:
@@ -201,7 +200,7 @@ async def start(
     base = BaseModelRef.model_validate(described["base"])
     reserve = [Reserve(**item) for item in described["reserve"]]
     reservation = Reservation.from_settings(reserve, supported(base.architecture), base.widths, described["scopes"])
-    reconciler = Reconciler(
+    coordinator = LocalCoordinator(
         await asyncio.to_thread(open_reader, settings),
         workers,
         metrics,
@@ -211,18 +210,20 @@ async def start(
         slot_bytes=slot_bytes(base.widths, getattr(torch, described["dtype"]), described["workers"]),
         slots=described["slots"],
         default_tag=settings.default_tag,
-        weights_key=weights_key(settings),
-        weights_running=settings.weights_running,
-        weights_patience_seconds=settings.weights_patience_seconds,
-        exposures=ExposureLog(_path(settings.exposure_folder), settings.exposure_bytes),
-        feedback_tokens=FeedbackTokens.of(_path(settings.feedback_key_file)),
-        resolver=Resolver.of(settings.arm_resolver),
+        extras=Extras(
+            weights_key=weights_key(settings),
+            weights_running=settings.weights_running,
+            weights_patience_seconds=settings.weights_patience_seconds,
+            exposures=ExposureLog(_path(settings.exposure_folder), settings.exposure_bytes),
+            feedback_tokens=FeedbackTokens.of(_path(settings.feedback_key_file)),
+            resolver=Resolver.of(settings.arm_resolver),
+        ),
     )
-    await reconciler.sync()
+    await coordinator.reconciler.sync(wait_for_weights=True)
     sites, mebibytes = len(reservation.sites()), described["bytes"] / 2**20
     patched, kept = described["weights"]["sites"], described["weights"]["bytes"] / 2**20
     in_weights = f"; {settings.weights} in the weights, {patched} projections of {kept:.1f} MiB" if patched else ""
-    return reconciler, (
+    return coordinator, (
         f"runner {described['runner']}, {len(answers)} worker(s), {described['slots']} slots, {sites} sites, "
         f"{mebibytes:.1f} MiB reserved: {reservation}{in_weights}"
     )

@@ -14,8 +14,7 @@ import secrets
 from pkgutil import resolve_name
 from typing import Any
 
-from vllm_edits.plugin.claim import FORK
-from vllm_edits.plugin.graph.step_filler import FalseClaim
+from vllm_edits.plugin.claim import FORK, FalseClaim, Fork
 from vllm_edits.plugin.vllm_host.ending import BASE_TOKENS, EndedRequests
 
 
@@ -75,13 +74,10 @@ def fork_at_first_edit(request: Any, block_size: int) -> None:
     arguments = request.sampling_params.extra_args if request.sampling_params is not None else None
     if not arguments or FORK not in arguments:
         return
-    match arguments[FORK]:
-        case [str() as salt, int() as tail] if tail >= 0:
-            fork = max(0, request.num_prompt_tokens - tail) // block_size
-            _fork(request, fork, salt)
-            setattr(request, BASE_TOKENS, fork * block_size)
-        case other:
-            raise FalseClaim(f"expected a fork of [salt, tail], found {other!r:.80}")
+    told = Fork.of(arguments[FORK])
+    fork = max(0, request.num_prompt_tokens - told.tail) // block_size
+    _fork(request, fork, told.salt)
+    setattr(request, BASE_TOKENS, fork * block_size)
 
 
 def keep_apart(request: Any) -> None:

@@ -148,7 +148,7 @@ def test_engines_take_a_step_each_in_turns() -> None:
     assert turns == ["a", "b", "b", "a", "a", "b"], "each goes first in turns"
 
 
-class EvaluationContext(Side):
+class AskedSide(Side):
     """Notes which prompts are asked for, instead of making them."""
 
     seeds: ClassVar[list[Sequence[int]]] = []
@@ -161,15 +161,15 @@ class EvaluationContext(Side):
 def test_a_prefill_is_measured_several_times_a_round_with_other_prompts_each_time() -> None:
     """A prompt seen before would come from the prefix cache. Positive control: decoding is measured once."""
     sides = {
-        "a": EvaluationContext("", EngineThatSays("a", 0.5, []), [None]),
-        "b": EvaluationContext("", EngineThatSays("b", 1, []), [None]),
+        "a": AskedSide("", EngineThatSays("a", 0.5, []), [None]),
+        "b": AskedSide("", EngineThatSays("b", 1, []), [None]),
     }
     no_inputs: Any = None
     for tokens, measured, rates in ((1, PREFILLS, {"a": 200, "b": 100}), (3, 1, {"a": 2, "b": 1})):
-        EvaluationContext.seeds.clear()
+        AskedSide.seeds.clear()
         found = _in_step(sides, Phase("", requests=1, prompt_tokens=100, tokens=tokens), no_inputs, (7, 0, 0))
         assert found == pytest.approx(rates)
-        assert sorted(EvaluationContext.seeds) == sorted([(7, 0, 0, again) for again in range(measured)] * len(sides))
+        assert sorted(AskedSide.seeds) == sorted([(7, 0, 0, again) for again in range(measured)] * len(sides))
 
 
 def test_sides_of_one_engine_work_in_different_heats() -> None:
@@ -207,7 +207,7 @@ def test_on_a_gpu_engines_start_side_by_side_and_rounds_end_when_their_time_is_u
     """A lent GPU is short of time; three rounds there are in any case. Positive control: with time there are all."""
     for seconds, rounds in ((0.0, 3), (60.0, 6)):
         begun = Barrier(3)
-        sides: dict[str, Side] = {name: EvaluationContext("", EngineThatStarts(name, begun), [None]) for name in "abc"}
+        sides: dict[str, Side] = {name: AskedSide("", EngineThatStarts(name, begun), [None]) for name in "abc"}
         experiment = Trial("", sides, [Phase("decode", 1, 1, 11)], [])
         no_inputs: Any = None
         with Progress(disable=True) as progress:

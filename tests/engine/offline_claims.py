@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from vllm_edits.plugin.claim import CLAIM, SCHEDULER, address
-from vllm_edits.plugin.offline import Variants
+from vllm_edits import Variants
+from vllm_edits.plugin.claim import CLAIM, SCHEDULER
+from vllm_edits.plugin.vllm_host.addressing import address
 
 PROMPT, TOKENS = "The sea, the hills and the road between them. " * 8, 24
 
@@ -47,8 +48,8 @@ def main(model: str, store_folder: str) -> None:
 
     # The slot is emptied behind the reconciler's back: in the middle of an answer, and before a prompt is computed.
     assert llm.llm_engine.reset_prefix_cache()
-    (slot,) = (each.slot for each in variants.reconciler.slots.residency.residents().values())
-    version = variants.reconciler.table.promoted["loud"]["prod"]
+    (slot,) = (each.slot for each in variants.coordinator.slots.residency.residents().values())
+    version = variants.coordinator.reconciler.table.promoted["loud"]["prod"]
     add("running", "loud")
     add("beside", None)
     assert not run(5)

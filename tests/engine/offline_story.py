@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
+from vllm_edits import Variants
 from vllm_edits.edit_store import EditStore
 from vllm_edits.edit_store.errors import InstallRefused, Reason
-from vllm_edits.plugin.offline import Variants
 
 
 def main(model: str, store_folder: str, second: str) -> None:
@@ -34,13 +34,13 @@ def main(model: str, store_folder: str, second: str) -> None:
     ready._prepare = refuse
     store.promote(f"loud@{second}")
     variants.sync()
-    assert variants.reconciler.last_swap is not None
-    assert "this worker refuses" in variants.reconciler.last_swap.error
+    assert variants.coordinator.reconciler.last_swap is not None
+    assert "this worker refuses" in variants.coordinator.reconciler.last_swap.error
     assert texts(["loud", None]) == [loud, base]
 
     ready._prepare = prepare
     variants.sync()
-    assert not variants.reconciler.last_swap.error
+    assert not variants.coordinator.reconciler.last_swap.error
     swapped, still = texts(["loud", None])
     assert swapped not in (loud, base)
     assert still == base

@@ -8,8 +8,8 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 
+from vllm_edits import Variants
 from vllm_edits.edit_store import EditStore
-from vllm_edits.plugin.offline import Variants
 
 SETTLE, SWAPS, LEAKED = 300, 1000, 8192
 
@@ -56,8 +56,8 @@ def main(model: str, store_folder: str, name: str, *versions: str) -> None:
             version = versions[number % len(versions)]
             store.promote(f"{name}@{version}")
             variants.sync()
-            assert variants.reconciler.last_swap is not None
-            assert variants.reconciler.last_swap.to_version == version
+            assert variants.coordinator.reconciler.last_swap is not None
+            assert variants.coordinator.reconciler.last_swap.to_version == version
             variants.generate(name, [{"prompt_token_ids": [5, 6, 7]}], params, use_tqdm=False)
             if leaked:
                 kept.append(b"x" * leaked)

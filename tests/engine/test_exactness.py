@@ -145,8 +145,9 @@ def test_the_prefix_cache_never_crosses_versions(exact_server: tuple[str, Servin
 
 def test_a_caller_cannot_forge_or_drop_the_salt(exact_server: tuple[str, Serving]) -> None:
     """Sending another version's salt, or a claim of one's own, changes nothing about what answers."""
-    from vllm_edits.plugin.claim import CLAIM, cache_salt
+    from vllm_edits.plugin.claim import CLAIM
     from vllm_edits.plugin.serving.variants import Choice
+    from vllm_edits.plugin.vllm_host.addressing import cache_salt
 
     _, serving = exact_server
     prompt = "Names of things that are found in a kitchen, in no order at all. " * 30

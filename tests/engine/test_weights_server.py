@@ -59,7 +59,7 @@ def test_the_variant_is_served_alone_and_the_base_model_returns_bit_for_bit(serv
     assert version == first
     second = serving.store.publish(linear_bundle("polite", serving.base, 2))
     swap = moved(serving, lambda: serving.store.promote(f"polite@{second}"))
-    assert set(swap["seconds"]) == {"fetch", "verify", "stage", "wait", "install"}
+    assert set(swap["seconds"]) == {"fetch", "verify", "stage", "wait", "install", "switch"}
     version, two = says(serving, "polite")
     assert version == second
     moved(serving, lambda: serving.store.withdraw("polite"))

@@ -26,12 +26,12 @@ from vllm_edits.edit_store.experiments.state import ExperimentChange
 from vllm_edits.edit_store.storage.log import Log
 from vllm_edits.plugin.claim import CLAIM
 from vllm_edits.plugin.experiments.analysis.evidence import Logs, collect
-from vllm_edits.plugin.experiments.evaluation_context import EvaluationContext
 from vllm_edits.plugin.experiments.exposure_log import ExposureLog
 from vllm_edits.plugin.experiments.feedback_token import FeedbackTokens
 from vllm_edits.plugin.experiments.records import Exposure, FeedbackRecord, Record, Said, ShadowRecord
 from vllm_edits.plugin.experiments.resolver import Resolver
 from vllm_edits.plugin.http.middleware import _with_id
+from vllm_edits.plugin.request import Request
 
 pytestmark = pytest.mark.anyio
 UNITS = [f"user-{number}" for number in range(60)]
@@ -63,7 +63,7 @@ class Trial(Site):
 
     async def do(self, operation: Any, **fields: Any) -> None:
         self.log.change(ExperimentChange(experiment="tone", operation=operation, **fields))
-        await self.server.core.sync()
+        await self.server.sync()
 
     async def say(
         self, unit: str | None = None, headers: Mapping[str, str] | None = None, **body: Any
@@ -102,8 +102,8 @@ async def trial(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
             await asyncio.sleep(0.001)
 
 
-def _asking(unit: str) -> EvaluationContext:
-    return EvaluationContext(headers={"x-edits-unit": unit})
+def _asking(unit: str) -> Request:
+    return Request("polite", headers={"x-edits-unit": unit})
 
 
 def version(answer: httpx.Response) -> str:
@@ -256,7 +256,7 @@ async def test_an_arm_follows_the_tag_that_it_names(trial: Trial) -> None:
     assert (version(answer), answer.json()["model"]) == (newer, "tone-test")
     assert "tone-test" in [card["id"] for card in (await trial.client.get("/v1/models")).json()]
     trial.server.store.withdraw("polite")
-    await trial.server.core.sync()
+    await trial.server.sync()
     assert version(await ask()) == "base"
 
 
@@ -280,7 +280,7 @@ async def test_feedback_is_joined_to_the_arm_and_counts_once(trial: Trial) -> No
         (feedback_token, "stars", 1.0, 422, "has no feedback 'stars'; it has thumbs"),
         ("cmpl-123", "thumbs", 1.0, 404, "expected the `id` of an answer"),
         (changed, "thumbs", 1.0, 404, "no request of an experiment"),
-        (FeedbackTokens(b"x" * 32).make(trial.server.core.experiments.decide("polite", _asking("ann")).assignment, 0),
+        (FeedbackTokens(b"x" * 32).make(trial.server.core.experiments.route(_asking("ann")).assignment, 0),
          "thumbs", 1.0, 404, "no request of an experiment"),
     ]:  # fmt: skip
         refused = await tell(request, metric, value)
@@ -316,8 +316,8 @@ async def test_a_guardrail_withdraws_an_arm_here_at_once_and_everywhere_by_an_en
     assert "error was 1 over 10 requests" in standing.reason
     assert trial.log.history()[-1].actor.startswith("guardrail:")
     other = Server(trial.server.store.url)
-    await other.core.sync()
-    lease = await other.core.lease("polite", None, _asking(treated[0]))
+    await other.sync()
+    lease = await other.lease("polite", headers={"x-edits-unit": treated[0]})
     with lease.hold():
         assert lease.choice.version is None
 
@@ -330,12 +330,12 @@ async def test_a_version_that_only_an_arm_names_is_served_by_its_name_and_until_
             for name, serves in (("control", "base"), ("alone", f"only-published@{alone}"))]  # fmt: skip
     trial.log.create(Experiment.parse({"name": "lone", "model": "lonely", "arms": arms}))
     trial.log.change(ExperimentChange(experiment="lone", operation="start"))
-    await trial.server.core.sync()
+    await trial.server.sync()
     assert version(await trial.ask(f"only-published@{alone}")) == alone
     for name in ("lonely", "nobody"):
         assert (await trial.ask(f"{name}@{alone}")).status_code == 404
     trial.log.change(ExperimentChange(experiment="lone", operation="stop"))
-    await trial.server.core.sync()
+    await trial.server.sync()
     assert (await trial.ask(f"only-published@{alone}")).status_code == 404
 
 
@@ -433,7 +433,7 @@ async def test_what_the_store_cannot_hear_is_told_later(trial: Trial) -> None:
     trial.server.backend.down = ""
     await trial.server.core.experiments.measure()
     assert version(await trial.say(treated[0])) == "base"
-    await trial.server.core.sync()
+    await trial.server.sync()
     assert version(await trial.say(treated[0])) == "base"
     trial.server.backend.down = None
     await trial.server.core.experiments.measure()
@@ -457,7 +457,7 @@ async def test_an_arm_that_does_not_answer_holds_the_ramp_until_a_person_resumes
     trial.server.backend.down = None
     await experiments.measure()
     assert trial.log.history()[-1].operation == "hold"
-    await trial.server.core.sync()
+    await trial.server.sync()
     experiments._now = lambda: start + timedelta(hours=2)
     assert experiments.status()[0]["coverage"] == 0.6
     await trial.do("resume")
@@ -473,10 +473,10 @@ async def test_a_ramp_stands_still_while_the_store_cannot_be_read(trial: Trial) 
     early = {unit: version(await trial.say(unit)) for unit in UNITS}
     trial.server.backend.down = ""
     clock[0] = start + timedelta(hours=2)
-    await trial.server.core.sync()
+    await trial.server.sync()
     assert {unit: version(await trial.say(unit)) for unit in UNITS} == early
     trial.server.backend.down = None
-    await trial.server.core.sync()
+    await trial.server.sync()
     late = {unit: version(await trial.say(unit)) for unit in UNITS}
     assert all(late[unit] == trial.treatment for unit in UNITS if early[unit] == trial.treatment)
     assert sum(found == trial.treatment for found in late.values()) > sum(
@@ -488,9 +488,9 @@ async def test_a_restart_keeps_every_unit_in_its_arm(trial: Trial) -> None:
     await trial.begin(coverage=0.6)
     before = {unit: version(await trial.say(unit)) for unit in UNITS}
     again = Server(trial.server.store.url)
-    await again.core.sync()
+    await again.sync()
     for unit in UNITS:
-        lease = await again.core.lease("polite", None, _asking(unit))
+        lease = await again.lease("polite", headers={"x-edits-unit": unit})
         with lease.hold():
             assert (lease.choice.version or "base") == before[unit]
 
@@ -499,7 +499,7 @@ async def test_a_promoted_arm_is_for_everybody_until_it_is_stopped(trial: Trial)
     """The control here is the base: clients of the variant get that, whatever the tag says."""
     await trial.begin()
     trial.log.promote("tone", "control")
-    await trial.server.core.sync()
+    await trial.server.sync()
     assert {version(await trial.say(unit)) for unit in UNITS} == {"base"}
     await trial.do("stop")
     assert version(await trial.say("ann")) == trial.promoted
@@ -633,10 +633,10 @@ async def test_a_promoted_arm_that_is_gone_is_an_error_and_never_the_control(tri
     trial.log.create(Experiment.parse({"name": "tone", "model": "tone-test", "arms": arms}))
     await trial.do("start")
     trial.log.promote("tone", "all")
-    await trial.server.core.sync()
+    await trial.server.sync()
     assert version(await trial.ask("tone-test")) == trial.promoted
     trial.server.store.withdraw("polite")
-    await trial.server.core.sync()
+    await trial.server.sync()
     assert (await trial.ask("tone-test")).status_code == 404
 
 

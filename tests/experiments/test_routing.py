@@ -10,31 +10,29 @@ from hypothesis import strategies as st
 
 from tests.support.experiments import START, created, done
 from vllm_edits.edit_store.errors import ArmRefused, NotFound, SettingsError
-from vllm_edits.plugin.experiments.evaluation_context import EvaluationContext
 from vllm_edits.plugin.experiments.feedback_token import FeedbackTokens
 from vllm_edits.plugin.experiments.repeats import loops
-from vllm_edits.plugin.experiments.routing import Assignment, decide
+from vllm_edits.plugin.experiments.routing import Assignment, Route, decide
+from vllm_edits.plugin.request import Request
 
 HALVES = ({"name": "n", "start": 0, "end": 0.5}, {"name": "n", "start": 0.5, "end": 1})
 
 
-def context(unit: str, arm: str = "") -> EvaluationContext:
-    return EvaluationContext(headers={"x-edits-unit": unit, **({"x-edits-arm": arm} if arm else {})})
+def request(unit: str, arm: str = "", model: str = "polite") -> Request:
+    return Request(model, headers={"x-edits-unit": unit, **({"x-edits-arm": arm} if arm else {})})
 
 
 def serves(standings: Any, unit: str, **options: Any) -> str:
-    route = decide(standings, "polite", context(unit), START, **options)
-    assert route is not None
-    return route.serves
+    return decide(standings, request(unit), START, **options).target
 
 
 def test_only_what_runs_decides_and_only_about_its_model() -> None:
     draft = done({}, created())
-    assert decide(draft, "polite", context("ann"), START) is None
+    assert decide(draft, request("ann"), START) == Route("polite")
     running = done(draft, ("tone", "start"))
-    assert decide(running, "other", context("ann"), START) is None
-    assert decide(running, "polite", context("ann"), START) is not None
-    assert decide(done(running, ("tone", "stop")), "polite", context("ann"), START) is None
+    assert decide(running, request("ann", model="other"), START) == Route("other")
+    assert decide(running, request("ann"), START).assignment is not None
+    assert decide(done(running, ("tone", "stop")), request("ann"), START) == Route("polite")
 
 
 @given(unit=st.text(max_size=20))
@@ -43,15 +41,13 @@ def test_two_experiments_in_parts_of_a_namespace_share_out_the_units(unit: str) 
     both = done(
         {}, created(namespace=HALVES[0]), created(name="two", namespace=HALVES[1]), ("tone", "start"), ("two", "start")
     )
-    route = decide(both, "polite", context(unit), START)
-    assert route is not None
+    route = decide(both, request(unit), START)
     assert route.assignment is not None
     lower = route.assignment.experiment == "tone"
     assert both["tone"].document.namespace.holds(unit) == lower  # type: ignore[union-attr]
     one = done({}, created(namespace=HALVES[0], holdout={"name": "h", "share": 1}), ("tone", "start"))
-    held_out = decide(one, "polite", context(unit), START)
-    assert held_out is not None
-    assert (held_out.serves, held_out.assignment) == ("base", None)
+    held_out = decide(one, request(unit), START)
+    assert (held_out.target, held_out.assignment) == ("base", None)
 
 
 def test_what_this_server_cannot_serve_goes_to_the_control_and_an_asked_arm_is_refused() -> None:
@@ -59,7 +55,7 @@ def test_what_this_server_cannot_serve_goes_to_the_control_and_an_asked_arm_is_r
     unit = next(str(number) for number in range(100) if serves(running, str(number)) == "polite")
     assert serves(running, unit, unavailable={("tone", "milder")}) == "base"
     with pytest.raises(ArmRefused, match="is not served here now"):
-        decide(running, "polite", context(unit, "milder"), START, {("tone", "milder")})
+        decide(running, request(unit, "milder"), START, {("tone", "milder")})
 
 
 @pytest.mark.parametrize("how", ["hash", "forced", "fallback"])
@@ -68,7 +64,7 @@ def test_a_handle_says_what_it_was_made_of(how: Any, unit: str) -> None:
     """With and without what vLLM puts around it; one bit otherwise, and it says nothing."""
     standings = done({}, created(), ("tone", "start"))
     feedback_tokens = FeedbackTokens(b"k" * 32)
-    shown = Assignment("tone", 1, "milder", how, context(unit).unit("x-edits-unit").hash, "header")
+    shown = Assignment("tone", 1, "milder", how, request(unit).unit("x-edits-unit").hash, "header")
     made = feedback_tokens.make(shown, 1)
     assert len(made) == 40
     for text in (made, f"chatcmpl-{made}", f"cmpl-{made}-0", f"resp_{made}"):
@@ -121,9 +117,8 @@ def test_what_is_no_loop() -> None:
 
 def test_secrets_among_the_headers_are_not_kept() -> None:
     """A key is known by its hash."""
-    found = EvaluationContext.of(
-        [(b"X-Api-Key", b"sk-1"), (b"x-edits-admin-token", b"t"), (b"X-Edits-Unit", b"ann")], "", "r"
-    )
+    sent = [(b"X-Api-Key", b"sk-1"), (b"x-edits-admin-token", b"t"), (b"X-Edits-Unit", b"ann")]
+    found = Request.read("/v1/completions", sent, b"{}")
     assert found.headers == {"x-edits-unit": "ann"}
     assert "sk-1" not in repr(found)
     assert found.key

@@ -15,11 +15,11 @@ from tests.support.experiments import START, created, done
 from vllm_edits.plugin.experiments.analysis.evidence import Logs, collect
 from vllm_edits.plugin.experiments.analysis.report import BETTER, DIFFERS, WORSE, ArmShare, Report, summarise
 from vllm_edits.plugin.experiments.analysis.sequences import radius
-from vllm_edits.plugin.experiments.evaluation_context import EvaluationContext
 from vllm_edits.plugin.experiments.exposure_log import ExposureLog
 from vllm_edits.plugin.experiments.guardrails import Guardrails, Withdraw
 from vllm_edits.plugin.experiments.records import Exposure, FeedbackRecord, Record
 from vllm_edits.plugin.experiments.routing import decide
+from vllm_edits.plugin.request import Request
 
 HOUR = timedelta(hours=1)
 LOOKS = [START + HOUR * hours for hours in range(6, 169, 6)]
@@ -57,15 +57,15 @@ class Week:
             for number, unit in enumerate(draw.choices(range(self.units), activity, k=self.an_hour)):
                 at = START + HOUR * (hour + number / self.an_hour)
                 name = f"{self.seed}/{unit}"
-                route = decide(running, "polite", EvaluationContext(user=name), at)
-                if route is None or route.assignment is None:
+                route = decide(running, Request("polite", user=name), at)
+                if route.assignment is None:
                     continue
                 shown = route.assignment
                 changed = shown.arm != "control" and hour >= self.from_hour
                 world = self.treatment if changed else World()
                 request, failed = f"{hour}-{number}", draw.random() < world.error
                 yield Exposure(
-                    at=at, request=request, experiment="tone", phase=1, arm=shown.arm, version=route.serves,
+                    at=at, request=request, experiment="tone", phase=1, arm=shown.arm, version=route.target,
                     unit=shown.unit, source=shown.source, chosen=shown.how, outcome="error" if failed else "ok",
                     prompt_tokens=10, output_tokens=draw.randrange(20, 60), seconds=1.0,
                     first_token_seconds=world.first_token * draw.uniform(0.5, 1.5), seconds_per_token=0.02,

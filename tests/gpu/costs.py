@@ -64,7 +64,7 @@ def engine(side: str, folder: Path) -> tuple[Any, Any]:
     if side == ALONE:
         llm = LLM(model, **arguments)
         return llm, lambda _, prompts, params: llm.generate(prompts, params, use_tqdm=False)
-    from vllm_edits.plugin.offline import Variants
+    from vllm_edits import Variants
 
     store = EditStore(str(folder / "store"), create=True)
     for number in range(max(VERSIONS)):

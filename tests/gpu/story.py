@@ -78,7 +78,7 @@ class Story:
     def __init__(self, way: Mapping[str, Any], folder: Path) -> None:
         from vllm import LLM
 
-        from vllm_edits.plugin.offline import Variants
+        from vllm_edits import Variants
 
         chosen = dict(way.get("arguments", {}))
         self.workers = chosen.get("tensor_parallel_size", 1)
@@ -178,7 +178,7 @@ class Story:
         for change in (partial(self.store.promote, f"all-kinds@{again}"), partial(self.store.rollback, "all-kinds")):
             change()
             self.variants.sync()
-            swap = self.variants.reconciler.last_swap
+            swap = self.variants.coordinator.reconciler.last_swap
             require(swap is not None and not swap.error, f"the swap failed: {swap}")
             self.ask(["all-kinds", None], self.prompts(2, 9))
         return {}

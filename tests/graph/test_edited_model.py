@@ -56,6 +56,7 @@ from vllm_edits.edit_store import (
 from vllm_edits.edit_store.architectures import ARCHITECTURES
 from vllm_edits.edit_store.edits import SILENT, Array
 from vllm_edits.edit_store.errors import InstallRefused, UnsupportedHost
+from vllm_edits.plugin.claim import FalseClaim
 from vllm_edits.plugin.graph.cpu_products import compiled
 from vllm_edits.plugin.graph.device_rows import DeviceRows
 from vllm_edits.plugin.graph.edit_math import finite
@@ -63,7 +64,6 @@ from vllm_edits.plugin.graph.edited_model import EditedModel
 from vllm_edits.plugin.graph.edited_site import Carried
 from vllm_edits.plugin.graph.reservation import Capacity, EditGroup, Reservation
 from vllm_edits.plugin.graph.slot_products import EXPRESSIONS, SlotProducts
-from vllm_edits.plugin.graph.step_filler import FalseClaim
 from vllm_edits.plugin.graph.tensor_parallel import Shard
 from vllm_edits.plugin.vllm_host.architectures import site_modules
 

@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.support.fakes import cheaply
 from tests.support.late_device import LateDevice
 from vllm_edits.edit_store import Scope
+from vllm_edits.plugin.claim import FalseClaim
 from vllm_edits.plugin.graph.device_rows import DeviceRows
 from vllm_edits.plugin.graph.edited_site import Step
-from vllm_edits.plugin.graph.step_filler import Extents, FalseClaim, StepBatch, StepFiller
+from vllm_edits.plugin.graph.step_filler import Extents, StepBatch, StepFiller
 
 TOKENS, LANES = 64, 3
 SCOPES: dict[int, tuple[Scope, ...]] = {

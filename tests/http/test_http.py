@@ -19,13 +19,14 @@ from vllm_edits.edit_store import LowRank, Offset
 from vllm_edits.edit_store.reading.cache import NodeCache
 from vllm_edits.edit_store.reading.reader import Reader
 from vllm_edits.edit_store.scope import Scope as EditScope
-from vllm_edits.plugin.claim import CLAIM, cache_salt
-from vllm_edits.plugin.http.admin_token import HEADER as ADMIN_TOKEN_HEADER
+from vllm_edits.plugin.claim import CLAIM
+from vllm_edits.plugin.headers import ADMIN_TOKEN
 from vllm_edits.plugin.http.api_key import ApiKeys
-from vllm_edits.plugin.http.engine_gate import EngineGate
 from vllm_edits.plugin.http.middleware import VariantMiddleware
 from vllm_edits.plugin.serving.lease import CURRENT_LEASE
 from vllm_edits.plugin.serving.variants import Choice
+from vllm_edits.plugin.vllm_host.addressing import cache_salt
+from vllm_edits.plugin.vllm_host.engine_gate import EngineGate
 
 pytestmark = pytest.mark.anyio
 
@@ -203,7 +204,7 @@ async def test_different_variants_are_answered_at_once(site: Site) -> None:
     site.engine.pause()
     tasks = [asyncio.create_task(site.ask(name)) for name in ("polite", "tiny", "strict", "polite")]
     await until(lambda: site.engine.running == 4)
-    in_flight = [row["in_flight"] for row in site.server.core.status()["variants"]]
+    in_flight = [row["in_flight"] for row in site.server.status()["variants"]]
     site.engine.resume()
     answers = await asyncio.gather(*tasks)
     assert in_flight == [2, 1]
@@ -385,7 +386,7 @@ async def test_work_that_outlives_its_request_keeps_its_version(site: Site) -> N
 async def test_outputs_that_are_abandoned_are_aborted_before_the_slot_is_free(site: Site) -> None:
     """When closing returns the engine knows, and only then the version, no longer promoted, leaves its slot."""
     (old,) = await site.server.promote(version_of("polite"))
-    gate, lease = EngineGate(site.engine, site.server.core.renew), await site.server.core.lease("polite")
+    gate, lease = EngineGate(site.engine, site.server.core.renew), await site.server.lease("polite")
     token = CURRENT_LEASE.set(lease)
     outputs: Any = gate.generate("Hello", Sampling(3, OutputKind.DELTA), "request-1")
     await anext(outputs)
@@ -400,7 +401,7 @@ async def test_outputs_that_are_abandoned_are_aborted_before_the_slot_is_free(si
 async def test_a_renewed_lease_is_given_back_when_the_prompt_is_refused(site: Site) -> None:
     await site.server.promote(version_of("polite"))
     gate = EngineGate(site.engine, site.server.core.renew)
-    lease = await site.server.core.lease("polite")
+    lease = await site.server.lease("polite")
     with lease.hold():
         pass
     token = CURRENT_LEASE.set(lease)
@@ -521,9 +522,7 @@ async def test_withdrawing_appends_to_the_store_and_ends_what_is_served(site: Si
     assert (answer.status_code, "was withdrawn by" in answer.json()["detail"]) == (404, True)
 
 
-@pytest.mark.parametrize(
-    "sent", [{}, {ADMIN_TOKEN_HEADER: "guess"}, {ADMIN_TOKEN_HEADER: ""}, {ADMIN_TOKEN_HEADER: "let-me-in-"}]
-)
+@pytest.mark.parametrize("sent", [{}, {ADMIN_TOKEN: "guess"}, {ADMIN_TOKEN: ""}, {ADMIN_TOKEN: "let-me-in-"}])
 async def test_a_change_without_the_admin_token_is_refused(site: Site, sent: dict[str, str]) -> None:
     await site.server.promote(version_of("polite"))
     other = publish(site.server.store, version_of("polite"), tag=None)
@@ -531,7 +530,7 @@ async def test_a_change_without_the_admin_token_is_refused(site: Site, sent: dic
     for method, path, body in (("PUT", "", {"version": other}), ("POST", "/rollback", {}), ("DELETE", "", None)):
         answer = await site.client.request(method, f"/v1/edits/polite{path}", json=body, headers=sent)
         assert answer.status_code == 401
-        assert ADMIN_TOKEN_HEADER in answer.json()["detail"]
+        assert ADMIN_TOKEN in answer.json()["detail"]
     assert await history(site) == before
     answer = await site.client.put("/v1/edits/polite", json={"version": other}, headers=TOKEN)
     assert answer.status_code == 200  # positive control
@@ -560,7 +559,7 @@ async def test_without_a_token_to_compare_with_nobody_can_change_anything(
         token_file.mkdir()
     site = Site(Server(f"memory://{tmp_path}"), token_file)
     version = publish(site.server.store, version_of("polite"), tag=None)
-    answer = await site.client.put("/v1/edits/polite", json={"version": version}, headers={ADMIN_TOKEN_HEADER: ""})
+    answer = await site.client.put("/v1/edits/polite", json={"version": version}, headers={ADMIN_TOKEN: ""})
     assert answer.status_code == status
     assert status == 403 or str(token_file) in answer.json()["detail"]
     assert site.server.store.heads() == {}
@@ -575,7 +574,7 @@ async def test_a_token_is_one_line_whatever_editor_wrote_it(tmp_path: Path, cont
     site = Site(Server(f"memory://{tmp_path}"), token_file)
     version = publish(site.server.store, version_of("polite"), tag=None)
     for sent, status in ((b"guess", 401), (contents.removeprefix(b"\xef\xbb\xbf").strip(), 200)):
-        headers = {ADMIN_TOKEN_HEADER.encode(): sent}
+        headers = {ADMIN_TOKEN.encode(): sent}
         answer = await site.client.put("/v1/edits/polite", json={"version": version}, headers=headers)
         assert answer.status_code == status
 
@@ -584,7 +583,7 @@ async def test_a_token_is_one_line_whatever_editor_wrote_it(tmp_path: Path, cont
 @pytest.mark.parametrize("line", ["PUT /v1/edits/polite", "POST /v1/edits/polite/rollback", "DELETE /v1/edits/polite"])
 async def test_nothing_of_a_change_is_looked_at_without_the_token(site: Site, line: str, content: bytes) -> None:
     method, path = line.split()
-    for headers in ({}, {ADMIN_TOKEN_HEADER: "guess"}, {ADMIN_TOKEN_HEADER: "gu\u00ebss".encode("latin-1")}):
+    for headers in ({}, {ADMIN_TOKEN: "guess"}, {ADMIN_TOKEN: "gu\u00ebss".encode("latin-1")}):
         answer = await site.client.request(method, path, content=content, headers=headers)
         assert answer.status_code == 401
     assert (await site.client.request(method, path, content=content, headers=TOKEN)).status_code in (400, 404, 422)
@@ -628,7 +627,7 @@ async def test_a_change_that_lost_a_race_is_a_conflict(site: Site, tmp_path: Pat
     mine, theirs = (publish(site.server.store, version_of("polite"), tag=None) for _ in range(2))
     late = Overtaken(site.server.store.url)
     late.overtake = lambda: site.server.store.promote(f"polite@{theirs}")
-    site.server.core.reader = Reader(late, cache=NodeCache(tmp_path))
+    site.server.core.versions.reader = Reader(late, cache=NodeCache(tmp_path))
     answer = await site.client.put("/v1/edits/polite", json={"version": mine}, headers=TOKEN)
     assert answer.status_code == 409
     assert "changed by somebody else" in answer.json()["detail"]

@@ -25,14 +25,14 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.serve import create_error_response
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_edits.plugin.experiments.evaluation_context import NO_CONTEXT, EvaluationContext
-from vllm_edits.plugin.http import client_request
+from vllm_edits.plugin import request as plugin_request
 from vllm_edits.plugin.http.api_key import ApiKeys
 from vllm_edits.plugin.http.middleware import VariantMiddleware
-from vllm_edits.plugin.http.served_models import ServedModels
 from vllm_edits.plugin.metrics import Metrics
+from vllm_edits.plugin.request import Request
 from vllm_edits.plugin.serving.lease import CURRENT_LEASE, Lease
 from vllm_edits.plugin.serving.variants import BASE, Choice
+from vllm_edits.plugin.vllm_host.served_models import ServedModels
 
 pytestmark = pytest.mark.anyio
 BASE_NAME, NAMES = "tiny", ("capital", "polite@staging", "büro/größe")
@@ -81,7 +81,8 @@ class Recorder:
 class EveryName:
     """An owner of slots that has a variant for every name."""
 
-    async def lease(self, model: str, strength: float | None = None, context: EvaluationContext = NO_CONTEXT) -> Lease:
+    async def lease(self, request: Request) -> Lease:
+        model = request.model
         version = None if model in ("", BASE_NAME) else "a" * 64
         return Lease(Choice(model or BASE_NAME, BASE if version is None else model, version), 0, lambda _: None)
 
@@ -269,7 +270,7 @@ async def _run(test: Any, inner: Any) -> None:
 
 async def test_the_check_sees_a_middleware_that_reads_otherwise(vllm: VLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: with a strict reader alone, one NaN is enough."""
-    monkeypatch.setattr(client_request, "json", SimpleNamespace(loads=msgspec.json.decode))
+    monkeypatch.setattr(plugin_request, "json", SimpleNamespace(loads=msgspec.json.decode))
     _, seen = await vllm.post("/v1/completions", b'{"model": "capital", "prompt": "Hello", "x": NaN}', JSON)
     assert seen == Seen("capital", BASE_NAME)
     assert not same(seen)

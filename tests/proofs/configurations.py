@@ -266,7 +266,7 @@ class _Offline:
     def __init__(self, model: Path, arguments: Mapping[str, Any], way: Way) -> None:
         from vllm import LLM, SamplingParams
 
-        from vllm_edits.plugin.offline import Variants
+        from vllm_edits import Variants
 
         self._guesses, self._runner = "speculative_config" in arguments, way.runner
         self._llm = LLM(str(model), **arguments)

@@ -25,11 +25,11 @@ from vllm_edits.edit_store.errors import (
     UnsupportedHost,
 )
 from vllm_edits.edit_store.scope import Scope
-from vllm_edits.plugin.experiments.evaluation_context import NO_CONTEXT, EvaluationContext
 from vllm_edits.plugin.experiments.records import Exposure, Record, Said, ShadowRecord
 from vllm_edits.plugin.experiments.routing import Assignment
+from vllm_edits.plugin.request import Request
 from vllm_edits.plugin.serving import coordinator_socket
-from vllm_edits.plugin.serving.coordinator import Coordinator, LocalCoordinator, NotFollowed, Served, TagChange
+from vllm_edits.plugin.serving.coordinator import Coordinator, NotFollowed, Served, TagChange
 from vllm_edits.plugin.serving.coordinator_socket import (
     CoordinatorServer,
     FencedWorkers,
@@ -38,7 +38,7 @@ from vllm_edits.plugin.serving.coordinator_socket import (
 )
 from vllm_edits.plugin.serving.lease import Lease
 from vllm_edits.plugin.serving.variants import Choice
-from vllm_edits.plugin.serving.version_info import VersionInfo
+from vllm_edits.plugin.version_info import VersionInfo
 
 pytestmark = pytest.mark.anyio
 
@@ -99,8 +99,8 @@ class Says:
     def _released(self, _: Lease) -> None:
         self.released += 1
 
-    async def lease(self, model: str, strength: float | None = None, context: EvaluationContext = NO_CONTEXT) -> Lease:
-        return Lease(await self._said(model, strength, context), 3, self._released)
+    async def lease(self, request: Request) -> Lease:
+        return Lease(await self._said(request), 3, self._released)
 
     async def renew(self, choice: Choice | None) -> Lease:
         return Lease(await self._said(choice), 2, self._released)
@@ -117,38 +117,36 @@ class Says:
     async def change(self, change: TagChange) -> Any:
         return await self._said(change)
 
-    def ended(self, record: Record) -> None:
+    def record(self, record: Record) -> None:
         self.asked.append(record)
 
     async def feedback(self, request: str, metric: str, value: float) -> Any:
         return await self._said(request, metric, value)
 
 
-TRAITS = VersionInfo(
-    Strength(minimum=0, maximum=2, default=0.5), bound_to_prompt=True, tail=4, name="polite", fires=True
-)
+INFO = VersionInfo(Strength(minimum=0, maximum=2, default=0.5), bound_to_prompt=True, tail=4, name="polite", fires=True)
 ASSIGNED = Assignment("tone", 2, "milder", "hash", "0" * 16, "user")
 CHOICE = Choice(
     "polite@prod",
     "polite",
     "a" * 64,
     0.5,
-    TRAITS,
+    INFO,
     in_weights=False,
     epoch=3,
     assignment=ASSIGNED,
     feedback_token="h",
     shadow="b",
 )
-ASKING = EvaluationContext({"x-edits-unit": "ann"}, "bob", "key", "request")
+REQUEST = Request("polite@prod", ("0.5",), False, "bob", {"x-edits-unit": "ann"}, "key", "request")
 
 
 @pytest.mark.parametrize("choice", [CHOICE, Choice("base", "base", None), replace(CHOICE, in_weights=True)])
 async def test_a_lease_arrives_as_it_was_given_and_is_given_back_once(choice: Choice, tmp_path: Path) -> None:
     async with processes(tmp_path, says := Says(choice)) as made:
         remote = await made.another()
-        lease = await remote.lease("polite@prod", 0.5, ASKING)
-        assert (lease.choice, lease.slot, says.asked) == (choice, 3, [("polite@prod", 0.5, ASKING)])
+        lease = await remote.lease(REQUEST)
+        assert (lease.choice, lease.slot, says.asked) == (choice, 3, [(REQUEST,)])
         assert says.released == 0
         with lease.hold():
             pass
@@ -176,7 +174,7 @@ async def test_a_lease_arrives_as_it_was_given_and_is_given_back_once(choice: Ch
 async def test_a_refusal_is_the_same_in_every_process(error: EditsError, tmp_path: Path) -> None:
     async with processes(tmp_path, Says(error)) as made:
         remote = await made.another()
-        for ask in (remote.lease("x"), remote.status(), remote.change(TagChange("withdraw", "polite"))):
+        for ask in (remote.lease(Request("x")), remote.status(), remote.change(TagChange("withdraw", "polite"))):
             with pytest.raises(EditsError) as told:
                 await ask
             assert type(told.value) is type(error)
@@ -198,7 +196,7 @@ async def test_a_fault_of_the_owner_is_told_and_it_goes_on(tmp_path: Path) -> No
 async def test_everything_that_is_asked_of_an_owner_can_be(server: Server, tmp_path: Path) -> None:
     (first,) = await server.promote(version_of("polite"))
     second = server.store.publish(version_of("polite"))
-    async with processes(tmp_path, local := LocalCoordinator(server.core)) as made:
+    async with processes(tmp_path, local := server.core) as made:
         remote = await made.another()
         assert await remote.served() == await local.served() == Served([("polite", "polite", first)], base=True)
         assert (await remote.status())["variants"] == (await local.status())["variants"]
@@ -227,8 +225,8 @@ async def test_what_requests_of_experiments_came_to_is_told_and_asked(tmp_path: 
     )  # fmt: skip
     async with processes(tmp_path, says := Says({"counted": True})) as made:
         remote = await made.another()
-        remote.ended(exposure)
-        remote.ended(pair)
+        remote.record(exposure)
+        remote.record(pair)
         assert await remote.feedback("h", "thumbs", 1.0) == {"counted": True}
         assert says.asked == [exposure, pair, ("h", "thumbs", 1.0)]
         await remote.close()
@@ -238,12 +236,12 @@ async def test_who_stops_waiting_for_a_slot_holds_nothing(server: Server, tmp_pa
     """Three slots, all in use: the fourth waits, and goes."""
     names = [f"variant-{number}" for number in range(4)]
     await server.promote(*map(version_of, names))
-    async with processes(tmp_path, LocalCoordinator(server.core)) as made:
+    async with processes(tmp_path, server.core) as made:
         remote = await made.another()
         async with AsyncExitStack() as held:
             for name in names[:3]:
-                held.enter_context((await remote.lease(name)).hold())
-            waiting = asyncio.ensure_future(remote.lease(names[3]))
+                held.enter_context((await remote.lease(Request(name))).hold())
+            waiting = asyncio.ensure_future(remote.lease(Request(names[3])))
             await asyncio.sleep(0.05)
             assert not waiting.done()
             waiting.cancel()
@@ -251,7 +249,7 @@ async def test_who_stops_waiting_for_a_slot_holds_nothing(server: Server, tmp_pa
             assert sum(one.users for one in server.residents().values()) == 3
         while any(one.users for one in server.residents().values()):  # noqa: ASYNC110  what is given back arrives later
             await asyncio.sleep(0.001)
-        assert server.core.status()["base"]["in_flight"] == 0
+        assert server.status()["base"]["in_flight"] == 0
         await remote.close()
 
 
@@ -259,7 +257,7 @@ async def test_a_slot_is_not_changed_before_every_process_has_heard_from_the_eng
     server: Server, tmp_path: Path
 ) -> None:
     """Its requests may be on their way there; what is only read, and a slot that was free, does not wait."""
-    async with processes(tmp_path, LocalCoordinator(server.core)) as made:
+    async with processes(tmp_path, server.core) as made:
         others = [await made.another(), await made.another()]
         await others[0].status(), await others[1].status()  # both are known to the owner
         workers = FencedWorkers(server.workers, made.listening.fence)
@@ -283,9 +281,9 @@ async def test_a_process_that_ends_with_leases_leaves_its_slots_as_they_are(
 ) -> None:
     """Its requests may still be in the engine. vLLM ends the server when one of its processes ends."""
     await server.promote(version_of("polite"))
-    async with processes(tmp_path, LocalCoordinator(server.core)) as made:
+    async with processes(tmp_path, server.core) as made:
         remote = await made.another()
-        lease = await remote.lease("polite")
+        lease = await remote.lease(Request("polite"))
         if not holding:
             with lease.hold():
                 pass
@@ -304,12 +302,12 @@ async def test_a_process_that_ends_with_leases_leaves_its_slots_as_they_are(
 async def test_without_its_owner_a_process_answers_nothing(server: Server, tmp_path: Path) -> None:
     """And what it still holds ends in silence."""
     await server.promote(version_of("polite"))
-    async with processes(tmp_path, LocalCoordinator(server.core)) as made:
+    async with processes(tmp_path, server.core) as made:
         remote = await made.another()
-        lease = await remote.lease("polite")
+        lease = await remote.lease(Request("polite"))
         await made.listening.close()
         await asyncio.sleep(0.05)
-        for ask in (remote.lease("polite"), remote.status()):
+        for ask in (remote.lease(Request("polite")), remote.status()):
             with pytest.raises(EditsError, match="the API server process that owns the slots is gone"):
                 await ask
         with lease.hold():
@@ -320,7 +318,7 @@ async def test_a_process_that_does_not_answer_stops_no_owner(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(coordinator_socket, "ANSWER_SECONDS", 0.05)
-    async with processes(tmp_path, LocalCoordinator(server.core)) as made:
+    async with processes(tmp_path, server.core) as made:
         remote = await made.another()
         await remote.status()
         made.may_reach.clear()
@@ -339,7 +337,7 @@ async def test_who_comes_before_the_owner_waits_for_it(server: Server, tmp_path:
     await asyncio.sleep(0.05)
     assert not connecting.done()
     listening = CoordinatorServer(path)
-    await listening.start(LocalCoordinator(server.core))
+    await listening.start(server.core)
     await connecting
     assert (await remote.served()).base
     await remote.close()
@@ -351,10 +349,10 @@ async def test_scopes_of_a_version_are_told_to_every_process(server: Server, tmp
     from vllm_edits.edit_store import Offset
 
     await server.promote(version_of("late", edit=Offset(site="layers.1.resid", scope=Scope(phase="generated"))))
-    async with processes(tmp_path, LocalCoordinator(server.core)) as made:
+    async with processes(tmp_path, server.core) as made:
         remote = await made.another()
-        lease = await remote.lease("late")
-        assert lease.choice.info == (await server.core.lease("late")).choice.info
+        lease = await remote.lease(Request("late"))
+        assert lease.choice.info == (await server.lease("late")).choice.info
         assert lease.choice.info.bound_to_prompt
         await remote.close()
 

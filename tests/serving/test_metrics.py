@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 
 from tests.support.fakes import cheaply
-from vllm_edits.plugin.http.engine_gate import _Watch
 from vllm_edits.plugin.metrics import FIRST_TOKEN, METRICS, OTHER, PER_TOKEN, PREFIX, REQUEST, Metrics, VariantsNow
 from vllm_edits.plugin.serving.lease import Usage
+from vllm_edits.plugin.vllm_host.engine_gate import _Watch
+from vllm_edits.plugin.vllm_host.outputs import OutputReader
 
 V1, V2 = "1" * 64, "2" * 64
 
@@ -172,14 +173,22 @@ def test_edges_rise() -> None:
 # -- what the engine says about a request ------------------------------------------------------------------------------
 
 
+def watch_of(usage: Usage, kind: str, *, keeps_tail: bool = False) -> _Watch:
+    """What counts a request whose outputs hold what is new (DELTA) or all so far."""
+    sampling = SimpleNamespace(output_kind=SimpleNamespace(name=kind))
+    return _Watch(usage, OutputReader(sampling), keeps_tail=keeps_tail)
+
+
 def output(lengths: dict[int, int], finish: str | None = None, **stamps: float) -> Any:
     """One of the engine's outputs: so many token ids for each of a request's answers."""
     answers = [
-        SimpleNamespace(index=index, token_ids=[0] * length, text=" word" * length, finish_reason=finish)
+        SimpleNamespace(index=index, token_ids=[0] * length, text=" word" * length, finish_reason=finish, logprobs=None)
         for index, length in lengths.items()
     ]
     return SimpleNamespace(
-        prompt_token_ids=[0] * 5, outputs=answers, metrics=SimpleNamespace(**stamps) if stamps else None
+        prompt_token_ids=[0] * 5,
+        outputs=answers,
+        metrics=SimpleNamespace(is_corrupted=False, **stamps) if stamps else None,
     )
 
 
@@ -190,7 +199,9 @@ def test_tokens_are_counted_once_however_the_engine_reports_them(steps: list[dic
     totals = {index: sum(step.get(index, 0) for step in steps) for index in range(3)}
     running: dict[int, int] = {}
     usages = [Usage(), Usage(), Usage()]
-    deltas, cumulative, final = (_Watch(usage, deltas=number == 0) for number, usage in enumerate(usages))
+    deltas, cumulative, final = (
+        watch_of(usage, "FINAL_ONLY" if number else "DELTA") for number, usage in enumerate(usages)
+    )
     for step in steps:
         deltas.see(output(step))
         running = {index: running.get(index, 0) + step.get(index, 0) for index in running.keys() | step.keys()}
@@ -203,10 +214,10 @@ def test_tokens_are_counted_once_however_the_engine_reports_them(steps: list[dic
 def test_the_engines_own_times_are_used_where_it_gives_them() -> None:
     """A whole answer arrives at once here, but its first token was long before."""
     usage = Usage()
-    _Watch(usage, deltas=False).see(output({0: 4}, "length", first_token_ts=10.0, last_token_ts=13.0))
+    watch_of(usage, "FINAL_ONLY").see(output({0: 4}, "length", first_token_ts=10.0, last_token_ts=13.0))
     assert (usage.first_token, usage.last_token) == (10.0, 13.0)
     without = Usage()
-    _Watch(without, deltas=False).see(output({0: 4}, "length"))
+    watch_of(without, "FINAL_ONLY").see(output({0: 4}, "length"))
     assert without.first_token is not None
     assert without.first_token >= without.started
 
@@ -215,7 +226,7 @@ def test_several_engine_requests_of_one_http_request_add_up() -> None:
     """A list of prompts, or beam search: one request to the client."""
     usage = Usage()
     for stamp in (12.0, 11.0):
-        _Watch(usage, deltas=True).see(output({0: 2}, first_token_ts=stamp, last_token_ts=stamp + 1))
+        watch_of(usage, "DELTA").see(output({0: 2}, first_token_ts=stamp, last_token_ts=stamp + 1))
     assert (usage.engine_requests, usage.prompt_tokens, usage.output_tokens) == (2, 10, 4)
     assert usage.first_token == 11.0
 
@@ -223,14 +234,14 @@ def test_several_engine_requests_of_one_http_request_add_up() -> None:
 @pytest.mark.parametrize(("reason", "aborted"), [("abort", True), ("stop", False), ("length", False), (None, False)])
 def test_an_abort_of_the_engine_is_seen(reason: str | None, aborted: bool) -> None:
     usage = Usage()
-    _Watch(usage, deltas=True).see(output({0: 1}, reason))
+    watch_of(usage, "DELTA").see(output({0: 1}, reason))
     assert usage.aborted == aborted
 
 
 def test_whether_anything_was_written_and_the_last_tokens() -> None:
     """Spaces are nothing; the tail is of the first answer, and only kept where it is asked for."""
     usage = Usage()
-    watch = _Watch(usage, deltas=True, keeps_tail=True)
+    watch = watch_of(usage, "DELTA", keeps_tail=True)
     blank = output({0: 1, 1: 2})
     blank.outputs[0].text, blank.outputs[1].text = " ", "\n"
     watch.see(blank)
@@ -240,8 +251,8 @@ def test_whether_anything_was_written_and_the_last_tokens() -> None:
     assert usage.wrote
     assert usage.tail == [0] * 128
     without, cumulative = Usage(), Usage()
-    _Watch(without, deltas=True).see(output({0: 2}))
-    totals = _Watch(cumulative, deltas=False, keeps_tail=True)
+    watch_of(without, "DELTA").see(output({0: 2}))
+    totals = watch_of(cumulative, "FINAL_ONLY", keeps_tail=True)
     for length in (1, 3, 4):
         totals.see(output({0: length}))
     assert (without.tail, cumulative.tail) == ([], [0] * 4)

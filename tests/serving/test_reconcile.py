@@ -50,13 +50,13 @@ async def test_what_is_promoted_is_served_and_the_next_promotion_follows(server:
     assert await server.ask("polite") == first.version
     await server.promote(second)
     assert await server.ask("polite") == second.version
-    swap = server.core.last_swap
+    swap = server.core.reconciler.last_swap
     assert swap is not None
     assert (swap.from_version, swap.to_version, swap.error) == (first.version, second.version, "")
     assert swap.seconds.keys() >= {"fetch", "verify", "install"}
     assert (server.metric("swaps_total", result="ok"), server.metric("installs_total", result="ok")) == (2, 2)
     assert server.metric("swap_seconds_count", phase="install") == 2
-    (row,) = server.core.status()["variants"]
+    (row,) = server.status()["variants"]
     assert (row["version"], row["sequence"], row["resident"], row["refused"]) == (second.version, 2, True, "")
     assert list(server.residents()) == [second.version]
     server.check()
@@ -65,7 +65,7 @@ async def test_what_is_promoted_is_served_and_the_next_promotion_follows(server:
 async def test_a_look_at_an_unchanged_store_does_nothing(server: Server) -> None:
     await server.promote(version_of("polite"))
     calls = len(server.workers.calls)
-    assert await server.core.sync() == []
+    assert await server.sync() == []
     assert len(server.workers.calls) == calls
 
 
@@ -73,9 +73,9 @@ async def test_a_rollback_is_followed_like_a_promotion(server: Server) -> None:
     first, second = await server.promote(version_of("polite"), version_of("polite"))
     assert await server.ask("polite") == second
     server.store.rollback("polite")
-    await server.core.sync()
+    await server.sync()
     assert await server.ask("polite") == first
-    assert server.core.status()["variants"][0]["sequence"] == 3
+    assert server.status()["variants"][0]["sequence"] == 3
     server.check()
 
 
@@ -85,10 +85,10 @@ async def test_a_withdrawn_variant_is_not_found_and_ends_with_its_last_request(s
     (beta,) = await server.promote(version_of("polite"), tag="beta")
     running = await start(server, "polite")
     server.store.withdraw("polite")
-    (swap,) = await server.core.sync()
+    (swap,) = await server.sync()
     assert (swap.from_version, swap.to_version, swap.error) == (version, None, "")
     with pytest.raises(NotFound, match="polite@beta"):
-        await server.core.lease("polite")
+        await server.lease("polite")
     assert version in server.residents()
     assert server.metric("variant_info", variant="polite", version=version[:12]) == 0
     running.end()
@@ -97,8 +97,8 @@ async def test_a_withdrawn_variant_is_not_found_and_ends_with_its_last_request(s
     assert await server.ask("polite@beta") == beta
     server.store.withdraw("polite", tag="beta")
     server.store.rollback("polite")
-    await server.core.sync()
-    assert server.core.table.names() == ["polite"]
+    await server.sync()
+    assert server.core.reconciler.table.names() == ["polite"]
     assert await server.ask("polite") == version
     assert server.metric("variant_info", variant="polite", version=version[:12]) == 1
     server.check()
@@ -108,17 +108,17 @@ async def test_a_server_that_starts_after_a_withdrawal_serves_nothing_of_it(serv
     await server.promote(version_of("polite"), version_of("kind"))
     server.store.withdraw("polite")
     late = Server(f"memory://{tmp_path}")
-    await late.core.sync()
-    assert late.core.table.names() == ["kind"]
+    await late.sync()
+    assert late.core.reconciler.table.names() == ["kind"]
 
 
 async def test_promoting_what_is_served_already_moves_nothing(server: Server) -> None:
     (version,) = await server.promote(version_of("polite"))
     server.store.promote(f"polite@{version}")
     calls = len(server.workers.calls)
-    await server.core.sync()
+    await server.sync()
     assert len(server.workers.calls) == calls
-    assert server.core.status()["variants"][0]["sequence"] == 2
+    assert server.status()["variants"][0]["sequence"] == 2
 
 
 async def test_tags_and_versions_can_be_named(server: Server) -> None:
@@ -141,19 +141,19 @@ async def test_base_requests_use_slot_0_and_no_other(server: Server) -> None:
     await server.promote(version_of("polite"))
     calls = len(server.workers.calls)
     for name in ("tiny", "small", ""):
-        lease = await server.core.lease(name)
+        lease = await server.lease(name)
         assert (lease.slot, lease.choice.variant, lease.choice.version) == (0, "base", None)
         with lease.hold():
-            assert server.core.status()["base"]["in_flight"] == 1
+            assert server.status()["base"]["in_flight"] == 1
             assert server.metric("requests_in_flight", variant="base") == 1
-    assert server.core.status()["base"]["in_flight"] == server.metric("requests_in_flight", variant="base") == 0
+    assert server.status()["base"]["in_flight"] == server.metric("requests_in_flight", variant="base") == 0
     assert len(server.workers.calls) == calls
 
 
 async def test_a_variant_named_like_the_base_is_refused(server: Server) -> None:
     """Whoever asks for that variant would be answered by the base model in silence."""
     await server.promote(version_of("tiny"))
-    assert [refused["name"] for refused in server.core.status()["refused"]] == ["tiny"]
+    assert [refused["name"] for refused in server.status()["refused"]] == ["tiny"]
 
 
 # -- failed swaps ------------------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ async def test_a_failed_swap_keeps_the_old_version_serving(
     server.workers.step(in_flight.lease)
     server.check()
     assert list(server.residents()) == [good.version]
-    status = server.core.status()
+    status = server.status()
     assert said in status["last_error"]
     assert said in status["last_swap"]["error"]
     assert said in status["variants"][0]["refused"]
@@ -227,7 +227,7 @@ async def test_a_failed_swap_keeps_the_old_version_serving(
     mended = version_of("polite")
     await server.promote(mended, other)
     assert (await server.ask("polite"), await server.ask("zealous")) == (mended.version, other.version)
-    assert server.core.status()["refused"] == []
+    assert server.status()["refused"] == []
     server.check()
 
 
@@ -237,7 +237,7 @@ async def test_one_bad_variant_does_not_keep_the_others_from_being_followed(serv
     assert [await server.ask(name) for name in ("anxious", "zealous")] == [bundle.version for bundle in good]
     with pytest.raises(NotFound):
         await server.ask("middle")
-    assert "built for other" in server.core.refusal("middle")
+    assert "built for other" in server.refusal("middle")
 
 
 async def test_a_worker_that_raises_does_not_keep_other_tags_from_being_followed(server: Server) -> None:
@@ -246,7 +246,7 @@ async def test_a_worker_that_raises_does_not_keep_other_tags_from_being_followed
         "edits_stage": lambda _, act: die(0, act) if server.workers.calls[-1][1] == bad else act()
     }
     bad, other = publish(server.store, version_of("anxious")), publish(server.store, version_of("zealous"))
-    await server.core.sync()
+    await server.sync()
     assert await server.ask("anxious") == good
     assert await server.ask("zealous") == other
 
@@ -256,8 +256,8 @@ async def test_a_refused_version_is_tried_again_only_when_asked(server: Server) 
     server.workers.overrides = {"edits_install": refuse}
     (version,) = await server.promote(version_of("polite"))
     server.workers.overrides = {}
-    assert await server.core.sync() == []
-    (swap,) = await server.core.sync(retry_refused=True)
+    assert await server.sync() == []
+    (swap,) = await server.sync(retry_refused=True)
     assert swap.error == ""
     assert await server.ask("polite") == version
 
@@ -268,10 +268,10 @@ async def test_a_trouble_that_passes_is_tried_again_by_itself(server: Server) ->
     await server.promote(old)
     publish(server.store, new)
     server.backend.down = "blobs/"
-    await server.core.sync()
+    await server.sync()
     assert await server.ask("polite") == old.version
     server.backend.down = None
-    await server.core.sync()
+    await server.sync()
     assert await server.ask("polite") == new.version
 
 
@@ -279,9 +279,9 @@ async def test_a_refused_first_version_is_not_served_by_the_base(server: Server)
     """The name is unknown, and why is known."""
     await server.promote(version_of("polite", OTHER_MODEL))
     with pytest.raises(NotFound):
-        await server.core.lease("polite")
-    assert "built for other" in server.core.refusal("polite") == server.core.refusal("polite@prod")
-    assert server.core.refusal("other") == ""
+        await server.lease("polite")
+    assert "built for other" in server.refusal("polite") == server.refusal("polite@prod")
+    assert server.refusal("other") == ""
 
 
 async def test_a_slot_that_could_not_be_cleared_is_not_used_again(server: Server) -> None:
@@ -312,7 +312,7 @@ async def test_a_version_whose_slot_was_lost_can_still_be_installed(server: Serv
     server.workers.overrides = {"edits_install": lie, "edits_clear": die}
     (version,) = await server.promote(version_of("polite"))
     server.workers.overrides = {}
-    await server.core.sync(retry_refused=True)
+    await server.sync(retry_refused=True)
     assert await server.ask("polite") == version
     assert server.core.slots.residency.used == 2
 
@@ -359,7 +359,7 @@ async def test_a_version_that_returns_while_it_drains_stays(server: Server) -> N
     old_reader = await start(server, "polite")
     second = await server.promote(version_of("polite"))
     server.store.rollback("polite")
-    await server.core.sync()
+    await server.sync()
     old_reader.end()
     await server.core.slots.settle()
     assert list(server.residents()) == first
@@ -401,7 +401,7 @@ async def test_requests_are_not_held_up_by_a_swap_that_takes_its_time(server: Se
     (old,) = await server.promote(version_of("polite"))
     new = publish(server.store, version_of("polite"))
     server.workers.staging_ready.clear()
-    swap = asyncio.create_task(server.core.sync())
+    swap = asyncio.create_task(server.sync())
     assert not await soon(swap)
     assert await server.ask("polite") == old
     server.workers.staging_ready.set()
@@ -412,7 +412,7 @@ async def test_requests_are_not_held_up_by_a_swap_that_takes_its_time(server: Se
 async def test_a_released_lease_cannot_be_held_again_but_renewed(server: Server) -> None:
     """Work that outlives its request goes on with the same version, though another is promoted by then."""
     (old,) = await server.promote(version_of("polite"))
-    lease = await server.core.lease("polite")
+    lease = await server.lease("polite")
     with lease.hold():
         pass
     (new,) = await server.promote(version_of("polite"))
@@ -438,8 +438,8 @@ async def promote_many(server: Server, number: int) -> list[str]:
 async def test_variants_beyond_the_slots_are_paged_in_by_least_recent_use(server: Server) -> None:
     """The first three have slots; a fourth takes the place of the one used longest ago; all answer."""
     names = await promote_many(server, 5)
-    serves = {row["name"]: row["version"] for row in server.core.status()["variants"]}
-    assert [row["resident"] for row in server.core.status()["variants"]] == [True, True, True, False, False]
+    serves = {row["name"]: row["version"] for row in server.status()["variants"]}
+    assert [row["resident"] for row in server.status()["variants"]] == [True, True, True, False, False]
     for name in ("variant-1", "variant-0", "variant-3"):
         assert await server.ask(name) == serves[name]
     assert list(server.residents()) == [serves[name] for name in ("variant-1", "variant-0", "variant-3")]
@@ -483,11 +483,11 @@ async def test_a_router_is_told_which_variants_run_and_which_wait(server: Server
 
     names = await promote_many(server, SLOTS + 1)
     with ExitStack() as held:
-        leases = [await server.core.lease(name) for name in names[:SLOTS]]
+        leases = [await server.lease(name) for name in names[:SLOTS]]
         for lease in leases:
             held.enter_context(lease.hold())
         assert told() == (",".join(sorted(names[:SLOTS])), "")
-        waiting = asyncio.create_task(server.core.lease(names[SLOTS]))
+        waiting = asyncio.create_task(server.lease(names[SLOTS]))
         assert not await soon(waiting)
         assert told() == (",".join(sorted(names[:SLOTS])), names[SLOTS])
         assert loaded() == sorted(names[:SLOTS])
@@ -503,7 +503,7 @@ async def test_a_swap_waits_for_a_slot_too(server: Server) -> None:
     names = await promote_many(server, 3)
     flights = [await start(server, name) for name in names]
     new = publish(server.store, version_of(names[0]))
-    swap = asyncio.create_task(server.core.sync())
+    swap = asyncio.create_task(server.sync())
     assert not await soon(swap)
     assert await server.ask(names[0]) != new
     flights[2].end()
@@ -523,9 +523,9 @@ async def test_a_swap_does_not_wait_for_ever(server: Server) -> None:
     flights = [await start(server, name) for name in names]
     old = flights[0].lease.choice.version
     new = publish(server.store, version_of(names[0]))
-    (swap,) = await asyncio.wait_for(server.core.sync(), 10)
+    (swap,) = await asyncio.wait_for(server.sync(), 10)
     assert (swap.error, swap.to_version) == ("", new)
-    assert server.core.table.promoted[names[0]]["prod"] == new
+    assert server.core.reconciler.table.promoted[names[0]]["prod"] == new
     asked = asyncio.create_task(server.ask(names[0]))
     assert not await soon(asked)
     server.workers.step(*(flight.lease for flight in flights))  # on the versions that they began with
@@ -547,7 +547,7 @@ async def test_a_swap_that_fails_while_it_is_installed_is_no_swap(server: Server
     publish(server.store, version_of(names[0]))
     server.workers.gates["edits_install"] = asyncio.Event()
     server.workers.overrides = {"edits_install": refuse}
-    following = asyncio.create_task(server.core.sync())
+    following = asyncio.create_task(server.sync())
     await asyncio.sleep(0.2)
     server.workers.gates["edits_install"].set()
     (swap,) = await asyncio.wait_for(following, 10)
@@ -590,9 +590,9 @@ async def test_a_version_that_waits_is_let_in_though_the_others_are_always_in_us
     await asyncio.sleep(0.02)
     asked = asyncio.create_task(server.ask(names[3]))
     await asyncio.sleep(0.01)
-    (waiting,) = server.core.status()["slots"]["waiting"]
+    (waiting,) = server.status()["slots"]["waiting"]
     assert (waiting["requests"], server.metric("requests_waiting")) == (1, 1)
-    _show_status(server.core.status())
+    _show_status(server.status())
     assert "1 requests wait for a slot, the first for 0.0 s: raise edits.slots" in capsys.readouterr().out
     assert await asyncio.wait_for(asked, 10) is not None
     for _ in range(4):
@@ -600,7 +600,7 @@ async def test_a_version_that_waits_is_let_in_though_the_others_are_always_in_us
     for one in hot:
         await one.end()
     assert min(one.answered for one in hot) > 5
-    assert (server.core.status()["slots"]["waiting"], server.metric("requests_waiting")) == ([], 0)
+    assert (server.status()["slots"]["waiting"], server.metric("requests_waiting")) == ([], 0)
     server.check()
 
 
@@ -661,7 +661,7 @@ async def test_a_cancelled_waiter_leaves_nothing_behind(server: Server) -> None:
 
 async def test_a_request_cancelled_in_the_middle_of_an_install_leaves_nothing_behind(server: Server) -> None:
     names = await promote_many(server, 4)
-    serves = {row["name"]: row["version"] for row in server.core.status()["variants"]}
+    serves = {row["name"]: row["version"] for row in server.status()["variants"]}
     server.workers.gates["edits_install"] = asyncio.Event()
     gone = asyncio.create_task(server.ask(names[3]))
     assert not await soon(gone)
@@ -755,7 +755,7 @@ async def test_under_a_random_load_every_request_is_served_by_one_version_that_s
     answered: list[str | None] = []
 
     async def request() -> None:
-        lease = await server.core.lease(chance.choice([*names, "tiny"]))
+        lease = await server.lease(chance.choice([*names, "tiny"]))
         with lease.hold():
             for _ in range(chance.randrange(6)):
                 server.workers.step(lease)
@@ -768,7 +768,7 @@ async def test_under_a_random_load_every_request_is_served_by_one_version_that_s
             server.workers.overrides = {"edits_install": chance.choice([refuse, as_told])}
             with suppress(NotFound):
                 server.store.rollback(name) if chance.random() < 0.3 else publish(server.store, version_of(name))
-            await server.core.sync()
+            await server.sync()
 
     async def crowd() -> None:
         for _ in range(60):
@@ -779,7 +779,7 @@ async def test_under_a_random_load_every_request_is_served_by_one_version_that_s
     await asyncio.wait_for(asyncio.gather(operator(), crowd()), 60)
     await server.core.slots.settle()
     assert len(answered) > 50
-    assert server.core.status()["base"]["in_flight"] == 0
+    assert server.status()["base"]["in_flight"] == 0
     assert all(one.users == 0 for one in server.residents().values())
     assert server.workers.held == {one.slot: version for version, one in server.residents().items()}
     server.workers.overrides = {}
@@ -796,12 +796,12 @@ async def test_with_the_store_down_what_is_installed_serves_on(server: Server) -
     await server.promote(old)
     publish(server.store, new)
     server.backend.down = ""
-    assert await server.core.sync() == []
+    assert await server.sync() == []
     assert await server.ask("polite") == await server.ask("polite@prod") == old.version
     assert server.metric("store_errors_total") == 1
-    assert "the network is down" in server.core.status()["last_error"]
+    assert "the network is down" in server.status()["last_error"]
     server.backend.down = None
-    await server.core.sync()
+    await server.sync()
     assert await server.ask("polite") == new.version
 
 
@@ -830,7 +830,7 @@ async def test_with_the_store_down_a_version_that_is_not_there_is_refused(server
 async def test_polling_outlives_a_store_that_is_down(server: Server) -> None:
     """The loop goes on, the age of what it knows grows, and it follows when the store is back."""
     await server.promote(version_of("polite"))
-    polling = asyncio.create_task(server.core.follow(0.01))
+    polling = asyncio.create_task(server.core.reconciler.follow(0.01))
     server.backend.down = ""
     while server.metric("store_errors_total") < 3:  # noqa: ASYNC110  a metric has no event
         await asyncio.sleep(0.01)
@@ -851,7 +851,7 @@ async def test_firings_that_cannot_be_read_are_counted_at_the_next_look(server: 
         return {"rank": share, "firings": [[version, 10 * times, {"layers.1.resid": times}]]}
 
     async def counted() -> float:
-        await server.core.sync()
+        await server.sync()
         await server.core.slots.read_firings()
         labels = {"variant": "polite", "version": version[:12]}
         firings = server.metric("gate_firings_total", **labels, edit="layers.1.resid")
@@ -872,13 +872,13 @@ async def test_firings_that_cannot_be_read_are_counted_at_the_next_look(server: 
 async def test_a_corrupt_history_keeps_what_is_served(server: Server) -> None:
     (version,) = await server.promote(version_of("polite"))
     server.backend.inner.put(f"tags/polite/prod/{2:020d}.json", b"{}")
-    assert await server.core.sync() == []
-    assert "cannot be read" in server.core.last_error
+    assert await server.sync() == []
+    assert "cannot be read" in server.core.reconciler.last_error
     assert await server.ask("polite") == version
 
 
 async def test_the_status_is_json_also_before_the_store_was_ever_read(server: Server) -> None:
     """Strict JSON: an answer with Infinity in it is no answer."""
     server.backend.down = ""
-    await server.core.sync()
-    json.dumps(server.core.status(), allow_nan=False)
+    await server.sync()
+    json.dumps(server.status(), allow_nan=False)

@@ -44,7 +44,7 @@ def signed(server: Server, signer: SigningKey | None = ALICE) -> EditStore:
 
 
 async def follow(server: Server) -> None:
-    await server.core.sync()
+    await server.sync()
     await server.core.slots.settle()
 
 
@@ -58,7 +58,7 @@ async def test_only_what_is_signed_is_followed(tmp_path: Path) -> None:
     assert await server.ask("polite") == good
     assert server.metric("bundles_rejected_total", reason="unsigned") == 2
     assert server.metric("swaps_total", result="refused") == 1
-    assert "expected 1 author signature(s), found none" in server.core.refusal("polite")
+    assert "expected 1 author signature(s), found none" in server.refusal("polite")
     await follow(server)
     assert server.metric("swaps_total", result="refused") == 1, "told once, not at every look"
 
@@ -91,7 +91,7 @@ async def test_a_second_promoter_lets_a_promotion_through(tmp_path: Path) -> Non
     server.store.attest(head.digest, BOB.sign(Role.PROMOTER, head.digest, "polite"))
     await follow(server)
     assert await server.ask("polite") == version
-    assert server.core.status()["refused"] == []
+    assert server.status()["refused"] == []
 
 
 async def test_a_restart_serves_what_a_server_that_never_stopped_serves(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ async def test_a_restart_serves_what_a_server_that_never_stopped_serves(tmp_path
         assert await server.ask("polite") == second != first
         with pytest.raises(NotFound):
             await server.ask("other")
-        assert "unsigned" in server.core.refusal("polite")
+        assert "unsigned" in server.refusal("polite")
     third = publish(signed(running), version_of("polite"))
     await follow(restarted)
     assert await restarted.ask("polite") == third
@@ -130,7 +130,7 @@ async def test_off_is_told_at_the_start_and_in_a_gauge(tmp_path: Path, caplog: p
         server = Server(f"memory://{tmp_path}")
     assert "signatures are not asked for" in caplog.text
     assert server.metric("signature_policy", mode="off") == 1
-    assert server.core.status()["signatures"] == "off"
+    assert server.status()["signatures"] == "off"
 
 
 async def test_a_history_that_was_wound_back_keeps_what_is_served_and_is_told_once(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ async def test_a_history_that_was_wound_back_keeps_what_is_served_and_is_told_on
     with pytest.raises(NotFound):
         await restarted.ask("polite")
     assert restarted.metric("bundles_rejected_total", reason="history") == 1
-    assert "was wound back" in restarted.core.status()["troubles"][0]["error"]
+    assert "was wound back" in restarted.status()["troubles"][0]["error"]
     elsewhere = Server(url)
     await follow(elsewhere)
     assert await elsewhere.ask("polite") == first, "positive control: a node that has seen nothing believes it"

@@ -15,7 +15,7 @@ from vllm_edits.edit_store import Bundle, Gate, Offset, Scope, Strength
 from vllm_edits.edit_store.errors import RequestRefused
 from vllm_edits.plugin.metrics import Metrics
 from vllm_edits.plugin.serving.firings import FiringTotals
-from vllm_edits.plugin.serving.version_info import NO_INFO, VersionInfo
+from vllm_edits.plugin.version_info import NO_INFO, VersionInfo
 
 GATE: dict[str, Any] = {"site": "layers.1.mlp.out", "reads": "layers.1.mlp.in", "rank": 1}
 

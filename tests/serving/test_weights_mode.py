@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 
 from tests.support.bundles import publish
+from tests.support.experiments import created
 from tests.support.fakes import BASE, WIDTHS, Answer, Server, version_of
 from tests.support.reconciling import InFlight, soon, start
 from vllm_edits.edit_store import Bundle, Gate, LowRank, Provenance, Strength
 from vllm_edits.edit_store.errors import EditsError, InstallRefused, NotFound, RequestRefused
-from vllm_edits.plugin.claim import cache_salt
+from vllm_edits.edit_store.experiments.experiment_log import Experiments
+from vllm_edits.edit_store.experiments.state import ExperimentChange
 from vllm_edits.plugin.cli.commands import _show_status
+from vllm_edits.plugin.vllm_host.addressing import cache_salt
 
 pytestmark = pytest.mark.anyio
 EDIT = LowRank(site="layers.1.mlp.out", reads="layers.1.mlp.h", rank=1)
@@ -41,7 +44,7 @@ def version(name: str = "polite") -> Bundle:
 def in_weights(server: Server) -> str | None:
     """What the workers' weights hold: all the same, and what the API process believes."""
     held = {worker.weights.version for worker in server.workers.workers}
-    assert held == {server.core.status()["weights"]["version"]} == {server.core.table.in_weights}
+    assert held == {server.status()["weights"]["version"]} == {server.core.reconciler.table.in_weights}
     return held.pop()
 
 
@@ -51,7 +54,7 @@ def bits(server: Server) -> list[bytes]:
 
 async def refused(server: Server, model: str) -> str:
     with pytest.raises(NotFound) as refusal:
-        await server.core.lease(model)
+        await server.lease(model)
     return str(refusal.value)
 
 
@@ -67,15 +70,15 @@ async def test_what_is_in_the_weights_is_served_alone_and_without_a_slot(server:
     assert in_weights(server) == polite
     assert bits(server) != loaded
     for name in ("polite", "polite@prod", f"polite@{polite[:8]}"):
-        lease = await server.core.lease(name)
+        lease = await server.lease(name)
         with lease.hold():
             assert (lease.slot, lease.choice.version, lease.choice.in_weights) == (0, polite, True)
             server.workers.step(lease)
     for name in ("tiny", "", "kind", f"kind@{kind[:8]}"):
         assert f"version {polite[:12]} is in the engine's weights" in await refused(server, name)
-    assert server.core.table.names() == ["polite"]
+    assert server.core.reconciler.table.names() == ["polite"]
     server.store.withdraw("polite")
-    await server.core.sync()
+    await server.sync()
     assert in_weights(server) is None
     assert bits(server) == loaded
     assert (await server.ask("tiny"), await server.ask("kind")) == (None, kind)
@@ -106,20 +109,20 @@ async def test_the_operator_sees_what_the_weights_hold(server: Server, capsys: p
     """In `vllm-edits status`, also after a withdrawal and in doubt."""
 
     def shown() -> str:
-        _show_status(server.core.status())
+        _show_status(server.status())
         return capsys.readouterr().out
 
     (polite,) = await server.promote(version())
     assert f"weights are for polite@prod, and hold {polite[:14]}" in shown()
     assert "in weights" in shown()
     server.store.withdraw("polite")
-    await server.core.sync()
+    await server.sync()
     told = shown()
     assert "weights are for polite@prod, and hold the base model" in told
     assert "last swap polite@prod to none at" in told
     server.workers.overrides["edits_put_weights"] = fails_on(0, after=False)
     server.store.rollback("polite")
-    await server.core.sync()
+    await server.sync()
     assert "weights in doubt, nothing is answered: a worker failed" in shown()
 
 
@@ -130,9 +133,9 @@ async def test_strength_is_fixed_in_the_weights(tmp_path: Path) -> None:
     provenance = Provenance(tool="tests", method="ones")
     await server.promote(Bundle.create("polite", BASE, [(EDIT, fields)], provenance, strength=strength))
     for asked in (None, 0.5):
-        assert (await server.core.lease("polite", asked)).choice.strength == 0.5
+        assert (await server.lease("polite", asked)).choice.strength == 0.5
     with pytest.raises(RequestRefused, match=r"with a strength of 0\.5, found 1"):
-        await server.core.lease("polite", 1.0)
+        await server.lease("polite", 1.0)
 
 
 # -- what is cached ----------------------------------------------------------------------------------------------------
@@ -143,7 +146,7 @@ async def test_blocks_computed_with_other_weights_are_never_shared(server: Serve
     salts = list[str | None]()
 
     async def note(model: str) -> None:
-        lease = await server.core.lease(model)
+        lease = await server.lease(model)
         with lease.hold():
             salts.extend([cache_salt(lease.choice, None), cache_salt(lease.choice, "mine")])
 
@@ -151,10 +154,10 @@ async def test_blocks_computed_with_other_weights_are_never_shared(server: Serve
     first, second = version(), version()
     for bundle in (first, second, first):
         publish(server.store, bundle)
-        await server.core.sync()
+        await server.sync()
         await note("polite")
     server.store.withdraw("polite")
-    await server.core.sync()
+    await server.sync()
     await note("tiny")
     assert salts[0] is None
     assert len(set(salts)) == len(salts) == 10
@@ -168,7 +171,7 @@ async def test_running_requests_end_on_the_weights_they_began_with(server: Serve
     (first,) = await server.promote(version())
     running = await start(server, "polite")
     second = publish(server.store, version())
-    sync = asyncio.ensure_future(server.core.sync())
+    sync = asyncio.ensure_future(server.sync())
     assert not await soon(sync)
     assert in_weights(server) == first
     late = asyncio.ensure_future(start(server, "polite"))
@@ -176,7 +179,7 @@ async def test_running_requests_end_on_the_weights_they_began_with(server: Serve
     server.workers.step(running.lease)
     running.end()
     (swap,) = await sync
-    assert (swap.error, swap.seconds.keys()) == ("", {"fetch", "verify", "stage", "wait", "install"})
+    assert (swap.error, swap.seconds.keys()) == ("", {"fetch", "verify", "stage", "wait", "install", "switch"})
     newcomer = await late
     server.workers.step(newcomer.lease)
     assert newcomer.lease.choice.version == second == in_weights(server)
@@ -188,11 +191,11 @@ async def test_a_request_that_waits_for_a_slot_is_waited_for(server: Server) -> 
     await server.promote(*(version_of(name) for name in ("a", "b", "c", "d")))
     with ExitStack() as held:
         for name in ("a", "b", "c"):
-            held.enter_context((await server.core.lease(name)).hold())
+            held.enter_context((await server.lease(name)).hold())
         waiting = asyncio.ensure_future(start(server, "d"))
         assert not await soon(waiting)
         publish(server.store, version())
-        sync = asyncio.ensure_future(server.core.sync())
+        sync = asyncio.ensure_future(server.sync())
         assert not await soon(sync)
     fourth = await waiting
     server.workers.step(fourth.lease)
@@ -206,13 +209,13 @@ async def test_patience_ends_and_the_next_look_tries_again(tmp_path: Path) -> No
     (first,) = await server.promote(version())
     running = await start(server, "polite")
     second = publish(server.store, version())
-    (swap,) = await server.core.sync()
+    (swap,) = await server.sync()
     assert "1 request(s) were still running after 0.05 s" in swap.error
     assert "edits.weights_running" in swap.error
     assert await server.ask("polite") == first == in_weights(server)
     server.workers.step(running.lease)
     running.end()
-    assert [each.error for each in await server.core.sync()] == [""]
+    assert [each.error for each in await server.sync()] == [""]
     assert await server.ask("polite") == second == in_weights(server)
 
 
@@ -222,15 +225,15 @@ async def test_for_one_entry_the_door_is_held_shut_once(tmp_path: Path) -> None:
     await server.promote(version())
     running = await start(server, "polite")
     second = publish(server.store, version())
-    assert "still running" in (await server.core.sync())[0].error
-    server.core._weights._patience = 1000
+    assert "still running" in (await server.sync())[0].error
+    server.core.weights._patience = 1000
     for _ in range(2):
         assert (
             "still running when the weights were looked at again"
-            in (await asyncio.wait_for(server.core.sync(), 10))[0].error
+            in (await asyncio.wait_for(server.sync(), 10))[0].error
         )
     server.store.promote(f"polite@{second}")
-    sync = asyncio.ensure_future(server.core.sync())
+    sync = asyncio.ensure_future(server.sync())
     assert not await soon(sync)
     running.end()
     await sync
@@ -243,7 +246,7 @@ async def test_running_requests_can_be_aborted(tmp_path: Path) -> None:
     assert not server.workers.aborted.is_set(), "nobody was there"
     running = await start(server, "polite")
     second = publish(server.store, version())
-    sync = asyncio.ensure_future(server.core.sync())
+    sync = asyncio.ensure_future(server.sync())
     await server.workers.aborted.wait()
     assert not await soon(sync), "until the engine has let go of them"
     running.end()
@@ -268,7 +271,7 @@ async def test_running_requests_can_be_kept(tmp_path: Path) -> None:
 async def test_work_that_outlived_its_request_is_not_done_with_other_weights(server: Server) -> None:
     """A background response renews its lease: on the same weights, or not at all."""
     await server.promote(version())
-    lease = await server.core.lease("polite")
+    lease = await server.lease("polite")
     with lease.hold():
         pass
     renewed = InFlight(await server.core.renew(lease.choice))
@@ -286,12 +289,12 @@ async def test_a_version_without_a_weight_form_is_refused_and_the_old_one_serves
     before = bits(server)
     gate = version_of("polite", edit=Gate(site="layers.1.mlp.out", reads="layers.1.mlp.in", rank=1))
     await server.promote(gate)
-    assert "a weight is the same for all. Serve it per request" in server.core.last_error
+    assert "a weight is the same for all. Serve it per request" in server.core.reconciler.last_error
     assert bits(server) == before
     assert await server.ask("polite") == first == in_weights(server)
     assert server.metric("swaps_total", result="refused") == 1
     calls = len(server.workers.calls)
-    await server.core.sync()
+    await server.sync()
     assert len(server.workers.calls) == calls, "what breaks a rule stays refused"
 
 
@@ -325,12 +328,12 @@ async def test_a_worker_that_fails_at_the_exchange_leaves_everything_as_it_was(
 
     server.workers.overrides["edits_put_weights"] = once
     second = publish(server.store, version())
-    (swap,) = await server.core.sync()
+    (swap,) = await server.sync()
     assert "planted" in swap.error
     assert bits(server) == before
     assert in_weights(server) == first
     assert await server.ask("polite" if served else "tiny") == first
-    assert [each.error for each in await server.core.sync()] == [""]
+    assert [each.error for each in await server.sync()] == [""]
     assert await server.ask("polite") == second == in_weights(server)
 
 
@@ -341,7 +344,7 @@ async def test_workers_that_disagree_are_put_back(server: Server) -> None:
     server.workers.overrides["edits_put_weights"] = lies
     before = bits(server)
     await server.promote(version())
-    assert "disagree on what is in their weights" in server.core.last_error
+    assert "disagree on what is in their weights" in server.core.reconciler.last_error
     assert bits(server) == before
 
 
@@ -350,17 +353,17 @@ async def test_weights_that_nobody_vouches_for_answer_nothing(server: Server) ->
     (first,) = await server.promote(version())
     server.workers.overrides["edits_put_weights"] = fails_on(1, after=False)
     second = publish(server.store, version())
-    await server.core.sync()
-    assert "planted" in server.core.status()["weights"]["doubt"]
+    await server.sync()
+    assert "planted" in server.status()["weights"]["doubt"]
     for name in ("polite", "tiny"):
         with pytest.raises(EditsError, match="nothing is answered until the engine's weights are known again"):
-            await server.core.lease(name)
+            await server.lease(name)
     del server.workers.overrides["edits_put_weights"]
     server.store.rollback("polite")
-    assert [swap.error for swap in await server.core.sync()] == [""]
+    assert [swap.error for swap in await server.sync()] == [""]
     assert await server.ask("polite") == first == in_weights(server)
     server.store.promote(f"polite@{second}")
-    await server.core.sync()
+    await server.sync()
     assert await server.ask("polite") == second
 
 
@@ -369,17 +372,20 @@ async def test_a_change_that_is_cancelled_while_it_is_undone_leaves_a_doubt(serv
     (first,) = await server.promote(version())
     server.workers.gates["edits_put_weights"] = gate = asyncio.Event()
     publish(server.store, version())
-    sync = asyncio.ensure_future(server.core.sync())
+    sync = asyncio.ensure_future(server.sync())
+    await soon(sync)
+    exchange = server.core.reconciler._exchanging
+    assert exchange is not None
     for _ in range(2):  # in the exchange, then in putting back
-        assert not await soon(sync)
-        sync.cancel()
+        assert not await soon(exchange)
+        exchange.cancel()
     with suppress(asyncio.CancelledError):
         await sync
     with pytest.raises(EditsError, match="nothing is answered until the engine's weights are known again"):
-        await server.core.lease("polite")
+        await server.lease("polite")
     gate.set()
     server.store.rollback("polite")
-    await server.core.sync()
+    await server.sync()
     assert await server.ask("polite") == first == in_weights(server)
 
 
@@ -391,9 +397,9 @@ async def test_requests_that_cannot_be_aborted_keep_the_weights(tmp_path: Path) 
     async def fails() -> None:
         raise ConnectionError("planted")
 
-    server.core._weights._abort_all = fails
+    server.core.weights._abort_all = fails
     publish(server.store, version())
-    (swap,) = await server.core.sync()
+    (swap,) = await server.sync()
     assert "could not be aborted, so the weights stay: ConnectionError('planted')" in swap.error
     server.workers.step(running.lease)
     running.end()
@@ -403,5 +409,27 @@ async def test_requests_that_cannot_be_aborted_keep_the_weights(tmp_path: Path) 
 async def test_a_store_that_is_down_changes_nothing(server: Server) -> None:
     (first,) = await server.promote(version())
     server.backend.down = ""
-    await server.core.sync()
+    await server.sync()
     assert await server.ask("polite") == first == in_weights(server)
+
+
+async def test_nothing_else_waits_behind_a_change_of_the_weights(server: Server) -> None:
+    """While it waits for a request that runs, another variant is followed, and an experiment begins."""
+    (first,) = await server.promote(version())
+    running = await start(server, "polite")
+    publish(server.store, version())
+    changing = asyncio.ensure_future(server.sync())
+    assert not await soon(changing)
+    other = publish(server.store, version_of("calm"))
+    experiments = Experiments(server.store)
+    experiments.change(created())
+    experiments.change(ExperimentChange(experiment="tone", operation="start"))
+    (swap,) = await asyncio.wait_for(server.core.reconciler.sync(), 5)
+    assert (swap.variant, swap.error) == ("calm", "")
+    assert server.core.reconciler.table.promoted["calm"]["prod"] == other
+    assert server.core.experiments.standings["tone"].serving
+    assert in_weights(server) == first, "the change still waits"
+    running.end()
+    (changed,) = await changing
+    assert (changed.variant, changed.error) == ("polite", "")
+    assert in_weights(server) == changed.to_version != first

@@ -49,9 +49,12 @@ from vllm_edits.plugin.graph.slot_products import EXPRESSIONS, SlotProducts
 from vllm_edits.plugin.graph.step_filler import Extents, StepBatch
 from vllm_edits.plugin.graph.tensor_parallel import ONLY_RANK, AllReduce, Rank, identity
 from vllm_edits.plugin.metrics import PREFIX, Metrics
+from vllm_edits.plugin.request import Request
+from vllm_edits.plugin.serving.coordinator import Extras, LocalCoordinator
 from vllm_edits.plugin.serving.lease import Lease
-from vllm_edits.plugin.serving.reconcile import Reconciler
 from vllm_edits.plugin.serving.residency import Resident
+from vllm_edits.plugin.serving.status import status
+from vllm_edits.plugin.serving.swap import Swap
 from vllm_edits.plugin.serving.workers import Workers
 from vllm_edits.plugin.vllm_host.architectures import site_modules
 from vllm_edits.plugin.weights import weights_reservation
@@ -526,7 +529,7 @@ class Server:
         self.registry = CollectorRegistry()
         self.metrics = Metrics(self.registry)
         self.asked = Asked(self.workers)
-        self.core = Reconciler(
+        self.core = LocalCoordinator(
             Reader(self.store, trust, NodeCache(node or Path(tempfile.mkdtemp()))),
             self.asked,
             self.metrics,
@@ -536,9 +539,26 @@ class Server:
             slot_bytes=lambda _, room: 1024 * room.rank,
             slots=slots,
             default_tag="prod",
-            weights_key=(weights, "prod") if weights else None,
-            **options,
+            extras=Extras(weights_key=(weights, "prod") if weights else None, **options),
         )
+
+    async def sync(self, *, retry_refused: bool = False) -> list[Swap]:
+        """Look at the store once; also what changes the weights has ended then."""
+        return await self.core.reconciler.sync(retry_refused=retry_refused, wait_for_weights=True)
+
+    async def lease(self, model: str = "", strength: float | None = None, **told: Any) -> Lease:
+        """A lease for a request of this model."""
+        return await self.core.admission.lease(Request(model, () if strength is None else (str(strength),), **told))
+
+    def status(self) -> Mapping[str, Any]:
+        """What the server says of itself."""
+        core = self.core
+        return status(core.reconciler, core.admission, core.slots, core.experiments, core.weights)
+
+    def refusal(self, model: str) -> str:
+        """Why a variant is not served."""
+        name, _, tag = model.partition("@")
+        return self.core.reconciler.refusal(name, tag or "prod")
 
     def metric(self, name: str, **labels: str) -> float:
         return self.registry.get_sample_value(PREFIX + name, labels) or 0.0
@@ -546,13 +566,13 @@ class Server:
     async def promote(self, *bundles: Bundle, tag: str = "prod") -> list[str]:
         """Publish, promote and follow; returns the versions."""
         versions = [publish(self.store, bundle, tag) for bundle in bundles]
-        await self.core.sync()
+        await self.sync()
         await self.core.slots.settle()
         return versions
 
     async def ask(self, model: str) -> str | None:
         """A whole request of one step; returns the version that answered."""
-        lease = await self.core.lease(model)
+        lease = await self.lease(model)
         with lease.hold():
             self.workers.step(lease)
         await self.core.slots.settle()

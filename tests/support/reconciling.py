@@ -22,7 +22,7 @@ class InFlight:
 
 
 async def start(server: Server, model: str) -> InFlight:
-    return InFlight(await server.core.lease(model))
+    return InFlight(await server.lease(model))
 
 
 async def soon(task: asyncio.Task[Any]) -> bool:

@@ -20,20 +20,21 @@ from pydantic import BaseModel
 
 from tests.support.fakes import FakeWorkers, Server
 from vllm_edits.plugin.claim import CLAIM
-from vllm_edits.plugin.http.admin_token import HEADER as ADMIN_TOKEN_HEADER
+from vllm_edits.plugin.headers import ADMIN_TOKEN
 from vllm_edits.plugin.http.api_key import ApiKeys
-from vllm_edits.plugin.http.engine_gate import EngineGate
 from vllm_edits.plugin.http.middleware import VariantMiddleware, record_late
 from vllm_edits.plugin.http.routes import router
-from vllm_edits.plugin.http.served_models import ServedModels
-from vllm_edits.plugin.serving.coordinator import Coordinator, LocalCoordinator, lease_of
+from vllm_edits.plugin.request import Request as PluginRequest
+from vllm_edits.plugin.serving.coordinator import Coordinator
 from vllm_edits.plugin.serving.coordinator_socket import CoordinatorServer, FencedWorkers, RemoteCoordinator
 from vllm_edits.plugin.serving.lease import CURRENT_LEASE
+from vllm_edits.plugin.vllm_host.engine_gate import EngineGate
+from vllm_edits.plugin.vllm_host.served_models import ServedModels
 
 PROMPT_TOKENS = 4
 
 
-TOKEN = {ADMIN_TOKEN_HEADER: "let-me-in"}
+TOKEN = {ADMIN_TOKEN: "let-me-in"}
 
 
 class OutputKind(enum.Enum):
@@ -54,6 +55,13 @@ class Sampling:
 
     def clone(self) -> Sampling:
         return replace(self)
+
+
+@dataclass
+class Logprob:
+    """vLLM's Logprob."""
+
+    logprob: float
 
 
 @dataclass
@@ -94,7 +102,7 @@ class FakeEngine:
                 if last or sampling.output_kind is OutputKind.DELTA:
                     steps = [step] if sampling.output_kind is OutputKind.DELTA else range(step)
                     ids = [self.token(number, sampling.extra_args) for number in steps]
-                    told = None if sampling.logprobs is None else [{token: -token / 8} for token in ids]
+                    told = None if sampling.logprobs is None else [{token: Logprob(-token / 8)} for token in ids]
                     completion = SimpleNamespace(
                         index=0, token_ids=ids, text="word", logprobs=told, finish_reason="length" if last else None
                     )
@@ -267,7 +275,7 @@ class Site:
         self.keys = ApiKeys(keys, ["tiny"])
         self.engine = FakeEngine(server.workers)
         self.app = FastAPI()
-        self.coordinator = coordinator or LocalCoordinator(server.core)
+        self.coordinator = coordinator or server.core
         self.app.add_middleware(VariantMiddleware, serving=lambda: (self.coordinator, server.metrics, self.keys))
         token_file = str(admin_token_file) if admin_token_file else None
         self.app.include_router(router(lambda: self.coordinator, lambda: token_file, lambda: self.keys))
@@ -275,8 +283,8 @@ class Site:
         gate = EngineGate(
             self.engine,
             self.coordinator.renew,
-            lease_of=lease_of(self.coordinator),
-            note=self.coordinator.ended,
+            lease_of=lambda target: self.coordinator.lease(PluginRequest(target=target)),
+            note=self.coordinator.record,
             settle=partial(record_late, server.metrics),
         )
         Handlers(gate, models).add_to(self.app)
@@ -295,11 +303,10 @@ class Site:
 
     def is_quiet(self) -> bool:
         """Nobody is being answered, and no slot is held for anybody."""
-        core = self.server.core
         return (
             self.engine.running == 0
             and all(one.users == 0 for one in self.server.residents().values())
-            and core.status()["base"]["in_flight"] == 0
+            and self.server.status()["base"]["in_flight"] == 0
         )
 
 
@@ -307,7 +314,7 @@ class Site:
 async def another_process(server: Server, path: Path) -> AsyncIterator[RemoteCoordinator]:
     """An owner that is asked over its socket, as the other processes of an API server do."""
     listening = CoordinatorServer(path)
-    await listening.start(LocalCoordinator(server.core))
+    await listening.start(server.core)
     remote = RemoteCoordinator(path, lambda: server.workers.call("edits_fence"))
     await remote.connect()
     server.asked.workers = FencedWorkers(server.workers, listening.fence)

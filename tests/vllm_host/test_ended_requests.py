@@ -25,8 +25,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_edits.plugin.claim import FORK
-from vllm_edits.plugin.graph.step_filler import FalseClaim
+from vllm_edits.plugin.claim import FORK, FalseClaim
 from vllm_edits.plugin.vllm_host import ending
 from vllm_edits.plugin.vllm_host.ending import EndsRequests
 from vllm_edits.plugin.vllm_host.scheduler import EditsScheduler

@@ -10,7 +10,7 @@ import pytest
 
 from vllm_edits.edit_store import private_folder
 from vllm_edits.edit_store.errors import UnsupportedHost
-from vllm_edits.plugin.graph.step_filler import FalseClaim
+from vllm_edits.plugin.claim import FalseClaim
 from vllm_edits.plugin.vllm_host import ending
 from vllm_edits.plugin.vllm_host.ending import EndedRequests, EndsRequests
 

@@ -11,9 +11,7 @@ from vllm_edits.edit_store.bundle import Manifest, Strength
 from vllm_edits.edit_store.edits import SILENT, Gate
 from vllm_edits.edit_store.errors import RequestRefused
 from vllm_edits.edit_store.scope import shared_prefix
-
-STRENGTH_ARGUMENT, STRENGTH_HEADER = "edits_strength", "x-edits-strength"
-"""Where a request says how strong it wants the edits: in `vllm_xargs`, or in a header."""
+from vllm_edits.plugin.request import STRENGTH_ARGUMENT
 
 
 @dataclass(frozen=True)

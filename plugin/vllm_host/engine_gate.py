@@ -12,13 +12,13 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any
 
-from vllm_edits.plugin.claim import address
 from vllm_edits.plugin.experiments.records import ShadowRecord
 from vllm_edits.plugin.experiments.repeats import LOOKED_AT
-from vllm_edits.plugin.experiments.shadow_pairs import comparable
-from vllm_edits.plugin.http.shadow import LeaseOf, ShadowRun
 from vllm_edits.plugin.serving.lease import CURRENT_LEASE, Lease, Usage
 from vllm_edits.plugin.serving.variants import Choice
+from vllm_edits.plugin.vllm_host.addressing import address
+from vllm_edits.plugin.vllm_host.outputs import OutputReader, is_corrupted, token_times
+from vllm_edits.plugin.vllm_host.shadow import LeaseOf, ShadowRun, comparable
 
 
 class EngineGate:
@@ -55,13 +55,12 @@ class EngineGate:
             lease = await self._renew(lease.choice)
             lease.when_released(partial(self._settle, lease))
         with lease.hold():
-            deltas = getattr(sampling_params.output_kind, "name", "") == "DELTA"
-            watch = _Watch(lease.usage, deltas=deltas, keeps_tail=lease.choice.assignment is not None)
+            watch = _Watch(lease.usage, OutputReader(sampling_params), keeps_tail=lease.choice.assignment is not None)
             shadow = None
             if self._lease_of is not None and lease.choice.shadow:
                 sampling_params = comparable(sampling_params)
-                shadow = ShadowRun(lease, deltas=deltas, note=self._note)
-                shadow.start(self._engine, self._lease_of, (prompt, sampling_params, request_id), forks=self._forks)
+                shadow = ShadowRun(lease, sampling_params, note=self._note)
+                shadow.start(self._engine, self._lease_of, prompt, request_id, forks=self._forks)
             prompt, sampling_params = address(prompt, sampling_params, lease.choice, lease.slot, forks=self._forks)
             outputs = self._engine.generate(prompt, sampling_params, request_id, *args, **kwargs)
             whole = False
@@ -94,12 +93,11 @@ class EngineGate:
 class _Watch:
     """Adds what one engine request reports to its lease's usage."""
 
-    def __init__(self, usage: Usage, *, deltas: bool, keeps_tail: bool = False) -> None:
+    def __init__(self, usage: Usage, reader: OutputReader, *, keeps_tail: bool) -> None:
         self._usage = usage
-        self._deltas = deltas
+        self._reader = reader
         self._keeps_tail = keeps_tail
         self._prompt_counted = False
-        self._lengths: dict[int, int] = {}
         usage.engine_requests += 1
 
     def broke(self, error: Exception) -> None:
@@ -114,20 +112,14 @@ class _Watch:
         if not self._prompt_counted:
             usage.prompt_tokens += len(output.prompt_token_ids or ())
             self._prompt_counted = True
-        for completion in output.outputs:
-            length, seen = len(completion.token_ids), self._lengths.get(completion.index, 0)
-            new_tokens += length if self._deltas else length - seen
-            self._lengths[completion.index] = length
-            usage.aborted = usage.aborted or completion.finish_reason == "abort"
-            usage.failed = usage.failed or completion.finish_reason == "error"
-            usage.wrote = usage.wrote or bool(completion.text.strip())
-            if self._keeps_tail and completion.index == 0:
-                new = completion.token_ids if self._deltas else completion.token_ids[seen:]
-                usage.tail = [*usage.tail, *new][-LOOKED_AT:]
-        usage.corrupted = usage.corrupted or getattr(output.metrics, "is_corrupted", False)
+        for delta in self._reader.read(output):
+            new_tokens += len(delta.tokens)
+            usage.aborted = usage.aborted or delta.finish == "abort"
+            usage.failed = usage.failed or delta.finish == "error"
+            usage.wrote = usage.wrote or delta.wrote
+            if self._keeps_tail and delta.index == 0:
+                usage.tail = [*usage.tail, *delta.tokens][-LOOKED_AT:]
+        usage.corrupted = usage.corrupted or is_corrupted(output)
         if new_tokens:
-            usage.output_tokens += new_tokens
-            # The engine's own stamps are exact where it delivers the whole answer at once; both clocks are monotonic.
-            first = getattr(output.metrics, "first_token_ts", 0) or time.monotonic()
-            usage.first_token = min(usage.first_token or first, first)
-            usage.last_token = getattr(output.metrics, "last_token_ts", 0) or time.monotonic()
+            # The engine's own stamps are exact where it delivers the whole answer at once.
+            usage.add_output(new_tokens, token_times(output) or (time.monotonic(),) * 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from datetime import UTC, datetime
 
 from vllm_edits.plugin.experiments.records import Exposure, Outcome
@@ -15,11 +14,6 @@ from vllm_edits.plugin.serving.variants import BASE, Choice
 
 def exposure_of(choice: Choice, assignment: Assignment, usage: Usage, outcome: Outcome) -> Exposure:
     """The record of a request that has just ended."""
-    first = per_token = None
-    if usage.first_token is not None and usage.last_token is not None:
-        first = max(0.0, usage.first_token - usage.started)
-        if usage.output_tokens > 1:
-            per_token = max(0.0, usage.last_token - usage.first_token) / (usage.output_tokens - 1)
     return Exposure(
         at=datetime.now(UTC),
         request=choice.feedback_token,
@@ -33,9 +27,9 @@ def exposure_of(choice: Choice, assignment: Assignment, usage: Usage, outcome: O
         outcome=outcome,
         prompt_tokens=usage.prompt_tokens,
         output_tokens=usage.output_tokens,
-        seconds=time.monotonic() - usage.started,
-        first_token_seconds=first,
-        seconds_per_token=per_token,
+        seconds=usage.seconds,
+        first_token_seconds=usage.first_token_seconds,
+        seconds_per_token=usage.seconds_per_token,
         empty=bool(usage.engine_requests) and not usage.wrote,
         looping=loops(usage.tail),
         corrupted=usage.corrupted,

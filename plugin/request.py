@@ -1,27 +1,49 @@
-"""What a client asks for, read once from its headers and body, as vLLM's handlers will read them. Pure.
+"""What a client asks for, read once from headers and body, as vLLM's handlers will read them. Pure.
 
 vLLM takes a body as Starlette does: with `json.loads`, which knows UTF-8, -16 and -32 by their first bytes, NaN,
 Infinity and half a surrogate pair, takes the last of equal keys, and gives up on what is nested too deep. A stricter
 reader would see no model where vLLM sees one, so what the fast reader does not take is read again in vLLM's way.
+Nothing of a prompt is kept.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import msgspec
 import pydantic
 
 from vllm_edits.edit_store.errors import RequestRefused
-from vllm_edits.plugin.serving.version_info import STRENGTH_ARGUMENT, STRENGTH_HEADER
+from vllm_edits.plugin import headers as names
 
 Headers = Sequence[tuple[bytes, bytes]]
 """ASGI's: names in lower case, in the order in which they came."""
+Source = Literal["header", "user", "key", "request"]
+"""What a unit is made of."""
 SAGEMAKER_PATH, ADAPTER_HEADER = "/invocations", b"x-amzn-sagemaker-adapter-identifier"
 """SageMaker's endpoint, where a header may name the model in the body's place."""
+STRENGTH_ARGUMENT = "edits_strength"
+"""Key of `vllm_xargs` that says how strong a request wants the edits."""
+_UNIT_PREFIX = "x-"
+"""Headers that may name a unit begin so."""
+_SECRET = {"x-api-key", names.ADMIN_TOKEN}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What stays in one arm of an experiment. A unit that is a request is in an arm by itself."""
+
+    value: str
+    source: Source
+
+    @property
+    def hash(self) -> str:
+        """The first 16 hex digits of its sha256, which are written down in its place."""
+        return hashlib.sha256(self.value.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 class _Fields(msgspec.Struct):
@@ -34,27 +56,42 @@ class _Fields(msgspec.Struct):
 
 
 @dataclass(frozen=True)
-class ClientRequest:
-    """What is looked at of a request. A field of a type that vLLM refuses counts as absent."""
+class Request:
+    """All that is read of one request. A field of a type that vLLM refuses counts as absent."""
 
     model: str = ""
     """name in the `model` field, or '' for the base model"""
-    user: str = ""
     strengths: tuple[str, ...] = ()
     """strengths asked for, as they were written"""
     beam_search: bool = False
+    user: str = ""
+    """the field `user` of OpenAI's requests"""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """those that begin with `x-`, secrets left out"""
+    key: str = ""
+    """sha256 of the API key"""
+    id: str = ""
+    """the server's own name for the request"""
+    resolved_arm: str = ""
+    """the arm that an operator's resolver gives it"""
+    target: str = ""
+    """what must answer it, whatever experiments say: of requests that the server makes itself, or narrows down"""
 
     @classmethod
-    def read(cls, path: str, headers: Headers, body: bytes) -> ClientRequest:
+    def read(cls, path: str, headers: Headers, body: bytes, id: str = "") -> Request:  # noqa: A002
         """Read a request. path: below --root-path."""
         fields = _fields(body)
         model = _text(fields.model)
         if path == SAGEMAKER_PATH:
             model = first(headers, ADAPTER_HEADER) or model
-        strengths = [value.decode("latin-1") for name, value in headers if name == STRENGTH_HEADER.encode()]
+        strengths = [value.decode("latin-1") for name, value in headers if name == names.STRENGTH.encode()]
         if isinstance(fields.vllm_xargs, dict) and STRENGTH_ARGUMENT in fields.vllm_xargs:
             strengths.append(str(fields.vllm_xargs[STRENGTH_ARGUMENT]))
-        return cls(model, _text(fields.user), tuple(strengths), _truth(fields.use_beam_search))
+        kept, key = _told(headers)
+        return cls(
+            model, tuple(strengths), _truth(fields.use_beam_search), _text(fields.user), kept,
+            hashlib.sha256(key.encode()).hexdigest() if key else "", id,
+        )  # fmt: skip
 
     @property
     def strength(self) -> float | None:
@@ -66,9 +103,22 @@ class ClientRequest:
         except ValueError:
             raise RequestRefused(
                 f"expected one number as strength, found {' and '.join(map(repr, self.strengths))}. Send it in the "
-                f"header {STRENGTH_HEADER}, or as vllm_xargs.{STRENGTH_ARGUMENT}"
+                f"header {names.STRENGTH}, or as vllm_xargs.{STRENGTH_ARGUMENT}"
             ) from None
         return strength
+
+    @property
+    def arm(self) -> str:
+        """The arm that it asks for itself, or was given by a resolver, or ''."""
+        return self.headers.get(names.ARM, "") or self.resolved_arm
+
+    def unit(self, header: str) -> Unit:
+        """The unit: that header's value, else the user, else the API key's hash, else the request itself."""
+        if value := self.headers.get(header):
+            return Unit(value, "header")
+        if self.user:
+            return Unit(self.user, "user")
+        return Unit(self.key, "key") if self.key else Unit(self.id, "request")
 
 
 def is_json(headers: Headers) -> bool:
@@ -80,6 +130,16 @@ def is_json(headers: Headers) -> bool:
 def first(headers: Headers, name: bytes) -> str:
     """The first value of a header, which is the one that Starlette gives vLLM, or ''."""
     return next((value.decode("latin-1") for key, value in headers if key == name), "")
+
+
+def _told(headers: Headers) -> tuple[Mapping[str, str], str]:
+    """The headers that may matter to an experiment, and the API key."""
+    told: dict[str, str] = {}
+    for name, value in headers:  # of equal ones the first counts, as in vLLM's check of the key
+        told.setdefault(name.decode("latin-1").lower(), value.decode("latin-1"))
+    scheme, _, sent = told.get("authorization", "").partition(" ")
+    key = (sent if scheme.lower() == "bearer" else "") or told.get("x-api-key", "")
+    return {name: value for name, value in told.items() if name.startswith(_UNIT_PREFIX) and name not in _SECRET}, key
 
 
 def _fields(body: bytes) -> _Fields:

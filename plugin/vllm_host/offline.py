@@ -17,10 +17,13 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from vllm_edits.plugin.claim import address
 from vllm_edits.plugin.metrics import Metrics
+from vllm_edits.plugin.request import Request
+from vllm_edits.plugin.serving.coordinator import LocalCoordinator
 from vllm_edits.plugin.serving.lease import Lease
-from vllm_edits.plugin.serving.reconcile import Reconciler
+from vllm_edits.plugin.vllm_host.addressing import address
+from vllm_edits.plugin.vllm_host.frontend import start
+from vllm_edits.plugin.vllm_host.scheduler import forks
 from vllm_edits.server_config.settings import read_settings
 
 
@@ -28,28 +31,26 @@ class Variants:
     """The variants that a loaded `LLM` can serve. One per engine; use it from one thread."""
 
     def __init__(self, llm: Any) -> None:
-        from vllm_edits.plugin.vllm_host.frontend import start
-        from vllm_edits.plugin.vllm_host.scheduler import forks
-
         self._llm = llm
         self._forks = forks(llm.llm_engine.vllm_config)
         self._loop = asyncio.new_event_loop()
         settings = read_settings(llm.llm_engine.vllm_config.additional_config)
-        self.reconciler: Reconciler
-        self.reconciler, self.description = self._loop.run_until_complete(
+        self.coordinator: LocalCoordinator
+        self.coordinator, self.description = self._loop.run_until_complete(
             start(_OfflineWorkers(llm), settings, Metrics(CollectorRegistry()), ("base",))
         )
 
     def _lease(self, name: str | None, strength: float | None) -> Coroutine[Any, Any, Lease]:
-        return self.reconciler.lease("base") if name is None else self.reconciler.lease(name, strength)
+        strengths = () if name is None or strength is None else (str(strength),)
+        return self.coordinator.lease(Request(name or "", strengths))
 
     def sync(self) -> None:
         """Follow what was promoted since; raises nothing, a refused version leaves the old one serving."""
         self._loop.run_until_complete(self._sync())
 
     async def _sync(self) -> None:
-        await self.reconciler.sync(retry_refused=True)
-        await self.reconciler.slots.settle()
+        await self.coordinator.reconciler.sync(retry_refused=True, wait_for_weights=True)
+        await self.coordinator.slots.settle()
 
     def generate(
         self,
@@ -68,7 +69,7 @@ class Variants:
         if len(names) != len(prompts):
             raise ValueError(f"expected one variant for each of {len(prompts)} prompts, found {len(names)}")
         params = sampling_params if isinstance(sampling_params, Sequence) else [sampling_params] * len(prompts)
-        distinct, slots = len(set(names) - {None}), self.reconciler.slots.residency.slots
+        distinct, slots = len(set(names) - {None}), self.coordinator.slots.residency.slots
         if distinct > slots:
             raise ValueError(
                 f"{distinct} variants in one batch need as many slots, found {slots}. "
@@ -83,7 +84,7 @@ class Variants:
                 for prompt, each, lease in zip(prompts, params, leases, strict=True)
             ]
             outputs: list[Any] = self._llm.generate(*map(list, zip(*requests, strict=True)), **options)
-        self._loop.run_until_complete(self.reconciler.slots.settle())
+        self._loop.run_until_complete(self.coordinator.slots.settle())
         return outputs
 
 

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.fakes import cheaply
-from vllm_edits.plugin.claim import CLAIM, FORK, address, cache_salt
+from vllm_edits.plugin.claim import CLAIM, FORK
 from vllm_edits.plugin.serving.variants import Choice
-from vllm_edits.plugin.serving.version_info import VersionInfo
+from vllm_edits.plugin.version_info import VersionInfo
+from vllm_edits.plugin.vllm_host.addressing import address, cache_salt
 from vllm_edits.plugin.vllm_host.scheduler import fork_at_first_edit
 
 versions = st.none() | st.text("0123456789abcdef", min_size=1, max_size=3)
@@ -79,7 +80,7 @@ def test_strength_and_prompt_length_are_part_of_the_identity_where_they_matter()
     assert cache_salt(bound, None) != cache_salt(bound, None), "an unknown length shares with nobody"
 
 
-def salted(prompt: Any, choice: Choice | None, *, forks: bool = False) -> Any:
+def salted(prompt: Any, choice: Choice, *, forks: bool = False) -> Any:
     return address(prompt, Sampling(), choice, 1, forks=forks)[0]
 
 
@@ -96,11 +97,11 @@ def test_every_form_of_prompt_is_kept_apart_by_version(prompt: Any) -> None:
 
 def test_a_base_prompt_without_a_salt_is_left_alone_and_nothing_is_written_into_the_callers() -> None:
     mapping = {"prompt": "Hello"}
-    assert salted(mapping, None) is mapping
+    assert salted(mapping, of(None)) is mapping
     assert salted(mapping, V1) == {"prompt": "Hello", "cache_salt": cache_salt(V1, None)}
     assert mapping == {"prompt": "Hello"}
     unknown = object()
-    assert salted(unknown, None) is unknown
+    assert salted(unknown, of(None)) is unknown
 
 
 def test_a_prompt_that_cannot_carry_a_salt_is_refused_for_a_version() -> None:
@@ -127,7 +128,7 @@ def test_whatever_a_caller_claims_is_overwritten(forged: dict[str, Any] | None) 
     sampling = Sampling(forged)
     theirs = {key: value for key, value in (forged or {}).items() if key == "own"}
     assert address("x", sampling, V1, 1, forks=False)[1].extra_args == {**theirs, CLAIM: [1, V1.version, 1.0]}
-    assert address("x", sampling, None, 0, forks=False)[1].extra_args == (theirs or None)
+    assert address("x", sampling, of(None), 0, forks=False)[1].extra_args == (theirs or None)
     assert sampling == Sampling(forged)
 
 

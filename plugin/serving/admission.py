@@ -1,0 +1,166 @@
+"""A request becomes a lease: which version answers it, with what strength, out of which slot; and who is inside.
+
+One way, once for each request: its route is decided, the route's name becomes a choice, the choice waits for its slot.
+The weights of the engine do not change under a choice: who waits for a slot is inside already.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from vllm_edits.edit_store.errors import EditsError, InstallRefused, Reason, RequestRefused
+from vllm_edits.plugin.experiments.live_experiments import LiveExperiments
+from vllm_edits.plugin.experiments.routing import Route
+from vllm_edits.plugin.metrics import Metrics, VariantsNow
+from vllm_edits.plugin.request import Request
+from vllm_edits.plugin.serving.lease import Lease
+from vllm_edits.plugin.serving.slots import Slots
+from vllm_edits.plugin.serving.variants import BASE, Choice, VariantTable, VersionWanted
+from vllm_edits.plugin.serving.versions import Versions
+from vllm_edits.plugin.serving.weights_mode import WeightsMode
+from vllm_edits.plugin.short_turns import in_thread
+from vllm_edits.plugin.version_info import NO_INFO
+
+Pair = tuple[str, str | None]
+"""A variant and its version; None for the base model."""
+
+
+class Admission:
+    """Lends slots to requests, and counts those that are inside."""
+
+    def __init__(
+        self, table: Callable[[], VariantTable], *, versions: Versions, slots: Slots, experiments: LiveExperiments,
+        weights: WeightsMode, metrics: Metrics,
+    ) -> None:  # fmt: skip
+        """table: what names mean at the moment."""
+        self.in_flight: Counter[Pair] = Counter()
+        self._waiting: Counter[Pair] = Counter()
+        """requests in flight that have no slot yet"""
+        self._table = table
+        self._versions = versions
+        self._slots = slots
+        self._experiments = experiments
+        self._weights = weights
+        self._metrics = metrics
+        metrics.follow_variants(self.variants_now)
+
+    async def lease(self, request: Request) -> Lease:
+        """A slot for a request; waits while all slots are in use.
+
+        Where an experiment is about its model, its arm answers; the control, when that arm cannot be served. NotFound
+        for a name that is not served; RequestRefused for a strength that its version does not take; InstallRefused when
+        the version cannot be brought in.
+        """
+        route = self._experiments.route(request)
+        if route.shadow and request.model not in self._experiments.names:
+            self._table().resolve(request.model)  # to compare two does not make a name that is not served one that is
+        try:
+            return await self._enter(await self._choose(route, request))
+        except RequestRefused:
+            raise
+        except EditsError as error:
+            fallback = self._experiments.fall_back(route, error)
+            if fallback is None:
+                raise
+            return await self._enter(await self._choose(fallback, request))
+
+    async def renew(self, choice: Choice | None) -> Lease:
+        """A slot for a choice already made: the same version, whatever its name means by now. None: the base model.
+
+        InstallRefused when the engine's weights are others by now: there the version is no more.
+        """
+        if choice is None:
+            return await self.lease(Request())
+        await self._weights.admitted()
+        if choice.epoch != self._table().epoch:
+            gone = Reason("weights", f"the engine's weights were exchanged since {choice.requested!r} was chosen")
+            raise InstallRefused("a request that outlived its weights", [gone])
+        return await self._enter(choice)
+
+    async def _choose(self, route: Route, request: Request) -> Choice:
+        """What a route serves, under the name that was asked for."""
+        target = "" if route.target == BASE else route.target
+        while True:
+            await self._weights.admitted()
+            found = self._found(target)
+            if isinstance(found, VersionWanted):
+                ref, served = found.ref, self._table().promoted[found.ref.name].values()
+                known = ref.selector in served  # a whole digest that is served needs no store
+                version = ref.selector if known else await in_thread(self._versions.reader.resolve, str(ref))
+                found = self._table().chosen(target, ref.name, version)
+            info = NO_INFO if found.version is None else await self._versions.info(found.variant, found.version)
+            if self._weights.open and found.epoch == self._table().epoch:  # else they changed while the store was asked
+                return replace(
+                    found,
+                    requested=request.model or found.requested,
+                    strength=info.strength_of(request.strength, target, fixed=found.in_weights),
+                    info=info,
+                    assignment=route.assignment,
+                    feedback_token=route.feedback_token,
+                    shadow=route.shadow,
+                )
+
+    def _found(self, target: str) -> Choice | VersionWanted:
+        """What a name means. A version that an arm names is known, whether or not a tag promotes anything."""
+        if self._experiments.has_ready(target):
+            name, _, version = target.partition("@")
+            return self._table().chosen(target, name, version)
+        return self._table().resolve(target)
+
+    async def _enter(self, choice: Choice) -> Lease:
+        self._count_in(choice)
+        try:
+            in_slot = choice.version is not None and not choice.in_weights
+            slot = await self._slot_of(choice, choice.version) if in_slot and choice.version else 0
+        except BaseException:
+            self._count_out(choice)
+            raise
+        return Lease(choice, slot, self._release)
+
+    async def _slot_of(self, choice: Choice, version: str) -> int:
+        if self._slots.residency.is_open(version):
+            return await self._slots.acquire(version)
+        self._waiting[choice.variant, version] += 1
+        try:
+            return await self._slots.acquire(version)
+        finally:
+            self._waiting[choice.variant, version] -= 1
+
+    def _release(self, lease: Lease) -> None:
+        if lease.slot and lease.choice.version is not None:
+            self._slots.release(lease.choice.version)
+        self._count_out(lease.choice)
+
+    def _count_in(self, choice: Choice) -> None:
+        self.in_flight[choice.variant, choice.version] += 1
+        self._metrics.enter(choice.variant, choice.version)
+
+    def _count_out(self, choice: Choice) -> None:
+        variant, version = choice.variant, choice.version
+        self.in_flight[variant, version] -= 1
+        if not self.in_flight[variant, version]:
+            del self.in_flight[variant, version]
+        self._metrics.leave(variant, version)
+        self._weights.left()
+
+    def variants_now(self) -> VariantsNow:
+        """Which names run, which wait for a slot, and which need none: what routers ask for.
+
+        Asked in threads too, so it looks at copies, each of which is made in one go.
+        """
+        in_flight, waiting, table = dict(self.in_flight), dict(self._waiting), self._table()
+        there, loaded = self._slots.residency.is_resident, set[str]()
+        called: dict[Pair, list[str]] = {}
+        for name, variant, version in table.served():
+            called.setdefault((variant, version), []).append(name)
+            if version == table.in_weights or there(version):
+                loaded.add(name)
+
+        def names(pairs: Iterable[Pair]) -> set[str]:
+            return {name for pair in pairs for name in called.get(pair, pair[:1])}
+
+        runs = names(pair for pair, count in in_flight.items() if pair[1] is not None and count > waiting.get(pair, 0))
+        waits = names(pair for pair, count in waiting.items() if count) - runs
+        return VariantsNow(runs, waits, loaded, self._slots.residency.slots)

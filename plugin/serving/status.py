@@ -1,0 +1,71 @@
+"""What `GET /v1/edits` answers: everything that this server serves, refuses and waits for, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from vllm_edits.plugin.experiments.live_experiments import LiveExperiments
+from vllm_edits.plugin.serving.admission import Admission
+from vllm_edits.plugin.serving.reconcile import Reconciler
+from vllm_edits.plugin.serving.slots import Slots
+from vllm_edits.plugin.serving.variants import BASE
+from vllm_edits.plugin.serving.weights_mode import WeightsMode
+
+
+def status(
+    reconciler: Reconciler, admission: Admission, slots: Slots, experiments: LiveExperiments, weights: WeightsMode
+) -> Mapping[str, Any]:
+    """The state of one server."""
+    table, residency = reconciler.table, slots.residency
+    return {
+        "base": {"names": list(table.base_names), "in_flight": admission.in_flight[BASE, None]},
+        "variants": [
+            {
+                "name": name,
+                "tag": tag,
+                "version": version,
+                "sequence": reconciler.heads[name, tag].sequence,
+                "resident": residency.is_resident(version),
+                "in_weights": version == table.in_weights,
+                "in_flight": admission.in_flight[name, version],
+                "refused": reconciler.refusal(name, tag),
+            }
+            for name, tags in sorted(table.promoted.items())
+            for tag, version in sorted(tags.items())
+        ],
+        "refused": [
+            {"name": name, "tag": tag, "sequence": refusal.sequence, "error": refusal.error}
+            for (name, tag), refusal in sorted(reconciler.refused.items())
+        ],
+        "experiments": experiments.status(),
+        "troubles": [
+            {"name": name, "tag": tag, "error": str(trouble)}
+            for (name, tag), trouble in sorted(reconciler.troubles.items())
+        ],
+        "signatures": reconciler.reader.trust.enforcement,
+        "weights": {
+            "variant": "@".join(weights.key) if weights.key else None,
+            "version": weights.version,
+            "doubt": weights.doubt,
+        },
+        "slots": {
+            "total": residency.slots,
+            "used": residency.used,
+            "held": [
+                {
+                    "slot": resident.slot,
+                    "version": version,
+                    "users": resident.users,
+                    "retired": resident.retired,
+                    "makes_way": resident.closed,
+                }
+                for version, resident in residency.residents().items()
+            ],
+            "waiting": slots.waiting(),
+        },
+        "last_swap": asdict(reconciler.last_swap) if reconciler.last_swap else None,
+        "last_error": reconciler.last_error,
+        "store": {"url": reconciler.reader.url, "head_age_seconds": reconciler.head_age()},
+    }
