@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -35,3 +36,14 @@ def pythons(specifier: str) -> list[str]:
 def test_the_classifiers_name_the_versions_of_python_that_are_required(specifier: str) -> None:
     told = [line for line in PROJECT["classifiers"] if line.startswith("Programming Language :: Python :: 3.")]
     assert (told == pythons(specifier)) is (specifier == PROJECT["requires-python"])
+
+
+def told_of(changelog: str) -> list[str]:
+    """Versions that have a heading, newest first."""
+    return re.findall(r"^## \[(.+?)\] - (?:Unreleased|\d{4}-\d\d-\d\d)$", changelog, re.MULTILINE)
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert told_of(changelog)[0] == PROJECT["version"]
+    assert told_of(changelog.replace(f"## [{PROJECT['version']}] - ", "## [0.0.1] - "))[0] != PROJECT["version"]
