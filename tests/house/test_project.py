@@ -47,3 +47,18 @@ def test_the_changelog_begins_with_this_version() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text()
     assert told_of(changelog)[0] == PROJECT["version"]
     assert told_of(changelog.replace(f"## [{PROJECT['version']}] - ", "## [0.0.1] - "))[0] != PROJECT["version"]
+
+
+def missing(page: str) -> set[str]:
+    """What a page names that is not there: targets of make, files and folders."""
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    made = set(re.findall(r"`?make ([a-z-]+)", page)) - set(targets)
+    files = re.findall(r"`([\w.-]+/[\w./-]*)`", page) + re.findall(r"\]\(([\w./-]+)\)", page)
+    return made | {name for name in files if not (ROOT / name).exists()}
+
+
+def test_the_page_for_contributors_names_only_what_is_there() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    assert missing(page) <= {"test-fast"}
+    invented = "`make nothing` [so](no/where.md) `edit_store/nothing.py`"
+    assert missing(page + invented) >= {"nothing", "no/where.md", "edit_store/nothing.py"}
