@@ -20,9 +20,10 @@ from vllm_edits.edit_store.edits import KINDS
 from vllm_edits.edit_store.sites import POINTS
 from vllm_edits.plugin.cli.commands import app
 from vllm_edits.plugin.cli.serve_command import OURS
+from vllm_edits.plugin.headers import OF_ANSWERS, OF_REQUESTS
 from vllm_edits.plugin.http.routes import router
 from vllm_edits.plugin.metrics import METRICS, PREFIX
-from vllm_edits.plugin.serving.version_info import STRENGTH_ARGUMENT
+from vllm_edits.plugin.request import STRENGTH_ARGUMENT
 from vllm_edits.server_config.settings import KEY, EditSettings, Reserve, ReserveWeight
 
 KEPT = Path(__file__).with_suffix(".txt")
@@ -94,18 +95,8 @@ def endpoints() -> Iterator[str]:
 
 def headers() -> Iterator[str]:
     """HTTP headers of requests and answers."""
-    from vllm_edits.edit_store.experiments.document import UNIT_HEADER
-    from vllm_edits.plugin.experiments.evaluation_context import ARM_HEADER
-    from vllm_edits.plugin.experiments.shadow_pairs import COMPARE_HEADER
-    from vllm_edits.plugin.http import admin_token, middleware
-    from vllm_edits.plugin.serving.version_info import STRENGTH_HEADER
-
-    asked = (UNIT_HEADER, ARM_HEADER, COMPARE_HEADER, STRENGTH_HEADER, admin_token.HEADER)
-    told = (
-        middleware.VARIANT_HEADER, middleware.VERSION_HEADER, middleware.EXPERIMENT_HEADER, middleware.REQUEST_HEADER,
-    )  # fmt: skip
-    yield from (f"header of requests {name}" for name in asked)
-    yield from (f"header of answers {name.decode()}" for name in told)
+    yield from (f"header of requests {name}" for name in OF_REQUESTS)
+    yield from (f"header of answers {name}" for name in OF_ANSWERS)
 
 
 def edits() -> Iterator[str]:

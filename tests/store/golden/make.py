@@ -47,7 +47,7 @@ from vllm_edits.edit_store.bundle import GATE_FIRINGS
 from vllm_edits.edit_store.compose import compose
 from vllm_edits.edit_store.experiments.document import Experiment
 from vllm_edits.edit_store.experiments.experiment_log import Experiments
-from vllm_edits.edit_store.experiments.state import Change
+from vllm_edits.edit_store.experiments.state import ExperimentChange
 
 BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
 FLOATS = (
@@ -286,7 +286,7 @@ def _experiment(experiments: Experiments, clock: _Clock, versions: dict[str, str
 
     def change(name: str, operation: Any, **fields: Any) -> None:
         clock.tick()
-        experiments.change(Change(experiment=name, operation=operation, **fields), **who)
+        experiments.change(ExperimentChange(experiment=name, operation=operation, **fields), **who)
 
     for document in (tone, style):
         clock.tick()

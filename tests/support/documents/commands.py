@@ -31,27 +31,16 @@ from tests.support.documents.ready import of, subcommand
 from tests.support.documents.repository import ROOT
 from vllm_edits.edit_store.cli import app
 from vllm_edits.edit_store.errors import SettingsError, nearest
-from vllm_edits.edit_store.experiments.document import UNIT_HEADER
 from vllm_edits.plugin.claim import SCHEDULER
 from vllm_edits.plugin.cli import serve_command  # importing its package adds the server's commands
-from vllm_edits.plugin.experiments.evaluation_context import ARM_HEADER
-from vllm_edits.plugin.experiments.shadow_pairs import COMPARE_HEADER
-from vllm_edits.plugin.http import admin_token, middleware
+from vllm_edits.plugin.headers import OF_REQUESTS
 from vllm_edits.plugin.http.routes import router
-from vllm_edits.plugin.serving.version_info import STRENGTH_HEADER
 from vllm_edits.server_config.settings import read_settings
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # typer brings a click of its own, and gives it no public name
 PLACEHOLDER = re.compile(r"[A-Z]{3,}|.*[…<>].*")
 """Of a word that readers replace by one of theirs."""
 
-REQUEST_HEADERS = {ARM_HEADER, COMPARE_HEADER, STRENGTH_HEADER, UNIT_HEADER, admin_token.HEADER}
-ANSWER_HEADERS = {
-    header.decode()
-    for header in (
-        middleware.VARIANT_HEADER, middleware.VERSION_HEADER, middleware.EXPERIMENT_HEADER, middleware.REQUEST_HEADER,
-    )
-}  # fmt: skip
 _OTHERS_HEADERS = {"accept", "authorization", "content-type", "x-request-id", "x-api-key"}
 _REQUESTS_OF_VLLM = {
     "/v1/completions": ("vllm.entrypoints.openai.completion.protocol", "CompletionRequest"),
@@ -299,8 +288,8 @@ def require_route(method: str, path: str) -> APIRoute | None:
 
 def _require_headers(names: Sequence[str]) -> None:
     for name in names:
-        if name not in REQUEST_HEADERS | _OTHERS_HEADERS:
-            raise Wrong(f"no request has a header {name}.{nearest(name, REQUEST_HEADERS | _OTHERS_HEADERS)}")
+        if name not in {*OF_REQUESTS, *_OTHERS_HEADERS}:
+            raise Wrong(f"no request has a header {name}.{nearest(name, {*OF_REQUESTS, *_OTHERS_HEADERS})}")
 
 
 def _require_body(route: APIRoute | None, path: str, data: str, known: Sequence[str]) -> None:

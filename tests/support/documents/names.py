@@ -13,9 +13,7 @@ from fnmatch import fnmatchcase
 from urllib.parse import unquote
 
 from tests.support.documents.commands import (
-    ANSWER_HEADERS,
     PLACEHOLDER,
-    REQUEST_HEADERS,
     Reader,
     Wrong,
     require_route,
@@ -24,6 +22,7 @@ from tests.support.documents.commands import (
 from tests.support.documents.markdown import Page, Piece
 from tests.support.documents.repository import ROOT
 from vllm_edits.edit_store.errors import nearest
+from vllm_edits.plugin.headers import OF_ANSWERS, OF_REQUESTS
 from vllm_edits.plugin.metrics import METRICS, PREFIX
 from vllm_edits.server_config.settings import KEY, EditSettings
 
@@ -167,7 +166,7 @@ def _series(name: str) -> str | None:
 
 
 def _header(name: str) -> str | None:
-    known = REQUEST_HEADERS | ANSWER_HEADERS
+    known = {*OF_REQUESTS, *OF_ANSWERS}
     return None if name in known else f"there is no header {name}.{nearest(name, known)}"
 
 
