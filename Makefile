@@ -20,7 +20,7 @@ export PYTHON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all test-gpu test-gpu-all rehearse-gpu pack-gpu parity check bench bench-store bench-gpu bench-gpu-all soak gpu lock clean
+.PHONY: help setup demo test-fast test test-all test-gpu test-gpu-all rehearse-gpu pack-gpu parity check bench bench-store bench-gpu bench-gpu-all soak gpu lock clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,7 +31,10 @@ setup: $(READY) ## make .venv, install everything pinned, convert the demo's mod
 demo: $(READY) ## serve edited variants of a small model and check every claim (ARGS=--keep leaves the server up)
 	$(BIN)/python -m loadtests.demo $(ARGS)
 
-test: $(READY) ## run the tests but the slow ones (ARGS="-k swap" for some of them)
+test-fast: $(READY) ## run the tests that start no engine (ARGS="-k swap" for some of them)
+	$(PYTEST) -m "not vllm and not slow" $(ARGS)
+
+test: $(READY) ## run the tests but the slow ones
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: $(READY) $(GEMMA) ## run every test

@@ -204,7 +204,7 @@ def _refuse_words(module: str, path: Path, words: Sequence[str]) -> None:
             raise Wrong(f"{module} refuses it: {error}") from None
         except typer.Exit:  # --help
             return
-    else:
+    elif path.is_relative_to(ROOT) and ".venv" not in path.parts:  # pip and pytest know their own options
         source = path.read_text()
         for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
             if f'"{flag}"' not in source:
