@@ -12,9 +12,12 @@ from vllm_edits.edit_store.trust import Trust
 from vllm_edits.server_config.settings import EditSettings
 
 
-def open_reader(settings: EditSettings) -> Reader:
-    """The reader of the store that the settings name. SettingsError or StoreUnavailable when that cannot be."""
+def open_reader(settings: EditSettings, *, signs: bool = False) -> Reader:
+    """The reader of the store that the settings name. SettingsError or StoreUnavailable when that cannot be.
+
+    signs: whether this process appends to the store. Only then is the private key read: no worker ever holds it.
+    """
     cache = NodeCache(Path(settings.cache_folder) if settings.cache_folder else None, settings.cache_bytes)
-    signer = SigningKey.load(Path(settings.signing_key_file)) if settings.signing_key_file else None
+    signer = SigningKey.load(Path(settings.signing_key_file)) if signs and settings.signing_key_file else None
     trust = Trust.configured(settings.trust_file, settings.signatures)
     return Reader(EditStore(settings.store, signer=signer), trust, cache)

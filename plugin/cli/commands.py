@@ -105,7 +105,7 @@ def _vllm(
 ) -> tuple[str, list[str], dict[str, str]]:
     """The `vllm` command, its words and its environment; what can be refused is, before minutes of loading."""
     settings = {"store": store, **dict(_assignment(text) for text in setting or [])}
-    open_reader(read_settings({KEY: settings}))  # store, trust file and key
+    open_reader(read_settings({KEY: settings}), signs=True)  # store, trust file and key
     flags = serve_command.Flags(words)
     if not on_socket:
         _require_free_port(flags)

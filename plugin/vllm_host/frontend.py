@@ -201,7 +201,7 @@ async def start(
     reserve = [Reserve(**item) for item in described["reserve"]]
     reservation = Reservation.from_settings(reserve, supported(base.architecture), base.widths, described["scopes"])
     coordinator = LocalCoordinator(
-        await asyncio.to_thread(open_reader, settings),
+        await asyncio.to_thread(open_reader, settings, signs=True),
         workers,
         metrics,
         base=base,

@@ -9,7 +9,6 @@ import dataclasses
 import importlib.metadata
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -31,7 +30,7 @@ from vllm_edits.edit_store.bundle import BaseModelRef, Manifest
 from vllm_edits.edit_store.edits import Tensors
 from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.plugin.graph.cpu_products import products_for
-from vllm_edits.plugin.graph.edited_model import EditedModel, Prepared
+from vllm_edits.plugin.graph.edited_model import EditedModel
 from vllm_edits.plugin.graph.host_cache import HostCache, R
 from vllm_edits.plugin.graph.slot_bytes import slot_bytes
 from vllm_edits.plugin.graph.slot_products import EXPRESSIONS
@@ -42,6 +41,7 @@ from vllm_edits.plugin.vllm_host import base_files, compat, front_ends
 from vllm_edits.plugin.vllm_host.architectures import site_modules
 from vllm_edits.plugin.vllm_host.device import check_compiler, check_device, free_for_slots
 from vllm_edits.plugin.vllm_host.ending import EndsRequests
+from vllm_edits.plugin.vllm_host.loaded import LoadedEdits
 from vllm_edits.plugin.vllm_host.nan_guard import guard_against_nan
 from vllm_edits.plugin.vllm_host.proof import require_effective
 from vllm_edits.plugin.vllm_host.runner_v2 import use_edits_model_state
@@ -49,7 +49,6 @@ from vllm_edits.plugin.vllm_host.weights import keeping_loaded, patchable
 from vllm_edits.plugin.vllm_host.worker import EditsWorker
 from vllm_edits.plugin.weights import weights_reservation
 from vllm_edits.plugin.weights.checkpoint import Checkpoint
-from vllm_edits.plugin.weights.patched_weights import Patch, PatchedWeights
 from vllm_edits.server_config.settings import KEY, EditSettings, read_settings
 
 logger = logging.getLogger("vllm.edits")
@@ -148,20 +147,6 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
         return model
 
 
-@dataclass
-class LoadedEdits:
-    """What a worker needs to find again on its model. Not a module, so it is not part of the model's tree."""
-
-    edited: EditedModel
-    base: BaseModelRef
-    ready: HostCache[Prepared]
-    weights: PatchedWeights
-    patches: HostCache[Patch]
-    ending: EndsRequests
-    runner: str = "V1"
-    """Which model runner feeds the token slots; the V2 runner's state says so when it is built."""
-
-
 def _ready(
     prepare: Callable[[str, Manifest, Tensors], R], base: BaseModelRef, settings: EditSettings, limit_bytes: int
 ) -> HostCache[R]:
@@ -172,11 +157,3 @@ def _ready(
         return prepare(version, bundle.manifest, verify.check(bundle, base))
 
     return HostCache(read, limit_bytes)
-
-
-def edits_of(model: Any) -> LoadedEdits:
-    """The edits of a model that this loader loaded."""
-    loaded = getattr(model, "loaded_edits", None)
-    if not isinstance(loaded, LoadedEdits):
-        raise UnsupportedHost("this model was not loaded with --load-format edits")
-    return loaded

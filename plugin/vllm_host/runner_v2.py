@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +17,7 @@ from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.plugin.claim import CLAIM
 from vllm_edits.plugin.graph.step_filler import Extents, StepBatch
 from vllm_edits.plugin.vllm_host import prompts
-
-if TYPE_CHECKING:
-    from vllm_edits.plugin.vllm_host.loader import LoadedEdits
+from vllm_edits.plugin.vllm_host.loaded import LoadedEdits
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,11 @@ dies of one.
 from __future__ import annotations
 
 import traceback
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_edits.edit_store.errors import BundleRefused, EditsError
 from vllm_edits.plugin.vllm_host import runner_v1
-
-if TYPE_CHECKING:
-    from vllm_edits.plugin.vllm_host.loader import LoadedEdits
+from vllm_edits.plugin.vllm_host.loaded import LoadedEdits, edits_of
 
 Answer = dict[str, Any]
 
@@ -29,8 +27,6 @@ class EditsWorker:
             worker_class.__bases__ = (*worker_class.__bases__, cls)
 
     def _edits(self) -> LoadedEdits:
-        from vllm_edits.plugin.vllm_host.loader import edits_of
-
         return edits_of(self.model_runner.get_model())  # type: ignore[attr-defined]
 
     def edits_attach(self) -> Answer:

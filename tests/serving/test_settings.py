@@ -13,7 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.fakes import cheaply
-from vllm_edits.edit_store.errors import SettingsError
+from vllm_edits.edit_store import EditStore
+from vllm_edits.edit_store.errors import EditsError, SettingsError
+from vllm_edits.edit_store.signing import SigningKey
+from vllm_edits.plugin.open_store import open_reader
 from vllm_edits.server_config.settings import EditSettings, Reserve, read_settings
 
 RESERVE = {"kind": "low_rank", "site": "layers.*.mlp.out", "rank": 4}
@@ -154,3 +157,16 @@ def test_whatever_is_written_there_is_read_or_refused(value: Any) -> None:
     """Nothing an operator can write ends in another error than SettingsError."""
     with suppress(SettingsError):
         read_settings({"edits": value})
+
+
+def test_only_the_process_that_appends_reads_the_private_key(tmp_path: Path) -> None:
+    """A worker opens the same store with the same settings, and the key's file need not even be there for it."""
+    EditStore(str(tmp_path / "store"), create=True)
+    key = tmp_path / "key.pem"
+    settings = EditSettings(store=str(tmp_path / "store"), signing_key_file=str(key))
+    with pytest.raises(EditsError, match=r"key\.pem"):
+        open_reader(settings, signs=True)
+    SigningKey.generate().save(key)
+    assert open_reader(settings, signs=True).writable().signs
+    key.unlink()
+    assert not open_reader(settings).writable().signs
