@@ -15,22 +15,15 @@ from tests.support.documents.markdown import Page
 from tests.support.documents.repository import ROOT, pages
 from tests.support.documents.sandbox import World
 
-# Pages that are being written anew. Without its entry here a page's blocks are run.
-NOT_YET = ("README.md", "plugin/README.md")
-
 Judge = Callable[[str], list[str]]
 
 
-@pytest.mark.parametrize("path", [path for path, page in pages().items() if page.blocks and path not in NOT_YET])
+@pytest.mark.parametrize("path", [path for path, page in pages().items() if page.blocks])
 def test_every_block_runs_or_says_why_not(
     path: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = faults(pages()[path], world, tmp_path, files_shown(pages().values()), monkeypatch)
     assert not found, "\n" + "\n".join(found)
-
-
-def test_pages_that_are_not_run_yet_are_there() -> None:
-    assert set(NOT_YET) <= pages().keys()
 
 
 # -- controls ----------------------------------------------------------------------------------------------------------

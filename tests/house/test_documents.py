@@ -1,4 +1,4 @@
-"""The README's tables say what the code says."""
+"""The tables in the documents say what the code says."""
 
 from __future__ import annotations
 
@@ -20,21 +20,27 @@ from vllm_edits.plugin.metrics import FIRST_TOKEN, METRICS, PER_TOKEN, PREFIX, R
 from vllm_edits.server_config import EditSettings, read_settings
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+FRONT_PAGE_BYTES = 12 << 10
 
 
-def rows(heading: str) -> list[list[str]]:
+def rows(page: str, heading: str) -> list[list[str]]:
     """Cells of the first table below a heading, without its head."""
-    text = README.split(f"\n{heading}\n", 1)[1]
+    text = (ROOT / page).read_text().split(f"\n{heading}\n", 1)[1]
     table = re.search(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
     assert table is not None
     lines = table[0].strip().splitlines()[2:]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
+def test_the_front_page_is_one_page() -> None:
+    assert (ROOT / "README.md").stat().st_size <= FRONT_PAGE_BYTES
+
+
 def test_the_settings_table_is_the_settings() -> None:
     """Every setting with its default and its own line of help, in order."""
-    told = {row[0].strip("`"): (row[1].strip("`"), row[2]) for row in rows("## Settings")}
+    told = {
+        row[0].strip("`"): (row[1].strip("`"), row[2]) for row in rows("server_config/README.md", "## Every setting")
+    }
     declared = {}
     for name, field in EditSettings.model_fields.items():
         default = "required" if field.is_required() else "none" if field.default is None else str(field.default)
@@ -44,7 +50,9 @@ def test_the_settings_table_is_the_settings() -> None:
 
 def test_the_metrics_table_is_the_metrics() -> None:
     """Every metric with its kind, labels and help, as Prometheus sees its name."""
-    told = [(row[0].strip("`"), row[1], row[2].replace("`", ""), row[3]) for row in rows("## Metrics")]
+    told = [
+        (row[0].strip("`"), row[1], row[2].replace("`", ""), row[3]) for row in rows("plugin/README.md", "## Metrics")
+    ]
     declared = [
         (
             PREFIX + metric.name + ("_total" if metric.kind == "counter" else ""),
@@ -58,7 +66,7 @@ def test_the_metrics_table_is_the_metrics() -> None:
 
 
 def test_the_endpoints_table_is_the_routes() -> None:
-    told = {row[0].strip("`") for row in rows("## Endpoints")}
+    told = {row[0].strip("`") for row in rows("plugin/README.md", "## Endpoints")}
     routes = router(lambda: None, lambda: None, lambda: None).routes  # type: ignore[arg-type, return-value]
     assert told == {
         f"{method} {route.path}" for route in routes if isinstance(route, APIRoute) for method in route.methods
@@ -66,7 +74,7 @@ def test_the_endpoints_table_is_the_routes() -> None:
 
 
 def test_the_kinds_table_is_the_kinds() -> None:
-    told = {row[0].strip("`"): row for row in rows("### The bundle and the store")}
+    told = {row[0].strip("`"): row for row in rows("edit_store/EDITS.md", "## Kinds")}
     assert list(told) == list(KINDS)
     for _, (edit, _) in every_edit(BASE):
         assert all(f"`{field} [" in told[edit.kind][3] for field in edit.shapes(BASE.widths)), edit
@@ -95,3 +103,16 @@ def test_histogram_edges_are_vllms_own() -> None:
     assert list(REQUEST) == list(buckets.REQUEST_LATENCY_BUCKETS)
     assert list(FIRST_TOKEN) == list(buckets.TIME_TO_FIRST_TOKEN_BUCKETS)
     assert list(PER_TOKEN) == list(buckets.INTER_TOKEN_LATENCY_BUCKETS)
+
+
+def test_every_invariant_is_held_by_tests_that_are_there() -> None:
+    """The table of tests/README.md names files, and tests in them."""
+    named = [
+        found
+        for row in rows("tests/README.md", "## Invariants")
+        for found in re.findall(r"`([\w/]+\.py)(?:::(\w+))?`", row[2])
+    ]
+    assert len(rows("tests/README.md", "## Invariants")) == 12
+    for path, test in named:
+        text = (ROOT / "tests" / path).read_text()
+        assert f"def {test}(" in text if test else text, (path, test)
