@@ -14,9 +14,9 @@ import torch
 from vllm_edits.edit_store.architectures import supported
 from vllm_edits.edit_store.base_model import CONFIG_FILE
 from vllm_edits.edit_store.bundle import BaseModelRef, Manifest
+from vllm_edits.edit_store.byte_sizes import sized
 from vllm_edits.edit_store.errors import SettingsError
 from vllm_edits.edit_store.refs import Ref
-from vllm_edits.plugin.byte_sizes import sized
 from vllm_edits.plugin.graph.reservation import EditGroup, Reservation, SlotBytes
 from vllm_edits.plugin.open_store import open_reader
 from vllm_edits.plugin.weights import weights_reservation

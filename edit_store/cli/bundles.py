@@ -10,6 +10,7 @@ import typer
 
 from vllm_edits.edit_store import compose as composing
 from vllm_edits.edit_store.bundle import Bundle
+from vllm_edits.edit_store.byte_sizes import sized
 from vllm_edits.edit_store.cli.common import (
     JsonOption,
     KeyOption,
@@ -21,7 +22,6 @@ from vllm_edits.edit_store.cli.common import (
     complete_name,
     complete_reference,
     explained,
-    megabytes,
     opened,
     plain,
     show,
@@ -155,7 +155,7 @@ def show_version(reference: ReferenceArgument, store: StoreOption, as_json: Json
         "version": version, "label": manifest.label, "description": manifest.description,
         "base model": f"{base.name} ({base.architecture}), {len(base.files)} files by digest",
         "edits": f"{len(manifest.edits)}: " + ", ".join(sorted({edit.kind for edit in manifest.edits})),
-        "tensors": f"{megabytes(manifest.tensors.size)}, sha256 {manifest.tensors.sha256[:12]}",
+        "tensors": f"{sized(manifest.tensors.size)}, sha256 {manifest.tensors.sha256[:12]}",
         "made": f"{manifest.created_at:%Y-%m-%d %H:%M} by {origin.tool}: {origin.method}",
         "published": f"{record.at:%Y-%m-%d %H:%M} by {record.actor}",
         "promoted as": " ".join(tags) or "nothing",

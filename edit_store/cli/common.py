@@ -125,7 +125,7 @@ def as_script(value: Any) -> None:
 @contextmanager
 def counted(what: str, *, total: int | None = None, in_bytes: bool = False) -> Iterator[Callable[..., None]]:
     """A progress bar on the terminal's error side; yields what to call with `advance` or `completed` and `total`."""
-    amount = DownloadColumn() if in_bytes else MofNCompleteColumn()
+    amount = DownloadColumn(binary_units=True) if in_bytes else MofNCompleteColumn()
     columns = TextColumn("{task.description}"), BarColumn(), amount, TimeElapsedColumn()
     with Progress(*columns, console=_errors, transient=True, disable=not _errors.is_terminal) as progress:
         task = progress.add_task(what, total=total)
@@ -147,8 +147,3 @@ def abbreviated(called: str) -> str:
     """A reference with a version in full made short, as people read it; anything else as it is."""
     name, at, selector = called.partition("@")
     return f"{name}{at}{selector[:12] if is_digest(selector) else selector}"
-
-
-def megabytes(size: int) -> str:
-    """A size for people."""
-    return f"{size / 1e6:.1f} MB" if size >= 100_000 else f"{size / 1e3:.1f} kB"

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from vllm_edits.edit_store.byte_sizes import sized
 from vllm_edits.edit_store.cli.common import (
     PROBLEM,
     JsonOption,
@@ -20,7 +21,6 @@ from vllm_edits.edit_store.cli.common import (
     console,
     counted,
     explained,
-    megabytes,
     moving,
     opened,
     show,
@@ -71,7 +71,7 @@ def export_version(
     if as_json:
         as_script({"file": str(path), "version": version, "bytes": path.stat().st_size})
     else:
-        typer.echo(f"written: {path} ({megabytes(path.stat().st_size)}), version {version[:12]}")
+        typer.echo(f"written: {path} ({sized(path.stat().st_size)}), version {version[:12]}")
 
 
 @app.command(name="import")
@@ -114,7 +114,7 @@ def verify(store: StoreOption, as_json: JsonOption = False) -> None:
         show([asdict(each) for each in found.findings], {"object": "object", "problem": "problem", "mend": "mend"},
              as_json=False) if found.findings else None  # fmt: skip
         console.print(
-            f"{found.versions} versions ({megabytes(found.bytes)}), {found.tags} tags with {found.entries} entries, "
+            f"{found.versions} versions ({sized(found.bytes)}), {found.tags} tags with {found.entries} entries, "
             f"{found.signatures} signatures: {'clean' if found.clean else f'{len(found.findings)} finding(s)'}"
         )
         if found.garbage:
@@ -147,7 +147,7 @@ def gc(
         return
     for version in garbage.versions:
         typer.echo(f"  version {version[:12]}, never promoted")
-    told = f"{len(garbage.items)} objects, {megabytes(garbage.bytes)}, {len(garbage.versions)} versions"
+    told = f"{len(garbage.items)} objects, {sized(garbage.bytes)}, {len(garbage.versions)} versions"
     typer.echo(f"deleted: {told}" if run else f"would delete: {told}. Delete with: vllm-edits gc --run")
 
 

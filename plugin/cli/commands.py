@@ -19,9 +19,9 @@ from typer.core import TyperCommand
 
 from vllm_edits.edit_store.architectures import supported
 from vllm_edits.edit_store.base_model import identify, weight_files
+from vllm_edits.edit_store.byte_sizes import bytes_of, sized
 from vllm_edits.edit_store.cli import JsonOption, StoreOption, app, as_script, counted, explained, plain, show
 from vllm_edits.edit_store.errors import EditsError, SettingsError
-from vllm_edits.plugin.byte_sizes import bytes_of, sized
 from vllm_edits.plugin.cli import gpu_driver, serve_command
 from vllm_edits.plugin.cli import run_batch as batch
 from vllm_edits.plugin.cli_client import DEFAULT_URL, ApiKeyOption, UrlOption, authorization, no_answer

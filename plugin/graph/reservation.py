@@ -14,11 +14,11 @@ from typing import Any, Protocol
 
 from vllm_edits.edit_store.architectures import Architecture
 from vllm_edits.edit_store.bundle import Strength
+from vllm_edits.edit_store.byte_sizes import sized
 from vllm_edits.edit_store.edits import KINDS, SERVED_PER_REQUEST, Edit, Gate, Offset, SubspaceFilter
 from vllm_edits.edit_store.errors import Reason, SettingsError
 from vllm_edits.edit_store.scope import Scope, distinct
 from vllm_edits.edit_store.sites import Site, Widths
-from vllm_edits.plugin.byte_sizes import sized
 from vllm_edits.server_config.settings import Reserve
 
 Features = frozenset[str]

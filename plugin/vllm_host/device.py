@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.attention import Attention
 
+from vllm_edits.edit_store.byte_sizes import sized
 from vllm_edits.edit_store.errors import UnsupportedHost
-from vllm_edits.plugin.byte_sizes import sized
 
 _ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)")
 

@@ -19,6 +19,7 @@ import vllm
 
 from vllm_edits.edit_store.architectures import supported
 from vllm_edits.edit_store.bundle import BaseModelRef
+from vllm_edits.edit_store.byte_sizes import sized
 from vllm_edits.edit_store.errors import EditsError, NotFound, UnsupportedHost
 from vllm_edits.edit_store.refs import Ref
 from vllm_edits.plugin.experiments.exposure_log import ExposureLog
@@ -220,12 +221,11 @@ async def start(
         ),
     )
     await coordinator.reconciler.sync(wait_for_weights=True)
-    sites, mebibytes = len(reservation.sites()), described["bytes"] / 2**20
-    patched, kept = described["weights"]["sites"], described["weights"]["bytes"] / 2**20
-    in_weights = f"; {settings.weights} in the weights, {patched} projections of {kept:.1f} MiB" if patched else ""
+    patched, kept = described["weights"]["sites"], sized(described["weights"]["bytes"])
+    in_weights = f"; {settings.weights} in the weights, {patched} projections of {kept}" if patched else ""
     return coordinator, (
-        f"runner {described['runner']}, {len(answers)} worker(s), {described['slots']} slots, {sites} sites, "
-        f"{mebibytes:.1f} MiB reserved: {reservation}{in_weights}"
+        f"runner {described['runner']}, {len(answers)} worker(s), {described['slots']} slots, "
+        f"{len(reservation.sites())} sites, {sized(described['bytes'])} reserved: {reservation}{in_weights}"
     )
 
 

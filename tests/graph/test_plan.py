@@ -18,8 +18,8 @@ from tests.support.fakes import BASE, WIDTHS, TinyModel, edited_model
 from tests.support.reserved import Version
 from tests.support.tiny_models import make_tiny
 from vllm_edits.edit_store import EditStore, LowRank, Offset
+from vllm_edits.edit_store.byte_sizes import bytes_of, sized
 from vllm_edits.edit_store.errors import SettingsError, UnsupportedHost
-from vllm_edits.plugin.byte_sizes import bytes_of, sized
 from vllm_edits.plugin.cli.commands import app
 from vllm_edits.plugin.graph.reservation import Reservation
 from vllm_edits.plugin.graph.slot_bytes import slot_bytes
