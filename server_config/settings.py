@@ -30,7 +30,7 @@ class Reserve(BaseModel):
     rank: int = Field(default=1, ge=1, le=MAX_RANK, description="largest rank an edit there may have")
     reads: str | None = Field(default=None, description="point that it reads; by default the input of its module")
     index: int = Field(default=0, ge=0, description="counts edits there that cannot be computed together")
-    features: tuple[Literal["dual", "normalise", "onto", "renorm", "weighted"], ...] = Field(
+    features: tuple[Literal["dual", "normalise", "onto", "renorm", "scaled"], ...] = Field(
         default=(), description="what else an edit there may be; refusals name what is missing"
     )
 

@@ -349,7 +349,7 @@ class EditedModel:
         self._filler.forget()
 
     def set_step(self, batch: StepBatch) -> None:
-        """Say which slot each token of the coming step belongs to, and how much it weighs in each lane."""
+        """Say which slot each token of the coming step belongs to, and how much its edits count in each scope."""
         self._filler.fill(batch)
 
 

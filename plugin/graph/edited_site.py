@@ -43,7 +43,7 @@ class Shape:
 class SlotTensors(nn.Module):
     """The tensors of one kind at one place, of every slot: columns of the slots' rows. A row of zeros changes nothing.
 
-    `scope_row` [S], where there is room for weighted edits, says which column of a step's weights weighs a slot's edit.
+    `scope_row` [S], where there is room for scaled edits, says which column of a step's token scales is a slot's.
     Called with the vectors that the edits read, `x` [T, reads], and each token's slot, [T], it gives what the edits
     add, in float32. Flags and codes are kept in float32 too: each type is an input more of the graph, at every layer.
     """
@@ -58,7 +58,7 @@ class SlotTensors(nn.Module):
         self.columns: dict[str, Columns] = {}
         """where each tensor lies in a row"""
         self._shares: dict[str, Shard] = {}
-        self._keep("lane", dtype=torch.float32, feature="weighted")
+        self._keep("scope_row", dtype=torch.float32, feature="scaled")
 
     def bind(self, rows: Rows, layer: int | None) -> None:
         """Let the tensors be columns of a layer's part of the rows."""
@@ -74,7 +74,7 @@ class SlotTensors(nn.Module):
 
     def fill(self, row: Tensor, numbers: GroupEdits, scope_row: int) -> None:
         """Write several edits at once into a row [1, bytes] of zeros. Ranks that they do not use stay zero."""
-        for name, values in {**self._values(numbers), "lane": scope_row}.items():
+        for name, values in {**self._values(numbers), "scope_row": scope_row}.items():
             if self.has(name):
                 columns, source = self.columns[name], torch.as_tensor(values)
                 target = columns.of(row.view(columns.dtype))[0]
@@ -83,15 +83,15 @@ class SlotTensors(nn.Module):
                 (target[: len(source)] if source.ndim else target).copy_(source)
 
     def forward(self, x: Tensor, slots: Tensor, step: Step) -> Tensor:
-        weight = self.weight(step, slots)
-        added = self._added(x, slots, weight)
-        return added if weight is None else added * weight
+        token_scale = self.token_scale(step, slots)
+        added = self._added(x, slots, token_scale)
+        return added if token_scale is None else added * token_scale
 
-    def weight(self, step: Step, slots: Tensor) -> Tensor | None:
+    def token_scale(self, step: Step, slots: Tensor) -> Tensor | None:
         """[T, 1]: how much the edits count for each token; None where they count wholly for all."""
-        return step.weight(self.tensor("lane"), slots) if self.has("lane") else None
+        return step.token_scale(self.tensor("scope_row"), slots) if self.has("scope_row") else None
 
-    def _added(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
+    def _added(self, x: Tensor, slots: Tensor, token_scale: Tensor | None) -> Tensor:
         """What the edits add at full strength."""
         raise NotImplementedError
 
@@ -124,7 +124,7 @@ class ScaleSlots(SlotTensors):
         super().__init__(shape, layout)
         self._keep("change", shape.writes, dtype=torch.float32)
 
-    def _added(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
+    def _added(self, x: Tensor, slots: Tensor, token_scale: Tensor | None) -> Tensor:
         return edit_math.scale(x, self.tensor("change"), slots)
 
     def _values(self, numbers: GroupEdits) -> dict[str, Any]:
@@ -143,7 +143,7 @@ class LowRankSlots(SlotTensors):
         self._keep("read", shape.capacity.rank, shape.reads)
         self._keep("write", shape.capacity.rank, shape.writes)
 
-    def _added(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
+    def _added(self, x: Tensor, slots: Tensor, token_scale: Tensor | None) -> Tensor:
         return edit_math.low_rank(x, slots, read=self.tensor("read"), write=self.tensor("write"), **self._sums())
 
     def _values(self, numbers: GroupEdits) -> dict[str, Any]:
@@ -247,7 +247,7 @@ class GateSlots(SlotTensors):
         """Have the firings of the neurons counted."""
         self.firings, self.column = firings, firings.take(self._shape.capacity.rank)
 
-    def _added(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
+    def _added(self, x: Tensor, slots: Tensor, token_scale: Tensor | None) -> Tensor:
         shrink = None
         if self.has("normalise"):
             on_sphere = {name: self.tensor(name) for name in ("stretch", "centre", "normalise")}
@@ -255,7 +255,7 @@ class GateSlots(SlotTensors):
         neurons: Any = {name: self.tensor(name) for name in ("read", "bias", "write", "activation", "threshold")}
         added, fired = edit_math.gate(x, slots, **neurons, shrink=shrink, **self._sums())
         if self.firings is not None:
-            self.firings.note(self.column, (fired if weight is None else fired * weight) != 0)
+            self.firings.note(self.column, (fired if token_scale is None else fired * token_scale) != 0)
         return added
 
     def _values(self, numbers: GroupEdits) -> dict[str, Any]:
@@ -291,7 +291,7 @@ class SubspaceFilterSlots(SlotTensors):
         self._keep("drop", dtype=torch.float32, feature="onto")
         self._keep("constant", shape.writes, dtype=torch.float32, feature="onto")
 
-    def _added(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
+    def _added(self, x: Tensor, slots: Tensor, token_scale: Tensor | None) -> Tensor:
         write = self.tensor("write") if self.has("write") else None
         added = edit_math.subspace_filter(
             x, slots, read=self.tensor("read"), write=write, shift=self.tensor("shift"), **self._sums()
@@ -313,15 +313,15 @@ class OffsetSlots(SlotTensors):
         self._keep("vector", shape.writes)
         self._keep("renorm", dtype=torch.float32, feature="renorm")
 
-    def _added(self, x: Tensor, slots: Tensor, weight: Tensor | None) -> Tensor:
+    def _added(self, x: Tensor, slots: Tensor, token_scale: Tensor | None) -> Tensor:
         return self.tensor("vector")[slots].float()
 
     def keeps_norm(self, slots: Tensor, step: Step) -> Tensor | None:
         """[T, 1]: the tokens whose norm is to be restored; None where nobody's is."""
         if not self.has("renorm"):
             return None
-        asked, weight = self.tensor("renorm")[slots].unsqueeze(-1) != 0, self.weight(step, slots)
-        return asked if weight is None else asked & (weight != 0)
+        asked, token_scale = self.tensor("renorm")[slots].unsqueeze(-1) != 0, self.token_scale(step, slots)
+        return asked if token_scale is None else asked & (token_scale != 0)
 
     def _values(self, numbers: GroupEdits) -> dict[str, Any]:
         return {
@@ -344,22 +344,23 @@ SLOT_TENSORS: dict[str, type[SlotTensors]] = {
 
 
 class Step(nn.Module):
-    """What every site reads of the coming step: each token's slot, [T], and its weight in each lane, [T, lanes]."""
+    """Inputs of every site in a step: each token's slot, [T], and its scale for each scope row, [T, scope rows]."""
 
     slots: Tensor
-    weights: Tensor
+    token_scales: Tensor
 
     def __init__(self, max_tokens: int, scope_rows: int, device: torch.device) -> None:
         super().__init__()
         self.register_buffer("slots", torch.zeros(max_tokens, dtype=torch.int32, device=device), persistent=False)
-        weights = torch.ones(max_tokens, scope_rows, dtype=torch.float32, device=device)
-        self.register_buffer("weights", weights, persistent=False)
+        scales = torch.ones(max_tokens, scope_rows, dtype=torch.float32, device=device)
+        self.register_buffer("token_scales", scales, persistent=False)
 
-    def weight(self, scope_row: Tensor, slots: Tensor) -> Tensor:
-        """[T, 1]: each token's weight in the lane of its slot's edit."""
+    def token_scale(self, scope_row: Tensor, slots: Tensor) -> Tensor:
+        """[T, 1]: each token's scale for the scope of its slot's edit; scope_row: [S]."""
         # One flat index: a gather would compare lengths, and so fix the graph to one number of tokens.
         tokens = torch.arange(slots.shape[0], device=slots.device)
-        return self.weights.flatten()[tokens * self.weights.shape[1] + scope_row[slots].long()].unsqueeze(-1)
+        scales, width = self.token_scales.flatten(), self.token_scales.shape[1]
+        return scales[tokens * width + scope_row[slots].long()].unsqueeze(-1)
 
 
 class SiteEdits(nn.Module):
@@ -515,7 +516,7 @@ class LogitsEdits(nn.Module):
         if logits is None or rows is None:
             return logits
         self.site_edits.step.slots = self._whole_step.slots[rows]
-        self.site_edits.step.weights = self._whole_step.weights[rows]
+        self.site_edits.step.token_scales = self._whole_step.token_scales[rows]
         self.site_edits.supply(hidden)
         return self.site_edits.edited(logits, None)
 

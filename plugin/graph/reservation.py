@@ -78,7 +78,7 @@ def _computed_together(one: Edit, other: Edit) -> bool:
 
 def capacity_for(edits: Sequence[Edit], *, strengthened: bool) -> Capacity:
     """What the edits of one place need; `strengthened`: requests may ask for another strength."""
-    features = {"weighted"} if strengthened or not edits[0].scope.everything else set()
+    features = {"scaled"} if strengthened or not edits[0].scope.everything else set()
     for edit in edits:
         if isinstance(edit, Gate) and edit.normalise:
             features.add("normalise")
@@ -106,7 +106,7 @@ def needs(version: Version) -> dict[EditGroup, Capacity]:
 
 
 def scopes_of(version: Version) -> tuple[Scope, ...]:
-    """The scopes of a version that are not everything. The first has lane 1: lane 0 is for edits of every token."""
+    """The scopes of a version that are not everything. The first has scope row 1: row 0 is for edits of every token."""
     return distinct(edit.scope for edit in version.edits)
 
 
