@@ -19,7 +19,7 @@ from vllm_edits.plugin.graph.edited_site import Step
 from vllm_edits.plugin.graph.step_filler import Extents, StepBatch, StepFiller
 
 SLOTS, STEPS, REPEATS = 64, 100, 9
-SCOPES = (Scope(phase="generated"),)
+SCOPES = (Scope(segment="generated"),)
 app = typer.Typer(add_completion=False)
 
 

@@ -44,9 +44,9 @@ class ScopeTables:
     def _put(self, at: tuple[int, int], scope: Scope) -> None:
         if scope.windowed:
             self._head[at], self._begin[at], self._end[at] = scope.first or 0, -(scope.last or 0), 0
-        elif scope.phase == "prompt":
+        elif scope.segment == "prompt":
             self._end[at] = 0
-        elif scope.phase == "generated":
+        elif scope.segment == "generated":
             self._begin[at] = 0
         if scope.tokens is not None:
             self._named[at] = scope.tokens

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.vllm
 
 VARIANTS, SLOTS, AT_ONCE = 32, 12, 24
 SCOPES = (
-    Scope(), Scope(), Scope(phase="generated"), Scope(phase="prompt"), Scope(first=2), Scope(last=3),
+    Scope(), Scope(), Scope(segment="generated"), Scope(segment="prompt"), Scope(first=2), Scope(last=3),
     Scope(tokens=tuple(range(200, 400))),
 )  # fmt: skip
 WORDS = [

@@ -46,7 +46,7 @@ def edits_of(side: str, base: Any, number: int) -> Edits:
     if side == "logits":
         return [(edit := Offset(site="logits"), random_numbers(edit, base, number))]
     tokens = (3 + number % 150,) if side == "token ids" else None
-    scope = Scope(phase="generated", tokens=tokens) if tokens else Scope(first=1 + number)
+    scope = Scope(segment="generated", tokens=tokens) if tokens else Scope(first=1 + number)
     edits = [Offset(site=f"layers.{layer}.resid", scope=scope) for layer in range(base.widths.layers)]
     return [(edit, random_numbers(edit, base, number)) for edit in edits]
 

@@ -34,8 +34,8 @@ FOLDER = Path(".cache/gpu/story").resolve()
 """always the same one of each way: where the store lies is part of the compile cache's key"""
 SLOTS, TOKENS, MADE = 12, 12, Provenance(tool="rehearsal", method="random")
 SCOPES = (
-    Scope(phase="generated"), Scope(phase="prompt"), Scope(first=2), Scope(last=3), Scope(tokens=(5, 7)),
-    Scope(phase="generated", tokens=(5,)),
+    Scope(segment="generated"), Scope(segment="prompt"), Scope(first=2), Scope(last=3), Scope(tokens=(5, 7)),
+    Scope(segment="generated", tokens=(5,)),
 )  # fmt: skip
 
 

@@ -81,7 +81,7 @@ def test_ranks_of_edits_that_are_computed_together_add_up() -> None:
 
 def test_scopes_and_strengths_need_room_of_their_own() -> None:
     """Edits of other scopes take turns; with a strength every group is scaled; too many scopes are told by number."""
-    late, early = Scope(phase="generated"), Scope(phase="prompt")
+    late, early = Scope(segment="generated"), Scope(segment="prompt")
     offsets = [
         Offset(site="layers.0.resid", part=part, scope=scope) for part, scope in enumerate([late, late, early], 1)
     ]

@@ -15,8 +15,8 @@ SCOPE_ROWS, SLOTS = 3, 4
 windows = st.one_of(st.none(), st.integers(1, 4))
 ids = st.one_of(st.none(), st.sets(st.integers(0, 5), min_size=1).map(lambda found: tuple(sorted(found))))
 scopes = st.one_of(
-    st.builds(Scope, phase=st.sampled_from(["all", "prompt"]), first=windows, last=windows, tokens=ids),
-    st.builds(Scope, phase=st.just("generated"), tokens=ids),
+    st.builds(Scope, segment=st.sampled_from(["all", "prompt"]), first=windows, last=windows, tokens=ids),
+    st.builds(Scope, segment=st.just("generated"), tokens=ids),
 )
 of_slots = st.dictionaries(st.integers(1, SLOTS), st.lists(scopes, max_size=SCOPE_ROWS - 1))
 

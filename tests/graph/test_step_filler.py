@@ -24,9 +24,9 @@ from vllm_edits.plugin.graph.step_filler import Extents, FalseClaim, StepBatch, 
 TOKENS, SCOPE_ROWS = 64, 3
 SCOPES: dict[int, tuple[Scope, ...]] = {
     1: (),
-    2: (Scope(phase="generated"),),
-    3: (Scope(first=2), Scope(phase="prompt", tokens=(3, 5))),
-    4: (Scope(tokens=(3,)), Scope(phase="generated")),
+    2: (Scope(segment="generated"),),
+    3: (Scope(first=2), Scope(segment="prompt", tokens=(3, 5))),
+    4: (Scope(tokens=(3,)), Scope(segment="generated")),
 }
 
 
@@ -62,9 +62,9 @@ def covered(scope: Scope, position: int, prompt: int, token: int | None) -> bool
     """Straight from the words. token: None for a vector in a token's place."""
     if scope.tokens is not None and token not in scope.tokens:
         return False
-    if scope.phase == "generated":
+    if scope.segment == "generated":
         return position >= prompt
-    if scope.phase == "prompt" and position >= prompt:
+    if scope.segment == "prompt" and position >= prompt:
         return False
     if scope.first is not None:
         return position < min(scope.first, prompt)

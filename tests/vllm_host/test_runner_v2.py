@@ -68,7 +68,7 @@ def batch(*rows: tuple[str, int, int]) -> Any:
 @pytest.fixture
 def edited() -> EditedModel:
     """Slot 1 holds a version for generated tokens."""
-    edit = Offset(site="layers.1.resid", scope=Scope(phase="generated"))
+    edit = Offset(site="layers.1.resid", scope=Scope(segment="generated"))
     bundle = bundle_of("late", BASE, [(edit, random_numbers(edit, BASE, 1))])
     made = edited_model(TinyModel(), Reservation.for_versions([bundle.manifest]), slots=2)
     install(made, 1, bundle)
