@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_edits.edit_store import Scope
-from vllm_edits.plugin.graph.edited_site import Step
+from vllm_edits.plugin.graph.step import Step
 from vllm_edits.plugin.graph.step_filler import Extents, StepBatch, StepFiller
 
 SLOTS, STEPS, REPEATS = 64, 100, 9

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from vllm_edits.edit_store.scope import Scope
 from vllm_edits.plugin.graph.device_rows import DeviceRows
-from vllm_edits.plugin.graph.edited_site import Step
 from vllm_edits.plugin.graph.scope_tables import NamedIds, ScopeTables
+from vllm_edits.plugin.graph.step import Step
 
 TokenCounts = NDArray[np.integer[Any]]
 

@@ -56,11 +56,11 @@ from vllm_edits.edit_store import (
 from vllm_edits.edit_store.architectures import ARCHITECTURES
 from vllm_edits.edit_store.edits import SILENT, Array
 from vllm_edits.edit_store.errors import InstallRefused, UnsupportedHost
+from vllm_edits.plugin.graph.carried import Carried
 from vllm_edits.plugin.graph.cpu_products import compiled
 from vllm_edits.plugin.graph.device_rows import DeviceRows
-from vllm_edits.plugin.graph.edit_math import finite
 from vllm_edits.plugin.graph.edited_model import EditedModel
-from vllm_edits.plugin.graph.edited_site import Carried
+from vllm_edits.plugin.graph.finite import finite
 from vllm_edits.plugin.graph.reservation import Capacity, EditGroup, Reservation
 from vllm_edits.plugin.graph.slot_products import EXPRESSIONS, SlotProducts
 from vllm_edits.plugin.graph.step_filler import FalseClaim

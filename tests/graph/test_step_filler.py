@@ -18,7 +18,7 @@ from tests.support.fakes import cheaply
 from tests.support.late_device import LateDevice
 from vllm_edits.edit_store import Scope
 from vllm_edits.plugin.graph.device_rows import DeviceRows
-from vllm_edits.plugin.graph.edited_site import Step
+from vllm_edits.plugin.graph.step import Step
 from vllm_edits.plugin.graph.step_filler import Extents, FalseClaim, StepBatch, StepFiller
 
 TOKENS, SCOPE_ROWS = 64, 3
