@@ -22,8 +22,9 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 from safetensors.numpy import save
 
 from vllm_edits.edit_store.canonical import Digest, canonical_json, sha256
-from vllm_edits.edit_store.edits import INDEX_FIELDS, AnyEdit, Edit, Tensors
+from vllm_edits.edit_store.edits import Edit, Tensors
 from vllm_edits.edit_store.errors import BundleRefused, Reason
+from vllm_edits.edit_store.kinds import AnyEdit
 from vllm_edits.edit_store.refs import MAX_COMPOSED, NAME
 from vllm_edits.edit_store.sites import Widths
 
@@ -201,7 +202,7 @@ class Bundle:
         tensors: Tensors = {}
         for edit, fields in pairs:
             for field_name, array in fields.items():
-                dtype = np.int32 if field_name in INDEX_FIELDS else np.float32
+                dtype = np.int32 if field_name in edit.integers else np.float32
                 tensors[edit.tensor_name(field_name)] = np.ascontiguousarray(array, dtype=dtype)
         tensor_bytes = save(
             tensors,

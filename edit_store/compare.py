@@ -9,9 +9,11 @@ import numpy as np
 
 from vllm_edits.edit_store import verify
 from vllm_edits.edit_store.bundle import Bundle
-from vllm_edits.edit_store.edits import Edit, LowRank, SubspaceFilter, Tensors
+from vllm_edits.edit_store.edits import Edit, Tensors
 from vllm_edits.edit_store.errors import EditsError
 from vllm_edits.edit_store.inspection import low_rank_norm
+from vllm_edits.edit_store.kinds.low_rank import LowRank
+from vllm_edits.edit_store.kinds.subspace_filter import SubspaceFilter
 from vllm_edits.edit_store.sites import Widths
 
 ROUNDING = 1e-6

@@ -18,8 +18,14 @@ import numpy as np
 
 from vllm_edits.edit_store import verify
 from vllm_edits.edit_store.bundle import Bundle, Manifest, Part, Provenance, Strength
-from vllm_edits.edit_store.edits import Array, Edit, Gate, LowRank, Offset, Scale, SubspaceFilter, WeightDelta
+from vllm_edits.edit_store.edits import Array, Edit
 from vllm_edits.edit_store.errors import BundleRefused, Reason
+from vllm_edits.edit_store.kinds.gate import Gate
+from vllm_edits.edit_store.kinds.low_rank import LowRank
+from vllm_edits.edit_store.kinds.offset import Offset
+from vllm_edits.edit_store.kinds.scale import Scale
+from vllm_edits.edit_store.kinds.subspace_filter import SubspaceFilter
+from vllm_edits.edit_store.kinds.weight_delta import WeightDelta
 from vllm_edits.edit_store.refs import JOIN
 
 VISIBLE = 0.01

@@ -13,8 +13,15 @@ from vllm_edits.edit_store import verify
 from vllm_edits.edit_store.architectures import supported
 from vllm_edits.edit_store.base_model import CONFIG_FILE, tensor_entries, widths_of
 from vllm_edits.edit_store.bundle import Bundle
-from vllm_edits.edit_store.edits import KINDS, Edit, Gate, LowRank, Scale, SubspaceFilter, Tensors, WeightDelta
+from vllm_edits.edit_store.edits import Edit, Tensors
 from vllm_edits.edit_store.errors import UnsupportedHost
+from vllm_edits.edit_store.kinds import KINDS
+from vllm_edits.edit_store.kinds.gate import Gate
+from vllm_edits.edit_store.kinds.low_rank import LowRank
+from vllm_edits.edit_store.kinds.offset import Offset
+from vllm_edits.edit_store.kinds.scale import Scale
+from vllm_edits.edit_store.kinds.subspace_filter import SubspaceFilter
+from vllm_edits.edit_store.kinds.weight_delta import WeightDelta
 from vllm_edits.edit_store.sites import POINTS, Site
 
 _DOWN_PROJECTION = "model.layers.{layer}.mlp.down_proj.weight"
@@ -75,7 +82,9 @@ def _summary(edit: Edit, tensors: Tensors, model: Path | None) -> EditSummary:
         return summary(writes.max(), f"longest vector added per unit of {edit.activation}")
     if isinstance(edit, WeightDelta):
         return summary(np.linalg.norm(tensor("values" if edit.count else "delta")), "Frobenius norm of the change of W")
-    return summary(np.linalg.norm(tensor("vector")), "vector added" + (", the norm kept" if edit.renorm else ""))
+    if isinstance(edit, Offset):
+        return summary(np.linalg.norm(tensor("vector")), "vector added" + (", the norm kept" if edit.renorm else ""))
+    raise TypeError(f"no summary of {edit.kind}")
 
 
 def _shortened(numbers: list[int], most: int = 12) -> str:

@@ -10,8 +10,12 @@ import numpy as np
 from vllm_edits.edit_store import tensor_file
 from vllm_edits.edit_store.architectures import supported
 from vllm_edits.edit_store.bundle import BaseModelRef, BlobRef, Bundle, Manifest
-from vllm_edits.edit_store.edits import Array, Edit, Gate, Scale, SubspaceFilter, Tensors, WeightDelta
+from vllm_edits.edit_store.edits import Array, Edit, Tensors
 from vllm_edits.edit_store.errors import BundleRefused, Reason, UnsupportedHost
+from vllm_edits.edit_store.kinds.gate import Gate
+from vllm_edits.edit_store.kinds.scale import Scale
+from vllm_edits.edit_store.kinds.subspace_filter import SubspaceFilter
+from vllm_edits.edit_store.kinds.weight_delta import WeightDelta
 from vllm_edits.edit_store.refs import JOIN
 from vllm_edits.edit_store.sites import Site, Widths
 

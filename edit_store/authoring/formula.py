@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from vllm_edits.edit_store.architectures import Architecture, supported
 from vllm_edits.edit_store.base_model import widths_of
-from vllm_edits.edit_store.edits import Edit, Gate, LowRank, Scale, SubspaceFilter, WeightDelta, order_at_site
+from vllm_edits.edit_store.edits import Edit, order_at_site
+from vllm_edits.edit_store.kinds.gate import Gate
+from vllm_edits.edit_store.kinds.low_rank import LowRank
+from vllm_edits.edit_store.kinds.offset import Offset
+from vllm_edits.edit_store.kinds.scale import Scale
+from vllm_edits.edit_store.kinds.subspace_filter import SubspaceFilter
+from vllm_edits.edit_store.kinds.weight_delta import WeightDelta
 from vllm_edits.edit_store.scope import Scope
 from vllm_edits.edit_store.sites import Site
 
@@ -101,7 +107,7 @@ class _AtSite:
                 inside = ((now - numbers["mean"]) @ numbers["basis"].T) @ numbers.get("dual", numbers["basis"])
                 filtered = numbers["mean"] + inside if edit.onto else now - inside
                 now = now + self._weight(edit) * (filtered - now)
-            else:
+            elif isinstance(edit, Offset):
                 before_moving = now if before_moving is None else before_moving
                 now = now + self._weight(edit) * numbers["vector"]
                 renorm = renorm | (edit.renorm & (self._weight(edit) != 0))

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from vllm_edits.edit_store.bundle import Manifest
-from vllm_edits.edit_store.edits import SILENT, Edit, Gate, Tensors
+from vllm_edits.edit_store.edits import Edit, Tensors
 from vllm_edits.edit_store.errors import InstallRefused, UnsupportedHost
+from vllm_edits.edit_store.kinds.gate import SILENT, Gate
 from vllm_edits.edit_store.scope import Scope
 from vllm_edits.edit_store.sites import Site
 from vllm_edits.plugin.graph.carried import Carried

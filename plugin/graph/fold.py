@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_edits.edit_store.edits import SubspaceFilter
+from vllm_edits.edit_store.kinds.subspace_filter import SubspaceFilter
 
 
 @dataclass(frozen=True)

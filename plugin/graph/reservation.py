@@ -14,8 +14,12 @@ from typing import Any, Protocol
 
 from vllm_edits.edit_store.architectures import Architecture
 from vllm_edits.edit_store.bundle import Strength
-from vllm_edits.edit_store.edits import KINDS, SERVED_PER_REQUEST, Edit, Gate, Offset, SubspaceFilter
+from vllm_edits.edit_store.edits import Edit
 from vllm_edits.edit_store.errors import Reason, SettingsError
+from vllm_edits.edit_store.kinds import KINDS
+from vllm_edits.edit_store.kinds.gate import Gate
+from vllm_edits.edit_store.kinds.offset import Offset
+from vllm_edits.edit_store.kinds.subspace_filter import SubspaceFilter
 from vllm_edits.edit_store.scope import Scope, distinct
 from vllm_edits.edit_store.sites import Site, Widths
 from vllm_edits.plugin.byte_sizes import sized
@@ -100,7 +104,7 @@ class Version(Protocol):
 
 def needs(version: Version) -> dict[EditGroup, Capacity]:
     """The room that a version needs, by place. Kinds that are not served per request need none."""
-    served = (edit for edit in version.edits if edit.kind in SERVED_PER_REQUEST)
+    served = (edit for edit in version.edits if not edit.only_in_weights)
     strengthened = version.strength is not None
     return {group: capacity_for(edits, strengthened=strengthened) for group, edits in edit_groups(served).items()}
 
@@ -182,13 +186,9 @@ class Reservation:
     def missing(self, version: Version, slot_bytes: SlotBytes | None = None) -> list[Reason]:
         """Why a version does not fit, each reason with the setting that would make room and the memory that takes."""
         reasons = [
-            Reason(
-                "weights_mode",
-                f"weight_delta at {edit.site} changes a whole matrix, which is not done per request. Make a low_rank "
-                "edit of it, or serve it in the install mode `weights`",
-            )
+            Reason("weights_mode", f"{edit.kind} at {edit.site} {edit.only_in_weights}")
             for edit in version.edits
-            if edit.kind not in SERVED_PER_REQUEST
+            if edit.only_in_weights
         ]
         if (scopes := len(scopes_of(version))) > self.scopes:
             found = f"{scopes} scopes, room is reserved for {self.scopes}"

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vllm_edits.edit_store.bundle import Manifest, Strength
-from vllm_edits.edit_store.edits import SILENT, Gate
 from vllm_edits.edit_store.errors import RequestRefused
+from vllm_edits.edit_store.kinds.gate import SILENT, Gate
 from vllm_edits.edit_store.scope import shared_prefix
 
 STRENGTH_ARGUMENT, STRENGTH_HEADER = "edits_strength", "x-edits-strength"

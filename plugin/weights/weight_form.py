@@ -22,8 +22,14 @@ import torch
 from torch import Tensor
 
 from vllm_edits.edit_store.architectures import Architecture
-from vllm_edits.edit_store.edits import Edit, Gate, LowRank, Offset, Scale, SubspaceFilter, WeightDelta
+from vllm_edits.edit_store.edits import Edit
 from vllm_edits.edit_store.errors import Reason
+from vllm_edits.edit_store.kinds.gate import Gate
+from vllm_edits.edit_store.kinds.low_rank import LowRank
+from vllm_edits.edit_store.kinds.offset import Offset
+from vllm_edits.edit_store.kinds.scale import Scale
+from vllm_edits.edit_store.kinds.subspace_filter import SubspaceFilter
+from vllm_edits.edit_store.kinds.weight_delta import WeightDelta
 from vllm_edits.edit_store.sites import Site
 from vllm_edits.plugin.graph.fold import fold_filters
 

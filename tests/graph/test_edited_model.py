@@ -54,8 +54,9 @@ from vllm_edits.edit_store import (
     SubspaceFilter,
 )
 from vllm_edits.edit_store.architectures import ARCHITECTURES
-from vllm_edits.edit_store.edits import SILENT, Array
+from vllm_edits.edit_store.edits import Array
 from vllm_edits.edit_store.errors import InstallRefused, UnsupportedHost
+from vllm_edits.edit_store.kinds.gate import SILENT
 from vllm_edits.plugin.graph.carried import Carried
 from vllm_edits.plugin.graph.cpu_products import compiled
 from vllm_edits.plugin.graph.device_rows import DeviceRows

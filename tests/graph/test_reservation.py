@@ -191,7 +191,7 @@ def test_a_refusal_says_what_is_reserved() -> None:
     assert "scale of rank 1 at layers.2.attn.z: nothing is reserved there" in messages
 
 
-def test_a_whole_matrix_is_not_changed_per_request() -> None:
+def test_a_whole_matrix_is_not_changed_served_per_request() -> None:
     delta = WeightDelta(site="layers.0.mlp.out", reads="layers.0.mlp.h")
     (reason,) = reserved_for([delta]).missing(Version([delta]))
     assert reason.code == "weights_mode"

@@ -40,7 +40,8 @@ from vllm_edits.edit_store import (
     identify,
 )
 from vllm_edits.edit_store.architectures import ARCHITECTURES, Architecture, supported
-from vllm_edits.edit_store.edits import IN_PLACE, KINDS, READS, Edit
+from vllm_edits.edit_store.edits import IN_PLACE, READS, Edit
+from vllm_edits.edit_store.kinds import KINDS
 from vllm_edits.edit_store.sites import Site
 from vllm_edits.edit_store.verify import edit_rules
 from vllm_edits.plugin.weights.weight_form import formless

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_edits.edit_store.edits import Gate
+from vllm_edits.edit_store.kinds.gate import Gate
 from vllm_edits.plugin.graph.firing_counters import COUNTED, FiringCounters
 from vllm_edits.plugin.graph.slot_products import EXPRESSIONS, SlotProducts
 from vllm_edits.plugin.graph.slot_rows import Layout

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_edits.edit_store.edits import Offset
+from vllm_edits.edit_store.kinds.offset import Offset
 from vllm_edits.plugin.graph.slot_rows import Layout
 from vllm_edits.plugin.graph.slot_tensors import GroupEdits, Shape, SlotTensors
 from vllm_edits.plugin.graph.step import Step

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_edits.edit_store.edits import SubspaceFilter
+from vllm_edits.edit_store.kinds.subspace_filter import SubspaceFilter
 from vllm_edits.plugin.graph.fold import fold_filters
 from vllm_edits.plugin.graph.slot_products import EXPRESSIONS, SlotProducts
 from vllm_edits.plugin.graph.slot_rows import Layout

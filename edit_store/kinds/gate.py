@@ -1,0 +1,61 @@
+"""Neurons that add a vector when they fire."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from vllm_edits.edit_store.edits import MAX_RANK, Array, Order, ReadingEdit
+from vllm_edits.edit_store.kinds import register
+from vllm_edits.edit_store.sites import POINTS, Widths
+
+ACTIVATIONS: dict[str, Callable[..., Array]] = {
+    "relu": lambda z, _: np.maximum(z, 0),
+    "jump_relu": lambda z, threshold: np.where(z > threshold, z, 0),
+    "step": lambda z, threshold: np.where(z > threshold, 1.0, 0.0),
+    "silu": lambda z, _: z / (1 + np.exp(-z)),
+    "sigmoid": lambda z, _: 1 / (1 + np.exp(-z)),
+}
+"""Of a gate's neurons; the second argument is the edit's threshold."""
+SILENT = ("relu", "jump_relu", "step")
+"""Activations that are exactly zero off their trigger."""
+
+
+class Gate(ReadingEdit):
+    """y += sum_r write[r] sigma(read[r] . phi(x) + bias[r]), x at `reads`, y at `site`, all in float32.
+
+    read:  [rank, in], bias: [rank], write: [rank, out]
+    phi(x) = x, or with `normalise`  unit((x - norm_bias) / norm_weight / sqrt(in) - centroid)
+    norm_weight, norm_bias, centroid: [in]   the norm before the site (Gemma: 1 + w), and where triggers are centred
+    sigma: relu; jump_relu z [z > threshold]; step [z > threshold]; silu; sigmoid
+    A jet-pack block (stealth edits, arXiv 2406.12670) reads mlp.in normalised and writes mlp.out with relu, its bias
+    -(1 - theta). One-sided ablation of r in place: read r, write -r. A feature of a sparse autoencoder clamped from
+    above to c: read w, bias b - c, write -d.
+    """
+
+    points: ClassVar[tuple[str, ...]] = POINTS
+    order: ClassVar[Order] = Order(30, 1)
+
+    kind: Literal["gate"] = "gate"
+    rank: int = Field(gt=0, le=MAX_RANK)
+    activation: Literal["relu", "jump_relu", "step", "silu", "sigmoid"] = "relu"
+    threshold: float = Field(default=0.0, allow_inf_nan=False)
+    normalise: bool = False
+
+    def shapes(self, widths: Widths) -> dict[str, tuple[int, ...]]:
+        reads = self._source_width(widths)
+        norm = {"norm_weight": (reads,), "norm_bias": (reads,), "centroid": (reads,)} if self.normalise else {}
+        return {"read": (self.rank, reads), "bias": (self.rank,), "write": (self.rank, self._width(widths)), **norm}
+
+    def apply(self, x: Array, y: Array, *, read: Array, bias: Array, write: Array, **norm: Array) -> Array:
+        if self.normalise:
+            x = (x - norm["norm_bias"]) / norm["norm_weight"] / np.sqrt(x.shape[-1]) - norm["centroid"]
+            x = x / np.linalg.norm(x, axis=-1, keepdims=True)
+        fired = ACTIVATIONS[self.activation](x @ read.T + bias, self.threshold)
+        return np.asarray(y + fired @ write, dtype=np.float32)
+
+
+register(Gate)

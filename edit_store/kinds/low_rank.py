@@ -1,0 +1,39 @@
+"""Low-rank updates of weights, and low-rank maps of vectors."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from vllm_edits.edit_store.edits import MAX_RANK, Array, Order, ReadingEdit
+from vllm_edits.edit_store.kinds import register
+from vllm_edits.edit_store.sites import POINTS, Widths
+
+
+class LowRank(ReadingEdit):
+    """y += sum_r write[r] (read[r] . x), x at `reads`, y at `site`.
+
+    read:  [rank, in]   directions looked for
+    write: [rank, out]  directions added
+    From a module's input to its output this is an update of its weight, W + write^T read: redirections (ROCR, arXiv
+    2506.07795: rank one, mlp.h to mlp.out), ROME, MEMIT and AlphaEdit, rows shifted by a probe (Model Surgery, arXiv
+    2407.08770: mlp.in to gate.out, `write` of zeros and ones), LoRA's B A. In place it is a linear map of the vector.
+    """
+
+    points: ClassVar[tuple[str, ...]] = POINTS
+    order: ClassVar[Order] = Order(30)
+
+    kind: Literal["low_rank"] = "low_rank"
+    rank: int = Field(gt=0, le=MAX_RANK)
+
+    def shapes(self, widths: Widths) -> dict[str, tuple[int, ...]]:
+        return {"read": (self.rank, self._source_width(widths)), "write": (self.rank, self._width(widths))}
+
+    @staticmethod
+    def apply(x: Array, y: Array, *, read: Array, write: Array) -> Array:
+        return np.asarray(y + (x @ read.T) @ write, dtype=np.float32)
+
+
+register(LowRank)

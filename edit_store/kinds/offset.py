@@ -1,0 +1,39 @@
+"""Vectors that are added."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from vllm_edits.edit_store.edits import Array, Edit, Order
+from vllm_edits.edit_store.kinds import register
+from vllm_edits.edit_store.sites import POINTS, Widths
+
+
+class Offset(Edit):
+    """x += vector; with `renorm`  x <- (x + vector) |x| / |x + vector|.
+
+    vector: [width]   in the units of the point
+    A steering vector at resid (ActAdd, arXiv 2308.10248), or with `renorm` a norm-preserving one; at attn.z the offsets
+    of chosen heads (ITI, arXiv 2306.03341; LoFiT, arXiv 2406.01563), zeros elsewhere; at logits a bias.
+    """
+
+    points: ClassVar[tuple[str, ...]] = POINTS
+    order: ClassVar[Order] = Order(50)
+
+    kind: Literal["offset"] = "offset"
+    renorm: bool = False
+
+    def shapes(self, widths: Widths) -> dict[str, tuple[int, ...]]:
+        return {"vector": (self._width(widths),)}
+
+    def apply(self, x: Array, *, vector: Array) -> Array:
+        moved = x + vector
+        if not self.renorm:
+            return moved
+        norms = np.linalg.norm(x, axis=-1, keepdims=True), np.linalg.norm(moved, axis=-1, keepdims=True)
+        return np.asarray(moved * norms[0] / norms[1], dtype=np.float32)
+
+
+register(Offset)
