@@ -21,18 +21,25 @@ an edit counts, and a request's strength s, within the bundle's bounds, how much
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, ClassVar, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from vllm_edits.edit_store.errors import Reason
 from vllm_edits.edit_store.scope import ALL, Scope
 from vllm_edits.edit_store.sites import POINTS, Site, Widths
 
+if TYPE_CHECKING:
+    from vllm_edits.edit_store.architectures import Architecture
+    from vllm_edits.edit_store.bundle import BaseModelRef
+
 Array = NDArray[np.float32]
 Tensors = dict[str, Any]
+Fields = Mapping[str, Any]
+"""An edit's numbers by tensor field."""
 SiteName = Annotated[str, AfterValidator(lambda text: str(Site.parse(text)))]
 
 MAX_RANK = 512
@@ -54,6 +61,19 @@ class Order(NamedTuple):
     place: int = 0
 
 
+class Measure(NamedTuple):
+    """How much an edit does, in the unit of its kind: a number, and what it is of."""
+
+    norm: float
+    of: str
+    of_weight: bool = False
+    """whether it is the Frobenius norm of a change of the weight between what is read and the site"""
+
+
+Broken = tuple[str, str, str]
+"""Code, field and reason of a rule that numbers break."""
+
+
 class Edit(BaseModel):
     """One edit. `site` is where it writes; `part` tells several of one kind at one site apart.
 
@@ -68,6 +88,8 @@ class Edit(BaseModel):
     """When it applies among the kinds at one site. All edits of one stage read what the stage before left."""
     in_turn: ClassVar[bool] = False
     """Whether its edits do not: each then reads what the edit before left."""
+    transforms: ClassVar[bool] = False
+    """Whether it changes what other edits at its site gave, and does not only add to it."""
     only_in_weights: ClassVar[str] = ""
     """Why it is not served per request, as the end of a sentence about an edit; empty where it is."""
     integers: ClassVar[tuple[str, ...]] = ()
@@ -121,6 +143,47 @@ class Edit(BaseModel):
     def numbers(self, tensors: Mapping[str, Any], widths: Widths) -> dict[str, Any]:
         """This edit's own of a bundle's tensors, by field."""
         return {field: tensors[self.tensor_name(field)] for field in self.shapes(widths)}
+
+    # -- what a bundle must keep (verify.py) -------------------------------------------------------------------------
+
+    def rules_of_model(self, base: BaseModelRef, architecture: Architecture) -> Iterator[Reason]:
+        """Why this edit cannot stand at its site in that model, beside what holds for every kind."""
+        yield from ()
+
+    def rules_of_numbers(self, fields: Fields, widths: Widths) -> Iterator[Broken]:
+        """Rules that its numbers break, once they are finite and have their shapes."""
+        yield from ()
+
+    def hint(self, field: str) -> str:
+        """Sentence about a tensor field that is missing, with a space before it; empty where there is none to say."""
+        return ""
+
+    # -- what is said of it (inspection.py, compare.py, compose.py) ---------------------------------------------------
+
+    @abstractmethod
+    def measure(self, fields: Fields) -> Measure:
+        """How much it does."""
+
+    def moved(self, new: Self, before: Fields, after: Fields) -> float | None:
+        """||new - old|| / ||old|| of what the edit does, not of how it is written down; None where there is no measure.
+
+        new: the same edit in another version; before, after: numbers of both, in float64
+        """
+        if {field: array.shape for field, array in before.items()} != {
+            field: array.shape for field, array in after.items()
+        }:
+            return None
+        size = float(np.sqrt(sum(np.sum(array**2) for array in before.values())))
+        distance = float(np.sqrt(sum(np.sum((after[field] - array) ** 2) for field, array in before.items())))
+        return distance / size if size else float(distance > 0)
+
+    def adds(self, fields: Fields) -> Any | None:
+        """Vectors [n, width] at its site of which it adds multiples; None where that is not all it does."""
+        return None
+
+    def beside(self, fields: Fields, other: Edit, other_fields: Fields) -> str | None:
+        """What comes of it and another bundle's edit at its site, if not just what each does alone."""
+        return None
 
     def _width(self, widths: Widths) -> int:
         return widths.of(Site.parse(self.site).point)

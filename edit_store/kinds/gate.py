@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar, Literal
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
-from vllm_edits.edit_store.edits import MAX_RANK, Array, Order, ReadingEdit
+from vllm_edits.edit_store.edits import MAX_RANK, Array, Broken, Fields, Measure, Order, ReadingEdit
 from vllm_edits.edit_store.kinds import register
 from vllm_edits.edit_store.sites import POINTS, Widths
 
@@ -56,6 +56,20 @@ class Gate(ReadingEdit):
             x = x / np.linalg.norm(x, axis=-1, keepdims=True)
         fired = ACTIVATIONS[self.activation](x @ read.T + bias, self.threshold)
         return np.asarray(y + fired @ write, dtype=np.float32)
+
+    def rules_of_numbers(self, fields: Fields, widths: Widths) -> Iterator[Broken]:
+        if self.normalise and (zeros := int((fields["norm_weight"] == 0).sum())):
+            yield "norm_weight", "norm_weight", f"{zeros} weights are zero, which nothing can be divided by"
+
+    def hint(self, field: str) -> str:
+        return " A gate that normalises needs the norm before its site" if field.startswith("norm_") else ""
+
+    def measure(self, fields: Fields) -> Measure:
+        longest = float(np.linalg.norm(fields["write"], axis=-1).max())
+        return Measure(longest, f"longest vector added per unit of {self.activation}")
+
+    def adds(self, fields: Fields) -> Any:
+        return fields["write"]
 
 
 register(Gate)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field
 
-from vllm_edits.edit_store.edits import MAX_RANK, Array, Order, ReadingEdit
+from vllm_edits.edit_store.edits import MAX_RANK, Array, Fields, Measure, Order, ReadingEdit
 from vllm_edits.edit_store.kinds import register
+from vllm_edits.edit_store.measures import product_moved, product_norm
 from vllm_edits.edit_store.sites import POINTS, Widths
 
 
@@ -34,6 +35,18 @@ class LowRank(ReadingEdit):
     @staticmethod
     def apply(x: Array, y: Array, *, read: Array, write: Array) -> Array:
         return np.asarray(y + (x @ read.T) @ write, dtype=np.float32)
+
+    def measure(self, fields: Fields) -> Measure:
+        norm = product_norm((fields["write"], fields["read"]))
+        if self.source == self.site:
+            return Measure(norm, "Frobenius norm of the map added")
+        return Measure(norm, "Frobenius norm of the change of W", of_weight=True)
+
+    def moved(self, new: Self, before: Fields, after: Fields) -> float | None:
+        return product_moved((before["write"], before["read"]), (after["write"], after["read"]))
+
+    def adds(self, fields: Fields) -> Any:
+        return fields["write"]
 
 
 register(LowRank)

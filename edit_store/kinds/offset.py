@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from vllm_edits.edit_store.edits import Array, Edit, Order
+from vllm_edits.edit_store.edits import Array, Edit, Fields, Measure, Order
 from vllm_edits.edit_store.kinds import register
 from vllm_edits.edit_store.sites import POINTS, Widths
 
@@ -34,6 +34,18 @@ class Offset(Edit):
             return moved
         norms = np.linalg.norm(x, axis=-1, keepdims=True), np.linalg.norm(moved, axis=-1, keepdims=True)
         return np.asarray(moved * norms[0] / norms[1], dtype=np.float32)
+
+    def measure(self, fields: Fields) -> Measure:
+        kept = ", the norm kept" if self.renorm else ""
+        return Measure(float(np.linalg.norm(fields["vector"])), f"vector added{kept}")
+
+    def adds(self, fields: Fields) -> Any:
+        return fields["vector"][None]
+
+    def beside(self, fields: Fields, other: Edit, other_fields: Fields) -> str | None:
+        if isinstance(other, Offset) and (self.renorm or other.renorm):
+            return "the norm is restored after both offsets together"
+        return None
 
 
 register(Offset)

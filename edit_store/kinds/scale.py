@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
-from vllm_edits.edit_store.edits import Array, Edit, Order
+from vllm_edits.edit_store.edits import Array, Edit, Fields, Measure, Order, ReadingEdit
+from vllm_edits.edit_store.errors import Reason
 from vllm_edits.edit_store.kinds import register
+from vllm_edits.edit_store.measures import VISIBLE, share
 from vllm_edits.edit_store.sites import LAYER_POINTS, Site, Widths
+
+if TYPE_CHECKING:
+    from vllm_edits.edit_store.architectures import Architecture
+    from vllm_edits.edit_store.bundle import BaseModelRef
 
 
 class Scale(Edit):
@@ -24,6 +31,7 @@ class Scale(Edit):
     points: ClassVar[tuple[str, ...]] = (*(point for point in LAYER_POINTS if point != "resid"), "final")
     order: ClassVar[Order] = Order(20)
     in_turn: ClassVar[bool] = True
+    transforms: ClassVar[bool] = True
 
     kind: Literal["scale"] = "scale"
     per: Literal["head", "channel"] = "head"
@@ -43,8 +51,44 @@ class Scale(Edit):
     def apply(x: Array, *, factor: Array) -> Array:
         return x * np.repeat(factor, x.shape[-1] // factor.shape[0])
 
+    def rules_of_model(self, base: BaseModelRef, architecture: Architecture) -> Iterator[Reason]:
+        point = Site.parse(self.site).point
+        if self.per == "head" and point in ("q.proj", "k.proj"):
+            yield Reason(
+                "site",
+                f"per-head scale at {self.site}: the norm that follows takes a head's size away again, so it would do "
+                f"nothing. Scale {self.site.removesuffix('proj')}out",
+            )
+        normed = architecture.qk_norm and point in ("q.out", "k.out")
+        if not normed and self.bias is None and point.replace(".proj", ".out") in base.biased:
+            yield Reason(
+                "bias",
+                f"scale at {self.site}: {base.name} adds a bias there, which would be scaled too. Say so with "
+                "bias='scaled', and to leave the bias out add an offset of (1 - factor) * bias",
+            )
+
+    def measure(self, fields: Fields) -> Measure:
+        changed = fields["factor"] != 1
+        return Measure(float(changed.sum()), f"{self.per}s changed: {_shortened(np.flatnonzero(changed).tolist())}")
+
+    def beside(self, fields: Fields, other: Edit, other_fields: Fields) -> str | None:
+        added = other.adds(other_fields)
+        if added is None or not isinstance(other, ReadingEdit):
+            return None
+        if other.source == other.site:
+            return "it reads the scaled vector"
+        factor = np.repeat(fields["factor"], added.shape[-1] // len(fields["factor"]))
+        missed = share(added * (factor != 1), added)
+        if missed <= VISIBLE:
+            return None
+        return f"{missed:.0%} of what it adds lies in channels that are scaled, and is not scaled"
+
 
 _HEADED = ("q.proj", "k.proj", "q.out", "k.out", "v.out", "attn.z")
+
+
+def _shortened(numbers: list[int], most: int = 12) -> str:
+    return f"{numbers[:most]} and {len(numbers) - most} more" if len(numbers) > most else str(numbers)
 
 
 register(Scale)

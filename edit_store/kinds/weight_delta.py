@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
-from vllm_edits.edit_store.edits import READS, Array, Order, ReadingEdit
+from vllm_edits.edit_store.edits import READS, Array, Broken, Edit, Fields, Measure, Order, ReadingEdit
 from vllm_edits.edit_store.kinds import register
 from vllm_edits.edit_store.sites import Site, Widths
 
@@ -54,6 +54,26 @@ class WeightDelta(ReadingEdit):
         moved = np.array(y.T)
         np.add.at(moved, fields["rows"], (x[:, fields["columns"]] * fields["values"]).T)
         return moved.T
+
+    def rules_of_numbers(self, fields: Fields, widths: Widths) -> Iterator[Broken]:
+        if self.count is None:
+            return
+        rows, columns = fields["rows"].astype(np.int64), fields["columns"].astype(np.int64)
+        sizes = {"rows": self._width(widths), "columns": self._source_width(widths)}
+        outside = False
+        for field, indices in (("rows", rows), ("columns", columns)):
+            if ((indices < 0) | (indices >= sizes[field])).any():
+                outside = True
+                yield "index", field, f"expected 0 to {sizes[field] - 1}, found {indices.min()} to {indices.max()}"
+        if not outside and (np.diff(rows * sizes["columns"] + columns) <= 0).any():
+            yield "index", "rows", "expected each pair once, in order of row and column"
+
+    def measure(self, fields: Fields) -> Measure:
+        norm = float(np.linalg.norm(fields["values" if self.count else "delta"]))
+        return Measure(norm, "Frobenius norm of the change of W")
+
+    def beside(self, fields: Fields, other: Edit, other_fields: Fields) -> str | None:
+        return "the delta comes first, so what it adds is scaled or filtered too" if other.transforms else None
 
 
 register(WeightDelta)
