@@ -92,6 +92,10 @@ class Edit(BaseModel):
     """Whether it changes what other edits at its site gave, and does not only add to it."""
     only_in_weights: ClassVar[str] = ""
     """Why it is not served per request, as the end of a sentence about an edit; empty where it is."""
+    features: ClassVar[tuple[str, ...]] = ()
+    """What else a server must make room for, beside a rank, that some of its edits need: a name for each."""
+    usually_reserved: ClassVar[bool] = False
+    """Whether a server makes room for its `usual` edits when nothing is said and nothing is promoted."""
     integers: ClassVar[tuple[str, ...]] = ()
     """Tensor fields of integers; all others are float32."""
 
@@ -184,6 +188,27 @@ class Edit(BaseModel):
     def beside(self, fields: Fields, other: Edit, other_fields: Fields) -> str | None:
         """What comes of it and another bundle's edit at its site, if not just what each does alone."""
         return None
+
+    # -- how it is served (plugin/graph/reservation.py, plugin/serving/version_info.py) -------------------------------
+
+    def needs(self, together: int) -> frozenset[str]:
+        """The `features` it needs, where so many edits are computed together."""
+        return frozenset()
+
+    @property
+    def alone(self) -> bool:
+        """Whether it cannot be computed together with another of its kind that reads the same point."""
+        return False
+
+    @property
+    def fires(self) -> bool:
+        """Whether it does nothing at most tokens, so that the others are worth counting."""
+        return False
+
+    @classmethod
+    @abstractmethod
+    def usual(cls, layer: int, rank: int = 1) -> Self:
+        """One edit of this rank, if rank has a meaning, where published methods put it in a layer."""
 
     def _width(self, widths: Widths) -> int:
         return widths.of(Site.parse(self.site).point)

@@ -20,6 +20,10 @@ KINDS: Registry[type[Edit]] = Registry("kind of edit", key=lambda kind: kind.ord
 """By name, in the order in which they apply at one site."""
 
 
+SCALED = "scaled"
+"""Room for edits of any kind that do not count wholly for every token: they have a scope, or a request's strength."""
+
+
 def register(kind: type[Edit]) -> None:
     """Make a kind of edit known. TypeError when it says no name of its own, ValueError when another one has that."""
     field = kind.model_fields["kind"]
@@ -31,6 +35,11 @@ def register(kind: type[Edit]) -> None:
 def served_per_request() -> tuple[str, ...]:
     """Names of the kinds that a server applies per request, in the order in which they apply at one site."""
     return tuple(name for name, kind in KINDS.items() if not kind.only_in_weights)
+
+
+def feature_names() -> tuple[str, ...]:
+    """Names of what else there may be room for in a server, beside a rank."""
+    return tuple(sorted({SCALED, *(feature for kind in KINDS.values() for feature in kind.features)}))
 
 
 def _validated(value: object) -> Edit:

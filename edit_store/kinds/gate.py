@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field
@@ -38,6 +38,7 @@ class Gate(ReadingEdit):
 
     points: ClassVar[tuple[str, ...]] = POINTS
     order: ClassVar[Order] = Order(30, 1)
+    features: ClassVar[tuple[str, ...]] = ("normalise",)
 
     kind: Literal["gate"] = "gate"
     rank: int = Field(gt=0, le=MAX_RANK)
@@ -70,6 +71,22 @@ class Gate(ReadingEdit):
 
     def adds(self, fields: Fields) -> Any:
         return fields["write"]
+
+    def needs(self, together: int) -> frozenset[str]:
+        return frozenset(["normalise"] if self.normalise else [])
+
+    @property
+    def alone(self) -> bool:
+        """A slot has one norm for all neurons that are computed together."""
+        return self.normalise
+
+    @property
+    def fires(self) -> bool:
+        return self.activation in SILENT
+
+    @classmethod
+    def usual(cls, layer: int, rank: int = 1) -> Self:
+        return cls(site=f"layers.{layer}.mlp.out", reads=f"layers.{layer}.mlp.in", rank=rank, normalise=True)
 
 
 register(Gate)

@@ -25,6 +25,7 @@ class LowRank(ReadingEdit):
 
     points: ClassVar[tuple[str, ...]] = POINTS
     order: ClassVar[Order] = Order(30)
+    usually_reserved: ClassVar[bool] = True
 
     kind: Literal["low_rank"] = "low_rank"
     rank: int = Field(gt=0, le=MAX_RANK)
@@ -47,6 +48,10 @@ class LowRank(ReadingEdit):
 
     def adds(self, fields: Fields) -> Any:
         return fields["write"]
+
+    @classmethod
+    def usual(cls, layer: int, rank: int = 1) -> Self:
+        return cls(site=f"layers.{layer}.mlp.out", reads=f"layers.{layer}.mlp.h", rank=rank)
 
 
 register(LowRank)

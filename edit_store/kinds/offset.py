@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
@@ -21,6 +21,8 @@ class Offset(Edit):
 
     points: ClassVar[tuple[str, ...]] = POINTS
     order: ClassVar[Order] = Order(50)
+    features: ClassVar[tuple[str, ...]] = ("renorm",)
+    usually_reserved: ClassVar[bool] = True
 
     kind: Literal["offset"] = "offset"
     renorm: bool = False
@@ -46,6 +48,13 @@ class Offset(Edit):
         if isinstance(other, Offset) and (self.renorm or other.renorm):
             return "the norm is restored after both offsets together"
         return None
+
+    def needs(self, together: int) -> frozenset[str]:
+        return frozenset(["renorm"] if self.renorm else [])
+
+    @classmethod
+    def usual(cls, layer: int, rank: int = 1) -> Self:  # noqa: ARG003
+        return cls(site=f"layers.{layer}.resid")
 
 
 register(Offset)

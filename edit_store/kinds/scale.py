@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import numpy as np
 
@@ -32,6 +32,7 @@ class Scale(Edit):
     order: ClassVar[Order] = Order(20)
     in_turn: ClassVar[bool] = True
     transforms: ClassVar[bool] = True
+    usually_reserved: ClassVar[bool] = True
 
     kind: Literal["scale"] = "scale"
     per: Literal["head", "channel"] = "head"
@@ -82,6 +83,10 @@ class Scale(Edit):
         if missed <= VISIBLE:
             return None
         return f"{missed:.0%} of what it adds lies in channels that are scaled, and is not scaled"
+
+    @classmethod
+    def usual(cls, layer: int, rank: int = 1) -> Self:  # noqa: ARG003
+        return cls(site=f"layers.{layer}.attn.z")
 
 
 _HEADED = ("q.proj", "k.proj", "q.out", "k.out", "v.out", "attn.z")

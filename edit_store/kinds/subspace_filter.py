@@ -30,6 +30,8 @@ class SubspaceFilter(Edit):
     order: ClassVar[Order] = Order(40)
     in_turn: ClassVar[bool] = True
     transforms: ClassVar[bool] = True
+    features: ClassVar[tuple[str, ...]] = ("onto", "dual")
+    usually_reserved: ClassVar[bool] = True
 
     kind: Literal["subspace_filter"] = "subspace_filter"
     rank: int = Field(gt=0, le=MAX_RANK)
@@ -83,6 +85,16 @@ class SubspaceFilter(Edit):
                 return None
             return "the filter sees scaled channels, so it removes other directions of the unscaled vector"
         return self._before(fields, added) if other.order < self.order else self._behind(fields, added)
+
+    def needs(self, together: int) -> frozenset[str]:
+        """Another way back than the basis: of an oblique one, of a projection onto, of several that are folded."""
+        if self.onto:
+            return frozenset(["onto", "dual"])
+        return frozenset(["dual"] if self.oblique or together > 1 else [])
+
+    @classmethod
+    def usual(cls, layer: int, rank: int = 1) -> Self:
+        return cls(site=f"layers.{layer}.resid", rank=rank)
 
     def _before(self, fields: Fields, added: Any) -> str | None:
         inside = share(added @ fields["basis"].T @ fields.get("dual", fields["basis"]), added)

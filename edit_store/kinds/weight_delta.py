@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field
@@ -74,6 +74,10 @@ class WeightDelta(ReadingEdit):
 
     def beside(self, fields: Fields, other: Edit, other_fields: Fields) -> str | None:
         return "the delta comes first, so what it adds is scaled or filtered too" if other.transforms else None
+
+    @classmethod
+    def usual(cls, layer: int, rank: int = 1) -> Self:  # noqa: ARG003
+        return cls(site=f"layers.{layer}.mlp.out", reads=f"layers.{layer}.mlp.h")
 
 
 register(WeightDelta)

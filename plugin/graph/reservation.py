@@ -16,10 +16,7 @@ from vllm_edits.edit_store.architectures import Architecture
 from vllm_edits.edit_store.bundle import Strength
 from vllm_edits.edit_store.edits import Edit
 from vllm_edits.edit_store.errors import Reason, SettingsError
-from vllm_edits.edit_store.kinds import KINDS
-from vllm_edits.edit_store.kinds.gate import Gate
-from vllm_edits.edit_store.kinds.offset import Offset
-from vllm_edits.edit_store.kinds.subspace_filter import SubspaceFilter
+from vllm_edits.edit_store.kinds import KINDS, SCALED
 from vllm_edits.edit_store.scope import Scope, distinct
 from vllm_edits.edit_store.sites import Site, Widths
 from vllm_edits.plugin.byte_sizes import sized
@@ -77,20 +74,14 @@ def edit_groups(edits: Iterable[Edit]) -> dict[EditGroup, tuple[Edit, ...]]:
 
 
 def _computed_together(one: Edit, other: Edit) -> bool:
-    return one.scope == other.scope and not any(isinstance(edit, Gate) and edit.normalise for edit in (one, other))
+    return one.scope == other.scope and not (one.alone or other.alone)
 
 
 def capacity_for(edits: Sequence[Edit], *, strengthened: bool) -> Capacity:
     """What the edits of one place need; `strengthened`: requests may ask for another strength."""
-    features = {"scaled"} if strengthened or not edits[0].scope.everything else set()
-    for edit in edits:
-        if isinstance(edit, Gate) and edit.normalise:
-            features.add("normalise")
-        if isinstance(edit, SubspaceFilter):
-            features |= {"onto", "dual"} if edit.onto else {"dual"} if edit.oblique or len(edits) > 1 else set()
-        if isinstance(edit, Offset) and edit.renorm:
-            features.add("renorm")
-    return Capacity(sum(edit.capacity for edit in edits) if edits[0].ranked else 1, frozenset(features))
+    features = frozenset([SCALED] if strengthened or not edits[0].scope.everything else [])
+    features = features.union(*(edit.needs(len(edits)) for edit in edits))
+    return Capacity(sum(edit.capacity for edit in edits) if edits[0].ranked else 1, features)
 
 
 class Version(Protocol):
@@ -145,15 +136,12 @@ class Reservation:
     @classmethod
     def usual(cls, architecture: Architecture, widths: Widths) -> Reservation:
         """For a server that starts with an empty store: rank one of what most methods use, at every layer."""
-        wanted = (
-            ("scale", "attn.z", "attn.z"), ("low_rank", "mlp.out", "mlp.h"),
-            ("subspace_filter", "resid", "resid"), ("offset", "resid", "resid"),
-        )  # fmt: skip
+        kinds = [kind for kind in KINDS.values() if kind.usually_reserved]
+        edits = [kind.usual(layer) for layer in range(widths.layers) for kind in kinds]
+        groups = [group for edit in edits for group in edit_groups([edit])]
         return cls({
-            EditGroup(site, kind, site.beside(reads)): Capacity()
-            for site in architecture.sites(widths.layers)
-            for kind, point, reads in wanted
-            if site.point == point and architecture.hidden(reads) is None
+            group: Capacity() for group in groups
+            if all(architecture.hidden(site.point) is None for site in (group.site, group.reads))
         })  # fmt: skip
 
     @classmethod
