@@ -21,7 +21,7 @@ an edit counts, and a request's strength s, within the bundle's bounds, how much
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from vllm_edits.edit_store.errors import Reason
+from vllm_edits.edit_store.linear import AffineMap
 from vllm_edits.edit_store.scope import ALL, Scope
 from vllm_edits.edit_store.sites import POINTS, Site, Widths
 
@@ -96,6 +97,8 @@ class Edit(BaseModel):
     """What else a server must make room for, beside a rank, that some of its edits need: a name for each."""
     usually_reserved: ClassVar[bool] = False
     """Whether a server makes room for its `usual` edits when nothing is said and nothing is promoted."""
+    adds_constant: ClassVar[bool] = False
+    """Whether, in a weight, it may need a bias."""
     integers: ClassVar[tuple[str, ...]] = ()
     """Tensor fields of integers; all others are float32."""
 
@@ -209,6 +212,23 @@ class Edit(BaseModel):
     @abstractmethod
     def usual(cls, layer: int, rank: int = 1) -> Self:
         """One edit of this rank, if rank has a meaning, where published methods put it in a layer."""
+
+    # -- in a weight (plugin/weights/weight_form.py) ------------------------------------------------------------------
+
+    def formless(self) -> str | None:
+        """Why no weight can stand for it, wherever it is, and what to do instead; None where one can."""
+        if self.scope.everything:
+            return None
+        return "it has a scope, and a weight is the same for every token. Serve it per request"
+
+    @classmethod
+    def linear(cls, numbers: Sequence[tuple[Self, Fields]], width: int) -> AffineMap:
+        """What edits of this kind that read their own site do to the vector there, together, in their order."""
+        raise NotImplementedError(f"{cls.__name__} has no linear form")
+
+    def weight_change(self, fields: Fields, shape: Sequence[int]) -> tuple[Any, ...]:
+        """What it adds to the weight [out, in] between what it reads and its site: a matrix, or the factors of one."""
+        raise NotImplementedError(f"{type(self).__name__} is no change of a weight")
 
     def _width(self, widths: Widths) -> int:
         return widths.of(Site.parse(self.site).point)

@@ -84,6 +84,9 @@ class Gate(ReadingEdit):
     def fires(self) -> bool:
         return self.activation in SILENT
 
+    def formless(self) -> str:
+        return "whether a gate opens depends on the token, and a weight is the same for all. Serve it per request"
+
     @classmethod
     def usual(cls, layer: int, rank: int = 1) -> Self:
         return cls(site=f"layers.{layer}.mlp.out", reads=f"layers.{layer}.mlp.in", rank=rank, normalise=True)

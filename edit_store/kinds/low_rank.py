@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -9,6 +10,7 @@ from pydantic import Field
 
 from vllm_edits.edit_store.edits import MAX_RANK, Array, Fields, Measure, Order, ReadingEdit
 from vllm_edits.edit_store.kinds import register
+from vllm_edits.edit_store.linear import AffineMap
 from vllm_edits.edit_store.measures import product_moved, product_norm
 from vllm_edits.edit_store.sites import POINTS, Widths
 
@@ -48,6 +50,14 @@ class LowRank(ReadingEdit):
 
     def adds(self, fields: Fields) -> Any:
         return fields["write"]
+
+    @classmethod
+    def linear(cls, numbers: Sequence[tuple[Self, Fields]], width: int) -> AffineMap:
+        stacked = {name: np.concatenate([fields[name] for _, fields in numbers]) for name in ("read", "write")}
+        return AffineMap.of(width, **stacked)
+
+    def weight_change(self, fields: Fields, shape: Sequence[int]) -> tuple[Any, ...]:
+        return np.transpose(fields["write"]), fields["read"]
 
     @classmethod
     def usual(cls, layer: int, rank: int = 1) -> Self:

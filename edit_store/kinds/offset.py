@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
 from vllm_edits.edit_store.edits import Array, Edit, Fields, Measure, Order
 from vllm_edits.edit_store.kinds import register
+from vllm_edits.edit_store.linear import AffineMap
 from vllm_edits.edit_store.sites import POINTS, Widths
 
 
@@ -23,6 +25,7 @@ class Offset(Edit):
     order: ClassVar[Order] = Order(50)
     features: ClassVar[tuple[str, ...]] = ("renorm",)
     usually_reserved: ClassVar[bool] = True
+    adds_constant: ClassVar[bool] = True
 
     kind: Literal["offset"] = "offset"
     renorm: bool = False
@@ -51,6 +54,16 @@ class Offset(Edit):
 
     def needs(self, together: int) -> frozenset[str]:
         return frozenset(["renorm"] if self.renorm else [])
+
+    def formless(self) -> str | None:
+        kept = "keeping a norm is not linear. Serve it per request, or leave renorm out" if self.renorm else None
+        return super().formless() or kept
+
+    @classmethod
+    def linear(cls, numbers: Sequence[tuple[Self, Fields]], width: int) -> AffineMap:
+        return AffineMap.of(
+            width, constant=sum(np.asarray(fields["vector"], dtype=np.float64) for _, fields in numbers)
+        )
 
     @classmethod
     def usual(cls, layer: int, rank: int = 1) -> Self:  # noqa: ARG003

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from vllm_edits.edit_store.edits import Array, Edit, Fields, Measure, Order, ReadingEdit
 from vllm_edits.edit_store.errors import Reason
 from vllm_edits.edit_store.kinds import register
+from vllm_edits.edit_store.linear import AffineMap
 from vllm_edits.edit_store.measures import VISIBLE, share
 from vllm_edits.edit_store.sites import LAYER_POINTS, Site, Widths
 
@@ -83,6 +84,13 @@ class Scale(Edit):
         if missed <= VISIBLE:
             return None
         return f"{missed:.0%} of what it adds lies in channels that are scaled, and is not scaled"
+
+    @classmethod
+    def linear(cls, numbers: Sequence[tuple[Self, Fields]], width: int) -> AffineMap:
+        factor = np.ones(width)
+        for _, fields in numbers:
+            factor = factor * np.repeat(np.asarray(fields["factor"], dtype=np.float64), width // len(fields["factor"]))
+        return AffineMap.of(width, factor=factor)
 
     @classmethod
     def usual(cls, layer: int, rank: int = 1) -> Self:  # noqa: ARG003

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -10,6 +10,7 @@ from pydantic import Field
 
 from vllm_edits.edit_store.edits import IN_PLACE, MAX_RANK, Array, Broken, Edit, Fields, Measure, Order
 from vllm_edits.edit_store.kinds import register
+from vllm_edits.edit_store.linear import AffineMap
 from vllm_edits.edit_store.measures import VISIBLE, Product, product_moved, share
 from vllm_edits.edit_store.sites import Widths
 
@@ -32,6 +33,7 @@ class SubspaceFilter(Edit):
     transforms: ClassVar[bool] = True
     features: ClassVar[tuple[str, ...]] = ("onto", "dual")
     usually_reserved: ClassVar[bool] = True
+    adds_constant: ClassVar[bool] = True
 
     kind: Literal["subspace_filter"] = "subspace_filter"
     rank: int = Field(gt=0, le=MAX_RANK)
@@ -93,6 +95,13 @@ class SubspaceFilter(Edit):
         return frozenset(["dual"] if self.oblique or together > 1 else [])
 
     @classmethod
+    def linear(cls, numbers: Sequence[tuple[Self, Fields]], width: int) -> AffineMap:
+        folded = AffineMap.of(width)
+        for edit, fields in numbers:
+            folded = folded.then(_affine(edit, fields))
+        return folded
+
+    @classmethod
     def usual(cls, layer: int, rank: int = 1) -> Self:
         return cls(site=f"layers.{layer}.resid", rank=rank)
 
@@ -108,6 +117,14 @@ class SubspaceFilter(Edit):
         return (
             f"the offset comes after it and puts {back:.0%} of itself where the filter took" if back > VISIBLE else None
         )
+
+
+def _affine(edit: SubspaceFilter, fields: Fields) -> AffineMap:
+    basis, mean = (np.asarray(fields[name], dtype=np.float64) for name in ("basis", "mean"))
+    dual = np.asarray(fields["dual"], dtype=np.float64) if edit.oblique else basis
+    inside: dict[str, Any] = {"read": basis, "write": dual if edit.onto else -dual, "shift": basis @ mean}
+    kept = {"factor": np.zeros_like(mean), "constant": mean} if edit.onto else {}
+    return AffineMap.of(len(mean), **inside, **kept)
 
 
 register(SubspaceFilter)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -74,6 +74,21 @@ class WeightDelta(ReadingEdit):
 
     def beside(self, fields: Fields, other: Edit, other_fields: Fields) -> str | None:
         return "the delta comes first, so what it adds is scaled or filtered too" if other.transforms else None
+
+    def formless(self) -> str | None:
+        if Site.parse(self.site).point == "logits":
+            return (
+                "the output head is often the embeddings too, which would change with it. Make a low_rank edit from "
+                "final to logits of it, and serve that per request"
+            )
+        return super().formless()
+
+    def weight_change(self, fields: Fields, shape: Sequence[int]) -> tuple[Any, ...]:
+        if self.count is None:
+            return (fields["delta"],)
+        delta = np.zeros(shape, dtype=np.float32)
+        delta[fields["rows"], fields["columns"]] = fields["values"]
+        return (delta,)
 
     @classmethod
     def usual(cls, layer: int, rank: int = 1) -> Self:  # noqa: ARG003

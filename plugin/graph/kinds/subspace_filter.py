@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from vllm_edits.edit_store.kinds.subspace_filter import SubspaceFilter
-from vllm_edits.plugin.graph.fold import fold_filters
 from vllm_edits.plugin.graph.slot_products import EXPRESSIONS, SlotProducts
 from vllm_edits.plugin.graph.slot_rows import Layout
 from vllm_edits.plugin.graph.slot_tensors import GroupEdits, Shape, SlotTensors
@@ -40,8 +39,10 @@ class SubspaceFilterSlots(SlotTensors):
         return added
 
     def _values(self, numbers: GroupEdits) -> dict[str, Any]:
-        folded = fold_filters([(edit, fields) for edit, fields in numbers if isinstance(edit, SubspaceFilter)])
-        return {name: getattr(folded, name) for name in ("read", "shift", "write", "drop", "constant")}
+        filters = [(edit, fields) for edit, fields in numbers if isinstance(edit, SubspaceFilter)]
+        folded = SubspaceFilter.linear(filters, self._shape.writes.whole)
+        drop = 1 - folded.factor[0]
+        return {"drop": drop, **{name: getattr(folded, name) for name in ("read", "shift", "write", "constant")}}
 
 
 def subspace_filter(

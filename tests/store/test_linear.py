@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from tests.proofs.parity import random_numbers
 from tests.support.fakes import BASE, cheaply
 from vllm_edits.edit_store import SubspaceFilter
-from vllm_edits.plugin.graph.fold import fold_filters
 
 filters = st.builds(
     SubspaceFilter, site=st.just("layers.1.resid"), rank=st.integers(1, 6), onto=st.booleans(), oblique=st.booleans()
@@ -35,7 +34,7 @@ def test_folded_filters_do_what_they_do_one_after_the_other(edits: list[Subspace
     one_by_one = x
     for edit, fields in numbers:
         one_by_one = edit.apply(one_by_one, **fields)
-    folded = fold_filters(numbers)
+    folded = SubspaceFilter.linear(numbers, BASE.widths.hidden)
     assert len(folded.read) == sum(edit.rank for edit in edits)
     np.testing.assert_allclose(folded(x), one_by_one, atol=1e-5 * size_of(numbers))
 
@@ -48,6 +47,15 @@ def test_a_filter_twice_is_a_filter_once(edit: SubspaceFilter, seed: int) -> Non
     x = np.random.default_rng(seed).normal(size=(5, BASE.widths.hidden))
     once = edit.apply(x, **fields)
     np.testing.assert_allclose(edit.apply(once, **fields), once, atol=1e-5 * size_of(numbers))
-    folded = fold_filters(numbers)
+    folded = SubspaceFilter.linear(numbers, BASE.widths.hidden)
     np.testing.assert_allclose(folded(folded(x)), folded(x), atol=1e-5 * size_of(numbers))
     assert np.abs(once - x).max() > 1e-3, "positive control"
+
+
+@cheaply
+@given(st.lists(filters, min_size=2, max_size=2), st.integers(0, 10**6))
+def test_maps_side_by_side_add_what_each_adds(edits: list[SubspaceFilter], seed: int) -> None:
+    numbers = numbered(edits, seed)
+    x = np.random.default_rng(seed).normal(size=(5, BASE.widths.hidden))
+    one, other = (SubspaceFilter.linear([pair], BASE.widths.hidden) for pair in numbers)
+    np.testing.assert_allclose(one.beside(other)(x), one(x) + other(x) - x, atol=1e-9 * size_of(numbers))
