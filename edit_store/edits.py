@@ -107,6 +107,14 @@ class Edit(BaseModel):
     part: int = Field(default=1, ge=1, le=MAX_PARTS)
     scope: Scope = ALL
 
+    @classmethod
+    def name(cls) -> str:
+        """The kind's name, which its records give as `kind`. TypeError when it has none of its own."""
+        field = cls.model_fields["kind"]
+        if not isinstance(field.default, str):
+            raise TypeError(f"{cls.__name__}: expected a field `kind: Literal['name'] = 'name'`, found {field!r}")
+        return field.default
+
     @property
     def capacity(self) -> int:
         """How much of a server's reservation this edit needs: its rank, or 1 where rank has no meaning."""
