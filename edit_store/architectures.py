@@ -14,9 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vllm_edits.edit_store.edits import READS
 from vllm_edits.edit_store.errors import UnsupportedHost, nearest
-from vllm_edits.edit_store.sites import Site, Widths, every_site
+from vllm_edits.edit_store.sites import READS, Site, Widths, every_site
 
 Side = Literal["input", "output"]
 _QKV, _GATE_UP = ("q.out", "k.out", "v.out"), ("gate.out", "up.out")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_edits.edit_store.bundle import BaseModelRef
+from vllm_edits.edit_store.base_ref import BaseModelRef
 from vllm_edits.edit_store.canonical import canonical_json, sha256
 from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.edit_store.private_folder import cache_folder

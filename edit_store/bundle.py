@@ -21,11 +21,12 @@ import rfc8785
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors.numpy import save
 
+from vllm_edits.edit_store.base_ref import BaseModelRef
 from vllm_edits.edit_store.canonical import Digest, canonical_json, sha256
-from vllm_edits.edit_store.edits import INDEX_FIELDS, AnyEdit, Edit, Tensors
+from vllm_edits.edit_store.edits import Edit, Tensors
 from vllm_edits.edit_store.errors import BundleRefused, Reason
+from vllm_edits.edit_store.kinds import AnyEdit
 from vllm_edits.edit_store.refs import MAX_COMPOSED, NAME
-from vllm_edits.edit_store.sites import Widths
 
 SCHEMA_VERSION: Literal[1] = 1
 MANIFEST_FILE = "manifest.json"
@@ -38,17 +39,6 @@ BundleName = Annotated[str, Field(pattern=rf"^{NAME}(?:\+{NAME})*$", max_length=
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class BaseModelRef(_Record):
-    """The one model a bundle was made for. Its identity is the digests of its files, never its name."""
-
-    name: str
-    architecture: str
-    widths: Widths
-    biased: tuple[str, ...] = ()
-    """points where the model's own projection adds a bias"""
-    files: dict[str, Digest] = Field(min_length=1)
 
 
 class BlobRef(_Record):
@@ -201,7 +191,7 @@ class Bundle:
         tensors: Tensors = {}
         for edit, fields in pairs:
             for field_name, array in fields.items():
-                dtype = np.int32 if field_name in INDEX_FIELDS else np.float32
+                dtype = np.int32 if field_name in edit.integers else np.float32
                 tensors[edit.tensor_name(field_name)] = np.ascontiguousarray(array, dtype=dtype)
         tensor_bytes = save(
             tensors,

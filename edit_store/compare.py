@@ -9,9 +9,8 @@ import numpy as np
 
 from vllm_edits.edit_store import verify
 from vllm_edits.edit_store.bundle import Bundle
-from vllm_edits.edit_store.edits import Edit, LowRank, SubspaceFilter, Tensors
+from vllm_edits.edit_store.edits import Edit, Tensors
 from vllm_edits.edit_store.errors import EditsError
-from vllm_edits.edit_store.inspection import low_rank_norm
 from vllm_edits.edit_store.sites import Widths
 
 ROUNDING = 1e-6
@@ -83,7 +82,7 @@ def _change(old: Edit | None, new: Edit | None, before: Tensors, after: Tensors,
     present = new or old
     assert present is not None  # noqa: S101  the key came from one of the two
     site, kind = present.site, present.kind
-    ranks = [str(getattr(edit, "rank", 1)) for edit in (old, new) if edit is not None]
+    ranks = [str(edit.capacity) for edit in (old, new) if edit is not None]
     rank = " -> ".join(dict.fromkeys(ranks))
     if old is None or new is None:
         return EditDifference(site, kind, ADDED if old is None else REMOVED, rank, None)
@@ -91,49 +90,6 @@ def _change(old: Edit | None, new: Edit | None, before: Tensors, after: Tensors,
         {field: array.astype(np.float64) for field, array in edit.numbers(tensors, widths).items()}
         for edit, tensors in ((old, before), (new, after))
     ]
-    moved = _moved(old, new, *fields)
+    moved = old.moved(new, *fields)
     same = moved is not None and moved <= ROUNDING and old == new
     return EditDifference(site, kind, SAME if same else CHANGED, rank, moved)
-
-
-Fields = dict[str, Any]
-
-
-def _moved(old: Edit, new: Edit, before: Fields, after: Fields) -> float | None:
-    """||new - old|| / ||old|| of what the edit does, not of how it is written down; None where the two have no measure.
-
-    Low-rank: the product write^T read. Filter: the map x -> P (x - mean), so a rotated basis is no change.
-    """
-    if isinstance(old, LowRank):
-        return _ratio((before["write"], before["read"]), (after["write"], after["read"]))
-    if isinstance(old, SubspaceFilter) and isinstance(new, SubspaceFilter):
-        if old.onto != new.onto:
-            return None
-        maps: list[Product] = [(fields.get("dual", fields["basis"]), fields["basis"]) for fields in (before, after)]
-        means: list[Any] = [
-            dual.T @ (basis @ fields["mean"]) for (dual, basis), fields in zip(maps, (before, after), strict=True)
-        ]
-        apart = float(np.sum((means[1] - means[0]) ** 2)), float(np.sum(means[0] ** 2))
-        return _ratio(maps[0], maps[1], apart)
-    if {field: array.shape for field, array in before.items()} != {
-        field: array.shape for field, array in after.items()
-    }:
-        return None
-    size = float(np.sqrt(sum(np.sum(array**2) for array in before.values())))
-    distance = float(np.sqrt(sum(np.sum((after[field] - array) ** 2) for field, array in before.items())))
-    return distance / size if size else float(distance > 0)
-
-
-Product = tuple[Any, Any]
-"""write and read of a product write^T read."""
-
-
-def _ratio(old: Product, new: Product, beside: tuple[float, float] = (0.0, 0.0)) -> float:
-    """||new - old|| / ||old|| of two products; `beside` are squares to add to both norms.
-
-    The difference of two products is one product of stacked factors, so nothing wide by wide is formed.
-    """
-    write, read = np.concatenate([new[0], -old[0]]), np.concatenate([new[1], old[1]])
-    distance = float(np.sqrt(low_rank_norm(read, write) ** 2 + beside[0]))
-    size = float(np.sqrt(low_rank_norm(old[1], old[0]) ** 2 + beside[1]))
-    return distance / size if size else float(distance > 0)

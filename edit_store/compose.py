@@ -2,30 +2,22 @@
 
     polite+safe     the edits of `polite`, then those of `safe`
 
-At every site the order of kinds is the one of `edit_store/edits.py`; within a kind the parts come in the order in which
+At every site the order of kinds is the one that they declare; within a kind the parts come in the order in which
 the bundles are named. Most edits at one site do not care: what they add is added. Where the order does decide, or one
 edit undoes part of another, `conflicts` says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
-
-import numpy as np
 
 from vllm_edits.edit_store import verify
 from vllm_edits.edit_store.bundle import Bundle, Manifest, Part, Provenance, Strength
-from vllm_edits.edit_store.edits import Array, Edit, Gate, LowRank, Offset, Scale, SubspaceFilter, WeightDelta
+from vllm_edits.edit_store.edits import Array, Edit, Fields, Order
 from vllm_edits.edit_store.errors import BundleRefused, Reason
 from vllm_edits.edit_store.refs import JOIN
-
-VISIBLE = 0.01
-"""Share of an edit, or overlap of two directions, below which nothing is reported."""
-
-Fields = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -98,80 +90,15 @@ def conflicts(bundle: Bundle) -> list[Overlap]:
     for (owner, edit, fields), (other_owner, other, other_fields) in combinations(owned, 2):
         if owner == other_owner or edit.site != other.site:
             continue
-        pair = ((edit, fields), (other, other_fields))
-        for (one, one_fields), (two, two_fields) in (pair, pair[::-1]):
-            names = (owner, other_owner) if one is edit else (other_owner, owner)
-            if effect := _effect(one, one_fields, two, two_fields):
-                told = (f"{names[0]}: {one.kind}", f"{names[1]}: {two.kind}")
-                found.append(Overlap(edit.site, *told, effect))
-                break
+        if effect := edit.beside(fields, other, other_fields) or other.beside(other_fields, edit, fields):
+            first, second = sorted(((owner, edit), (other_owner, other)), key=_changing_first)
+            found.append(Overlap(edit.site, f"{first[0]}: {first[1].kind}", f"{second[0]}: {second[1].kind}", effect))
     return found
 
 
-def _effect(one: Edit, one_fields: Fields, two: Edit, two_fields: Fields) -> str | None:
-    """What comes of `two` where `one` is too, if not just what each does alone."""
-    if isinstance(one, Scale) and isinstance(two, LowRank | Gate):
-        return _scaled(one_fields, two, two_fields)
-    if isinstance(one, Scale) and isinstance(two, SubspaceFilter):
-        return "the filter sees scaled channels, so it removes other directions of the unscaled vector"
-    if isinstance(one, Scale | SubspaceFilter) and isinstance(two, WeightDelta):
-        return "the delta comes first, so what it adds is scaled or filtered too"
-    if isinstance(one, SubspaceFilter):
-        for kind, rule in _BESIDE_A_FILTER.items():
-            if isinstance(two, kind):
-                return rule(one, one_fields, two_fields)
-    if isinstance(one, Offset) and isinstance(two, Offset) and (one.renorm or two.renorm):
-        return "the norm is restored after both offsets together"
-    return None
-
-
-def _scaled(scale: Fields, edit: LowRank | Gate, fields: Fields) -> str | None:
-    factor = np.repeat(scale["factor"], fields["write"].shape[-1] // len(scale["factor"]))
-    missed = _share(fields["write"] * (factor != 1), fields["write"])
-    if edit.source == edit.site:
-        return "it reads the scaled vector"
-    return (
-        f"{missed:.0%} of what it adds lies in channels that are scaled, and is not scaled"
-        if missed > VISIBLE
-        else None
-    )
-
-
-def _filtered_add(edit: SubspaceFilter, filtered: Fields, fields: Fields) -> str | None:
-    inside = _share(fields["write"] @ filtered["basis"].T @ filtered.get("dual", filtered["basis"]), fields["write"])
-    if edit.onto:
-        inside = _share(fields["write"] - fields["write"] @ filtered["basis"].T @ filtered["basis"], fields["write"])
-    return f"the filter comes after it and takes away {inside:.0%} of what it adds" if inside > VISIBLE else None
-
-
-def _filtered_offset(edit: SubspaceFilter, filtered: Fields, fields: Fields) -> str | None:
-    vector = fields["vector"]
-    inside = vector @ filtered["basis"].T @ filtered["basis"]
-    share = _share(vector - inside if edit.onto else inside, vector)
-    return (
-        f"the offset comes after it and puts {share:.0%} of itself where the filter took" if share > VISIBLE else None
-    )
-
-
-def _filtered_twice(edit: SubspaceFilter, one: Fields, two: Fields) -> str | None:
-    del edit
-    overlap = float(np.abs(one["basis"] @ two["basis"].T).max())
-    if overlap <= VISIBLE:
-        return None
-    return f"their subspaces overlap (cosine up to {overlap:.2f}): the later one moves what the earlier one set"
-
-
-_BESIDE_A_FILTER: dict[type[Edit], Callable[[SubspaceFilter, Fields, Fields], str | None]] = {
-    LowRank: _filtered_add,
-    Gate: _filtered_add,
-    Offset: _filtered_offset,
-    SubspaceFilter: _filtered_twice,
-}
-
-
-def _share(part: Any, whole: Any) -> float:
-    size = float(np.linalg.norm(whole))
-    return float(np.linalg.norm(part)) / size if size else 0.0
+def _changing_first(owned: tuple[str, Edit]) -> tuple[bool, Order]:
+    """Sorting key of two edits: the one that changes what the other gives is named first."""
+    return not owned[1].transforms, owned[1].order
 
 
 def named(found: Sequence[Overlap]) -> Iterator[str]:

@@ -13,8 +13,9 @@ from vllm_edits.edit_store import verify
 from vllm_edits.edit_store.architectures import supported
 from vllm_edits.edit_store.base_model import CONFIG_FILE, tensor_entries, widths_of
 from vllm_edits.edit_store.bundle import Bundle
-from vllm_edits.edit_store.edits import KINDS, Edit, Gate, LowRank, Scale, SubspaceFilter, Tensors, WeightDelta
+from vllm_edits.edit_store.edits import Edit, Measure
 from vllm_edits.edit_store.errors import UnsupportedHost
+from vllm_edits.edit_store.kinds import KINDS
 from vllm_edits.edit_store.sites import POINTS, Site
 
 _DOWN_PROJECTION = "model.layers.{layer}.mlp.down_proj.weight"
@@ -44,42 +45,17 @@ class EditSummary:
 
 
 def summarise(bundle: Bundle, model: Path | None = None) -> list[EditSummary]:
-    """One line per edit; with `model`, low-rank edits are compared with the weight they add to."""
-    tensors = verify.check(bundle)
-    return [_summary(edit, tensors, model) for edit in bundle.manifest.edits]
+    """One line per edit; with `model`, changes of a weight are compared with the weight that they are added to."""
+    tensors, widths = verify.check(bundle), bundle.manifest.base.widths
+    return [_summary(edit, edit.measure(edit.numbers(tensors, widths)), model) for edit in bundle.manifest.edits]
 
 
-def _summary(edit: Edit, tensors: Tensors, model: Path | None) -> EditSummary:
-    def tensor(field: str) -> Any:
-        return tensors[edit.tensor_name(field)]
-
-    def summary(norm: Any, of: str, relative: float | None = None) -> EditSummary:
-        return EditSummary(edit.site, edit.kind, edit.capacity, float(norm), of, relative)
-
-    if isinstance(edit, LowRank):
-        norm = low_rank_norm(tensor("read"), tensor("write"))
-        if edit.source == edit.site:
-            return summary(norm, "Frobenius norm of the map added")
-        site = Site.parse(edit.site)
-        weighed = model is not None and site.point == "mlp.out" and edit.source.endswith("mlp.h")
-        weight = _weight_norm(model, _DOWN_PROJECTION.format(layer=site.layer)) if model and weighed else None
-        return summary(norm, "Frobenius norm of the change of W", norm / weight if weight else None)
-    if isinstance(edit, Scale):
-        changed = tensor("factor") != 1
-        return summary(changed.sum(), f"{edit.per}s changed: {_shortened(np.flatnonzero(changed).tolist())}")
-    if isinstance(edit, SubspaceFilter):
-        kept = "kept" if edit.onto else "removed"
-        return summary(np.linalg.norm(tensor("basis") @ tensor("mean")), f"mean inside the subspace that is {kept}")
-    if isinstance(edit, Gate):
-        writes = np.linalg.norm(tensor("write"), axis=-1)
-        return summary(writes.max(), f"longest vector added per unit of {edit.activation}")
-    if isinstance(edit, WeightDelta):
-        return summary(np.linalg.norm(tensor("values" if edit.count else "delta")), "Frobenius norm of the change of W")
-    return summary(np.linalg.norm(tensor("vector")), "vector added" + (", the norm kept" if edit.renorm else ""))
-
-
-def _shortened(numbers: list[int], most: int = 12) -> str:
-    return f"{numbers[:most]} and {len(numbers) - most} more" if len(numbers) > most else str(numbers)
+def _summary(edit: Edit, measure: Measure, model: Path | None) -> EditSummary:
+    site, weight = Site.parse(edit.site), None
+    if model is not None and measure.of_weight and site.point == "mlp.out" and edit.source.endswith("mlp.h"):
+        weight = _weight_norm(model, _DOWN_PROJECTION.format(layer=site.layer))
+    relative = measure.norm / weight if weight else None
+    return EditSummary(edit.site, edit.kind, edit.capacity, measure.norm, measure.of, relative)
 
 
 def sites_of(model: Path) -> dict[str, Any]:
@@ -97,19 +73,14 @@ def sites_of(model: Path) -> dict[str, Any]:
             "heads": widths.heads_at(site.point) or "",
             "reads": architecture.reads(site.point),
             "kinds": [
-                kind for kind, edit in KINDS.items()
-                if site.point in edit.points and (kind != "weight_delta" or architecture.reads(site.point))
+                name for name, kind in KINDS.items()
+                if site.point in kind.points and kind.sources(site, architecture.reads(site.point))
             ],
         }
         for site in architecture.sites(widths.layers)
     ]  # fmt: skip
     hidden = {point: why for point in POINTS if (why := architecture.hidden(point))}
     return {"architecture": name, "layers": widths.layers, "sites": rows, "hidden": hidden}
-
-
-def low_rank_norm(read: Any, write: Any) -> float:
-    """||write^T read||_F without forming the product: sqrt(sum of (write write^T) * (read read^T))."""
-    return float(np.sqrt(max(0.0, float(np.sum((write @ write.T) * (read @ read.T))))))
 
 
 def _weight_norm(model: Path, name: str) -> float | None:

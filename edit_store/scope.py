@@ -31,14 +31,14 @@ class Scope(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    phase: Literal["all", "prompt", "generated"] = "all"
+    segment: Literal["all", "prompt", "generated"] = "all"
     first: int | None = Field(default=None, ge=1, description="only the first so many positions of the prompt")
     last: int | None = Field(default=None, ge=1, description="only the last so many positions of the prompt")
     tokens: Annotated[TokenIds | None, AfterValidator(_sorted)] = None
 
     @model_validator(mode="after")
     def _windows_are_of_the_prompt(self) -> Scope:
-        if self.phase == "generated" and (self.first or self.last):
+        if self.segment == "generated" and (self.first or self.last):
             raise ValueError("first and last are windows of the prompt, which a scope of generated tokens excludes")
         return self
 
@@ -53,9 +53,9 @@ class Scope(BaseModel):
         prompt: the prompt's length, or one for each position.
         """
         met = np.ones(len(positions), dtype=bool)
-        if self.phase == "generated":
+        if self.segment == "generated":
             met = positions >= prompt
-        elif self.phase == "prompt" or self.windowed:
+        elif self.segment == "prompt" or self.windowed:
             met = positions < prompt
         if self.windowed:
             first = positions < (self.first or 0)
@@ -71,11 +71,11 @@ class Scope(BaseModel):
     @property
     def bound_to_prompt(self) -> bool:
         """Whether the prompt's length decides: the same tokens are then edited otherwise behind a longer prompt."""
-        return self.phase != "all" or self.windowed
+        return self.segment != "all" or self.windowed
 
     def begins(self, prompt: int) -> int:
         """A position before which nothing is edited."""
-        if self.phase == "generated":
+        if self.segment == "generated":
             return prompt
         if self.windowed and self.first is None:
             return max(0, prompt - (self.last or 0))

@@ -28,6 +28,7 @@ A site is `layers.<n>.<point>`, or one of the three outside the layers. Every po
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import total_ordering
 
@@ -40,6 +41,13 @@ LAYER_POINTS = (
 )  # fmt: skip
 POINTS = (*FIRST, *LAYER_POINTS, *LAST)
 """In the order in which a token passes them."""
+
+READS: Mapping[str, tuple[str, ...]] = {
+    "q.proj": ("attn.in",), "k.proj": ("attn.in",), "q.out": ("attn.in",), "k.out": ("attn.in",),
+    "v.out": ("attn.in",), "attn.out": ("attn.z",), "gate.out": ("mlp.in",), "up.out": ("mlp.in",),
+    "mlp.out": ("mlp.h", "mlp.in"), "logits": ("final",),
+}  # fmt: skip
+"""Points that an edit at a point may read, besides that point itself: its module's input, or its block's."""
 
 _SITE = re.compile(r"layers\.(0|[1-9][0-9]{0,3})\.([a-z]+(?:\.[a-z]+)?)")
 _QUERIES, _KEYS_VALUES = ("q.proj", "q.out", "attn.z"), ("k.proj", "k.out", "v.out")

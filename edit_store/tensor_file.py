@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from vllm_edits.edit_store.edits import INDEX_FIELDS, Tensors
+from vllm_edits.edit_store.edits import Tensors
 from vllm_edits.edit_store.errors import Reason
+from vllm_edits.edit_store.kinds import KINDS
 
 MAX_HEADER_BYTES = 1 << 20
 MAX_TENSOR_FILE_BYTES = 1 << 30
@@ -83,7 +84,8 @@ def _span(name: str, entry: Any, size: int) -> tuple[Reason | None, tuple[int, i
 
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         return refuse("expected dtype, shape and data_offsets")
-    expected_type = "I32" if name.rpartition("/")[2] in INDEX_FIELDS else "F32"
+    field = name.rpartition("/")[2]
+    expected_type = "I32" if any(field in kind.integers for kind in KINDS.values()) else "F32"
     if entry["dtype"] != expected_type:
         return refuse(f"expected dtype {expected_type}, found {entry['dtype']!r}", "dtype")
     if not is_counts(entry["shape"]) or len(entry["shape"]) > 4 or 0 in entry["shape"]:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from vllm_edits.edit_store import tensor_file
 from vllm_edits.edit_store.architectures import supported
-from vllm_edits.edit_store.bundle import BaseModelRef, BlobRef, Bundle, Manifest
-from vllm_edits.edit_store.edits import Array, Edit, Gate, Scale, SubspaceFilter, Tensors, WeightDelta
+from vllm_edits.edit_store.base_ref import BaseModelRef
+from vllm_edits.edit_store.bundle import BlobRef, Bundle, Manifest
+from vllm_edits.edit_store.edits import Edit, Tensors
 from vllm_edits.edit_store.errors import BundleRefused, Reason, UnsupportedHost
 from vllm_edits.edit_store.refs import JOIN
 from vllm_edits.edit_store.sites import Site, Widths
-
-ORTHONORMAL_TOLERANCE = 1e-4
 
 
 def check(bundle: Bundle, base: BaseModelRef | None = None) -> Tensors:
@@ -80,8 +79,8 @@ def edit_rules(edits: Iterable[Edit], base: BaseModelRef) -> list[Reason]:
         if edit.scope.tokens and edit.scope.tokens[-1] >= base.widths.vocab:
             found = edit.scope.tokens[-1]
             reasons.append(Reason("scope", f"{edit.site}: token {found}, the model has 0 to {base.widths.vocab - 1}"))
-        if not edit.scope.everything and edit.kind == "weight_delta":
-            reasons.append(Reason("scope", f"weight_delta at {edit.site}: a weight has no scope"))
+        if not edit.scope.everything and edit.only_in_weights:
+            reasons.append(Reason("scope", f"{edit.kind} at {edit.site}: a weight has no scope"))
         reasons += _architecture_rules(edit, base)
     return reasons
 
@@ -95,25 +94,13 @@ def _architecture_rules(edit: Edit, base: BaseModelRef) -> Iterator[Reason]:
     for site in dict.fromkeys((edit.site, edit.source)):
         if why := architecture.hidden(Site.parse(site).point):
             yield Reason("site", f"{site} does not exist: {why}")
+    yield from edit.rules_of_model(base, architecture)
     point = Site.parse(edit.site).point
-    if isinstance(edit, Scale) and edit.per == "head" and point in ("q.proj", "k.proj"):
+    if architecture.qk_norm and point in ("q.out", "k.out") and edit.source != edit.site:
         yield Reason(
             "site",
-            f"per-head scale at {edit.site}: the norm that follows takes a head's size away again, so it would do "
-            f"nothing. Scale {edit.site.removesuffix('proj')}out",
-        )
-    if architecture.qk_norm and point in ("q.out", "k.out"):
-        if edit.source != edit.site:
-            yield Reason(
-                "site",
-                f"{edit.kind} from {edit.source} to {edit.site}: in {base.architecture} a norm stands between the two, "
-                f"so it would be no update of the projection. Write to {edit.site.removesuffix('out')}proj",
-            )
-    elif isinstance(edit, Scale) and edit.bias is None and point.replace(".proj", ".out") in base.biased:
-        yield Reason(
-            "bias",
-            f"scale at {edit.site}: {base.name} adds a bias there, which would be scaled too. Say so with "
-            "bias='scaled', and to leave the bias out add an offset of (1 - factor) * bias",
+            f"{edit.kind} from {edit.source} to {edit.site}: in {base.architecture} a norm stands between the two, "
+            f"so it would be no update of the projection. Write to {edit.site.removesuffix('out')}proj",
         )
 
 
@@ -130,9 +117,8 @@ def _tensor_rules(edits: tuple[Edit, ...], widths: Widths, tensors: Tensors) -> 
         if not wrong:
             fields = edit.numbers(tensors, widths)
             if all(np.isfinite(array).all() for array in fields.values()):
-                rules = _NUMBER_RULES.get(edit.kind, _no_rules)
-                reasons += [Reason(code, f"{edit.tensor_name(field)}: {why}") for code, field, why in
-                            rules(edit, widths, fields)]  # fmt: skip
+                broken = edit.rules_of_numbers(fields, widths)
+                reasons += [Reason(code, f"{edit.tensor_name(field)}: {why}") for code, field, why in broken]
     return reasons
 
 
@@ -140,8 +126,7 @@ def _shape_rules(edit: Edit, widths: Widths, tensors: Tensors) -> Iterator[Reaso
     for field, shape in edit.shapes(widths).items():
         name = edit.tensor_name(field)
         if name not in tensors:
-            hint = " A gate that normalises needs the norm before its site" if field.startswith("norm_") else ""
-            yield Reason("missing_tensor", f"tensor {name} of shape {list(shape)} is missing.{hint}")
+            yield Reason("missing_tensor", f"tensor {name} of shape {list(shape)} is missing.{edit.hint(field)}")
         elif tensors[name].shape != shape:
             found = list(tensors[name].shape)
             hint = ""
@@ -150,50 +135,3 @@ def _shape_rules(edit: Edit, widths: Widths, tensors: Tensors) -> Iterator[Reaso
             ]:
                 hint = f". Keys and values have {widths.kv_heads} heads here, not the {widths.heads} of the queries"
             yield Reason("shape", f"tensor {name}: expected {list(shape)}, found {found}{hint}")
-
-
-Broken = tuple[str, str, str]
-"""Code, field and reason of a broken rule."""
-NumberRules = Callable[..., Iterator[Broken]]
-
-
-def _no_rules(*_: object) -> Iterator[Broken]:
-    yield from ()
-
-
-def _filter_rules(edit: SubspaceFilter, _: Widths, fields: dict[str, Array]) -> Iterator[Broken]:
-    # In float32 the products of great numbers would overflow.
-    basis, other = (fields[name].astype(np.float64) for name in ("basis", "dual" if edit.oblique else "basis"))
-    error = float(np.abs(basis @ other.T - np.eye(len(basis))).max())
-    if error > ORTHONORMAL_TOLERANCE:
-        if edit.oblique:
-            yield "not_dual", "dual", f"basis dual^T must be the identity, off by {error:.1e}"
-        else:
-            yield "not_orthonormal", "basis", f"rows must be orthonormal, off by {error:.1e}"
-
-
-def _gate_rules(edit: Gate, _: Widths, fields: dict[str, Array]) -> Iterator[Broken]:
-    if edit.normalise and (zeros := int((fields["norm_weight"] == 0).sum())):
-        yield "norm_weight", "norm_weight", f"{zeros} weights are zero, which nothing can be divided by"
-
-
-def _delta_rules(edit: WeightDelta, widths: Widths, fields: dict[str, Array]) -> Iterator[Broken]:
-    if edit.count is None:
-        return
-    rows, columns = fields["rows"].astype(np.int64), fields["columns"].astype(np.int64)
-    sizes = {"rows": widths.of(Site.parse(edit.site).point), "columns": widths.of(Site.parse(edit.reads).point)}
-    outside = False
-    for field, indices in (("rows", rows), ("columns", columns)):
-        if ((indices < 0) | (indices >= sizes[field])).any():
-            outside = True
-            yield "index", field, f"expected 0 to {sizes[field] - 1}, found {indices.min()} to {indices.max()}"
-    if not outside and (np.diff(rows * sizes["columns"] + columns) <= 0).any():
-        yield "index", "rows", "expected each pair once, in order of row and column"
-
-
-_NUMBER_RULES: dict[str, NumberRules] = {
-    "subspace_filter": _filter_rules,
-    "gate": _gate_rules,
-    "weight_delta": _delta_rules,
-}
-"""What the numbers of a kind must satisfy, once they have their shapes."""

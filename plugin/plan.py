@@ -13,7 +13,8 @@ import torch
 
 from vllm_edits.edit_store.architectures import supported
 from vllm_edits.edit_store.base_model import CONFIG_FILE
-from vllm_edits.edit_store.bundle import BaseModelRef, Manifest
+from vllm_edits.edit_store.base_ref import BaseModelRef
+from vllm_edits.edit_store.bundle import Manifest
 from vllm_edits.edit_store.byte_sizes import sized
 from vllm_edits.edit_store.errors import SettingsError
 from vllm_edits.edit_store.refs import Ref

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vllm_edits.edit_store.bundle import Manifest, Strength
-from vllm_edits.edit_store.edits import SILENT, Gate
 from vllm_edits.edit_store.errors import RequestRefused
 from vllm_edits.edit_store.scope import shared_prefix
 from vllm_edits.plugin.request import STRENGTH_ARGUMENT
@@ -26,7 +25,7 @@ class VersionInfo:
     name: str = ""
     """of the bundle"""
     fires: bool = False
-    """whether it has gates whose firings are counted"""
+    """whether it has edits whose firings are counted"""
     authored_firings: float | None = None
     """how often they fire for each token, as far as its author has measured that"""
 
@@ -39,7 +38,7 @@ class VersionInfo:
         begins = shared_prefix(scopes, long)
         return cls(
             manifest.strength, any(scope.bound_to_prompt for scope in scopes), long - begins if begins > 0 else None,
-            manifest.name, any(isinstance(edit, Gate) and edit.activation in SILENT for edit in manifest.edits),
+            manifest.name, any(edit.fires for edit in manifest.edits),
             manifest.gate_firings,
         )  # fmt: skip
 

@@ -6,13 +6,15 @@ are part of the key of vLLM's compile cache.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic_core import PydanticKnownError
 
 from vllm_edits.edit_store.edits import MAX_RANK
 from vllm_edits.edit_store.errors import SettingsError, nearest
+from vllm_edits.edit_store.kinds import feature_names, served_per_request
 from vllm_edits.edit_store.reading.cache import DEFAULT_LIMIT_BYTES
 from vllm_edits.edit_store.refs import DEFAULT_TAG, is_bundle_name, is_name, is_version_prefix
 from vllm_edits.edit_store.trust import Enforcement
@@ -20,17 +22,29 @@ from vllm_edits.edit_store.trust import Enforcement
 KEY = "edits"
 
 
+def _one_of(known: Callable[[], Sequence[str]]) -> PlainValidator:
+    """Of names that are known when a setting is read: packages may register kinds of edit of their own."""
+
+    def validated(value: object) -> object:
+        if value not in known():
+            *others, last = map(repr, known())
+            raise PydanticKnownError("literal_error", {"expected": f"{', '.join(others)} or {last}"})
+        return value
+
+    return PlainValidator(validated)
+
+
 class Reserve(BaseModel):
     """Room for one kind of edit at the sites that match a pattern."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["scale", "low_rank", "gate", "subspace_filter", "offset"] = Field(description="kind of edit")
+    kind: Annotated[str, _one_of(served_per_request)] = Field(description="kind of edit")
     site: str = Field(description="site or pattern, e.g. layers.*.mlp.out or layers.3.resid")
     rank: int = Field(default=1, ge=1, le=MAX_RANK, description="largest rank an edit there may have")
     reads: str | None = Field(default=None, description="point that it reads; by default the input of its module")
     index: int = Field(default=0, ge=0, description="counts edits there that cannot be computed together")
-    features: tuple[Literal["dual", "normalise", "onto", "renorm", "weighted"], ...] = Field(
+    features: tuple[Annotated[str, _one_of(feature_names)], ...] = Field(
         default=(), description="what else an edit there may be; refusals name what is missing"
     )
 

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from vllm_edits.edit_store.authoring.host import Edits, Host, edited
-from vllm_edits.edit_store.edits import Array, Scale
+from vllm_edits.edit_store.edits import Array
+from vllm_edits.edit_store.kinds.scale import Scale
 
 
 def ablate_heads(

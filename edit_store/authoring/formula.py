@@ -1,4 +1,4 @@
-"""A transformers model edited by the formulas of `vllm_edits.edit_store.edits`: forward hooks, nothing fused, no slots.
+"""A transformers model edited by the formulas of the kinds: forward hooks, nothing fused, no slots.
 
 The authoring methods see an edited model through it, and the served engine is tested against it.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from vllm_edits.edit_store.architectures import Architecture, supported
+from vllm_edits.edit_store.authoring.formulas import FORMULAS, Numbers
 from vllm_edits.edit_store.base_model import widths_of
-from vllm_edits.edit_store.edits import Edit, Gate, LowRank, Scale, SubspaceFilter, WeightDelta, order_at_site
+from vllm_edits.edit_store.edits import Edit, order_at_site
 from vllm_edits.edit_store.scope import Scope
 from vllm_edits.edit_store.sites import Site
 
@@ -47,7 +49,7 @@ def edited(
     """Inside, `model` computes with these edits; afterwards it is the base model again.
 
     Computed in float32, or the model's dtype if that is wider; each site rounds once to the model's dtype. Edits that
-    meet at one site apply in the order that edit_store/edits.py lays down. Edits with a scope need the `request`, given
+    meet at one site apply in the order that their kinds declare. Edits with a scope need the `request`, given
     to the model as one sequence without a cache.
     """
     pairs = sorted(edits, key=lambda pair: order_at_site(pair[0]))
@@ -67,7 +69,7 @@ def edited(
         yield
 
 
-def _tensors(fields: Mapping[str, Any]) -> dict[str, Tensor]:
+def _tensors(fields: Mapping[str, Any]) -> Numbers:
     return {name: torch.as_tensor(array) for name, array in fields.items()}
 
 
@@ -75,7 +77,7 @@ def _tensors(fields: Mapping[str, Any]) -> dict[str, Tensor]:
 class _AtSite:
     """The edits of one site, in their order."""
 
-    edits: Sequence[tuple[Edit, dict[str, Tensor]]]
+    edits: Sequence[tuple[Edit, Numbers]]
     strength: float
     request: Request | None
 
@@ -83,34 +85,25 @@ class _AtSite:
         """`value` `[..., width]` after the edits; `seen` is what passed other sites of this forward pass."""
         if not self.edits:
             return value
-        wide = torch.promote_types(value.dtype, torch.float32)
-        now = value.to(wide)
-        before_adding, before_moving, renorm = None, None, torch.tensor(False)
-        for edit, fields in self.edits:
-            numbers = {name: field.to(wide) if field.is_floating_point() else field for name, field in fields.items()}
-            if isinstance(edit, WeightDelta):
-                now = now + self._weight(edit) * _delta(edit, numbers, seen[edit.source].to(wide), now)
-            elif isinstance(edit, LowRank | Gate):
-                before_adding = now if before_adding is None else before_adding
-                x = before_adding if edit.source == edit.site else seen[edit.source].to(wide)
-                now = now + self._weight(edit) * _added(edit, numbers, x)
-            elif isinstance(edit, Scale):
-                factor = numbers["factor"].repeat_interleave(now.shape[-1] // len(numbers["factor"]))
-                now = now + self._weight(edit) * (factor - 1) * now
-            elif isinstance(edit, SubspaceFilter):
-                inside = ((now - numbers["mean"]) @ numbers["basis"].T) @ numbers.get("dual", numbers["basis"])
-                filtered = numbers["mean"] + inside if edit.onto else now - inside
-                now = now + self._weight(edit) * (filtered - now)
-            else:
-                before_moving = now if before_moving is None else before_moving
-                now = now + self._weight(edit) * numbers["vector"]
-                renorm = renorm | (edit.renorm & (self._weight(edit) != 0))
-        if before_moving is not None:
-            kept = now * before_moving.norm(dim=-1, keepdim=True) / now.norm(dim=-1, keepdim=True)
-            now = torch.where(renorm, kept, now)
+        now = value.to(torch.promote_types(value.dtype, torch.float32))
+        for _, stage in groupby(self.edits, key=lambda pair: pair[0].order.stage):
+            now = self._after(list(stage), now, seen)
         return now.to(value.dtype)
 
-    def _weight(self, edit: Edit) -> Tensor:
+    def _after(self, edits: Sequence[tuple[Edit, Numbers]], before: Tensor, seen: Mapping[str, Tensor]) -> Tensor:
+        """The vector after the edits of one stage."""
+        now, counted = before, dict[str, list[tuple[Edit, Tensor]]]()
+        for edit, fields in edits:
+            here = now if edit.in_turn else before
+            x = here if edit.source == edit.site else seen[edit.source].to(now.dtype)
+            scale = self._token_scale(edit)
+            now = now + scale * FORMULAS[edit.kind].added(edit, _widened(fields, now.dtype), x, now)
+            counted.setdefault(edit.kind, []).append((edit, scale))
+        for kind, pairs in counted.items():
+            now = FORMULAS[kind].settled(pairs, before, now)
+        return now
+
+    def _token_scale(self, edit: Edit) -> Tensor:
         """How much the edit counts: a number, or one for each token."""
         if edit.scope.everything:
             return torch.tensor(self.strength)
@@ -119,30 +112,8 @@ class _AtSite:
         return self.request.covered(edit.scope) * self.strength
 
 
-def _added(edit: LowRank | Gate, numbers: dict[str, Tensor], x: Tensor) -> Tensor:
-    if isinstance(edit, LowRank):
-        return (x @ numbers["read"].T) @ numbers["write"]
-    if edit.normalise:
-        on_sphere = (x - numbers["norm_bias"]) / numbers["norm_weight"] / x.shape[-1] ** 0.5 - numbers["centroid"]
-        x = on_sphere / on_sphere.norm(dim=-1, keepdim=True)
-    z = x @ numbers["read"].T + numbers["bias"]
-    return _ACTIVATIONS[edit.activation](z, edit.threshold) @ numbers["write"]
-
-
-def _delta(edit: WeightDelta, numbers: dict[str, Tensor], x: Tensor, now: Tensor) -> Tensor:
-    if edit.layout == "dense":
-        return x @ numbers["delta"].T
-    parts = x[..., numbers["columns"]] * numbers["values"]
-    return torch.zeros_like(now).index_add(-1, numbers["rows"], parts)
-
-
-_ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "relu": lambda z, _: torch.relu(z),
-    "jump_relu": lambda z, threshold: z * (z > threshold),
-    "step": lambda z, threshold: (z > threshold).to(z.dtype),
-    "silu": lambda z, _: torch.nn.functional.silu(z),
-    "sigmoid": lambda z, _: torch.sigmoid(z),
-}
+def _widened(fields: Numbers, dtype: torch.dtype) -> Numbers:
+    return {name: field.to(dtype) if field.is_floating_point() else field for name, field in fields.items()}
 
 
 def architecture_of(model: Any) -> Architecture:

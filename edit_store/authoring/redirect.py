@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vllm_edits.edit_store.authoring.host import Edits, Host, edited
-from vllm_edits.edit_store.edits import LowRank
+from vllm_edits.edit_store.kinds.low_rank import LowRank
 
 UNUSED = 0.1  # a direction is unused if ordinary text has less than this share of the mean energy in it
 RIDGE = 1.0  # as released

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vllm_edits.edit_store.authoring.host import Edits, Host
-from vllm_edits.edit_store.edits import Offset
+from vllm_edits.edit_store.kinds.offset import Offset
 
 
 def steer(

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from vllm_edits.edit_store.authoring.host import Edits, Host
-from vllm_edits.edit_store.edits import SubspaceFilter
+from vllm_edits.edit_store.kinds.subspace_filter import SubspaceFilter
 
 
 def filter_contrast(

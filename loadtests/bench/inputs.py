@@ -193,7 +193,7 @@ def demo_edits(model: Path, base: BaseModelRef, kept: Path, say: Callable[[str],
 def _digest_of_authoring(base: BaseModelRef) -> str:
     """What the demo's edits follow from: the model, the prompts, the methods."""
     sources = [Path(loadtests.demo.bundles.__file__), Path(loadtests.demo.prompts.__file__)]
-    sources += sorted(Path(vllm_edits.edit_store.authoring.__file__).parent.glob("*.py"))
+    sources += sorted(Path(vllm_edits.edit_store.authoring.__file__).parent.rglob("*.py"))
     return sha256(canonical_json(base.files) + b"".join(source.read_bytes() for source in sources))
 
 

@@ -17,7 +17,8 @@ from vllm_edits.edit_store.authoring.host import Answer, Edits, Host, edited
 from vllm_edits.edit_store.authoring.redirect import redirect
 from vllm_edits.edit_store.authoring.steering import steer
 from vllm_edits.edit_store.authoring.subspace import filter_contrast
-from vllm_edits.edit_store.bundle import BaseModelRef, Bundle, Measurement, Provenance
+from vllm_edits.edit_store.base_ref import BaseModelRef
+from vllm_edits.edit_store.bundle import Bundle, Measurement, Provenance
 
 Answers = Sequence[Answer]
 Ask = Callable[[tuple[str, ...], int], Answers]

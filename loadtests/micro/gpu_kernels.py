@@ -22,8 +22,10 @@ from torch import Tensor, library, nn
 
 from loadtests.bench.inputs import edits_everywhere
 from loadtests.micro import gpu_compiler
-from vllm_edits.edit_store.bundle import BaseModelRef, Strength
-from vllm_edits.edit_store.edits import SERVED_PER_REQUEST, Edit
+from vllm_edits.edit_store.base_ref import BaseModelRef
+from vllm_edits.edit_store.bundle import Strength
+from vllm_edits.edit_store.edits import Edit
+from vllm_edits.edit_store.kinds import served_per_request
 from vllm_edits.edit_store.sites import Widths
 from vllm_edits.plugin.graph.edited_model import EditedModel
 from vllm_edits.plugin.graph.reservation import Reservation
@@ -33,11 +35,11 @@ ARCHITECTURE, DTYPE, META = "LlamaForCausalLM", torch.bfloat16, torch.device("me
 SLOTS, MOST_TOKENS, TOKENS = 64, 2048, 256
 SIDES: dict[str, tuple[Sequence[str], int]] = {
     "plain": ((), 1),
-    **{kind: ((kind,), 1) for kind in SERVED_PER_REQUEST},
+    **{kind: ((kind,), 1) for kind in served_per_request()},
     "low_rank, rank 4": (("low_rank",), 4),
     "low_rank, rank 16": (("low_rank",), 16),
-    "all kinds": (SERVED_PER_REQUEST, 1),
-    "all kinds, rank 4": (SERVED_PER_REQUEST, 4),
+    "all kinds": (served_per_request(), 1),
+    "all kinds, rank 4": (served_per_request(), 4),
 }
 """The kinds that there is room for at every layer, and their rank."""
 

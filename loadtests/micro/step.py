@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_edits.edit_store import Scope
-from vllm_edits.plugin.graph.edited_site import Step
+from vllm_edits.plugin.graph.step import Step
 from vllm_edits.plugin.graph.step_filler import Extents, StepBatch, StepFiller
 
 SLOTS, STEPS, REPEATS = 64, 100, 9
-SCOPES = (Scope(phase="generated"),)
+SCOPES = (Scope(segment="generated"),)
 app = typer.Typer(add_completion=False)
 
 

@@ -17,31 +17,25 @@ import torch
 from torch import Tensor, nn
 
 from vllm_edits.edit_store.bundle import Manifest
-from vllm_edits.edit_store.edits import SILENT, Edit, Gate, Tensors
+from vllm_edits.edit_store.edits import Edit, Tensors
 from vllm_edits.edit_store.errors import InstallRefused, UnsupportedHost
+from vllm_edits.edit_store.kinds.gate import SILENT, Gate
 from vllm_edits.edit_store.scope import Scope
 from vllm_edits.edit_store.sites import Site
 from vllm_edits.plugin.claim import Claim, FalseClaim
+from vllm_edits.plugin.graph.carried import Carried
 from vllm_edits.plugin.graph.device_rows import DeviceRows
-from vllm_edits.plugin.graph.edited_site import (
-    SLOT_TENSORS,
-    Carried,
-    FiringCounters,
-    GateSlots,
-    LogitsEdits,
-    ModuleEdits,
-    Shape,
-    SiteEdits,
-    SlotTensors,
-    Step,
-    edited_class,
-    edited_logits,
-    input_of,
-)
+from vllm_edits.plugin.graph.edited_modules import LogitsEdits, ModuleEdits, edited_class, edited_logits, input_of
+from vllm_edits.plugin.graph.firing_counters import FiringCounters
+from vllm_edits.plugin.graph.kinds import SLOT_TENSORS
+from vllm_edits.plugin.graph.kinds.gate import GateSlots
 from vllm_edits.plugin.graph.reservation import EditGroup, Reservation, edit_groups, scopes_of
+from vllm_edits.plugin.graph.site_edits import SiteEdits
 from vllm_edits.plugin.graph.slot_bytes import slot_bytes
 from vllm_edits.plugin.graph.slot_products import EXPRESSIONS, SlotProducts
 from vllm_edits.plugin.graph.slot_rows import Columns, Layout, Rows
+from vllm_edits.plugin.graph.slot_tensors import Shape, SlotTensors
+from vllm_edits.plugin.graph.step import Step
 from vllm_edits.plugin.graph.step_filler import StepBatch, StepFiller
 from vllm_edits.plugin.graph.tensor_parallel import ONLY_RANK, AllReduce, Rank, Shard, identity
 
@@ -349,7 +343,7 @@ class EditedModel:
         self._filler.forget()
 
     def set_step(self, batch: StepBatch) -> None:
-        """Say which slot each token of the coming step belongs to, and how much it weighs in each lane."""
+        """Say which slot each token of the coming step belongs to, and how much its edits count in each scope."""
         self._filler.fill(batch)
 
 

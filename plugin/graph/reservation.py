@@ -15,8 +15,9 @@ from typing import Any, Protocol
 from vllm_edits.edit_store.architectures import Architecture
 from vllm_edits.edit_store.bundle import Strength
 from vllm_edits.edit_store.byte_sizes import sized
-from vllm_edits.edit_store.edits import KINDS, SERVED_PER_REQUEST, Edit, Gate, Offset, SubspaceFilter
+from vllm_edits.edit_store.edits import Edit
 from vllm_edits.edit_store.errors import Reason, SettingsError
+from vllm_edits.edit_store.kinds import KINDS, SCALED
 from vllm_edits.edit_store.scope import Scope, distinct
 from vllm_edits.edit_store.sites import Site, Widths
 from vllm_edits.server_config.settings import Reserve
@@ -73,20 +74,14 @@ def edit_groups(edits: Iterable[Edit]) -> dict[EditGroup, tuple[Edit, ...]]:
 
 
 def _computed_together(one: Edit, other: Edit) -> bool:
-    return one.scope == other.scope and not any(isinstance(edit, Gate) and edit.normalise for edit in (one, other))
+    return one.scope == other.scope and not (one.alone or other.alone)
 
 
 def capacity_for(edits: Sequence[Edit], *, strengthened: bool) -> Capacity:
     """What the edits of one place need; `strengthened`: requests may ask for another strength."""
-    features = {"weighted"} if strengthened or not edits[0].scope.everything else set()
-    for edit in edits:
-        if isinstance(edit, Gate) and edit.normalise:
-            features.add("normalise")
-        if isinstance(edit, SubspaceFilter):
-            features |= {"onto", "dual"} if edit.onto else {"dual"} if edit.oblique or len(edits) > 1 else set()
-        if isinstance(edit, Offset) and edit.renorm:
-            features.add("renorm")
-    return Capacity(sum(edit.capacity for edit in edits) if edits[0].ranked else 1, frozenset(features))
+    features = frozenset([SCALED] if strengthened or not edits[0].scope.everything else [])
+    features = features.union(*(edit.needs(len(edits)) for edit in edits))
+    return Capacity(sum(edit.capacity for edit in edits) if edits[0].ranked else 1, features)
 
 
 class Version(Protocol):
@@ -100,13 +95,13 @@ class Version(Protocol):
 
 def needs(version: Version) -> dict[EditGroup, Capacity]:
     """The room that a version needs, by place. Kinds that are not served per request need none."""
-    served = (edit for edit in version.edits if edit.kind in SERVED_PER_REQUEST)
+    served = (edit for edit in version.edits if not edit.only_in_weights)
     strengthened = version.strength is not None
     return {group: capacity_for(edits, strengthened=strengthened) for group, edits in edit_groups(served).items()}
 
 
 def scopes_of(version: Version) -> tuple[Scope, ...]:
-    """The scopes of a version that are not everything. The first has lane 1: lane 0 is for edits of every token."""
+    """The scopes of a version that are not everything. The first has scope row 1: row 0 is for edits of every token."""
     return distinct(edit.scope for edit in version.edits)
 
 
@@ -141,15 +136,12 @@ class Reservation:
     @classmethod
     def usual(cls, architecture: Architecture, widths: Widths) -> Reservation:
         """For a server that starts with an empty store: rank one of what most methods use, at every layer."""
-        wanted = (
-            ("scale", "attn.z", "attn.z"), ("low_rank", "mlp.out", "mlp.h"),
-            ("subspace_filter", "resid", "resid"), ("offset", "resid", "resid"),
-        )  # fmt: skip
+        kinds = [kind for kind in KINDS.values() if kind.usually_reserved]
+        edits = [kind.usual(layer) for layer in range(widths.layers) for kind in kinds]
+        groups = [group for edit in edits for group in edit_groups([edit])]
         return cls({
-            EditGroup(site, kind, site.beside(reads)): Capacity()
-            for site in architecture.sites(widths.layers)
-            for kind, point, reads in wanted
-            if site.point == point and architecture.hidden(reads) is None
+            group: Capacity() for group in groups
+            if all(architecture.hidden(site.point) is None for site in (group.site, group.reads))
         })  # fmt: skip
 
     @classmethod
@@ -182,13 +174,9 @@ class Reservation:
     def missing(self, version: Version, slot_bytes: SlotBytes | None = None) -> list[Reason]:
         """Why a version does not fit, each reason with the setting that would make room and the memory that takes."""
         reasons = [
-            Reason(
-                "weights_mode",
-                f"weight_delta at {edit.site} changes a whole matrix, which is not done per request. Make a low_rank "
-                "edit of it, or serve it in the install mode `weights`",
-            )
+            Reason("weights_mode", f"{edit.kind} at {edit.site} {edit.only_in_weights}")
             for edit in version.edits
-            if edit.kind not in SERVED_PER_REQUEST
+            if edit.only_in_weights
         ]
         if (scopes := len(scopes_of(version))) > self.scopes:
             found = f"{scopes} scopes, room is reserved for {self.scopes}"

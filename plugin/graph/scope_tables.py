@@ -20,16 +20,16 @@ _ID_BITS, _ID_MASK = 32, 0x7FFFFFFF
 
 
 class ScopeTables:
-    """For slot s and lane l: positions below `head` of the prompt are covered, and those from `begin` up to `end`,
+    """For slot s and scope row r: positions below `head` of the prompt are covered, and those from `begin` up to `end`,
     counted from the prompt's end. Everything is where no scope is."""
 
     def __init__(self, scopes: Mapping[int, Sequence[Scope]], slots: int, scope_rows: int) -> None:
-        """scopes: by slot, the first has lane 1"""
+        """scopes: by slot, the first has scope row 1"""
         self._head = np.zeros((slots + 1, scope_rows), dtype=np.int64)
         self._begin = np.full((slots + 1, scope_rows), -_EVER)
         self._end = np.full((slots + 1, scope_rows), _EVER)
         self._named: dict[tuple[int, int], tuple[int, ...]] = {}
-        """the token ids that slot and lane are for, where these are named"""
+        """the token ids of a slot's scope row, where these are named"""
         for slot, own in scopes.items():
             for scope_row, scope in enumerate(own, 1):
                 self._put((slot, scope_row), scope)
@@ -37,22 +37,22 @@ class ScopeTables:
         """[S]: whether any scope of a slot names token ids"""
         self.names_ids[[slot for slot, _ in self._named]] = True
         self.named = np.zeros((slots + 1, scope_rows), dtype=bool)
-        """[S, lanes]: whether a lane of a slot is for token ids"""
+        """[S, scope rows]: whether a slot's scope row is for token ids"""
         for at in self._named:
             self.named[at] = True
 
     def _put(self, at: tuple[int, int], scope: Scope) -> None:
         if scope.windowed:
             self._head[at], self._begin[at], self._end[at] = scope.first or 0, -(scope.last or 0), 0
-        elif scope.phase == "prompt":
+        elif scope.segment == "prompt":
             self._end[at] = 0
-        elif scope.phase == "generated":
+        elif scope.segment == "generated":
             self._begin[at] = 0
         if scope.tokens is not None:
             self._named[at] = scope.tokens
 
     def covered(self, slots: NDArray[Any], positions: NDArray[Any], prompts: NDArray[Any]) -> NDArray[np.bool_]:
-        """[T, lanes]: whether each token of a slot is meant, as far as its position decides.
+        """[T, scope rows]: whether each token of a slot is meant, as far as its position decides.
 
         slots, positions and lengths of prompts are [T].
         """
@@ -81,12 +81,12 @@ class NamedIds:
     """
 
     def __init__(self, base: Tensor, keys: Tensor) -> None:
-        """base: [S, lanes], what all keys of a scope begin with; keys: [N], sorted, the last one met by no token"""
+        """base: [S, scope rows], what all keys of a scope begin with; keys: [N], sorted, the last met by no token"""
         self._base = base
         self._keys = keys
 
     def met(self, slots: Tensor, ids: Tensor) -> Tensor:
-        """[T, lanes] of bool, for tokens with these slots and ids, [T]."""
+        """[T, scope rows] of bool, for tokens with these slots and ids, [T]."""
         asked = self._base[slots] | (ids & _ID_MASK).unsqueeze(-1)  # -1, as in some placeholders, is no id
         return self._keys[torch.searchsorted(self._keys, asked)] == asked
 

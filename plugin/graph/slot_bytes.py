@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from vllm_edits.edit_store.sites import Widths
-from vllm_edits.plugin.graph.edited_site import SLOT_TENSORS, Shape
+from vllm_edits.plugin.graph.kinds import SLOT_TENSORS
 from vllm_edits.plugin.graph.reservation import Capacity, EditGroup, SlotBytes
 from vllm_edits.plugin.graph.slot_rows import Layout
+from vllm_edits.plugin.graph.slot_tensors import Shape
 from vllm_edits.plugin.graph.tensor_parallel import Rank
 
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from vllm_edits.edit_store.scope import Scope
 from vllm_edits.plugin.claim import FalseClaim
 from vllm_edits.plugin.graph.device_rows import DeviceRows
-from vllm_edits.plugin.graph.edited_site import Step
 from vllm_edits.plugin.graph.scope_tables import NamedIds, ScopeTables
+from vllm_edits.plugin.graph.step import Step
 
 TokenCounts = NDArray[np.integer[Any]]
 
@@ -57,7 +57,7 @@ class StepBatch:
 
 
 class StepFiller:
-    """Writes each token's slot, and its weight in each lane, into a `Step`."""
+    """Writes each token's slot, and its scale for each scope row, into a `Step`."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class StepFiller:
         refused: Callable[[Any, FalseClaim], bool] = lambda _request, _error: False,
         device_rows: Callable[[Tensor, float], DeviceRows] = DeviceRows,
     ) -> None:
-        """slot_of: the slot a claim may use, or FalseClaim; scopes: of each slot in use, the first has lane 1.
+        """slot_of: the slot a claim may use, or FalseClaim; scopes: of each slot in use, the first has scope row 1.
 
         refused: told of a request with a false claim; whether that request will end without an answer. Else the step
         is stopped.
@@ -84,9 +84,9 @@ class StepFiller:
         self._refused = refused
         self._scopes = scopes
         self._slots_on_device = device_rows(step.slots, 0)
-        self._weights_on_device = device_rows(step.weights, 1)
-        self._by_position = device_rows(torch.ones_like(step.weights), 1)
-        """the weights as far as positions decide, where token ids decide too"""
+        self._scales_on_device = device_rows(step.token_scales, 1)
+        self._by_position = device_rows(torch.ones_like(step.token_scales), 1)
+        """the token scales as far as positions decide, where token ids decide too"""
         self._sent_tokens: TokenCounts = np.zeros(0, dtype=np.int64)
         self._tokens_of_slots: TokenCounts = np.zeros(0, dtype=np.int64)
         """how many of them are of each slot"""
@@ -94,7 +94,7 @@ class StepFiller:
 
     def forget(self) -> None:
         """A slot holds something else now: every claim is to be looked at again."""
-        self._tables = ScopeTables(self._scopes, len(self.tokens) - 1, self._step.weights.shape[1])
+        self._tables = ScopeTables(self._scopes, len(self.tokens) - 1, self._step.token_scales.shape[1])
         self._named_ids: NamedIds | None = None
         self._keep([], [])
 
@@ -108,10 +108,10 @@ class StepFiller:
         if changed or self.all_base or not np.array_equal(extents.tokens, self._sent_tokens):
             self._fill_slots(extents.tokens)
         self.tokens += self._tokens_of_slots
-        if self._weighed:
-            self._fill_weights(batch, extents)
+        if self._scaled:
+            self._fill_token_scales(batch, extents)
         else:
-            self._weights_on_device.clear()
+            self._scales_on_device.clear()
 
     def _fill_slots(self, tokens: TokenCounts) -> None:
         self.all_base = False
@@ -123,7 +123,7 @@ class StepFiller:
     def _fill_base(self) -> None:
         if not self.all_base:
             self._slots_on_device.clear()
-            self._weights_on_device.clear()
+            self._scales_on_device.clear()
             self.all_base = True
 
     def _look_up(self, batch: StepBatch) -> bool:
@@ -141,7 +141,7 @@ class StepFiller:
         self._slots = np.array([slot for slot, _ in rows], dtype=np.int32)
         self._strengths = np.array([strength for _, strength in rows], dtype=np.float32)
         self._edited = any(slot for slot, _ in rows)
-        self._weighed = any(slot and (strength != 1 or self._scopes[slot]) for slot, strength in rows)
+        self._scaled = any(slot and (strength != 1 or self._scopes[slot]) for slot, strength in rows)
 
     def _row(self, request: Any, claim: Any) -> tuple[int, float]:
         try:
@@ -151,19 +151,19 @@ class StepFiller:
                 raise
             return 0, 1.0  # computed as any other, and told to no client
 
-    def _fill_weights(self, batch: StepBatch, extents: Extents) -> None:
+    def _fill_token_scales(self, batch: StepBatch, extents: Extents) -> None:
         first = np.cumsum(extents.tokens) - extents.tokens
         per_token = [np.repeat(each, extents.tokens) for each in
                      (self._slots, extents.starts - first, extents.prompts(), self._strengths)]  # fmt: skip
         slots, shift, prompts, strengths = per_token
         covered = self._tables.covered(slots, np.arange(len(slots)) + shift, prompts)
-        weights = strengths[:, None] * covered
+        scales = strengths[:, None] * covered
         if self._tables.names_ids[self._slots].any():
             without_ids = self._without_ids(batch, extents)
-            weights[without_ids[:, None] & self._tables.named[slots]] = 0
-            self._weigh_by_id(weights, extents.input_ids)
+            scales[without_ids[:, None] & self._tables.named[slots]] = 0
+            self._scale_by_id(scales, extents.input_ids)
         else:
-            self._weights_on_device.write(weights)
+            self._scales_on_device.write(scales)
 
     def _without_ids(self, batch: StepBatch, extents: Extents) -> NDArray[np.bool_]:
         """[T]: tokens that are vectors of the client's, and so have no id that a scope could name."""
@@ -178,11 +178,11 @@ class StepFiller:
                 found[ends[row] - count :][: len(part)] = part
         return found
 
-    def _weigh_by_id(self, weights: NDArray[np.float32], input_ids: Tensor) -> None:
+    def _scale_by_id(self, scales: NDArray[np.float32], input_ids: Tensor) -> None:
         if self._named_ids is None:
             self._named_ids = self._tables.named_ids(self._step.slots.device)
-        tokens = slice(len(weights))
+        tokens = slice(len(scales))
         met = self._named_ids.met(self._step.slots[tokens], input_ids.reshape(-1)[tokens])
-        self._by_position.write(weights)
-        torch.mul(self._by_position.tensor[tokens], met, out=self._step.weights[tokens])
-        self._weights_on_device.changed(len(weights))
+        self._by_position.write(scales)
+        torch.mul(self._by_position.tensor[tokens], met, out=self._step.token_scales[tokens])
+        self._scales_on_device.changed(len(scales))

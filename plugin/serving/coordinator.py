@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal, Protocol
 
-from vllm_edits.edit_store.bundle import BaseModelRef
+from vllm_edits.edit_store.base_ref import BaseModelRef
 from vllm_edits.edit_store.errors import AmbiguousVersion, EditsError, NotFound, NotServed
 from vllm_edits.edit_store.experiments.experiment_log import Experiments
 from vllm_edits.edit_store.experiments.state import ExperimentChange

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 from vllm_edits.edit_store import verify
-from vllm_edits.edit_store.bundle import BaseModelRef, Bundle
+from vllm_edits.edit_store.base_ref import BaseModelRef
+from vllm_edits.edit_store.bundle import Bundle
 from vllm_edits.edit_store.errors import InstallRefused, NotTrusted, Reason
 from vllm_edits.edit_store.reading.reader import Reader
 from vllm_edits.edit_store.storage.store import TagEntry

@@ -20,7 +20,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from vllm_edits.edit_store.base_model import CONFIG_FILE, identify, read_config, weight_files
-from vllm_edits.edit_store.bundle import BaseModelRef
+from vllm_edits.edit_store.base_ref import BaseModelRef
 from vllm_edits.edit_store.errors import UnsupportedHost
 
 FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")

@@ -11,7 +11,7 @@ import vllm
 from packaging.version import Version
 
 from vllm_edits.edit_store.architectures import supported
-from vllm_edits.edit_store.bundle import BaseModelRef
+from vllm_edits.edit_store.base_ref import BaseModelRef
 from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.plugin.claim import SCHEDULER
 from vllm_edits.plugin.graph.reservation import Reservation

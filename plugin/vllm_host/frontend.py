@@ -18,7 +18,7 @@ import torch
 import vllm
 
 from vllm_edits.edit_store.architectures import supported
-from vllm_edits.edit_store.bundle import BaseModelRef
+from vllm_edits.edit_store.base_ref import BaseModelRef
 from vllm_edits.edit_store.byte_sizes import sized
 from vllm_edits.edit_store.errors import EditsError, NotFound, UnsupportedHost
 from vllm_edits.edit_store.refs import Ref

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_edits.edit_store.bundle import BaseModelRef
+from vllm_edits.edit_store.base_ref import BaseModelRef
 from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.plugin.graph.edited_model import EditedModel, Prepared
 from vllm_edits.plugin.graph.host_cache import HostCache

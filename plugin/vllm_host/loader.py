@@ -26,7 +26,8 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from vllm_edits.edit_store import verify
 from vllm_edits.edit_store.architectures import supported
-from vllm_edits.edit_store.bundle import BaseModelRef, Manifest
+from vllm_edits.edit_store.base_ref import BaseModelRef
+from vllm_edits.edit_store.bundle import Manifest
 from vllm_edits.edit_store.edits import Tensors
 from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.plugin.graph.cpu_products import products_for

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.attention import Attention
 
 from vllm_edits.edit_store.errors import UnsupportedHost
-from vllm_edits.plugin.graph.edit_math import finite
+from vllm_edits.plugin.graph.finite import finite
 
 
 def guard_against_nan(model: nn.Module) -> None:

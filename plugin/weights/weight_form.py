@@ -13,19 +13,20 @@ projection gives or reads have no such form; nor has a constant where the projec
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vllm_edits.edit_store.architectures import Architecture
-from vllm_edits.edit_store.edits import Edit, Gate, LowRank, Offset, Scale, SubspaceFilter, WeightDelta
+from vllm_edits.edit_store.edits import Edit
 from vllm_edits.edit_store.errors import Reason
+from vllm_edits.edit_store.linear import AffineMap
 from vllm_edits.edit_store.sites import Site
-from vllm_edits.plugin.graph.fold import fold_filters
 
 Numbers = Sequence[tuple[Edit, Mapping[str, Any]]]
 """Edits of one site in the order in which they apply, each with its arrays."""
@@ -33,7 +34,7 @@ Numbers = Sequence[tuple[Edit, Mapping[str, Any]]]
 
 @dataclass(frozen=True)
 class Affine:
-    """factor, constant: [width]; read, write: [rank, width]; shift: [rank]."""
+    """An `AffineMap` as tensors, at some strength: v + strength (m(v) - v)."""
 
     factor: Tensor
     constant: Tensor
@@ -42,19 +43,11 @@ class Affine:
     shift: Tensor
 
     @classmethod
-    def of(cls, width: int, kind: torch.dtype, **parts: Any) -> Affine:
-        """The map with these parts; those that are left out change nothing."""
-        rank = len(parts.get("read", ()))
-        nothing = {
-            "factor": torch.ones(width), "constant": torch.zeros(width), "read": torch.zeros(0, width),
-            "write": torch.zeros(0, width), "shift": torch.zeros(rank),
-        }  # fmt: skip
-        return cls(**{name: torch.as_tensor(part).to(kind) for name, part in {**nothing, **parts}.items()})
-
-    def weighed(self, strength: float) -> Affine:
-        """v + strength (m(v) - v)."""
-        factor = 1 + (self.factor - 1) * strength
-        return Affine(factor, self.constant * strength, self.read, self.write * strength, self.shift)
+    def of(cls, made: AffineMap, dtype: torch.dtype, strength: float) -> Affine:
+        factor, constant, read, write, shift = (
+            torch.as_tensor(part).to(dtype) for part in (made.factor, made.constant, made.read, made.write, made.shift)
+        )
+        return cls(1 + (factor - 1) * strength, constant * strength, read, write * strength, shift)
 
     def after(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias of a projection with this map behind it."""
@@ -80,51 +73,34 @@ def patched(
 
     Computed in the weight's own type. `bias` is zeros where the projection has none.
     """
-    scale, add, *others = _maps(given, weight.shape[0], weight.dtype)
-    for edit, fields in _of(given, WeightDelta):
-        weight = weight + strength * _delta(weight, edit, fields)
-    weight, bias = scale.weighed(strength).after(weight, bias)
-    weight, bias = add.weighed(strength).after(weight, bias)
-    for edit, fields in _of(given, LowRank):
-        if edit.source != edit.site:
-            read_, write = (torch.as_tensor(fields[name]).to(weight.dtype) for name in ("read", "write"))
-            weight = torch.addmm(weight, write.T, read_, alpha=strength)
-    for each in others:
-        weight, bias = each.weighed(strength).after(weight, bias)
-    for each in reversed(_maps(read, weight.shape[1], weight.dtype)):
-        weight, bias = each.weighed(strength).before(weight, bias)
+    for stage in _stages(given):
+        if (made := _in_place(stage, weight.shape[0])) is not None:
+            weight, bias = Affine.of(made, weight.dtype, strength).after(weight, bias)
+        for edit, fields in stage:
+            if edit.source != edit.site:
+                weight = _changed(weight, edit.weight_change(fields, weight.shape), strength)
+    for stage in reversed(_stages(read)):
+        if (made := _in_place(stage, weight.shape[1])) is not None:
+            weight, bias = Affine.of(made, weight.dtype, strength).before(weight, bias)
     return weight, bias
 
 
-def _delta(weight: Tensor, edit: WeightDelta, fields: Mapping[str, Any]) -> Tensor:
-    if edit.count is None:
-        return torch.as_tensor(fields["delta"]).to(weight.dtype)
-    delta = torch.zeros_like(weight)
-    rows, columns = (torch.as_tensor(fields[name]).long() for name in ("rows", "columns"))
-    delta[rows, columns] = torch.as_tensor(fields["values"]).to(weight.dtype)
-    return delta
+def _stages(numbers: Numbers) -> list[Numbers]:
+    return [list(stage) for _, stage in groupby(numbers, key=lambda pair: pair[0].order.stage)]
 
 
-def _maps(numbers: Numbers, width: int, kind: torch.dtype) -> list[Affine]:
-    """What scales, in-place low ranks, filters and offsets do to a site's vector, one after the other."""
-    factor = np.ones(width)
-    for _, fields in _of(numbers, Scale):
-        factor = factor * np.repeat(np.asarray(fields["factor"], dtype=np.float64), width // len(fields["factor"]))
-    own = [fields for edit, fields in _of(numbers, LowRank) if edit.source == edit.site]
-    added = {name: np.concatenate([fields[name] for fields in own]) for name in ("read", "write") if own}
-    maps = [Affine.of(width, kind, factor=factor), Affine.of(width, kind, **added)]
-    if filters := _of(numbers, SubspaceFilter):
-        folded = fold_filters(filters)
-        parts = {name: getattr(folded, name) for name in ("read", "write", "shift", "constant")}
-        maps.append(Affine.of(width, kind, factor=np.full(width, 1 - folded.drop), **parts))
-    moved = np.zeros(width)
-    for _, fields in _of(numbers, Offset):
-        moved = moved + fields["vector"]
-    return [*maps, Affine.of(width, kind, constant=moved)]
+def _in_place(stage: Numbers, width: int) -> AffineMap | None:
+    """The map that the edits make which read the vector they change; None where there are none."""
+    in_place = [pair for pair in stage if pair[0].source == pair[0].site]
+    kinds = [list(pairs) for _, pairs in groupby(in_place, key=lambda pair: type(pair[0]))]
+    maps = [type(pairs[0][0]).linear(pairs, width) for pairs in kinds]
+    return functools.reduce(AffineMap.beside, maps) if maps else None
 
 
-def _of(numbers: Numbers, kind: type[Any]) -> list[tuple[Any, Mapping[str, Any]]]:
-    return [(edit, fields) for edit, fields in numbers if isinstance(edit, kind)]
+def _changed(weight: Tensor, factors: Sequence[Any], strength: float) -> Tensor:
+    """The weight and what an edit adds to it: a matrix, or the product of two."""
+    left, *right = (torch.as_tensor(factor).to(weight.dtype) for factor in factors)
+    return torch.addmm(weight, left, right[0], alpha=strength) if right else weight + strength * left
 
 
 # -- what has such a form ----------------------------------------------------------------------------------------------
@@ -139,11 +115,6 @@ def touched(edit: Edit, architecture: Architecture) -> tuple[Site, ...]:
     return tuple(site.beside(point) for point, read in projections.items() if read == site.point)
 
 
-def constant(edit: Edit) -> bool:
-    """Whether an edit may add a constant, for which a projection needs a bias."""
-    return isinstance(edit, Offset | SubspaceFilter)
-
-
 def formless(edits: Iterable[Edit], architecture: Architecture) -> list[Reason]:
     """Why these edits cannot be put into weights, whatever their numbers, each with what to do instead."""
     found = ((edit, _formless(edit, architecture)) for edit in edits)
@@ -152,17 +123,8 @@ def formless(edits: Iterable[Edit], architecture: Architecture) -> list[Reason]:
 
 def _formless(edit: Edit, architecture: Architecture) -> str | None:
     projections = architecture.projections()
-    if isinstance(edit, Gate):
-        return "whether a gate opens depends on the token, and a weight is the same for all. Serve it per request"
-    if not edit.scope.everything:
-        return "it has a scope, and a weight is the same for every token. Serve it per request"
-    if isinstance(edit, Offset) and edit.renorm:
-        return "keeping a norm is not linear. Serve it per request, or leave renorm out"
-    if isinstance(edit, WeightDelta) and Site.parse(edit.site).point == "logits":
-        return (
-            "the output head is often the embeddings too, which would change with it. Make a low_rank edit from final "
-            "to logits of it, and serve that per request"
-        )
+    if why := edit.formless():
+        return why
     if not touched(edit, architecture):
         given, read = ", ".join(projections), ", ".join(dict.fromkeys(projections.values()))
         return (

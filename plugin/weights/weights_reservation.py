@@ -9,7 +9,7 @@ from vllm_edits.edit_store.architectures import Architecture
 from vllm_edits.edit_store.bundle import Manifest
 from vllm_edits.edit_store.errors import SettingsError
 from vllm_edits.edit_store.sites import Site, Widths
-from vllm_edits.plugin.weights.weight_form import constant, touched
+from vllm_edits.plugin.weights.weight_form import touched
 from vllm_edits.server_config.settings import ReserveWeight
 
 WeightsReservation = Mapping[Site, bool]
@@ -38,7 +38,7 @@ def for_version(manifest: Manifest, architecture: Architecture) -> WeightsReserv
     room: dict[Site, bool] = {}
     for edit in manifest.edits:
         for site in touched(edit, architecture):
-            room[site] = room.get(site, False) or constant(edit)
+            room[site] = room.get(site, False) or edit.adds_constant
     return room
 
 

@@ -22,13 +22,13 @@ from tests.support.bundles import base_of, bundle_of
 from tests.support.engine import SLOW_ON_TWO, Serving, serve
 from tests.support.gpu_ways import ON_V2
 from vllm_edits.edit_store import BaseModelRef, Bundle, Scope, Strength
-from vllm_edits.edit_store.edits import SERVED_PER_REQUEST
+from vllm_edits.edit_store.kinds import served_per_request
 
 pytestmark = pytest.mark.vllm
 
 VARIANTS, SLOTS, AT_ONCE = 32, 12, 24
 SCOPES = (
-    Scope(), Scope(), Scope(phase="generated"), Scope(phase="prompt"), Scope(first=2), Scope(last=3),
+    Scope(), Scope(), Scope(segment="generated"), Scope(segment="prompt"), Scope(first=2), Scope(last=3),
     Scope(tokens=tuple(range(200, 400))),
 )  # fmt: skip
 WORDS = [
@@ -57,7 +57,7 @@ def random_bundle(name: str, base: BaseModelRef, seed: int) -> Bundle:
     for _, (edit, _) in every_edit(base):
         by_kind.setdefault(edit.kind, []).append(edit)
     chosen: dict[tuple[str, str], Any] = {}
-    for kind in random.choice(SERVED_PER_REQUEST, size=random.integers(1, 5)):
+    for kind in random.choice(served_per_request(), size=random.integers(1, 5)):
         edit = by_kind[kind][random.integers(len(by_kind[kind]))]
         scope = SCOPES[random.integers(len(SCOPES))]
         chosen[edit.site, edit.kind] = edit.model_copy(update={"scope": scope})

@@ -28,7 +28,7 @@ from tests.gpu.story import tiny_model
 from tests.proofs.parity import random_numbers
 from tests.support.tiny_models import VOCABULARY
 from vllm_edits.edit_store import Bundle, EditStore, Offset, Provenance, Scope, Strength, identify
-from vllm_edits.edit_store.edits import SERVED_PER_REQUEST
+from vllm_edits.edit_store.kinds import served_per_request
 
 REQUESTS, VERSIONS, STEPS, ROUNDS = 256, (0, 1, 64, 256), 24, 5
 ALONE = "vLLM alone"
@@ -42,11 +42,11 @@ def edits_of(side: str, base: Any, number: int) -> Edits:
     if side.startswith("rank"):
         return edits_everywhere(base, ["low_rank"], int(side.removeprefix("rank ")))
     if side == "all kinds":
-        return edits_everywhere(base, SERVED_PER_REQUEST)
+        return edits_everywhere(base, served_per_request())
     if side == "logits":
         return [(edit := Offset(site="logits"), random_numbers(edit, base, number))]
     tokens = (3 + number % 150,) if side == "token ids" else None
-    scope = Scope(phase="generated", tokens=tokens) if tokens else Scope(first=1 + number)
+    scope = Scope(segment="generated", tokens=tokens) if tokens else Scope(first=1 + number)
     edits = [Offset(site=f"layers.{layer}.resid", scope=scope) for layer in range(base.widths.layers)]
     return [(edit, random_numbers(edit, base, number)) for edit in edits]
 

@@ -39,7 +39,7 @@ from vllm_edits.edit_store import (
     Strength,
     identify,
 )
-from vllm_edits.edit_store.edits import SERVED_PER_REQUEST
+from vllm_edits.edit_store.kinds import served_per_request
 
 MODEL = Path(".cache/gpu/served")
 VARIANTS, SLOTS, SWAPS, TOKENS = 6, 3, 6, 24
@@ -58,7 +58,7 @@ def model() -> Path:
 
 def variant(name: str, base: BaseModelRef, strength: float) -> Bundle:
     """All kinds at every layer; clients choose how strong."""
-    pairs = weakened(edits_everywhere(base, SERVED_PER_REQUEST), strength)
+    pairs = weakened(edits_everywhere(base, served_per_request()), strength)
     return Bundle.create(name, base, pairs, MADE, strength=Strength(minimum=0, maximum=2))
 
 

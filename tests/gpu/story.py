@@ -25,17 +25,17 @@ from tests.gpu.facts import ended, require, tried
 from tests.proofs.parity import every_edit, random_numbers
 from tests.support.tiny_models import VOCABULARY, make_tiny
 from vllm_edits.edit_store import Bundle, EditStore, LowRank, Offset, Provenance, Scope, Strength, identify
-from vllm_edits.edit_store.bundle import BaseModelRef
+from vllm_edits.edit_store.base_ref import BaseModelRef
 from vllm_edits.edit_store.canonical import canonical_json, sha256
-from vllm_edits.edit_store.edits import SERVED_PER_REQUEST
+from vllm_edits.edit_store.kinds import served_per_request
 
 MODEL = Path(".cache/gpu/tiny")
 FOLDER = Path(".cache/gpu/story").resolve()
 """always the same one of each way: where the store lies is part of the compile cache's key"""
 SLOTS, TOKENS, MADE = 12, 12, Provenance(tool="rehearsal", method="random")
 SCOPES = (
-    Scope(phase="generated"), Scope(phase="prompt"), Scope(first=2), Scope(last=3), Scope(tokens=(5, 7)),
-    Scope(phase="generated", tokens=(5,)),
+    Scope(segment="generated"), Scope(segment="prompt"), Scope(first=2), Scope(last=3), Scope(tokens=(5, 7)),
+    Scope(segment="generated", tokens=(5,)),
 )  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def versions(base: BaseModelRef, *, logits: bool = True) -> Iterator[Bundle]:
         yield _of_one(f"scope-{number}", base, Offset(site="layers.1.resid", scope=scope))
     yield _of_one("rank-4", base, LowRank(site="layers.0.mlp.out", reads="layers.0.mlp.h", rank=4))
     yield _of_one("strong", base, Offset(site="layers.1.resid"), strength=Strength(minimum=0, maximum=2))
-    yield Bundle.create("all-kinds", base, edits_everywhere(base, SERVED_PER_REQUEST), MADE)
+    yield Bundle.create("all-kinds", base, edits_everywhere(base, served_per_request()), MADE)
 
 
 def _of_one(name: str, base: BaseModelRef, edit: Any, **more: Any) -> Bundle:

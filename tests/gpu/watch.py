@@ -1,8 +1,8 @@
 """Watches what a step tells the device: as a kernel behind it would read it, and what it asks the device for.
 
-Behind every step the rows of slots and weights are copied on the device, in the order of its stream. Where the driver
-does its work as late as it may (NULL_GPU_LATE), the copies hold what was written to a pinned buffer too early, if it
-was. The same can be watched on a real GPU.
+Behind every step the rows of slots and token scales are copied on the device, in the order of its stream. Where the
+driver does its work as late as it may (NULL_GPU_LATE), the copies hold what was written to a pinned buffer too early,
+if it was. The same can be watched on a real GPU.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ class Seen:
     """Of one step: what the device reads, and what it should."""
 
     slots: Tensor
-    weights: Tensor
+    scales: Tensor
     expected_slots: np.ndarray
-    expected_weights: np.ndarray
+    expected_scales: np.ndarray
 
     def wrong(self) -> bool:
-        slots, weights = self.slots.cpu().numpy(), self.weights.cpu().numpy()
+        slots, scales = self.slots.cpu().numpy(), self.scales.cpu().numpy()
         total = len(self.expected_slots)
         edited = self.expected_slots > 0  # what a base token weighs is multiplied with nothing
         return (
             not np.array_equal(slots[:total], self.expected_slots)
             or bool(slots[total:].any())
-            or not np.array_equal(weights[:total][edited], self.expected_weights[edited])
+            or not np.array_equal(scales[:total][edited], self.expected_scales[edited])
         )
 
 
@@ -62,7 +62,7 @@ class Watch:
 
     def __post_init__(self) -> None:
         set_step = self.edited.set_step
-        for rows in (self.edited.step.weights, self.edited._filler._by_position.tensor):
+        for rows in (self.edited.step.token_scales, self.edited._filler._by_position.tensor):
             rows.copy_(torch.ones(rows.shape))  # where kernels do nothing, what fills a tensor does not either
 
         def watched(batch: StepBatch) -> None:
@@ -78,17 +78,17 @@ class Watch:
         claims = [batch.claim_of(request) for request in batch.requests]
         filler, step = self.edited._filler, self.edited.step
         if not any(claims):
-            expected = np.zeros(0, dtype=np.int32), np.zeros((0, step.weights.shape[1]), dtype=np.float32)
-            weights = step.weights
+            expected = np.zeros(0, dtype=np.int32), np.zeros((0, step.token_scales.shape[1]), dtype=np.float32)
+            scales = step.token_scales
         else:
             self.edited_steps += 1
             extents = batch.extents()
-            expected = _expected(claims, extents, self.edited._scopes, step.weights.shape[1])
+            expected = _expected(claims, extents, self.edited._scopes, step.token_scales.shape[1])
             named = filler._tables.names_ids[[claim[0] for claim in claims if claim]].any()
-            weights = filler._by_position.tensor if named else step.weights
+            scales = filler._by_position.tensor if named else step.token_scales
             self.longest = max(self.longest, len(expected[0]))
         rows = max(self.longest, 1)
-        self.seen.append(Seen(step.slots[:rows].clone(), weights[:rows].clone(), *expected))
+        self.seen.append(Seen(step.slots[:rows].clone(), scales[:rows].clone(), *expected))
 
     def verdict(self) -> dict[str, Any]:
         """What was seen. Wrong where a step was misread, or waited for the device."""
@@ -128,7 +128,7 @@ def _expected(
     claims: list[Any], extents: Any, scopes: Mapping[int, Any], scope_rows: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Straight from the words, request by request; as far as positions decide."""
-    slots, weights = [], []
+    slots, scales = [], []
     for claim, tokens, start, prompt in zip(claims, extents.tokens, extents.starts, extents.prompts(), strict=True):
         slot, strength = (0, 1.0) if claim is None else (claim[0], claim[2])
         positions = np.arange(start, start + tokens)
@@ -136,5 +136,5 @@ def _expected(
         for scope_row, scope in enumerate(scopes.get(slot, ()), 1):
             rows[:, scope_row] *= scope.covers(positions, int(prompt))
         slots += [slot] * int(tokens)
-        weights.append(rows)
-    return np.array(slots, dtype=np.int32), np.concatenate(weights)
+        scales.append(rows)
+    return np.array(slots, dtype=np.int32), np.concatenate(scales)

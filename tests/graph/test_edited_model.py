@@ -54,14 +54,15 @@ from vllm_edits.edit_store import (
     SubspaceFilter,
 )
 from vllm_edits.edit_store.architectures import ARCHITECTURES
-from vllm_edits.edit_store.edits import SILENT, Array
+from vllm_edits.edit_store.edits import Array
 from vllm_edits.edit_store.errors import InstallRefused, UnsupportedHost
+from vllm_edits.edit_store.kinds.gate import SILENT
 from vllm_edits.plugin.claim import FalseClaim
+from vllm_edits.plugin.graph.carried import Carried
 from vllm_edits.plugin.graph.cpu_products import compiled
 from vllm_edits.plugin.graph.device_rows import DeviceRows
-from vllm_edits.plugin.graph.edit_math import finite
 from vllm_edits.plugin.graph.edited_model import EditedModel
-from vllm_edits.plugin.graph.edited_site import Carried
+from vllm_edits.plugin.graph.finite import finite
 from vllm_edits.plugin.graph.reservation import Capacity, EditGroup, Reservation
 from vllm_edits.plugin.graph.slot_products import EXPRESSIONS, SlotProducts
 from vllm_edits.plugin.graph.tensor_parallel import Shard
@@ -290,14 +291,14 @@ def test_bfloat16_slots_hold_the_rounded_numbers(inputs: Tensor) -> None:
 # -- scope and strength ------------------------------------------------------------------------------------------------
 
 SCOPES = [
-    pytest.param(Scope(phase="prompt"), [1, 1, 1, 1, 1, 0, 0, 0], id="prompt"),
-    pytest.param(Scope(phase="generated"), [0, 0, 0, 0, 0, 1, 1, 1], id="generated"),
+    pytest.param(Scope(segment="prompt"), [1, 1, 1, 1, 1, 0, 0, 0], id="prompt"),
+    pytest.param(Scope(segment="generated"), [0, 0, 0, 0, 0, 1, 1, 1], id="generated"),
     pytest.param(Scope(first=2), [1, 1, 0, 0, 0, 0, 0, 0], id="first"),
     pytest.param(Scope(last=2), [0, 0, 0, 1, 1, 0, 0, 0], id="last"),
     pytest.param(Scope(first=1, last=1), [1, 0, 0, 0, 1, 0, 0, 0], id="first-or-last"),
     pytest.param(Scope(last=9), [1, 1, 1, 1, 1, 0, 0, 0], id="last-of-a-shorter-prompt"),
     pytest.param(Scope(tokens=(3, 6)), [0, 0, 0, 1, 0, 0, 1, 0], id="tokens"),
-    pytest.param(Scope(phase="generated", tokens=(3, 6)), [0, 0, 0, 0, 0, 0, 1, 0], id="generated-tokens"),
+    pytest.param(Scope(segment="generated", tokens=(3, 6)), [0, 0, 0, 0, 0, 0, 1, 0], id="generated-tokens"),
 ]
 PROMPT, LENGTH = 5, 8
 
@@ -328,8 +329,8 @@ def test_an_edit_applies_in_its_scope_however_the_request_is_cut(
 
 def test_edits_of_one_version_have_scopes_of_their_own(inputs: Tensor) -> None:
     """Prompt, answer and everything, at one site and at several; tokens of other versions follow their own."""
-    edits = [Offset(site="layers.1.resid", scope=Scope(phase="prompt")),
-             Offset(site="layers.1.resid", scope=Scope(phase="generated"), part=2),
+    edits = [Offset(site="layers.1.resid", scope=Scope(segment="prompt")),
+             Offset(site="layers.1.resid", scope=Scope(segment="generated"), part=2),
              Scale(site="layers.0.attn.z")]  # fmt: skip
     numbers = [(edit, random_numbers(edit, BASE, seed)) for seed, edit in enumerate(edits)]
     bundle, plain = bundle_of(numbers), TinyModel()
@@ -347,9 +348,9 @@ def test_edits_of_one_version_have_scopes_of_their_own(inputs: Tensor) -> None:
 
 def test_the_norm_is_restored_once_after_all_offsets_that_count(inputs: Tensor) -> None:
     """Offsets of three scopes meet, one asks for the norm: it is kept where that one counts, with all others in it."""
-    edits = [Offset(site="layers.1.resid", scope=Scope(phase="prompt"), renorm=True),
+    edits = [Offset(site="layers.1.resid", scope=Scope(segment="prompt"), renorm=True),
              Offset(site="layers.1.resid", part=2),
-             Offset(site="layers.1.resid", scope=Scope(phase="generated"), part=3)]  # fmt: skip
+             Offset(site="layers.1.resid", scope=Scope(segment="generated"), part=3)]  # fmt: skip
     numbers = [(edit, random_numbers(edit, BASE, seed)) for seed, edit in enumerate(edits)]
     kept, always, generated = (fields["vector"] for _, fields in numbers)
     bundle, model, plain = bundle_of(numbers), TinyModel(), TinyModel()
@@ -372,7 +373,7 @@ def test_the_norm_is_restored_once_after_all_offsets_that_count(inputs: Tensor) 
 def test_the_compiler_traces_every_kind_and_scope_in_one_graph(products: SlotProducts, inputs: Tensor) -> None:
     """vLLM compiles the model in one graph: whatever torch cannot trace would end a server's start."""
     pairs, parts = [], Counter[tuple[str, str]]()
-    for scope in (Scope(), Scope(phase="prompt")):
+    for scope in (Scope(), Scope(segment="prompt")):
         for edit, numbers in (form.values[0] for form in FORMS):
             parts[edit.site, edit.kind] += 1
             pairs.append((edit.model_copy(update={"scope": scope, "part": parts[edit.site, edit.kind]}), numbers))

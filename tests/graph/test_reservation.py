@@ -80,17 +80,17 @@ def test_ranks_of_edits_that_are_computed_together_add_up() -> None:
 
 
 def test_scopes_and_strengths_need_room_of_their_own() -> None:
-    """Edits of other scopes take turns; a strength makes every place weighted; too many scopes are told by number."""
-    late, early = Scope(phase="generated"), Scope(phase="prompt")
+    """Edits of other scopes take turns; with a strength every group is scaled; too many scopes are told by number."""
+    late, early = Scope(segment="generated"), Scope(segment="prompt")
     offsets = [
         Offset(site="layers.0.resid", part=part, scope=scope) for part, scope in enumerate([late, late, early], 1)
     ]
     found = reserved_for(offsets)
     places_found = at("offset", "layers.0.resid"), at("offset", "layers.0.resid", index=1)
-    assert found.capacities == dict.fromkeys(places_found, capacity(1, "weighted"))
+    assert found.capacities == dict.fromkeys(places_found, capacity(1, "scaled"))
     assert found.scopes == 2
     strong = Version(EDITS, Strength(minimum=0, maximum=1))
-    assert all("weighted" in each.features for each in Reservation.for_versions([strong]).capacities.values())
+    assert all("scaled" in each.features for each in Reservation.for_versions([strong]).capacities.values())
     (reason,) = Reservation(found.capacities, 1).missing(Version(offsets))
     assert "Set edits.scopes to 2" in reason.message
 
@@ -191,7 +191,7 @@ def test_a_refusal_says_what_is_reserved() -> None:
     assert "scale of rank 1 at layers.2.attn.z: nothing is reserved there" in messages
 
 
-def test_a_whole_matrix_is_not_changed_per_request() -> None:
+def test_a_whole_matrix_is_not_changed_served_per_request() -> None:
     delta = WeightDelta(site="layers.0.mlp.out", reads="layers.0.mlp.h")
     (reason,) = reserved_for([delta]).missing(Version([delta]))
     assert reason.code == "weights_mode"

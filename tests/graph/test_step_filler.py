@@ -19,15 +19,15 @@ from tests.support.late_device import LateDevice
 from vllm_edits.edit_store import Scope
 from vllm_edits.plugin.claim import FalseClaim
 from vllm_edits.plugin.graph.device_rows import DeviceRows
-from vllm_edits.plugin.graph.edited_site import Step
+from vllm_edits.plugin.graph.step import Step
 from vllm_edits.plugin.graph.step_filler import Extents, StepBatch, StepFiller
 
-TOKENS, LANES = 64, 3
+TOKENS, SCOPE_ROWS = 64, 3
 SCOPES: dict[int, tuple[Scope, ...]] = {
     1: (),
-    2: (Scope(phase="generated"),),
-    3: (Scope(first=2), Scope(phase="prompt", tokens=(3, 5))),
-    4: (Scope(tokens=(3,)), Scope(phase="generated")),
+    2: (Scope(segment="generated"),),
+    3: (Scope(first=2), Scope(segment="prompt", tokens=(3, 5))),
+    4: (Scope(tokens=(3,)), Scope(segment="generated")),
 }
 
 
@@ -63,9 +63,9 @@ def covered(scope: Scope, position: int, prompt: int, token: int | None) -> bool
     """Straight from the words. token: None for a vector in a token's place."""
     if scope.tokens is not None and token not in scope.tokens:
         return False
-    if scope.phase == "generated":
+    if scope.segment == "generated":
         return position >= prompt
-    if scope.phase == "prompt" and position >= prompt:
+    if scope.segment == "prompt" and position >= prompt:
         return False
     if scope.first is not None:
         return position < min(scope.first, prompt)
@@ -82,12 +82,12 @@ requests = st.builds(
 
 @cheaply
 @given(st.lists(requests, min_size=1, max_size=6), st.data())
-def test_every_token_has_the_slot_and_the_weights_of_its_request(everyone: list[Running], data: st.DataObject) -> None:
+def test_every_token_has_the_slot_and_the_scales_of_its_request(everyone: list[Running], data: st.DataObject) -> None:
     """Requests come, are cut into chunks, decode, are preempted and leave; now and then a slot is written anew.
 
     A step of nobody is the dummy one of an engine that has nothing to do while its twin works.
     """
-    step, device = Step(TOKENS, LANES, torch.device("cpu")), LateDevice()
+    step, device = Step(TOKENS, SCOPE_ROWS, torch.device("cpu")), LateDevice()
     # Where ids decide, operations on the device read what was sent, and here these are not late.
     by_position = all(one.claim is None or one.claim[0] in (1, 2) for one in everyone)
     filler = filler_of(step, device=device if by_position else None)
@@ -111,7 +111,7 @@ def test_every_token_has_the_slot_and_the_weights_of_its_request(everyone: list[
                     vector = one.embedded is not None and position < min(one.prompt, len(one.embedded))
                     token = None if vector and one.embedded[position] else int(ids[row])
                     met = scope_row == 0 or covered(scopes[scope_row - 1], position, one.prompt, token)
-                    assert step.weights[row, scope_row] == strength * met, (scope_row, position, one)
+                    assert step.token_scales[row, scope_row] == strength * met, (scope_row, position, one)
                 row += 1
             one.computed = data.draw(st.sampled_from([one.computed + count, one.computed + count, 0]))
         assert not step.slots[row:].any()
@@ -122,7 +122,7 @@ def test_a_step_like_the_one_before_asks_and_sends_nothing() -> None:
     """Decoding, base and edited and scoped: from the second step on nothing is left to do, until somebody joins."""
     asked: list[Any] = []
     device = LateDevice()
-    filler = filler_of(Step(TOKENS, LANES, torch.device("cpu")), asked, device)
+    filler = filler_of(Step(TOKENS, SCOPE_ROWS, torch.device("cpu")), asked, device)
     running = [Running(None, 2, 5), Running((1, "v", 1.0), 2, 5), Running((2, "v", 0.5), 2, 5)]
     ids = torch.zeros(TOKENS, dtype=torch.int64)
     fill(filler, running, [1, 1, 1], ids)
@@ -144,7 +144,7 @@ def test_what_a_step_sends_does_not_grow_with_slots_or_scopes() -> None:
     ids = torch.zeros(TOKENS, dtype=torch.int64)
     for many in (1, 4):
         device = LateDevice()
-        filler = filler_of(Step(TOKENS, LANES, torch.device("cpu")), device=device)
+        filler = filler_of(Step(TOKENS, SCOPE_ROWS, torch.device("cpu")), device=device)
         running = [Running(((3, 4, 2, 1)[number], "v", 0.5), 2) for number in range(many)]
         fill(filler, running, [1] * many, ids)  # what is named goes to the device
         for one in running:
@@ -170,24 +170,24 @@ class Operators(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("strength", [0.5, 1.0])
-def test_after_a_step_that_was_weighed_by_ids_weights_are_sent_anew(strength: float) -> None:
+def test_after_a_step_that_was_scaled_by_ids_scales_are_sent_anew(strength: float) -> None:
     """Also where they are what was sent before it: the device has written others meanwhile."""
-    step = Step(TOKENS, LANES, torch.device("cpu"))
+    step = Step(TOKENS, SCOPE_ROWS, torch.device("cpu"))
     filler = filler_of(step)
     ids = torch.zeros(TOKENS, dtype=torch.int64)
     fill(filler, [Running((1, "v", strength), 2)], [1], ids)
     fill(filler, [Running((4, "v", 0.5), 2)], [1], ids)
-    assert step.weights[0, 1] == 0, "positive control: its first scope names another id"
+    assert step.token_scales[0, 1] == 0, "positive control: its first scope names another id"
     fill(filler, [Running((1, "v", strength), 2)], [1], ids)
-    assert step.weights[0].tolist() == [strength] * LANES
+    assert step.token_scales[0].tolist() == [strength] * SCOPE_ROWS
 
 
 def test_of_a_batch_of_the_base_nothing_else_is_asked() -> None:
-    """Also where an edited one ran before; its slot and its weight are gone from the step."""
-    step = Step(TOKENS, LANES, torch.device("cpu"))
+    """Also where an edited one ran before; its slot and its scale are gone from the step."""
+    step = Step(TOKENS, SCOPE_ROWS, torch.device("cpu"))
     filler = filler_of(step)
     fill(filler, [Running((2, "v", 0.5), 2, 5)], [1], torch.zeros(TOKENS, dtype=torch.int64))
-    assert (step.slots[0], step.weights[0, 0], filler.all_base) == (2, 0.5, False), "positive control"
+    assert (step.slots[0], step.token_scales[0, 0], filler.all_base) == (2, 0.5, False), "positive control"
     for running in ([Running(None, 2, 5)], [Running(None, 2, 5)] * 2, []):
         nothing = StepBatch(
             running, attrgetter("claim"), attrgetter("embedded"), lambda: pytest.fail("asked where tokens are")
@@ -195,7 +195,7 @@ def test_of_a_batch_of_the_base_nothing_else_is_asked() -> None:
         filler.fill(nothing)
         assert filler.all_base
         assert not step.slots.any()
-        assert (step.weights == 1).all()
+        assert (step.token_scales == 1).all()
 
 
 def test_a_request_with_a_false_claim_is_told_of_and_has_no_slot() -> None:
@@ -213,7 +213,7 @@ def test_a_request_with_a_false_claim_is_told_of_and_has_no_slot() -> None:
         return True
 
     running = [Running((1, "v", 1.0), 2), Running("false", 2), Running(None, 2)]
-    ids, step = torch.zeros(TOKENS, dtype=torch.int64), Step(TOKENS, LANES, torch.device("cpu"))
+    ids, step = torch.zeros(TOKENS, dtype=torch.int64), Step(TOKENS, SCOPE_ROWS, torch.device("cpu"))
     filler = StepFiller(step, slot_of, SCOPES, slots=max(SCOPES), refused=end)
     for _ in range(2):
         fill(filler, running, [2, 2, 1], ids)
@@ -227,7 +227,7 @@ def test_a_request_with_a_false_claim_is_told_of_and_has_no_slot() -> None:
 
 def test_another_request_with_the_same_claim_is_looked_at_anew() -> None:
     """What is known hangs on the request itself: a new one in its place may use another slot."""
-    step = Step(TOKENS, LANES, torch.device("cpu"))
+    step = Step(TOKENS, SCOPE_ROWS, torch.device("cpu"))
     filler = filler_of(step)
     ids = torch.zeros(TOKENS, dtype=torch.int64)
     fill(filler, [Running((1, "v", 1.0), 2)], [1], ids)

@@ -24,7 +24,7 @@ from vllm_edits.plugin.graph.edited_model import EditedModel
 from vllm_edits.plugin.graph.slot_bytes import slot_bytes
 from vllm_edits.plugin.graph.tensor_parallel import AllReduce, Rank, Shard, identity
 from vllm_edits.plugin.vllm_host.architectures import site_modules
-from vllm_edits.plugin.weights.weight_form import constant, formless, touched
+from vllm_edits.plugin.weights.weight_form import formless, touched
 
 WORKERS = 2
 PER_LAYER = 2
@@ -214,7 +214,7 @@ def in_weights(edit: Any) -> bool:
     """Whether an edit has a weight form here, where only what attention and MLP give has a bias."""
     architecture = ARCHITECTURES[BASE.architecture]
     biased = all(site.point in ("attn.out", "mlp.out") for site in touched(edit, architecture))
-    return not formless([edit], architecture) and (biased or not constant(edit))
+    return not formless([edit], architecture) and (biased or not edit.adds_constant)
 
 
 @pytest.mark.parametrize("pair", [form for form in FORMS if in_weights(form.values[0][0])])

@@ -16,7 +16,7 @@ from typer.main import get_command
 
 import vllm_edits
 from vllm_edits import edit_store
-from vllm_edits.edit_store.edits import KINDS
+from vllm_edits.edit_store.kinds import KINDS
 from vllm_edits.edit_store.sites import POINTS
 from vllm_edits.plugin.cli.commands import app
 from vllm_edits.plugin.cli.serve_command import OURS

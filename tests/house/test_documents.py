@@ -13,7 +13,7 @@ from tests.proofs.parity import every_edit
 from tests.support.fakes import BASE
 from vllm_edits.edit_store import KINDS, WeightDelta
 from vllm_edits.edit_store.architectures import ARCHITECTURES
-from vllm_edits.edit_store.edits import ACTIVATIONS
+from vllm_edits.edit_store.kinds.gate import ACTIVATIONS
 from vllm_edits.edit_store.sites import POINTS
 from vllm_edits.plugin.http.routes import router
 from vllm_edits.plugin.metrics import FIRST_TOKEN, METRICS, PER_TOKEN, PREFIX, REQUEST

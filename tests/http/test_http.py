@@ -295,7 +295,7 @@ async def test_a_caller_cannot_write_the_claim(site: Site, model: str) -> None:
 
 async def test_beam_search_on_what_edits_prompt_and_answer_differently_is_a_400(site: Site) -> None:
     """vLLM asks the engine anew for every token, with the answer so far as prompt. Other variants are searched."""
-    said = Offset(site="layers.1.resid", scope=EditScope(phase="generated"))
+    said = Offset(site="layers.1.resid", scope=EditScope(segment="generated"))
     (scoped,) = await site.server.promote(version_of("scoped", edit=said))
     await site.server.promote(version_of("polite"))
     answer = await site.ask("scoped", use_beam_search=True)

@@ -176,7 +176,7 @@ def edits_of_every_kind(base: BaseModelRef) -> list[Pair]:
         Gate(site="layers.1.mlp.out", reads="layers.1.mlp.in", rank=4),
         Offset(site="layers.1.up.out"),
         Offset(site="layers.0.resid", renorm=True),
-        Offset(site="layers.1.resid", scope=Scope(phase="generated")),
+        Offset(site="layers.1.resid", scope=Scope(segment="generated")),
         LowRank(site="layers.0.mlp.out", reads="layers.0.mlp.h", rank=1, scope=Scope(last=5)),
         WeightDelta(site="layers.0.gate.out", reads="layers.0.mlp.in"),
     )

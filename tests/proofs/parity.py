@@ -40,8 +40,9 @@ from vllm_edits.edit_store import (
     identify,
 )
 from vllm_edits.edit_store.architectures import ARCHITECTURES, Architecture, supported
-from vllm_edits.edit_store.edits import IN_PLACE, KINDS, READS, Edit
-from vllm_edits.edit_store.sites import Site
+from vllm_edits.edit_store.edits import IN_PLACE, Edit
+from vllm_edits.edit_store.kinds import KINDS
+from vllm_edits.edit_store.sites import READS, Site
 from vllm_edits.edit_store.verify import edit_rules
 from vllm_edits.plugin.weights.weight_form import formless
 

@@ -348,7 +348,7 @@ async def test_scopes_of_a_version_are_told_to_every_process(server: Server, tmp
     """Whether a request forks the cache, and whether its beams can be searched, is decided where it arrives."""
     from vllm_edits.edit_store import Offset
 
-    await server.promote(version_of("late", edit=Offset(site="layers.1.resid", scope=Scope(phase="generated"))))
+    await server.promote(version_of("late", edit=Offset(site="layers.1.resid", scope=Scope(segment="generated"))))
     async with processes(tmp_path, server.core) as made:
         remote = await made.another()
         lease = await remote.lease(Request("late"))

@@ -121,18 +121,6 @@ def test_settings_cannot_be_changed() -> None:
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_readme_lists_every_setting_with_its_help() -> None:
-    """Declared once: what people read is what the code says."""
-    section = (ROOT / "README.md").read_text().split("\n## Settings\n")[1].split("\n## ")[0]
-    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in section.splitlines() if line.startswith("| `")]
-    assert {name.strip("`"): help_text for name, _, help_text in rows} == {
-        name: field.description for name, field in EditSettings.model_fields.items()
-    }
-    written = {name.strip("`"): default.strip("`") for name, default, _ in rows if default.startswith("`")}
-    optional = {name: field.default for name, field in EditSettings.model_fields.items() if not field.is_required()}
-    assert written == {name: str(default) for name, default in optional.items() if default is not None}
-
-
 def test_every_example_configuration_is_accepted() -> None:
     """By the same reader that the server starts with."""
     examples = list((ROOT / "server_config/examples").glob("*.yaml"))

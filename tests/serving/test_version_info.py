@@ -30,14 +30,14 @@ def traits_of(*edits: Any, strength: Strength | None = None) -> VersionInfo:
     [
         ([Scope()], None, False),
         ([Scope(tokens=(1, 2))], None, False),
-        ([Scope(phase="prompt")], None, True),
+        ([Scope(segment="prompt")], None, True),
         ([Scope(first=3)], None, True),
-        ([Scope(phase="generated")], 0, True),
+        ([Scope(segment="generated")], 0, True),
         ([Scope(last=4)], 4, True),
-        ([Scope(last=4), Scope(phase="generated")], 4, True),
+        ([Scope(last=4), Scope(segment="generated")], 4, True),
         ([Scope(last=4, first=1)], None, True),
-        ([Scope(phase="generated"), Scope()], None, True),
-        ([Scope(phase="generated", tokens=(5,))], 0, True),
+        ([Scope(segment="generated"), Scope()], None, True),
+        ([Scope(segment="generated", tokens=(5,))], 0, True),
     ],
 )
 def test_what_is_shared_with_the_base_is_what_comes_before_every_edit(

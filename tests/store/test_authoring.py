@@ -12,8 +12,7 @@ import pytest
 
 from loadtests.demo import prompts
 from tests.support.bundles import KINDS, Pairs, random_pairs
-from vllm_edits.edit_store import BaseModelRef, Bundle, Offset, SubspaceFilter, identify
-from vllm_edits.edit_store import edits as kinds
+from vllm_edits.edit_store import BaseModelRef, Bundle, LowRank, Offset, Scale, SubspaceFilter, identify
 from vllm_edits.edit_store.verify import check
 
 torch = pytest.importorskip("torch")
@@ -138,7 +137,7 @@ class TestHeads:
         columns = slice(head * widths.head_dim, (head + 1) * widths.head_dim)
         factor = np.ones(widths.heads, dtype=np.float32)
         factor[head] = 0
-        pairs = [(kinds.Scale(site="layers.1.attn.z"), {"factor": factor})]
+        pairs = [(Scale(site="layers.1.attn.z"), {"factor": factor})]
         share = passes(host, "layers.1.attn.z")[:, columns]
         share = share @ host.model.model.layers[1].self_attn.o_proj.weight[:, columns].T.numpy()
         lost = passes(host, "layers.1.attn.out") - passes(host, "layers.1.attn.out", pairs)
@@ -153,7 +152,7 @@ class TestHeads:
         for layer, head in ((0, 1), (3, 2)):
             factor = np.ones(host.widths.heads, dtype=np.float32)
             factor[head] = 0
-            with edited(host.model, [(kinds.Scale(site=f"layers.{layer}.attn.z"), {"factor": factor})]):
+            with edited(host.model, [(Scale(site=f"layers.{layer}.attn.z"), {"factor": factor})]):
                 fall = whole - host.likelihood(TEXTS, answers).mean()
             assert costs[layer, head] == pytest.approx(float(fall), abs=1e-5)
         assert np.abs(costs).max() > 1e-3
@@ -246,7 +245,7 @@ class TestDemoBundles:
         assert rows["highest p(Paris)"].base > 0.7
         assert rows["highest p(Paris)"].edited < 0.1
         assert rows["facts kept"].edited * rows["facts kept"].n >= 18
-        assert [edit.rank for edit in bundle.manifest.edits if isinstance(edit, kinds.LowRank)] == [1, 1, 1]
+        assert [edit.rank for edit in bundle.manifest.edits if isinstance(edit, LowRank)] == [1, 1, 1]
 
     def test_the_base_knows_what_is_moved(self, smollm2: Path):
         """ "The capital of France is" has Paris on top at about 0.77, as every wording has."""

@@ -177,6 +177,6 @@ def test_composing_on_the_command_line(tmp_path: Path) -> None:
 
 
 def test_scopes_of_parts_stay_their_own() -> None:
-    late = made("late", Offset(site=RESID, scope=Scope(phase="generated")))
+    late = made("late", Offset(site=RESID, scope=Scope(segment="generated")))
     both = compose([POLITE, late])
-    assert [edit.scope.phase for edit in both.manifest.edits if edit.site == RESID] == ["all", "generated"]
+    assert [edit.scope.segment for edit in both.manifest.edits if edit.site == RESID] == ["all", "generated"]

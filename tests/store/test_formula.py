@@ -22,7 +22,7 @@ from tests.support.tiny_models import make_tiny
 from vllm_edits.edit_store import BaseModelRef, LowRank, Offset, Scale, SubspaceFilter, WeightDelta, identify
 from vllm_edits.edit_store.architectures import ARCHITECTURES
 from vllm_edits.edit_store.authoring.formula import edited
-from vllm_edits.edit_store.edits import READS
+from vllm_edits.edit_store.sites import READS
 
 LAYER = "layers.1."
 IDS = torch.tensor([[5, 17, 99, 3, 42, 8, 120, 7]])

@@ -523,7 +523,7 @@ class Server:
         self.backend = FlakyBackend(self.store.backend)
         self.store.backend = self.backend
         site = Site(1, "resid")
-        room = Capacity(features=frozenset({"weighted"}))
+        room = Capacity(features=frozenset({"scaled"}))
         reservation = Reservation({EditGroup(site, kind, site): room for kind in ("offset", "gate")}, scopes=1)
         self.workers = FakeWorkers(self.store, reservation, slots=slots)
         self.registry = CollectorRegistry()

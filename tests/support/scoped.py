@@ -12,8 +12,8 @@ from vllm_edits.edit_store.authoring.host import Edits
 
 SCOPES = {
     "whole": Scope(),
-    "generated": Scope(phase="generated"),
-    "prompt": Scope(phase="prompt"),
+    "generated": Scope(segment="generated"),
+    "prompt": Scope(segment="prompt"),
     "first": Scope(first=3),
     "last": Scope(last=2),
     "tokens": Scope(tokens=(198, 253, 260, 338, 339)),

@@ -68,14 +68,14 @@ def batch(*rows: tuple[str, int, int]) -> Any:
 @pytest.fixture
 def edited() -> EditedModel:
     """Slot 1 holds a version for generated tokens."""
-    edit = Offset(site="layers.1.resid", scope=Scope(phase="generated"))
+    edit = Offset(site="layers.1.resid", scope=Scope(segment="generated"))
     bundle = bundle_of("late", BASE, [(edit, random_numbers(edit, BASE, 1))])
     made = edited_model(TinyModel(), Reservation.for_versions([bundle.manifest]), slots=2)
     install(made, 1, bundle)
     return made
 
 
-def test_slots_and_weights_follow_the_runners_batches(edited: EditedModel) -> None:
+def test_slots_and_scales_follow_the_runners_batches(edited: EditedModel) -> None:
     """And vLLM's own state is told of everything, and its inputs are what the runner gets."""
     told: list[str] = []
     state: Any = with_token_slots(ModelState, SimpleNamespace(edited=edited))(told)  # type: ignore[arg-type]
@@ -84,10 +84,10 @@ def test_slots_and_weights_follow_the_runners_batches(edited: EditedModel) -> No
     state.add_request(1, request("late", [1, edited.held[1], 0.5], 2))
     assert state.prepare_inputs(batch(("plain", 3, 0), ("late", 2, 0)), known) == "inputs"
     assert edited.step.slots[:6].tolist() == [0, 0, 0, 1, 1, 0]
-    assert edited.step.weights[3:5, 1].tolist() == [0, 0], "its prompt"
+    assert edited.step.token_scales[3:5, 1].tolist() == [0, 0], "its prompt"
     state.prepare_inputs(batch(("late", 1, 2), ("plain", 1, 3)), known)
     assert edited.step.slots[:5].tolist() == [1, 0, 0, 0, 0]
-    assert edited.step.weights[0, 1] == 0.5
+    assert edited.step.token_scales[0, 1] == 0.5
     state.remove_request("late")
     state.prepare_inputs(batch(("plain", 1, 4)), runner_knows("plain"))
     assert not edited.step.slots.any()
@@ -104,7 +104,7 @@ def test_a_prompt_of_vectors_is_as_long_as_these(edited: EditedModel) -> None:
     state.add_request(0, vectors)
     state.add_request(1, mixed)
     state.prepare_inputs(batch(("vectors", 3, 0), ("mixed", 3, 0)), runner_knows("vectors", "mixed"))
-    assert edited.step.weights[:6, 1].tolist() == [0, 0, 1, 0, 0, 0]
+    assert edited.step.token_scales[:6, 1].tolist() == [0, 0, 1, 0, 0, 0]
     assert [prompts.embedded(each).tolist() for each in (vectors, mixed)] == [[True, True], [False, True, False]]
     assert prompts.embedded(request("text", None, 3)) is None
 

@@ -91,7 +91,7 @@ def test_strength_goes_from_the_base_to_the_whole_edit(name: str) -> None:
     ("edit", "why"),
     [
         (Gate(site=OUT, reads=IN, rank=1), "depends on the token"),
-        (LowRank(site=OUT, reads=IN, rank=1, scope=Scope(phase="generated")), "has a scope"),
+        (LowRank(site=OUT, reads=IN, rank=1, scope=Scope(segment="generated")), "has a scope"),
         (Offset(site=OUT, renorm=True), "not linear"),
         (SubspaceFilter(site=HERE + "resid", rank=1), "give q.out, k.out, v.out, attn.out, gate.out, up.out, mlp.out"),
         (Offset(site="logits"), "no projection gives or reads"),

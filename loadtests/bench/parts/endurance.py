@@ -27,7 +27,7 @@ from loadtests.harness.client import stream
 from loadtests.harness.metrics import Scrape
 from loadtests.harness.server import Server
 from vllm_edits.edit_store import EditStore
-from vllm_edits.edit_store.edits import SERVED_PER_REQUEST
+from vllm_edits.edit_store.kinds import served_per_request
 
 PROMPT = "Tell me about the sea."
 STREAM_TOKENS = 200
@@ -73,7 +73,7 @@ class Look:
 def measure_endurance(run: Run) -> Measured:
     """Start a server and swap one of its variants again and again."""
     plan = EndurancePlan(run.dtype, **(QUICK if run.quick else {}))
-    inputs = run.inputs.everywhere(SERVED_PER_REQUEST)
+    inputs = run.inputs.everywhere(served_per_request())
     names, folder = inputs.make_store("endurance-store", plan.streams)
     store = EditStore(str(folder))
     versions = [store.publish(inputs.version(names[0], strength / 2)) for strength in strengths(plan.versions)]

@@ -16,7 +16,7 @@ from loadtests.bench.engine import Calls
 from loadtests.bench.parts.side_by_side import Engines
 from loadtests.bench.rounds import Phase, Side
 from loadtests.bench.run import Measured, Run
-from vllm_edits.edit_store.edits import SERVED_PER_REQUEST
+from vllm_edits.edit_store.kinds import served_per_request
 
 COUNTED: Mapping[str, Callable[[str], bool]] = {
     "operators": lambda call: call.startswith("CPU aten::"),
@@ -46,7 +46,7 @@ def measure_launches(run: Run) -> Measured:
     engines = Engines.of(run, lambda _: None)
     short, long = (Phase("", plan.requests, plan.prompt_tokens, tokens) for tokens in (plan.short, plan.long))
     sides = {"plain": engines.plain()["plain"]}
-    for label, kinds in (("low_rank", ["low_rank"]), ("all kinds", SERVED_PER_REQUEST)):
+    for label, kinds in (("low_rank", ["low_rank"]), ("all kinds", served_per_request())):
         engine, variants = engines.edited(run.inputs.everywhere(kinds), label.replace(" ", "_"), plan.requests)
         sides[f"{label}, base"] = Side("reserved at every layer, no edited request", engine, [None])
         sides[label] = Side("at every layer, each request on its own variant", engine, variants)

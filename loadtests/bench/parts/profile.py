@@ -18,7 +18,7 @@ from loadtests.bench.engine import Calls
 from loadtests.bench.parts.side_by_side import Engines
 from loadtests.bench.rounds import Phase, Side
 from loadtests.bench.run import Measured, Run
-from vllm_edits.edit_store.edits import SERVED_PER_REQUEST
+from vllm_edits.edit_store.kinds import served_per_request
 
 EVERY_LOOP = {"compilation_config": {"inductor_compile_config": {"cpp.enable_kernel_profile": True}}}
 """What makes compiled loops visible to torch's profiler on a CPU."""
@@ -52,7 +52,7 @@ def measure_profile(run: Run) -> Measured:
     plan, progress = ProfilePlan(run.dtype, **({"turns": 1} if run.quick else {})), run.progress
     engines = Engines.of(run, lambda _: None, EVERY_LOOP)
     plain = engines.plain()["plain"].engine
-    reserved, mixed = engines.edited(run.inputs.everywhere(SERVED_PER_REQUEST), "profiled_all", plan.many)
+    reserved, mixed = engines.edited(run.inputs.everywhere(served_per_request()), "profiled_all", plan.many)
     ranked, names = engines.edited(run.inputs.everywhere(["low_rank"], plan.rank), "profiled_rank", plan.many)
     alone = Side("vLLM without the plugin", plain, [None])
     nobody = Side("every kind reserved at every layer, no edited request", reserved, [None])

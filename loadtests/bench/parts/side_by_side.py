@@ -16,7 +16,7 @@ from loadtests.bench.rounds import Phase, Side, Trial, rates_by_round
 from loadtests.bench.run import Measured, NotMeasured, Run
 from loadtests.bench.sides import Engine
 from loadtests.harness.record import gpu
-from vllm_edits.edit_store.edits import SERVED_PER_REQUEST
+from vllm_edits.edit_store.kinds import served_per_request
 
 MAX_MODEL_LEN = 2048
 LARGEST_BLOCK = {False: 128, True: 64}
@@ -149,7 +149,7 @@ def kinds(engines: Engines) -> Trial:
     """Each kind of edit at every layer, and all of them, every request on a variant of its own."""
     phases = batch(8)
     sides = engines.plain()
-    for label, chosen in {**{kind: [kind] for kind in SERVED_PER_REQUEST}, "all kinds": SERVED_PER_REQUEST}.items():
+    for label, chosen in {**{kind: [kind] for kind in served_per_request()}, "all kinds": served_per_request()}.items():
         engine, variants = engines.edited(engines.inputs.everywhere(chosen), label.replace(" ", "_"), 16)
         sides[label] = Side("at every layer, each request on its own variant", engine, variants)
     compared = [each for side in sides if not side.startswith("plain")
@@ -161,7 +161,7 @@ def kinds(engines: Engines) -> Trial:
 def idle(engines: Engines) -> Trial:
     """What it costs to leave the plugin on, with room for all kinds at every layer and no edited request."""
     phases = [phase for requests in engines.batches for phase in batch(requests)]
-    sides, inputs = engines.plain(), engines.inputs.everywhere(SERVED_PER_REQUEST)
+    sides, inputs = engines.plain(), engines.inputs.everywhere(served_per_request())
     comparisons = against("plain again", ["plain"], phases, None, None)
     for side in ("idle", "idle again"):
         engine, _ = engines.edited(inputs, side.replace(" ", "_"), 16)
@@ -192,7 +192,7 @@ def distinct(engines: Engines) -> Trial:
         if not gpu():
             add(f"rank {rank}, reading alone", engines.reading_alone(inputs, engine, requests))
     if engines.all_kinds:
-        inputs = engines.inputs.everywhere(SERVED_PER_REQUEST)
+        inputs = engines.inputs.everywhere(served_per_request())
         engine, variants = engines.edited(inputs, "all_kinds", requests)
         if gpu():
             add("all kinds, K=0", Side("room for every kind at every layer, no version", engine, [None]), (IDLE, IDLE))

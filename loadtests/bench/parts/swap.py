@@ -24,7 +24,7 @@ from loadtests.bench.run import Measured, NotMeasured, Run
 from loadtests.harness.record import gpu
 from loadtests.harness.server import Server
 from vllm_edits.edit_store import EditStore
-from vllm_edits.edit_store.edits import SERVED_PER_REQUEST
+from vllm_edits.edit_store.kinds import served_per_request
 
 VARIANTS = 8
 SETTLED_TOKENS = 16  # tokens that every stream must have before a window opens
@@ -76,7 +76,7 @@ def measure_swaps(run: Run, *, weights: bool = False) -> Measured:
     """
     plan = SwapPlan.of(run, weights=weights)
     progress = run.progress
-    inputs = run.inputs.everywhere(IN_WEIGHTS if weights else SERVED_PER_REQUEST)
+    inputs = run.inputs.everywhere(IN_WEIGHTS if weights else served_per_request())
     (name, *others), folder = inputs.make_store("swap-store", 1 if weights else VARIANTS)
     store = EditStore(str(folder))
     versions = [store.publish(inputs.version(name, strength / 2)) for strength in strengths(plan.swaps)]

@@ -19,7 +19,7 @@ from loadtests.bench.report import Figure
 from loadtests.bench.rounds import turns
 from loadtests.bench.run import Measured, NotMeasured, Run
 from loadtests.harness.server import ENVIRONMENT, Server
-from vllm_edits.edit_store.edits import SERVED_PER_REQUEST
+from vllm_edits.edit_store.kinds import served_per_request
 
 ALONE = "vLLM alone"
 QUICK = {"rounds": 2, "requests": 8}
@@ -58,8 +58,8 @@ class Side:
 def measure_traffic(run: Run) -> Measured:
     """Start both servers, and let `vllm bench serve` ask each side once a round."""
     plan = TrafficPlan(run.dtype, **(QUICK if run.quick else {}))
-    inputs = run.inputs.everywhere(SERVED_PER_REQUEST)
-    variants = {kind.replace("_", "-"): run.inputs.everywhere([kind]) for kind in SERVED_PER_REQUEST}
+    inputs = run.inputs.everywhere(served_per_request())
+    variants = {kind.replace("_", "-"): run.inputs.everywhere([kind]) for kind in served_per_request()}
     variants["all-kinds"] = inputs
     store = inputs.store_of("traffic-store", [made.version(name, 1) for name, made in variants.items()])
     flags = ("--dtype", plan.dtype, "--max-model-len", "512")

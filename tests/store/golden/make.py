@@ -113,14 +113,16 @@ def everything() -> Bundle:
         gate("logits", 24, 12, reads="final", activation="sigmoid", threshold=1e21),
         (SubspaceFilter(site=here + "attn.out", rank=2), {"basis": np.eye(8)[:2], "mean": ODD / 4}),
         (
-            SubspaceFilter(site=here + "attn.out", part=2, rank=1, oblique=True, scope=Scope(phase="prompt", first=4)),
+            SubspaceFilter(
+                site=here + "attn.out", part=2, rank=1, oblique=True, scope=Scope(segment="prompt", first=4)
+            ),
             {"basis": np.eye(8)[3:4], "dual": np.eye(8)[3:4] + np.eye(8)[5:6], "mean": np.zeros(8)},
         ),
         (SubspaceFilter(site=there + "attn.in", rank=1, onto=True), {"basis": np.eye(8)[:1], "mean": np.zeros(8)}),
         (Offset(site="embed.out"), {"vector": ODD}),
         (Offset(site="logits"), {"vector": numbers(24, seed=13)}),
-        (Offset(site=here + "resid", scope=Scope(phase="prompt")), {"vector": numbers(8, seed=14)}),
-        (Offset(site=there + "resid", renorm=True, scope=Scope(phase="generated")), {"vector": np.full(8, 0.1)}),
+        (Offset(site=here + "resid", scope=Scope(segment="prompt")), {"vector": numbers(8, seed=14)}),
+        (Offset(site=there + "resid", renorm=True, scope=Scope(segment="generated")), {"vector": np.full(8, 0.1)}),
     ]
     for edit, fields in edits:
         if "norm_weight" in edit.shapes(WIDTHS):

@@ -1,0 +1,53 @@
+"""Counts on the device of how often edits fire, inside the compiled graph."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vllm_edits.plugin.graph.carried import Carried
+
+COUNTED = torch.float64
+"""The type of a count."""
+
+
+class FiringCounters(nn.Module):
+    """How many tokens each neuron of every gate gave something for, by slot; no part of what a slot holds.
+
+    Gates note what they gave while the model runs, and the last one has all of it added in one operation: one for each
+    gate would be nine calls of torch more, at every gate. Counts are float64, exact far beyond what is ever counted:
+    for int64 torch's compiler has no kernel on a GPU that adds, and sorts instead.
+    """
+
+    counts: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.neurons = 0
+        self._columns: list[int] = []
+        """the first of each gate"""
+        self._noted = Carried()
+
+    def take(self, rank: int) -> int:
+        """The first of `rank` columns for the neurons of a gate."""
+        column = self.neurons
+        self._columns.append(column)
+        self.neurons += rank
+        return column
+
+    def bind(self, slots: int, device: torch.device) -> None:
+        """Make the counts [S, neurons], when every gate has its columns."""
+        counts = torch.zeros(slots, self.neurons, dtype=COUNTED, device=device)
+        self.register_buffer("counts", counts, persistent=False)
+
+    def note(self, column: int, fired: Tensor) -> None:
+        """For which tokens the neurons from `column` on gave something: [T, rank] of bool."""
+        self._noted.keep(f"column_{column}", fired)
+
+    def add(self, slots: Tensor) -> None:
+        """Count what was noted of tokens in these slots, [T]."""
+        names = [f"column_{column}" for column in self._columns]
+        noted = torch.cat([self._noted.get(name) for name in names], dim=-1)
+        self.counts.index_add_(0, slots, noted.to(COUNTED))
+        for name in names:
+            self._noted.drop(name)

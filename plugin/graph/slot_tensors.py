@@ -1,0 +1,114 @@
+"""The numbers of one kind of edit in every slot, as the compiled graph reads them: the base of what `kinds/` has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vllm_edits.edit_store.edits import Array, Edit
+from vllm_edits.plugin.graph.reservation import Capacity
+from vllm_edits.plugin.graph.slot_products import EXPRESSIONS, SlotProducts
+from vllm_edits.plugin.graph.slot_rows import Columns, Layout, Rows
+from vllm_edits.plugin.graph.step import Step
+from vllm_edits.plugin.graph.tensor_parallel import AllReduce, Shard, identity
+
+GroupEdits = Sequence[tuple[Edit, Mapping[str, Array]]]
+"""Edits that share one place in one version, in order, each with its arrays."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides the shapes of one place's slot tensors, and how tokens are multiplied with them."""
+
+    capacity: Capacity
+    reads: Shard
+    writes: Shard
+    dtype: torch.dtype
+    total: AllReduce = identity
+    products: SlotProducts = EXPRESSIONS
+
+
+class SlotTensors(nn.Module):
+    """The tensors of one kind at one place, of every slot: columns of the slots' rows. A row of zeros changes nothing.
+
+    `scope_row` [S], where there is room for scaled edits, says which column of a step's token scales is a slot's.
+    Called with the vectors that the edits read, `x` [T, reads], and each token's slot, [T], it gives what the edits
+    add, in float32. Flags and codes are kept in float32 too: each type is an input more of the graph, at every layer.
+    """
+
+    counters = 0
+    """bytes of a slot outside its row"""
+
+    def __init__(self, shape: Shape, layout: Layout) -> None:
+        super().__init__()
+        self._shape = shape
+        self._layout = layout
+        self.columns: dict[str, Columns] = {}
+        """where each tensor lies in a row"""
+        self._shares: dict[str, Shard] = {}
+        self._keep("scope_row", dtype=torch.float32, feature="scaled")
+
+    def bind(self, rows: Rows, layer: int | None) -> None:
+        """Let the tensors be columns of a layer's part of the rows."""
+        self.rows, self.layer = rows, layer
+
+    def has(self, name: str) -> bool:
+        """Whether there is that tensor: some serve a feature, which there must be room for."""
+        return name in self.columns
+
+    def tensor(self, name: str) -> Tensor:
+        """One of the tensors in every slot: [S, *shape]."""
+        return self.rows.tensor(self.layer, self.columns[name])
+
+    def fill(self, row: Tensor, numbers: GroupEdits, scope_row: int) -> None:
+        """Write several edits at once into a row [1, bytes] of zeros. Ranks that they do not use stay zero."""
+        for name, values in {**self._values(numbers), "scope_row": scope_row}.items():
+            if self.has(name):
+                columns, source = self.columns[name], torch.as_tensor(values)
+                target = columns.of(row.view(columns.dtype))[0]
+                if name in self._shares:
+                    source = self._shares[name].of(source)
+                (target[: len(source)] if source.ndim else target).copy_(source)
+
+    def forward(self, x: Tensor, slots: Tensor, step: Step) -> Tensor:
+        token_scale = self.token_scale(step, slots)
+        added = self._added(x, slots, token_scale)
+        return added if token_scale is None else added * token_scale
+
+    def token_scale(self, step: Step, slots: Tensor) -> Tensor | None:
+        """[T, 1]: how much the edits count for each token; None where they count wholly for all."""
+        return step.token_scale(self.tensor("scope_row"), slots) if self.has("scope_row") else None
+
+    def _added(self, x: Tensor, slots: Tensor, token_scale: Tensor | None) -> Tensor:
+        """What the edits add at full strength."""
+        raise NotImplementedError
+
+    def _values(self, numbers: GroupEdits) -> dict[str, Any]:
+        """What the tensors hold for several edits at once, in any type; what there are no columns for is left out."""
+        raise NotImplementedError
+
+    def _sums(self) -> dict[str, Any]:
+        """How what is read becomes dot products, whole ones."""
+        return {"total": self._shape.total, "products": self._shape.products}
+
+    def _keep(
+        self, name: str, *shape: int | Shard, dtype: torch.dtype | None = None, feature: str | None = None
+    ) -> None:
+        """Columns for a tensor, if there is room for the `feature` it serves.
+
+        Of a tensor whose last dimension is a vector's, what the worker has no share in is not kept.
+        """
+        if feature is None or feature in self._shape.capacity.features:
+            sizes = tuple(size.width if isinstance(size, Shard) else size for size in shape)
+            self.columns[name] = self._layout.take(sizes, dtype or self._shape.dtype)
+            if shape and isinstance(shape[-1], Shard):
+                self._shares[name] = shape[-1]
+
+
+def stacked(numbers: GroupEdits, field: str) -> Tensor:
+    """One field of several edits, their ranks one after the other."""
+    return torch.cat([torch.as_tensor(fields[field]) for _, fields in numbers])
