@@ -22,55 +22,55 @@ export PYTHON
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test-fast test test-all test-gpu test-gpu-all rehearse-gpu pack-gpu parity check bench bench-store bench-gpu bench-gpu-all soak gpu lock clean
 
-help: ## list these targets
+help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(READY) ## make .venv, install everything pinned, convert the demo's model
+setup: $(READY) ## make .venv, install the pinned packages, convert the demo's model
 	@echo "ready: make demo, make test"
 
-demo: $(READY) ## serve edited variants of a small model and check every claim (ARGS=--keep leaves the server up)
+demo: $(READY) ## serve edited variants of a small model and check every claim (ARGS=--keep keeps the server running)
 	$(BIN)/python -m loadtests.demo $(ARGS)
 
-test-fast: $(READY) ## run the tests that start no engine (ARGS="-k swap" for some of them)
+test-fast: $(READY) ## run the tests that start no engine (ARGS="-k swap" selects tests)
 	$(PYTEST) -m "not vllm and not slow" $(ARGS)
 
-test: $(READY) ## run the tests but the slow ones
+test: $(READY) ## run all tests except the slow ones
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: $(READY) $(GEMMA) ## run every test
+test-all: $(READY) $(GEMMA) ## run all tests
 	$(PYTEST) $(ARGS)
 
-parity: $(READY) $(GEMMA) ## hold every kind at every site against transformers, and write tests/proofs/PARITY.md (ARGS=<architecture>)
+parity: $(READY) $(GEMMA) ## compare every kind at every site with transformers, and write tests/proofs/PARITY.md (ARGS=<architecture>)
 	$(BIN)/python -m tests.proofs.parity --eager $(if $(ARGS),$(ARGS),$(MODEL) $(GEMMA) --write tests/proofs/PARITY.md)
 
 # A GPU is seldom lent for long: the first call tells the most in nine minutes, the second measures in five.
-test-gpu: gpu $(READY) ## what nine minutes on an NVIDIA GPU can tell: it starts, it is exact, its speed on K versions
+test-gpu: gpu $(READY) ## nine minutes on an NVIDIA GPU: check that it starts and is exact, measure its speed on K versions
 	$(BIN)/python -m tests.gpu.first_light $(ARGS)
 
-bench-gpu: gpu $(READY) ## what five minutes more can measure there: the plugin left on, launches, swaps
+bench-gpu: gpu $(READY) ## five minutes on an NVIDIA GPU: measure the idle plugin, kernel launches and swaps
 	$(BIN)/python -m loadtests.bench --model llama-1b --seconds 75 --rounds 8 --swaps 5 --batch 8 --batch 256 \
 	    --only idle --only launches --only swaps --only weight_swaps $(ARGS)
 
 # On a GPU every test of the engine runs as on a CPU, and exactness also with each kind of CUDA graphs.
-test-gpu-all: gpu $(READY) ## every test of the engine on an NVIDIA GPU: V2 runner, full and piecewise CUDA graphs
+test-gpu-all: gpu $(READY) ## run all tests of the engine on an NVIDIA GPU: V2 runner, full and piecewise CUDA graphs
 	$(BIN)/python -m pytest -m vllm --deselect tests/engine/test_oldest.py $(ARGS)
 
-bench-gpu-all: gpu $(READY) ## every measurement on an NVIDIA GPU, on SmolLM2 and larger shapes with random weights
+bench-gpu-all: gpu $(READY) ## run all measurements on an NVIDIA GPU: SmolLM2, and larger shapes with random weights
 	for model in "" llama-1b; do $(BIN)/python -m loadtests.bench --model "$$model" --only idle --only kinds \
 	    --only distinct --only alternatives --only launches --only swaps --only paging --only weights --only weight_swaps \
 	    $(ARGS) || exit 1; done
 	$(BIN)/python -m loadtests.bench --model llama-8b --only idle --only launches --only swaps $(ARGS)  # 4 engines fit
 
-pack-gpu: ## pack what a GPU host without a network lacks (DEST=folder; ARGS=--model for trained weights)
+pack-gpu: ## pack the files that a GPU host without a network needs (DEST=folder; ARGS=--model adds trained weights)
 	$(PYTHON) tests/gpu/kit/pack.py $(DEST) $(ARGS)
 
-rehearse-gpu: $(READY) ## run a GPU's part of the product without one, and write tests/gpu/REHEARSAL.md (ARGS='--only server')
+rehearse-gpu: $(READY) ## run the GPU code without a GPU, and write tests/gpu/REHEARSAL.md (ARGS='--only server')
 	$(BIN)/python -m tests.gpu.rehearse --write $(ARGS)
 
 gpu:
-	@nvidia-smi >/dev/null 2>&1 || { echo "no NVIDIA GPU here: nothing was run on one, and nothing is claimed"; exit 1; }
+	@nvidia-smi >/dev/null 2>&1 || { echo "no NVIDIA GPU found: nothing was run"; exit 1; }
 
-check: $(PROJECT) ## lint, formatting, types, import contracts, container files
+check: $(PROJECT) ## check lint, formatting, types, import contracts and container files
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -80,19 +80,19 @@ check: $(PROJECT) ## lint, formatting, types, import contracts, container files
 	@if command -v promtool >/dev/null; then promtool check config docker/prometheus.yml; \
 	else echo "skipped: promtool is not installed, docker/prometheus.yml was not checked"; fi
 
-bench: $(READY) ## measure throughput and swaps, and write loadtests/results/
+bench: $(READY) ## measure throughput and swaps, and write a record to loadtests/results/
 	$(BIN)/python -m loadtests.bench $(ARGS)
 
-bench-store: $(PROJECT) ## measure the store on a folder and on an object store, and write loadtests/results/
+bench-store: $(PROJECT) ## measure the store on a folder and on an object store, and write a record to loadtests/results/
 	$(BIN)/python -m loadtests.micro.store $(ARGS)
 
-soak: $(READY) ## load a server from all sides for minutes, and hold every answer against what it may be
+soak: $(READY) ## load a server with all kinds of requests for minutes, and check every answer
 	$(BIN)/python -m loadtests.soak $(ARGS)
 
-lock: $(PACKAGES) ## resolve tests/requirements/*.txt anew (ARGS=--upgrade for the newest)
+lock: $(PACKAGES) ## resolve tests/requirements/*.txt again (ARGS=--upgrade takes the newest versions)
 	PATH=$(BIN):$$PATH tests/requirements/lock $(ARGS)
 
-clean: ## remove .venv, caches and everything built
+clean: ## remove .venv, all caches and all build results
 	rm -rf .venv .cache build dist *.egg-info tests/requirements/vllm-name/build tests/requirements/vllm-name/*.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

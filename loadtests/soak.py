@@ -119,14 +119,25 @@ class Soak:
 @app.command()
 def main(
     *,
-    seconds: Annotated[float, typer.Option(min=5, help="how long clients come")] = 300,
-    rate: Annotated[float, typer.Option(min=0.1, help="clients per second")] = 8,
-    slots: Annotated[int, typer.Option(min=2, help="fewer than the variants, so that versions are paged")] = 6,
-    seed: Annotated[int, typer.Option(help="of everything random")] = 0,
-    model: Annotated[Path | None, typer.Option(help="checkpoint folder", show_default="the demo's model")] = None,
-    keep: Annotated[bool, typer.Option("--write/--no-write", help="write a record to loadtests/results/")] = True,
+    seconds: Annotated[float, typer.Option(min=5, help="Time for which clients send requests.")] = 300,
+    rate: Annotated[float, typer.Option(min=0.1, help="New clients per second.")] = 8,
+    slots: Annotated[
+        int, typer.Option(min=2, help="Slots of the server. Fewer than the variants, so versions are paged.")
+    ] = 6,
+    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
+    model: Annotated[Path | None, typer.Option(help="Folder of a checkpoint.", show_default="the demo's model")] = None,
+    keep: Annotated[bool, typer.Option("--write/--no-write", help="Write a record to loadtests/results/.")] = True,
 ) -> None:
-    """Load a server from all sides, and hold every answer against what it may be."""
+    """Load a server with all kinds of requests, and check every answer.
+
+    The command starts a server on an object store. Clients arrive at a fixed
+    rate, while versions are promoted, rolled back and paged. The exit code is 1
+    if any answer was wrong, failed or was counted wrongly.
+
+    \b
+    Example:
+      python -m loadtests.soak --seconds 60 --rate 4
+    """
     with TemporaryDirectory() as folder, moto(Path(folder)) as environment:
         os.environ.update(environment)
         found = run(

@@ -10,9 +10,9 @@ import typer
 from vllm_edits.edit_store.errors import EditsError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-UrlOption = Annotated[str, typer.Option("--url", help="address of the server")]
+UrlOption = Annotated[str, typer.Option("--url", help="Address of the server.")]
 ApiKeyOption = Annotated[
-    str, typer.Option("--api-key", envvar="VLLM_API_KEY", help="the server's API key, if it has one")
+    str, typer.Option("--api-key", envvar="VLLM_API_KEY", help="API key of the server, if it needs one.")
 ]
 
 

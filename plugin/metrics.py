@@ -1,6 +1,7 @@
-"""Every metric the plugin exports, declared once. The README's table is checked against METRICS.
+"""Declares every metric of the plugin. A test compares README.md's table with METRICS.
 
-Only the API process exports. Names start with `vllm_edits_`: vLLM unregisters everything that starts with `vllm:`.
+Only the API process exports metrics. Names start with `vllm_edits_`, because vLLM unregisters every metric whose name
+starts with `vllm:`.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from prometheus_client.registry import Collector
 
 PREFIX = "vllm_edits_"
 OTHER = "other"
-"""Variant and version beyond the label limit."""
+"""Label of variants and versions beyond the label limit."""
 UNKNOWN = "unknown"
-"""Variant of a request that named none that is served."""
+"""Label of a request whose model name is not served."""
 
 Seconds = tuple[float, ...]
 _Pair = tuple[str, str]
@@ -43,9 +44,11 @@ PHASE: Seconds = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.
 
 @dataclass(frozen=True)
 class Metric:
-    """One series: `edges` are a histogram's buckets; `across_processes` joins the gauges of several.
+    """The declaration of one metric.
 
-    One that is `asked` is no attribute of Metrics: whoever has it is asked for it at each scrape.
+    edges: upper bounds of a histogram's buckets. across_processes: how the gauges of several API processes are joined.
+    asked: the value is computed at each scrape by a callback (`Metrics.follow_variants`), so `Metrics` has no attribute
+    for it.
     """
 
     name: str
@@ -61,119 +64,153 @@ METRICS = (
     Metric(
         "requests",
         "counter",
-        "Requests by how they ended: ok, aborted, error, rejected.",
+        "Requests by outcome: ok, aborted, error, rejected.",
         ("variant", "version", "outcome"),
     ),
     Metric("tokens", "counter", "Tokens by kind: prompt, generation.", ("variant", "version", "kind")),
-    Metric("request_seconds", "histogram", "Whole request, from its arrival to its last byte.", ("variant",), REQUEST),
-    Metric("time_to_first_token_seconds", "histogram", "From arrival to the first token.", ("variant",), FIRST_TOKEN),
+    Metric(
+        "request_seconds",
+        "histogram",
+        "Time from the arrival of a request to the last byte of its answer.",
+        ("variant",),
+        REQUEST,
+    ),
+    Metric(
+        "time_to_first_token_seconds",
+        "histogram",
+        "Time from the arrival of a request to its first token.",
+        ("variant",),
+        FIRST_TOKEN,
+    ),
     Metric(
         "time_per_output_token_seconds",
         "histogram",
-        "Mean time between output tokens of a request.",
+        "Mean time between the output tokens of a request.",
         ("variant",),
         PER_TOKEN,
     ),
-    Metric("requests_in_flight", "gauge", "Requests being answered.", ("variant",), across_processes="livesum"),
     Metric(
-        "requests_waiting", "gauge", "Requests and swaps that wait for a slot: more versions are asked for than fit."
+        "requests_in_flight", "gauge", "Requests that have not ended yet.", ("variant",), across_processes="livesum"
     ),
-    Metric("slots_total", "gauge", "Versions that fit on the device at once."),
+    Metric("requests_waiting", "gauge", "Requests and swaps that wait for a slot, because all slots are in use."),
+    Metric("slots_total", "gauge", "Number of slots: versions that fit on the device at once."),
     Metric("slots_used", "gauge", "Versions on the device."),
     Metric(
         "version_lookups",
         "counter",
-        "Requests for a version by where it was found: device, host (ready in the workers' memory), store.",
+        "Requests by where their version was: device (in a slot), host (ready in the workers' memory), store.",
         ("found",),
     ),
     Metric(
         "page_in_seconds",
         "histogram",
-        "Wait of a request for a version that was not on the device, by where it was found.",
+        "Time that a request waited for its version to get a slot, by where the version was: host, store.",
         ("found",),
         PHASE,
     ),
-    Metric("installs", "counter", "Versions installed on every worker: ok, refused, error.", ("result",)),
-    Metric("swaps", "counter", "Promotions, rollbacks and withdrawals followed: ok, refused, error.", ("result",)),
+    Metric("installs", "counter", "Installs of a version on all workers, by result: ok, refused, error.", ("result",)),
+    Metric(
+        "swaps",
+        "counter",
+        "Promotions, rollbacks and withdrawals that the server followed, by result: ok, refused, error.",
+        ("result",),
+    ),
     Metric(
         "swap_seconds",
         "histogram",
-        "Swap time by phase: fetch, verify, stage, wait (before the weights change), install, drain.",
+        "Time of each phase of a swap: fetch, verify, stage, wait (before the weights change), install, drain.",
         ("phase",),
         PHASE,
     ),
-    Metric("store_head_age_seconds", "gauge", "Time since the store's heads were last read."),
-    Metric("store_errors", "counter", "Looks at the store that failed."),
-    Metric("signature_policy", "gauge", "1 for what is done about signatures: require, warn, off.", ("mode",)),
-    Metric("bundles_rejected", "counter", "Reasons bundles were refused for.", ("reason",)),
+    Metric("store_head_age_seconds", "gauge", "Seconds since the server last read the store's heads."),
+    Metric("store_errors", "counter", "Failed reads of the store's heads."),
+    Metric(
+        "signature_policy", "gauge", "1 for the mode in which signatures are checked: require, warn, off.", ("mode",)
+    ),
+    Metric(
+        "bundles_rejected",
+        "counter",
+        "Reasons for which a promotion or the history of a tag was refused.",
+        ("reason",),
+    ),
     Metric(
         "gate_firings",
         "counter",
-        "Tokens for which a neuron of a gate gave something, by the gate's site.",
+        "Tokens for which a neuron of a gate was active, by the gate's site.",
         ("variant", "version", "edit"),
     ),
     Metric(
         "gate_tokens",
         "counter",
-        "Tokens computed with a version that has gates, of which its firings are; cached prefixes are not computed.",
+        "Tokens computed with a version that has gates. Tokens from the prefix cache are not counted.",
         ("variant", "version"),
     ),
     Metric(
         "exposures",
         "counter",
-        "Requests of experiments by arm; chosen by `hash`, `forced`, or `fallback` (the control); and by unit source.",
+        "Requests of experiments by arm, by how the arm was chosen (hash, forced, fallback), and by the source of the "
+        "unit.",
         ("experiment", "arm", "chosen", "source"),
     ),
     Metric(
         "arm_requests",
         "counter",
-        "Requests that were assigned by hash, by how they ended.",
+        "Requests whose arm was chosen by hash, by outcome: ok, aborted, error, rejected.",
         ("experiment", "arm", "outcome"),
     ),
     Metric(
         "arm_time_to_first_token_seconds",
         "histogram",
-        "The same: from arrival to the first token.",
+        "Requests whose arm was chosen by hash: time from arrival to the first token.",
         ("experiment", "arm"),
         FIRST_TOKEN,
     ),
     Metric(
         "arm_time_per_output_token_seconds",
         "histogram",
-        "The same: mean time between output tokens of a request.",
+        "Requests whose arm was chosen by hash: mean time between the output tokens of a request.",
         ("experiment", "arm"),
         PER_TOKEN,
     ),
-    Metric("feedback", "summary", "Values that clients reported, by metric.", ("experiment", "arm", "metric")),
+    Metric("feedback", "summary", "Values that clients sent as feedback, by metric.", ("experiment", "arm", "metric")),
     Metric(
-        "guardrail_failures", "gauge", "Failed measurements since the last success.", ("experiment", "arm", "metric")
+        "guardrail_failures",
+        "gauge",
+        "Failed measurements of a guardrail since its last passed measurement.",
+        ("experiment", "arm", "metric"),
     ),
-    Metric("experiment_rollbacks", "counter", "Arms that this server withdrew.", ("experiment", "arm", "metric")),
-    Metric("exposures_lost", "gauge", "Requests of experiments that could not be written down."),
+    Metric(
+        "experiment_rollbacks",
+        "counter",
+        "Withdrawals of an arm by this server, by the guardrail's metric.",
+        ("experiment", "arm", "metric"),
+    ),
+    Metric("exposures_lost", "gauge", "Requests of experiments that could not be written to the exposure log."),
     Metric(
         "variant_info",
         "gauge",
-        "1 for the version a variant serves, 0 for one it served before.",
+        "1 for the version that a variant serves now, 0 for versions that it served before.",
         ("variant", "version"),
     ),
     Metric(
         "variants_info",
         "gauge",
-        "Variants with running and with waiting requests, in the labels of vLLM's lora_requests_info; the time.",
+        "Variants with running and with waiting requests, in the labels of vLLM's lora_requests_info. The value is "
+        "the time.",
         ("running_lora_adapters", "waiting_lora_adapters", "max_lora"),
         asked=True,
     ),
     Metric(
         "variant_loaded",
         "gauge",
-        "1 for each name under which a version on the device is served, in the labels of routers for adapters.",
+        "1 for each served name whose version is on the device, in the labels that routers for adapters read.",
         ("adapter_name", "level", "pinned"),
         asked=True,
     ),
     Metric(
         "server_info",
         "gauge",
-        "1; what every series here can be joined with to name the base model.",
+        "Always 1. Join other metrics with it to add the base model's name.",
         ("model_name", "plugin", "vllm"),
     ),
 )
@@ -181,18 +218,18 @@ METRICS = (
 
 @dataclass(frozen=True)
 class VariantsNow:
-    """Names of variants, as clients know them, and how many versions fit on the device."""
+    """The served names by state, and the number of slots."""
 
     running: AbstractSet[str]
     waiting: AbstractSet[str]
-    """have requests that wait for a slot, and none that runs"""
+    """names with a request that waits for a slot, and without a running request"""
     loaded: AbstractSet[str]
-    """their versions are on the device"""
+    """names whose version is on the device"""
     slots: int
 
 
 class Metrics:
-    """The metrics, as attributes of their short names, in one registry."""
+    """The metrics in one registry. Each is an attribute by its short name."""
 
     requests: Counter
     tokens: Counter
@@ -251,11 +288,11 @@ class Metrics:
             setattr(self, metric.name, made)
 
     def labels(self, variant: str, version: str | None) -> tuple[str, str]:
-        """Label values for a variant and its version (12 digits; empty for the base), bounded in number.
+        """The label values of a variant and its version (12 digits; empty for the base), bounded in number.
 
-        What is served has labels of its own. Others have them up to `label_limit` pairs: a new one takes the place of
-        the pair that was used least recently, and is `other` where none can go, so that no stream of promotions fills a
-        Prometheus.
+        A served version always has labels of its own. Other versions share `label_limit` pairs of labels: a new version
+        replaces the pair that was used least recently. If every pair is in use, the new version is counted as `other`.
+        So a stream of promotions cannot fill a Prometheus.
         """
         pair = _pair(variant, version)
         if pair in self._pairs:
@@ -269,12 +306,12 @@ class Metrics:
         return OTHER, OTHER
 
     def serves(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """Say which versions of which variants are served from now on."""
+        """Set the variants and versions that are served from now on."""
         self._served = frozenset(_pair(*each) for each in pairs)
 
     def _make_place(self) -> bool:
-        """Forget the series of a pair that is neither served nor in flight; whether there was one."""
-        if _SEVERAL_PROCESSES in os.environ:  # there a series that is removed comes back from its file
+        """Remove the series of a pair that is neither served nor in flight. False if there is none."""
+        if _SEVERAL_PROCESSES in os.environ:  # a removed series would come back from its file
             return False
         kept = self._served | self._in_flight.keys()
         gone = next((pair for pair in self._pairs if pair not in kept and pair[1]), None)
@@ -290,7 +327,7 @@ class Metrics:
         return True
 
     def enter(self, variant: str, version: str | None) -> None:
-        """Count a request in. Its labels stay what they are until it has left."""
+        """Count a request that begins. Its labels stay the same until it has left."""
         pair = _pair(variant, version)
         if not self._in_flight[pair]:
             self._counted_as[pair] = self.labels(variant, version)[0]
@@ -298,7 +335,7 @@ class Metrics:
         self.requests_in_flight.labels(self._counted_as[pair]).inc()
 
     def leave(self, variant: str, version: str | None) -> None:
-        """Count a request out."""
+        """Count a request that has ended."""
         pair = _pair(variant, version)
         self.requests_in_flight.labels(self._counted_as[pair]).dec()
         self._in_flight[pair] -= 1
@@ -306,7 +343,7 @@ class Metrics:
             del self._in_flight[pair], self._counted_as[pair]
 
     def follow_variants(self, now: Callable[[], VariantsNow]) -> None:
-        """Ask at every scrape which variants run, wait and are on the device."""
+        """Set the callback that each scrape asks for the states of the served names."""
         self._variants = now
 
     def _tell_variants(self) -> Iterable[PrometheusMetric]:
@@ -322,9 +359,9 @@ class Metrics:
 
 
 class _Asked(Collector):
-    """Series that are made when a scrape asks for them, in whichever thread it does.
+    """Series that are computed at each scrape, in the thread of the scrape.
 
-    A server of several processes is scraped by another registry, and so never asked.
+    With several API processes another registry is scraped, so this one is never asked.
     """
 
     def __init__(self, tell: Callable[[], Iterable[PrometheusMetric]]) -> None:

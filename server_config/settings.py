@@ -1,7 +1,7 @@
-"""Every setting of the server: name, type, default and one line of help. The README's table is checked against this.
+"""Declares every setting of the server: name, type, default and help. A test compares README.md's table with it.
 
-Settings travel as `--additional-config '{"edits": {...}}'`, so every process of the engine sees the same ones, and they
-are part of the key of vLLM's compile cache.
+Settings are passed as `--additional-config '{"edits": {...}}'`. So every process of the engine sees the same settings,
+and they are part of the key of vLLM's compile cache.
 """
 
 from __future__ import annotations
@@ -35,130 +35,157 @@ def _one_of(known: Callable[[], Sequence[str]]) -> PlainValidator:
 
 
 class Reserve(BaseModel):
-    """Room for one kind of edit at the sites that match a pattern."""
+    """A reservation for one kind of edit, at all sites that match a pattern."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Annotated[str, _one_of(served_per_request)] = Field(description="kind of edit")
-    site: str = Field(description="site or pattern, e.g. layers.*.mlp.out or layers.3.resid")
-    rank: int = Field(default=1, ge=1, le=MAX_RANK, description="largest rank an edit there may have")
-    reads: str | None = Field(default=None, description="point that it reads; by default the input of its module")
-    index: int = Field(default=0, ge=0, description="counts edits there that cannot be computed together")
+    kind: Annotated[str, _one_of(served_per_request)] = Field(description="Kind of edit.")
+    site: str = Field(description="Site or pattern of sites, e.g. layers.*.mlp.out or layers.3.resid.")
+    rank: int = Field(default=1, ge=1, le=MAX_RANK, description="Largest rank of an edit at the site.")
+    reads: str | None = Field(
+        default=None, description="Point that the edit reads. Default: the input of the module at the site."
+    )
+    index: int = Field(
+        default=0, ge=0, description="Number of this edit among the edits at the site that must be computed separately."
+    )
     features: tuple[Annotated[str, _one_of(feature_names)], ...] = Field(
-        default=(), description="what else an edit there may be; refusals name what is missing"
+        default=(),
+        description="Further features of edits at the site. The error for a refused version names missing ones.",
     )
 
 
 class ReserveWeight(BaseModel):
-    """A projection that versions in the weights may change."""
+    """A projection that the version in the weights may change."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    site: str = Field(description="what the projection gives, or a pattern, e.g. layers.*.mlp.out")
-    bias: bool = Field(default=False, description="give it a bias of zeros if it has none, so constants can be added")
+    site: str = Field(description="Site of the projection's output, or a pattern, e.g. layers.*.mlp.out.")
+    bias: bool = Field(
+        default=False,
+        description="Add a bias of zeros to a projection without a bias, so that versions can add constants.",
+    )
 
 
 def _variant(text: str) -> str:
     name, at, tag = text.partition("@")
     if not is_bundle_name(name) or (at and (not is_name(tag) or is_version_prefix(tag))):
-        raise ValueError("expected one variant, as name or name@tag; several are composed (`vllm-edits compose a b`)")
+        raise ValueError(
+            "expected one variant, as name or name@tag. To serve several variants together, compose them first: "
+            "vllm-edits compose a b"
+        )
     return text
 
 
 def _tag(text: str) -> str:
     if not is_name(text) or is_version_prefix(text):
-        raise ValueError("expected a lower-case name that does not read as a version")
+        raise ValueError("expected a lower-case name that does not look like a version (six or more hex digits)")
     return text
 
 
 class EditSettings(BaseModel):
-    """What an operator can set."""
+    """The settings of a server."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    store: str = Field(min_length=1, description="the edit store: a folder, or a URL of a supported backend")
+    store: str = Field(min_length=1, description="The edit store: a folder, or the URL of a supported backend.")
     slots: int = Field(
-        default=16, ge=1, le=4096, description="versions held on the device at once; more are paged in on demand"
+        default=16,
+        ge=1,
+        le=4096,
+        description="Number of versions on the device at once. Other versions are paged in on demand.",
     )
     reserve: tuple[Reserve, ...] | None = Field(
         default=None,
-        description="kinds, sites and ranks to keep room for; by default what the store promotes at the start",
+        description="Kinds, sites and ranks to reserve memory for. Default: what the versions promoted at start need.",
     )
     scopes: int | None = Field(
         default=None,
         ge=0,
         le=64,
-        description="scopes that one version may have; by default as many as what the store promotes at the start",
+        description="Largest number of scopes in one version. Default: the largest number in a version promoted at "
+        "start.",
     )
     default_tag: Annotated[str, AfterValidator(_tag)] = Field(
-        default=DEFAULT_TAG, description="tag that a bare variant name means"
+        default=DEFAULT_TAG, description="Tag that a variant name without a tag refers to."
     )
     poll_seconds: float = Field(
-        default=2.0, ge=0.05, le=3600, description="how often the store is looked at for promotions"
+        default=2.0, ge=0.05, le=3600, description="Seconds between two reads of the store's promotions."
     )
     admin_token_file: str | None = Field(
-        default=None, description="file with the token that changes over HTTP must send; without it they are refused"
+        default=None,
+        description="File with the token that each change over HTTP must send. Without it, the server refuses such "
+        "changes.",
     )
     trust_file: str | None = Field(
-        default=None, description="trust file: whose signatures count, and how many are needed"
+        default=None, description="Trust file: the keys whose signatures count, and how many signatures are needed."
     )
     signatures: Enforcement | None = Field(
         default=None,
-        description="`require`, `warn` or `off`; by default `require` as soon as the trust file holds a key",
+        description="Checks of signatures: `require`, `warn` or `off`. Default: `require` if the trust file holds a "
+        "key, else `off`.",
     )
     signing_key_file: str | None = Field(
-        default=None, description="private key with which changes over HTTP are signed as their promoter"
+        default=None, description="Private key with which the server signs changes made over HTTP, as their promoter."
     )
     cache_folder: str | None = Field(
         default=None,
-        description="this node's copies of remote versions, and which promotions it has seen; by default in the user's "
-        "cache folder",
+        description="Folder for copies of remote versions and for the promotions that this node has seen. Default: a "
+        "folder in the user's cache folder.",
     )
     cache_bytes: int = Field(
-        default=DEFAULT_LIMIT_BYTES, ge=1 << 20, description="size of that folder; the least recently used go first"
+        default=DEFAULT_LIMIT_BYTES,
+        ge=1 << 20,
+        description="Size limit of the copies in `cache_folder`. The least recently used copies are deleted first.",
     )
     host_cache_bytes: int = Field(
         default=1 << 30,
         ge=0,
-        description="memory of each worker for versions ready to be paged in; the least recently used go first",
+        description="Memory in each worker for versions that are ready to be paged in. The least recently used "
+        "versions are dropped first.",
     )
     exposure_folder: str | None = Field(
-        default=None, description="where requests of experiments are written down, a JSON line each; without it nowhere"
+        default=None,
+        description="Folder of the exposure log: one JSON line for each request of an experiment. Without it, no log.",
     )
-    exposure_bytes: int = Field(default=1 << 28, ge=1 << 12, description="size at which such a file is begun anew")
+    exposure_bytes: int = Field(
+        default=1 << 28, ge=1 << 12, description="File size at which the exposure log continues in a new file."
+    )
     feedback_key_file: str | None = Field(
         default=None,
-        description="file with a secret that servers share, so that feedback on a request may go to any of them, and "
-        "after a restart; by default each has one of its own",
+        description="File with a secret that several servers share. With it, clients can send feedback to any of these "
+        "servers, and after a restart. Default: each server makes its own secret at start.",
     )
     arm_resolver: str | None = Field(
         default=None,
-        description="`package.module:function` that may give requests of experiments their arms",
+        description="`package.module:function` that can choose the arm for a request of an experiment.",
     )
     any_vllm: bool = Field(
-        default=False, description="start on a vLLM outside the supported range too; what it lacks is logged"
+        default=False,
+        description="Start on vLLM versions outside the supported range too. What vLLM lacks is logged.",
     )
-    inner_load_format: str = Field(default="auto", description="vLLM load format that reads the base model's weights")
+    inner_load_format: str = Field(default="auto", description="vLLM load format that reads the base model's weights.")
     weights: Annotated[str, AfterValidator(_variant)] | None = Field(
         default=None,
-        description="a variant (`name` or `name@tag`) served from the engine's weights, alone while it is there",
+        description="Variant (`name` or `name@tag`) to serve from the engine's weights. While it is promoted, nothing "
+        "else is served.",
     )
     weights_reserve: tuple[ReserveWeight, ...] | None = Field(
         default=None,
-        description="projections that it may change; by default those that what it promotes at the start changes",
+        description="Projections that the variant in the weights may change. Default: those changed by the version "
+        "promoted at start.",
     )
     weights_running: Literal["finish", "abort", "keep"] = Field(
         default="finish",
-        description="requests that run when the weights change: they `finish` first, `abort`, or `keep` running on "
-        "the new ones",
+        description="Requests that run when the weights are to change: `finish` waits for them, `abort` ends them, "
+        "`keep` lets them continue on the new weights.",
     )
     weights_patience_seconds: float = Field(
-        default=60.0, ge=0, le=3600, description="how long a change of the weights waits for requests to finish"
+        default=60.0, ge=0, le=3600, description="Seconds that a change of the weights waits for requests to finish."
     )
 
 
 def read_settings(additional_config: object) -> EditSettings:
-    """Settings out of vLLM's additional config. SettingsError lists every unknown or impossible one."""
+    """Read the settings in vLLM's additional config. SettingsError lists every unknown or invalid setting."""
     if not isinstance(additional_config, Mapping) or not isinstance(additional_config.get(KEY), Mapping):
         raise SettingsError(
             f"expected settings under {KEY!r} in --additional-config, found {additional_config!r}. "
@@ -167,7 +194,7 @@ def read_settings(additional_config: object) -> EditSettings:
     try:
         return EditSettings.model_validate(additional_config[KEY])
     except ValidationError as error:
-        raise SettingsError("\n".join(["settings are refused:", *map(_explain, error.errors())])) from None
+        raise SettingsError("\n".join(["invalid settings:", *map(_explain, error.errors())])) from None
 
 
 def _explain(problem: Any) -> str:

@@ -36,7 +36,16 @@ from vllm_edits.edit_store.storage.store import EditStore
 @app.command()
 @explained
 def init(store: StoreOption, as_json: JsonOption = False) -> None:
-    """Create an empty store. Harmless if it is there already."""
+    """Create an empty store.
+
+    Run it once, before the first `publish`. If the store exists already,
+    nothing changes.
+
+    \b
+    Examples:
+      vllm-edits init --store ./store
+      vllm-edits init --store s3://bucket/edits
+    """
     url = EditStore(store, create=True).url
     if as_json:
         as_script({"url": url})
@@ -47,15 +56,26 @@ def init(store: StoreOption, as_json: JsonOption = False) -> None:
 @app.command()
 @explained
 def publish(
-    folder: Annotated[Path, typer.Argument(help="folder with manifest.json and edits.safetensors", exists=True)],
+    folder: Annotated[
+        Path, typer.Argument(help="Bundle: a folder with manifest.json and edits.safetensors.", exists=True)
+    ],
     *,
     store: StoreOption,
-    tag: Annotated[str | None, typer.Option("--tag", help="promote it under this tag at once")] = None,
+    tag: Annotated[str | None, typer.Option("--tag", help="Also promote the new version under this tag.")] = None,
     reason: ReasonOption = "",
     key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a bundle and store it. Nothing serves it until it is promoted."""
+    """Check a bundle and add it to the store as a new version.
+
+    Servers do not serve a version before it is promoted. With --tag, the
+    version is promoted at once.
+
+    \b
+    Examples:
+      vllm-edits publish ./polite --store ./store
+      vllm-edits publish ./polite --store ./store --tag prod --reason "first version"
+    """
     row = _published(opened(store, key), Bundle.load(folder), tag, reason)
     if as_json:
         as_script([row])
@@ -80,21 +100,32 @@ def _tell_published(row: dict[str, str]) -> None:
 @explained
 def compose(
     references: Annotated[
-        list[str], typer.Argument(help="two or more: name, name@tag or name@version", autocompletion=complete_reference)
+        list[str],
+        typer.Argument(help="Two or more of: name, name@tag, name@version.", autocompletion=complete_reference),
     ],
     *,
     store: StoreOption,
-    tag: Annotated[str | None, typer.Option("--tag", help="promote it under this tag at once")] = None,
+    tag: Annotated[str | None, typer.Option("--tag", help="Also promote the new version under this tag.")] = None,
     reason: ReasonOption = "",
     allow_conflicts: Annotated[
-        bool, typer.Option("--allow-conflicts", help="publish although edits do not simply add up")
+        bool, typer.Option("--allow-conflicts", help="Publish although some edits do not simply add up.")
     ] = False,
     key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Publish several bundles as one variant, named after them: `compose polite safe` makes `polite+safe`.
+    """Publish several variants together as one new variant.
 
-    It is made of the versions that are named now, and stays what it is when they are promoted anew: compose again.
+    `compose polite safe` makes the variant `polite+safe` from the present
+    versions of `polite` and `safe`. It does not change when `polite` or `safe`
+    is promoted again. To include their new versions, run `compose` again.
+
+    Some pairs of edits do not simply add up: for example, one undoes part of
+    the other. Such conflicts are listed, and the variant is published only with
+    --allow-conflicts.
+
+    \b
+    Example:
+      vllm-edits compose polite safe --store ./store --tag prod
     """
     target = opened(store, key)
     bundle = composing.compose([target.bundle(target.resolve(reference)) for reference in references])
@@ -116,10 +147,16 @@ def compose(
 def list_versions(
     *,
     store: StoreOption,
-    name: Annotated[str | None, typer.Argument(help="only this name", autocompletion=complete_name)] = None,
+    name: Annotated[str | None, typer.Argument(help="List only this variant.", autocompletion=complete_name)] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Every published version, and the tags that promote it."""
+    """List the published versions, with the tags that promote them.
+
+    \b
+    Examples:
+      vllm-edits list --store ./store
+      vllm-edits list polite --store ./store --json
+    """
     target = opened(store)
     heads = target.heads()
     rows = []
@@ -136,7 +173,15 @@ def list_versions(
 @app.command(name="show")
 @explained
 def show_version(reference: ReferenceArgument, store: StoreOption, as_json: JsonOption = False) -> None:
-    """One version: what it is for, who made, published, promoted and signed it, and what its author measured."""
+    """Show one version: its base model, its author's measurements, its tags and
+    its signatures.
+
+    Use `inspect` for the edits in the version.
+
+    \b
+    Example:
+      vllm-edits show polite@prod --store ./store
+    """
     target, ref = opened(store), Ref.parse(reference)
     version = target.resolve(reference)
     manifest = target.manifest(version)
@@ -170,12 +215,23 @@ def show_version(reference: ReferenceArgument, store: StoreOption, as_json: Json
 @explained
 def diff(
     old: ReferenceArgument,
-    new: Annotated[str, typer.Argument(help="name, name@tag or name@version", autocompletion=complete_reference)],
+    new: Annotated[
+        str,
+        typer.Argument(help="The version to compare with, written in the same way.", autocompletion=complete_reference),
+    ],
     *,
     store: StoreOption,
     as_json: JsonOption = False,
 ) -> None:
-    """What changed from one version to another: sites, kinds, ranks, and how far each edit moved."""
+    """Compare two versions: sites, kinds, ranks, and how far each edit moved.
+
+    Use it before a promotion, to see how the new version differs from the
+    served one.
+
+    \b
+    Example:
+      vllm-edits diff polite polite@4f1c9a --store ./store
+    """
     target = opened(store)
     found = compare(*(target.bundle(target.resolve(reference)) for reference in (old, new)))
     rows = [change.as_row() for change in found.edits]
@@ -191,14 +247,26 @@ def diff(
 @app.command()
 @explained
 def inspect(
-    what: Annotated[str, typer.Argument(help="a bundle folder, or name[@tag or version] in the store")],
-    store: Annotated[str | None, typer.Option("--store", envvar="VLLM_EDITS_STORE", help="the edit store")] = None,
+    what: Annotated[str, typer.Argument(help="A bundle folder; or name, name@tag or name@version in the store.")],
+    store: Annotated[str | None, typer.Option("--store", envvar="VLLM_EDITS_STORE", help="The edit store.")] = None,
     model: Annotated[
-        Path | None, typer.Option("--model", help="folder of the base model, to compare norms with its weights")
+        Path | None,
+        typer.Option(
+            "--model", help="Folder of the base model. With it, norms are also shown relative to its weights."
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What is in a bundle: sites, kinds, ranks, and norms relative to the weights they touch."""
+    """Show the edits of a bundle: sites, kinds, ranks and norms.
+
+    Use it on a bundle that you made, before you publish it. Or use it on
+    another author's version, before you promote it.
+
+    \b
+    Examples:
+      vllm-edits inspect ./polite
+      vllm-edits inspect polite@prod --store ./store --model ./model
+    """
     if Path(what).is_dir():
         bundle = Bundle.load(Path(what))
     elif store is not None:
@@ -219,12 +287,22 @@ def inspect(
 @app.command()
 @explained
 def sites(
-    model: Annotated[Path, typer.Argument(help="folder of a checkpoint, or its config.json", exists=True)],
+    model: Annotated[Path, typer.Argument(help="Folder of a checkpoint, or its config.json.", exists=True)],
     *,
-    every: Annotated[bool, typer.Option("--all", help="every layer, not only the first")] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="Show every layer. Without it, only the first layer is shown.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Where edits can attach to a model: its sites with their widths, and what may stand there."""
+    """List the sites of a model: where edits can be, with widths and possible
+    kinds of edits.
+
+    Use it when you write a bundle, or a `reserve` setting.
+
+    \b
+    Example:
+      vllm-edits sites ./model
+    """
     found = sites_of(model)
     if as_json:
         as_script(found)

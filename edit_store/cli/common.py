@@ -28,7 +28,8 @@ STORE_VARIABLE = "VLLM_EDITS_STORE"
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
-    help="Make, keep and serve edited variants of one model. Every command explains itself with --help.",
+    help="Store and serve edited variants of one model. Run a command with --help to see what it does, when to use "
+    "it, and examples.",
 )
 console = Console()
 _errors = Console(stderr=True)
@@ -65,20 +66,24 @@ def complete_reference(context: typer.Context, incomplete: str) -> list[str]:
 StoreOption = Annotated[
     str,
     typer.Option(
-        "--store", envvar=STORE_VARIABLE, help="the edit store: a folder, or s3://, gs:// or az:// with bucket and "
-        "prefix", show_default=False, is_eager=True,
+        "--store", envvar=STORE_VARIABLE, show_default=False, is_eager=True,
+        help="The edit store: a folder, or a URL such as s3://bucket/prefix (also gs://, az://).",
     ),
 ]  # fmt: skip
-NameArgument = Annotated[str, typer.Argument(help="name of a bundle", autocompletion=complete_name)]
+NameArgument = Annotated[str, typer.Argument(help="Name of a variant.", autocompletion=complete_name)]
 ReferenceArgument = Annotated[
-    str, typer.Argument(help="name, name@tag or name@version (or its beginning)", autocompletion=complete_reference)
+    str,
+    typer.Argument(
+        help="name, name@tag, or name@version. Six digits of the version are enough.", autocompletion=complete_reference
+    ),
 ]
-TagOption = Annotated[str, typer.Option("--tag", help="the history to append to")]
-ReasonOption = Annotated[str, typer.Option("--reason", help="why, for the history")]
+TagOption = Annotated[str, typer.Option("--tag", help="Tag of the variant.")]
+ReasonOption = Annotated[str, typer.Option("--reason", help="Why. It is kept in the history.")]
 KeyOption = Annotated[
-    Path | None, typer.Option("--key", envvar="VLLM_EDITS_KEY", help="private key to sign with", show_default=False)
+    Path | None,
+    typer.Option("--key", envvar="VLLM_EDITS_KEY", help="Private key to sign the change with.", show_default=False),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="print JSON, for scripts")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
 def opened(url: str, key: Path | None = None) -> EditStore:

@@ -30,7 +30,7 @@ from vllm_edits.edit_store.refs import DEFAULT_TAG
 from vllm_edits.edit_store.signing import SigningKey
 
 experiment = typer.Typer(
-    no_args_is_help=True, help="Share the requests for one model name among arms, and end that with evidence."
+    no_args_is_help=True, help="Divide the requests for one model name among several arms, and measure the difference."
 )
 app.add_typer(experiment, name="experiment")
 
@@ -46,30 +46,39 @@ def _complete_arm(context: typer.Context, incomplete: str) -> list[str]:
     return [arm.name for arm in standing.document.arms if arm.name.startswith(incomplete)] if standing else []
 
 
-ExperimentArgument = Annotated[str, typer.Argument(metavar="NAME", help="the experiment", autocompletion=_complete)]
-ArmArgument = Annotated[str, typer.Argument(help="one of its arms", autocompletion=_complete_arm)]
+ExperimentArgument = Annotated[
+    str, typer.Argument(metavar="NAME", help="Name of the experiment.", autocompletion=_complete)
+]
+ArmArgument = Annotated[str, typer.Argument(help="Name of an arm of the experiment.", autocompletion=_complete_arm)]
 
 
 @experiment.command()
 @explained
 def create(
-    document: Annotated[Path, typer.Argument(help="YAML or JSON document, see edit_store/EXPERIMENTS.md")],
+    document: Annotated[Path, typer.Argument(help="Document in YAML or JSON. Its fields: edit_store/EXPERIMENTS.md.")],
     *,
     store: StoreOption,
     reason: ReasonOption = "",
     key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write an experiment into the store, or another document for one. Nothing is served by it before `start`.
+    """Create an experiment from a document, or replace the document of an
+    experiment.
 
-    An experiment that runs takes only what moves no unit: a wider ramp, other guardrails, more feedback.
+    The experiment changes no answer before `start`. While an experiment runs, a
+    new document is accepted only if every unit keeps its arm: a wider ramp,
+    other guardrails, more feedback metrics.
+
+    \b
+    Example:
+      vllm-edits experiment create milder.yaml --store ./store
     """
     found = Experiment.load(document)
     _told(Experiments(opened(store, key)).create(found, reason=reason), as_json)
 
 
 def _plain(operation: Literal["start", "hold", "resume", "stop"], told: str) -> None:
-    """A command that needs the experiment's name alone."""
+    """Register a command that needs only the experiment's name."""
 
     @experiment.command(name=operation, help=told)
     @explained
@@ -84,24 +93,75 @@ def _plain(operation: Literal["start", "hold", "resume", "stop"], told: str) -> 
         _changed(store, key, ExperimentChange(experiment=name, operation=operation), reason, as_json)
 
 
-_plain("start", "Begin a new phase: servers assign units from their next look on. One that was stopped begins anew.")
-_plain("hold", "Let the ramp stand still. Units stay in their arms.")
-_plain("resume", "Let a ramp that was held go on from where it stood.")
-_plain("stop", "End an experiment: its model name means again what it means without it. The evidence stays.")
+_plain(
+    "start",
+    """Start an experiment, or start a new phase of a stopped experiment.
+
+    Servers assign units to arms as soon as they read the store again, within
+    their poll interval. In a new phase, units are assigned independently of
+    earlier phases.
+
+    \b
+    Example:
+      vllm-edits experiment start milder --store ./store
+    """,
+)
+_plain(
+    "hold",
+    """Hold the ramp of an experiment: the coverage stops growing.
+
+    Units stay in their arms. `resume` continues the ramp.
+
+    \b
+    Example:
+      vllm-edits experiment hold milder --store ./store --reason "checking complaints"
+    """,
+)
+_plain(
+    "resume",
+    """Resume a ramp that was held, from the point where it was held.
+
+    \b
+    Example:
+      vllm-edits experiment resume milder --store ./store
+    """,
+)
+_plain(
+    "stop",
+    """Stop an experiment: requests for its model name get the promoted version
+    again.
+
+    The exposure logs are kept, so `report` still works.
+
+    \b
+    Example:
+      vllm-edits experiment stop milder --store ./store --reason "no difference"
+    """,
+)
 
 
 @experiment.command()
 @explained
 def widen(
     name: ExperimentArgument,
-    coverage: Annotated[float, typer.Argument(min=0, max=1, help="share of the units that take part from now on")],
+    coverage: Annotated[
+        float, typer.Argument(min=0, max=1, help="New share of the units that take part, from 0 to 1.")
+    ],
     *,
     store: StoreOption,
     reason: ReasonOption = "",
     key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Let more units take part at once. Nobody changes arms; to narrow, stop and start anew."""
+    """Widen an experiment at once: a larger share of the units takes part.
+
+    No unit changes its arm. To make an experiment smaller, stop it, create it
+    again and start it.
+
+    \b
+    Example:
+      vllm-edits experiment widen milder 0.5 --store ./store
+    """
     _changed(store, key, ExperimentChange(experiment=name, operation="widen", coverage=coverage), reason, as_json)
 
 
@@ -116,7 +176,14 @@ def withdraw_arm(
     key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Serve an arm's units by the control from now on. The others stay; the ramp is held."""
+    """Withdraw an arm: the control serves its units from now on.
+
+    Units of other arms keep their arm. The ramp is held.
+
+    \b
+    Example:
+      vllm-edits experiment withdraw milder candidate --store ./store --reason "too many empty answers"
+    """
     _changed(store, key, ExperimentChange(experiment=name, operation="withdraw", arm=arm), reason, as_json)
 
 
@@ -127,15 +194,20 @@ def promote_arm(
     arm: ArmArgument,
     *,
     store: StoreOption,
-    tag: Annotated[str, typer.Option("--tag", help="tag of the variant to promote the arm's version as")] = DEFAULT_TAG,
+    tag: Annotated[str, typer.Option("--tag", help="Tag under which the arm's version is promoted.")] = DEFAULT_TAG,
     reason: ReasonOption = "",
     key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Give everybody an arm.
+    """Serve one arm to all units.
 
-    If it serves the variant that clients ask for, its version becomes the promoted one and the experiment ends. Else
-    the experiment gives every unit that arm, until it is stopped.
+    If the arm serves a version of the variant that clients name, that version
+    is promoted and the experiment ends. Else the experiment gives every unit
+    this arm, until the experiment is stopped.
+
+    \b
+    Example:
+      vllm-edits experiment promote milder candidate --store ./store
     """
     _told(Experiments(opened(store, key)).promote(name, arm, tag=tag, reason=reason), as_json)
 
@@ -146,10 +218,18 @@ def sign_entries(
     name: ExperimentArgument,
     *,
     store: StoreOption,
-    key: Annotated[Path, typer.Option("--key", envvar="VLLM_EDITS_KEY", help="private key")],
+    key: Annotated[Path, typer.Option("--key", envvar="VLLM_EDITS_KEY", help="Private key to sign with.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Vouch as a promoter for all that was done to an experiment: for servers that ask for several promoters."""
+    """Sign all entries of an experiment as a promoter.
+
+    Use it to approve changes as second promoter, if the servers' trust file
+    asks for several promoters.
+
+    \b
+    Example:
+      vllm-edits experiment sign milder --store ./store --key bob.key
+    """
     target, signer = opened(store), SigningKey.load(key)
     signed = Experiments(target).sign(name, signer)
     if as_json:
@@ -161,7 +241,12 @@ def sign_entries(
 @experiment.command(name="list")
 @explained
 def list_all(store: StoreOption, as_json: JsonOption = False) -> None:
-    """Every experiment and how it stands."""
+    """List all experiments with their status, phase and coverage.
+
+    \b
+    Example:
+      vllm-edits experiment list --store ./store
+    """
     standings, troubles = Experiments(opened(store)).standings()
     rows = [_row(standing) for _, standing in sorted(standings.items())]
     columns = {"name": "experiment", "model": "model", "status": "status", "phase": "phase", "coverage": "coverage",
@@ -174,7 +259,13 @@ def list_all(store: StoreOption, as_json: JsonOption = False) -> None:
 @experiment.command(name="show")
 @explained
 def show_one(name: ExperimentArgument, store: StoreOption, as_json: JsonOption = False) -> None:
-    """One experiment: its arms with the units that each has now, its ramp, and its document."""
+    """Show one experiment: its arms and their shares of the units, its ramp and
+    its guardrails.
+
+    \b
+    Example:
+      vllm-edits experiment show milder --store ./store
+    """
     standing = need(Experiments(opened(store)).standings()[0], name)
     if as_json:
         as_script(_row(standing) | {"document": standing.document.model_dump(mode="json", exclude_defaults=True)})
@@ -203,11 +294,17 @@ def show_one(name: ExperimentArgument, store: StoreOption, as_json: JsonOption =
 def history_of(
     store: StoreOption,
     name: Annotated[
-        str, typer.Argument(metavar="[NAME]", help="the experiment; all without it", autocompletion=_complete)
+        str, typer.Argument(metavar="[NAME]", help="Name of an experiment. Default: all.", autocompletion=_complete)
     ] = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Everything that was done to an experiment, oldest first, the chain checked."""
+    """Show all changes of an experiment, oldest first. The chain of hashes over
+    the entries is checked.
+
+    \b
+    Example:
+      vllm-edits experiment history milder --store ./store
+    """
     entries = Experiments(opened(store)).history(name or None)
     rows = [entry.model_dump(mode="json", exclude_none=True) for entry in entries]
     told = [row | {"what": _what(row)} for row in rows]

@@ -21,11 +21,15 @@ from vllm_edits.edit_store.cli.common import (
 from vllm_edits.edit_store.hub import push_pull as channel
 from vllm_edits.edit_store.hub.hub_repo import DEFAULT_REVISION
 
-hub = typer.Typer(no_args_is_help=True, help="The Hugging Face Hub: publish versions in a model repo, fetch them back.")
+hub = typer.Typer(
+    no_args_is_help=True, help="Push versions to a model repo on the Hugging Face Hub, and pull them from there."
+)
 app.add_typer(hub, name="hub")
 
-RepoArgument = Annotated[str, typer.Argument(help="model repo of the Hub, owner/name")]
-RevisionOption = Annotated[str, typer.Option("--revision", help="branch of the repo (pull: or a tag, or a commit)")]
+RepoArgument = Annotated[str, typer.Argument(help="Model repo on the Hub, as owner/name.")]
+RevisionOption = Annotated[
+    str, typer.Option("--revision", help="Branch of the repo. For `pull` also a tag or a commit.")
+]
 
 
 @hub.command()
@@ -33,24 +37,36 @@ RevisionOption = Annotated[str, typer.Option("--revision", help="branch of the r
 def push(
     repo: RepoArgument,
     references: Annotated[
-        list[str], typer.Argument(help="name, name@tag or name@version; several", autocompletion=complete_reference)
+        list[str],
+        typer.Argument(help="One or more of: name, name@tag, name@version.", autocompletion=complete_reference),
     ],
     store: StoreOption,
     *,
     revision: RevisionOption = DEFAULT_REVISION,
     private: Annotated[
-        bool, typer.Option("--private", help="make the repo a private one; a public one is refused")
+        bool,
+        typer.Option("--private", help="Create the repo as a private repo. A repo that is public already is refused."),
     ] = False,
-    message: Annotated[str, typer.Option("--message", "-m", help="of the commit; by default, what is added")] = "",
+    message: Annotated[
+        str, typer.Option("--message", "-m", help="Message of the commit. Default: the added versions.")
+    ] = "",
     parent: Annotated[
-        str | None, typer.Option("--parent", help="push only if the branch is still at this commit", show_default=False)
+        str | None,
+        typer.Option("--parent", help="Push only if the branch is still at this commit.", show_default=False),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Add versions, their records and signatures to a model repo, in one commit, and write its model card.
+    """Push versions with their records and signatures to a model repo, in one
+    commit.
 
-    Makes the repo if there is none. Nothing in it is replaced but the card; what is there already is not pushed again.
-    Who commits at the same time is not overwritten: then push again. Log in with `hf auth login`, or set HF_TOKEN.
+    The command creates the repo if it does not exist, and writes its model
+    card. It replaces no other file. It does not push versions that are in the
+    repo already. If another commit arrives at the same time, the push fails:
+    push again. Log in with `hf auth login`, or set HF_TOKEN.
+
+    \b
+    Example:
+      vllm-edits hub push owner/polite-edits polite@prod --store ./store --private
     """
     source = opened(store)
     _no_second_bars()
@@ -76,14 +92,21 @@ def pull(
     repo: RepoArgument,
     store: StoreOption,
     references: Annotated[
-        list[str] | None, typer.Argument(help="name or name@version; several; by default, all")
+        list[str] | None, typer.Argument(help="Any number of: name, name@version. Default: all versions in the repo.")
     ] = None,
     revision: RevisionOption = DEFAULT_REVISION,
     as_json: JsonOption = False,
 ) -> None:
-    """Fetch versions from a model repo, check them as an import does, and store them. Promote them yourself.
+    """Pull versions from a model repo into the store.
 
-    All are checked before the first one is stored. For a private repo log in with `hf auth login`, or set HF_TOKEN.
+    Each version is checked as `import` checks it. All versions are checked
+    before the first one is stored. The store does not promote them: use
+    `promote`. For a private repo, log in with `hf auth login`, or set HF_TOKEN.
+
+    \b
+    Examples:
+      vllm-edits hub pull owner/polite-edits --store ./store
+      vllm-edits hub pull owner/polite-edits polite@4f1c9a --store ./store --revision v2
     """
     target = opened(store)
     _no_second_bars()

@@ -28,7 +28,15 @@ from vllm_edits.edit_store.storage.store import TagEntry
 @app.command()
 @explained
 def history(name: NameArgument, store: StoreOption, tag: TagOption = DEFAULT_TAG, as_json: JsonOption = False) -> None:
-    """What was promoted, rolled back, withdrawn and pinned under a tag, oldest first, its chain checked."""
+    """Show all promotions, rollbacks, withdrawals and pins of a tag, oldest first.
+
+    The chain of hashes over the entries is checked. An error names the first
+    entry that does not fit.
+
+    \b
+    Example:
+      vllm-edits history polite --store ./store --tag prod
+    """
     target = opened(store)
     target.version_digests(name)
     rows = [{**entry.model_dump(mode="json"), "digits": entry.version[:12]} for entry in target.history(name, tag)]
@@ -49,7 +57,17 @@ def promote(
     key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a version the promoted one of a tag. Servers follow within their poll interval."""
+    """Promote a version under a tag.
+
+    Every server of this store then serves the version under that tag, within
+    its poll interval (`poll_seconds`). Requests that run finish on the version
+    with which they began.
+
+    \b
+    Examples:
+      vllm-edits promote polite@4f1c9a --store ./store --reason "milder"
+      vllm-edits promote polite@4f1c9a --store ./store --tag staging
+    """
     target = opened(store, key)
     entry = target.promote(reference, tag=tag, reason=reason)
     _told(entry, as_json)
@@ -69,7 +87,15 @@ def rollback(
     key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Return to the version promoted before. Appends to the history; nothing is deleted."""
+    """Return to the version that was promoted before the present one.
+
+    The rollback is a new entry in the history of the tag. Nothing is deleted.
+    After a withdrawal, it restores the withdrawn version.
+
+    \b
+    Example:
+      vllm-edits rollback polite --store ./store --reason "complaints about tone"
+    """
     _told(opened(store, key).rollback(name, tag=tag, reason=reason), as_json)
 
 
@@ -84,7 +110,15 @@ def withdraw(
     key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Stop serving a tag. Requests that run end well, new ones find no such variant; `rollback` brings it back."""
+    """Stop serving a tag.
+
+    Requests that run finish. New requests for it get an error: the model does
+    not exist. `rollback` restores the version.
+
+    \b
+    Example:
+      vllm-edits withdraw polite --store ./store --reason "leaks names"
+    """
     _told(opened(store, key).withdraw(name, tag=tag, reason=reason), as_json)
 
 
@@ -95,14 +129,22 @@ def pin(
     *,
     store: StoreOption,
     tag: TagOption = DEFAULT_TAG,
-    remove: Annotated[bool, typer.Option("--remove", help="allow the tag to move again")] = False,
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Remove the pin: allow promotions and rollbacks again.")
+    ] = False,
     reason: ReasonOption = "",
     key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Forbid to move a tag: promotions and rollbacks are refused, with your reason, until the pin is removed.
+    """Pin a tag: refuse promotions and rollbacks until the pin is removed.
 
-    After a rollback at night, this keeps an automatic promotion from bringing the fault back.
+    Use it after a rollback, so that an automatic promotion cannot bring the
+    fault back. The refusal shows your reason.
+
+    \b
+    Examples:
+      vllm-edits pin polite --store ./store --reason "incident 7"
+      vllm-edits pin polite --store ./store --remove
     """
     _told(opened(store, key).pin(name, tag=tag, remove=remove, reason=reason), as_json)
 

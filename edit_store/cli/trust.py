@@ -26,19 +26,32 @@ from vllm_edits.edit_store.signing import PRIVATE_SUFFIX, Role, SigningKey
 from vllm_edits.edit_store.storage.store import EditStore
 from vllm_edits.edit_store.trust import TrustedKey, TrustPolicy
 
-trust = typer.Typer(no_args_is_help=True, help="Whom servers believe: the trust file, its keys and thresholds.")
+trust = typer.Typer(
+    no_args_is_help=True,
+    help="Edit a trust file: the keys whose signatures servers accept, and how many signatures are needed.",
+)
 app.add_typer(trust, name="trust")
 
-FileArgument = Annotated[Path, typer.Argument(help="the trust file")]
+FileArgument = Annotated[Path, typer.Argument(help="The trust file.")]
 
 
 @app.command()
 @explained
 def keygen(
-    path: Annotated[Path, typer.Argument(help="file for the private key, e.g. alice.key; alice.pub is put beside it")],
+    path: Annotated[
+        Path, typer.Argument(help="File for the private key, e.g. alice.key. The public key becomes alice.pub.")
+    ],
     as_json: JsonOption = False,
 ) -> None:
-    """Make an Ed25519 key to sign with. The private half is readable by you alone; give away the public one."""
+    """Make an Ed25519 key pair to sign with.
+
+    Only you can read the private key. Give the public key to the operators of
+    servers: they add it to their trust file.
+
+    \b
+    Example:
+      vllm-edits keygen alice.key
+    """
     key = SigningKey.generate()
     private = path if path.suffix == PRIVATE_SUFFIX else path.with_name(path.name + PRIVATE_SUFFIX)
     public = key.save(private)
@@ -54,16 +67,23 @@ def sign(
     reference: ReferenceArgument,
     *,
     store: StoreOption,
-    key: Annotated[Path, typer.Option("--key", envvar="VLLM_EDITS_KEY", help="private key")],
+    key: Annotated[Path, typer.Option("--key", envvar="VLLM_EDITS_KEY", help="Private key to sign with.")],
     role: Annotated[
-        Role, typer.Option("--as", help="author: vouch for the version; promoter: vouch for what its tag says now")
+        Role, typer.Option("--as", help="author: sign the version. promoter: sign the present promotion of the tag.")
     ] = Role.AUTHOR,
-    days: Annotated[int | None, typer.Option(min=1, help="let the signature run out after so many days")] = None,
+    days: Annotated[int | None, typer.Option(min=1, help="Days until the signature expires.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Sign a version as one of its authors, or the present promotion of a tag as one of its promoters.
+    """Sign a version as an author, or the present promotion of a tag as a
+    promoter.
 
-    Where a trust file asks for two promoters, the second one approves a promotion with this command.
+    Use it as second promoter to approve a promotion, if the trust file asks for
+    two promoters.
+
+    \b
+    Examples:
+      vllm-edits sign polite@4f1c9a --store ./store --key alice.key
+      vllm-edits sign polite@prod --store ./store --key bob.key --as promoter
     """
     target, signer = opened(store), SigningKey.load(key)
     ref = Ref.parse(reference)
@@ -91,14 +111,25 @@ def _subject(store: EditStore, ref: Ref, role: Role) -> tuple[str, str]:
 @explained
 def add(
     file: FileArgument,
-    public: Annotated[Path, typer.Argument(help="public key, a .pub file", exists=True)],
+    public: Annotated[Path, typer.Argument(help="The public key, a .pub file.", exists=True)],
     *,
-    role: Annotated[list[Role], typer.Option("--role", help="what it may vouch for; may be given twice")],
-    name: Annotated[str, typer.Option("--name", help="who holds it", show_default="the file's name")] = "",
-    days: Annotated[int | None, typer.Option(min=1, help="believe it for so many days")] = None,
+    role: Annotated[
+        list[Role], typer.Option("--role", help="What the key may sign. Give the option twice for both roles.")
+    ],
+    name: Annotated[str, typer.Option("--name", help="Name of the key's holder.", show_default="the file's name")] = "",
+    days: Annotated[
+        int | None, typer.Option(min=1, help="Days for which the key is trusted. Without it, there is no limit.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Believe a key from now on. Makes the trust file if there is none."""
+    """Add a key to a trust file. The file is created if it does not exist.
+
+    Servers read their trust file when they start.
+
+    \b
+    Example:
+      vllm-edits trust add trust.json alice.pub --role author --role promoter
+    """
     policy = TrustPolicy.load(file, unfinished=True) if file.exists() else TrustPolicy()
     began = now()
     key = TrustedKey(
@@ -112,10 +143,18 @@ def add(
 @explained
 def remove(
     file: FileArgument,
-    name: Annotated[str, typer.Argument(help="name or keyid of the key")],
+    name: Annotated[str, typer.Argument(help="Name or keyid of the key.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Believe a key no longer. What only it signed is refused from the server's next start on."""
+    """Remove a key from a trust file.
+
+    After its next start, a server refuses versions and promotions that only
+    this key signed.
+
+    \b
+    Example:
+      vllm-edits trust remove trust.json alice
+    """
     policy = TrustPolicy.load(file, unfinished=True)
     kept = tuple(key for key in policy.keys if name not in (key.name, key.key.keyid))
     if len(kept) == len(policy.keys):
@@ -127,11 +166,17 @@ def remove(
 @explained
 def threshold(
     file: FileArgument,
-    role: Annotated[Role, typer.Argument(help="author or promoter")],
-    needed: Annotated[int, typer.Argument(min=1, help="signatures of different keys that are needed")],
+    role: Annotated[Role, typer.Argument(help="author or promoter.")],
+    needed: Annotated[int, typer.Argument(min=1, help="Number of signatures of different keys.")],
     as_json: JsonOption = False,
 ) -> None:
-    """How many different keys must vouch for a version, or for a promotion."""
+    """Set how many different keys must sign a version (author), or a promotion
+    (promoter).
+
+    \b
+    Example:
+      vllm-edits trust threshold trust.json promoter 2
+    """
     policy = TrustPolicy.load(file, unfinished=True)
     field = "authors_needed" if role is Role.AUTHOR else "promoters_needed"
     _replace(file, policy.model_copy(update={field: needed}), as_json)
@@ -140,7 +185,13 @@ def threshold(
 @trust.command(name="list")
 @explained
 def list_keys(file: FileArgument, as_json: JsonOption = False) -> None:
-    """The keys of a trust file, their roles and windows, and how many signatures are needed."""
+    """List the keys of a trust file, with their roles and dates, and how many
+    signatures are needed.
+
+    \b
+    Example:
+      vllm-edits trust list trust.json
+    """
     policy = TrustPolicy.load(file, unfinished=True)
     rows = [
         {
@@ -160,10 +211,18 @@ def check(
     reference: ReferenceArgument,
     *,
     store: StoreOption,
-    file: Annotated[Path, typer.Option("--trust", help="the trust file")],
+    file: Annotated[Path, typer.Option("--trust", help="The trust file.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Whether a server with this trust file would believe a version (and, for a tag, its promotion)."""
+    """Check whether a server with this trust file would accept a version, and for
+    a tag also its promotion.
+
+    The exit code is 1 if the server would refuse it. The reasons are listed.
+
+    \b
+    Example:
+      vllm-edits trust check polite@prod --store ./store --trust trust.json
+    """
     policy, target, ref = TrustPolicy.load(file), opened(store), Ref.parse(reference)
     version = target.resolve(reference)
     reasons = policy.check(Role.AUTHOR, version, f"version {version[:12]}", target.signatures(version))

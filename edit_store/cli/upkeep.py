@@ -34,14 +34,23 @@ from vllm_edits.edit_store.upkeep import collect, transfer
 @explained
 def copy(
     references: Annotated[
-        list[str], typer.Argument(help="name, name@tag or name@version; several", autocompletion=complete_reference)
+        list[str],
+        typer.Argument(help="One or more of: name, name@tag, name@version.", autocompletion=complete_reference),
     ],
     *,
     store: StoreOption,
-    to: Annotated[str, typer.Option("--to", help="the store to copy to", show_default=False)],
+    to: Annotated[str, typer.Option("--to", help="The store to copy to.", show_default=False)],
     as_json: JsonOption = False,
 ) -> None:
-    """Copy versions to another store, with their records and signatures. Promote them there yourself."""
+    """Copy versions to another store, with their records and signatures.
+
+    The other store does not promote the copied versions. Promote them there
+    with `promote`.
+
+    \b
+    Example:
+      vllm-edits copy polite@prod --store ./store --to s3://bucket/edits
+    """
     source, target = opened(store), opened(to)
     with moving("copying") as progress:
         copied = transfer.copy(source, target, references, progress)
@@ -59,11 +68,19 @@ def export_version(
     *,
     store: StoreOption,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="file to write", show_default="<name>-<version>.edits.tar")
+        Path | None, typer.Option("--output", "-o", help="File to write.", show_default="<name>-<version>.edits.tar")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a version with its signatures into one file, for a site that no network reaches."""
+    """Write a version with its signatures into one file.
+
+    Use it to carry a version to a site without a network. There, add it to a
+    store with `import`.
+
+    \b
+    Example:
+      vllm-edits export polite@prod --store ./store -o polite.edits.tar
+    """
     source = opened(store)
     version = source.resolve(reference)
     path = output or Path(f"{reference.partition('@')[0]}-{version[:12]}{transfer.SUFFIX}")
@@ -77,12 +94,20 @@ def export_version(
 @app.command(name="import")
 @explained
 def import_version(
-    files: Annotated[list[Path], typer.Argument(help="files written by `vllm-edits export`", exists=True)],
+    files: Annotated[list[Path], typer.Argument(help="Files that `vllm-edits export` wrote.", exists=True)],
     *,
     store: StoreOption,
     as_json: JsonOption = False,
 ) -> None:
-    """Check exported versions and store them. All files are checked before the first one is stored."""
+    """Check exported versions and add them to the store.
+
+    All files are checked before the first one is stored. The store does not
+    promote the versions: use `promote`.
+
+    \b
+    Example:
+      vllm-edits import polite.edits.tar --store ./store
+    """
     target = opened(store)
     packages = []
     with counted("checking", total=sum(file.stat().st_size for file in files), in_bytes=True) as update:
@@ -104,7 +129,15 @@ def import_version(
 @app.command()
 @explained
 def verify(store: StoreOption, as_json: JsonOption = False) -> None:
-    """Check the whole store: every digest, record, chain and signature. Changes nothing; exits with 1 on a finding."""
+    """Check the whole store: all digests, records, histories and signatures.
+
+    It changes nothing. The exit code is 1 if it finds a problem. Use it on a
+    schedule, or after a restore of a backup.
+
+    \b
+    Example:
+      vllm-edits verify --store ./store
+    """
     target = opened(store)
     with counted("checking") as update:
         found = auditing.audit(target, lambda what, done, total: update(description=what, completed=done, total=total))
@@ -128,16 +161,24 @@ def verify(store: StoreOption, as_json: JsonOption = False) -> None:
 def gc(
     *,
     store: StoreOption,
-    run: Annotated[bool, typer.Option("--run", help="delete; without it this only says what would go")] = False,
+    run: Annotated[bool, typer.Option("--run", help="Delete. Without it, only list what would be deleted.")] = False,
     grace_hours: Annotated[
-        float, typer.Option("--grace-hours", min=0, help="keep whatever is younger")
+        float, typer.Option("--grace-hours", min=0, help="Keep objects that are younger than this.")
     ] = collect.DEFAULT_GRACE_HOURS,
     as_json: JsonOption = False,
 ) -> None:
-    """Delete versions that were never promoted, and what crashed writers left. A dry run unless told --run.
+    """Delete versions that were never promoted, and files that interrupted
+    commands left in the store.
 
-    Whatever any history names is kept, however old. To keep a version that is not promoted, give it a tag of its own:
-    vllm-edits promote NAME@VERSION --tag keep
+    Without --run, nothing is deleted: the objects are only listed. A version
+    that is in the history of a tag or of an experiment is always kept. To keep
+    a version that was never promoted, promote it under a tag of its own.
+
+    \b
+    Examples:
+      vllm-edits gc --store ./store
+      vllm-edits gc --store ./store --run
+      vllm-edits promote polite@4f1c9a --store ./store --tag keep
     """
     target = opened(store)
     garbage = _collected(target, grace_hours) if run else collect.plan(target, grace_hours)

@@ -74,27 +74,30 @@ def main(
         list[str] | None,
         typer.Option(
             "--only",
-            help=f"parts to measure: {', '.join(PARTS)}",
+            help=f"Part to measure. Can be repeated. Parts: {', '.join(PARTS)}.",
             show_default=" and ".join(USUAL),
             callback=_parts,
             autocompletion=lambda: list(PARTS),
         ),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="few rounds, nothing written: does the bench itself work?")
+        bool, typer.Option("--quick", help="Run few rounds and write nothing, to test the bench itself.")
     ] = False,
     once: Annotated[
-        bool, typer.Option("--once", help="no second engines that show the noise: where memory is short")
+        bool,
+        typer.Option(
+            "--once", help="Start no second engine of each kind, to save memory. The noise is not measured then."
+        ),
     ] = False,
-    rounds: Annotated[int, typer.Option(min=3, help="rounds that count; each runs every side once")] = 16,
-    swaps: Annotated[int, typer.Option(min=3, help="swaps to measure")] = 15,
+    rounds: Annotated[int, typer.Option(min=3, help="Number of rounds. Each round runs every side once.")] = 16,
+    swaps: Annotated[int, typer.Option(min=3, help="Number of swaps to measure.")] = 15,
     batches: Annotated[
         list[int] | None,
         typer.Option(
             "--batch",
             min=1,
             max=side_by_side.MAX_MODEL_LEN,
-            help="requests at once, given again for each further size; distinct takes the largest",
+            help="Number of requests at once. Can be repeated. The part distinct takes the largest.",
             show_default="1, 8 and 64, on a GPU also 256",
         ),
     ] = None,
@@ -103,58 +106,91 @@ def main(
         typer.Option(
             "--rank",
             min=1,
-            help="ranks that distinct measures, given again for each further one: where memory is short",
+            help="Rank for the part distinct. Can be repeated. Use fewer ranks to save memory.",
             show_default="1, 4 and 16, and all kinds",
         ),
     ] = None,
     all_kinds: Annotated[
-        bool, typer.Option("--all-kinds", help="with --rank: distinct measures versions of all kinds too")
+        bool, typer.Option("--all-kinds", help="With --rank: the part distinct also measures versions of all kinds.")
     ] = False,
     threads: Annotated[
-        int, typer.Option(min=0, help="cores of each engine; 0: all but one, as vLLM's own server takes on a CPU")
+        int, typer.Option(min=0, help="Cores of each engine. 0: all cores except one, as vLLM's server on a CPU.")
     ] = 0,
     dtype: Annotated[
-        str, typer.Option(help="of the model", show_default="bfloat16 where the device computes in it, else float32")
+        str,
+        typer.Option(
+            help="Data type of the model.", show_default="bfloat16 where the device computes in it, else float32"
+        ),
     ] = "",
     seconds: Annotated[
-        float, typer.Option(min=1, help="a part's rounds end then, if there are three", show_default="no limit")
+        float,
+        typer.Option(min=1, help="Time after which a part ends, if it has run three rounds.", show_default="no limit"),
     ] = inf,
     model: Annotated[
         str,
         typer.Option(
-            help=f"checkpoint folder, or a shape with random weights: {', '.join(SHAPES)}",
+            help=f"Checkpoint folder, or a shape with random weights: {', '.join(SHAPES)}.",
             show_default="the demo's model",
             callback=_model,
             autocompletion=lambda: list(SHAPES),
         ),
     ] = "",
     output: Annotated[
-        Path | None, typer.Option(help="file to write", show_default="loadtests/results/<date>-<device>.json")
+        Path | None, typer.Option(help="File to write.", show_default="loadtests/results/<date>-<device>.json")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print the record instead of the tables")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record instead of the tables.")] = False,
 ) -> None:
-    """Measure what the plugin costs, side by side in one run, and what a hot swap does to running requests.
+    """Measure the cost of the plugin, and the effect of a swap on running
+    requests.
 
-    [bold]demo.[/bold] Engines stay loaded side by side and take turns: vLLM without the plugin, the same again (the
-    noise floor), with the plugin (first no request edited, then every request on a different variant), and vLLM's LoRA
-    with the same rank-one redirections. What counts is the ratio between sides within a round.
+    Without --only, the parts demo and swaps run. Run nothing else on the
+    machine meanwhile. A missed target is shown and written to the record; the
+    command does not fail because of it.
 
-    [bold]swaps.[/bold] A real server, running streams, a promotion in the store: time to the first answer on the new
-    version, and the longest time between two tokens with and without a swap.
+    [bold]demo.[/bold] Compares throughput. Several engines stay loaded and take
+    turns: vLLM without the plugin, a second one (the noise), vLLM with the
+    plugin (no request edited, then every request on its own variant), and
+    vLLM's LoRA with the same rank-one edits. The result is the ratio between
+    them within a round.
 
-    [bold]idle, distinct, kinds, alternatives.[/bold] Only when asked for, as `--only idle`: the plugin left on, at
-    batch 1, 8 and 64; 64 requests on up to 64 versions, of ranks 1, 4 and 16 (or as many as the largest `--batch`);
-    each kind of edit at every layer; LoRA and an edited checkpoint beside rank one at every layer.
+    [bold]swaps.[/bold] A server with running streams, and a promotion in the
+    store. Measures the time to the first answer of the new version, and the
+    longest pause between two tokens, with and without a swap.
 
-    [bold]endurance.[/bold] A thousand swaps in a row under load: what grows. [bold]paging.[/bold] A thousand variants
-    and 64 slots: what a version that is not on the device costs, and how often that happens. [bold]traffic.[/bold]
-    `vllm bench serve` on every variant and on all of them mixed, beside vLLM alone. [bold]launches.[/bold] What a
-    decoding step calls: operators, and on a GPU kernels and graph launches. [bold]profile.[/bold] Where its time
-    goes. [bold]guesses.[/bold] How many guesses of an unedited draft model a variant keeps. [bold]weights,
-    weight_swaps.[/bold] A variant in the engine's weights: what a step costs, and what a swap does to streams that go
-    on.
+    [bold]idle.[/bold] The plugin with no edited request, at batch 1, 8 and 64.
 
-    A missed target is shown and written, and does not fail the run. Nothing else should run on the machine meanwhile.
+    [bold]distinct.[/bold] 64 requests (or the largest --batch) on up to as many
+    versions, of ranks 1, 4 and 16.
+
+    [bold]kinds.[/bold] Each kind of edit at every layer.
+
+    [bold]alternatives.[/bold] LoRA, and a checkpoint with edited weights,
+    compared with rank one at every layer.
+
+    [bold]endurance.[/bold] A thousand swaps in a row under load. Shows growth
+    of memory and time.
+
+    [bold]paging.[/bold] A thousand variants and 64 slots. Measures the delay of
+    a version that is not on the device, and how often it occurs.
+
+    [bold]traffic.[/bold] `vllm bench serve` on each variant and on a mix of
+    all, compared with vLLM alone.
+
+    [bold]launches.[/bold] Counts the calls of a decoding step: operators, and
+    on a GPU kernels and graph launches.
+
+    [bold]profile.[/bold] Shows where the time of a decoding step goes.
+
+    [bold]guesses.[/bold] The share of guesses of an unedited draft model that a
+    variant accepts.
+
+    [bold]weights, weight_swaps.[/bold] A variant in the engine's weights: the
+    cost of a step, and the effect of a swap on running streams.
+
+    \b
+    Examples:
+      python -m loadtests.bench --only idle --only swaps
+      python -m loadtests.bench --quick
     """
     signal.signal(signal.SIGTERM, _stopped)
     load = round(os.getloadavg()[0], 2)

@@ -17,8 +17,8 @@ HEIGHT = 0.28
 
 
 @app.command()
-def main(files: Annotated[list[Path], typer.Argument(help="records under loadtests/results/", exists=True)]) -> None:
-    """Draw each record again."""
+def main(files: Annotated[list[Path], typer.Argument(help="Records in loadtests/results/.", exists=True)]) -> None:
+    """Draw the picture of each record again, and write it beside the record."""
     for file in files:
         typer.echo(draw(json.loads(file.read_text()), file.with_suffix(".svg")) or f"nothing to draw in {file}")
 

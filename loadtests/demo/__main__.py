@@ -61,10 +61,15 @@ class Claims:
 
 def main() -> int:
     """Tell the story; 0 if every claim held."""
-    parser = argparse.ArgumentParser(prog="make demo ARGS=…", description=__doc__)
-    parser.add_argument("--keep", action="store_true", help="leave the server up at the end, until Ctrl-C")
+    parser = argparse.ArgumentParser(
+        prog="make demo ARGS=…",
+        description="Serve edited variants of a small model on this machine, and check every claim about them.",
+    )
+    parser.add_argument("--keep", action="store_true", help="keep the server running at the end, until Ctrl-C")
     parser.add_argument(
-        "--from-hub", action="store_true", help="have the server fetch the model from a Hub that it has never seen"
+        "--from-hub",
+        action="store_true",
+        help="let the server fetch the model from a local stand-in for the Hugging Face Hub",
     )
     arguments = parser.parse_args()
     claims = Claims()

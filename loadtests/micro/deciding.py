@@ -37,10 +37,14 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(
     experiments: Annotated[
-        list[int] | None, typer.Option(help="how many experiments run", show_default="1, 10, 100")
+        list[int] | None, typer.Option(help="Number of experiments that run.", show_default="1, 10, 100")
     ] = None,
 ) -> None:
-    """Decide requests and note how they ended, while so many experiments run, each for a name of its own."""
+    """Measure the time that experiments add to a request: choosing its arm, and
+    recording its outcome.
+
+    Every experiment is about a model name of its own. It starts no engine.
+    """
     table = Table("experiments", "deciding", "noting", title="µs a request, a rule for each metric")
     with tempfile.TemporaryDirectory() as folder:
         for number in experiments or (1, 10, 100):

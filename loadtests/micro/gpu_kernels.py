@@ -200,8 +200,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m loadtests.micro.gpu_kernels", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("sides", nargs="*", metavar="SIDE", help=f"all of them if none: {'; '.join(SIDES)}")
-    parser.add_argument("--compile", action="store_true", help="make machine code of the kernels too, which may fail")
+    parser.add_argument("sides", nargs="*", metavar="SIDE", help=f"default: all of {'; '.join(SIDES)}")
+    parser.add_argument(
+        "--compile", action="store_true", help="also compile the kernels to machine code, which may fail"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     if unknown := set(options.sides) - set(SIDES):

@@ -23,10 +23,14 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(
-    requests: Annotated[int, typer.Option(min=1, help="requests that decode together, each on its own version")] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="each does everything once; the fastest counts")] = 20,
+    requests: Annotated[int, typer.Option(min=1, help="Requests that decode together, each on its own version.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds. The fastest round counts.")] = 20,
 ) -> None:
-    """A decoding step's products in bfloat16 on one core, and a sum over memory that no cache holds."""
+    """Measure the products of a decoding step in bfloat16 on one core, and a sum
+    over memory that no cache holds.
+
+    The sum shows the memory bandwidth: the limit for the products.
+    """
     torch.set_num_threads(1)
     memory = torch.ones(PLAIN // 4)
     acts: dict[str, tuple[int, Callable[[], object]]] = {"a plain sum of float32": (PLAIN, memory.sum)}

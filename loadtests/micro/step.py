@@ -24,8 +24,13 @@ app = typer.Typer(add_completion=False)
 
 
 @app.command()
-def main(requests: Annotated[int, typer.Option(min=1, help="requests that decode together")] = 256) -> None:
-    """Fill steps of decoding requests: base, edited, and edited with a scope; the same each step, or one exchanged."""
+def main(requests: Annotated[int, typer.Option(min=1, help="Requests that decode together.")] = 256) -> None:
+    """Measure the time to fill a step of decoding requests: base, edited, and
+    edited with a scope.
+
+    It starts no engine. Each kind is measured with the same requests in every
+    step, and with one new request per step.
+    """
     table = Table("requests", "the same each step", "one exchanged each step", title=f"{requests} requests, µs a step")
     for kind in ("base", "edited", "scoped"):
         table.add_row(kind, *(f"{_microseconds(kind, requests, exchanged=each):.0f}" for each in (False, True)))

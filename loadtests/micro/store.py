@@ -129,10 +129,10 @@ def places(folder: Path) -> Iterator[dict[str, str]]:
 @app.command()
 def main(
     *,
-    entries: Annotated[int, typer.Option(min=40, help="length of the long history")] = 1000,
-    versions: Annotated[int, typer.Option(min=10, help="versions to list")] = 10_000,
-    output: Annotated[Path | None, typer.Option(help="file to write", show_default="in loadtests/results/")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print the record instead of the table")] = False,
+    entries: Annotated[int, typer.Option(min=40, help="Number of entries in the long history.")] = 1000,
+    versions: Annotated[int, typer.Option(min=10, help="Number of versions to list.")] = 10_000,
+    output: Annotated[Path | None, typer.Option(help="File to write.", show_default="in loadtests/results/")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record instead of the table.")] = False,
 ) -> None:
     """Measure publish, resolve, history, listing, polling and verification on a folder and on an object store."""
     record: dict[str, Any] = {**about(), "what": "store", "entries": entries, "versions": versions, "stores": {}}

@@ -30,7 +30,10 @@ from vllm_edits.plugin.open_store import open_reader
 from vllm_edits.server_config.settings import KEY, read_settings
 
 SettingOption = Annotated[
-    list[str] | None, typer.Option("--set", help="one more setting, e.g. --set slots=32 (JSON values allowed)")
+    list[str] | None,
+    typer.Option(
+        "--set", help="A setting, as name=value; the value may be JSON. Can be repeated, e.g. --set slots=32."
+    ),
 ]
 _SHORT = re.compile(r"-[A-Za-z]{2}")
 _NOT_ON_A_SOCKET = ("--headless", "--uds", "--ssl-certfile", "--ssl-keyfile")
@@ -41,11 +44,20 @@ _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 @explained
 def serve(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="the base model: a folder or a repository name")],
+    model: Annotated[str, typer.Argument(help="The base model: a folder, or the name of a model repository.")],
     store: StoreOption,
     setting: SettingOption = None,
 ) -> None:
-    """Start `vllm serve MODEL` with the plugin. Every other flag is handed on to vLLM."""
+    """Start `vllm serve MODEL` with the plugin.
+
+    The server serves the base model and every variant that the store promotes,
+    and follows later promotions. All other flags are passed to vLLM.
+
+    \b
+    Examples:
+      vllm-edits serve ./model --store ./store
+      vllm-edits serve ./model --store s3://bucket/edits --set slots=32 --port 8001
+    """
     command, words, environment = _vllm(model, store, setting, list(context.args))
     os.execve(command, [command, *words], environment)  # noqa: S606  the user asked for this very command
 
@@ -63,21 +75,32 @@ class _LongFlags(TyperCommand):
 @explained
 def run_batch(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="the base model: a folder or a repository name")],
+    model: Annotated[str, typer.Argument(help="The base model: a folder, or the name of a model repository.")],
     *,
     store: StoreOption,
     requests: Annotated[
-        Path, typer.Option("--input", "-i", help="requests in OpenAI's batch format, a JSON line each")
+        Path, typer.Option("--input", "-i", help="File of requests in OpenAI's batch format: one JSON object per line.")
     ],
-    answers: Annotated[Path, typer.Option("--output", "-o", help="where the answers go, a JSON line each")],
-    at_once: Annotated[int, typer.Option(min=1, help="requests that are sent together")] = 256,
+    answers: Annotated[Path, typer.Option("--output", "-o", help="File for the answers: one JSON object per line.")],
+    at_once: Annotated[int, typer.Option(min=1, help="Number of requests to send at the same time.")] = 256,
     setting: SettingOption = None,
     api_key: ApiKeyOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Answer a file of requests, for variants or the base, and end. Every other flag is handed on to vLLM.
+    """Answer a file of requests, then end.
 
-    A line of the file: {"custom_id": "1", "url": "/v1/chat/completions", "body": {"model": "polite", "messages": …}}
+    The command starts a server for this file, sends the requests to it, writes
+    the answers, and stops the server. Requests may name the base model and any
+    variant. All other flags are passed to vLLM.
+
+    \b
+    Example:
+      vllm-edits run-batch ./model --store ./store -i requests.jsonl -o answers.jsonl
+
+    \b
+    A line of the file of requests; its body is the request itself:
+      {"custom_id": "1", "url": "/v1/completions",
+       "body": {"model": "polite", "prompt": "Dear customer,"}}
     """
     lines = batch.read(requests)
     command, words, environment = _vllm(model, store, setting, context.args, on_socket=True)
@@ -128,21 +151,31 @@ def _vllm(
 @app.command()
 @explained
 def plan(
-    model: Annotated[Path, typer.Argument(help="folder of the base model's checkpoint", exists=True, file_okay=False)],
+    model: Annotated[Path, typer.Argument(help="Folder of the base model's checkpoint.", exists=True, file_okay=False)],
     *,
     store: StoreOption,
     setting: SettingOption = None,
-    dtype: Annotated[str, typer.Option(help="as vLLM's --dtype", show_default="as vLLM chooses")] = "auto",
-    memory: Annotated[str, typer.Option(help="say how many slots fit into this, e.g. 8GiB")] = "",
+    dtype: Annotated[
+        str, typer.Option(help="Data type, as for vLLM's --dtype.", show_default="as vLLM chooses")
+    ] = "auto",
+    memory: Annotated[str, typer.Option(help="Device memory for slots, e.g. 8GiB. Shows how many slots fit.")] = "",
     workers: Annotated[
-        int, typer.Option("--tensor-parallel-size", min=1, help="as vLLM's; the figures are each worker's")
+        int,
+        typer.Option("--tensor-parallel-size", min=1, help="Number of workers, as for vLLM. Figures are per worker."),
     ] = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """What `serve` with these settings would make room for, and the device memory that takes.
+    """Show the reservation that `serve` would make with these settings, and its
+    device memory.
 
-    Everything follows from the checkpoint's config and the store; nothing is loaded. Every promoted version is held
-    against what would be reserved.
+    Use it before `serve`, to choose `slots` and `reserve`. It reads the
+    checkpoint and the store, and does not load the model. It also lists
+    promoted versions that the server would refuse.
+
+    \b
+    Examples:
+      vllm-edits plan ./model --store ./store
+      vllm-edits plan ./model --store ./store --set slots=32 --memory 8GiB
     """
     from vllm_edits.plugin import plan as planning  # brings torch
     from vllm_edits.plugin.graph.slot_bytes import slot_bytes
@@ -200,7 +233,13 @@ def status(
     api_key: ApiKeyOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """What a running server serves: variants, versions, slots, requests in flight, the last swap."""
+    """Show the state of a running server: variants, versions, slots, requests in
+    flight, the last swap.
+
+    \b
+    Example:
+      vllm-edits status --url http://127.0.0.1:8000
+    """
     try:
         answer = httpx.get(f"{url}/v1/edits", headers=authorization(api_key), timeout=10)
     except httpx.HTTPError as error:

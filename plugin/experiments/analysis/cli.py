@@ -26,24 +26,40 @@ from vllm_edits.plugin.experiments.analysis.report import ArmShare, as_json, htm
 def report(
     name: ExperimentArgument,
     exposures: Annotated[
-        list[Path], typer.Argument(help="folders (edits.exposure_folder of every server) and files of exposures")
+        list[Path], typer.Argument(help="Exposure logs: folders (the exposure_folder of each server) or files.")
     ],
     *,
     store: StoreOption,
-    phase: Annotated[int | None, typer.Option(min=1, help="which phase", show_default="the last")] = None,
+    phase: Annotated[
+        int | None, typer.Option(min=1, help="Phase of the experiment to report.", show_default="the last")
+    ] = None,
     alpha: Annotated[
-        float, typer.Option(min=1e-6, max=0.5, help="how often an interval may be wrong, at any look")
+        float, typer.Option(min=1e-6, max=0.5, help="Probability that an interval is ever wrong, over all looks.")
     ] = 0.05,
-    tuned_for: Annotated[int, typer.Option(min=1, help="requests of two arms at which intervals are narrowest")] = 5000,
-    html_file: Annotated[Path | None, typer.Option("--html", help="write a page with table and picture")] = None,
-    picture_file: Annotated[Path | None, typer.Option("--picture", help="write the picture, .png or .svg")] = None,
+    tuned_for: Annotated[
+        int, typer.Option(min=1, help="Number of requests in two arms at which the intervals are narrowest.")
+    ] = 5000,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", help="Also write an HTML page with table and picture to this file.")
+    ] = None,
+    picture_file: Annotated[
+        Path | None, typer.Option("--picture", help="Also write the picture to this file (.png or .svg).")
+    ] = None,
     as_data: JsonOption = False,
 ) -> None:
-    """Hold every arm against the control, from what servers wrote down.
+    """Compare every arm of an experiment with the control, from the exposure logs
+    of the servers.
 
-    Intervals hold at every look together: reading this every hour, and stopping when it is clear, is honest. Requests
-    of one unit are taken together. A mismatch of how many units came to each arm is told first, and then nothing else
-    is concluded.
+    The intervals are valid for all looks together. So you can run the report
+    every hour, and stop the experiment when the result is clear. Requests of
+    one unit are counted as one cluster. If the numbers of units do not fit the
+    weights of the arms, the report says so first and draws no further
+    conclusion.
+
+    \b
+    Examples:
+      vllm-edits experiment report milder ./exposures --store ./store
+      vllm-edits experiment report milder ./host-a ./host-b --store ./store --html report.html
     """
     document, last = _document(EditStore(store), name, phase)
     with counted("reading exposures", in_bytes=True) as update:
@@ -83,19 +99,27 @@ def _document(store: EditStore, name: str, phase: int | None) -> tuple[Experimen
 @explained
 def replay_prompts(
     prompts: Annotated[
-        Path, typer.Argument(help="file of prompts: a line of text each, or of JSON with `prompt` or `messages`")
+        Path, typer.Argument(help="File of prompts, one per line: text, or JSON with `prompt` or `messages`.")
     ],
-    first: Annotated[str, typer.Argument(help="base model, variant, name@tag or name@version")],
-    second: Annotated[str, typer.Argument(help="the same, to compare with")],
+    first: Annotated[str, typer.Argument(help="Model name: the base model, a variant, name@tag or name@version.")],
+    second: Annotated[str, typer.Argument(help="Model name to compare with, written in the same way.")],
     *,
     url: UrlOption = DEFAULT_URL,
     api_key: ApiKeyOption = "",
-    max_tokens: Annotated[int, typer.Option(min=1, help="of each answer, where a prompt does not say it")] = 64,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Length of each answer, if the prompt does not set max_tokens.")
+    ] = 64,
     as_data: JsonOption = False,
 ) -> None:
-    """Ask the same prompts of two versions, and tell where their answers part, token by token.
+    """Send the same prompts to two versions, and show at which token their answers
+    differ first.
 
-    Answers are greedy unless a prompt says otherwise, so what differs is the edit.
+    Needs a running server. Answers are greedy unless a prompt sets a
+    temperature, so the versions are the only difference.
+
+    \b
+    Example:
+      vllm-edits experiment replay prompts.txt polite polite@4f1c9a --url http://127.0.0.1:8000
     """
     requests = bodies(prompts)
     with counted("asking", total=len(requests)) as update:
