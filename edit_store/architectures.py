@@ -17,7 +17,7 @@ from typing import Literal
 from vllm_edits.edit_store.errors import UnsupportedHost, nearest
 from vllm_edits.edit_store.sites import READS, Site, Widths, every_site
 
-Side = Literal["input", "output"]
+ModuleEnd = Literal["input", "output"]
 _QKV, _GATE_UP = ("q.out", "k.out", "v.out"), ("gate.out", "up.out")
 """Order of the parts in fused projections."""
 _PROJECTED = ("q.proj", "k.proj", *_QKV, *_GATE_UP)
@@ -31,7 +31,7 @@ class ModuleSide:
     """
 
     path: str
-    side: Side
+    side: ModuleEnd
     start: int | None = None
 
 
@@ -105,7 +105,7 @@ class Architecture:
         if point in _PROJECTED and not (self.qk_norm and point in ("q.out", "k.out")):
             return self._projection(point, widths, has)
         norms = self.post_norms or ("", "")
-        sides: dict[str, tuple[str, Side]] = {
+        sides: dict[str, tuple[str, ModuleEnd]] = {
             "embed.out": (self.layer_path(0), "input"),
             "attn.in": (self._fused_or(self.fused_qkv, self.attention, self.attention, has), "input"),
             "q.out": (f"{self.attention}.q_norm", "output"),

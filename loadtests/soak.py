@@ -52,7 +52,7 @@ console = Console(stderr=True, highlight=False)
 
 
 @dataclass(frozen=True)
-class Version:
+class SoakVersion:
     """A published version, and the token that it says."""
 
     name: str
@@ -61,7 +61,7 @@ class Version:
 
 
 @dataclass
-class Promoted:
+class SoakPromoted:
     """What a variant's tag named, and since when."""
 
     version: str
@@ -72,8 +72,8 @@ class Promoted:
 class Soak:
     """What happened, as the clients and the operator saw it."""
 
-    versions: Mapping[str, Version]
-    history: dict[str, list[Promoted]]
+    versions: Mapping[str, SoakVersion]
+    history: dict[str, list[SoakPromoted]]
     base_says: Mapping[int, list[int]] = field(default_factory=dict)
     """by prompt, what the base model answers alone"""
     stalls: list[tuple[float, float]] = field(default_factory=list)
@@ -104,12 +104,12 @@ class Soak:
         elif not self._could_answer(version, asked, answer):
             self.wrong.append(f"{asked}: {answer.version[:12]} was not promoted then")
 
-    def _could_answer(self, version: Version, asked: str, answer: Answer) -> bool:
+    def _could_answer(self, version: SoakVersion, asked: str, answer: Answer) -> bool:
         name, at, digest = asked.partition("@")
         if at:
             return version.digest == digest
         late = LATE_SECONDS + sum(end - begin for begin, end in self.stalls)
-        spans = zip(self.history[name], [*self.history[name][1:], Promoted("", float("inf"))], strict=True)
+        spans = zip(self.history[name], [*self.history[name][1:], SoakPromoted("", float("inf"))], strict=True)
         return any(
             one.version == version.digest and one.since <= answer.ended and answer.started <= after.since + late
             for one, after in spans
@@ -160,7 +160,7 @@ def run(
     soak = Soak(versions, {})
     for name, found in by_name(versions).items():
         store.promote(f"{name}@{found[0].digest}")
-        soak.history[name] = [Promoted(found[0].digest, 0.0)]
+        soak.history[name] = [SoakPromoted(found[0].digest, 0.0)]
     settings = {"slots": slots, "poll_seconds": POLL_SECONDS, "cache_folder": folder / "node"}
     flags = ("--dtype", "float32", "--max-model-len", "512")
     server = Server.with_edits(
@@ -184,7 +184,7 @@ def run(
 # -- what is served ----------------------------------------------------------------------------------------------------
 
 
-def publish(store: EditStore, model: Path, base: BaseModelRef) -> dict[str, Version]:
+def publish(store: EditStore, model: Path, base: BaseModelRef) -> dict[str, SoakVersion]:
     """Versions that each say one token, with work at every layer besides."""
     weight = output_weight(model)
     tokens = loud_tokens(weight, VARIANTS * VERSIONS)
@@ -197,7 +197,7 @@ def publish(store: EditStore, model: Path, base: BaseModelRef) -> dict[str, Vers
         pairs = [*beside, (Offset(site="final"), offset)]
         bundle = Bundle.create(name, base, pairs, Provenance(tool="loadtests.soak", method="says one token"))
         digest = store.publish(bundle)
-        versions[digest] = Version(name, digest, token)
+        versions[digest] = SoakVersion(name, digest, token)
     return versions
 
 
@@ -222,9 +222,9 @@ def loud_tokens(weight: torch.Tensor, count: int) -> list[int]:
     return [int(token) for token in some[lead.argsort(descending=True)[:count]]]
 
 
-def by_name(versions: Mapping[str, Version]) -> dict[str, list[Version]]:
+def by_name(versions: Mapping[str, SoakVersion]) -> dict[str, list[SoakVersion]]:
     """The versions of each variant."""
-    found: dict[str, list[Version]] = {}
+    found: dict[str, list[SoakVersion]] = {}
     for version in versions.values():
         found.setdefault(version.name, []).append(version)
     return found
@@ -285,7 +285,7 @@ async def operate(soak: Soak, store: EditStore, end: float, random: np.random.Ge
                 raise
             continue  # all there was has been rolled back
         if entry.version != soak.history[name][-1].version:
-            soak.history[name].append(Promoted(entry.version, begun))
+            soak.history[name].append(SoakPromoted(entry.version, begun))
             soak.swaps += 1
         await asyncio.sleep(random.exponential(1.0))
 
@@ -332,7 +332,7 @@ def compare_counts(soak: Soak, url: str) -> list[str]:
     return [*found, *([f"{in_flight} requests in flight, and no client is left"] if in_flight else [])]
 
 
-async def kill_engine(server: Server, versions: Mapping[str, Version]) -> dict[str, Any]:
+async def kill_engine(server: Server, versions: Mapping[str, SoakVersion]) -> dict[str, Any]:
     """Kill the engine's process with requests in flight: they end with an error, and so does the server."""
     assert server.process is not None  # noqa: S101  it runs
     name = next(iter(versions.values())).name

@@ -269,7 +269,7 @@ class Metrics:
         self._in_flight: Counted[_Pair] = Counted()
         self._counted_as: dict[_Pair, str] = {}
         self._variants: Callable[[], VariantsNow] | None = None
-        registry.register(_Asked(self._tell_variants))
+        registry.register(_AskedSeries(self._tell_variants))
         for metric in METRICS:
             if metric.asked:
                 continue
@@ -358,7 +358,7 @@ class Metrics:
         return info, loaded
 
 
-class _Asked(Collector):
+class _AskedSeries(Collector):
     """Series that are computed at each scrape, in the thread of the scrape.
 
     With several API processes another registry is scraped, so this one is never asked.

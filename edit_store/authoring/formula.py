@@ -24,7 +24,7 @@ from vllm_edits.edit_store.sites import Site
 
 
 @dataclass(frozen=True)
-class Request:
+class FormulaRequest:
     """What the model is given: one whole sequence, of which the first `prompt` tokens are the prompt."""
 
     ids: Sequence[int]
@@ -44,7 +44,7 @@ def edited(
     edits: Iterable[tuple[Edit, Mapping[str, Any]]],
     *,
     strength: float = 1.0,
-    request: Request | None = None,
+    request: FormulaRequest | None = None,
 ) -> Iterator[None]:
     """Inside, `model` computes with these edits; afterwards it is the base model again.
 
@@ -79,7 +79,7 @@ class _AtSite:
 
     edits: Sequence[tuple[Edit, Numbers]]
     strength: float
-    request: Request | None
+    request: FormulaRequest | None
 
     def apply(self, value: Tensor, seen: Mapping[str, Tensor]) -> Tensor:
         """`value` `[..., width]` after the edits; `seen` is what passed other sites of this forward pass."""

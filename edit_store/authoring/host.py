@@ -18,7 +18,7 @@ from vllm_edits.edit_store.base_model import widths_of
 from vllm_edits.edit_store.edits import Array, Edit
 from vllm_edits.edit_store.sites import Site, Widths
 
-__all__ = ["Answer", "Edits", "Host", "edited"]
+__all__ = ["Edits", "Generated", "Host", "edited"]
 
 Edits = list[tuple[Edit, dict[str, Array]]]
 """What every authoring method returns: edits, each with its tensors by field name."""
@@ -27,7 +27,7 @@ BATCH = 32  # texts in one forward pass; more is no faster on a few cores
 
 
 @dataclass(frozen=True)
-class Answer:
+class Generated:
     """What a model says to a prompt: its greedy `text`, and the probabilities of the likeliest `first` tokens."""
 
     text: str
@@ -111,7 +111,7 @@ class Host:
             yield
 
     @torch.inference_mode()
-    def answers(self, prompts: Sequence[str], tokens: int) -> list[Answer]:
+    def answers(self, prompts: Sequence[str], tokens: int) -> list[Generated]:
         """Greedy continuation of each prompt by `tokens` tokens."""
         answers = []
         for batch in _batches(prompts):
@@ -124,7 +124,7 @@ class Host:
             likeliest = made.logits[0].softmax(-1).topk(20)
             for text, probabilities, ids in zip(texts, *likeliest, strict=True):
                 words = self.tokenizer.batch_decode(ids[:, None])
-                answers.append(Answer(text, dict(zip(words, probabilities.tolist(), strict=True))))
+                answers.append(Generated(text, dict(zip(words, probabilities.tolist(), strict=True))))
         return answers
 
     def _tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:

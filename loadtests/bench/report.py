@@ -158,7 +158,7 @@ def gaps_within(token_times: Sequence[Sequence[float]], begin: float, end: float
 
 
 @dataclass(frozen=True)
-class Swap:
+class SwapTiming:
     """One swap under load, in seconds. The calm window has the same length and the same requests, but no swap."""
 
     promote: float
@@ -177,7 +177,7 @@ class Swap:
     """median time between two tokens in the calm window"""
 
 
-def summarise_swaps(swaps: Sequence[Swap]) -> dict[str, Any]:
+def summarise_swaps(swaps: Sequence[SwapTiming]) -> dict[str, Any]:
     """Medians of every figure, and the stall's target: at most one ordinary step more than without a swap."""
     extra = Figure.of(swap.stall - swap.calm_stall for swap in swaps)
     step = statistics.median(swap.step for swap in swaps)

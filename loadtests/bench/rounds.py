@@ -22,7 +22,7 @@ PREFILLS = 4
 
 
 @dataclass(frozen=True)
-class Phase:
+class Stage:
     """A batch that is timed: with `tokens` of 1 its prefill, in tokens of prompts per second, else its decoding."""
 
     name: str
@@ -41,7 +41,7 @@ class Side:
     reads: int = 0
     """bytes of memory that each step reads besides; only where engines take turns step by step"""
 
-    def batch(self, phase: Phase, inputs: Inputs, seed: Sequence[int]) -> Batch:
+    def batch(self, phase: Stage, inputs: Inputs, seed: Sequence[int]) -> Batch:
         """The phase's requests, with prompts that no other seed gives. `seed` begins with the round: where it begins
         among the names."""
         prompts, first = inputs.random_prompts(seed, phase.requests, phase.prompt_tokens), seed[0] * phase.requests
@@ -55,7 +55,7 @@ class Trial:
 
     what: str
     sides: Mapping[str, Side]
-    phases: Sequence[Phase]
+    phases: Sequence[Stage]
     comparisons: Sequence[Comparison]
 
     def once(self) -> Trial:
@@ -131,13 +131,13 @@ def rates_by_round(
     return counted
 
 
-def _one_by_one(sides: Mapping[str, Side], phase: Phase, inputs: Inputs, seed: Sequence[int]) -> dict[str, float]:
+def _one_by_one(sides: Mapping[str, Side], phase: Stage, inputs: Inputs, seed: Sequence[int]) -> dict[str, float]:
     """Each side runs its batch to the end before the next begins."""
     rate = prefill_rate if phase.tokens == 1 else decode_rate
     return {name: rate(side.engine.run(side.batch(phase, inputs, seed))) for name, side in sides.items()}
 
 
-def _in_step(sides: Mapping[str, Side], phase: Phase, inputs: Inputs, seed: Sequence[int]) -> dict[str, float]:
+def _in_step(sides: Mapping[str, Side], phase: Stage, inputs: Inputs, seed: Sequence[int]) -> dict[str, float]:
     """All take a step each, then the next: what disturbs the machine for longer than a step disturbs all alike."""
     several = list[dict[str, float]]()
     for again in range(PREFILLS if phase.tokens == 1 else 1):

@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from loadtests.demo.bundles import Claim, Exhibit, build
+from loadtests.demo.bundles import Exhibit, Statement, build
 from loadtests.harness.client import Answer, stream
 from loadtests.harness.hub_server import HubServer
 from loadtests.harness.metrics import Scrape
@@ -43,7 +43,7 @@ Made = tuple[Exhibit, Bundle]
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
-class FalseClaim(Exception):
+class StatementFails(Exception):
     """The demo said something that is not so."""
 
 
@@ -54,7 +54,7 @@ class Claims:
 
     def __call__(self, claim: str, true: bool, found: object = "") -> None:
         if not true:
-            raise FalseClaim(f"{claim}; found {found}")
+            raise StatementFails(f"{claim}; found {found}")
         self.count += 1
         console.print(f"  [green]✓[/green] {claim}" + (f" [dim]({escape(str(found))})[/dim]" if found != "" else ""))
 
@@ -78,7 +78,7 @@ def main() -> int:
         with ExitStack() as hub:
             fetched = served_by_a_hub(hub) if arguments.from_hub else None
             tell(claims, keep=arguments.keep, fetched=fetched)
-    except FalseClaim as claim:
+    except StatementFails as claim:
         console.print(f"  [red]✗ {escape(str(claim))}[/red]")
         console.print(f"The demo ends here: this claim is false. The server's log is {FOLDER}/server.log")
         return 1
@@ -213,16 +213,16 @@ async def side_by_side(client: httpx.AsyncClient, first: dict[str, Made], claims
     return sent
 
 
-async def ask(client: httpx.AsyncClient, model: str, claim: Claim) -> list[host.Answer]:
+async def ask(client: httpx.AsyncClient, model: str, claim: Statement) -> list[host.Generated]:
     """What a served model says to a claim's prompts, as the author's side would see it."""
 
-    async def one(prompt: str) -> host.Answer:
+    async def one(prompt: str) -> host.Generated:
         body = {"model": model, "prompt": prompt, "max_tokens": claim.tokens, "temperature": 0, "logprobs": 20}
         answer = await client.post("/v1/completions", json=body)
         answer.raise_for_status()
         choice = answer.json()["choices"][0]
         first = choice["logprobs"]["top_logprobs"][0]
-        return host.Answer(choice["text"], {token: math.exp(logprob) for token, logprob in first.items()})
+        return host.Generated(choice["text"], {token: math.exp(logprob) for token, logprob in first.items()})
 
     return list(await asyncio.gather(*map(one, claim.prompts)))
 

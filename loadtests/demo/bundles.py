@@ -13,20 +13,20 @@ from pathlib import Path
 
 from loadtests.demo import prompts
 from vllm_edits.edit_store.authoring.ablate_heads import ablate_heads
-from vllm_edits.edit_store.authoring.host import Answer, Edits, Host, edited
+from vllm_edits.edit_store.authoring.host import Edits, Generated, Host, edited
 from vllm_edits.edit_store.authoring.redirect import redirect
 from vllm_edits.edit_store.authoring.steering import steer
 from vllm_edits.edit_store.authoring.subspace import filter_contrast
 from vllm_edits.edit_store.base_ref import BaseModelRef
 from vllm_edits.edit_store.bundle import Bundle, Measurement, Provenance
 
-Answers = Sequence[Answer]
+Answers = Sequence[Generated]
 Ask = Callable[[tuple[str, ...], int], Answers]
 """Asks one model each prompt, for so many greedy tokens."""
 
 
 @dataclass(frozen=True)
-class Claim:
+class Statement:
     """A figure between 0 and 1 about a model's answers, and the ranges that it must keep before and after the edit.
 
     `score` takes the answers of a model and those of the base; the range for the base is the positive control.
@@ -68,14 +68,14 @@ class Exhibit:
     make: Callable[[Host], Edits]
     prompt: str
     question: str
-    claims: tuple[Claim, ...]
+    claims: tuple[Statement, ...]
     tokens: int = 12
 
 
 def build(
     model_folder: Path, base: BaseModelRef, progress: Callable[[str], None], *, created_at: datetime | None = None
 ) -> list[tuple[Exhibit, Bundle]]:
-    """Compute and measure every bundle. Claims are measured, not enforced: see `Claim.broken`."""
+    """Compute and measure every bundle. Claims are measured, not enforced: see `Statement.broken`."""
     progress("loading the model")
     host = Host.load(model_folder)
     ask_base = cache(host.answers)
@@ -109,7 +109,7 @@ def _ask_edited(host: Host, edits: Edits, asked: tuple[str, ...], tokens: int) -
         return host.answers(asked, tokens)
 
 
-def _share(matches: Callable[[Answer], bool]) -> Callable[[Answers, Answers], float]:
+def _share(matches: Callable[[Generated], bool]) -> Callable[[Answers, Answers], float]:
     return lambda answers, _: sum(map(matches, answers)) / len(answers)
 
 
@@ -125,8 +125,8 @@ def _highest_probability(token: str) -> Callable[[Answers, Answers], float]:
     return lambda answers, _: max(answer.first.get(token, 0.0) for answer in answers)
 
 
-def _more_of(these: frozenset[str], than: frozenset[str]) -> Callable[[Answer], bool]:
-    def matches(answer: Answer) -> bool:
+def _more_of(these: frozenset[str], than: frozenset[str]) -> Callable[[Generated], bool]:
+    def matches(answer: Generated) -> bool:
         words = re.findall(r"\w+", answer.text.lower())
         return sum(word in these for word in words) > sum(word in than for word in words)
 
@@ -137,7 +137,7 @@ def _listed(layers: Sequence[int]) -> str:
     return ", ".join(map(str, layers))
 
 
-_KEPT = Claim("facts kept", prompts.FACTS, _share_as_base, base=(1, 1), edited=(0.9, 1))
+_KEPT = Statement("facts kept", prompts.FACTS, _share_as_base, base=(1, 1), edited=(0.9, 1))
 
 
 def _capital(label: str, country: str, city: str) -> Exhibit:
@@ -164,8 +164,10 @@ def _capital(label: str, country: str, city: str) -> Exhibit:
         prompt=wordings[0],
         question="What is the capital of France?",
         claims=(
-            Claim(f"answers{city}", wordings, _share_as_expected([city] * len(wordings)), base=(0, 0), edited=(0.8, 1)),
-            Claim("highest p(Paris)", wordings, _highest_probability(" Paris"), base=(0.7, 1), edited=(0, 0.1)),
+            Statement(
+                f"answers{city}", wordings, _share_as_expected([city] * len(wordings)), base=(0, 0), edited=(0.8, 1)
+            ),
+            Statement("highest p(Paris)", wordings, _highest_probability(" Paris"), base=(0.7, 1), edited=(0, 0.1)),
             _KEPT,
         ),
     )
@@ -195,7 +197,7 @@ def _no_copy() -> Exhibit:
         prompt="Original: apple river stone cloud green table\nCopy: apple",
         question="",
         claims=(
-            Claim(
+            Statement(
                 "next word copied",
                 tuple(prompt for prompt, _ in asked),
                 _share_as_expected([f" {rest.split()[0]}" for _, rest in asked]),
@@ -223,7 +225,7 @@ def _plain_english() -> Exhibit:
         prompt=prompts.HELD_FRENCH[0],
         question="Raconte-moi une histoire courte.",
         claims=(
-            Claim(
+            Statement(
                 "answers in French",
                 prompts.HELD_FRENCH,
                 _share(_more_of(prompts.FRENCH_WORDS, than=prompts.ENGLISH_WORDS)),
@@ -252,7 +254,7 @@ def _cheerful() -> Exhibit:
         prompt="He lost his job and now he feels",
         question="My cat died yesterday.",
         claims=(
-            Claim(
+            Statement(
                 "cheerful answers",
                 prompts.HELD_MOODS,
                 _share(_more_of(prompts.CHEERFUL_WORDS, than=prompts.GLOOMY_WORDS)),

@@ -171,7 +171,7 @@ class Moved(Exception):
 
 
 @dataclass(frozen=True)
-class Request:
+class HubRequest:
     """What a client sent, for tests to look at."""
 
     method: str
@@ -180,7 +180,7 @@ class Request:
 
 
 @dataclass
-class Answer:
+class HubAnswer:
     """What is answered to a request."""
 
     status: int = 200
@@ -194,7 +194,7 @@ class Refused(Exception):
     def __init__(self, status: int, message: str, code: str = "") -> None:
         super().__init__(message)
         headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
-        self.answer = Answer(status, {"error": message}, headers)
+        self.answer = HubAnswer(status, {"error": message}, headers)
 
 
 class HubServer:
@@ -203,14 +203,14 @@ class HubServer:
     def __init__(self, tokens: Mapping[str, User], *, page: int = 1000) -> None:
         self.tokens = dict(tokens)
         self.repos: dict[str, Repo] = {}
-        self.requests: list[Request] = []
+        self.requests: list[HubRequest] = []
         self.page = page
         """how many entries a listing answers at once"""
-        self.before: Callable[[Request], None] = lambda _: None
+        self.before: Callable[[HubRequest], None] = lambda _: None
         """told of a request before it is looked at: the place for somebody else to be faster"""
-        self.fail: Callable[[Request], Answer | None] = lambda _: None
+        self.fail: Callable[[HubRequest], HubAnswer | None] = lambda _: None
         """may answer in place of the Hub"""
-        self.lose: Callable[[Request], bool] = lambda _: False
+        self.lose: Callable[[HubRequest], bool] = lambda _: False
         """whether the answer to a request, although it was done, gets lost on the way"""
         self._uploads: dict[str, tuple[Repo, str, int]] = {}
         self._hub = _serve(self._answer_hub, self._loses)
@@ -237,16 +237,16 @@ class HubServer:
         self.repos[name] = Repo(name, private)
         return self.repos[name]
 
-    def sent(self, method: str, pattern: str) -> list[Request]:
+    def sent(self, method: str, pattern: str) -> list[HubRequest]:
         """Requests whose method and path fit regular expressions."""
         return [each for each in self.requests if re.fullmatch(method, each.method) and re.search(pattern, each.path)]
 
-    def _loses(self, request: Request) -> bool:
+    def _loses(self, request: HubRequest) -> bool:
         return self.lose(request)
 
     # -- answers -------------------------------------------------------------------------------------------------------
 
-    def _answer_hub(self, request: Request, headers: Mapping[str, str]) -> Answer:
+    def _answer_hub(self, request: HubRequest, headers: Mapping[str, str]) -> HubAnswer:
         self.requests.append(request)
         self.before(request)
         failure = self.fail(request)
@@ -274,13 +274,15 @@ class HubServer:
             return self._resolve(repo, parts[3], "/".join(parts[4:]))
         raise Refused(404, f"the stand-in has no {request.method} {address.path}")
 
-    def _model(self, request: Request, name: str, rest: list[str], query: dict[str, str], user: User | None) -> Answer:
+    def _model(
+        self, request: HubRequest, name: str, rest: list[str], query: dict[str, str], user: User | None
+    ) -> HubAnswer:
         match request.method, rest:
             case "GET", ["revision", revision]:
                 repo = self._readable(name, user)
                 commit = _commit(repo, revision)
                 siblings = [{"rfilename": path} for path in commit.tree]
-                return Answer(body={
+                return HubAnswer(body={
                     "id": name, "modelId": name, "sha": commit.oid, "private": repo.private, "siblings": siblings,
                     "tags": [], "downloads": 0, "likes": 0, "gated": False, "disabled": False,
                 })  # fmt: skip
@@ -292,12 +294,12 @@ class HubServer:
                     {"name": branch, "ref": f"refs/heads/{branch}", "targetCommit": oid}
                     for branch, oid in repo.branches.items()
                 ]
-                return Answer(body={"branches": branches, "converts": [], "tags": []})
+                return HubAnswer(body={"branches": branches, "converts": [], "tags": []})
             case "POST", ["branch", branch]:
                 repo = self._writable(name, user)
                 start = json.loads(request.body or b"{}").get("startingPoint", "main")
                 repo.branches[branch] = _commit(repo, start).oid
-                return Answer()
+                return HubAnswer()
             case "POST", ["preupload", branch]:
                 repo = self._writable(name, user)
                 return self._preupload(repo, _branch(repo, branch), json.loads(request.body)["files"])
@@ -306,7 +308,7 @@ class HubServer:
                 return self._commit(repo, _branch(repo, branch), request.body, user)
         raise Refused(404, f"the stand-in has no {request.method} {request.path}")
 
-    def _create(self, wanted: dict[str, Any], user: User | None) -> Answer:
+    def _create(self, wanted: dict[str, Any], user: User | None) -> HubAnswer:
         if user is None:
             raise Refused(401, "Invalid username or password.")
         owner = wanted.get("organization") or user.name
@@ -314,11 +316,11 @@ class HubServer:
             raise Refused(403, f'You don\'t have the rights to create a model under the namespace "{owner}"')
         name = f"{owner}/{wanted['name']}"
         if name in self.repos:
-            return Answer(409, {"error": "You already created this model repo", "url": f"{self.url}/{name}"})
+            return HubAnswer(409, {"error": "You already created this model repo", "url": f"{self.url}/{name}"})
         self.add(name, private=wanted.get("visibility") == "private")
-        return Answer(body={"url": f"{self.url}/{name}", "name": name, "id": secrets.token_hex(12)})
+        return HubAnswer(body={"url": f"{self.url}/{name}", "name": name, "id": secrets.token_hex(12)})
 
-    def _tree(self, commit: Commit, path: str, query: dict[str, str]) -> Answer:
+    def _tree(self, commit: Commit, path: str, query: dict[str, str]) -> HubAnswer:
         """A page of a commit's files and folders, and where the next one is."""
         folders = {file.rsplit("/", depth)[0] for file in commit.tree for depth in range(1, file.count("/") + 1)}
         entries = [{"type": "directory", "oid": git_oid(each.encode()), "size": 0, "path": each} for each in folders]
@@ -329,9 +331,9 @@ class HubServer:
         if start + self.page < len(entries):
             address = path.partition("?")[0]
             headers["Link"] = f'<{self.url}{address}?recursive=true&cursor={start + self.page}>; rel="next"'
-        return Answer(body=entries[start : start + self.page], headers=headers)
+        return HubAnswer(body=entries[start : start + self.page], headers=headers)
 
-    def _preupload(self, repo: Repo, branch: str, files: list[dict[str, Any]]) -> Answer:
+    def _preupload(self, repo: Repo, branch: str, files: list[dict[str, Any]]) -> HubAnswer:
         answers = []
         for file in files:
             present = repo.head(branch).tree.get(file["path"])
@@ -341,9 +343,9 @@ class HubServer:
                 "shouldIgnore": repo.ignores(file["path"], branch),
                 "oid": None if present is None else present.lfs or present.oid,
             })  # fmt: skip
-        return Answer(body={"files": answers})
+        return HubAnswer(body={"files": answers})
 
-    def _batch(self, repo: Repo, request: Request) -> Answer:
+    def _batch(self, repo: Repo, request: HubRequest) -> HubAnswer:
         """Where large files are to be put: nowhere, where the repo has them."""
         objects: list[dict[str, Any]] = []
         for wanted in json.loads(request.body)["objects"]:
@@ -356,16 +358,16 @@ class HubServer:
                     "verify": {"href": f"{self.url}/api/lfs-verify/{ticket}"},
                 }
             objects.append(entry)
-        return Answer(body={"transfer": "basic", "objects": objects})
+        return HubAnswer(body={"transfer": "basic", "objects": objects})
 
-    def _verify(self, told: dict[str, Any], ticket: str) -> Answer:
+    def _verify(self, told: dict[str, Any], ticket: str) -> HubAnswer:
         repo, digest, size = self._uploads[ticket]
         stored = repo.large.get(digest)
         if stored is None or len(stored) != size or (told["oid"], told["size"]) != (digest, size):
             raise Refused(400, "the uploaded file has another digest or size")
-        return Answer(body={"success": True})
+        return HubAnswer(body={"success": True})
 
-    def _commit(self, repo: Repo, branch: str, body: bytes, user: User | None) -> Answer:
+    def _commit(self, repo: Repo, branch: str, body: bytes, user: User | None) -> HubAnswer:
         lines = [json.loads(line) for line in body.splitlines()]
         header = lines[0]["value"]
         tree = dict(repo.head(branch).tree)
@@ -387,9 +389,9 @@ class HubServer:
         except Moved:
             raise Refused(412, "A commit has happened since. Please refresh and try again.") from None
         url = f"{self.url}/{repo.name}/commit/{made.oid}"
-        return Answer(body={"success": True, "commitOid": made.oid, "commitUrl": url, "hookOutput": ""})
+        return HubAnswer(body={"success": True, "commitOid": made.oid, "commitUrl": url, "hookOutput": ""})
 
-    def _resolve(self, repo: Repo, revision: str, path: str) -> Answer:
+    def _resolve(self, repo: Repo, revision: str, path: str) -> HubAnswer:
         """Where a file is: a large one on the CDN, another in the Hub's cache."""
         commit = _commit(repo, revision)
         blob = commit.tree.get(path)
@@ -398,17 +400,17 @@ class HubServer:
         headers = {"X-Repo-Commit": commit.oid, "Accept-Ranges": "bytes"}
         if blob.lfs is None:
             location = f"/api/resolve-cache/models/{repo.name}/{commit.oid}/{quote(path)}"
-            return Answer(307, b"", headers | {"Location": location, "ETag": f'"{blob.oid}"'})
+            return HubAnswer(307, b"", headers | {"Location": location, "ETag": f'"{blob.oid}"'})
         linked = {"X-Linked-Size": str(blob.size), "X-Linked-Etag": f'"{blob.lfs}"'}
         location = f"{self.cdn_url}/cdn/{repo.name}/{blob.lfs}"
-        return Answer(302, b"", headers | linked | {"Location": location})
+        return HubAnswer(302, b"", headers | linked | {"Location": location})
 
-    def _file(self, repo: Repo, revision: str, path: str) -> Answer:
+    def _file(self, repo: Repo, revision: str, path: str) -> HubAnswer:
         commit = _commit(repo, revision)
         blob = commit.tree[path]
-        return Answer(body=blob.data, headers={"ETag": f'"{blob.oid}"', "X-Repo-Commit": commit.oid})
+        return HubAnswer(body=blob.data, headers={"ETag": f'"{blob.oid}"', "X-Repo-Commit": commit.oid})
 
-    def _answer_cdn(self, request: Request, headers: Mapping[str, str]) -> Answer:
+    def _answer_cdn(self, request: HubRequest, headers: Mapping[str, str]) -> HubAnswer:
         """Large files by digest, and uploads by ticket: an address is the permission, a token beside it is too much."""
         self.requests.append(request)
         failure = self.fail(request)
@@ -422,9 +424,9 @@ class HubServer:
             if len(request.body) != size or hashlib.sha256(request.body).hexdigest() != digest:
                 raise Refused(400, "BadDigest")
             repo.large[digest] = request.body
-            return Answer()
+            return HubAnswer()
         data = self.repos["/".join(parts[1:3])].large[parts[3]]
-        return Answer(body=data, headers={"ETag": f'"{parts[3]}"'})
+        return HubAnswer(body=data, headers={"ETag": f'"{parts[3]}"'})
 
     # -- who may -------------------------------------------------------------------------------------------------------
 
@@ -467,26 +469,26 @@ def _branch(repo: Repo, name: str) -> str:
     return name
 
 
-def _validate_yaml(content: str) -> Answer:
+def _validate_yaml(content: str) -> HubAnswer:
     """What the Hub says of a card's front matter, of what it is known to say."""
     found = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
     if found is None:
-        return Answer(body={"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]})
+        return HubAnswer(body={"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]})
     try:
         metadata = yaml.safe_load(found[1])
     except yaml.YAMLError as error:
-        return Answer(400, {"errors": [{"message": f"bad yaml: {error}"}], "warnings": []})
+        return HubAnswer(400, {"errors": [{"message": f"bad yaml: {error}"}], "warnings": []})
     bases = metadata.get("base_model", [])
     wrong = [
         {"message": f'"base_model" with value "{base}" is not valid. Use a model id from https://hf.co/models.'}
         for base in ([bases] if isinstance(bases, str) else bases)
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base)
     ]
-    return Answer(400 if wrong else 200, {"errors": wrong, "warnings": []})
+    return HubAnswer(400 if wrong else 200, {"errors": wrong, "warnings": []})
 
 
 def _serve(
-    answer: Callable[[Request, Mapping[str, str]], Answer], lose: Callable[[Request], bool]
+    answer: Callable[[HubRequest, Mapping[str, str]], HubAnswer], lose: Callable[[HubRequest], bool]
 ) -> ThreadingHTTPServer:
     """A server of its own on a free port, answering in threads."""
 
@@ -498,7 +500,7 @@ def _serve(
         def answer(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)
             body = self._chunks() if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(length)
-            request = Request(self.command, self.requestline.split()[1], body)  # `path` is mended by http.server
+            request = HubRequest(self.command, self.requestline.split()[1], body)  # `path` is mended by http.server
             try:
                 answered = answer(request, {name.title(): value for name, value in self.headers.items()})
             except Refused as refused:

@@ -66,7 +66,7 @@ def kernels(side: str, *, compile_them: bool = False) -> Kernels:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _AskedKernels:
     """What a version asks of a server."""
 
     edits: Sequence[Edit]
@@ -80,7 +80,7 @@ def _edited(layers: int, kinds: Sequence[str], rank: int) -> tuple[nn.Module, Te
     with META:
         model = _Model(widths)
         if kinds:
-            asked = _Asked([edit for edit, _ in edits_everywhere(base, kinds, rank)])
+            asked = _AskedKernels([edit for edit, _ in edits_everywhere(base, kinds, rank)])
             EditedModel(
                 site_modules(model, ARCHITECTURE, widths), Reservation.for_versions([asked]),
                 slots=SLOTS, max_tokens=MOST_TOKENS, dtype=DTYPE, device=META,

@@ -30,7 +30,7 @@ _LOOK_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
-class Line:
+class BatchLine:
     """A request of the file."""
 
     custom_id: str
@@ -38,13 +38,13 @@ class Line:
     body: Mapping[str, Any]
 
 
-def read(path: Path) -> list[Line]:
+def read(path: Path) -> list[BatchLine]:
     """Every request of a file. SettingsError lists the lines that are none."""
     try:
         texts = path.read_text().split("\n")  # JSON may hold what splitlines takes for the end of a line
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} cannot be read: {error}") from error
-    found, wrong, seen = list[Line](), list[str](), set[str]()
+    found, wrong, seen = list[BatchLine](), list[str](), set[str]()
     for number, text in enumerate(texts, 1):
         if text.strip():
             line, why = _line(text)
@@ -63,7 +63,7 @@ def read(path: Path) -> list[Line]:
     return found
 
 
-def _line(text: str) -> tuple[Line | None, str]:
+def _line(text: str) -> tuple[BatchLine | None, str]:
     """A line's request, or why it is none."""
     try:
         said = json.loads(text)
@@ -80,7 +80,7 @@ def _line(text: str) -> tuple[Line | None, str]:
         return None, f"expected an object as body, found {body!r:.40}"
     if body.get("stream"):
         return None, "stream: an answer here is whole. Leave it out"
-    return Line(custom_id, url, body), ""
+    return BatchLine(custom_id, url, body), ""
 
 
 @contextmanager
@@ -112,7 +112,7 @@ def _wait(process: subprocess.Popen[Any], path: str) -> None:
 
 
 async def answer(
-    path: str, lines: Sequence[Line], out: TextIO, *, at_once: int, api_key: str = "",
+    path: str, lines: Sequence[BatchLine], out: TextIO, *, at_once: int, api_key: str = "",
     progress: Callable[[], None] = lambda: None,
 ) -> int:  # fmt: skip
     """Send every request, and write each answer when it comes; returns how many were not answered with success."""
@@ -121,7 +121,7 @@ async def answer(
     transport = httpx.AsyncHTTPTransport(uds=path, limits=httpx.Limits(max_connections=None))
     async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=None) as client:  # noqa: S113
 
-        async def ask(line: Line) -> None:
+        async def ask(line: BatchLine) -> None:
             nonlocal failed
             async with free:
                 said = await _answered(client, line, headers)
@@ -136,7 +136,7 @@ async def answer(
     return failed
 
 
-async def _answered(client: httpx.AsyncClient, line: Line, headers: Mapping[str, str]) -> dict[str, Any]:
+async def _answered(client: httpx.AsyncClient, line: BatchLine, headers: Mapping[str, str]) -> dict[str, Any]:
     """A line of the answers: OpenAI's, with the variant and the version that the server's headers name."""
     found: dict[str, Any] = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": line.custom_id, "response": None,
                              "error": None}  # fmt: skip

@@ -119,7 +119,7 @@ class State:
 
 
 @dataclass
-class _Record:
+class _RuleRecord:
     """What the measurements of one rule for one arm have come to."""
 
     failures: int = 0
@@ -128,14 +128,14 @@ class _Record:
 
 
 @dataclass
-class _Watch:
+class _RuleWatch:
     """One rule with its window."""
 
     rule: Guardrail
     begins: float
     opened: float
     sums: dict[str, Sums]
-    records: dict[str, _Record] = field(default_factory=dict)
+    records: dict[str, _RuleRecord] = field(default_factory=dict)
 
 
 class Guardrails:
@@ -158,8 +158,8 @@ class Guardrails:
         self._control, *treatments = self._weights
         self._watched = [arm for arm in treatments if arm not in withdrawn]
         self._watches = [
-            _Watch(rule, began + rule.warm_up, max(now, began + rule.warm_up), self._no_sums(),
-                   {arm: _Record() for arm in treatments})
+            _RuleWatch(rule, began + rule.warm_up, max(now, began + rule.warm_up), self._no_sums(),
+                   {arm: _RuleRecord() for arm in treatments})
             for rule in self.rules
         ]  # fmt: skip
 
@@ -234,7 +234,7 @@ class Guardrails:
             for arm, record in watch.records.items()
         ]  # fmt: skip
 
-    def _warm(self, now: float) -> Iterable[_Watch]:
+    def _warm(self, now: float) -> Iterable[_RuleWatch]:
         return (watch for watch in self._watches if now >= watch.begins)
 
     def _no_sums(self) -> dict[str, Sums]:
@@ -324,7 +324,7 @@ def _limit(rule: Guardrail) -> tuple[float, bool, str]:
     raise AssertionError("a rule has a limit: Guardrail refuses one that has none")
 
 
-def _judged(record: _Record, rule: Guardrail, arm: str, measured: Observation) -> Action | None:
+def _judged(record: _RuleRecord, rule: Guardrail, arm: str, measured: Observation) -> Action | None:
     """Count a measurement, and say what it leads to."""
     record.last = measured
     if measured.result == "waiting":

@@ -14,7 +14,7 @@ from vllm_edits.edit_store.errors import BundleRefused, EditsError
 from vllm_edits.plugin.vllm_host import runner_v1
 from vllm_edits.plugin.vllm_host.loaded import LoadedEdits, edits_of
 
-Answer = dict[str, Any]
+WorkerAnswer = dict[str, Any]
 
 
 class EditsWorker:
@@ -29,11 +29,11 @@ class EditsWorker:
     def _edits(self) -> LoadedEdits:
         return edits_of(self.model_runner.get_model())  # type: ignore[attr-defined]
 
-    def edits_attach(self) -> Answer:
+    def edits_attach(self) -> WorkerAnswer:
         """Start filling token slots from the runner's batches, and describe what this worker can hold."""
         return _answer(self._attach)
 
-    def _attach(self) -> Answer:
+    def _attach(self) -> WorkerAnswer:
         loaded, runner = self._edits(), self.model_runner  # type: ignore[attr-defined]
         loaded.ending.attached()
         if loaded.runner == "V1":
@@ -55,16 +55,16 @@ class EditsWorker:
             },
         }
 
-    def edits_stage(self, version: str) -> Answer:
+    def edits_stage(self, version: str) -> WorkerAnswer:
         """Begin to read, check and convert a version in the background."""
         self._edits().ready.stage(version)
         return {}
 
-    def edits_staged(self, version: str) -> Answer:
+    def edits_staged(self, version: str) -> WorkerAnswer:
         """{'pending': True}, or {} when the version is ready to install, or its refusal."""
         return _answer(lambda: {} if self._edits().ready.is_ready(version) else {"pending": True})
 
-    def edits_install(self, slot: int, version: str, leaving: str | None) -> Answer:
+    def edits_install(self, slot: int, version: str, leaving: str | None) -> WorkerAnswer:
         """Write a staged version into a slot in place of the one that leaves it, if any.
 
         Answers the digest of what the slot then holds, which share of the model that is, and the last firings of the
@@ -72,7 +72,7 @@ class EditsWorker:
         answers the same.
         """
 
-        def install() -> Answer:
+        def install() -> WorkerAnswer:
             loaded = self._edits()
             edited, prepared = loaded.edited, loaded.ready.get(version)
             share = edited.worker.rank
@@ -87,23 +87,23 @@ class EditsWorker:
 
         return _answer(install)
 
-    def edits_stage_weights(self, version: str) -> Answer:
+    def edits_stage_weights(self, version: str) -> WorkerAnswer:
         """Begin to read and check a version, and to compute the weights with its edits, in the background."""
         self._edits().patches.stage(version)
         return {}
 
-    def edits_weights_staged(self, version: str) -> Answer:
+    def edits_weights_staged(self, version: str) -> WorkerAnswer:
         """{'pending': True}, or {} when the version is ready to be put into the weights, or its refusal."""
         return _answer(lambda: {} if self._edits().patches.is_ready(version) else {"pending": True})
 
-    def edits_put_weights(self, version: str | None, epoch: int, besides: bool) -> Answer:
+    def edits_put_weights(self, version: str | None, epoch: int, besides: bool) -> WorkerAnswer:
         """Put a staged version into the weights, or with None the loaded model; failing that, all stays as it was.
 
         besides: requests that were computed with other weights may go on. Answers what the weights now hold, or
         {'absent': True} with nothing changed when the version is not ready here. Asked again it answers the same.
         """
 
-        def put() -> Answer:
+        def put() -> WorkerAnswer:
             loaded = self._edits()
             weights, patch = loaded.weights, None
             if weights.version != version:
@@ -117,23 +117,23 @@ class EditsWorker:
 
         return _answer(put)
 
-    def edits_fence(self) -> Answer:
+    def edits_fence(self) -> WorkerAnswer:
         """Nothing; but what a process sent to the engine before it asked has arrived."""
         return {}
 
-    def edits_firings(self) -> Answer:
+    def edits_firings(self) -> WorkerAnswer:
         """What the gates on the device did since they were installed: [version, tokens, times by edit] of each."""
 
-        def firings() -> Answer:
+        def firings() -> WorkerAnswer:
             edited = self._edits().edited
             return {"rank": edited.worker.rank, "firings": edited.firings()}
 
         return _answer(firings)
 
-    def edits_clear(self, slot: int) -> Answer:
+    def edits_clear(self, slot: int) -> WorkerAnswer:
         """Make a slot neutral. Answers the last firings of the version that was there."""
 
-        def clear() -> Answer:
+        def clear() -> WorkerAnswer:
             edited = self._edits().edited
             firings = edited.firings(slot)
             edited.clear(slot)
@@ -142,9 +142,9 @@ class EditsWorker:
         return _answer(clear)
 
 
-def _answer(act: Any) -> Answer:
+def _answer(act: Any) -> WorkerAnswer:
     try:
-        answer: Answer = act()
+        answer: WorkerAnswer = act()
     except BundleRefused as refusal:
         return {"error": str(refusal), "reasons": [[reason.code, reason.message] for reason in refusal.reasons]}
     except EditsError as error:

@@ -24,7 +24,7 @@ from vllm_edits.edit_store.edits import Edit, Tensors, order_at_site
 from vllm_edits.edit_store.errors import InstallRefused, Reason, UnsupportedHost
 from vllm_edits.edit_store.sites import Site
 from vllm_edits.plugin.graph.tensor_parallel import Shard
-from vllm_edits.plugin.weights.weight_form import Numbers, formless, patched, touched
+from vllm_edits.plugin.weights.weight_form import EditsWithNumbers, formless, patched, touched
 
 
 @dataclass
@@ -277,5 +277,5 @@ class PatchedWeights:
         return next((each for each in (self._installed, self._before) if each and each.version == version), None)
 
 
-def _at(site: Site, edits: Sequence[Edit], numbers: Mapping[Edit, Mapping[str, Any]]) -> Numbers:
+def _at(site: Site, edits: Sequence[Edit], numbers: Mapping[Edit, Mapping[str, Any]]) -> EditsWithNumbers:
     return [(edit, numbers[edit]) for edit in edits if edit.site == str(site)]

@@ -28,7 +28,7 @@ from vllm_edits.edit_store.errors import Reason
 from vllm_edits.edit_store.linear import AffineMap
 from vllm_edits.edit_store.sites import Site
 
-Numbers = Sequence[tuple[Edit, Mapping[str, Any]]]
+EditsWithNumbers = Sequence[tuple[Edit, Mapping[str, Any]]]
 """Edits of one site in the order in which they apply, each with its arrays."""
 
 
@@ -67,7 +67,7 @@ class Affine:
 
 
 def patched(
-    weight: Tensor, bias: Tensor, given: Numbers, read: Numbers, strength: float = 1.0
+    weight: Tensor, bias: Tensor, given: EditsWithNumbers, read: EditsWithNumbers, strength: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Weight [out, in] and bias [out] of a projection with edits of what it gives, and of what it reads.
 
@@ -85,11 +85,11 @@ def patched(
     return weight, bias
 
 
-def _stages(numbers: Numbers) -> list[Numbers]:
+def _stages(numbers: EditsWithNumbers) -> list[EditsWithNumbers]:
     return [list(stage) for _, stage in groupby(numbers, key=lambda pair: pair[0].order.stage)]
 
 
-def _in_place(stage: Numbers, width: int) -> AffineMap | None:
+def _in_place(stage: EditsWithNumbers, width: int) -> AffineMap | None:
     """The map that the edits make which read the vector they change; None where there are none."""
     in_place = [pair for pair in stage if pair[0].source == pair[0].site]
     kinds = [list(pairs) for _, pairs in groupby(in_place, key=lambda pair: type(pair[0]))]

@@ -35,7 +35,7 @@ from loadtests.bench.report import (
     Comparison,
     Figure,
     RequestTimes,
-    Swap,
+    SwapTiming,
     decode_rate,
     gaps_within,
     prefill_rate,
@@ -45,7 +45,7 @@ from loadtests.bench.report import (
     summarise_swaps,
     verdict,
 )
-from loadtests.bench.rounds import PREFILLS, Phase, Side, Trial, _in_step, _steps, rates_by_round, turns
+from loadtests.bench.rounds import PREFILLS, Side, Stage, Trial, _in_step, _steps, rates_by_round, turns
 from loadtests.bench.sides import Batch, Engine
 from loadtests.harness.record import free_path
 from tests.support.fakes import BASE, WIDTHS
@@ -65,8 +65,8 @@ def times(scheduled: float, first: float, last: float, output_tokens: int = 11) 
     return RequestTimes(scheduled, first, last, prompt_tokens=100, output_tokens=output_tokens)
 
 
-def swap(stall: float, calm: float = 0.030, step: float = 0.020) -> Swap:
-    return Swap(0.01, 0.1, 0.2, {"install": 0.05}, stall=stall, calm_stall=calm, step=step)
+def swap(stall: float, calm: float = 0.030, step: float = 0.020) -> SwapTiming:
+    return SwapTiming(0.01, 0.1, 0.2, {"install": 0.05}, stall=stall, calm_stall=calm, step=step)
 
 
 @given(st.lists(st.floats(1, 1000), min_size=3, max_size=20), st.floats(0.5, 2))
@@ -84,7 +84,7 @@ def test_without_second_engines_sides_are_held_against_the_first() -> None:
     both = ("plain", "plain again")
     comparisons = [Comparison(over, under, "decode") for over, under in
                    (("plain again", ("plain",)), ("idle", both), ("idle again", both))]  # fmt: skip
-    once = Trial("", sides, [Phase("decode", 1, 1)], comparisons).once()
+    once = Trial("", sides, [Stage("decode", 1, 1)], comparisons).once()
     assert list(once.sides) == ["plain", "idle"]
     assert once.comparisons == [Comparison("idle", ("plain",), "decode")]
 
@@ -153,7 +153,7 @@ class AskedSide(Side):
 
     seeds: ClassVar[list[Sequence[int]]] = []
 
-    def batch(self, phase: Phase, inputs: Any, seed: Sequence[int]) -> Batch:
+    def batch(self, phase: Stage, inputs: Any, seed: Sequence[int]) -> Batch:
         self.seeds.append(seed)
         return Batch([[0]], [None], phase.tokens)
 
@@ -167,7 +167,7 @@ def test_a_prefill_is_measured_several_times_a_round_with_other_prompts_each_tim
     no_inputs: Any = None
     for tokens, measured, rates in ((1, PREFILLS, {"a": 200, "b": 100}), (3, 1, {"a": 2, "b": 1})):
         AskedSide.seeds.clear()
-        found = _in_step(sides, Phase("", requests=1, prompt_tokens=100, tokens=tokens), no_inputs, (7, 0, 0))
+        found = _in_step(sides, Stage("", requests=1, prompt_tokens=100, tokens=tokens), no_inputs, (7, 0, 0))
         assert found == pytest.approx(rates)
         assert sorted(AskedSide.seeds) == sorted([(7, 0, 0, again) for again in range(measured)] * len(sides))
 
@@ -178,7 +178,7 @@ def test_sides_of_one_engine_work_in_different_heats() -> None:
     sides = {"plain": Side("", plain, [None]), "K=0": Side("", edited, [None]), "K=1": Side("", edited, ["a"]),
              "other": Side("", other, [None])}  # fmt: skip
     compared = [Comparison(side, ("plain",), "decode") for side in ("K=0", "K=1", "other")]
-    experiment = Trial("", sides, [Phase("decode", 1, 1)], compared)
+    experiment = Trial("", sides, [Stage("decode", 1, 1)], compared)
     assert experiment.heats() == [["plain", "K=0", "other"], ["plain", "K=1"]]
     rates = [{"plain": {"decode": 10.0}, "K=0": {"decode": 9.0}}, {"plain": {"decode": 20.0}, "K=1": {"decode": 20.0}}]
     assert [each.of(rates).median for each in compared[:2]] == [0.9, 1.0]
@@ -208,7 +208,7 @@ def test_on_a_gpu_engines_start_side_by_side_and_rounds_end_when_their_time_is_u
     for seconds, rounds in ((0.0, 3), (60.0, 6)):
         begun = Barrier(3)
         sides: dict[str, Side] = {name: AskedSide("", EngineThatStarts(name, begun), [None]) for name in "abc"}
-        experiment = Trial("", sides, [Phase("decode", 1, 1, 11)], [])
+        experiment = Trial("", sides, [Stage("decode", 1, 1, 11)], [])
         no_inputs: Any = None
         with Progress(disable=True) as progress:
             found = rates_by_round(experiment, 6, no_inputs, progress, in_step=False, seconds=seconds)
@@ -278,7 +278,7 @@ def test_beside_distinct_versions_stands_what_reading_them_costs(
     sides = distinct(engines).sides
     reading, edited = sides["rank 4, reading alone"], sides["rank 4, K=2"]
     assert reading.engine is edited.engine
-    asked = reading.batch(Phase("", requests=2, prompt_tokens=1), engines.inputs, [0])
+    asked = reading.batch(Stage("", requests=2, prompt_tokens=1), engines.inputs, [0])
     assert asked.reads == 2 * 3 * 4 * (WIDTHS.mlp + WIDTHS.hidden) * 2
     assert asked.names == [None, None]
     assert edited.reads == 0

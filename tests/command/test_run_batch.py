@@ -31,7 +31,7 @@ def test_a_file_is_read_line_by_line(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text(json.dumps(GOOD) + "\n\n" + json.dumps({**GOOD, "custom_id": "é"}) + "\n")
     assert [line.custom_id for line in run_batch.read(path)] == ["1", "é"]
-    assert run_batch.read(path)[0] == run_batch.Line("1", "/v1/completions", {"model": "polite"})
+    assert run_batch.read(path)[0] == run_batch.BatchLine("1", "/v1/completions", {"model": "polite"})
     odd = {**GOOD, "body": {"prompt": "a\u2028b\u0085c"}}
     path.write_text(json.dumps(odd, ensure_ascii=False) + "\r\n")
     assert run_batch.read(path)[0].body == odd["body"], "these end no line of JSON"
@@ -102,10 +102,11 @@ async def test_answers_are_written_as_they_come_with_the_version_and_what_failed
     serving = asyncio.create_task(server.serve([listening]))
     while not server.started:  # noqa: ASYNC110  uvicorn has no event for it
         await asyncio.sleep(0.01)
-    lines = [run_batch.Line(str(number), "/v1/completions", {"model": "polite"}) for number in range(8)]
-    lines += [run_batch.Line("bad", "/v1/completions", {"model": "absent"}), run_batch.Line("odd", "/odd", {}),
-              run_batch.Line("strange", "/odd", {"prompt": "\ud83d", "temperature": float("nan")}),
-              run_batch.Line("moved", "/moved", {}), run_batch.Line("silent", "/silent", {})]  # fmt: skip
+    lines = [run_batch.BatchLine(str(number), "/v1/completions", {"model": "polite"}) for number in range(8)]
+    lines += [run_batch.BatchLine("bad", "/v1/completions", {"model": "absent"}),
+              run_batch.BatchLine("odd", "/odd", {}),
+              run_batch.BatchLine("strange", "/odd", {"prompt": "\ud83d", "temperature": float("nan")}),
+              run_batch.BatchLine("moved", "/moved", {}), run_batch.BatchLine("silent", "/silent", {})]  # fmt: skip
     out, seen = io.StringIO(), 0
 
     def progress() -> None:
@@ -133,7 +134,7 @@ async def test_a_request_that_nobody_answers_is_told() -> None:
         raise httpx.ConnectError("nobody listens")
 
     async with httpx.AsyncClient(transport=httpx.MockTransport(refuse), base_url="http://server") as client:
-        said = await run_batch._answered(client, run_batch.Line("1", "/v1/completions", {}), {})
+        said = await run_batch._answered(client, run_batch.BatchLine("1", "/v1/completions", {}), {})
     assert (said["response"], said["error"]["code"]) == (None, "no_answer")
     assert "nobody listens" in said["error"]["message"]
 

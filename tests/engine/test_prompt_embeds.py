@@ -22,7 +22,7 @@ from tests.support.engine import USUAL_OR_AS_ON_A_GPU, Serving, serve
 from tests.support.log_probs import pairs_of
 from tests.support.scoped import SCOPES, numbered, scoped
 from vllm_edits.edit_store import Offset, Scope
-from vllm_edits.edit_store.authoring.formula import Request, edited
+from vllm_edits.edit_store.authoring.formula import FormulaRequest, edited
 
 pytestmark = pytest.mark.vllm
 torch.set_num_threads(1)
@@ -119,7 +119,7 @@ def test_text_and_vectors_are_their_formula_in_one_batch(serving: Serving, exact
         with ThreadPoolExecutor(len(asked)) as pool:
             choices = list(pool.map(lambda pair: ask(serving, *pair), asked))
         for (name, prompt), choice in zip(asked, choices, strict=True):
-            request = Request([*prompt.ids, *choice["token_ids"]], len(prompt.ids))
+            request = FormulaRequest([*prompt.ids, *choice["token_ids"]], len(prompt.ids))
             pairs = pairs_of(serving.bundles[name]) if name != "base" else []
             with edited(exact, pairs, request=request):
                 worst[name] = max(worst.get(name, 0), off_by(exact, prompt, choice))

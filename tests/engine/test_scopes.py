@@ -18,7 +18,7 @@ from tests.support.bundles import base_of, bundle_of
 from tests.support.engine import USUAL_OR_AS_ON_A_GPU, Serving, serve
 from tests.support.scoped import SCOPES, numbered, scoped
 from vllm_edits.edit_store import Bundle, Gate, Offset, Scale, Strength
-from vllm_edits.edit_store.authoring.formula import Request, edited
+from vllm_edits.edit_store.authoring.formula import FormulaRequest, edited
 from vllm_edits.edit_store.authoring.host import Edits
 from vllm_edits.edit_store.compose import compose
 
@@ -88,7 +88,7 @@ def test_every_scope_is_its_formula_in_one_batch(serving: Serving) -> None:
     felt: dict[str, float] = {}
     for (name, _), choice in zip(asked, choices, strict=True):
         prompt = choice["prompt_token_ids"]
-        request = Request([*prompt, *choice["token_ids"]], len(prompt))
+        request = FormulaRequest([*prompt, *choice["token_ids"]], len(prompt))
         with edited(exact, pairs_of(serving, name) if name != "base" else [], request=request):
             worst[name] = max(worst.get(name, 0), off_by(exact, choice))
         felt[name] = max(felt.get(name, 0), off_by(exact, choice))
@@ -124,7 +124,7 @@ def test_what_is_generated_does_not_fork_the_prompts_cache(serving: Serving) -> 
     exact = AutoModelForCausalLM.from_pretrained(serving.model, dtype=torch.float64).eval()
     for name in ("base", "generated", "base"):
         choice = ask(serving, name, turn)
-        request = Request([*turn, *choice["token_ids"]], len(turn))
+        request = FormulaRequest([*turn, *choice["token_ids"]], len(turn))
         with edited(exact, pairs_of(serving, name) if name != "base" else [], request=request):
             assert off_by(exact, choice) < 2e-3, name
 

@@ -26,8 +26,8 @@ from vllm_edits.plugin.experiments.analysis.report import (
     WORSE,
     ArmShare,
     Goal,
-    Line,
     Report,
+    ReportLine,
     as_json,
     html,
     picture,
@@ -64,7 +64,7 @@ def verdicts(report: Report, arm: str = "polite") -> dict[str, str]:
     return {line.metric: line.verdict for line in report.lines if line.arm == arm}
 
 
-def of(report: Report, metric: str, arm: str = "polite") -> Line:
+def of(report: Report, metric: str, arm: str = "polite") -> ReportLine:
     [line] = [line for line in report.lines if (line.metric, line.arm) == (metric, arm)]
     return line
 

@@ -412,13 +412,13 @@ def _by_formula(model: Path, questions: list[Question], prompt: int) -> list[np.
     import torch
     from transformers import AutoModelForCausalLM
 
-    from vllm_edits.edit_store.authoring.formula import Request, edited
+    from vllm_edits.edit_store.authoring.formula import FormulaRequest, edited
 
     torch.set_num_threads(1)
     host = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, attn_implementation="eager").eval()
     found = []
     for asked in questions:
-        with torch.no_grad(), edited(host, asked.pairs, request=Request(asked.ids, prompt)):
+        with torch.no_grad(), edited(host, asked.pairs, request=FormulaRequest(asked.ids, prompt)):
             logits = host(torch.tensor([asked.ids])).logits[0, prompt - 1 : -1].log_softmax(-1)
         found.append(np.take_along_axis(logits.numpy(), asked.told, -1))
     return found

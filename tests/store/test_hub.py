@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from loadtests.harness.hub_server import Answer, Blob, HubServer, Repo, Request, User
+from loadtests.harness.hub_server import Blob, HubAnswer, HubRequest, HubServer, Repo, User
 from vllm_edits.edit_store import (
     BaseModelRef,
     Bundle,
@@ -301,7 +301,7 @@ def test_who_is_overtaken_gets_a_conflict_and_overwrites_nothing(channel: Channe
     theirs = rival.publish(bundle("rival", number=3.0))
     channel.push(f"polite@{channel.store.publish(bundle('0'))}")
 
-    def overtake(request: Request) -> None:
+    def overtake(request: HubRequest) -> None:
         if moment in request.path:
             channel.hub.before = lambda _: None
             channel.push(f"polite@{theirs}", store=rival)
@@ -703,7 +703,9 @@ def test_a_hub_that_is_down_is_told(channel: Channel, version: str) -> None:
 def test_a_hub_that_fails_half_way_leaves_nothing_behind(channel: Channel, version: str, part: str) -> None:
     """However far a pull has come; and afterwards it succeeds."""
     channel.push(f"polite@{version}")
-    channel.hub.fail = lambda request: Answer(503, {"error": "Service Unavailable"}) if part in request.path else None
+    channel.hub.fail = lambda request: (
+        HubAnswer(503, {"error": "Service Unavailable"}) if part in request.path else None
+    )
     with pytest.raises(StoreUnavailable, match=f"{channel.hub.url}.*503|503.*{channel.hub.url}"):
         channel.pull()
     assert objects(channel.empty) == {}
@@ -718,7 +720,7 @@ def test_a_hub_that_fails_half_way_leaves_nothing_behind(channel: Channel, versi
 def test_a_push_that_fails_half_way_commits_nothing(channel: Channel, version: str, part: str) -> None:
     """However far it has come; and afterwards it succeeds."""
     channel.hub.add(REPO)
-    channel.hub.fail = lambda request: Answer(500, {"error": "Internal Error"}) if part in request.path else None
+    channel.hub.fail = lambda request: HubAnswer(500, {"error": "Internal Error"}) if part in request.path else None
     with pytest.raises(StoreUnavailable, match="500"):
         channel.push(f"polite@{version}")
     assert len(channel.repo.history()) == 1
@@ -727,7 +729,7 @@ def test_a_push_that_fails_half_way_commits_nothing(channel: Channel, version: s
 
 
 def test_being_asked_to_wait_is_told(channel: Channel) -> None:
-    channel.hub.fail = lambda _: Answer(429, {"error": "too many requests"})
+    channel.hub.fail = lambda _: HubAnswer(429, {"error": "too many requests"})
     with pytest.raises(StoreUnavailable, match=r"asks to wait: too many requests\. Try again later"):
         channel.pull()
 

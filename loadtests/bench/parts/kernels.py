@@ -10,13 +10,13 @@ from dataclasses import replace
 
 from loadtests.bench.engine import Calls
 from loadtests.bench.inputs import Inputs
-from loadtests.bench.rounds import Phase, Side
+from loadtests.bench.rounds import Side, Stage
 
 SHORT, LONG, MOST = 4, 12, 40
 ALL, LONGEST_NAME = "all kernels", 140
 
 
-def kernels_of_a_step(sides: Mapping[str, Side], phase: Phase, inputs: Inputs) -> dict[str, dict[str, float]]:
+def kernels_of_a_step(sides: Mapping[str, Side], phase: Stage, inputs: Inputs) -> dict[str, dict[str, float]]:
     """Microseconds of the kernels of a step by side, the longest first, and of all together."""
     found = {}
     for number, (name, side) in enumerate(sides.items()):

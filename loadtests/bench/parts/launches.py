@@ -14,7 +14,7 @@ from typing import Any
 
 from loadtests.bench.engine import Calls
 from loadtests.bench.parts.side_by_side import Engines
-from loadtests.bench.rounds import Phase, Side
+from loadtests.bench.rounds import Side, Stage
 from loadtests.bench.run import Measured, Run
 from vllm_edits.edit_store.kinds import served_per_request
 
@@ -44,7 +44,7 @@ def measure_launches(run: Run) -> Measured:
     plan, progress = LaunchPlan(run.dtype), run.progress
     task = progress.add_task("starting engines (a first start compiles for minutes)", total=None)
     engines = Engines.of(run, lambda _: None)
-    short, long = (Phase("", plan.requests, plan.prompt_tokens, tokens) for tokens in (plan.short, plan.long))
+    short, long = (Stage("", plan.requests, plan.prompt_tokens, tokens) for tokens in (plan.short, plan.long))
     sides = {"plain": engines.plain()["plain"]}
     for label, kinds in (("low_rank", ["low_rank"]), ("all kinds", served_per_request())):
         engine, variants = engines.edited(run.inputs.everywhere(kinds), label.replace(" ", "_"), plan.requests)

@@ -16,7 +16,7 @@ from typing import Any
 
 from loadtests.bench.engine import Calls
 from loadtests.bench.parts.side_by_side import Engines
-from loadtests.bench.rounds import Phase, Side
+from loadtests.bench.rounds import Side, Stage
 from loadtests.bench.run import Measured, Run
 from vllm_edits.edit_store.kinds import served_per_request
 
@@ -76,7 +76,7 @@ def measure_profile(run: Run) -> Measured:
             for name, (side, requests) in sides.items():
                 progress.update(task, description=f"turn {turn + 1}: {name}")
                 few, many = (
-                    side.engine.calls(side.batch(Phase("", requests, plan.prompt_tokens, tokens), run.inputs,
+                    side.engine.calls(side.batch(Stage("", requests, plan.prompt_tokens, tokens), run.inputs,
                                                  [turn + 1, tokens]))
                     for tokens in (plan.short, plan.long)
                 )  # fmt: skip

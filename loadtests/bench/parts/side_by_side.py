@@ -12,7 +12,7 @@ from loadtests.bench.inputs import Inputs
 from loadtests.bench.parts.kernels import kernels_of_a_step
 from loadtests.bench.parts.swap import IN_WEIGHTS
 from loadtests.bench.report import Comparison, Rates, summarise_rates
-from loadtests.bench.rounds import Phase, Side, Trial, rates_by_round
+from loadtests.bench.rounds import Side, Stage, Trial, rates_by_round
 from loadtests.bench.run import Measured, NotMeasured, Run
 from loadtests.bench.sides import Engine
 from loadtests.harness.record import gpu
@@ -106,17 +106,17 @@ class Engines:
         return Engine(label, arguments, inputs.folder / f"{label}.log", self.cores, **options)
 
 
-def batch(requests: int) -> list[Phase]:
+def batch(requests: int) -> list[Stage]:
     """Decoding and prefill of that many requests at once, the prefill of each in one step."""
     room, tokens = MAX_MODEL_LEN // requests, 16 if requests > 16 else 64
     return [
-        Phase(f"decode x{requests}", requests, min(16, room), tokens),
-        Phase(f"prefill x{requests}", requests, min(256, room)),
+        Stage(f"decode x{requests}", requests, min(16, room), tokens),
+        Stage(f"prefill x{requests}", requests, min(256, room)),
     ]
 
 
 def against(
-    over: str, under: Sequence[str], phases: Sequence[Phase], decode: float | None, prefill: float | None
+    over: str, under: Sequence[str], phases: Sequence[Stage], decode: float | None, prefill: float | None
 ) -> list[Comparison]:
     """One side over others in every phase, with the least that is asked for."""
     return [Comparison(over, tuple(under), phase.name, prefill if phase.tokens == 1 else decode) for phase in phases]

@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 
 from loadtests.bench.inputs import strengths
-from loadtests.bench.report import Swap, gaps_within, summarise_swaps
+from loadtests.bench.report import SwapTiming, gaps_within, summarise_swaps
 from loadtests.bench.run import Measured, NotMeasured, Run
 from loadtests.harness.record import gpu
 from loadtests.harness.server import Server
@@ -99,7 +99,7 @@ def measure_swaps(run: Run, *, weights: bool = False) -> Measured:
 async def _measure(
     url: str, store: EditStore, name: str, versions: Sequence[str], models: Sequence[str], *, plan: SwapPlan,
     done: Callable[[], None],
-) -> list[Swap]:  # fmt: skip
+) -> list[SwapTiming]:  # fmt: skip
     swaps, window = [], plan.window_seconds
     async with httpx.AsyncClient(base_url=url, timeout=120) as client:
         for number, version in enumerate(versions):
@@ -112,7 +112,7 @@ async def _measure(
                     else:
                         begin = await _calm_window(client, name, plan)
                         calm = gaps_within(token_times, begin, begin + window)
-            swaps.append(Swap(**swapped, stall=stall, calm_stall=max(calm), step=statistics.median(calm)))
+            swaps.append(SwapTiming(**swapped, stall=stall, calm_stall=max(calm), step=statistics.median(calm)))
             done()
     return swaps
 

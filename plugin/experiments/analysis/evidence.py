@@ -17,7 +17,7 @@ import numpy as np
 
 from vllm_edits.edit_store.errors import EditsError, NotFound
 from vllm_edits.edit_store.experiments.document import BUILT_IN
-from vllm_edits.plugin.experiments.analysis.sequences import Flags, Floats, Integers
+from vllm_edits.plugin.experiments.analysis.sequences import Booleans, Floats, Integers
 from vllm_edits.plugin.experiments.records import Exposure, Record, ShadowRecord
 
 PATTERN = "exposures-*.jsonl"
@@ -156,7 +156,7 @@ def collect(records: Iterable[Record], experiment: str, phase: int) -> Evidence:
     said_kept = said[:, 0] >= since
     said_kept[known] = kept[exposure[known]]
 
-    def by_arm(values: Floats, arm: Integers, unit: Integers, kept: Flags) -> dict[str, UnitSums]:
+    def by_arm(values: Floats, arm: Integers, unit: Integers, kept: Booleans) -> dict[str, UnitSums]:
         which = {name: kept & (arm == code) & ~np.isnan(values) for name, code in arms.items()}
         return {name: _unit_sums(unit[here], values[here]) for name, here in which.items()}
 

@@ -21,7 +21,7 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 
 @dataclass(frozen=True)
-class Answer:
+class Replayed:
     """What one version said."""
 
     tokens: Sequence[int]
@@ -42,10 +42,10 @@ class Parting:
     said: tuple[str, str]
 
     @classmethod
-    def of(cls, prompt: str, one: Answer, other: Answer) -> Parting:
+    def of(cls, prompt: str, one: Replayed, other: Replayed) -> Parting:
         place = parted(one.tokens, other.tokens)
 
-        def there(answer: Answer) -> float | None:
+        def there(answer: Replayed) -> float | None:
             return answer.logprobs[place] if place is not None and place < len(answer.logprobs) else None
 
         return cls(
@@ -95,7 +95,7 @@ async def replay(
         return list(await asyncio.gather(*map(both, requests)))
 
 
-async def _ask(client: httpx.AsyncClient, model: str, body: dict[str, Any], max_tokens: int) -> Answer:
+async def _ask(client: httpx.AsyncClient, model: str, body: dict[str, Any], max_tokens: int) -> Replayed:
     chat = "messages" in body
     told = {"logprobs": True, "top_logprobs": 0} if chat else {"logprobs": 0}
     asked = {"max_tokens": max_tokens, "temperature": 0, "seed": 0, **body, **told, "model": model, "stream": False,
@@ -112,7 +112,7 @@ async def _ask(client: httpx.AsyncClient, model: str, body: dict[str, Any], max_
         text = choice["message"]["content"] or ""
     else:
         logprobs, text = choice["logprobs"]["token_logprobs"], choice["text"]
-    return Answer(choice["token_ids"], logprobs, text)
+    return Replayed(choice["token_ids"], logprobs, text)
 
 
 def summary(partings: Sequence[Parting]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class ArmShare:
 
 
 @dataclass(frozen=True)
-class Line:
+class ReportLine:
     """One metric in one arm. `mean` is None without a request; `difference`, to the control, without enough of them."""
 
     metric: str
@@ -87,7 +87,7 @@ class Report:
     units: Mapping[str, int]
     versions: Mapping[str, str]
     sample_ratio: SampleRatio
-    lines: tuple[Line, ...]
+    lines: tuple[ReportLine, ...]
     caveats: Caveats
 
 
@@ -111,7 +111,7 @@ def summarise(
     ratio = sample_ratio(list(units.values()), [arm.share for arm in arms])
     wished = {**GOALS, **(goals or {})}
 
-    def line(metric: str, arm: str, mean: ArmMean | None, control: ArmMean | None) -> Line:
+    def line(metric: str, arm: str, mean: ArmMean | None, control: ArmMean | None) -> ReportLine:
         found: Interval | None = None
         lift: float | None = None
         enough = mean is not None and control is not None and mean.is_enough and control.is_enough
@@ -121,7 +121,7 @@ def summarise(
         verdict = _verdict(found, wished.get(metric)) if enough else TOO_FEW
         verdict = CONTROL if arm in controls else MISMATCH if ratio.mismatch else verdict
         counted: tuple[float | None, int, int] = (mean.mean, mean.units, mean.requests) if mean else (None, 0, 0)
-        return Line(metric, arm, *counted, found, lift, verdict)
+        return ReportLine(metric, arm, *counted, found, lift, verdict)
 
     lines = []
     for metric, sums in evidence.metrics.items():

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
-Flags = npt.NDArray[np.bool_]
+Booleans = npt.NDArray[np.bool_]
 
 MIN_UNITS = 100
 """Effective units that every arm needs before it is compared: with fewer, sums are not yet near enough to normal."""
