@@ -17,12 +17,12 @@ from vllm_edits.plugin.graph.step import Step
 
 
 class Factors(Stage):
-    """Factors of a vector. Where nothing is added before them they read it as it is, which saves a sum."""
+    """Factors multiply, those of other scopes too. The first of a site reads the vector as it is, which saves a sum."""
 
     def _with_groups(self, value: Tensor, added: Tensor, slots: Tensor, step: Step, carried: Carried) -> Tensor:
         del carried
-        here = value if self.first else value + added
-        for group in self.groups:
+        for number, group in enumerate(self.groups):
+            here = value if self.first and number == 0 else value + added
             added = added + group(here, slots, step)
         return added
 
