@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vllm_edits.edit_store.bundle import Manifest
 from vllm_edits.edit_store.edits import Edit, Tensors
 from vllm_edits.edit_store.errors import InstallRefused, UnsupportedHost
-from vllm_edits.edit_store.kinds.gate import SILENT, Gate
+from vllm_edits.edit_store.kinds import KINDS
 from vllm_edits.edit_store.scope import Scope
 from vllm_edits.edit_store.sites import Site
 from vllm_edits.plugin.claim import Claim, FalseClaim
@@ -28,7 +28,6 @@ from vllm_edits.plugin.graph.device_rows import DeviceRows
 from vllm_edits.plugin.graph.edited_modules import LogitsEdits, ModuleEdits, edited_class, edited_logits, input_of
 from vllm_edits.plugin.graph.firing_counters import FiringCounters
 from vllm_edits.plugin.graph.kinds import SLOT_TENSORS
-from vllm_edits.plugin.graph.kinds.gate import GateSlots
 from vllm_edits.plugin.graph.reservation import EditGroup, Reservation, edit_groups, scopes_of
 from vllm_edits.plugin.graph.site_edits import SiteEdits
 from vllm_edits.plugin.graph.slot_bytes import slot_bytes
@@ -141,7 +140,7 @@ class EditedModel:
             shape = Shape(capacity, reads, writes, dtype, total, products if capacity.rank > 1 else EXPRESSIONS)
             tensors = self._places[group] = SLOT_TENSORS[group.kind](shape, self._layout)
             site_edits = (within if group in joining else edits_of_site)[group.site]
-            site_edits.add(group.kind, tensors, None if group.reads == group.site else str(group.reads))
+            site_edits.add(KINDS[group.kind], tensors, None if group.reads == group.site else str(group.reads))
         self._rows = self._layout.rows(slots + 1, device)
         parts: dict[int | None, list[Columns]] = {}
         for group, tensors in self._places.items():
@@ -154,13 +153,13 @@ class EditedModel:
     def _count(self, edits_of_site: Mapping[Site, SiteEdits], *, logits: bool) -> FiringCounters:
         """Have the gates counted that run with the model, or those at the logits, which run after it."""
         firings = FiringCounters()
-        gates = {group: tensors for group, tensors in self._places.items()
-                 if isinstance(tensors, GateSlots) and (group.site.point == "logits") == logits}  # fmt: skip
-        for gate in gates.values():
-            gate.counted_by(firings)
+        counted = {group: tensors for group, tensors in self._places.items()
+                   if tensors.neurons and (group.site.point == "logits") == logits}  # fmt: skip
+        for tensors in counted.values():
+            tensors.counted_by(firings)
         firings.bind(self.slots + 1, self._rows.device)
-        if gates:
-            edits_of_site[max(group.site for group in gates)].adds_up = firings
+        if counted:
+            edits_of_site[max(group.site for group in counted)].count_with(firings)
         return firings
 
     def _tap(self, site: Site, site_module: SiteModule) -> SiteEdits:
@@ -353,16 +352,12 @@ def _joins_sum(group: EditGroup, reservation: Reservation, site_modules: Mapping
     That is so where it is linear in a divided vector. Scales come before it and in-place edits read what it has not
     changed, so with these at the site its dot products are added up by themselves.
     """
-    if (
-        group.kind != "low_rank"
-        or site_modules[group.site].shard.divided
-        or not site_modules[group.reads].shard.divided
-    ):
+    divided = {site: site_modules[site].shard.divided for site in (group.site, group.reads)}
+    if not SLOT_TENSORS[group.kind].linear or divided[group.site] or not divided[group.reads]:
         return False
-    others = (each for each in reservation.capacities if each.site == group.site)
-    return not any(
-        each.kind == "scale" or (each.kind in ("low_rank", "gate") and each.reads == each.site) for each in others
-    )
+    stage = KINDS[group.kind].order.stage
+    here = (each for each in reservation.capacities if each.site == each.reads == group.site)
+    return all(KINDS[each.kind].order.stage > stage for each in here)
 
 
 def _digest(version: str, row: Tensor) -> str:
@@ -374,16 +369,11 @@ def _named(version: str | None) -> str:
 
 
 def _counted(group: SlotTensors, edits: Iterable[Edit]) -> list[Counted]:
-    """The edits of a place whose firings tell something: gates that are silent off their trigger."""
+    """The edits of a group whose firings are counted."""
     counted, begin = list[Counted](), 0
     for edit in edits:
-        if (
-            isinstance(edit, Gate)
-            and isinstance(group, GateSlots)
-            and group.firings is not None
-            and edit.activation in SILENT
-        ):
+        if edit.fires and group.firings is not None:
             first = group.column + begin
-            counted.append((edit.label, group.firings, slice(first, first + edit.rank)))
+            counted.append((edit.label, group.firings, slice(first, first + edit.capacity)))
         begin += edit.capacity
     return counted

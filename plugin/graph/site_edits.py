@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
+from vllm_edits.edit_store.edits import Edit
 from vllm_edits.plugin.graph.carried import Carried
 from vllm_edits.plugin.graph.firing_counters import FiringCounters
-from vllm_edits.plugin.graph.kinds.offset import renormed
 from vllm_edits.plugin.graph.slot_tensors import SlotTensors
+from vllm_edits.plugin.graph.stage import Stage
 from vllm_edits.plugin.graph.step import Step
 from vllm_edits.plugin.graph.tensor_parallel import AllReduce, identity
 
 
 class SiteEdits(nn.Module):
-    """All edits of one site, in the order that `vllm_edits.edit_store.edits` lays down."""
+    """All edits of one site, stage after stage, in the order that their kinds declare."""
 
     def __init__(self, step: Step, width: int, carried: Carried, total: AllReduce = identity) -> None:
         """width: of the worker's share of the vector; total: how sums over the vector become whole."""
@@ -25,65 +24,55 @@ class SiteEdits(nn.Module):
         self.width = width
         self.total = total
         self.carries_as: str | None = None
-        """the name under which later taps of the layer find this site's vector, if any of them reads it"""
+        """the name under which later sites of the layer find this site's vector, if any of them reads it"""
         self._carried = carried
-        self.scales, self.adds, self.filters, self.offsets = (nn.ModuleList() for _ in range(4))
-        self.sources: list[str | None] = []
-        """what each of `adds` reads: another site's name, or None for this one"""
+        self.stages = nn.ModuleList()
         self.forgets: list[str] = []
-        """names that nobody reads after this tap"""
-        self.adds_up: FiringCounters | None = None
-        """what counts the gates, where none of them comes after this tap"""
+        """names that nobody reads after this site"""
 
-    def add(self, kind: str, slots: SlotTensors, source: str | None) -> None:
-        """Attach the slot tensors of one place."""
-        if kind in ("low_rank", "gate"):
-            self.adds.append(slots)
-            self.sources.append(source)
-        else:
-            {"scale": self.scales, "subspace_filter": self.filters, "offset": self.offsets}[kind].append(slots)
+    def add(self, kind: type[Edit], slots: SlotTensors, source: str | None) -> None:
+        """Attach the slot tensors of one group of edits, which read the site of that name, None for this one."""
+        stages = {stage.number: stage for stage in self._in_order()}
+        number = kind.order.stage
+        if number not in stages:
+            stages[number] = slots.stage(number, in_turn=kind.in_turn, total=self.total)
+            self.stages = nn.ModuleList(stages[each] for each in sorted(stages))
+            for stage in stages.values():
+                stage.first = stage.number == min(stages)
+        stages[number].groups.append(slots)
+        stages[number].sources.append(source)
+
+    def count_with(self, firings: FiringCounters) -> None:
+        """Have what the edits of this site and those before it noted be counted, behind the last that notes any."""
+        noting = [stage for stage in self._in_order() if any(group.neurons for group in stage.groups)]
+        noting[-1].adds_up = firings
+
+    def _in_order(self) -> list[Stage]:
+        return list(self.stages)  # type: ignore[arg-type]
 
     @property
     def edits(self) -> bool:
         """Whether anything is edited here, or the vector only read."""
-        return any(len(each) for each in (self.scales, self.adds, self.filters, self.offsets))
+        return len(self.stages) > 0
 
     def forward(self, value: Tensor) -> Tensor:
         """What the edits add to `value` [T, width], in float32."""
         value = value.float()
-        step, slots = self.step, self.step.slots[: value.shape[0]]
+        slots = self.step.slots[: value.shape[0]]
         added = torch.zeros_like(value)
-        for scale in self.scales:
-            added = added + scale(value, slots, step)
-        now = value + added
-        for adding, source in zip(self.adds, self.sources, strict=True):
-            added = added + adding(now if source is None else self._carried.get(source), slots, step)
-        if self.adds_up is not None:
-            self.adds_up.add(slots)
+        for stage in self.stages:
+            added = stage(value, added, slots, self.step, self._carried)
         for source in self.forgets:
             self._carried.drop(source)
-        for filtering in self.filters:
-            added = added + filtering(value + added, slots, step)
-        return added + self._moved(value + added, slots) if len(self.offsets) else added
-
-    def _moved(self, value: Tensor, slots: Tensor) -> Tensor:
-        """What all offsets together add; the norm is restored once, after them."""
-        moved, keeps = torch.zeros_like(value), None
-        moving: Any
-        for moving in self.offsets:
-            moved = moved + moving(value, slots, self.step)
-            asked = moving.keeps_norm(slots, self.step)
-            if asked is not None:
-                keeps = asked if keeps is None else keeps | asked
-        return moved if keeps is None else renormed(value, moved, keeps, self.total)
+        return added
 
     def keep(self, value: Tensor) -> None:
-        """Let later taps of the layer read this site's vector."""
+        """Let later sites of the layer read this site's vector."""
         if self.carries_as is not None:
             self._carried.keep(self.carries_as, value)
 
     def supply(self, value: Tensor) -> None:
-        """Give this tap the vector that its edits read elsewhere, where no tap before it could keep it."""
+        """Give the vector that the edits read elsewhere, where no site before this one could keep it."""
         for source in self.forgets:
             self._carried.keep(source, value)
 

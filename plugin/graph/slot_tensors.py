@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from vllm_edits.edit_store.edits import Array, Edit
+from vllm_edits.edit_store.kinds import SCALED
+from vllm_edits.plugin.graph.firing_counters import COUNTED, FiringCounters
 from vllm_edits.plugin.graph.reservation import Capacity
 from vllm_edits.plugin.graph.slot_products import EXPRESSIONS, SlotProducts
 from vllm_edits.plugin.graph.slot_rows import Columns, Layout, Rows
+from vllm_edits.plugin.graph.stage import Stage
 from vllm_edits.plugin.graph.step import Step
 from vllm_edits.plugin.graph.tensor_parallel import AllReduce, Shard, identity
 
@@ -40,8 +43,10 @@ class SlotTensors(nn.Module):
     add, in float32. Flags and codes are kept in float32 too: each type is an input more of the graph, at every layer.
     """
 
-    counters = 0
-    """bytes of a slot outside its row"""
+    stage: ClassVar[type[Stage]] = Stage
+    """How edits of this kind, and of those that share its stage, are computed together at a site."""
+    linear: ClassVar[bool] = False
+    """Whether what is added is linear in what is read, and not counted: workers may then add up their parts of it."""
 
     def __init__(self, shape: Shape, layout: Layout) -> None:
         super().__init__()
@@ -50,11 +55,26 @@ class SlotTensors(nn.Module):
         self.columns: dict[str, Columns] = {}
         """where each tensor lies in a row"""
         self._shares: dict[str, Shard] = {}
-        self._keep("scope_row", dtype=torch.float32, feature="scaled")
+        self._keep("scope_row", dtype=torch.float32, feature=SCALED)
+        self.neurons = 0
+        """how many things in a slot are counted, each for the tokens at which it did something"""
+        self.firings: FiringCounters | None = None
+        """what counts them"""
+        self.column = 0
+        """the first of its columns for these neurons"""
 
     def bind(self, rows: Rows, layer: int | None) -> None:
         """Let the tensors be columns of a layer's part of the rows."""
         self.rows, self.layer = rows, layer
+
+    @property
+    def counters(self) -> int:
+        """Bytes of a slot outside its row."""
+        return self.neurons * COUNTED.itemsize
+
+    def counted_by(self, firings: FiringCounters) -> None:
+        """Have the firings of the neurons counted."""
+        self.firings, self.column = firings, firings.take(self.neurons)
 
     def has(self, name: str) -> bool:
         """Whether there is that tensor: some serve a feature, which there must be room for."""
@@ -90,6 +110,11 @@ class SlotTensors(nn.Module):
     def _values(self, numbers: GroupEdits) -> dict[str, Any]:
         """What the tensors hold for several edits at once, in any type; what there are no columns for is left out."""
         raise NotImplementedError
+
+    def _note(self, fired: Tensor, token_scale: Tensor | None) -> None:
+        """Tell what each neuron gave, [T, neurons], before it counts only so much for each token."""
+        if self.firings is not None:
+            self.firings.note(self.column, (fired if token_scale is None else fired * token_scale) != 0)
 
     def _sums(self) -> dict[str, Any]:
         """How what is read becomes dot products, whole ones."""

@@ -346,6 +346,20 @@ def test_edits_of_one_version_have_scopes_of_their_own(inputs: Tensor) -> None:
     np.testing.assert_allclose(served[PROMPT:], generated[PROMPT:], rtol=1e-4, atol=1e-4)
 
 
+def test_factors_of_several_scopes_multiply_where_both_count(inputs: Tensor) -> None:
+    """In the prompt both of two scales, behind it the one that is for every token."""
+    edits = [Scale(site="layers.1.attn.z"), Scale(site="layers.1.attn.z", scope=Scope(segment="prompt"), part=2)]
+    numbers = [(edit, random_numbers(edit, BASE, seed)) for seed, edit in enumerate(edits)]
+    bundle, model, plain = bundle_of(numbers), TinyModel(), TinyModel()
+    edited = edited_model(model, reservation_of(bundle), slots=SLOTS)
+    install(edited, 1, bundle)
+    set_step(edited, [RequestStep(claim_on(edited, 1), LENGTH, 0, PROMPT)])
+    served = run(model, edited, inputs[:LENGTH]).numpy()
+    both, one = (tiny_by_formula(plain, inputs[:LENGTH], edits_by_formula(numbers[:count])) for count in (2, 1))
+    np.testing.assert_allclose(served[:PROMPT], both[:PROMPT], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(served[PROMPT:], one[PROMPT:], rtol=1e-4, atol=1e-4)
+
+
 def test_the_norm_is_restored_once_after_all_offsets_that_count(inputs: Tensor) -> None:
     """Offsets of three scopes meet, one asks for the norm: it is kept where that one counts, with all others in it."""
     edits = [Offset(site="layers.1.resid", scope=Scope(segment="prompt"), renorm=True),

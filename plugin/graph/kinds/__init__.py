@@ -1,6 +1,8 @@
 """Each kind of edit, applied to a batch of tokens that each belong to their own slot: a module for each. Plain torch,
 so it fuses.
 
+A module defines the kind's `SlotTensors` and ends in `register`; being in this folder is enough to be found.
+
 Every function returns what an edit adds to the value it was given, in float32: a long dot product in bfloat16 loses too
 much. Slot 0 is the base model: its tensors are zeros, so it adds exactly zero, and its tokens come out as they went in,
 but for the sign of a zero. Gathering by slot costs the same for any number of slots.
@@ -12,17 +14,22 @@ Where a worker has a part of the vector that is read, `total` adds up all worker
 
 from __future__ import annotations
 
-from vllm_edits.plugin.graph.kinds.gate import GateSlots
-from vllm_edits.plugin.graph.kinds.low_rank import LowRankSlots
-from vllm_edits.plugin.graph.kinds.offset import OffsetSlots
-from vllm_edits.plugin.graph.kinds.scale import ScaleSlots
-from vllm_edits.plugin.graph.kinds.subspace_filter import SubspaceFilterSlots
+from vllm_edits.edit_store.edits import Edit
+from vllm_edits.edit_store.kinds import KINDS
+from vllm_edits.edit_store.registry import Registry, import_modules
 from vllm_edits.plugin.graph.slot_tensors import SlotTensors
 
-SLOT_TENSORS: dict[str, type[SlotTensors]] = {
-    "scale": ScaleSlots,
-    "low_rank": LowRankSlots,
-    "gate": GateSlots,
-    "subspace_filter": SubspaceFilterSlots,
-    "offset": OffsetSlots,
-}
+SLOT_TENSORS: Registry[type[SlotTensors]] = Registry("slot tensors of kind")
+"""By the name of the kind."""
+
+
+def register(kind: type[Edit], tensors: type[SlotTensors]) -> None:
+    """Make a kind's slot tensors known. ValueError when it has others, or its stage is computed in another way."""
+    for name, others in SLOT_TENSORS.items():
+        other = KINDS[name]
+        if other.order.stage == kind.order.stage and (others.stage, other.in_turn) != (tensors.stage, kind.in_turn):
+            raise ValueError(f"kinds {name} and {kind.name()} share stage {kind.order.stage}, and compute it otherwise")
+    SLOT_TENSORS.add(kind.name(), tensors)
+
+
+import_modules(__name__, __path__)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vllm_edits.edit_store.kinds.gate import Gate
-from vllm_edits.plugin.graph.firing_counters import COUNTED, FiringCounters
+from vllm_edits.plugin.graph.kinds import register
 from vllm_edits.plugin.graph.slot_products import EXPRESSIONS, SlotProducts
 from vllm_edits.plugin.graph.slot_rows import Layout
 from vllm_edits.plugin.graph.slot_tensors import GroupEdits, Shape, SlotTensors, stacked
@@ -36,14 +36,7 @@ class GateSlots(SlotTensors):
         self._keep("stretch", shape.reads, dtype=torch.float32, feature="normalise")
         self._keep("centre", shape.reads, dtype=torch.float32, feature="normalise")
         self._keep("normalise", dtype=torch.float32, feature="normalise")
-        self.counters = rank * COUNTED.itemsize
-        self.firings: FiringCounters | None = None
-        """what is told which neurons gave something"""
-        self.column = 0
-
-    def counted_by(self, firings: FiringCounters) -> None:
-        """Have the firings of the neurons counted."""
-        self.firings, self.column = firings, firings.take(self._shape.capacity.rank)
+        self.neurons = rank
 
     def _added(self, x: Tensor, slots: Tensor, token_scale: Tensor | None) -> Tensor:
         shrink = None
@@ -52,8 +45,7 @@ class GateSlots(SlotTensors):
             x, shrink = centred(x, slots, **on_sphere, total=self._shape.total)
         neurons: Any = {name: self.tensor(name) for name in ("read", "bias", "write", "activation", "threshold")}
         added, fired = gate(x, slots, **neurons, shrink=shrink, **self._sums())
-        if self.firings is not None:
-            self.firings.note(self.column, (fired if token_scale is None else fired * token_scale) != 0)
+        self._note(fired, token_scale)
         return added
 
     def _values(self, numbers: GroupEdits) -> dict[str, Any]:
@@ -111,3 +103,6 @@ def centred(
     y = x * stretch[slots] - centre[slots]
     shrink = torch.rsqrt(total((y * y).sum(-1, keepdim=True)))
     return y, torch.where(normalise[slots].unsqueeze(-1) != 0, shrink, 1.0)
+
+
+register(Gate, GateSlots)

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from vllm_edits.edit_store.kinds.low_rank import LowRank
+from vllm_edits.plugin.graph.kinds import register
 from vllm_edits.plugin.graph.slot_products import EXPRESSIONS, SlotProducts
 from vllm_edits.plugin.graph.slot_rows import Layout
 from vllm_edits.plugin.graph.slot_tensors import GroupEdits, Shape, SlotTensors, stacked
@@ -14,6 +16,8 @@ from vllm_edits.plugin.graph.tensor_parallel import AllReduce, identity
 
 class LowRankSlots(SlotTensors):
     """read: [S, rank, reads], write: [S, rank, writes]."""
+
+    linear = True
 
     def __init__(self, shape: Shape, layout: Layout) -> None:
         super().__init__(shape, layout)
@@ -38,3 +42,6 @@ def low_rank(
 ) -> Tensor:
     """sum_k write[s, k] (read[s, k] . x[t]).   x: [T, I], read: [S, K, I], write: [S, K, O]"""
     return products.combine(total(products.dots(x, read, slots)), write, slots)
+
+
+register(LowRank, LowRankSlots)

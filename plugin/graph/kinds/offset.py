@@ -8,14 +8,35 @@ import torch
 from torch import Tensor
 
 from vllm_edits.edit_store.kinds.offset import Offset
+from vllm_edits.plugin.graph.carried import Carried
+from vllm_edits.plugin.graph.kinds import register
 from vllm_edits.plugin.graph.slot_rows import Layout
 from vllm_edits.plugin.graph.slot_tensors import GroupEdits, Shape, SlotTensors
+from vllm_edits.plugin.graph.stage import Stage
 from vllm_edits.plugin.graph.step import Step
 from vllm_edits.plugin.graph.tensor_parallel import AllReduce, identity
 
 
+class Moves(Stage):
+    """Vectors are added; the norm is restored once, after all of them."""
+
+    def _with_groups(self, value: Tensor, added: Tensor, slots: Tensor, step: Step, carried: Carried) -> Tensor:
+        del carried
+        before = value + added
+        moved, keeps = torch.zeros_like(before), None
+        group: Any
+        for group in self.groups:
+            moved = moved + group(before, slots, step)
+            asked = group.keeps_norm(slots, step)
+            if asked is not None:
+                keeps = asked if keeps is None else keeps | asked
+        return added + (moved if keeps is None else renormed(before, moved, keeps, self.total))
+
+
 class OffsetSlots(SlotTensors):
     """vector: [S, writes]; with room for norm-preserving ones also renorm: [S]."""
+
+    stage = Moves
 
     def __init__(self, shape: Shape, layout: Layout) -> None:
         super().__init__(shape, layout)
@@ -46,3 +67,6 @@ def renormed(x: Tensor, step: Tensor, renorm: Tensor, total: AllReduce = identit
     ratio = before / after
     # Where nothing moves the norms are equal; 0 / 0 of an empty row must not reach it.
     return torch.where(renorm & (ratio > 0), moved * ratio - x, step)
+
+
+register(Offset, OffsetSlots)

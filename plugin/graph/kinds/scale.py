@@ -7,12 +7,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_edits.edit_store.kinds.scale import Scale
+from vllm_edits.plugin.graph.carried import Carried
+from vllm_edits.plugin.graph.kinds import register
 from vllm_edits.plugin.graph.slot_rows import Layout
 from vllm_edits.plugin.graph.slot_tensors import GroupEdits, Shape, SlotTensors
+from vllm_edits.plugin.graph.stage import Stage
+from vllm_edits.plugin.graph.step import Step
+
+
+class Factors(Stage):
+    """Factors multiply, those of other scopes too. The first of a site reads the vector as it is, which saves a sum."""
+
+    def _with_groups(self, value: Tensor, added: Tensor, slots: Tensor, step: Step, carried: Carried) -> Tensor:
+        del carried
+        for number, group in enumerate(self.groups):
+            here = value if self.first and number == 0 else value + added
+            added = added + group(here, slots, step)
+        return added
 
 
 class ScaleSlots(SlotTensors):
     """change: [S, writes] = factor - 1, in float32."""
+
+    stage = Factors
 
     def __init__(self, shape: Shape, layout: Layout) -> None:
         super().__init__(shape, layout)
@@ -32,3 +50,6 @@ class ScaleSlots(SlotTensors):
 def scale(x: Tensor, change: Tensor, slots: Tensor) -> Tensor:
     """x[t] * change[s], change = factor - 1.   x: [T, O], change: [S, O]"""
     return x * change[slots]
+
+
+register(Scale, ScaleSlots)

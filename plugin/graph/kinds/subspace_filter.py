@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vllm_edits.edit_store.kinds.subspace_filter import SubspaceFilter
+from vllm_edits.plugin.graph.kinds import register
 from vllm_edits.plugin.graph.slot_products import EXPRESSIONS, SlotProducts
 from vllm_edits.plugin.graph.slot_rows import Layout
 from vllm_edits.plugin.graph.slot_tensors import GroupEdits, Shape, SlotTensors
@@ -60,3 +61,6 @@ def subspace_filter(
 def pull(x: Tensor, drop: Tensor, constant: Tensor, slots: Tensor) -> Tensor:
     """constant[s] - drop[s] x[t]: what a projection onto a subspace also does.   drop: [S], constant: [S, O]"""
     return constant[slots] - drop[slots].unsqueeze(-1) * x
+
+
+register(SubspaceFilter, SubspaceFilterSlots)
