@@ -15,7 +15,7 @@ from vllm_edits.edit_store.bundle import BaseModelRef
 from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.plugin.claim import SCHEDULER
 from vllm_edits.plugin.graph.reservation import Reservation
-from vllm_edits.plugin.vllm_host import seams
+from vllm_edits.plugin.vllm_host import sources
 
 logger = logging.getLogger("vllm.edits")
 
@@ -42,13 +42,13 @@ def check_version(*, any_vllm: bool = False) -> None:
     outside = f"vllm-edits supports vLLM {low} up to (not including) {high}, found {found}"
     if not any_vllm:
         raise UnsupportedHost(f"{outside}. Install one of these, or try this one with edits.any_vllm = true")
-    lacking = "; ".join(seams.missing(_installed)) or "nothing is known to"
+    lacking = "; ".join(sources.missing(_installed, found)) or "nothing is known to"
     logger.warning("%s, and edits.any_vllm asks to start all the same. What would break: %s", outside, lacking)
 
 
 def _installed(file: str) -> str | None:
     path = Path(vllm.__file__).parent / file
-    return path.read_text() if path.is_file() else None
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def check_config(config: Any) -> None:
