@@ -65,7 +65,9 @@ def _salted(prompt: Any, choice: Choice) -> Any:
     if isinstance(prompt, Mapping):
         salt = cache_salt(choice, prompt.get("cache_salt"), _length(prompt))
         return prompt if salt is None else {**prompt, "cache_salt": salt}
-    if cache_salt(choice, None) is None and not hasattr(prompt, "cache_salt"):
+    from vllm.v1.engine import EngineCoreRequest
+
+    if cache_salt(choice, None) is None and not isinstance(prompt, EngineCoreRequest):
         return prompt
     raise TypeError(
         f"a prompt of type {type(prompt).__name__} cannot be kept apart in the prefix cache; send text or tokens"

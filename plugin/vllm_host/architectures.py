@@ -11,6 +11,7 @@ from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.edit_store.sites import LAYER_POINTS, Site, Widths
 from vllm_edits.plugin.graph.edited_model import SiteModule
 from vllm_edits.plugin.graph.tensor_parallel import ONLY_RANK, Rank, Shard
+from vllm_edits.plugin.vllm_host.seams import optional
 
 
 def site_modules(model: nn.Module, name: str, widths: Widths, worker: Rank = ONLY_RANK) -> dict[Site, SiteModule]:
@@ -43,11 +44,14 @@ def _site_module(model: nn.Module, architecture: Architecture, widths: Widths, s
 
 def _require_divided_so(module: Any, at: ModuleSide, shard: Shard, site: Site) -> None:
     """UnsupportedHost where a projection has another part of a vector, or of a sum, than edits there are made for."""
-    found = getattr(module, f"{at.side}_size_per_partition", None)
+    if at.side == "input":
+        found = optional(module, "RowParallelLinear.input_size_per_partition")
+    else:
+        found = optional(module, "ColumnParallelLinear.output_size_per_partition")
     fits = found is None or (found == shard.width if at.start is None else at.start + shard.width <= found)
     if not fits:
         why = f"{shard.width} numbers of it for each, found {found}"
-    elif at.side == "output" and not getattr(module, "reduce_results", True):
+    elif at.side == "output" and not optional(module, "RowParallelLinear.reduce_results", True):
         why = "all of it for each, found a part of a sum"
     else:
         return

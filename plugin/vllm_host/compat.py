@@ -15,7 +15,8 @@ from vllm_edits.edit_store.base_ref import BaseModelRef
 from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.plugin.claim import SCHEDULER
 from vllm_edits.plugin.graph.reservation import Reservation
-from vllm_edits.plugin.vllm_host import seams
+from vllm_edits.plugin.vllm_host import sources
+from vllm_edits.plugin.vllm_host.seams import optional
 
 logger = logging.getLogger("vllm.edits")
 
@@ -42,13 +43,13 @@ def check_version(*, any_vllm: bool = False) -> None:
     outside = f"vllm-edits supports vLLM {low} up to (not including) {high}, found {found}"
     if not any_vllm:
         raise UnsupportedHost(f"{outside}. Install one of these, or try this one with edits.any_vllm = true")
-    lacking = "; ".join(seams.missing(_installed)) or "nothing is known to"
+    lacking = "; ".join(sources.missing(_installed, found)) or "nothing is known to"
     logger.warning("%s, and edits.any_vllm asks to start all the same. What would break: %s", outside, lacking)
 
 
 def _installed(file: str) -> str | None:
     path = Path(vllm.__file__).parent / file
-    return path.read_text() if path.is_file() else None
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def check_config(config: Any) -> None:
@@ -93,7 +94,7 @@ def _unproven_models(config: Any) -> Iterator[str]:
             f"speculative decoding by {speculative.method!r}; use {' or '.join(SPECULATIVE_METHODS)}, or start without "
             "--speculative-config"
         )
-    if getattr(speculative, "enable_adaptive_verification", False):
+    if optional(speculative, "SpeculativeConfig.enable_adaptive_verification", False):
         yield (
             "guesses whose number only the device knows; start without enable_adaptive_verification in "
             "--speculative-config"
@@ -102,7 +103,7 @@ def _unproven_models(config: Any) -> Iterator[str]:
         yield "a KV cache that other engines share or keep; start without --kv-transfer-config and --kv-offloading-size"
     if config.cache_config.kv_sharing_fast_prefill:
         yield "layers that see a part of a prompt only; start without --kv-sharing-fast-prefill"
-    if getattr(config.compilation_config.pass_config, "enable_sp", False):  # off by default, and gone in vLLM 0.33
+    if optional(config.compilation_config.pass_config, "PassConfig.enable_sp", False):  # off by default
         yield "activations divided by tokens among workers; start without enable_sp in --compilation-config"
 
 
@@ -112,7 +113,7 @@ def _unproven_weights(config: Any) -> Iterator[str]:
         yield "a model built by transformers; start without --model-impl"
     if config.model_config.enable_sleep_mode:
         yield "sleep mode, which may drop what the slots hold; start without --enable-sleep-mode"
-    if getattr(config, "weight_transfer_config", None) is not None:
+    if config.weight_transfer_config is not None:
         yield "base weights that are replaced while it runs; start without --weight-transfer-config"
     if config.quant_config is not None and config.quant_config.get_name() not in QUANTISED:
         yield (

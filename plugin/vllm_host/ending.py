@@ -108,9 +108,9 @@ class EndedRequests:
         self._scheduler = scheduler
         self._refused = set[str]()
         self._freed = deque[dict[str, set[int]]]([{}], maxlen=_STEPS)
-        for name in ("free", "pop_blocks_for_free"):
-            if free := getattr(scheduler.kv_cache_manager, name, None):
-                setattr(scheduler.kv_cache_manager, name, self._noting(free))
+        manager = scheduler.kv_cache_manager
+        manager.free = self._noting(manager.free)
+        manager.pop_blocks_for_free = self._noting(manager.pop_blocks_for_free)
         _leave(config)
 
     def refuse(self, request: str, error: FalseClaim) -> None:
@@ -163,7 +163,9 @@ class EndedRequests:
         scheduler.kv_cache_manager.evict_blocks(poisoned)
         outputs: dict[int, list[Any]] = {}
         for request in scheduler.finish_requests(ending & scheduler.requests.keys(), RequestStatus.FINISHED_ERROR):
-            said = EngineCoreOutput(request.request_id, [], finish_reason=request.get_finished_reason())
+            said = EngineCoreOutput(
+                request_id=request.request_id, new_token_ids=[], finish_reason=request.get_finished_reason()
+            )
             outputs.setdefault(request.client_index, []).append(said)
         return outputs
 

@@ -64,7 +64,7 @@ class EngineWorkers:
     def api_process(self) -> tuple[int, int]:
         """Which one of how many API server processes this is."""
         parallel = self._engine.vllm_config.parallel_config
-        return getattr(parallel, "_api_process_rank", 0), getattr(parallel, "_api_process_count", 1)
+        return parallel._api_process_rank, parallel._api_process_count  # noqa: SLF001  vLLM has no public name for them
 
     async def call(self, method: str, *args: Any) -> list[dict[str, Any]]:
         answering = asyncio.ensure_future(self._answers(method, *args))
@@ -260,7 +260,7 @@ def _api_keys(args: Any) -> list[str]:
 
 def versions(config: Any) -> str:
     """What runs: versions, and whether the graph is compiled."""
-    mode = getattr(config.compilation_config.mode, "name", config.compilation_config.mode)
+    mode = config.compilation_config.mode.name
     return f"vllm-edits {importlib.metadata.version('vllm-edits')} on vLLM {vllm.__version__}, compilation {mode}"
 
 

@@ -116,14 +116,15 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
         plan.require(settings.slots, free.size, free.beside)
         products = products_for(device, model_config.dtype) if reservation.several_ranks else EXPRESSIONS
         # The compiled graph depends on what is reserved and who multiplies, so that must be in the compile cache's key.
-        vllm_config.additional_config[KEY] = {
-            **vllm_config.additional_config[KEY],
+        additional: dict[str, Any] = vllm_config.additional_config
+        additional[KEY] = {
+            **additional[KEY],
             "reserve": reservation.to_settings(),
             "scopes": reservation.scopes,
             **({"weights_reserve": weights_reservation.to_settings(room)} if room else {}),
         }
-        vllm_config.additional_config["edits_products"] = products.name
-        vllm_config.additional_config["edits_plugin_version"] = importlib.metadata.version("vllm-edits")
+        additional["edits_products"] = products.name
+        additional["edits_plugin_version"] = importlib.metadata.version("vllm-edits")
         ending = EndsRequests(vllm_config)
         edited = EditedModel(
             sites,

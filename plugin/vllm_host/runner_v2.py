@@ -18,6 +18,7 @@ from vllm_edits.plugin.claim import CLAIM
 from vllm_edits.plugin.graph.step_filler import Extents, StepBatch
 from vllm_edits.plugin.vllm_host import prompts
 from vllm_edits.plugin.vllm_host.loaded import LoadedEdits
+from vllm_edits.plugin.vllm_host.seams import optional
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class _Request:
 
 def use_edits_model_state(model: Any, loaded: LoadedEdits) -> None:
     """Make the V2 runner keep the state it would have kept for this model, with token slots added."""
-    if hasattr(model, "get_model_state_cls"):
+    if optional(model, "get_model_state_cls"):
         state_class = with_token_slots(model.get_model_state_cls(), loaded)
     else:
         try:

@@ -44,7 +44,7 @@ def _forking(base: Any) -> type:
 
         def __init__(self, **arguments: Any) -> None:
             super().__init__(**arguments)
-            self._hashed = arguments.get("hash_block_size") or arguments["block_size"]
+            self._hashed = arguments["hash_block_size"] or arguments["block_size"]
             self._ended = EndedRequests(arguments["vllm_config"], self)
 
         def add_request(self, request: Any) -> None:

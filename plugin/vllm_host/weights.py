@@ -8,6 +8,7 @@ can change places. The loaded weights are kept besides, since what is packed is 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.edit_store.sites import Site
 from vllm_edits.plugin.graph.edited_model import SiteModule
+from vllm_edits.plugin.vllm_host.seams import optional
 from vllm_edits.plugin.weights.checkpoint import Checkpoint
 from vllm_edits.plugin.weights.patched_weights import Copy, LiveWeight, PatchedWeights, ProjectionPart
 from vllm_edits.plugin.weights.plain_weight import PlainWeight, exchange_bias
@@ -105,8 +107,8 @@ def keeping_loaded(
 def _weights_of(modules: Iterable[Any]) -> Iterator[tuple[nn.Module, Tensor]]:
     """Nothing is copied: they are only not let go."""
     for module in modules:
-        method = getattr(module, "quant_method", None)
-        if not isinstance(module, LinearBase) or not isinstance(method, UnquantizedLinearMethod):
+        method = module.quant_method if isinstance(module, LinearBase) else None
+        if not isinstance(method, UnquantizedLinearMethod):
             raise UnsupportedHost(
                 f"edits.weights needs ordinary weights, found a {type(module).__name__} with {type(method).__name__}. "
                 "Serve an unquantised checkpoint, or leave out edits.weights and serve every variant per request"
@@ -165,8 +167,5 @@ def _live(name: str, module: Any, loaded: Tensor) -> LiveWeight:
 
 def _captured(module: Any) -> Mapping[str, Any]:
     """What the function that vLLM computes a projection with on a CPU has in its closure, by name."""
-    computes = getattr(module, "cpu_linear", None)
-    if computes is None or not hasattr(computes, "__code__"):
-        return {}
-    cells = computes.__closure__ or ()
-    return {name: cell.cell_contents for name, cell in zip(computes.__code__.co_freevars, cells, strict=True)}
+    computes = optional(module, "cpu_linear")
+    return inspect.getclosurevars(computes).nonlocals if inspect.isfunction(computes) else {}

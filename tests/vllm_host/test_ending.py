@@ -15,7 +15,7 @@ from vllm_edits.plugin.vllm_host import ending
 from vllm_edits.plugin.vllm_host.ending import EndedRequests, EndsRequests
 
 REQUEST = SimpleNamespace(req_id="cmpl-1")
-SCHEDULER = SimpleNamespace(kv_cache_manager=SimpleNamespace())
+SCHEDULER = SimpleNamespace(kv_cache_manager=SimpleNamespace(free=None, pop_blocks_for_free=None))
 
 
 @pytest.fixture

@@ -29,7 +29,9 @@ class Client:
         self.asked: list[Any] = []
         self.may_answer = asyncio.Event()
         self.may_answer.set()
-        self.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=len(engines)))
+        self.vllm_config = SimpleNamespace(
+            parallel_config=SimpleNamespace(data_parallel_size=len(engines), _api_process_rank=0, _api_process_count=1)
+        )
         self._engines = dict(enumerate(engines))
         self.engine_core: Any = SimpleNamespace(
             core_engines=list(self._engines), _call_utility_async=self._call_utility_async
