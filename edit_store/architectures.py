@@ -4,8 +4,9 @@ An entry names the modules behind the sites as both transformers and vLLM call t
 time and the server read the same line. A projection that one of them fuses (`qkv_proj`, `gate_up_proj`) and the other
 does not is found in either form. `vllm-edits sites MODEL` shows what an entry makes of a model.
 
-To add one: write the entry, and a tiny configuration in tests/support/tiny_models.py; then run
-`make parity ARGS=<name>`. It holds every kind at every site against transformers.
+To add one: write the entry; then run `make parity ARGS=<name>`, which makes a tiny model of it and holds every kind at
+every site against transformers. (tests/support/tiny_models.py has sizes for configs that the usual ones do not suit.)
+A package of its own calls `register`, in every process.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vllm_edits.edit_store.errors import UnsupportedHost, nearest
+from vllm_edits.edit_store.registry import Registry
 from vllm_edits.edit_store.sites import READS, Site, Widths, every_site
 
 ModuleEnd = Literal["input", "output"]
@@ -92,6 +94,15 @@ class Architecture:
         inside = {point: read for point, read in mlp.items() if not self.experts and self.hidden(point) is None}
         return found | inside
 
+    def modules(self) -> dict[str, tuple[str, ...]]:
+        """The points that each projection of a layer gives, by its path in transformers, alone and fused."""
+        alone = {f"{self.attention}.{point[0]}_proj": (point,) for point in _QKV}
+        return {
+            **alone, f"{self.attention}.{self.fused_qkv}": _QKV, f"{self.attention}.{self.output}": ("attn.out",),
+            f"{self.mlp}.gate_proj": ("gate.out",), f"{self.mlp}.{self.up}": ("up.out",),
+            f"{self.mlp}.{self.fused_gate_up}": _GATE_UP, f"{self.mlp}.{self.down}": ("mlp.out",),
+        }  # fmt: skip
+
     def sites(self, layers: int) -> list[Site]:
         """Every site of such a model."""
         return [site for site in every_site(layers) if self.hidden(site.point) is None]
@@ -141,33 +152,39 @@ class Architecture:
 
 _GEMMA = ("post_attention_layernorm", "post_feedforward_layernorm")
 
-ARCHITECTURES = {
-    entry.name: entry
-    for entry in (
-        Architecture("LlamaForCausalLM"),
-        Architecture("MistralForCausalLM"),
-        Architecture("Qwen2ForCausalLM", notes="biases on q, k and v"),
-        Architecture("Qwen3ForCausalLM", qk_norm=True),
-        Architecture("Qwen3MoeForCausalLM", qk_norm=True, experts=True),
-        Architecture("Gemma2ForCausalLM", post_norms=_GEMMA, notes="norms scale by 1 + w; soft caps"),
-        Architecture(
-            "Gemma3ForCausalLM", qk_norm=True, heads_first=True, post_norms=_GEMMA, notes="norms scale by 1 + w"
-        ),
-        Architecture("Phi3ForCausalLM", notes="fused checkpoints"),
-        Architecture(
-            "Olmo2ForCausalLM", qk_norm=True, post_norms=_GEMMA,
-            undivided="its norms of queries and keys go over all heads, which vLLM gathers for them",
-            notes="no norm before attention and MLP",
-        ),
-        Architecture("GraniteForCausalLM", notes="multipliers at embeddings, residual stream and logits"),
-        Architecture(
-            "GPT2LMHeadModel", decoder="transformer", layers="h", attention="attn", fused_qkv="c_attn",
-            output="c_proj", up="c_fc", down="c_proj", gated=False, final_norm="ln_f", transposed=True,
-            notes="LayerNorm, biases everywhere, learned positions",
-        ),
-    )
-}  # fmt: skip
+ARCHITECTURES: Registry[Architecture] = Registry("architecture")
 """By the name in a checkpoint's config.json."""
+
+
+def register(architecture: Architecture) -> None:
+    """Make an architecture known. ValueError when another entry has its name."""
+    ARCHITECTURES.add(architecture.name, architecture)
+
+
+for _entry in (
+    Architecture("LlamaForCausalLM"),
+    Architecture("MistralForCausalLM"),
+    Architecture("Qwen2ForCausalLM", notes="biases on q, k and v"),
+    Architecture("Qwen3ForCausalLM", qk_norm=True),
+    Architecture("Qwen3MoeForCausalLM", qk_norm=True, experts=True),
+    Architecture("Gemma2ForCausalLM", post_norms=_GEMMA, notes="norms scale by 1 + w; soft caps"),
+    Architecture(
+        "Gemma3ForCausalLM", qk_norm=True, heads_first=True, post_norms=_GEMMA, notes="norms scale by 1 + w"
+    ),
+    Architecture("Phi3ForCausalLM", notes="fused checkpoints"),
+    Architecture(
+        "Olmo2ForCausalLM", qk_norm=True, post_norms=_GEMMA,
+        undivided="its norms of queries and keys go over all heads, which vLLM gathers for them",
+        notes="no norm before attention and MLP",
+    ),
+    Architecture("GraniteForCausalLM", notes="multipliers at embeddings, residual stream and logits"),
+    Architecture(
+        "GPT2LMHeadModel", decoder="transformer", layers="h", attention="attn", fused_qkv="c_attn",
+        output="c_proj", up="c_fc", down="c_proj", gated=False, final_norm="ln_f", transposed=True,
+        notes="LayerNorm, biases everywhere, learned positions",
+    ),
+):  # fmt: skip
+    register(_entry)
 
 
 def supported(name: str) -> Architecture:

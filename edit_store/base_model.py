@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_edits.edit_store.architectures import ARCHITECTURES, Architecture
 from vllm_edits.edit_store.base_ref import BaseModelRef
 from vllm_edits.edit_store.canonical import canonical_json, sha256
 from vllm_edits.edit_store.errors import UnsupportedHost
@@ -43,11 +44,12 @@ def identify(
     files = {path.name: memo.digest(path, progress) for path in weights}
     memo.save()
     files[CONFIG_FILE] = sha256(canonical_json(_computation(config)))
+    architecture = (config.get("architectures") or ["unknown"])[0]
     return BaseModelRef(
         name=name or str(config.get("_name_or_path") or folder.name),
-        architecture=(config.get("architectures") or ["unknown"])[0],
+        architecture=architecture,
         widths=widths_of(config),
-        biased=biased_points(weights),
+        biased=biased_points(weights, ARCHITECTURES.get(architecture, Architecture(architecture))),
         files=files,
     )
 
@@ -129,24 +131,14 @@ def widths_of(config: Mapping[str, Any]) -> Widths:
     )
 
 
-_BIASES = {
-    "q_proj": ("q",), "k_proj": ("k",), "v_proj": ("v",), "qkv_proj": ("q", "k", "v"), "c_attn": ("q", "k", "v"),
-    "attn.c_proj": ("attn",), "o_proj": ("attn",), "gate_proj": ("gate",), "up_proj": ("up",),
-    "gate_up_proj": ("gate", "up"), "c_fc": ("up",), "mlp.c_proj": ("mlp",), "down_proj": ("mlp",),
-}  # fmt: skip
-"""Points, without `.out`, to which a module's bias is added."""
-
-
-def biased_points(weights: Iterable[Path]) -> tuple[str, ...]:
+def biased_points(weights: Iterable[Path], architecture: Architecture) -> tuple[str, ...]:
     """Points where a projection of the checkpoint adds a bias, by the names of its tensors."""
-    names = [name for path in weights for name in tensor_entries(path)[0] if name.endswith(".bias")]
-    return tuple(sorted({
-        f"{point}.out"
-        for name in names
-        for module, points in _BIASES.items()
-        if name.removesuffix(".bias").endswith(f".{module}")
-        for point in points
-    }))  # fmt: skip
+    names = [name for path in weights for name in tensor_entries(path)[0]]
+    found = {
+        point for path, points in architecture.modules().items() for point in points
+        if any(name.endswith(f".{path}.bias") for name in names)
+    }  # fmt: skip
+    return tuple(sorted(found))
 
 
 def tensor_entries(path: Path) -> tuple[dict[str, Any], int]:

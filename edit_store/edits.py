@@ -230,6 +230,21 @@ class Edit(BaseModel):
         """What it adds to the weight [out, in] between what it reads and its site: a matrix, or the factors of one."""
         raise NotImplementedError(f"{type(self).__name__} is no change of a weight")
 
+    # -- examples, for proofs and benchmarks --------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def forms(cls, site: Site, width: int) -> Iterator[tuple[str, Self]]:
+        """One edit for each form of the kind that may make sense at a site of this width, and the form's name."""
+
+    def sample(self, random: np.random.Generator, widths: Widths, strength: float) -> dict[str, Any]:
+        """Random numbers, about `strength` of activations of size 1; the lower it is, the less a model changes."""
+        return {field: random.normal(size=shape) * strength for field, shape in self.shapes(widths).items()}
+
+    @abstractmethod
+    def weakened(self, fields: Fields, strength: float) -> dict[str, Any]:
+        """Numbers of the same edit at a strength between 0, at which it does least, and 1, as it is."""
+
     def _width(self, widths: Widths) -> int:
         return widths.of(Site.parse(self.site).point)
 
@@ -243,7 +258,7 @@ class ReadingEdit(Edit):
         if why := super().misplaced():
             return why
         site, reads = Site.parse(self.site), Site.parse(self.reads)
-        allowed = self.sources(site, READS.get(site.point, ()))
+        allowed = self._readable(site)
         if reads in allowed:
             return None
         return f"a {self.kind} edit at {self.site} must read {' or '.join(map(str, allowed))}, not {self.reads}"
@@ -252,6 +267,11 @@ class ReadingEdit(Edit):
     def sources(cls, site: Site, besides: Iterable[str]) -> list[Site]:
         in_place = [site] if site.point in IN_PLACE else []
         return [site.beside(point) for point in besides] + in_place
+
+    @classmethod
+    def _readable(cls, site: Site) -> list[Site]:
+        """What it may read at a site in some architecture."""
+        return cls.sources(site, READS.get(site.point, ()))
 
     def _source_width(self, widths: Widths) -> int:
         return widths.of(Site.parse(self.reads).point)

@@ -10,15 +10,13 @@ from typing import Any
 import numpy as np
 
 from vllm_edits.edit_store import verify
-from vllm_edits.edit_store.architectures import supported
+from vllm_edits.edit_store.architectures import Architecture, supported
 from vllm_edits.edit_store.base_model import CONFIG_FILE, tensor_entries, widths_of
 from vllm_edits.edit_store.bundle import Bundle
 from vllm_edits.edit_store.edits import Edit, Measure
 from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.edit_store.kinds import KINDS
 from vllm_edits.edit_store.sites import POINTS, Site
-
-_DOWN_PROJECTION = "model.layers.{layer}.mlp.down_proj.weight"
 
 
 @dataclass(frozen=True)
@@ -46,14 +44,16 @@ class EditSummary:
 
 def summarise(bundle: Bundle, model: Path | None = None) -> list[EditSummary]:
     """One line per edit; with `model`, changes of a weight are compared with the weight that they are added to."""
-    tensors, widths = verify.check(bundle), bundle.manifest.base.widths
-    return [_summary(edit, edit.measure(edit.numbers(tensors, widths)), model) for edit in bundle.manifest.edits]
+    tensors, base = verify.check(bundle), bundle.manifest.base
+    measured = [(edit, edit.measure(edit.numbers(tensors, base.widths))) for edit in bundle.manifest.edits]
+    return [_summary(edit, measure, supported(base.architecture), model) for edit, measure in measured]
 
 
-def _summary(edit: Edit, measure: Measure, model: Path | None) -> EditSummary:
+def _summary(edit: Edit, measure: Measure, architecture: Architecture, model: Path | None) -> EditSummary:
     site, weight = Site.parse(edit.site), None
     if model is not None and measure.of_weight and site.point == "mlp.out" and edit.source.endswith("mlp.h"):
-        weight = _weight_norm(model, _DOWN_PROJECTION.format(layer=site.layer))
+        down = f"{architecture.layer_path(site.layer or 0)}.{architecture.mlp}.{architecture.down}.weight"
+        weight = _weight_norm(model, down)
     relative = measure.norm / weight if weight else None
     return EditSummary(edit.site, edit.kind, edit.capacity, measure.norm, measure.of, relative)
 

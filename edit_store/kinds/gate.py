@@ -10,7 +10,7 @@ from pydantic import Field
 
 from vllm_edits.edit_store.edits import MAX_RANK, Array, Broken, Fields, Measure, Order, ReadingEdit
 from vllm_edits.edit_store.kinds import register
-from vllm_edits.edit_store.sites import POINTS, Widths
+from vllm_edits.edit_store.sites import POINTS, Site, Widths
 
 ACTIVATIONS: dict[str, Callable[..., Array]] = {
     "relu": lambda z, _: np.maximum(z, 0),
@@ -90,6 +90,29 @@ class Gate(ReadingEdit):
     @classmethod
     def usual(cls, layer: int, rank: int = 1) -> Self:
         return cls(site=f"layers.{layer}.mlp.out", reads=f"layers.{layer}.mlp.in", rank=rank, normalise=True)
+
+    @classmethod
+    def forms(cls, site: Site, width: int) -> Iterator[tuple[str, Self]]:  # noqa: ARG003
+        where = str(site)
+        for reads in map(str, cls._readable(site)):
+            yield "", cls(site=where, reads=reads, rank=4)
+            if reads.endswith("mlp.in"):
+                yield "normalise", cls(site=where, reads=reads, rank=2, normalise=True)
+        yield "jump_relu", cls(site=where, reads=where, rank=2, activation="jump_relu", threshold=0.02)
+        yield "sigmoid", cls(site=where, reads=where, rank=2, activation="sigmoid")
+
+    def sample(self, random: np.random.Generator, widths: Widths, strength: float) -> dict[str, Any]:
+        """Each neuron beside its opposite: where trained activations are large, one is silent for every token."""
+        numbers = super().sample(random, widths, strength)
+        numbers["read"][1::2] = -numbers["read"][::2][: self.rank // 2]
+        numbers["bias"] = np.abs(numbers["bias"])
+        if self.normalise:
+            numbers["norm_weight"] = random.uniform(0.5, 1.5, numbers["norm_weight"].shape)
+            numbers["write"] = numbers["write"] * 5
+        return numbers
+
+    def weakened(self, fields: Fields, strength: float) -> dict[str, Any]:
+        return {**fields, "write": fields["write"] * np.float32(strength)}
 
 
 register(Gate)

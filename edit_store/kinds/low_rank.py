@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -12,7 +12,7 @@ from vllm_edits.edit_store.edits import MAX_RANK, Array, Fields, Measure, Order,
 from vllm_edits.edit_store.kinds import register
 from vllm_edits.edit_store.linear import AffineMap
 from vllm_edits.edit_store.measures import product_moved, product_norm
-from vllm_edits.edit_store.sites import POINTS, Widths
+from vllm_edits.edit_store.sites import POINTS, Site, Widths
 
 
 class LowRank(ReadingEdit):
@@ -62,6 +62,14 @@ class LowRank(ReadingEdit):
     @classmethod
     def usual(cls, layer: int, rank: int = 1) -> Self:
         return cls(site=f"layers.{layer}.mlp.out", reads=f"layers.{layer}.mlp.h", rank=rank)
+
+    @classmethod
+    def forms(cls, site: Site, width: int) -> Iterator[tuple[str, Self]]:  # noqa: ARG003
+        for reads in cls._readable(site):
+            yield "", cls(site=str(site), reads=str(reads), rank=2)
+
+    def weakened(self, fields: Fields, strength: float) -> dict[str, Any]:
+        return {**fields, "write": fields["write"] * np.float32(strength)}
 
 
 register(LowRank)

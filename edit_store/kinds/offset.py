@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from vllm_edits.edit_store.edits import Array, Edit, Fields, Measure, Order
 from vllm_edits.edit_store.kinds import register
 from vllm_edits.edit_store.linear import AffineMap
-from vllm_edits.edit_store.sites import POINTS, Widths
+from vllm_edits.edit_store.sites import POINTS, Site, Widths
 
 
 class Offset(Edit):
@@ -68,6 +68,14 @@ class Offset(Edit):
     @classmethod
     def usual(cls, layer: int, rank: int = 1) -> Self:  # noqa: ARG003
         return cls(site=f"layers.{layer}.resid")
+
+    @classmethod
+    def forms(cls, site: Site, width: int) -> Iterator[tuple[str, Self]]:  # noqa: ARG003
+        yield "", cls(site=str(site))
+        yield "renorm", cls(site=str(site), renorm=True)
+
+    def weakened(self, fields: Fields, strength: float) -> dict[str, Any]:
+        return {**fields, "vector": fields["vector"] * np.float32(strength)}
 
 
 register(Offset)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
@@ -93,6 +93,18 @@ class Scale(Edit):
     @classmethod
     def usual(cls, layer: int, rank: int = 1) -> Self:  # noqa: ARG003
         return cls(site=f"layers.{layer}.attn.z")
+
+    @classmethod
+    def forms(cls, site: Site, width: int) -> Iterator[tuple[str, Self]]:  # noqa: ARG003
+        yield "head", cls(site=str(site), per="head", bias="scaled")
+        yield "channel", cls(site=str(site), per="channel", bias="scaled")
+
+    def sample(self, random: np.random.Generator, widths: Widths, strength: float) -> dict[str, Any]:
+        (shape,) = self.shapes(widths).values()
+        return {"factor": 1 + (random.uniform(-0.5, 1.5, shape) - 1) * min(1.0, 10 * strength)}
+
+    def weakened(self, fields: Fields, strength: float) -> dict[str, Any]:
+        return {"factor": 1 - (1 - fields["factor"]) * strength}
 
 
 _HEADED = ("q.proj", "k.proj", "q.out", "k.out", "v.out", "attn.z")

@@ -12,9 +12,11 @@ from vllm_edits.edit_store.edits import IN_PLACE, MAX_RANK, Array, Broken, Edit,
 from vllm_edits.edit_store.kinds import register
 from vllm_edits.edit_store.linear import AffineMap
 from vllm_edits.edit_store.measures import VISIBLE, Product, product_moved, share
-from vllm_edits.edit_store.sites import Widths
+from vllm_edits.edit_store.sites import Site, Widths
 
 ORTHONORMAL_TOLERANCE = 1e-4
+_MANY = 96
+"""Directions that an example of a projection onto a subspace keeps, where a site is wide enough."""
 
 
 class SubspaceFilter(Edit):
@@ -104,6 +106,23 @@ class SubspaceFilter(Edit):
     @classmethod
     def usual(cls, layer: int, rank: int = 1) -> Self:
         return cls(site=f"layers.{layer}.resid", rank=rank)
+
+    @classmethod
+    def forms(cls, site: Site, width: int) -> Iterator[tuple[str, Self]]:
+        yield "", cls(site=str(site), rank=2)
+        yield "onto", cls(site=str(site), rank=min(width * 3 // 4, _MANY), onto=True)
+        yield "oblique", cls(site=str(site), rank=2, oblique=True)
+
+    def sample(self, random: np.random.Generator, widths: Widths, strength: float) -> dict[str, Any]:
+        numbers, shape = super().sample(random, widths, strength), (self.rank, self._width(widths))
+        basis = numbers["basis"] = np.linalg.qr(random.normal(size=shape[::-1]))[0].T
+        if self.oblique:  # another right inverse of the basis
+            beside = random.normal(size=shape) * strength
+            numbers["dual"] = basis + beside - (beside @ basis.T) @ basis
+        return numbers
+
+    def weakened(self, fields: Fields, strength: float) -> dict[str, Any]:
+        return {**fields, "mean": fields["mean"] * np.float32(strength)}
 
     def _before(self, fields: Fields, added: Any) -> str | None:
         inside = share(added @ fields["basis"].T @ fields.get("dual", fields["basis"]), added)

@@ -94,5 +94,23 @@ class WeightDelta(ReadingEdit):
     def usual(cls, layer: int, rank: int = 1) -> Self:  # noqa: ARG003
         return cls(site=f"layers.{layer}.mlp.out", reads=f"layers.{layer}.mlp.h")
 
+    @classmethod
+    def forms(cls, site: Site, width: int) -> Iterator[tuple[str, Self]]:  # noqa: ARG003
+        for reads in cls._readable(site)[:1]:
+            yield "", cls(site=str(site), reads=str(reads))
+            yield "sparse", cls(site=str(site), reads=str(reads), layout="sparse", count=20)
+
+    def sample(self, random: np.random.Generator, widths: Widths, strength: float) -> dict[str, Any]:
+        numbers = super().sample(random, widths, strength)
+        if self.count is not None:
+            width = self._source_width(widths)
+            places = np.sort(random.choice(self._width(widths) * width, self.count, replace=False))
+            numbers |= {"rows": places // width, "columns": places % width}
+        return numbers
+
+    def weakened(self, fields: Fields, strength: float) -> dict[str, Any]:
+        changed = "delta" if self.count is None else "values"
+        return {**fields, changed: fields[changed] * np.float32(strength)}
+
 
 register(WeightDelta)

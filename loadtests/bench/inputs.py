@@ -20,23 +20,18 @@ import loadtests.demo.prompts
 import vllm_edits.edit_store.authoring
 from loadtests.demo.bundles import EXHIBITS
 from vllm_edits.edit_store import (
+    KINDS,
     BaseModelRef,
     Bundle,
-    Edit,
     EditStore,
-    Gate,
     LowRank,
-    Offset,
     Provenance,
-    Scale,
-    SubspaceFilter,
     check,
     identify,
 )
 from vllm_edits.edit_store.authoring.host import Edits, Host
 from vllm_edits.edit_store.bundle import MANIFEST_FILE
 from vllm_edits.edit_store.canonical import canonical_json, sha256
-from vllm_edits.edit_store.edits import Array
 from vllm_edits.edit_store.sites import Site
 from vllm_edits.plugin.graph.reservation import Reservation
 from vllm_edits.plugin.graph.slot_bytes import slot_bytes
@@ -197,47 +192,21 @@ def _digest_of_authoring(base: BaseModelRef) -> str:
     return sha256(canonical_json(base.files) + b"".join(source.read_bytes() for source in sources))
 
 
-_EVERYWHERE: dict[str, Callable[[str, int], Edit]] = {
-    "scale": lambda layer, _: Scale(site=layer + "attn.z"),
-    "low_rank": lambda layer, rank: LowRank(site=layer + "mlp.out", reads=layer + "mlp.h", rank=rank),
-    "gate": lambda layer, rank: Gate(site=layer + "mlp.out", reads=layer + "mlp.in", rank=rank, normalise=True),
-    "subspace_filter": lambda layer, rank: SubspaceFilter(site=layer + "resid", rank=rank),
-    "offset": lambda layer, _: Offset(site=layer + "resid"),
-}
-"""Each kind at the site where published methods put it, given `layers.<n>.` and a rank."""
-
-
 def edits_everywhere(base: BaseModelRef, kinds: Sequence[str], rank: int = 1) -> Edits:
-    """Kinds at every layer, with numbers too small to derail the model."""
+    """Kinds at every layer, where published methods put them, with numbers too small to derail the model."""
     random = np.random.default_rng(0)
     edits: Edits = []
     for layer in range(base.widths.layers):
         for kind in kinds:
-            edit = _EVERYWHERE[kind](f"layers.{layer}.", rank)
-            fields = {
-                name: np.asarray(random.normal(size=shape) * 0.01, dtype=np.float32)
-                for name, shape in edit.shapes(base.widths).items()
-            }
-            if isinstance(edit, Scale):
-                fields["factor"] = 1 + fields["factor"]
-            if isinstance(edit, SubspaceFilter):
-                fields["basis"] = np.linalg.qr(fields["basis"].T)[0].T
-            if isinstance(edit, Gate):
-                fields["norm_weight"] = 1 + fields["norm_weight"]
-            edits.append((edit, fields))
+            edit = KINDS[kind].usual(layer, rank)
+            numbers = edit.sample(random, base.widths, strength=0.01)
+            edits.append((edit, {field: np.asarray(array, dtype=np.float32) for field, array in numbers.items()}))
     return edits
 
 
 def weakened(edits: Edits, strength: float) -> Edits:
     """The same edits at a strength between 0 (none) and 1 (as they are)."""
-    return [(edit, _weakened(edit, fields, strength)) for edit, fields in edits]
-
-
-def _weakened(edit: Edit, fields: dict[str, Array], strength: float) -> dict[str, Array]:
-    if isinstance(edit, Scale):
-        return {"factor": 1 - (1 - fields["factor"]) * strength}
-    weakened = {"write", "mean", "vector"}
-    return {name: array * np.float32(strength) if name in weakened else array for name, array in fields.items()}
+    return [(edit, edit.weakened(fields, strength)) for edit, fields in edits]
 
 
 def strengths(count: int) -> list[float]:

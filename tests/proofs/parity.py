@@ -28,29 +28,17 @@ import numpy as np
 from loadtests.harness.record import gpu
 from tests.support.bundles import bundle_of
 from tests.support.tiny_models import VOCABULARY, make_tiny
-from vllm_edits.edit_store import (
-    BaseModelRef,
-    Bundle,
-    Gate,
-    LowRank,
-    Offset,
-    Scale,
-    SubspaceFilter,
-    WeightDelta,
-    identify,
-)
-from vllm_edits.edit_store.architectures import ARCHITECTURES, Architecture, supported
-from vllm_edits.edit_store.edits import IN_PLACE, Edit
+from vllm_edits.edit_store import BaseModelRef, Bundle, identify
+from vllm_edits.edit_store.architectures import ARCHITECTURES, supported
+from vllm_edits.edit_store.edits import Edit
 from vllm_edits.edit_store.kinds import KINDS
-from vllm_edits.edit_store.sites import READS, Site
+from vllm_edits.edit_store.sites import Site
 from vllm_edits.edit_store.verify import edit_rules
 from vllm_edits.plugin.weights.weight_form import formless
 
 PROMPT_TOKENS, NEW_TOKENS = 11, 3
 TOLD = 100
 """How many log-probabilities of each token are compared where the vocabulary has more."""
-MANY = 96
-"""Directions that a projection onto a subspace keeps, where a site is wide enough."""
 ENVIRONMENT = {
     "VLLM_PLUGINS": "edits", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR",
@@ -100,67 +88,26 @@ def every_edit(base: BaseModelRef, strength: float = 0.4, *, weights: bool = Fal
     weights: only what has a weight form, and weight deltas besides
     """
     architecture, middle = ARCHITECTURES[base.architecture], base.widths.layers // 2
+    kinds = [kind for kind in KINDS.values() if weights or not kind.only_in_weights]
     for site in architecture.sites(base.widths.layers):
         if site.layer in (None, middle):
-            forms = [*_forms(site, base.widths.of(site.point)), *(_deltas(site, architecture) if weights else ())]
-            for number, (label, edit) in enumerate(forms):
+            forms = [form for kind in kinds for form in kind.forms(site, base.widths.of(site.point))]
+            for number, (form, edit) in enumerate(forms):
                 if not edit_rules([edit], base) and not (weights and formless([edit], architecture)):
-                    yield label, (edit, random_numbers(edit, base, number, strength))
+                    yield _labelled(form, edit), (edit, random_numbers(edit, base, number, strength))
 
 
-def _deltas(site: Site, architecture: Architecture) -> Iterator[tuple[str, Edit]]:
-    if read := architecture.projections().get(site.point):
-        where = {"site": str(site), "reads": str(site.beside(read))}
-        yield "weight_delta", WeightDelta(**where)  # type: ignore[arg-type]
-        yield "weight_delta/sparse", WeightDelta(**where, layout="sparse", count=20)  # type: ignore[arg-type]
-
-
-def _forms(site: Site, width: int) -> Iterator[tuple[str, Edit]]:
-    where = str(site)
-    for per in ("head", "channel"):
-        yield f"scale/{per}", Scale(site=where, per=per, bias="scaled")  # type: ignore[arg-type]
-    for point in (*READS.get(site.point, ()), *((site.point,) if site.point in IN_PLACE else ())):
-        reads = str(site.beside(point))
-        suffix = "" if point == site.point else f"<-{point}"
-        yield f"low_rank{suffix}", LowRank(site=where, reads=reads, rank=2)
-        yield f"gate{suffix}", Gate(site=where, reads=reads, rank=4)
-        if point == "mlp.in":
-            yield f"gate/normalise{suffix}", Gate(site=where, reads=reads, rank=2, normalise=True)
-    yield "gate/jump_relu", Gate(site=where, reads=where, rank=2, activation="jump_relu", threshold=0.02)
-    yield "gate/sigmoid", Gate(site=where, reads=where, rank=2, activation="sigmoid")
-    yield "filter", SubspaceFilter(site=where, rank=2)
-    yield "filter/onto", SubspaceFilter(site=where, rank=min(width * 3 // 4, MANY), onto=True)
-    yield "filter/oblique", SubspaceFilter(site=where, rank=2, oblique=True)
-    yield "offset", Offset(site=where)
-    yield "offset/renorm", Offset(site=where, renorm=True)
+def _labelled(form: str, edit: Edit) -> str:
+    read = "" if edit.source == edit.site else f"<-{Site.parse(edit.source).point}"
+    return f"{edit.kind}{f'/{form}' if form else ''}{read}"
 
 
 def random_numbers(edit: Edit, base: BaseModelRef, seed: int, strength: float = 0.4) -> dict[str, np.ndarray]:
     """Numbers for an edit, of about the size of the activations it meets in a tiny model."""
     random = np.random.default_rng([seed, *edit.site.encode(), *edit.kind.encode()])
-    shapes = edit.shapes(base.widths)
-    numbers = {field: random.normal(size=shape) * strength for field, shape in shapes.items()}
-    if isinstance(edit, Scale):
-        numbers["factor"] = random.uniform(-0.5, 1.5, shapes["factor"])
-    if isinstance(edit, SubspaceFilter):
-        numbers["basis"] = np.linalg.qr(random.normal(size=shapes["basis"][::-1]))[0].T
-        if edit.oblique:  # another right inverse of the basis
-            beside = random.normal(size=shapes["basis"]) * strength
-            numbers["dual"] = numbers["basis"] + beside - (beside @ numbers["basis"].T) @ numbers["basis"]
-    if isinstance(edit, WeightDelta) and edit.count is not None:
-        width = base.widths.of(Site.parse(edit.reads).point)
-        places = np.sort(random.choice(base.widths.of(Site.parse(edit.site).point) * width, edit.count, replace=False))
-        numbers |= {"rows": places // width, "columns": places % width}
-        return {field: np.asarray(array, dtype=np.float32 if field == "values" else np.int32)
-                for field, array in numbers.items()}  # fmt: skip
-    if isinstance(edit, Gate):
-        # Each neuron beside its opposite: where trained activations are large, one of them is silent for every token.
-        numbers["read"][1::2] = -numbers["read"][::2][: edit.rank // 2]
-        numbers["bias"] = np.abs(numbers["bias"])
-        if edit.normalise:
-            numbers["norm_weight"] = random.uniform(0.5, 1.5, shapes["norm_weight"])
-            numbers["write"] = numbers["write"] * 5
-    return {field: np.asarray(array, dtype=np.float32) for field, array in numbers.items()}
+    numbers = edit.sample(random, base.widths, strength)
+    return {field: np.asarray(array, dtype=np.int32 if field in edit.integers else np.float32)
+            for field, array in numbers.items()}  # fmt: skip
 
 
 def compare(model: Path, prompt: list[int], how: How, store: Path) -> list[Row]:
@@ -410,8 +357,7 @@ class Findings:
 
 
 def _kind(row: Row) -> str:
-    name = row.kind.split("/")[0].split("<-")[0]
-    return {"filter": "subspace_filter"}.get(name, name)
+    return row.kind.split("/")[0].split("<-")[0]
 
 
 _HEAD = """# Every kind at every site of every architecture

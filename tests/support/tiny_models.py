@@ -14,43 +14,41 @@ _SIZES = {
 }  # fmt: skip
 _WITHOUT_HEAD_DIM = {**{name: size for name, size in _SIZES.items() if name != "head_dim"}, "hidden_size": 128}
 _GEMMA = {**_SIZES, "sliding_window": 8, "query_pre_attn_scalar": 32, "tie_word_embeddings": True}
-_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "LlamaForCausalLM": ("LlamaConfig", _SIZES),
-    "MistralForCausalLM": ("MistralConfig", {**_SIZES, "sliding_window": None}),
-    "Qwen2ForCausalLM": ("Qwen2Config", _WITHOUT_HEAD_DIM),
-    "Qwen3ForCausalLM": ("Qwen3Config", _SIZES),
-    "Qwen3MoeForCausalLM": (
-        "Qwen3MoeConfig",
-        {**_SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},
-    ),
-    "Gemma2ForCausalLM": (
-        "Gemma2Config",
-        {**_GEMMA, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-    ),
-    "Gemma3ForCausalLM": ("Gemma3TextConfig", _GEMMA),
-    "Phi3ForCausalLM": ("Phi3Config", _WITHOUT_HEAD_DIM),
-    "Olmo2ForCausalLM": ("Olmo2Config", _WITHOUT_HEAD_DIM),
-    "GraniteForCausalLM": (
-        "GraniteConfig",
-        {**_WITHOUT_HEAD_DIM, "embedding_multiplier": 3.0, "residual_multiplier": 0.7, "logits_scaling": 2.0,
-         "attention_multiplier": 0.2},
-    ),
-    "GPT2LMHeadModel": (
-        "GPT2Config",
-        {"vocab_size": VOCABULARY, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512,
-         "initializer_range": 0.15, "bos_token_id": 1, "eos_token_id": 2},
-    ),
+_OTHER_SIZES: dict[str, dict[str, Any]] = {
+    "MistralForCausalLM": {**_SIZES, "sliding_window": None},
+    "Qwen2ForCausalLM": _WITHOUT_HEAD_DIM,
+    "Qwen3MoeForCausalLM": {
+        **_SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True,
+    },
+    "Gemma2ForCausalLM": {**_GEMMA, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "Gemma3ForCausalLM": _GEMMA,
+    "Phi3ForCausalLM": _WITHOUT_HEAD_DIM,
+    "Olmo2ForCausalLM": _WITHOUT_HEAD_DIM,
+    "GraniteForCausalLM": {
+        **_WITHOUT_HEAD_DIM, "embedding_multiplier": 3.0, "residual_multiplier": 0.7, "logits_scaling": 2.0,
+        "attention_multiplier": 0.2,
+    },
+    "GPT2LMHeadModel": {
+        "vocab_size": VOCABULARY, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512,
+        "initializer_range": 0.15, "bos_token_id": 1, "eos_token_id": 2,
+    },
 }  # fmt: skip
+"""For architectures whose configs say otherwise, or more, than the usual ones."""
 
 
 def make_tiny(architecture: str, folder: Path) -> Path:
-    """A checkpoint of that architecture in `folder`, the same each time."""
-    import torch
+    """A checkpoint of that architecture of transformers in `folder`, the same each time."""
     import transformers
 
-    config, sizes = _CONFIGS[architecture]
+    return save_tiny(getattr(transformers, architecture), folder, _OTHER_SIZES.get(architecture, _SIZES))
+
+
+def save_tiny(model_class: Any, folder: Path, sizes: dict[str, Any] = _SIZES) -> Path:
+    """A checkpoint of a model of transformers' kind in `folder`, the same each time."""
+    import torch
+
     torch.manual_seed(0)
-    made = getattr(transformers, architecture)(getattr(transformers, config)(**sizes))
+    made = model_class(model_class.config_class(**sizes))
     with torch.no_grad():  # nothing left at zero or one, so that every bias and norm weight matters
         for name, parameter in made.named_parameters():
             if "norm" in name or "ln_" in name or name.endswith("bias"):
