@@ -8,7 +8,7 @@ from torch import nn
 
 from vllm_edits.edit_store.architectures import Architecture, ModuleSide, supported
 from vllm_edits.edit_store.errors import UnsupportedHost
-from vllm_edits.edit_store.sites import LAYER_POINTS, Site, Widths
+from vllm_edits.edit_store.sites import Site, Widths
 from vllm_edits.plugin.graph.edited_model import SiteModule
 from vllm_edits.plugin.graph.tensor_parallel import ONLY_RANK, Rank, Shard
 from vllm_edits.plugin.vllm_host.seams import optional
@@ -35,7 +35,7 @@ def _site_module(model: nn.Module, architecture: Architecture, widths: Widths, s
         raise UnsupportedHost(
             f"this vLLM builds {architecture.name} otherwise than expected: no module behind {site} ({error})"
         ) from error
-    is_layer = site.point in LAYER_POINTS and at.path == ""
+    is_layer = site.point in ("embed.out", "resid")  # the first of them that is edited says it for both
     shard = worker.shard(widths, site.point)
     if worker.size > 1:
         _require_divided_so(module, at, shard, site)

@@ -38,13 +38,34 @@ def check_version(*, any_vllm: bool = False) -> None:
     """UnsupportedHost outside the supported range; with `any_vllm` only a warning of what could break."""
     low, high = SUPPORTED_VLLM
     found = Version(vllm.__version__)
-    if low <= Version(found.base_version) < high:
+    if _is_supported(found):
         return
     outside = f"vllm-edits supports vLLM {low} up to (not including) {high}, found {found}"
     if not any_vllm:
         raise UnsupportedHost(f"{outside}. Install one of these, or try this one with edits.any_vllm = true")
     lacking = "; ".join(sources.missing(_installed, found)) or "nothing is known to"
     logger.warning("%s, and edits.any_vllm asks to start all the same. What would break: %s", outside, lacking)
+
+
+def check_seams(*, any_vllm: bool = False) -> None:
+    """UnsupportedHost for a vLLM that has not what its version has, a changed one; with `any_vllm` only a warning.
+
+    Asked once, where requests arrive, and takes some tenths of a second. Outside the range `check_version` has told.
+    """
+    found = Version(vllm.__version__)
+    if not _is_supported(found) or not (lacking := "; ".join(sources.missing(_installed, found))):
+        return
+    if not any_vllm:
+        raise UnsupportedHost(
+            f"vllm-edits leans on what this vLLM {found} does not have: {lacking}. Install this version as it was "
+            "released, or try this one with edits.any_vllm = true"
+        )
+    logger.warning("edits.any_vllm asks to start on a vLLM %s that is not whole. What would break: %s", found, lacking)
+
+
+def _is_supported(found: Version) -> bool:
+    low, high = SUPPORTED_VLLM
+    return low <= Version(found.base_version) < high
 
 
 def _installed(file: str) -> str | None:

@@ -136,6 +136,7 @@ class EditsEndpoints:
             )
         settings = self._settings = read_settings(config.additional_config)
         compat.check_version(any_vllm=settings.any_vllm)
+        compat.check_seams(any_vllm=settings.any_vllm)
         admin_token.check(settings.admin_token_file)
         models = compat.need(state, "openai_serving_models")
         self._metrics = Metrics()

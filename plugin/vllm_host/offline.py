@@ -21,6 +21,7 @@ from vllm_edits.plugin.metrics import Metrics
 from vllm_edits.plugin.request import Request
 from vllm_edits.plugin.serving.coordinator import LocalCoordinator
 from vllm_edits.plugin.serving.lease import Lease
+from vllm_edits.plugin.vllm_host import compat
 from vllm_edits.plugin.vllm_host.addressing import address
 from vllm_edits.plugin.vllm_host.frontend import start
 from vllm_edits.plugin.vllm_host.scheduler import forks
@@ -31,10 +32,11 @@ class Variants:
     """The variants that a loaded `LLM` can serve. One per engine; use it from one thread."""
 
     def __init__(self, llm: Any) -> None:
+        settings = read_settings(llm.llm_engine.vllm_config.additional_config)
+        compat.check_seams(any_vllm=settings.any_vllm)
         self._llm = llm
         self._forks = forks(llm.llm_engine.vllm_config)
         self._loop = asyncio.new_event_loop()
-        settings = read_settings(llm.llm_engine.vllm_config.additional_config)
         self.coordinator: LocalCoordinator
         self.coordinator, self.description = self._loop.run_until_complete(
             start(_OfflineWorkers(llm), settings, Metrics(CollectorRegistry()), ("base",))

@@ -122,6 +122,24 @@ def test_every_kind_at_every_site_is_its_formula_for_its_own_tokens(
     assert (served[::2] - base[::2]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [LowRank(site="layers.0.resid", reads="layers.0.resid", rank=2), SubspaceFilter(site="layers.0.resid", rank=2)],
+)
+def test_the_first_layer_is_edited_before_it_and_behind_it(edit: Any, inputs: Tensor) -> None:
+    """One module for both: what enters it is a vector, and what leaves it is two halves of one."""
+    edits: list[Any] = [Offset(site="embed.out"), edit]
+    bundle, model, plain = (
+        bundle_of([(each, random_numbers(each, BASE, 1)) for each in edits]),
+        TinyModel(),
+        TinyModel(),
+    )
+    edited = edited_model(model, reservation_of(bundle), slots=SLOTS)
+    install(edited, 2, bundle)
+    use_slots(edited, [2] * TOKENS)
+    np.testing.assert_allclose(run(model, edited, inputs), by_formula(plain, inputs, bundle), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("pair", [form for form in FORMS if "filter" not in str(form.id)])
 def test_an_edit_that_asks_for_nothing_is_the_identity_bit_for_bit(pair: Any, inputs: Tensor) -> None:
     """Factors of one, vectors and writes of zero. (A projection always asks for something.)"""

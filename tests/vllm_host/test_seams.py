@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,10 +19,17 @@ from tests.support.oldest import OLDEST
 from tests.support.remote_wheel import wheel_of
 from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.plugin.vllm_host import compat, seams, sources
+from vllm_edits.plugin.vllm_host.frontend import EditsEndpoints
+from vllm_edits.plugin.vllm_host.offline import Variants
 from vllm_edits.plugin.vllm_host.seams import SEAMS, Seam
 
 LOW, HIGH = compat.SUPPORTED_VLLM
 FOUND = Version(vllm.__version__)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
 
 
 def installed(file: str) -> str | None:
@@ -134,4 +142,38 @@ def test_a_version_outside_the_range_is_refused_unless_any_will_do(
     monkeypatch.setattr(sources, "missing", lambda *_: ["the HTTP side: no EndpointPlugin"])
     with caplog.at_level(logging.WARNING, "vllm.edits"):
         compat.check_version(any_vllm=True)
+        compat.check_seams()  # which has been told
+    assert caplog.text.count("What would break: the HTTP side: no EndpointPlugin") == 1
+
+
+def test_a_changed_vllm_of_a_supported_version_is_refused_unless_any_will_do(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compat.check_seams()
+    monkeypatch.setattr(logging.getLogger("vllm.edits"), "propagate", True)
+    monkeypatch.setattr(sources, "missing", lambda *_: ["the HTTP side: no EndpointPlugin"])
+    with pytest.raises(UnsupportedHost, match=r"does not have: the HTTP side: no EndpointPlugin. .* edits.any_vllm = "):
+        compat.check_seams()
+    with caplog.at_level(logging.WARNING, "vllm.edits"):
+        compat.check_seams(any_vllm=True)
     assert "What would break: the HTTP side: no EndpointPlugin" in caplog.text
+
+
+@pytest.mark.anyio
+async def test_a_start_asks_for_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, where requests arrive: a server's API process, or Python with an engine of its own."""
+    monkeypatch.setattr(sources, "missing", lambda *_: ["the HTTP side: no EndpointPlugin"])
+    config = SimpleNamespace(
+        load_config=SimpleNamespace(load_format="edits"), additional_config={"edits": {"store": "/nowhere"}}
+    )
+    engine: Any = SimpleNamespace(vllm_config=config)
+    with pytest.raises(UnsupportedHost, match="no EndpointPlugin"):
+        await EditsEndpoints().init_state(engine, None, None)
+    with pytest.raises(UnsupportedHost, match="no EndpointPlugin"):
+        Variants(SimpleNamespace(llm_engine=engine))
+
+
+def test_a_start_parses_nothing_of_a_vllm_that_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would take it seconds."""
+    monkeypatch.setattr(sources, "_parsed", None)
+    compat.check_seams()
