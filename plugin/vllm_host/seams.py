@@ -170,11 +170,11 @@ def _fault(module: ast.Module, seam: Seam) -> str:
     if not seam.takes:
         return ""
     if not isinstance(group, ast.FunctionDef | ast.AsyncFunctionDef):
-        return f"{seam.name} in vllm/{seam.file} is no function"
+        return f"{seam.name} in vllm/{seam.file} is not a function"
     arguments = group.args
     names = [each.arg for each in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
     absent = [name for name in seam.takes if name not in names]
-    return f"{seam.name} in vllm/{seam.file} takes no {' and no '.join(absent)}" if absent else ""
+    return f"{seam.name} in vllm/{seam.file} does not take {' and '.join(absent)}" if absent else ""
 
 
 def _member(module: ast.Module, group: ast.AST, name: str) -> ast.AST | None:
