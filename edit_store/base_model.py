@@ -62,9 +62,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         found = None
     except ValueError as error:
-        raise UnsupportedHost(f"{path} is no JSON: {error}") from error
+        raise UnsupportedHost(f"{path} is not JSON: {error}. Fetch the checkpoint again") from error
     if not isinstance(found, dict):
-        raise UnsupportedHost(f"expected {CONFIG_FILE} in {folder}. Name a folder with a safetensors checkpoint")
+        raise UnsupportedHost(
+            f"expected {CONFIG_FILE} with a JSON object in {folder}. Name a folder with a safetensors checkpoint"
+        )
     return found
 
 
@@ -81,7 +83,9 @@ def weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         if absent := [each for each in names if not (folder / each).is_file()]:
-            raise UnsupportedHost(f"{index} names {', '.join(absent)}, which {folder} does not hold: fetch it again")
+            raise UnsupportedHost(
+                f"{index} names {', '.join(absent)}, but {folder} does not contain it. Fetch the checkpoint again"
+            )
         return [folder / each for each in names]
     found = sorted(folder.glob("*.safetensors"))
     if folder / SINGLE_FILE in found:

@@ -133,7 +133,9 @@ class Manifest(_Record):
     def from_bytes(cls, data: bytes, what: str = "manifest") -> Manifest:
         """Parse stored bytes. BundleRefused lists every broken field; bytes that are not canonical are refused too."""
         if len(data) > MAX_MANIFEST_BYTES:
-            raise BundleRefused(what, [Reason("too_large", f"{len(data)} bytes, at most {MAX_MANIFEST_BYTES} allowed")])
+            raise BundleRefused(
+                what, [Reason("too_large", f"expected at most {MAX_MANIFEST_BYTES} bytes, found {len(data)}")]
+            )
         try:
             manifest = cls.model_validate(json.loads(data))
         except ValidationError as error:
@@ -143,9 +145,18 @@ class Manifest(_Record):
         try:
             canonical = manifest.to_bytes()
         except (rfc8785.CanonicalizationError, ValueError) as error:  # NaN, or an integer beyond 2^53
-            raise BundleRefused(what, [Reason("not_canonical", f"RFC 8785 cannot spell it: {error}")]) from None
+            raise BundleRefused(
+                what,
+                [
+                    Reason(
+                        "not_canonical", f"expected values that canonical JSON (RFC 8785) can express, found: {error}"
+                    )
+                ],
+            ) from None
         if canonical != data:
-            raise BundleRefused(what, [Reason("not_canonical", "expected canonical JSON (RFC 8785); publish it again")])
+            raise BundleRefused(
+                what, [Reason("not_canonical", "expected canonical JSON (RFC 8785). Publish the bundle again")]
+            )
         return manifest
 
 
@@ -228,6 +239,9 @@ class Bundle:
             if not path.is_file():
                 raise BundleRefused(str(folder), [Reason("missing_file", f"expected {name} in {folder}, found none")])
             if path.stat().st_size > limit:
-                raise BundleRefused(str(folder), [Reason("too_large", f"{name} is over {limit} bytes")])
+                raise BundleRefused(
+                    str(folder),
+                    [Reason("too_large", f"expected at most {limit} bytes in {name}, found {path.stat().st_size}")],
+                )
         manifest = Manifest.from_bytes((folder / MANIFEST_FILE).read_bytes(), str(folder / MANIFEST_FILE))
         return cls(manifest, (folder / TENSORS_FILE).read_bytes())

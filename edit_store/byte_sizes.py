@@ -12,7 +12,7 @@ def bytes_of(text: str) -> int:
     try:
         return int(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError:
-        raise SettingsError(f"{text!r} is no size: expected for instance 8GiB or 500MB") from None
+        raise SettingsError(f"{text!r} is not a size: expected a number with a unit, e.g. 8GiB or 500MB") from None
 
 
 def sized(size: int) -> str:

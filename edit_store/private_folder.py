@@ -39,5 +39,8 @@ def private_folder(name: str) -> Path:
         folder.mkdir(mode=0o700)
     found = folder.lstat()
     if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o077:
-        raise UnsupportedHost(f"{folder} is not this user's alone. Remove it, or set TMPDIR to a folder of your own")
+        raise UnsupportedHost(
+            f"expected {folder} to be a folder that only this user can access. Remove it, or set TMPDIR to a folder of "
+            "your own"
+        )
     return folder

@@ -47,7 +47,9 @@ class Ref:
         """Split `name[@selector]`; NotFound when it cannot name anything."""
         name, at, selector = text.partition("@")
         if not is_bundle_name(name) or (at and not is_name(selector)):
-            raise NotFound(f"{text!r} names no variant: expected name, name@tag or name@version in lower case")
+            raise NotFound(
+                f"{text!r} is not the name of a variant: expected name, name@tag or name@version, in lower case"
+            )
         return cls(name, selector or default_tag)
 
     @property

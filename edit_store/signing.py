@@ -92,9 +92,11 @@ class SigningKey:
         try:
             private = load_pem_private_key(path.read_bytes(), password=None)
         except (OSError, ValueError, TypeError) as error:
-            raise EditsError(f"{path} is no private key: {error}. Make one with: vllm-edits keygen {path}") from None
+            raise EditsError(f"{path} is not a private key: {error}. Make one with: vllm-edits keygen {path}") from None
         if not isinstance(private, Ed25519PrivateKey):
-            raise EditsError(f"{path}: expected an Ed25519 key, found {type(private).__name__}")
+            raise EditsError(
+                f"{path}: expected an Ed25519 key, found {type(private).__name__}. Make one with: vllm-edits keygen"
+            )
         return cls(CryptoSigner(private))
 
     @property
@@ -107,7 +109,7 @@ class SigningKey:
         public = path.with_suffix(PUBLIC_SUFFIX)
         for taken in (path, public):
             if taken.exists():
-                raise EditsError(f"{taken} exists already: a key is never overwritten. Choose another name")
+                raise EditsError(f"{taken} exists already, and a key is never overwritten. Choose another file name")
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             file.write(self.signer.private_bytes)
@@ -186,7 +188,7 @@ def public_key(pem: str) -> Any:
     try:
         key = load_pem_public_key(pem.encode())
     except (ValueError, TypeError) as error:
-        raise EditsError(f"expected an Ed25519 public key in PEM, found: {error}") from None
+        raise EditsError(f"expected an Ed25519 public key in PEM form, found: {error}") from None
     if not isinstance(key, Ed25519PublicKey):
         raise EditsError(f"expected an Ed25519 public key, found {type(key).__name__}")
     return SSlibKey.from_crypto(key)

@@ -104,8 +104,8 @@ class Site:
         match = _SITE.fullmatch(f"{name}.resid" if side in ("in", "out") else text)
         if match is None or match[2] not in LAYER_POINTS:
             raise ValueError(
-                f"unknown site {text!r}: expected {', '.join((*FIRST, *LAST))}, or layers.<n>.<point> with a point of "
-                f"{', '.join(LAYER_POINTS)}"
+                f"unknown site {text!r}: expected {', '.join((*FIRST, *LAST))}, or layers.<n>.<point> with one of the "
+                f"points {', '.join(LAYER_POINTS)}"
             )
         layer = int(match[1])
         if side == "in":

@@ -65,12 +65,15 @@ class TrustPolicy(_Strict):
         try:
             policy = cls.model_validate_json(path.read_bytes())
         except OSError as error:
-            raise SettingsError(f"trust file {path} cannot be read: {error.strerror}") from None
+            raise SettingsError(
+                f"trust file {path} cannot be read: {error.strerror}. Check the path, or make the file with: "
+                "vllm-edits trust add"
+            ) from None
         except pydantic.ValidationError as error:
             lines = [f"  - {'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
-            raise SettingsError("\n".join([f"trust file {path} is refused:", *lines])) from None
+            raise SettingsError("\n".join([f"trust file {path} is invalid:", *lines])) from None
         if problems := policy.broken() + ([] if unfinished else policy.unsatisfiable()):
-            raise SettingsError("\n".join([f"trust file {path} is refused:", *(f"  - {each}" for each in problems)]))
+            raise SettingsError("\n".join([f"trust file {path} is invalid:", *(f"  - {each}" for each in problems)]))
         return policy
 
     def save(self, path: Path) -> None:
@@ -92,17 +95,20 @@ class TrustPolicy(_Strict):
                 found.append(f"key {trusted.name!r}: {error}")
                 continue
             if keyid in seen:
-                found.append(f"keys {seen[keyid]!r} and {trusted.name!r} are the same key: it would count twice")
+                found.append(
+                    f"keys {seen[keyid]!r} and {trusted.name!r} are the same key, which would count twice. Remove one"
+                )
             seen[keyid] = trusted.name
             if trusted.not_before and trusted.not_after and trusted.not_before >= trusted.not_after:
-                found.append(f"key {trusted.name!r}: not_after is not later than not_before")
+                found.append(f"key {trusted.name!r}: expected not_after later than not_before")
         return found
 
     def unsatisfiable(self) -> list[str]:
         """Roles of which more signatures are needed than there are keys. Without any key nothing is needed."""
         holders = {role: sum(role in trusted.roles for trusted in self.keys) for role in Role}
         return [
-            f"{self.needed(role)} {role} signature(s) are needed, but {count} key(s) may give one"
+            f"{self.needed(role)} {role} signature(s) are needed, but only {count} key(s) have the role {role}. Add "
+            "keys, or lower the threshold"
             for role, count in holders.items()
             if self.keys and count < self.needed(role)
         ]
@@ -139,14 +145,14 @@ class TrustPolicy(_Strict):
             return Reason("untrusted_key", f"signed by key {signature.keyid[:12]}, which is not in the trust file")
         who = f"{trusted.name} ({signature.keyid[:12]})"
         if role not in trusted.roles:
-            return Reason("wrong_role", f"signed by {who}, who may not act as {role}")
+            return Reason("wrong_role", f"signed by {who}, whose key does not have the role {role}")
         if not signature.made_by(trusted.key):
-            return Reason("bad_signature", f"the signature in the name of {who} is not theirs")
+            return Reason("bad_signature", f"the signature names the key of {who}, but was not made with it")
         ends = [end for end in (trusted.not_after, signature.statement.predicate.expires_at) if end is not None]
         if ends and at > min(ends):
-            return Reason("expired", f"the signature of {who} counted until {min(ends):%Y-%m-%d %H:%M}")
+            return Reason("expired", f"the signature of {who} expired on {min(ends):%Y-%m-%d %H:%M}")
         if trusted.not_before and at < trusted.not_before:
-            return Reason("not_yet_valid", f"{who} may sign from {trusted.not_before:%Y-%m-%d %H:%M} on")
+            return Reason("not_yet_valid", f"the key of {who} is valid only from {trusted.not_before:%Y-%m-%d %H:%M}")
         return None
 
 

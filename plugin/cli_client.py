@@ -24,5 +24,7 @@ def authorization(api_key: str) -> dict[str, str]:
 def no_answer(url: str, error: httpx.HTTPError) -> EditsError:
     """What to raise when nobody answers there."""
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
-        return EditsError(f"no answer from {url}: {error}. Name the authority that signed it in SSL_CERT_FILE")
-    return EditsError(f"no answer from {url}: {error}. Is the server up? Name it with --url")
+        return EditsError(
+            f"no answer from {url}: {error}. Set SSL_CERT_FILE to the certificate of the authority that signed it"
+        )
+    return EditsError(f"no answer from {url}: {error}. Check that the server runs, or name its address with --url")

@@ -48,15 +48,16 @@ class VersionInfo:
             return 1.0 if self.strength is None else self.strength.default
         if fixed and self.strength is not None and asked != self.strength.default:
             raise RequestRefused(
-                f"{model!r} is in the engine's weights with a strength of {self.strength.default:g}, found {asked:g}. "
-                f"Leave out {STRENGTH_ARGUMENT}"
+                f"{model!r} is in the engine's weights with the strength {self.strength.default:g}, but the request "
+                f"asks for {asked:g}. Leave out {STRENGTH_ARGUMENT}"
             )
         if self.strength is None:
             raise RequestRefused(
-                f"{model!r} takes no strength, found {asked:g}: its author allows none. Leave out {STRENGTH_ARGUMENT}"
+                f"{model!r} accepts no strength, because its author set no bounds, but the request asks for {asked:g}. "
+                f"Leave out {STRENGTH_ARGUMENT}"
             )
         if not (math.isfinite(asked) and self.strength.minimum <= asked <= self.strength.maximum):
-            raise RequestRefused(f"{model!r} takes a strength of {self.strength}, found {asked:g}")
+            raise RequestRefused(f"{model!r}: expected a strength of {self.strength}, found {asked:g}")
         return asked
 
 

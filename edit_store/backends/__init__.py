@@ -47,9 +47,8 @@ def require_exclusive_create(backend: Backend) -> None:
         except AlreadyExists:
             return
         raise StoreUnavailable(
-            f"store {backend.url} cannot be written safely: it let a second write replace a first one that asked to be "
-            "the only one (create-if-absent). Use a folder on a local file system, or an object store with conditional "
-            "writes"
+            f"store {backend.url} cannot be written safely: it does not support create-if-absent (a second write "
+            "replaced the first). Use a folder on a local file system, or an object store with conditional writes"
         )
     finally:
         backend.delete(key)

@@ -52,9 +52,9 @@ class LocalFolder:
             if error.errno not in _NO_LINKS:
                 raise
             raise StoreUnavailable(
-                f"store {self.url} cannot be written: its file system refuses hard links ({error.strerror}), as exFAT, "
-                "FAT and some network mounts do, and without them one of two writers at once would overwrite the "
-                "other. Write to a folder on a local Linux file system, or to an object store; a copy can be read here"
+                f"store {self.url} cannot be written: its file system does not support hard links ({error.strerror}), "
+                "as exFAT, FAT and some network mounts. Without hard links, one of two writers could overwrite the "
+                "other. Write to a folder on a local Linux file system, or to an object store. Reading works here"
             ) from error
 
     def _write(self, key: str, data: bytes, name_it: Callable[[Path, Path], None]) -> None:

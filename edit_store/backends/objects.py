@@ -89,22 +89,24 @@ class ObjectStore:
         except (FileNotFoundError, NotFoundError) as error:
             if missing:
                 raise KeyError(key) from None
-            raise StoreUnavailable(f"store {self.url} is not there: {_first_line(error)}") from error
+            raise StoreUnavailable(
+                f"the bucket of store {self.url} was not found: {_first_line(error)}. Create it, or correct the URL"
+            ) from error
         except (BaseError, OSError, ValueError) as error:
             raise StoreUnavailable(f"store {self.url}: {key}: {_first_line(error)}") from error
 
     def _open(self) -> Any:
         if self._client is not None and self._opened_by != os.getpid():
             raise StoreUnavailable(
-                f"store {self.url} was opened before this process was forked, and its client does not survive that. "
-                "Open it after the fork, or start processes with the method `spawn`"
+                f"store {self.url} was opened before this process was forked, and its client does not work after a "
+                "fork. Open the store after the fork, or start processes with the method `spawn`"
             )
         if self._client is None:
             try:
                 from obstore.store import from_url
             except ImportError:
                 raise StoreUnavailable(
-                    f"store {self.url} needs the package obstore, found none. Install vllm-edits[cloud]"
+                    f"store {self.url} needs the package obstore, which is not installed. Install vllm-edits[cloud]"
                 ) from None
             # Plain HTTP only where an endpoint of the operator's own is spelled that way.
             plain = os.environ.get("AWS_ENDPOINT_URL", os.environ.get("AWS_ENDPOINT", "")).startswith("http://")

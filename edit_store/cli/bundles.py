@@ -132,7 +132,10 @@ def compose(
     found = composing.conflicts(bundle)
     if found and not allow_conflicts:
         told = "\n".join(f"  - {line}" for line in composing.named(found))
-        raise EditsError(f"{bundle.manifest.name} is not published:\n{told}\nPublish it so with --allow-conflicts")
+        raise EditsError(
+            f"{bundle.manifest.name} was not published, because some edits do not simply add up:\n{told}\n"
+            "To publish it anyway, add --allow-conflicts"
+        )
     row = _published(target, bundle, tag, reason)
     if as_json:
         as_script([{**row, "conflicts": [asdict(each) for each in found]}])
@@ -273,7 +276,7 @@ def inspect(
         target = EditStore(store)
         bundle = target.bundle(target.resolve(what))
     else:
-        raise EditsError(f"{what!r} is no folder; to look it up in a store, name one with --store")
+        raise EditsError(f"{what!r} is not a folder. To inspect a version in a store, name the store with --store")
     summary = summarise(bundle, model)
     manifest = bundle.manifest
     if not as_json:

@@ -118,7 +118,7 @@ def show(rows: list[dict[str, Any]], columns: dict[str, str], as_json: bool) -> 
 
 def plain(line: str) -> None:
     """Print a line as it is: brackets in it are an author's words, not markup."""
-    console.print(line, markup=False)
+    console.print(line, markup=False, soft_wrap=True)
 
 
 def as_script(value: Any) -> None:

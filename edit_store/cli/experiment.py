@@ -280,7 +280,7 @@ def show_one(name: ExperimentArgument, store: StoreOption, as_json: JsonOption =
         mark = "  <- now" if step.coverage == row["coverage"] and standing.status == "running" else ""
         plain(f"coverage {step.coverage:g} {spoken(step.after)} after the start{mark}")
     if standing.status == "running" and standing.ramping_since is None:
-        plain(f"the ramp is held, {spoken(round(standing.ramped))} in")
+        plain(f"the ramp is held, after {spoken(round(standing.ramped))}")
     for rule in standing.document.guardrails:
         limits = rule.model_dump(include={"maximum", "minimum", "maximum_ratio", "minimum_ratio"}, exclude_none=True)
         limit = " ".join(f"{name} {value:g}" for name, value in limits.items())
@@ -337,7 +337,7 @@ def _told(standing: Standing, as_json: bool) -> None:
         shares = ", ".join(f"{arm['name']} {arm['share']:.2%}" for arm in row["arms"])
         said += f", phase {standing.phase}; of all units {shares}"
     if standing.everyone:
-        said += f"; everybody gets {standing.everyone}"
+        said += f"; all units get {standing.everyone}"
     typer.echo(said)
 
 

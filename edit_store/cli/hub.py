@@ -79,10 +79,10 @@ def push(
         as_script(asdict(done))
         return
     for each in done.present:
-        typer.echo(f"{abbreviated(each)} is there already")
+        typer.echo(f"{abbreviated(each)} is in the repo already")
     for each in done.added:
         typer.echo(f"pushed {abbreviated(each)}")
-    ended = "commit" if done.committed else "nothing to push; head is"
+    ended = "commit" if done.committed else "nothing to push, head is"
     typer.echo(f"{repo} ({revision}): {ended} {done.commit[:12]}")
 
 

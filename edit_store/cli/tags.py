@@ -153,5 +153,5 @@ def _told(entry: TagEntry, as_json: bool) -> None:
     if as_json:
         as_script([entry.model_dump(mode="json")])
     else:
-        what = "nothing any more" if entry.withdrawn else entry.version[:12]
+        what = "not served any more" if entry.withdrawn else entry.version[:12]
         typer.echo(f"{entry.name}@{entry.tag} is {what} (entry {entry.sequence}, {entry.operation})")

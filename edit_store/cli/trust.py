@@ -58,7 +58,9 @@ def keygen(
     if as_json:
         as_script({"private": str(private), "public": str(public), "keyid": key.keyid})
     else:
-        typer.echo(f"private: {private} (keep it)\npublic:  {public} (for: vllm-edits trust add)\nkeyid:   {key.keyid}")
+        typer.echo(
+            f"private: {private} (keep it secret)\npublic:  {public} (for: vllm-edits trust add)\nkeyid:   {key.keyid}"
+        )
 
 
 @app.command()
@@ -103,7 +105,10 @@ def _subject(store: EditStore, ref: Ref, role: Role) -> tuple[str, str]:
         return version, f"{ref.name}@{version[:12]}"
     head = None if ref.is_version else store.head(ref.name, ref.selector)
     if head is None:
-        raise EditsError(f"{ref} is no promotion: a promoter signs what a tag says now, e.g. {ref.name}@prod")
+        raise EditsError(
+            f"expected a tag with a promotion, e.g. {ref.name}@prod, found {ref}. A promoter signs the present "
+            "promotion of a tag"
+        )
     return head.digest, f"{ref.name}@{ref.selector} entry {head.sequence}"
 
 
@@ -158,7 +163,7 @@ def remove(
     policy = TrustPolicy.load(file, unfinished=True)
     kept = tuple(key for key in policy.keys if name not in (key.name, key.key.keyid))
     if len(kept) == len(policy.keys):
-        raise EditsError(f"no key {name!r} in {file}; it has {', '.join(key.name for key in policy.keys) or 'none'}")
+        raise EditsError(f"no key {name!r} in {file}. Its keys: {', '.join(key.name for key in policy.keys) or 'none'}")
     _replace(file, policy.model_copy(update={"keys": kept}), as_json)
 
 
@@ -236,7 +241,7 @@ def check(
     else:
         for reason in reasons:
             typer.echo(f"  - {reason}")
-        typer.echo(f"{ref} is {'not believed' if reasons else 'believed'}")
+        typer.echo(f"{ref} is {'refused' if reasons else 'accepted'}")
     if reasons:
         raise typer.Exit(PROBLEM)
 
@@ -244,7 +249,7 @@ def check(
 def _replace(file: Path, new: TrustPolicy, as_json: bool) -> None:
     """Write a changed trust file, unless a key in it is broken; say what is still missing."""
     if broken := new.broken():
-        raise SettingsError("\n".join([f"{file} is left as it was:", *(f"  - {each}" for each in broken)]))
+        raise SettingsError("\n".join([f"{file} was not changed:", *(f"  - {each}" for each in broken)]))
     new.save(file)
     missing = new.unsatisfiable()
     if as_json:
@@ -253,4 +258,4 @@ def _replace(file: Path, new: TrustPolicy, as_json: bool) -> None:
     needed = f"{new.authors_needed} author(s), {new.promoters_needed} promoter(s)"
     typer.echo(f"{file}: {len(new.keys)} key(s), needed: {needed}")
     for each in missing:
-        typer.echo(f"not usable by a server yet: {each}", err=True)
+        typer.echo(f"servers cannot use this file yet: {each}", err=True)

@@ -144,14 +144,15 @@ def verify(store: StoreOption, as_json: JsonOption = False) -> None:
     if as_json:
         as_script({"clean": found.clean, **asdict(found)})
     else:
-        show([asdict(each) for each in found.findings], {"object": "object", "problem": "problem", "mend": "mend"},
-             as_json=False) if found.findings else None  # fmt: skip
+        if found.findings:
+            columns = {"object": "object", "problem": "problem", "mend": "what to do"}
+            show([asdict(each) for each in found.findings], columns, as_json=False)
         console.print(
             f"{found.versions} versions ({sized(found.bytes)}), {found.tags} tags with {found.entries} entries, "
             f"{found.signatures} signatures: {'clean' if found.clean else f'{len(found.findings)} finding(s)'}"
         )
         if found.garbage:
-            console.print(f"{len(found.garbage)} objects that nothing refers to; see: vllm-edits gc")
+            console.print(f"{len(found.garbage)} objects without a reference. Delete them with: vllm-edits gc")
     if not found.clean:
         raise typer.Exit(PROBLEM)
 

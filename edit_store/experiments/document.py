@@ -73,7 +73,9 @@ class Namespace(_Record):
     @model_validator(mode="after")
     def _is_a_part(self) -> Self:
         if self.start >= self.end:
-            raise ValueError(f"expected start below end, found {self.start:g} and {self.end:g}: nobody is in it")
+            raise ValueError(
+                f"expected start below end, found {self.start:g} and {self.end:g}: it would contain no unit"
+            )
         return self
 
     def overlaps(self, other: Namespace) -> bool:
@@ -159,7 +161,9 @@ class Guardrail(_Record):
         if self.maximum_authored_ratio is not None and self.metric != GATE_FIRINGS:
             raise ValueError(f"maximum_authored_ratio is for {GATE_FIRINGS}, found {self.metric!r}")
         if self.no_data_limit <= self.inconclusive_limit:
-            raise ValueError("no_data_limit must be above inconclusive_limit: an arm is held before it is withdrawn")
+            raise ValueError(
+                "expected no_data_limit above inconclusive_limit: the ramp is held before the arm is withdrawn"
+            )
         return self
 
 
@@ -198,7 +202,7 @@ class Experiment(_Record):
         except OSError as error:
             raise ExperimentRefused(what, [Reason("document", f"it cannot be read: {error.strerror}")]) from None
         if len(data) > MAX_DOCUMENT_BYTES:
-            why = f"it has {len(data)} bytes, at most {MAX_DOCUMENT_BYTES} are a document"
+            why = f"expected at most {MAX_DOCUMENT_BYTES} bytes, found {len(data)}"
             raise ExperimentRefused(what, [Reason("document", why)])
         try:
             return cls.parse(yaml.safe_load(data), what)
@@ -260,14 +264,14 @@ class Experiment(_Record):
             ("feedback", [metric.name for metric in self.feedback]),
         ):
             if twice := [name for name, times in Counter(names).items() if times > 1]:
-                yield Reason("names", f"{what}: {_listed(twice)} stands there more than once")
+                yield Reason("names", f"{what}: {_listed(twice)} is listed more than once")
         yield from self._broken_ramp()
         if taken := [metric.name for metric in self.feedback if metric.name in {*BUILT_IN, GATE_FIRINGS}]:
             yield Reason("names", f"feedback: {_listed(taken)} is measured by the server; choose another name")
         for rule in self.guardrails:
             if rule.metric not in {*self.metrics(), GATE_FIRINGS}:
                 known = _listed([*self.metrics(), GATE_FIRINGS])
-                yield Reason("guardrails", f"there is no metric {rule.metric!r}; there are {known}")
+                yield Reason("guardrails", f"unknown metric {rule.metric!r}; known: {known}")
         if self.shadow is not None and self.shadow.arm not in [arm.name for arm in self.arms[1:]]:
             known = _listed([arm.name for arm in self.arms[1:]])
             yield Reason("shadow", f"expected an arm other than the control ({known}), found {self.shadow.arm!r}")
@@ -281,16 +285,17 @@ class Experiment(_Record):
             if after.coverage < before.coverage:
                 yield Reason(
                     "ramp",
-                    f"coverage {after.coverage:g} after {before.coverage:g} would take units out of their arms. "
-                    "A ramp only grows; to narrow it, stop the experiment and start it anew",
+                    f"coverage {after.coverage:g} after {before.coverage:g} would take units out of their arms. A "
+                    "ramp can only grow. To make the experiment smaller, stop it and start a new phase",
                 )
         least = min(step.coverage for step in self.steps if step.coverage or step == self.steps[-1])
         for arm in self.arms:
             if 0 < least * arm.weight < 1 / assignment.BUCKETS or not least:
                 yield Reason(
                     "ramp",
-                    f"arm {arm.name!r} has {least * arm.weight:.2g} of all units at coverage {least:g}; "
-                    f"the hash tells {assignment.BUCKETS} parts apart, so it may be none",
+                    f"arm {arm.name!r} has a share of {least * arm.weight:.2g} of all units at coverage {least:g}. "
+                    f"The hash distinguishes only {assignment.BUCKETS} parts, so the arm may get no unit. Raise the "
+                    "coverage or the weight",
                 )
 
 
@@ -299,7 +304,7 @@ def _explained(error: ValidationError) -> Iterator[Reason]:
         where = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            message = "there is no such field"
+            message = "unknown field"
         yield Reason("document", f"{where}: {message}" if where else message)
 
 

@@ -16,7 +16,7 @@ def seconds(value: object) -> object:
     match = _WRITTEN.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         if isinstance(value, str):
-            raise ValueError(f"expected a length of time such as 30s, 5m, 1h or 2d, found {value!r}")
+            raise ValueError(f"expected a duration such as 30s, 5m, 1h or 2d, found {value!r}")
         return value
     return float(match[1]) * _UNITS[match[2]]
 

@@ -136,8 +136,8 @@ def _unmeasured(document: Experiment, manifests: dict[str, Manifest]) -> Iterato
         if arm.name in manifests and manifests[arm.name].gate_firings is None:
             yield Reason(
                 "guardrails",
-                f"maximum_authored_ratio: the author of what arm {arm.name!r} serves has not measured {GATE_FIRINGS}. "
-                f"Publish it with that measurement, or give the rule a maximum",
+                f"maximum_authored_ratio: the version of arm {arm.name!r} has no measurement {GATE_FIRINGS}. "
+                "Publish it with that measurement, or give the rule a maximum",
             )
 
 
@@ -148,6 +148,6 @@ def _of_several_bases(manifests: dict[str, Manifest]) -> Iterator[Reason]:
         if first is not None and manifest.base != manifests[first].base:
             yield Reason(
                 "arm",
-                f"arm {arm!r} edits {manifest.base.name}, and arm {first!r} {manifests[first].base.name}: other files, "
-                "so no server has both",
+                f"arm {arm!r} edits {manifest.base.name}, but arm {first!r} edits {manifests[first].base.name}: no "
+                "server has both base models. Use versions for one base model",
             )

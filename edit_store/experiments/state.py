@@ -99,7 +99,7 @@ def fold(entries: Iterable[ExperimentEntry]) -> tuple[dict[str, Standing], list[
         try:
             standings[entry.experiment] = after(standings, entry, entry.at, entry.reason)
         except EditsError as trouble:
-            troubles.append(f"entry {entry.sequence} of the experiments is passed over: {trouble}")
+            troubles.append(f"entry {entry.sequence} of the experiments has no effect: {trouble}")
     return standings, troubles
 
 
@@ -109,7 +109,9 @@ def after(standings: Standings, change: ExperimentChange, at: datetime, reason: 
         return replace(_created(standings.get(change.experiment), change, at), reason=reason)
     standing = need(standings, change.experiment)
     if change.phase not in (None, standing.phase):
-        raise Conflict(f"experiment {change.experiment!r} is in phase {standing.phase} by now, not {change.phase}")
+        raise Conflict(
+            f"experiment {change.experiment!r} is in phase {standing.phase} now, expected phase {change.phase}"
+        )
     made = {
         "start": _started, "widen": _widened, "hold": _held, "resume": _resumed, "withdraw": _withdrawn,
         "promote": _promoted, "stop": _stopped,
@@ -143,7 +145,7 @@ def _created(known: Standing | None, change: ExperimentChange, at: datetime) -> 
     document = change.document
     if document is None or document.name != change.experiment:
         raise ExperimentRefused(
-            f"experiment {change.experiment!r}", [Reason("document", "it comes without its document")]
+            f"experiment {change.experiment!r}", [Reason("document", "expected a document with this name, found none")]
         )
     if reasons := list(document.broken()):
         raise ExperimentRefused(f"experiment {document.name!r}", reasons)
@@ -152,20 +154,20 @@ def _created(known: Standing | None, change: ExperimentChange, at: datetime) -> 
     if not known.serving:
         return replace(known, document=document)
     if reasons := list(_moves(known, document, at)):
-        raise ExperimentRefused(f"the change of experiment {document.name!r}, which is {known.status},", reasons)
+        raise ExperimentRefused(f"the new document of experiment {document.name!r} (status: {known.status})", reasons)
     return replace(known, document=document)
 
 
 def _moves(known: Standing, document: Experiment, at: datetime) -> Iterable[Reason]:
     """Why units would change their arms if this became the document in the same phase."""
-    anew = f"Stop it (`vllm-edits experiment stop {document.name}`), create it again and start it: a new phase"
+    anew = f"Stop it (vllm-edits experiment stop {document.name}), create it again and start it: a new phase begins"
     if document.allotment != known.document.allotment:
         fields = ("model", "unit_header", "arms", "namespace", "holdout")
         changed = [name for name in fields if getattr(document, name) != getattr(known.document, name)]
         yield Reason("moves", f"{', '.join(changed)}: units would change their arms. {anew}")
     reached, would = known.coverage(at), max(known.widened, document.coverage_after(known.elapsed(at)))
     if would < reached:
-        yield Reason("moves", f"coverage is {reached:g} by now and would be {would:g}: units would leave. {anew}")
+        yield Reason("moves", f"coverage has reached {reached:g} and would be {would:g}: units would leave. {anew}")
 
 
 def _started(standing: Standing, change: ExperimentChange, at: datetime) -> Standing:
@@ -176,8 +178,8 @@ def _started(standing: Standing, change: ExperimentChange, at: datetime) -> Stan
         )
     if standing.status == "promoted":
         raise Conflict(
-            f"arm {standing.everyone!r} of experiment {name!r} was promoted: everyone gets it. "
-            f"End that first with: vllm-edits experiment stop {name}"
+            f"arm {standing.everyone!r} of experiment {name!r} was promoted and serves all units. "
+            f"Stop the experiment first: vllm-edits experiment stop {name}"
         )
     return replace(standing, status="running", phase=standing.phase + 1, began_at=at, ramped=0.0, ramping_since=at,
                    widened=0.0, withdrawn=frozenset(), everyone=None)  # fmt: skip
@@ -192,14 +194,16 @@ def _overlaps(standings: Standings, started: Standing) -> Iterable[Reason]:
         if mine.namespace and theirs.namespace and mine.namespace.overlaps(theirs.namespace):
             yield Reason(
                 "namespace",
-                f"it has {mine.namespace.start:g} to {mine.namespace.end:g} of namespace {mine.namespace.name!r}, and "
-                f"{name!r}, which runs, {theirs.namespace.start:g} to {theirs.namespace.end:g}. Choose a free part",
+                f"it uses {mine.namespace.start:g} to {mine.namespace.end:g} of namespace {mine.namespace.name!r}, "
+                f"but the running experiment {name!r} uses {theirs.namespace.start:g} to {theirs.namespace.end:g}. "
+                "Choose a free part",
             )
         apart = mine.namespace and theirs.namespace and mine.namespace.name == theirs.namespace.name
         if mine.model == theirs.model and not apart:
             yield Reason(
                 "model",
-                f"{name!r} decides already for {mine.model!r}. Stop it, or give each a part of one namespace",
+                f"experiment {name!r} runs already for the model name {mine.model!r}. Stop it, or give each experiment "
+                "a part of one namespace",
             )
 
 
@@ -213,8 +217,8 @@ def _widened(standing: Standing, change: ExperimentChange, at: datetime) -> Stan
     reached = standing.coverage(at)
     if change.coverage is None or change.coverage <= reached:
         why = (
-            f"coverage is {reached:g}, and {change.coverage or 0:g} is not wider: units would leave their arms. "
-            "To narrow it, stop it, create it again and start it: a new phase"
+            f"expected a coverage above the present {reached:g}, found {change.coverage or 0:g}: units would leave "
+            "their arms. To make the experiment smaller, stop it, create it again and start it: a new phase begins"
         )
         raise ExperimentRefused(f"the change of experiment {change.experiment!r}", [Reason("moves", why)])
     return replace(standing, widened=change.coverage)
@@ -224,7 +228,7 @@ def _held(standing: Standing, change: ExperimentChange, at: datetime) -> Standin
     _need_running(standing, "there is no ramp to hold")
     if standing.ramping_since is None:
         raise Conflict(
-            f"the ramp of experiment {change.experiment!r} is held already, {spoken(round(standing.ramped))} in"
+            f"the ramp of experiment {change.experiment!r} is held already, after {spoken(round(standing.ramped))}"
         )
     return standing.held(at)
 
@@ -240,7 +244,7 @@ def _withdrawn(standing: Standing, change: ExperimentChange, at: datetime) -> St
     _need_running(standing, "no unit is in any arm")
     arm = standing.document.arm(change.arm or "").name
     if arm == standing.document.control.name:
-        why = f"{arm!r} is the control, which serves the units of arms that are withdrawn. Stop the experiment instead"
+        why = f"{arm!r} is the control: it serves the units of withdrawn arms. Stop the experiment instead"
         raise ExperimentRefused(f"the change of experiment {change.experiment!r}", [Reason("arm", why)])
     if arm in standing.withdrawn:
         raise Conflict(f"arm {arm!r} of experiment {change.experiment!r} is withdrawn already: {standing.reason}")
@@ -252,7 +256,7 @@ def _promoted(standing: Standing, change: ExperimentChange, at: datetime) -> Sta
     if standing.status not in ("running", "stopped"):
         raise Conflict(f"experiment {change.experiment!r} is {standing.status}: start it before you promote an arm")
     if arm in standing.withdrawn:
-        why = f"arm {arm!r} was withdrawn. If it is right after all, start the experiment anew"
+        why = f"arm {arm!r} was withdrawn. To use it again, stop the experiment and start a new phase"
         raise ExperimentRefused(f"the change of experiment {change.experiment!r}", [Reason("arm", why)])
     if is_of_variant(standing.document, arm):  # then the variant's own tag says so, and nothing is left to decide
         return replace(standing.held(at), status="stopped")

@@ -71,7 +71,9 @@ class HubRepo:
         except ImportError:
             raise EditsError("huggingface_hub is not installed. Install vllm-edits[hub]") from None
         if not _REPO.fullmatch(name):
-            raise EditsError(f"{name!r} is no repo of the Hub: expected owner/name, e.g. my-lab/my-edits")
+            raise EditsError(
+                f"{name!r} is not the name of a repo on the Hub: expected owner/name, e.g. my-lab/my-edits"
+            )
         self.name = name
         self.revision = revision
         self._api = HfApi(endpoint=endpoint and endpoint.rstrip("/"), token=token, library_name=_CLIENT_NAME)
@@ -89,12 +91,15 @@ class HubRepo:
             info = self._info()
         except NoRepo as missing:
             if self.revision != DEFAULT_REVISION:
-                raise NotFound(f"{missing} Push to {DEFAULT_REVISION} first, which makes the repo") from None
+                raise NotFound(f"{missing} Push to {DEFAULT_REVISION} first: this creates the repo") from None
             with self._explained():
                 self._api.create_repo(self.name, private=private, exist_ok=True)
             info = self._info()
         if private and not info.private:
-            raise EditsError(f"{self.name} is public, and a private repo was asked for. Nothing was pushed")
+            raise EditsError(
+                f"expected a private repo, but {self.name} is public. Nothing was pushed. Make the repo private on the "
+                "Hub, or leave out --private"
+            )
         return str(info.sha)
 
     def files(self, commit: str) -> dict[str, File]:
@@ -108,7 +113,9 @@ class HubRepo:
                     size, digest = (entry.lfs.size, entry.lfs.sha256) if entry.lfs else (entry.size, None)
                     files[entry.path] = File(max(size, entry.size), entry.blob_id, digest)
                 if len(files) > MAX_FILES:
-                    raise BundleRefused(str(self), [Reason("too_large", f"more than {MAX_FILES} files")])
+                    raise BundleRefused(
+                        str(self), [Reason("too_large", f"expected at most {MAX_FILES} files, found more")]
+                    )
         return files
 
     def download(self, path: str, commit: str, folder: Path) -> Path:
@@ -127,7 +134,7 @@ class HubRepo:
 
     def commit(self, operations: list[Any], summary: str, description: str, *, parent: str) -> str:
         """Commit on top of `parent`, or not at all: Conflict when the branch has moved."""
-        lost = "Whether the commit was made is unknown; push again when it answers: what is there is not pushed twice"
+        lost = "It is unknown whether the commit was made. Push again later: files in the repo are not pushed twice"
         with self._explained(lost):
             made = self._api.create_commit(
                 self.name,
@@ -161,14 +168,14 @@ class HubRepo:
         for cause in causes:
             if isinstance(cause, errors.OfflineModeIsEnabled):
                 return StoreUnavailable(
-                    f"{where} is not asked: HF_HUB_OFFLINE is set. Unset it, or move versions as files: "
+                    f"{where} was not contacted, because HF_HUB_OFFLINE is set. Unset it, or move versions as files: "
                     "vllm-edits export and import"
                 )
             if isinstance(cause, errors.GatedRepoError):
-                return StoreUnavailable(f"{self.name} is gated: ask for access at {where}/{self.name}")
+                return StoreUnavailable(f"{self.name} is gated. Ask for access at {where}/{self.name}")
             if isinstance(cause, errors.RepositoryNotFoundError):
                 return NoRepo(
-                    f"{where} has no model repo {self.name}, or shows it to others only. Check the name; log in with "
+                    f"{where} has no model repo {self.name}, or this token may not see it. Check the name; log in with "
                     "`hf auth login` or set HF_TOKEN."
                 )
             if isinstance(cause, errors.RevisionNotFoundError):
@@ -191,8 +198,7 @@ class HubRepo:
         where = self._api.endpoint
         if status in (409, 412):
             return Conflict(
-                f"{self} was changed by somebody else meanwhile; nothing was pushed and nothing of theirs overwritten. "
-                "Push again"
+                f"another commit was made to {self} at the same time, so nothing was pushed or overwritten. Push again"
             )
         if status == 401:
             return StoreUnavailable(
@@ -200,9 +206,11 @@ class HubRepo:
                 "`hf auth login` or set HF_TOKEN"
             )
         if status == 403:
-            return StoreUnavailable(f"this token may not do that to {self.name}: {told}. Use one with write permission")
+            return StoreUnavailable(
+                f"this token has no write permission for {self.name}: {told}. Use a token that has it"
+            )
         if status == 429:
-            return StoreUnavailable(f"{where} asks to wait: {told}. Try again later")
+            return StoreUnavailable(f"{where} limits the rate of requests: {told}. Try again later")
         return StoreUnavailable(f"{where} answered {status} for {self.name}: {told}")
 
     def _branches(self) -> list[str]:

@@ -30,8 +30,8 @@ _COLUMNS = ("name", "label", "version", "made", "kinds", "sites", "measured", "d
 _TEXT = """\
 # {title}
 
-Edits for {bases}: small changes that [vLLM](https://docs.vllm.ai) applies while it runs, to each request its own, from
-one copy of the weights. A version is named by the sha256 of its manifest.
+Edits for {bases}: small changes that [vLLM](https://docs.vllm.ai) applies to each request separately, with one copy
+of the weights. The sha256 of its manifest names a version.
 
 ## Versions
 
@@ -47,8 +47,8 @@ vllm-edits promote {reference} --store ./store
 vllm-edits serve {base} --store ./store
 ```
 
-Requests then choose it by its name, `"model": "{name}"`. Every digest is checked on the way. Whose signatures to
-believe, a trust file says; see `vllm-edits trust --help`."""
+Requests select the variant by its name: `"model": "{name}"`. `hub pull` checks every digest. To accept only signed
+versions, write a trust file: see `vllm-edits trust --help`."""
 
 
 def render(repo: str, manifests: Iterable[Manifest], present: str = "") -> str:
@@ -71,9 +71,11 @@ def _split(card: str, repo: str) -> tuple[str, str]:
     try:
         metadata = yaml.safe_load(found[1])
     except yaml.YAMLError as error:
-        raise EditsError(f"{CARD_FILE} of {repo} has front matter that is no YAML: {error}. Mend it first") from None
+        raise EditsError(
+            f"{CARD_FILE} of {repo} has front matter that is not YAML: {error}. Correct it first"
+        ) from None
     if not isinstance(metadata, dict | None):
-        raise EditsError(f"{CARD_FILE} of {repo}: expected front matter of keys and values. Mend it first")
+        raise EditsError(f"{CARD_FILE} of {repo}: expected front matter with keys and values. Correct it first")
     return found[1] if metadata else "", card[found.end() :]
 
 

@@ -109,7 +109,10 @@ def push(
     hub_repo = HubRepo(repo, revision, endpoint=endpoint, token=token)
     seen = _Snapshot.of(hub_repo, hub_repo.head_to_push_on(private=private))
     if parent is not None and not (parent and seen.commit.startswith(parent)):
-        raise Conflict(f"{hub_repo} is at {seen.commit[:12]}, not at {parent[:12]}. Look what is new, then push again")
+        raise Conflict(
+            f"expected {hub_repo} at commit {parent[:12]}, found {seen.commit[:12]}. Look at the new commits, then "
+            "push again"
+        )
 
     operations: list[Any] = []
     expected: dict[str, Content] = {}
@@ -202,15 +205,17 @@ def _arrange(files: Mapping[str, File], what: str) -> dict[Key, Members]:
         limit = member_limit(found["member"]) if found is not None and is_bundle_name(found["name"]) else None
         if found is None or limit is None:
             expected = f"<name>/<version>/ with {RECORD_FILE}, {MANIFEST_FILE}, {TENSORS_FILE} and {ATTESTATIONS}"
-            told = f"{path!r} is no part of a version: expected {expected}. Other files may lie at the top"
+            told = f"{path!r} is not part of a version: expected {expected}. Move other files to the top folder"
             reasons.append(Reason("unexpected_file", told))
             continue
         if file.size > limit:
-            reasons.append(Reason("too_large", f"{path}: {file.size} bytes, at most {limit}"))
+            reasons.append(Reason("too_large", f"{path}: expected at most {limit} bytes, found {file.size}"))
         versions.setdefault((found["name"], found["version"]), {})[found["member"]] = file
     for key, members in versions.items():
         if len(_signatures(members)) > MAX_ATTESTATIONS:
-            reasons.append(Reason("too_large", f"{_called(key)}: more than {MAX_ATTESTATIONS} signatures"))
+            reasons.append(
+                Reason("too_large", f"{_called(key)}: expected at most {MAX_ATTESTATIONS} signatures, found more")
+            )
     _refuse(what, reasons)
     return versions
 
@@ -248,8 +253,8 @@ def _lacking(package: Package, present: Members, what: str) -> dict[str, bytes]:
     ]
     if changed:
         raise StoreCorrupt(
-            f"{what}: {', '.join(changed)} has not the digest that names this version. Nothing was pushed. Find out "
-            "who changed it, delete its folder from the repo, then push again"
+            f"{what}: {', '.join(changed)} does not have the digest of this version. Nothing was pushed. Find out why "
+            "the file was changed, delete the version's folder from the repo, then push again"
         )
     taken = _signatures(present)
     free = (attestation_name(number) for number in range(1000) if attestation_name(number) not in present)
@@ -271,7 +276,10 @@ def _card(store: EditStore, seen: _Snapshot, pushed: Iterable[Key]) -> str:
         present = ""
         if CARD_FILE in seen.files:
             if seen.files[CARD_FILE].size > MAX_CARD_BYTES:
-                raise EditsError(f"{CARD_FILE} of {seen.repo} has more than {MAX_CARD_BYTES} bytes. Shorten it first")
+                raise EditsError(
+                    f"expected at most {MAX_CARD_BYTES} bytes in {CARD_FILE} of {seen.repo}, found more. Shorten it "
+                    "first"
+                )
             present = seen.download(CARD_FILE, Path(folder)).read_text("utf-8", errors="replace")
     return model_card.render(seen.repo.name, manifests, present)
 
@@ -287,10 +295,15 @@ def _manifest(store: EditStore, seen: _Snapshot, key: Key, folder: Path) -> Mani
             raise BundleRefused(what, [Reason("archive", f"expected {MANIFEST_FILE}, found none")]) from None
         data = seen.download(_path(key, MANIFEST_FILE), folder).read_bytes()
         if sha256(data) != version:
-            raise BundleRefused(what, [Reason("digest", f"{MANIFEST_FILE} has digest {sha256(data)[:12]}")]) from None
+            raise BundleRefused(
+                what,
+                [Reason("digest", f"expected the digest {version[:12]} of {MANIFEST_FILE}, found {sha256(data)[:12]}")],
+            ) from None
         manifest = Manifest.from_bytes(data, what)
     if manifest.name != name:
-        raise BundleRefused(what, [Reason("archive", f"the manifest is of {manifest.name!r}")])
+        raise BundleRefused(
+            what, [Reason("archive", f"expected the name {name!r} in the manifest, found {manifest.name!r}")]
+        )
     return manifest
 
 
@@ -306,8 +319,8 @@ def _require_all(expected: Mapping[str, Content], found: Mapping[str, File], wha
     absent = [path for path, content in expected.items() if path not in found or not found[path].holds(content)]
     if absent:
         raise StoreCorrupt(
-            f"{what} lacks {', '.join(absent[:3])}{' and more' if len(absent) > 3 else ''}, although it was pushed. "
-            "Does a .gitignore in the repo name it? Remove that rule and push again"
+            f"{what} does not contain {', '.join(absent[:3])}{' and more' if len(absent) > 3 else ''}, although it was "
+            "pushed. Probably a .gitignore in the repo excludes it: remove that rule and push again"
         )
 
 
@@ -317,7 +330,7 @@ def _require_all(expected: Mapping[str, Content], found: Mapping[str, File], wha
 def _choose(present: list[Key], references: Sequence[str], what: str) -> list[Key]:
     """The versions that were asked for; all of them when nothing was."""
     if not present:
-        raise NotFound(f"{what} holds no versions. Push some with: vllm-edits hub push")
+        raise NotFound(f"{what} contains no versions. Push a version with: vllm-edits hub push")
     if not references:
         return present
     return list(dict.fromkeys(key for reference in references for key in _matching(present, reference, what)))
@@ -327,16 +340,18 @@ def _matching(present: list[Key], reference: str, what: str) -> list[Key]:
     ref, names = Ref.parse(reference), sorted({name for name, _ in present})
     named = [key for key in present if key[0] == ref.name]
     if not named:
-        raise NotFound(f"{what} holds {', '.join(names)}, nothing named {ref.name!r}.{nearest(ref.name, names)}")
+        raise NotFound(f"{what} contains no {ref.name!r}, only {', '.join(names)}.{nearest(ref.name, names)}")
     if "@" not in reference:
         return named
     if not ref.is_version:
-        raise NotFound(f"{reference}: tags are each store's own and not in {what}. Expected a name or name@version")
+        raise NotFound(f"{reference}: expected a name or name@version, found a tag. {what} contains no tags")
     matches = [key for key in named if key[1].startswith(ref.selector)]
     if not matches:
-        raise NotFound(f"{what} holds no version {ref.selector} of {ref.name!r}")
+        raise NotFound(f"{what} contains no version {ref.selector} of {ref.name!r}")
     if len(matches) > 1:
-        raise AmbiguousVersion(f"{ref} fits {len(matches)} versions: {', '.join(key[1][:16] for key in matches)}")
+        raise AmbiguousVersion(
+            f"{ref} matches {len(matches)} versions: {', '.join(key[1][:16] for key in matches)}. Give more digits"
+        )
     return matches
 
 
@@ -378,5 +393,5 @@ def _package(key: Key, members: Mapping[str, Path]) -> Package:
     package = Package.of_members({member: path.read_bytes() for member, path in members.items()}, _called(key))
     found = (package.record.name, package.record.version)
     if found != key:
-        raise BundleRefused(_called(key), [Reason("archive", f"its folder holds {_called(found)}")])
+        raise BundleRefused(_called(key), [Reason("archive", f"its folder contains {_called(found)}")])
     return package

@@ -65,7 +65,7 @@ class NodeCache:
 
     def _download(self, store: EditStore, blob: BlobRef, what: str, target: Path, progress: Progress) -> None:
         if not 0 < blob.size <= MAX_TENSOR_FILE_BYTES:
-            reason = Reason("too_large", f"{blob.size} bytes, expected 1 to {MAX_TENSOR_FILE_BYTES}")
+            reason = Reason("too_large", f"expected 1 to {MAX_TENSOR_FILE_BYTES} bytes, found {blob.size}")
             raise BundleRefused(what, [reason])
         digest, size = hashlib.sha256(), 0
         with target.open("xb") as file:
@@ -76,12 +76,15 @@ class NodeCache:
                     file.write(piece)
                     progress(len(piece))
             except KeyError:
-                raise NotFound(f"{what} are not in store {store.url}") from None
+                raise NotFound(f"{what} are not in store {store.url}. Publish the version again from a copy") from None
             file.flush()
             os.fsync(file.fileno())
         if size != blob.size or digest.hexdigest() != blob.sha256:
             found = "more" if size > blob.size else f"{size} bytes {digest.hexdigest()[:12]}"
-            reason = Reason("digest", f"the manifest names {blob}, found {found}: truncated, extended or replaced")
+            reason = Reason(
+                "digest",
+                f"expected {blob}, as the manifest says, found {found}: the file was truncated, extended or replaced",
+            )
             raise BundleRefused(what, [reason])
 
     @contextmanager

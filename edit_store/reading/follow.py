@@ -137,8 +137,8 @@ class Seen:
             return {key: (int(number), str(digest)) for key, (number, digest) in tags.items()}
         except (ValueError, KeyError, TypeError) as error:
             raise EditsError(
-                f"{self._path} cannot be read ({error}); it holds which promotions this node has seen. "
-                "If you trust the store as it is, delete the file"
+                f"{self._path} cannot be read: {error}. It records the promotions that this node has seen. "
+                "If the store is right, delete the file"
             ) from None
 
     def require(self, key: Key, head: E | None, get: Callable[[int], E | None]) -> None:
@@ -147,16 +147,17 @@ class Seen:
         if number == 0:
             return
         name = "the experiments" if key == EXPERIMENTS else "@".join(key)
-        mend = f"Restore the store; if it is right as it is, delete {self._path}"
+        mend = f"Restore the store. If the store is right, delete {self._path}"
         end = head.sequence if head else 0
         entry = head if end == number else get(number)
         if end < number or entry is None:
             raise StoreCorrupt(
-                f"history of {name} was wound back: this node has seen entry {number}, the store ends at {end}. {mend}"
+                f"history of {name} was cut: this node has seen entry {number}, but the store ends at entry {end}. "
+                f"{mend}"
             )
         if entry.digest != digest:
             raise StoreCorrupt(
-                f"history of {name} was rewritten: entry {number} is not the one this node has seen. {mend}"
+                f"history of {name} was rewritten: entry {number} differs from the one that this node has seen. {mend}"
             )
 
     def remember(self, heads: Mapping[Key, Entry]) -> None:

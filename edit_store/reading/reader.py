@@ -25,8 +25,8 @@ class Reader:
         """The store, to append to. CannotSign where entries must be signed and there is no key for that."""
         if self.trust.enforcement is Enforcement.REQUIRE and not self._store.signs:
             raise CannotSign(
-                "entries must be signed, and this server has no key: set edits.signing_key_file, or use `vllm-edits` "
-                "with --key on the store"
+                "entries must be signed, but this server has no signing key. Set edits.signing_key_file, or make the "
+                "change with `vllm-edits` and --key"
             )
         return self._store
 

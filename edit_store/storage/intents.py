@@ -31,7 +31,7 @@ def relying_on(backend: Backend, digests: Sequence[str]) -> Iterator[None]:
         for digest in digests:
             if get_or_none(backend, condemned_key(digest)) is not None:
                 raise Conflict(
-                    f"{digest[:12]} is being deleted by a collection. Try again in a moment; if the collection was "
+                    f"object {digest[:12]} is being deleted by `vllm-edits gc`. Try again in a moment. If gc was "
                     "interrupted, finish it first with: vllm-edits gc --run"
                 )
         yield

@@ -87,7 +87,10 @@ class Log(Generic[E]):
         sequences = self._sequences()
         if sequences != list(range(1, len(sequences) + 1)):
             missing = next(number for number, found in enumerate([*sequences, 0], 1) if number != found)
-            raise StoreCorrupt(f"history of {self._what} is broken: entry {missing} is missing, {sequences[-1]} exists")
+            raise StoreCorrupt(
+                f"history of {self._what} is broken: entry {missing} is missing, although entry {sequences[-1]} "
+                "exists. Restore the entry from a copy of the store"
+            )
         chain: list[E] = []
         stored = get_many(self._backend, [self._key(sequence) for sequence in sequences])
         for sequence, data in zip(sequences, stored, strict=True):
@@ -125,7 +128,8 @@ class Log(Generic[E]):
                 if found == data:
                     return entry
                 raise Overtaken(
-                    f"{self._what} was changed by somebody else meanwhile; look at `{self._see}` and decide again"
+                    f"another writer changed {self._what} at the same time, so nothing was written. Look at "
+                    f"`{self._see}`, then try again"
                 ) from None
             except StoreUnavailable as error:
                 trouble = error
@@ -133,8 +137,9 @@ class Log(Generic[E]):
             else:
                 return entry
         raise StoreUnavailable(
-            f"entry {entry.sequence} of {self._what} could not be confirmed after {_ATTEMPTS} attempts; whether it was "
-            f"written is unknown. Look at `{self._see}` when the store answers again. {trouble or ''}".strip()
+            f"entry {entry.sequence} of {self._what} could not be confirmed after {_ATTEMPTS} attempts, so it is "
+            "unknown "
+            f"whether it was written. Look at `{self._see}` when the store answers again. {trouble or ''}".strip()
         )
 
     def _key(self, sequence: int) -> str:
@@ -148,25 +153,26 @@ class Log(Generic[E]):
     def _parse(self, data: bytes, sequence: int) -> E:
         where = f"entry {sequence} of {self._what}"
         if len(data) > MAX_ENTRY_BYTES:
-            raise StoreCorrupt(f"{where} has {len(data)} bytes, at most {MAX_ENTRY_BYTES} are an entry")
+            raise StoreCorrupt(f"{where}: expected at most {MAX_ENTRY_BYTES} bytes, found {len(data)}")
         try:
             entry = self._type.model_validate_json(data)
         except ValidationError as error:
             raise StoreCorrupt(f"{where} cannot be read: {error}") from None
         if entry.sequence != sequence:
-            raise StoreCorrupt(f"{where} says that it is entry {entry.sequence}")
+            raise StoreCorrupt(f"{where}: expected the number {sequence} in it, found {entry.sequence}")
         try:
             canonical = entry.to_bytes()
         except (rfc8785.CanonicalizationError, ValueError):  # a sequence beyond 2^53
             canonical = b""
         if canonical != data:
-            raise StoreCorrupt(f"{where} is not canonical JSON (RFC 8785): it was not written by this program")
+            raise StoreCorrupt(f"{where}: expected canonical JSON (RFC 8785). It was not written by this program")
         self._require(entry)
         return entry
 
     def _follows(self, previous: E | None, entry: E) -> E:
         if entry.previous_sha256 != (previous.digest if previous else None):
             raise StoreCorrupt(
-                f"history of {self._what} is broken at entry {entry.sequence}: it does not follow the one before"
+                f"history of {self._what} is broken at entry {entry.sequence}: it does not contain the digest of the "
+                "entry before. Restore the entry from a copy of the store"
             )
         return entry

@@ -179,7 +179,8 @@ class EditStore:
         data = self._get(manifest_key(version), f"version {version[:12]}")
         if sha256(data) != version:
             raise StoreCorrupt(
-                f"manifest of version {version[:12]} has digest {sha256(data)[:12]}; publish it again from a copy"
+                f"manifest of version {version[:12]} has the digest {sha256(data)[:12]}. Publish the version again "
+                "from a copy"
             )
         return Manifest.from_bytes(data, f"manifest of version {version[:12]}")
 
@@ -197,7 +198,10 @@ class EditStore:
                 pieces.append(piece)
                 progress(len(piece))
         except KeyError:
-            raise NotFound(f"tensors of version {version[:12]} are not in store {self.url}") from None
+            raise NotFound(
+                f"the tensors of version {version[:12]} are not in store {self.url}. Publish the version again from a "
+                "copy"
+            ) from None
         return Bundle(manifest, b"".join(pieces))
 
     def names(self) -> list[str]:
@@ -286,7 +290,8 @@ class EditStore:
             matches = [version for version in self.version_digests(ref.name) if version.startswith(ref.selector)]
             if len(matches) > 1:
                 raise AmbiguousVersion(
-                    f"{ref} fits {len(matches)} versions: {', '.join(match[:16] for match in matches)}"
+                    f"{ref} matches {len(matches)} versions: {', '.join(match[:16] for match in matches)}. Give more "
+                    "digits"
                 )
             if not matches:
                 raise NotFound(f"{ref.name!r} has no version {ref.selector}. See: vllm-edits list {ref.name}")
@@ -305,7 +310,7 @@ class EditStore:
     ) -> TagEntry:
         """Append an entry that makes the referenced version the promoted one of `tag`."""
         if not is_name(tag) or is_version_prefix(tag):
-            raise NotFound(f"{tag!r} cannot be a tag: expected a lower-case name that does not read as a version")
+            raise NotFound(f"{tag!r} cannot be a tag: expected a lower-case name that does not look like a version")
         self._require_writable()
         name = Ref.parse(reference).name
         head = _movable(self.head(name, tag))
@@ -323,7 +328,9 @@ class EditStore:
         version = _before_last(history)
         if version is None:
             self.version_digests(name)  # says so when the name itself is unknown
-            raise NotFound(f"{name}@{tag} has no earlier version to return to")
+            raise NotFound(
+                f"{name}@{tag} has no earlier version to roll back to. See: vllm-edits history {name} --tag {tag}"
+            )
         head = _movable(history[-1])
         return self._append(head, name, tag, version=version, operation="rollback", reason=reason, actor=actor)
 
@@ -393,7 +400,7 @@ def _movable(head: TagEntry | None) -> TagEntry | None:
         raise Conflict(
             f"{head.name}@{head.tag} is pinned to {head.version[:12]} by {head.actor} since {head.at:%Y-%m-%d %H:%M}"
             f"{': ' + head.reason if head.reason else ''}. "
-            f"Allow it to move with: vllm-edits pin {head.name} --tag {head.tag} --remove"
+            f"Remove the pin with: vllm-edits pin {head.name} --tag {head.tag} --remove"
         )
     return head
 
@@ -404,7 +411,7 @@ def _promoting(head: TagEntry) -> TagEntry:
         raise NotFound(
             f"{head.name}@{head.tag} was withdrawn by {head.actor} at {head.at:%Y-%m-%d %H:%M}"
             f"{': ' + head.reason if head.reason else ''}. "
-            f"Bring it back with: vllm-edits rollback {head.name} --tag {head.tag}"
+            f"Serve it again with: vllm-edits rollback {head.name} --tag {head.tag}"
         )
     return head
 

@@ -64,7 +64,9 @@ def audit(store: EditStore, progress: Progress = lambda *_: None) -> Audit:
         found.findings.append(Finding(f"version {version[:12]}", f"it is {where}, but its manifest is missing", mend))
     for version in sorted(promoted & set(manifests) - recorded):
         mend = "publish the same bundle again"
-        found.findings.append(Finding(f"version {version[:12]}", "it is promoted, but under no name published", mend))
+        found.findings.append(
+            Finding(f"version {version[:12]}", "it is promoted, but has no record of a publication", mend)
+        )
     found.garbage += [manifests[version] for version in sorted(set(manifests) - recorded - promoted)]
     found.garbage += [blobs[digest] for digest in sorted(set(blobs) - used)]
     _check_signatures(store, found, set(manifests) | {entry.digest for entry in [*entries, *experiments]})
@@ -73,7 +75,7 @@ def audit(store: EditStore, progress: Progress = lambda *_: None) -> Audit:
 
 def _check_tags(store: EditStore, found: Audit, progress: Progress) -> list[TagEntry]:
     entries: list[TagEntry] = []
-    mend = "restore the folder `{}` from a copy; its entries are written once and never change"
+    mend = "restore the folder `{}` from a copy of the store; its entries never change"
     try:
         tags = store.all_tags()
     except EditsError as error:
@@ -82,7 +84,7 @@ def _check_tags(store: EditStore, found: Audit, progress: Progress) -> list[TagE
     listed = {(parts[1], parts[2]) for item in store.backend.list("tags/") if len(parts := item.key.split("/")) == 4}
     for name, tag in sorted(listed - set(tags)):
         found.findings.append(
-            Finding(f"{name}@{tag}", "it has entries, but the index does not name it: servers do not see it",
+            Finding(f"{name}@{tag}", "it has entries, but the index does not contain it, so servers do not see it",
                     mend.format("index"))
         )  # fmt: skip
     everything = sorted(listed | set(tags))
@@ -103,12 +105,12 @@ def _check_experiments(store: EditStore, found: Audit) -> list[ExperimentEntry]:
     try:
         entries = log_of(store).history()
     except EditsError as error:
-        mend = f"restore the folder `{FOLDER}` from a copy; its entries are written once and never change"
+        mend = f"restore the folder `{FOLDER}` from a copy of the store; its entries never change"
         found.findings.append(Finding("experiments", str(error), mend))
         return []
     found.entries += len(entries)
     _, troubles = fold(entries)
-    mend = "nothing need be done: it has no effect, and this program does not write such entries"
+    mend = "nothing to do: the entry has no effect; another program wrote it"
     found.findings += [Finding("experiments", trouble, mend) for trouble in troubles]
     return entries
 
@@ -120,7 +122,7 @@ def _check_records(store: EditStore, found: Audit) -> set[str]:
             recorded |= {record.version for record in store.versions(name)}
         except EditsError as error:
             recorded |= set(store.version_digests(name))
-            mend = "delete that one object and publish the bundle again"
+            mend = "delete this object and publish the bundle again"
             found.findings.append(Finding(f"versions of {name}", str(error), mend))
     return recorded
 
@@ -150,8 +152,10 @@ def _check_signatures(store: EditStore, found: Audit, subjects: set[str]) -> Non
         if data is None:
             continue
         if sha256(data) != file.removesuffix(".json") or not read_envelopes([data]):
-            mend = "delete that object and sign again with: vllm-edits sign"
-            found.findings.append(Finding(item.key, "it is not the envelope that its name says", mend))
+            mend = "delete this object and sign again with: vllm-edits sign"
+            found.findings.append(
+                Finding(item.key, "expected a signature with the digest in its name, found other bytes", mend)
+            )
         elif subject not in subjects:
             found.garbage.append(item.key)
         else:

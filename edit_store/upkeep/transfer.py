@@ -60,7 +60,9 @@ class Package:
         """Check members that came from elsewhere. Nothing in them is believed: every digest is computed."""
         missing = [name for name in _LIMITS if name not in members]
         if missing:
-            raise BundleRefused(what, [Reason("archive", f"expected {', '.join(missing)} inside, found none")])
+            raise BundleRefused(
+                what, [Reason("archive", f"expected {', '.join(_LIMITS)} in it; missing: {', '.join(missing)}")]
+            )
         reasons: list[Reason] = []
         bundle: Bundle | None = None
         record: Published | None = None
@@ -79,7 +81,9 @@ class Package:
             found = (bundle.manifest.name, bundle.version, bundle.manifest.label)
             told = (record.name, record.version, record.label)
             if found != told:
-                reasons.append(Reason("archive", f"{RECORD_FILE} is of {_called(*told)}, the bundle {_called(*found)}"))
+                reasons.append(
+                    Reason("archive", f"{RECORD_FILE} is about {_called(*told)}, but the bundle is {_called(*found)}")
+                )
         if bundle is None or record is None or reasons:
             raise BundleRefused(what, reasons)
         envelopes = (data for name, data in sorted(members.items()) if name.startswith(ATTESTATIONS))
@@ -89,8 +93,8 @@ class Package:
         """The files that a version is outside of a store, by name: the same bytes for the same version."""
         if len(self.envelopes) > MAX_ATTESTATIONS:
             raise EditsError(
-                f"{self.record.name}@{self.record.version[:12]} has {len(self.envelopes)} signatures, at most "
-                f"{MAX_ATTESTATIONS} travel with a version. Delete some from the store first"
+                f"{self.record.name}@{self.record.version[:12]} has {len(self.envelopes)} signatures, but at most "
+                f"{MAX_ATTESTATIONS} can be transferred. Delete some from the store first"
             )
         return {
             RECORD_FILE: canonical_json(self.record.model_dump(mode="json")),
@@ -148,7 +152,7 @@ def export(store: EditStore, reference: str, path: Path) -> str:
                 member.size, member.mode = len(data), 0o644
                 archive.addfile(member, io.BytesIO(data))
     except FileExistsError:
-        raise EditsError(f"{path} exists already; nothing is overwritten. Choose another name") from None
+        raise EditsError(f"{path} exists already and is not overwritten. Choose another file name") from None
     except OSError as error:
         path.unlink(missing_ok=True)
         raise EditsError(f"{path} cannot be written: {error.strerror}") from None
@@ -161,7 +165,9 @@ def read_export(path: Path) -> Package:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             members = _read_members(archive, str(path))
     except (OSError, tarfile.TarError, EOFError) as error:
-        raise BundleRefused(str(path), [Reason("archive", f"expected an exported version, found: {error}")]) from None
+        raise BundleRefused(
+            str(path), [Reason("archive", f"expected a file written by `vllm-edits export`, found: {error}")]
+        ) from None
     return Package.of_members(members, str(path))
 
 
@@ -170,11 +176,15 @@ def _read_members(archive: tarfile.TarFile, what: str) -> dict[str, bytes]:
     for member in archive:
         limit = member_limit(member.name)
         if limit is None or not member.isfile() or member.name in members:
-            raise BundleRefused(what, [Reason("archive", f"unexpected member {member.name!r}")])
+            raise BundleRefused(what, [Reason("archive", f"unexpected file {member.name!r} in the archive")])
         if member.size > limit:
-            raise BundleRefused(what, [Reason("too_large", f"{member.name}: {member.size} bytes, at most {limit}")])
+            raise BundleRefused(
+                what, [Reason("too_large", f"{member.name}: expected at most {limit} bytes, found {member.size}")]
+            )
         if len(members) >= MAX_ATTESTATIONS + len(_LIMITS):
-            raise BundleRefused(what, [Reason("archive", f"more than {MAX_ATTESTATIONS} signatures")])
+            raise BundleRefused(
+                what, [Reason("archive", f"expected at most {MAX_ATTESTATIONS} signatures, found more")]
+            )
         file = archive.extractfile(member)
         members[member.name] = file.read() if file is not None else b""
     return members

@@ -67,7 +67,7 @@ class _LongFlags(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if short := [word for word in args if _SHORT.match(word)]:
-            raise typer.BadParameter(f"{short[0]}: write flags of vLLM out, as --compilation-config for -cc")
+            raise typer.BadParameter(f"{short[0]}: write vLLM's flags in full, e.g. --compilation-config for -cc")
         return super().parse_args(ctx, args)
 
 
@@ -120,7 +120,7 @@ def run_batch(
     else:
         plain(f"{len(lines) - failed} of {len(lines)} requests answered, in {answers}")
     if failed:
-        raise EditsError(f"{failed} requests were not answered: see `error` in {answers}")
+        raise EditsError(f"{failed} requests failed. See the field `error` in {answers}")
 
 
 def _vllm(
@@ -134,13 +134,13 @@ def _vllm(
         _require_free_port(flags)
     elif elsewhere := [flag for flag in _NOT_ON_A_SOCKET if flags.get(flag) not in (None, False)]:
         raise SettingsError(
-            f"{', '.join(elsewhere)}: the server of a batch answers on a socket of its own. Leave it out"
+            f"{', '.join(elsewhere)}: the server of a batch answers on its own socket. Leave this flag out"
         )
     if reasons := list(gpu_driver.faults(gpu_driver.cuda_of_torch())):
         raise EditsError("; ".join(reasons))
     command = shutil.which("vllm", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if command is None:
-        raise EditsError("no `vllm` command beside this Python; install vLLM 0.26 to 0.33")
+        raise EditsError("no `vllm` command found for this Python. Install vLLM 0.26 to 0.33")
     arguments = serve_command.arguments(model, settings, flags)
     chosen = serve_command.plugins(os.environ.get(serve_command.VARIABLE))
     for remark in chosen.remarks:
@@ -191,9 +191,14 @@ def plan(
     reservation = planning.reserve(settings, base, promoted)
     kind = planning.dtype_of(model, dtype)
     if workers > 1 and (why := supported(base.architecture).undivided):
-        raise SettingsError(f"{base.architecture} cannot be divided among {workers} workers: {why}")
+        raise SettingsError(
+            f"{base.architecture} cannot be divided among {workers} workers: {why}. Use --tensor-parallel-size 1"
+        )
     if base.widths.heads % workers:
-        raise SettingsError(f"{base.widths.heads} heads cannot be divided among {workers} workers")
+        raise SettingsError(
+            f"{base.widths.heads} heads cannot be divided among {workers} workers. Choose another "
+            "--tensor-parallel-size"
+        )
     capacity_bytes = slot_bytes(base.widths, kind, workers)
     found = planning.Plan.of(reservation, capacity_bytes)
     rows = planning.rows(found, reservation)
@@ -215,13 +220,13 @@ def plan(
         return
     columns = {"kind": "kind", "point": "at", "reads": "reads", "rank": "rank", "features": "with", "sites": "layers"}
     show([{**row, "size": sized(row["bytes"])} for row in rows], {**columns, "size": "bytes per slot"}, False)
-    plain(f"one slot {sized(found.slot)}; {settings.slots} slots and the base model's "
+    plain(f"one slot: {sized(found.slot)}; {settings.slots} slots and the base model's slot: "
           f"{sized(found.total(settings.slots))}")  # fmt: skip
     if room is not None:
         plain(f"{fits} slots fit into {sized(room)}")
     if patched:
-        plain(f"{settings.weights} in the weights: up to {sized(patch)} of {len(patched)} projections, as much "
-              "host memory for every version that is prepared, and on a CPU once more")  # fmt: skip
+        plain(f"{settings.weights} in the weights: {len(patched)} projections, up to {sized(patch)}; the same host "
+              "memory for each prepared version, and on a CPU once more")  # fmt: skip
     for name, reasons in refused.items():
         plain(f"{name} would be refused: {'; '.join(reasons)}")
 
@@ -269,12 +274,15 @@ def _show_status(found: dict[str, Any]) -> None:
     if slots["waiting"]:
         requests = sum(row["requests"] for row in slots["waiting"])
         longest = max(row["seconds"] for row in slots["waiting"])
-        plain(f"{requests} requests wait for a slot, the first for {longest:.1f} s: raise edits.slots if they often do")
+        plain(
+            f"{requests} requests wait for a slot, the first for {longest:.1f} s. If that happens often, raise "
+            "edits.slots"
+        )
     if found["weights"]["variant"]:
         held = (found["weights"]["version"] or "the base model")[:14]
-        plain(f"weights are for {found['weights']['variant']}, and hold {held}")
+        plain(f"the weights serve {found['weights']['variant']}, and now hold {held}")
     if found["weights"]["doubt"]:
-        plain(f"weights in doubt, nothing is answered: {found['weights']['doubt']}")
+        plain(f"the content of the weights is unknown, so no request is answered: {found['weights']['doubt']}")
     if swap:
         phases = ", ".join(f"{phase} {seconds * 1000:.0f} ms" for phase, seconds in swap["seconds"].items())
         ended = swap["error"] or phases or "nothing to install"
@@ -283,7 +291,7 @@ def _show_status(found: dict[str, Any]) -> None:
     for refused in found["refused"]:
         plain(f"refused {refused['name']}@{refused['tag']}: {refused['error']}")
     for trouble in found["troubles"]:
-        plain(f"history in trouble {trouble['name']}@{trouble['tag']}: {trouble['error']}")
+        plain(f"broken history of {trouble['name']}@{trouble['tag']}: {trouble['error']}")
 
 
 def _place(row: dict[str, Any]) -> str:

@@ -16,8 +16,8 @@ from typing import Any
 _CUDA = re.compile(r"^cuda\b[^=\n]*=\s*['\"](\d+)\.(\d+)", re.MULTILINE)
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_…
 _WHY = {
-    100: "it finds no GPU; is one in this machine, and in CUDA_VISIBLE_DEVICES?",
-    803: "its kernel module and its libraries are of different versions; load the module anew, or restart the machine",
+    100: "it finds no GPU; check that the machine has one, and that CUDA_VISIBLE_DEVICES includes it",
+    803: "its kernel module and its libraries have different versions; reload the module, or restart the machine",
     804: "its forward-compatibility package does not support this GPU; update the driver itself",
 }
 OLDEST = {12: (7, 0), 13: (7, 5)}
@@ -45,25 +45,25 @@ def faults(cuda: tuple[int, int] | None, driver: Callable[[], Any] = _driver) ->
     try:
         library = driver()
     except OSError as error:
-        yield f"{needed}, and there is no NVIDIA driver ({error}): install one, or vLLM's CPU build"
+        yield f"{needed}, but no NVIDIA driver was found ({error}). Install a driver, or vLLM's CPU build"
         return
     version = _number(library.cuDriverGetVersion)
     if version // 1000 < cuda[0]:
         yield (
-            f"{needed}, and the NVIDIA driver supports CUDA {version // 1000}.{version % 1000 // 10} at most: update "
+            f"{needed}, but the NVIDIA driver supports at most CUDA {version // 1000}.{version % 1000 // 10}. Update "
             f"the driver, or install a vLLM that is built for CUDA {version // 1000}"
         )
         return
     if (failure := library.cuInit(0)) != 0:
-        yield f"the NVIDIA driver does not start (error {failure}): {_WHY.get(failure, 'see its own log, dmesg')}"
+        yield f"the NVIDIA driver does not start (error {failure}): {_WHY.get(failure, 'see the output of dmesg')}"
         return
     oldest = OLDEST.get(cuda[0], max(OLDEST.values()))
     for number in range(_number(library.cuDeviceGetCount)):
         found = tuple(_number(library.cuDeviceGetAttribute, which, number) for which in (_MAJOR, _MINOR))
         if found < oldest:
             yield (
-                f"GPU {number} has compute capability {_dotted(found)}, and CUDA {cuda[0]} has kernels from "
-                f"{_dotted(oldest)} on: leave it out with CUDA_VISIBLE_DEVICES, or use a newer one"
+                f"GPU {number} has compute capability {_dotted(found)}, but CUDA {cuda[0]} needs at least "
+                f"{_dotted(oldest)}. Exclude this GPU with CUDA_VISIBLE_DEVICES, or use a newer one"
             )
 
 

@@ -49,7 +49,7 @@ def read(path: Path) -> list[BatchLine]:
         if text.strip():
             line, why = _line(text)
             if line is not None and line.custom_id in seen:
-                why = f"custom_id {line.custom_id!r} is that of a line before"
+                why = f"custom_id {line.custom_id!r} is used in an earlier line"
             if why or line is None:
                 wrong.append(f"  line {number}: {why}")
             else:
@@ -57,9 +57,11 @@ def read(path: Path) -> list[BatchLine]:
                 found.append(line)
     if wrong:
         more = [f"  and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
-        raise SettingsError("\n".join([f"{path} is no batch of requests:", *wrong[:SHOWN], *more]))
+        raise SettingsError("\n".join([f"{path} is not a valid file of requests:", *wrong[:SHOWN], *more]))
     if not found:
-        raise SettingsError(f"{path} holds no requests: expected a JSON object a line, with custom_id, url and body")
+        raise SettingsError(
+            f"{path} contains no requests: expected one JSON object per line, with custom_id, url and body"
+        )
     return found
 
 
@@ -68,18 +70,18 @@ def _line(text: str) -> tuple[BatchLine | None, str]:
     try:
         said = json.loads(text)
     except (ValueError, RecursionError) as error:
-        return None, f"no JSON: {error}"
+        return None, f"not JSON: {error}"
     if not isinstance(said, dict):
         return None, "expected an object with custom_id, url and body"
     custom_id, url, body = said.get("custom_id"), said.get("url"), said.get("body")
     if not isinstance(custom_id, str) or not custom_id:
-        return None, f"expected a text as custom_id, found {custom_id!r}"
+        return None, f"expected a non-empty string as custom_id, found {custom_id!r}"
     if said.get("method", "POST") != "POST" or not isinstance(url, str) or not _PATH.fullmatch(url):
         return None, f"expected POST to a path such as /v1/chat/completions, found {said.get('method', 'POST')} {url!r}"
     if not isinstance(body, dict):
         return None, f"expected an object as body, found {body!r:.40}"
     if body.get("stream"):
-        return None, "stream: an answer here is whole. Leave it out"
+        return None, "stream is not possible in a batch. Leave it out"
     return BatchLine(custom_id, url, body), ""
 
 
@@ -106,7 +108,9 @@ def _wait(process: subprocess.Popen[Any], path: str) -> None:
                 if Path(path).exists() and client.get("/health", timeout=5).status_code == httpx.codes.OK:
                     return
             try:
-                raise EditsError(f"the server ended before it answered, with code {process.wait(_LOOK_SECONDS)}")
+                raise EditsError(
+                    f"the server ended during its start, with code {process.wait(_LOOK_SECONDS)}. See its output"
+                )
             except subprocess.TimeoutExpired:
                 continue
 

@@ -72,23 +72,25 @@ def _yaml(path: str) -> Mapping[str, Any]:
     except (OSError, yaml.YAMLError) as error:
         raise SettingsError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(found or {}, Mapping):
-        raise SettingsError(f"--config {path}: expected flags of vLLM by name, found {type(found).__name__}")
+        raise SettingsError(
+            f"--config {path}: expected a mapping of vLLM's flags to values, found {type(found).__name__}"
+        )
     return found or {}
 
 
 def arguments(model: str, settings: Mapping[str, Any], flags: Flags) -> list[str]:
     """The words behind `vllm`. SettingsError with every flag that would overrule what the plugin needs."""
     wrong = [
-        f"{flag} is {flags.get(flag)!r}, and edits need {needed!r}: leave it out{_instead(flag)}"
+        f"{flag} is {flags.get(flag)!r}, but edits need {needed!r}: leave it out{_instead(flag)}"
         for flag, needed in OURS.items()
         if flags.get(flag) not in (None, needed)
     ]
     more, why = _additional(flags.get("--additional-config"))
     wrong += [f"--additional-config: {reason}" for reason in why]
-    wrong += [f"{each}: write {flag} out" for flag in OURS for each in flags.besides(flag)]
+    wrong += [f"{each}: write the flag in full, as {flag}" for flag in OURS for each in flags.besides(flag)]
     wrong += [f"{each}: give --additional-config as one JSON object" for each in flags.besides("--additional-config")]
     if flags.get("--grpc") not in (None, False):
-        wrong.append("--grpc: vLLM attaches no plugin there, and its clients could name no variant; serve over HTTP")
+        wrong.append("--grpc: vLLM does not load the plugin in its gRPC server; serve over HTTP")
     if wrong:
         raise SettingsError("; ".join(wrong))
     config = json.dumps({**more, KEY: dict(settings)})
@@ -111,7 +113,7 @@ def _additional(given: Any) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(found, Mapping):
         return {}, [f"expected an object, found {given!r}"]
     if KEY in found:
-        return {}, [f"holds settings under {KEY!r}: give them with --set, or start vLLM itself"]
+        return {}, [f"it contains settings under {KEY!r}: give them with --set, or start `vllm serve` instead"]
     return dict(found), []
 
 
@@ -142,4 +144,4 @@ def plugins(named: str | None) -> Plugins:
 
 def _turned_on(others: Iterable[str]) -> Iterator[str]:
     if names := ", ".join(sorted(others)):
-        yield f"{VARIABLE} was not set, so that every installed plugin is loaded: named besides {PLUGIN} are {names}"
+        yield f"{VARIABLE} was not set, so all installed plugins stay enabled: {PLUGIN}, {names}"

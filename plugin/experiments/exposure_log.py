@@ -59,7 +59,8 @@ class ExposureLog:
         if why != self._failed:  # once, not for every request
             self._failed = why
             logger.error(
-                "exposures are lost: %s cannot be written: %s. Make room there, or name another edits.exposure_folder",
+                "exposures are lost, because %s cannot be written: %s. Free space there, or set another "
+                "edits.exposure_folder",
                 self._folder, why,
             )  # fmt: skip
 

@@ -95,7 +95,9 @@ class FeedbackTokens:
                 return FeedbackToken(
                     match[1], name, standing.phase, standing.document.arms[arm].name, unit.hex(), evidence
                 )
-        raise NotFound(f"the request {text!r} was of an experiment that is gone, or of a phase that is over")
+        raise NotFound(
+            f"the request {text!r} belongs to an experiment that does not exist any more, or to an earlier phase"
+        )
 
     def _code(self, said: bytes) -> bytes:
         return hmac.digest(self._key, said, "sha256")[:_CODE]

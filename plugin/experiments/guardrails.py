@@ -21,7 +21,7 @@ from vllm_edits.edit_store.bundle import GATE_FIRINGS
 from vllm_edits.edit_store.experiments.document import BUILT_IN, Guardrail
 from vllm_edits.edit_store.experiments.durations import spoken
 
-CONTROL, AUTHOR = "the control", "what its author measured"
+CONTROL, AUTHOR = "the control", "the author's measurement"
 """What a limit may be a multiple of."""
 Result = Literal["successful", "failed", "inconclusive", "waiting"]
 
@@ -191,7 +191,7 @@ class Guardrails:
         """
         self._need(arm)
         if number < 0:
-            raise ValueError(f"expected how many observations of {metric!r} were added up, found {number}")
+            raise ValueError(f"expected a number of observations of {metric!r} of at least 0, found {number}")
         for watch in self._warm(now):
             if watch.rule.metric == metric and isfinite(total):
                 watch.sums[arm].total += total
@@ -266,9 +266,9 @@ def _verdict(rule: Guardrail, arm: Sums, control: Sums, known: Known) -> tuple[R
         # Not from all of the control's requests: where those have no first token, none can be missed here.
         expected = shadow * known.share
         chance = CHANCE * sqrt(expected * (1 + known.share))
-        why = f"{needed} are needed, and {expected:.1f} could be expected, give or take {chance:.1f}"
+        why = f"{needed} requests are needed, and {expected:.1f} ± {chance:.1f} were expected"
         if arm.assigned < needed:
-            return "waiting", f"{needed} are needed, and {arm.assigned} were sent to the arm", False
+            return "waiting", f"{needed} requests are needed, but {arm.assigned} were sent to the arm", False
         if expected < needed or found + chance >= expected:
             return "waiting", why, False
         return "inconclusive", f"no data: {why}", True
@@ -283,17 +283,17 @@ def _judge(rule: Guardrail, mean: float, control: Sums, known: Known) -> tuple[R
     successful : value at or beyond limit - hysteresis·|limit| on the other side, + for a minimum
     """
     limit, is_upper, held_against = _limit(rule)
-    value, allowed = mean, f"allowed is {limit_of(rule)}"
+    value, allowed = mean, f"allowed: {limit_of(rule)}"
     if held_against == AUTHOR:
         if known.authored is None:
-            return "inconclusive", f"its author has not measured {rule.metric}"
+            return "inconclusive", f"the version's author has not measured {rule.metric}"
         limit *= known.authored
         allowed = f"{allowed}, {known.authored:g}"
     elif held_against == CONTROL:
         if control.mean is None or _requests(rule, control) < rule.minimum_requests:
-            return "inconclusive", f"the control has too few for a ratio, {rule.minimum_requests} are needed"
+            return "inconclusive", f"the control has too few requests for a ratio, {rule.minimum_requests} are needed"
         if control.mean <= 0:  # over 0 is no number, and over less than 0 the lower mean has the higher ratio
-            return "inconclusive", "there is no ratio to such a control; a maximum or minimum would judge it"
+            return "inconclusive", "a ratio to a control of 0 or less is not possible; use a maximum or a minimum"
         value = mean / control.mean
         allowed = f"{value:g} times the control, {allowed}"
     margin = rule.hysteresis * abs(limit)  # of the amount, so that clear of a limit below 0 is not beyond it
@@ -301,7 +301,7 @@ def _judge(rule: Guardrail, mean: float, control: Sums, known: Known) -> tuple[R
         return "failed", allowed
     if (value <= limit - margin) if is_upper else (value >= limit + margin):
         return "successful", allowed
-    return "inconclusive", f"{allowed}, and a success is clear of that by {rule.hysteresis:g} of it"
+    return "inconclusive", f"{allowed}; a success keeps a distance of {rule.hysteresis:g} of the limit"
 
 
 def limit_of(rule: Guardrail) -> str:
@@ -331,7 +331,7 @@ def _judged(record: _RuleRecord, rule: Guardrail, arm: str, measured: Observatio
         return None
     if measured.is_missing:
         record.missing += 1
-        why = f"{measured.explained}. So it was {record.missing} times in a row"
+        why = f"{measured.explained}. This happened {record.missing} times in a row"
         if record.missing >= rule.no_data_limit:
             return Withdraw(arm, rule, why)
         is_news = record.missing == rule.inconclusive_limit + 1  # by one at a time, so it passes here once
@@ -342,8 +342,8 @@ def _judged(record: _RuleRecord, rule: Guardrail, arm: str, measured: Observatio
     elif measured.result == "failed":
         record.failures += 1
         if record.failures > rule.failure_limit:
-            failed = f"{record.failures} failed without a success between, tolerated are {rule.failure_limit}"
-            return Withdraw(arm, rule, f"{measured.explained}. Measurements: {failed}")
+            failed = f"{record.failures} measurements failed without a success between them"
+            return Withdraw(arm, rule, f"{measured.explained}. {failed}; tolerated: {rule.failure_limit}")
     return None
 
 

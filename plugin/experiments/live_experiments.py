@@ -105,7 +105,7 @@ class LiveExperiments:
         self._held = {key: elapsed for key, elapsed in self._held.items() if key in serving}
         self._servable &= {arm.serves for each in serving.values() for arm in each.document.arms}
         if serving and not self._log.keeps:
-            self._tell("experiments run and their exposures are not written down: set edits.exposure_folder")
+            self._tell("experiments run, but their exposures are not logged. Set edits.exposure_folder")
 
     async def make_ready(self) -> None:
         """Have every version ready that an arm names; until then, and where that fails, the control serves for it."""
@@ -147,7 +147,7 @@ class LiveExperiments:
             await self._prepare(ref.name, ref.selector)
         except EditsError as error:
             self._refused[serves] = error
-            self._tell(f"an arm that serves {ref.name}@{ref.selector[:12]} is served by the control: {error}")
+            self._tell(f"an arm cannot serve {ref.name}@{ref.selector[:12]}, so the control serves its units: {error}")
         else:
             self._refused.pop(serves, None)
             self._servable.add(serves)
@@ -170,9 +170,7 @@ class LiveExperiments:
     def route(self, request: Request) -> Route:
         """The route of a request; where no experiment is about its model, to that model. ArmRefused, ShadowRefused."""
         if headers.SHADOW in request.headers and not self._log.keeps:
-            raise ShadowRefused(
-                f"{headers.SHADOW}: where the two answers part would be noted nowhere. Set edits.exposure_folder"
-            )
+            raise ShadowRefused(f"{headers.SHADOW}: the comparison cannot be logged. Set edits.exposure_folder")
         at = min(self._now(), self._read_at + RAMP_GOES_ON_FOR)
         about = {
             name: each for name, each in self.standings.items()
@@ -214,7 +212,7 @@ class LiveExperiments:
         """The control's route, where what an arm serves cannot be served; None where there is no other route."""
         if route.fallback is None:
             return None
-        self._tell(f"{route.target} is served by the control: {why}")
+        self._tell(f"an arm cannot serve {route.target}, so the control serves its units: {why}")
         return self._with_token(route.fallback)
 
     def _unavailable(self, standing: Standing) -> set[ArmKey]:
@@ -261,14 +259,18 @@ class LiveExperiments:
         known = {each.name: each for each in self.standings[token.experiment].document.feedback}
         if metric not in known:
             there = ", ".join(known) or "none"
-            raise FeedbackRefused(f"experiment {token.experiment!r} has no feedback {metric!r}; it has {there}")
+            raise FeedbackRefused(
+                f"experiment {token.experiment!r} has no feedback metric {metric!r}. Its metrics: {there}"
+            )
         low, high = known[metric].minimum, known[metric].maximum
         if not low <= value <= high:
             raise FeedbackRefused(f"expected a value of {metric!r} from {low:g} to {high:g}, found {value:g}")
         answer = {"experiment": token.experiment, "metric": metric, "value": value, "counted": token.evidence}
         before = self._heard.get((token.request, metric))
         if before is not None and before != value:
-            raise FeedbackRefused(f"{metric!r} of this request is {before:g} already; the first value counts")
+            raise FeedbackRefused(
+                f"this request has the value {before:g} for {metric!r} already. The first value counts"
+            )
         if before is None:
             self._hear((token.request, metric), value)
             if token.evidence:
@@ -299,7 +301,7 @@ class LiveExperiments:
 
     async def watch(self) -> None:
         """Measure for ever."""
-        await repeat(TICK_SECONDS, self.measure, "guardrails were not measured")
+        await repeat(TICK_SECONDS, self.measure, "could not measure the guardrails; trying again")
 
     async def measure(self) -> None:
         """Do what the guardrails ask for: here at once, and by an entry in the store for all other servers."""
@@ -325,7 +327,9 @@ class LiveExperiments:
         if isinstance(action, Withdraw):
             self._withdrawn[name, phase, action.arm] = action.reason
             self._metrics.experiment_rollbacks.labels(name, action.arm, action.rule.metric).inc()
-            logger.error("arm withdrawn experiment=%s arm=%s: %s", name, action.arm, action.reason)
+            logger.error(
+                "arm withdrawn experiment=%s arm=%s; the control serves its units: %s", name, action.arm, action.reason
+            )
             change = ExperimentChange(experiment=name, operation="withdraw", arm=action.arm, phase=phase)
         else:
             standing = self.standings[name]
@@ -333,7 +337,12 @@ class LiveExperiments:
                 return
             self._held[name, phase] = standing.elapsed(self._now())
             self.standings = {**self.standings, name: self._as_held(standing)}
-            logger.warning("ramp held experiment=%s because of arm=%s: %s", name, action.arm, action.reason)
+            logger.warning(
+                "ramp held experiment=%s because of arm=%s; resume it with vllm-edits experiment resume: %s",
+                name,
+                action.arm,
+                action.reason,
+            )
             change = ExperimentChange(experiment=name, operation="hold", phase=phase)
         self._waiting.append((change, action.reason))
 
@@ -347,12 +356,23 @@ class LiveExperiments:
             except Overtaken:  # by an entry about something else, perhaps
                 continue
             except StoreUnavailable as error:
-                self._tell(f"the store does not know yet that {change.operation} of {change.experiment} was: {error}")
+                self._tell(
+                    f"could not write {change.operation!r} of experiment {change.experiment} to the store yet; "
+                    f"retrying: {error}"
+                )
                 return
             except (Conflict, NotFound, ExperimentRefused) as error:
-                logger.info("%s of experiment %s needs no entry: %s", change.operation, change.experiment, error)
+                logger.info(
+                    "%r of experiment %s was not written to the store, because it has no effect any more: %s",
+                    change.operation,
+                    change.experiment,
+                    error,
+                )
             except EditsError as error:
-                self._tell(f"{change.operation} of {change.experiment} holds on this server only: {error}")
+                self._tell(
+                    f"could not write {change.operation!r} of experiment {change.experiment} to the store, so it holds "
+                    f"on this server only: {error}"
+                )
             self._waiting.pop(0)
 
     def _tell(self, line: str) -> None:
@@ -395,4 +415,4 @@ class LiveExperiments:
         if why := self._withdrawn.get((standing.document.name, standing.phase, arm)):
             return why
         error = self._refused.get(serves)
-        return str(error) if error else "" if self._can_serve(serves) else "it is being made ready"
+        return str(error) if error else "" if self._can_serve(serves) else "its version is being prepared"

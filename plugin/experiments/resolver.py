@@ -32,9 +32,9 @@ def load(where: str | None) -> Resolve | None:
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise SettingsError(f"edits.arm_resolver: {where} cannot be had: {error}") from error
+        raise SettingsError(f"edits.arm_resolver: {where} cannot be imported: {error}") from error
     if not callable(found):
-        raise SettingsError(f"edits.arm_resolver: {where} is no function but a {type(found).__name__}")
+        raise SettingsError(f"edits.arm_resolver: expected a function at {where}, found a {type(found).__name__}")
     resolve: Resolve = found
     return resolve
 
@@ -61,11 +61,13 @@ class Resolver:
         if found == default:
             return ""
         if found not in arms:
-            return self._default(f"the arm resolver gave {found!r} for {model!r}; there are {', '.join(arms)}")
+            return self._default(
+                f"the arm resolver returned {found!r} for {model!r}, expected one of {', '.join(arms)}"
+            )
         return found
 
     def _default(self, why: str) -> str:
         if why not in self._told:
             self._told.add(why)
-            logger.error("%s; the hash decides", why)
+            logger.error("%s; the hash chooses the arm", why)
         return ""

@@ -78,9 +78,10 @@ def _forced(about: list[Standing], request: Request, unavailable: Collection[Arm
                 unit = request.unit(document.unit_header)
                 return Route(arm.serves, _of(standing, arm.name, unit, "forced"))
     known = (
-        ", ".join(arm.name for standing in about for arm in standing.document.arms) or "none, since no experiment runs"
+        ", ".join(arm.name for standing in about for arm in standing.document.arms)
+        or "none, because no experiment runs for it"
     )
-    raise ArmRefused(f"{headers.ARM} asks for arm {request.arm!r}; for {request.model!r} there are: {known}")
+    raise ArmRefused(f"{headers.ARM} asks for arm {request.arm!r}. Arms for the model {request.model!r}: {known}")
 
 
 def _decided(standing: Standing, request: Request, at: datetime, unavailable: Collection[ArmKey]) -> Route | None:

@@ -38,5 +38,5 @@ def _token(file: str) -> bytes:
     if not token:
         raise TokenUnreadable(f"{file} is empty. Write the token into it")
     if any(byte < 0x20 or byte == 0x7F for byte in token):
-        raise TokenUnreadable(f"expected one line of text in {file}, found several, or bytes that no header can carry")
+        raise TokenUnreadable(f"expected one line of text in {file}, found several lines or control characters")
     return token

@@ -38,6 +38,6 @@ class ApiKeys:
         """KeyMissing unless `model` is the base model, which is all that may be asked for without a key."""
         if model not in self._base_names:
             raise KeyMissing(
-                f"`{model}` is not the base model, and that is all this path serves without an API key. Send the key "
-                "as Authorization: Bearer …"
+                f"without an API key this path serves only the base model, found `{model}`. Send the key as "
+                "Authorization: Bearer …"
             )

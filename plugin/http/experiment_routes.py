@@ -21,18 +21,18 @@ class FeedbackBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     request_id: str = Field(description="the `id` of an answer, or its header x-edits-request")
-    metric: str = Field(description="one of those that the experiment's document declares")
+    metric: str = Field(description="a feedback metric of the experiment's document")
     value: float = Field(allow_inf_nan=False)
 
 
 def add_to(routes: APIRouter, coordinator: Callable[[], Coordinator]) -> None:
     """Add the routes; `coordinator` is asked at each request."""
 
-    @routes.get("/experiments", summary="Experiments as this server follows them: arms, coverage, guardrails")
+    @routes.get("/experiments", summary="State of the experiments on this server: arms, coverage, guardrails")
     async def experiments() -> Any:
         return (await coordinator().status())["experiments"]
 
-    @routes.post("/feedback", summary="Say how a request of an experiment went; saying the same again is harmless")
+    @routes.post("/feedback", summary="Send feedback on a request of an experiment; sending the same again is harmless")
     async def feedback(body: FeedbackBody) -> Any:
         try:
             return await coordinator().feedback(body.request_id, body.metric, body.value)

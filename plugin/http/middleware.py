@@ -70,8 +70,8 @@ class VariantMiddleware:
                 with lease.hold():
                     pass
                 raise BeamsRefused(
-                    f"{request.model!r} edits prompt and answer differently, and beam search asks the engine anew for "
-                    f"every token, with the answer so far as prompt. Leave out {BEAMS}"
+                    f"beam search is not possible with {request.model!r}: its edits differ for prompt and answer, but "
+                    f"beam search sends the answer so far as a prompt. Leave out {BEAMS}"
                 )
         except EditsError as error:
             metrics.requests.labels(*metrics.labels(UNKNOWN, None), "rejected").inc()

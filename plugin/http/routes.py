@@ -30,9 +30,9 @@ class Promotion(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    version: str = Field(description="digest or its beginning, of a version published under this name")
+    version: str = Field(description="version published under this name: its digest, or the first digits")
     tag: str | None = Field(default=None, description="tag to move; the server's default tag if absent")
-    reason: str = Field(default="", description="why, for the history")
+    reason: str = Field(default="", description="reason, kept in the history")
 
 
 class Return(BaseModel):
@@ -45,7 +45,7 @@ class Return(BaseModel):
 
 
 TagQuery = Annotated[str | None, Query(description="tag; the server's default tag if absent")]
-ReasonQuery = Annotated[str, Query(description="why, for the history")]
+ReasonQuery = Annotated[str, Query(description="reason, kept in the history")]
 
 
 def router(
@@ -67,7 +67,7 @@ def router(
 
     experiment_routes.add_to(routes, coordinator)
 
-    @routes.post("/sync", summary="Read the store now and follow what moved; count what gates did")
+    @routes.post("/sync", summary="Read the store now and follow new promotions; read the counters of gates")
     async def sync() -> Any:
         return await coordinator().sync()
 
@@ -83,11 +83,11 @@ def router(
     async def promote(name: str, body: Promotion, request: Request) -> Any:
         return await changed(request, TagChange("promote", name, body.tag, body.version, body.reason))
 
-    @changes.post("/{name}/rollback", summary="Return to the version promoted before")
+    @changes.post("/{name}/rollback", summary="Return to the version that was promoted before")
     async def rollback(name: str, body: Return, request: Request) -> Any:
         return await changed(request, TagChange("rollback", name, body.tag, reason=body.reason))
 
-    @changes.delete("/{name}", summary="Withdraw: the tag promotes nothing any more, and requests for it are not found")
+    @changes.delete("/{name}", summary="Withdraw: stop serving the tag; requests for it get a 404")
     async def withdraw(name: str, request: Request, tag: TagQuery = None, reason: ReasonQuery = "") -> Any:
         return await changed(request, TagChange("withdraw", name, tag, reason=reason))
 
@@ -115,11 +115,12 @@ def _authorize(request: Request, token_file: str | None) -> None:
     """HTTPException unless the admin token came with the request: 401, or 503 where there is none to compare with."""
     if token_file is None:
         raise HTTPException(
-            403, detail="changes over HTTP are off: set edits.admin_token_file, or use the command line on the store"
+            403,
+            detail="changes over HTTP are disabled. Set edits.admin_token_file, or use the command line on the store",
         )
     try:
         allowed = admin_token.matches(token_file, request.headers.get(headers.ADMIN_TOKEN, ""))
     except admin_token.TokenUnreadable as error:
         raise HTTPException(503, detail=f"no change can be authorised now: {error}") from error
     if not allowed:
-        raise HTTPException(401, detail=f"send the admin token in the header {headers.ADMIN_TOKEN}")
+        raise HTTPException(401, detail=f"missing or wrong admin token. Send it in the header {headers.ADMIN_TOKEN}")

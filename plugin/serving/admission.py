@@ -75,8 +75,10 @@ class Admission:
             return await self.lease(Request())
         await self._weights.admitted()
         if choice.epoch != self._table().epoch:
-            gone = Reason("weights", f"the engine's weights were exchanged since {choice.requested!r} was chosen")
-            raise InstallRefused("a request that outlived its weights", [gone])
+            gone = Reason(
+                "weights", f"the engine's weights were replaced since {choice.requested!r} was chosen. Send it again"
+            )
+            raise InstallRefused("the request", [gone])
         return await self._enter(choice)
 
     async def _choose(self, route: Route, request: Request) -> Choice:

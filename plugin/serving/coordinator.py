@@ -176,7 +176,7 @@ class LocalCoordinator:
         swap = next((swap for swap in swaps if (swap.variant, swap.tag) == key), None)
         if swap is not None and swap.error:
             raise NotFollowed(
-                f"the {change.operation} stands in the store, but this server keeps what it served: {swap.error}"
+                f"the {change.operation} was written to the store, but this server did not follow it: {swap.error}"
             )
         return {"entry": entry.model_dump(mode="json"), "swap": asdict(swap) if swap else None}
 

@@ -88,7 +88,10 @@ class CoordinatorServer:
     async def fence(self) -> None:
         """Return when the engine has seen all that other processes had sent it. EditsError when one does not answer."""
         if gone := len(self._ended_holding):
-            raise EditsError(f"{gone} API server process(es) ended: what they sent to the engine is not known")
+            raise EditsError(
+                f"{gone} API server process(es) ended, so it is unknown which of their requests are still in the "
+                "engine. Restart the server"
+            )
         await asyncio.gather(*(process.fence() for process in self._processes))
 
     async def _serve(
@@ -140,7 +143,7 @@ class _Process:
         except EditsError as error:
             _write(self._writer, {"id": number, "error": _told(error)})
         except Exception as error:
-            logger.exception("another process asked for %s", call)
+            logger.exception("call %s of another API server process failed", call)
             _write(self._writer, {"id": number, "error": _told(EditsError(f"{call} failed: {error!r}"))})
         else:
             _write(self._writer, {"id": number, "value": value})
@@ -279,7 +282,7 @@ class RemoteCoordinator:
 
     def _write(self, message: Message) -> None:
         if self._writer is None or self._writer.is_closing():
-            raise EditsError("the API server process that owns the slots is gone")
+            raise EditsError("the API server process that owns the slots has ended")
         _write(self._writer, message)
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
@@ -288,7 +291,7 @@ class RemoteCoordinator:
                 self._hear(message)
         for answer in self._waiting.values():
             if not answer.done():
-                answer.set_exception(EditsError("the API server process that owns the slots is gone"))
+                answer.set_exception(EditsError("the API server process that owns the slots has ended"))
         if self._writer is not None:
             self._writer.close()
 
@@ -309,7 +312,7 @@ class RemoteCoordinator:
             await self._reach_engine()
             self._write({"id": number, "call": "fenced"})
         except Exception:
-            logger.exception("the owner of the slots hears nothing from here")
+            logger.exception("could not answer the API server process that owns the slots")
 
     def _start(self, work: Any) -> None:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)

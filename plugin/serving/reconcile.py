@@ -74,8 +74,8 @@ class Reconciler:
         metrics.signature_policy.labels(reader.trust.enforcement).set(1)
         if reader.trust.enforcement is Enforcement.OFF:
             logger.warning(
-                "signatures are not asked for: whoever can write to store %s decides what is served. "
-                "Name keys with edits.trust_file",
+                "signatures are not checked: every writer of store %s can change what this server serves. "
+                "To require signatures, set edits.trust_file",
                 reader.url,
             )
 
@@ -88,7 +88,7 @@ class Reconciler:
             try:
                 await self.sync()
             except Exception:  # the loop must outlive any fault of one look
-                logger.exception("sync failed; what is installed keeps serving")
+                logger.exception("could not follow the store; the server keeps serving its present versions")
                 self._metrics.store_errors.inc()
             self._metrics.store_head_age_seconds.set(self.head_age() or 0)
 
@@ -111,7 +111,7 @@ class Reconciler:
             except EditsError as error:
                 self.last_error = str(error)
                 self._metrics.store_errors.inc()
-                logger.warning("store cannot be read, serving what is installed: %s", error)
+                logger.warning("could not read the store; the server keeps serving its present versions: %s", error)
                 return []
             self.heads_read_at = time.monotonic()
             self._metrics.store_head_age_seconds.set(0)
@@ -151,7 +151,9 @@ class Reconciler:
             if str(trouble) != str(self.troubles.get(key, "")):
                 self.last_error = str(trouble)
                 self._metrics.bundles_rejected.labels("history").inc()
-                logger.error("history refused variant=%s@%s: %s", *key, trouble)
+                logger.error(
+                    "history refused variant=%s@%s; the tag keeps serving its present version: %s", *key, trouble
+                )
         self.troubles = troubles
 
     # -- following a tag ---------------------------------------------------------------------------------------------
@@ -218,7 +220,7 @@ class Reconciler:
             with swap.phase("install", self._metrics):
                 if not await self._slots.bring_in(version):
                     logger.info(
-                        "every slot is in use: version %s of %r goes to the device when it is asked for",
+                        "all slots are in use: version %s of %r will be installed by its first request",
                         version[:12], swap.variant,
                     )  # fmt: skip
 
@@ -245,7 +247,9 @@ class Reconciler:
     def _require_name(self, variant: str) -> None:
         """BundleRefused for a variant that is called as something else is here."""
         if variant in (*self.table.base_names, *RESERVED_NAMES):
-            why = f"{variant!r} names the base model or a label of its own here; publish it under another name"
+            why = (
+                f"{variant!r} is the base model's name or a reserved name here. Publish the variant under another name"
+            )
             raise BundleRefused(f"variant {variant!r}", [Reason("name", why)])
 
     def _switch(self, swap: Swap, entry: TagEntry, new: str | None) -> None:
@@ -283,4 +287,6 @@ def _entries(look: Look) -> list[TagEntry]:
 def _tell_failure(task: asyncio.Task[Swap]) -> None:
     """A fault of ours in a task that nobody may wait for."""
     if not task.cancelled() and (failure := task.exception()) is not None:
-        logger.error("a change of the engine's weights failed; what is installed keeps serving", exc_info=failure)
+        logger.error(
+            "could not change the engine's weights; the server keeps serving its present versions", exc_info=failure
+        )

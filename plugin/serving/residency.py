@@ -87,7 +87,7 @@ class Residency:
         """Count one more user of an open version; returns its slot."""
         resident = self._resident[version]
         if resident.closed:
-            raise ValueError(f"version {version[:12]} makes way for another")
+            raise ValueError(f"version {version[:12]} is closed, because another version waits for its slot")
         resident.users += 1
         self._resident.move_to_end(version)
         return resident.slot

@@ -93,7 +93,7 @@ class Slots:
     def _has_read(self, version: str, task: asyncio.Task[None]) -> None:
         del self._reading[version]
         if not task.cancelled() and (failure := task.exception()) is not None:  # asked for, so that it counts as told
-            logger.warning("version %s was not made ready: %s", version[:12], failure)
+            logger.warning("could not prepare version %s in the workers: %s", version[:12], failure)
 
     async def _stage(self, version: str) -> None:
         try:
@@ -200,14 +200,14 @@ class Slots:
             await self.make_ready(version)
             answers = await ask(self._workers, "edits_install", plan.slot, version, plan.evicted)
         self._count_firings(answers)
-        require_agreement(answers, f"what version {version[:12]} is")
+        require_agreement(answers, f"the content of version {version[:12]}")
 
     async def _undo(self, slot: int, version: str) -> None:
         """Take an uncommitted version out of every worker. A slot that cannot be cleared is not used again."""
         try:
             await self._clear(slot, version)
         except EditsError:
-            logger.exception("slot %d could not be cleared and stays out of use", slot)
+            logger.exception("could not clear slot %d; the slot is not used any more", slot)
             self.residency.lose(version)
         else:
             self.residency.abandon(version)
@@ -277,7 +277,7 @@ class Slots:
             await self._clear(slot, version)
         except Exception:
             logger.exception(
-                "slot %d of retired version %s could not be cleared and stays out of use", slot, version[:12]
+                "could not clear slot %d of retired version %s; the slot is not used any more", slot, version[:12]
             )
             return
         self.residency.give_back(slot)
@@ -301,7 +301,7 @@ class Slots:
 
     async def follow_firings(self) -> None:
         """Count for ever; not by the store's clock, which stands while the store is away."""
-        await repeat(FIRINGS_SECONDS, self.read_firings, "the firings of gates were not read")
+        await repeat(FIRINGS_SECONDS, self.read_firings, "could not read the firings of gates; trying again")
 
     async def read_firings(self) -> None:
         """Count how often the gates on the device have fired. Failing that, the next look counts them."""
@@ -309,7 +309,7 @@ class Slots:
             try:
                 self._count_firings(await ask(self._workers, "edits_firings"))
             except EditsError as error:
-                logger.warning("the firings of gates were not read: %s", error)
+                logger.warning("could not read the firings of gates; trying again: %s", error)
 
     def _count_firings(self, answers: list[dict[str, Any]]) -> None:
         """Workers that divide a model see the same tokens, so of each engine the word of its first worker counts."""

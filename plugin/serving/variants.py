@@ -80,8 +80,8 @@ class VariantTable:
         if self.in_weights is not None and choice.version != self.in_weights:
             raise NotFound(
                 f"The model `{choice.requested}` is not served now: version {self.in_weights[:12]} is in the engine's "
-                f"weights, and edits are relative to the base model. Served: {', '.join(self.names())}. Use another "
-                "server, or withdraw what is in the weights"
+                f"weights, so only that version is served. Served: {', '.join(self.names())}. Use another server, or "
+                "withdraw the variant in the weights"
             )
         return replace(choice, in_weights=self.in_weights is not None, epoch=self.epoch)
 

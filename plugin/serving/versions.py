@@ -109,4 +109,4 @@ class Versions:
         refusal = NotTrusted(what, doubts)
         if self.reader.trust.enforcement is Enforcement.REQUIRE:
             raise refusal
-        logger.warning("served although %s", refusal)
+        logger.warning("served without trusted signatures, because edits.signatures is warn: %s", refusal)

@@ -55,7 +55,9 @@ class WeightsMode:
         while not self._open.is_set():
             await self._open.wait()
         if self.doubt:
-            raise EditsError(f"nothing is answered until the engine's weights are known again: {self.doubt}")
+            raise EditsError(
+                f"no request is answered, because the content of the engine's weights is unknown: {self.doubt}"
+            )
 
     @property
     def open(self) -> bool:
@@ -102,7 +104,9 @@ class WeightsMode:
             try:
                 await self._abort_all()
             except Exception as error:
-                raise EditsError(f"running requests could not be aborted, so the weights stay: {error!r}") from error
+                raise EditsError(
+                    f"running requests could not be aborted, so the weights were not changed: {error!r}"
+                ) from error
         patience = 0.0 if entry == self._waited_for else self._patience
         deadline, self._waited_for = time.monotonic() + patience, entry
         while running := self._inside():
@@ -110,11 +114,11 @@ class WeightsMode:
             try:
                 await asyncio.wait_for(self._left.wait(), max(0.0, deadline - time.monotonic()))
             except TimeoutError:
-                waited = f"after {patience:g} s" if patience else "when the weights were looked at again"
+                waited = f"after {patience:g} s" if patience else "at this read of the store"
                 raise EditsError(
-                    f"{running} request(s) were still running {waited}. The weights are changed at "
-                    "the next look when none is; or promote again to wait again, set edits.weights_running to abort or "
-                    "keep, or raise edits.weights_patience_seconds"
+                    f"{running} request(s) were still running {waited}, so the weights were not changed. The server "
+                    "changes them at the next read of the store when no request runs. To wait again, promote again; or "
+                    "set edits.weights_running to abort or keep, or raise edits.weights_patience_seconds"
                 ) from None
 
     async def _put(self, version: str | None) -> None:
@@ -126,13 +130,18 @@ class WeightsMode:
             try:
                 await asyncio.shield(self._all_hold(self.version))
             except BaseException as worse:  # whoever is cancelled meanwhile does not know either
-                self.doubt = f"{failure}; and putting back what was there failed too: {worse}"
-                logger.exception("the engine's weights are in doubt, nothing is answered")
+                self.doubt = f"{failure}; restoring the previous weights failed too: {worse}"
+                logger.exception(
+                    "could not restore the engine's weights; no request is answered until a change of the weights "
+                    "succeeds"
+                )
             raise
         self.doubt = ""
 
     async def _all_hold(self, version: str | None) -> None:
         answers = await self._call("edits_put_weights", version, self.epoch, self._running == "keep")
         if any("absent" in answer for answer in answers):
-            raise EditsError("a worker no longer has the version ready; the next look prepares it again")
-        require_agreement(answers, "what is in their weights")
+            raise EditsError(
+                "a worker does not have the version ready any more; it is prepared again at the next read of the store"
+            )
+        require_agreement(answers, "the content of their weights")

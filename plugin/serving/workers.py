@@ -31,7 +31,7 @@ async def ask(workers: Workers, method: str, *args: Any) -> list[dict[str, Any]]
         if "error" in answer:
             reasons = [Reason(code, message) for code, message in answer.get("reasons", ())]
             raise (
-                InstallRefused("install", reasons)
+                InstallRefused("the install", reasons)
                 if reasons
                 else EditsError(f"a worker failed at {method}: {answer['error']}")
             )

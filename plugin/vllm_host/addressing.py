@@ -70,7 +70,7 @@ def _salted(prompt: Any, choice: Choice) -> Any:
     if cache_salt(choice, None) is None and not isinstance(prompt, EngineCoreRequest):
         return prompt
     raise TypeError(
-        f"a prompt of type {type(prompt).__name__} cannot be kept apart in the prefix cache; send text or tokens"
+        f"a prompt of type {type(prompt).__name__} cannot have a cache salt, which variants need. Send text or tokens"
     )
 
 

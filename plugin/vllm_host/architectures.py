@@ -33,7 +33,8 @@ def _site_module(model: nn.Module, architecture: Architecture, widths: Widths, s
         module = modules["logits_processor"] if site.point == "logits" else modules[at.path]
     except (AttributeError, KeyError) as error:
         raise UnsupportedHost(
-            f"this vLLM builds {architecture.name} otherwise than expected: no module behind {site} ({error})"
+            f"this vLLM builds {architecture.name} in an unexpected way: no module for {site} ({error}). Use a "
+            "supported version"
         ) from error
     is_layer = site.point in ("embed.out", "resid")  # the first of them that is edited says it for both
     shard = worker.shard(widths, site.point)
@@ -50,11 +51,11 @@ def _require_divided_so(module: Any, at: ModuleSide, shard: Shard, site: Site) -
         found = optional(module, "ColumnParallelLinear.output_size_per_partition")
     fits = found is None or (found == shard.width if at.start is None else at.start + shard.width <= found)
     if not fits:
-        why = f"{shard.width} numbers of it for each, found {found}"
+        why = f"expected {shard.width} numbers in each worker, found {found}"
     elif at.side == "output" and not optional(module, "RowParallelLinear.reduce_results", True):
-        why = "all of it for each, found a part of a sum"
+        why = "expected the whole vector in each worker, found a part of a sum"
     else:
         return
     raise UnsupportedHost(
-        f"this vLLM divides {site} among workers otherwise than expected: {why}. Start with --tensor-parallel-size 1"
+        f"this vLLM divides {site} among workers in an unexpected way: {why}. Start with --tensor-parallel-size 1"
     )

@@ -33,8 +33,8 @@ def loader_of(load_config: LoadConfig, load_format: str) -> BaseModelLoader:
     """vLLM's loader of a format. UnsupportedHost for one whose files are not known."""
     if load_format not in FORMATS:
         raise UnsupportedHost(
-            f"edits.inner_load_format = {load_format!r}: which files it loads is not known, so neither which base "
-            f"model it is. Use {', '.join(FORMATS)}, with the model in a folder or a repository"
+            f"edits.inner_load_format = {load_format!r} is not supported, because it is unknown which files it loads. "
+            f"Use {', '.join(FORMATS)}, with the model in a folder or a repository"
         )
     ignored = load_config.ignore_patterns or []
     found: Any = get_model_loader(
@@ -65,8 +65,8 @@ def fetched(loader: Any, model_config: Any) -> Path:
     """The folder with the base model's weights, downloaded if need be. UnsupportedHost when there are none on disk."""
     if streamed := model_config.model_weights:
         raise UnsupportedHost(
-            f"{streamed} is streamed from object storage, and its files cannot be identified there. Copy it to a disk, "
-            "and serve that folder"
+            f"{streamed} is streamed from object storage, where its files cannot be identified. Copy it to a disk and "
+            "serve that folder"
         )
     folder, *_ = loader._prepare_weights(model_config.model, None, model_config.revision, False, None)  # noqa: SLF001
     return Path(folder)
@@ -81,13 +81,13 @@ def _config(model_config: Any, folder: Path) -> Mapping[str, Any]:
     """The model's config.json, wherever vLLM has it from, with what --hf-overrides puts in its place."""
     overrides = model_config.hf_overrides or {}
     if not isinstance(overrides, Mapping):
-        raise UnsupportedHost("--hf-overrides is a function, and what it changes is not known: give a JSON object")
+        raise UnsupportedHost("--hf-overrides is a function, so its changes are unknown. Give a JSON object")
     named = model_config.hf_config_path
     if named is None and (folder / CONFIG_FILE).is_file():
         return {**read_config(folder), **overrides}
     found = get_hf_file_to_dict(CONFIG_FILE, named or model_config.model, model_config.revision)
     if found is None:
         raise UnsupportedHost(
-            f"{named or model_config.model} has no {CONFIG_FILE}, which edits need: serve one that has"
+            f"{named or model_config.model} has no {CONFIG_FILE}, which edits need. Serve a model that has it"
         )
     return {**found, **overrides}

@@ -42,9 +42,9 @@ def check_version(*, any_vllm: bool = False) -> None:
         return
     outside = f"vllm-edits supports vLLM {low} up to (not including) {high}, found {found}"
     if not any_vllm:
-        raise UnsupportedHost(f"{outside}. Install one of these, or try this one with edits.any_vllm = true")
-    lacking = "; ".join(sources.missing(_installed, found)) or "nothing is known to"
-    logger.warning("%s, and edits.any_vllm asks to start all the same. What would break: %s", outside, lacking)
+        raise UnsupportedHost(f"{outside}. Install a supported version, or try this one with edits.any_vllm = true")
+    lacking = "; ".join(sources.missing(_installed, found)) or "nothing known"
+    logger.warning("%s. Starting anyway, because edits.any_vllm is true. What may break: %s", outside, lacking)
 
 
 def check_seams(*, any_vllm: bool = False) -> None:
@@ -88,7 +88,7 @@ def check_config(config: Any) -> None:
 def _renamed(scheduler_config: Any) -> Iterator[str]:
     """Names from before they were `vllm_edits`', which point at nothing now."""
     if scheduler_config.scheduler_cls == _OLD_SCHEDULER:
-        yield f"--scheduler-cls {_OLD_SCHEDULER}, which has another name now; write --scheduler-cls {SCHEDULER}"
+        yield f"--scheduler-cls {_OLD_SCHEDULER}, which was renamed; use --scheduler-cls {SCHEDULER}"
 
 
 def _unproven_processes(parallel: Any) -> Iterator[str]:
@@ -96,7 +96,7 @@ def _unproven_processes(parallel: Any) -> Iterator[str]:
     if (size := parallel.pipeline_parallel_size) > 1:
         yield f"pipeline parallel size {size}; start with 1"
     if parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb:
-        yield "engines of one data-parallel group behind several servers; start each as a server of its own"
+        yield "engines of one data-parallel group behind several servers; start each engine as a separate server"
     if parallel.tensor_parallel_size > 1 and parallel.enable_expert_parallel:
         yield "experts divided among workers; start without --enable-expert-parallel"
     if parallel.use_ubatching:  # the second part would read the slots of the first
@@ -108,7 +108,7 @@ def _unproven_processes(parallel: Any) -> Iterator[str]:
 def _unproven_models(config: Any) -> Iterator[str]:
     """What is not proven of what stands beside the base model or takes a part of its place."""
     if config.lora_config is not None:
-        yield "LoRA beside edits; start without --enable-lora"
+        yield "LoRA together with edits; start without --enable-lora"
     speculative = config.speculative_config
     if speculative is not None and speculative.method not in SPECULATIVE_METHODS:
         yield (
@@ -117,13 +117,13 @@ def _unproven_models(config: Any) -> Iterator[str]:
         )
     if optional(speculative, "SpeculativeConfig.enable_adaptive_verification", False):
         yield (
-            "guesses whose number only the device knows; start without enable_adaptive_verification in "
+            "adaptive verification of speculated tokens; start without enable_adaptive_verification in "
             "--speculative-config"
         )
     if config.kv_transfer_config is not None:
         yield "a KV cache that other engines share or keep; start without --kv-transfer-config and --kv-offloading-size"
     if config.cache_config.kv_sharing_fast_prefill:
-        yield "layers that see a part of a prompt only; start without --kv-sharing-fast-prefill"
+        yield "layers that skip a part of the prompt; start without --kv-sharing-fast-prefill"
     if optional(config.compilation_config.pass_config, "PassConfig.enable_sp", False):  # off by default
         yield "activations divided by tokens among workers; start without enable_sp in --compilation-config"
 
@@ -133,9 +133,9 @@ def _unproven_weights(config: Any) -> Iterator[str]:
     if config.model_config.model_impl == "transformers":
         yield "a model built by transformers; start without --model-impl"
     if config.model_config.enable_sleep_mode:
-        yield "sleep mode, which may drop what the slots hold; start without --enable-sleep-mode"
+        yield "sleep mode, which may drop the content of the slots; start without --enable-sleep-mode"
     if config.weight_transfer_config is not None:
-        yield "base weights that are replaced while it runs; start without --weight-transfer-config"
+        yield "base weights that are replaced while the server runs; start without --weight-transfer-config"
     if config.quant_config is not None and config.quant_config.get_name() not in QUANTISED:
         yield (
             f"a base model quantised by {config.quant_config.get_name()!r}; serve one of {', '.join(QUANTISED)}, or an "
@@ -149,13 +149,13 @@ def check_room(config: Any, base: BaseModelRef, reservation: Reservation) -> Non
         raise UnsupportedHost(f"{base.architecture} with tensor parallel: {why}. Start with --tensor-parallel-size 1")
     if config.parallel_config.data_parallel_size > 1 and supported(base.architecture).experts:
         raise UnsupportedHost(
-            f"edits are not proven exact with {base.architecture} and data parallel, which divides its experts: start "
-            "with --data-parallel-size 1, and for more engines another server on the same store"
+            f"edits are not proven exact with {base.architecture} and data parallel, which divides its experts. Start "
+            "with --data-parallel-size 1; for more engines, start more servers on the same store"
         )
     if config.speculative_config is not None and reservation.edits_logits:
         raise UnsupportedHost(
-            "edits at logits are not proven exact with speculative decoding, where a step wants the logits of more "
-            "than its last tokens: start without --speculative-config, or without what reserves room there"
+            "edits at logits are not proven exact with speculative decoding, because a step computes the logits of "
+            "several tokens of a request. Start without --speculative-config, or reserve nothing at logits"
         )
 
 
@@ -165,8 +165,6 @@ def need(owner: Any, *path: str) -> Any:
     for index, name in enumerate(path):
         if not hasattr(found, name):
             seam = ".".join((type(owner).__name__, *path[: index + 1]))
-            raise UnsupportedHost(
-                f"vLLM {vllm.__version__} has no {seam}, which edits lean on. Use a supported version"
-            )
+            raise UnsupportedHost(f"vLLM {vllm.__version__} has no {seam}, which edits need. Use a supported version")
         found = getattr(found, name)
     return found

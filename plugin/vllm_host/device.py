@@ -38,8 +38,9 @@ def check_device(device: torch.device) -> None:
     runs = (capability >= version and (kind == "compute" or capability[0] == version[0]) for kind, version in known)
     if not any(runs):
         raise UnsupportedHost(
-            f"{torch.cuda.get_device_name(device)} has compute capability {'.'.join(map(str, capability))}, and this "
-            f"torch has kernels for {' '.join(torch.cuda.get_arch_list())}: use another GPU, or another build of torch"
+            f"{torch.cuda.get_device_name(device)} has compute capability {'.'.join(map(str, capability))}, but this "
+            f"torch has kernels only for {' '.join(torch.cuda.get_arch_list())}. Use another GPU or another build of "
+            "torch"
         )
 
 
@@ -50,8 +51,8 @@ def check_compiler(device: torch.device, compilation: Any) -> None:
     compiler = os.environ.get("CXX") or "g++"
     if device.type == "cpu" and compiled and shutil.which(compiler) is None:
         raise UnsupportedHost(
-            f"the model is compiled for this CPU, and there is no C++ compiler ({compiler}): install g++, name another "
-            "one in CXX, or start with --enforce-eager, which needs none and is slower"
+            f"the model is compiled for this CPU, but no C++ compiler was found ({compiler}). Install g++, set CXX to "
+            "another compiler, or start with --enforce-eager, which needs no compiler and is slower"
         )
 
 

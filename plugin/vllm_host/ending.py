@@ -33,8 +33,8 @@ _FILE, _ATTACHED, _END = "told", "attached", "end "
 _STEPS = 3
 """For so many steps the scheduler remembers what freed requests held: as many as can be under way, and one."""
 _UNATTACHED = (
-    "requests end with an error: what sends them is not the plugin's HTTP side, which has not attached itself to this "
-    "engine. Start it with `vllm-edits serve` or `vllm serve`, or use vllm_edits.Variants in Python"
+    "all requests end with an error, because the plugin's HTTP side is not attached to this engine. Start the server "
+    "with `vllm-edits serve` or `vllm serve`, or use vllm_edits.Variants in Python"
 )
 
 
@@ -66,7 +66,7 @@ class EndsRequests:
             if not self._tell(_END + json.dumps(request.req_id)):  # an id can be a client's, and hold any letter
                 return False
         except OSError as failure:
-            logger.error("the scheduler could not be told of a request that must end: %s", failure)  # noqa: TRY400
+            logger.error("could not report a request with a false claim to the scheduler; the step fails: %s", failure)  # noqa: TRY400
             return False
         logger.error("request %s ends with an error: %s", request.req_id, error)
         return True
@@ -80,8 +80,8 @@ class EndsRequests:
             self._tell(_ATTACHED)
         except OSError as error:
             raise UnsupportedHost(
-                f"the scheduler cannot be told that the plugin is there: {error}. Make room in the temporary folder, "
-                "or set TMPDIR to another"
+                f"could not report to the scheduler that the plugin is attached: {error}. Free space in the temporary "
+                "folder, or set TMPDIR to another folder"
             ) from error
         _leave(self._config)
 

@@ -15,11 +15,11 @@ import psutil
 
 from vllm_edits.edit_store.errors import UnsupportedHost
 
-_BATCH = "`vllm run-batch` attaches no plugin: use `vllm-edits run-batch MODEL --store … -i … -o …`"
-_GRPC = "`vllm serve --grpc` attaches no plugin, and its clients could name no variant: serve over HTTP"
+_BATCH = "`vllm run-batch` does not load the plugin. Use `vllm-edits run-batch MODEL --store … -i … -o …`"
+_GRPC = "`vllm serve --grpc` does not load the plugin. Serve over HTTP"
 _PROGRAM = 4
 """A command's program is among so many of its first words: behind an interpreter, and its flags."""
-_RUST = "VLLM_USE_RUST_FRONTEND attaches no plugin: leave it out"
+_RUST = "the front end of VLLM_USE_RUST_FRONTEND does not load the plugin. Unset that variable"
 
 
 def require_http() -> None:

@@ -121,7 +121,7 @@ class EditsEndpoints:
 
     def _asked(self) -> Coordinator:
         if self._coordinator is None:
-            raise UnsupportedHost("edits are not attached to an engine yet")
+            raise UnsupportedHost("the plugin is not attached to an engine yet")
         return self._coordinator
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
@@ -168,7 +168,7 @@ class EditsEndpoints:
         if rank:
             remote = RemoteCoordinator(socket_path(), partial(workers.call, "edits_fence"))
             await remote.connect()
-            return remote, f"API server process {rank + 1} of {count}, asks the first"
+            return remote, f"API server process {rank + 1} of {count}, uses the slots of the first"
         asked: Workers = workers
         if count > 1:
             path = socket_path()
@@ -196,7 +196,8 @@ async def start(
             raise UnsupportedHost(f"a worker cannot serve edits: {answer['error']}")
     if any(answer != answers[0] for answer in answers):
         raise UnsupportedHost(
-            "workers reserved different room (did the store change while they started?). Start again, or set reserve"
+            "the workers have different reservations. Probably the store changed while they started. Start again, or "
+            "set edits.reserve"
         )
     described = answers[0]
     base = BaseModelRef.model_validate(described["base"])
@@ -238,8 +239,7 @@ def _require_no_development() -> None:
     """UnsupportedHost where any client may call the workers' methods."""
     if os.environ.get("VLLM_SERVER_DEV_MODE", "0") not in ("", "0"):
         raise UnsupportedHost(
-            "VLLM_SERVER_DEV_MODE lets every client call the methods by which versions are installed, at "
-            "/collective_rpc: start without it"
+            "VLLM_SERVER_DEV_MODE lets every client install versions through /collective_rpc. Start without it"
         )
 
 
@@ -249,8 +249,8 @@ def _require_plain(base_names: Iterable[str]) -> None:
         with suppress(NotFound):
             if "@" in name and Ref.parse(name):
                 raise UnsupportedHost(
-                    f"--served-model-name {name}: that is how a variant's tag or version is named, and the base model "
-                    "would answer in its place. Choose another name"
+                    f"--served-model-name {name} looks like a tag or a version of a variant, so the base model could "
+                    "answer in its place. Choose another name"
                 )
 
 
@@ -281,9 +281,7 @@ def put_before_handlers(state: Any, stand_ins: dict[Any, Any]) -> None:
     if replaced < len(replacements) or any(
         id(value) in replacements for holder in holders for value in holder.values()
     ):
-        raise UnsupportedHost(
-            "vLLM's HTTP handlers hold the engine in a way edits do not know. Use a supported version"
-        )
+        raise UnsupportedHost("vLLM's HTTP handlers use the engine in an unexpected way. Use a supported version")
 
 
 def _handlers(state: Any) -> Iterator[Any]:

@@ -22,7 +22,10 @@ def guard_against_nan(model: nn.Module) -> None:
     """Have every attention layer cache finite values only. Finite ones stay as they are, bit for bit."""
     layers: list[Any] = [module for module in model.modules() if isinstance(module, Attention)]
     if not layers:
-        raise UnsupportedHost("this vLLM builds the model without its Attention layer, so NaN could not be contained")
+        raise UnsupportedHost(
+            "this vLLM builds the model without its Attention layer, so NaN could not be kept out of the KV cache. Use "
+            "a supported version"
+        )
     for layer in layers:
         layer.__class__ = _contained(layer.__class__)
 

@@ -27,13 +27,15 @@ def require_effective(model: Any, edited: EditedModel, vllm_config: Any, device:
         try:
             hidden = model(input_ids=tokens, positions=positions, intermediate_tensors=None, inputs_embeds=None)
         except AttributeError as error:  # an edit reads a site that was not reached before it
-            raise UnsupportedHost(f"this vLLM computes the model past a site that edits read: {error}") from error
+            raise UnsupportedHost(
+                f"this vLLM does not compute a site that edits read: {error}. Use another version of vLLM"
+            ) from error
         model.compute_logits(hidden)
     wrong = [f"{site} ({times} times)" for site, times in reached.items() if times != 1]
     if wrong:
         more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise UnsupportedHost(
-            f"this vLLM computes the model past the modules of {', '.join(wrong[:_SHOWN])}{more}, where once each was "
-            "expected: edits there would not be what they say. Leave these sites out of edits.reserve, or use another "
-            "version of vLLM"
+            f"expected vLLM to run the module of each reserved site once, found {', '.join(wrong[:_SHOWN])}{more}: "
+            "edits there would have no effect, or a double effect. Leave these sites out of edits.reserve, or use "
+            "another version of vLLM"
         )

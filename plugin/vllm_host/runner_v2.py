@@ -56,9 +56,9 @@ def with_token_slots(base: Any, loaded: LoadedEdits) -> type:
             if self._edits_logits:
                 if loaded.edited.worker.size > 1:
                     raise UnsupportedHost(
-                        "edits at logits are not proven on vLLM's V2 runner with tensor parallel, where workers may "
-                        "divide the requests for them: start with VLLM_USE_V2_MODEL_RUNNER=0, with "
-                        "--tensor-parallel-size 1, or without what reserves room there"
+                        "edits at logits are not proven exact on vLLM's V2 runner with tensor parallel, because "
+                        "workers may divide the requests. Start with VLLM_USE_V2_MODEL_RUNNER=0 or "
+                        "--tensor-parallel-size 1, or reserve nothing at logits"
                     )
                 self.model.register_forward_hook(lambda _module, _args, output: loaded.edited.note_output(output))
 

@@ -86,7 +86,12 @@ class ShadowRun:
                         _write_down(self._transcripts[1], reader, output)
             seconds = await self._first_ended, time.monotonic() - self._started
         except Exception as error:  # noqa: BLE001  the client's answer is not touched by what happens here
-            logger.warning("%s was not compared with %s: %r", choice.requested, choice.shadow, error)
+            logger.warning(
+                "could not compare %s with %s; the client's answer is not affected: %r",
+                choice.requested,
+                choice.shadow,
+                error,
+            )
             return
         versions = choice.version or "base", lease.choice.version or "base"
         experiment = choice.assignment.experiment if choice.assignment else ""

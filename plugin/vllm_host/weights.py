@@ -110,8 +110,9 @@ def _weights_of(modules: Iterable[Any]) -> Iterator[tuple[nn.Module, Tensor]]:
         method = module.quant_method if isinstance(module, LinearBase) else None
         if not isinstance(method, UnquantizedLinearMethod):
             raise UnsupportedHost(
-                f"edits.weights needs ordinary weights, found a {type(module).__name__} with {type(method).__name__}. "
-                "Serve an unquantised checkpoint, or leave out edits.weights and serve every variant per request"
+                f"edits.weights needs unquantised weights, found a {type(module).__name__} with "
+                f"{type(method).__name__}. Serve an unquantised checkpoint, or leave out edits.weights and serve every "
+                "variant per request"
             )
         yield module, module.weight.detach()
 
@@ -160,8 +161,8 @@ def _live(name: str, module: Any, loaded: Tensor) -> LiveWeight:
     if _TILES in held:
         return TiledWeight(held[_TILES], loaded, bias)
     raise UnsupportedHost(
-        f"vLLM {vllm.__version__} packs the weight of {name} in a way that edits.weights does not know. Leave out "
-        "edits.weights and serve every variant per request"
+        f"vLLM {vllm.__version__} packs the weight of {name} in a form that edits.weights does not support. Leave "
+        "out edits.weights and serve every variant per request"
     )
 
 

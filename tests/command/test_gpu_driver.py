@@ -45,12 +45,12 @@ class Driver:
     [
         (Driver(), []),
         (Driver(version=13020, capabilities=((9, 0), (12, 0))), []),
-        (Driver(version=12040), ["built for CUDA 13.0, and the NVIDIA driver supports CUDA 12.4 at most: update"]),
-        (Driver(starts=803), ["does not start (error 803): its kernel module and its libraries are of different"]),
+        (Driver(version=12040), ["built for CUDA 13.0, but the NVIDIA driver supports at most CUDA 12.4. Update"]),
+        (Driver(starts=803), ["does not start (error 803): its kernel module and its libraries have different"]),
         (Driver(starts=100), ["error 100): it finds no GPU"]),
-        (Driver(starts=999), ["error 999): see its own log"]),
+        (Driver(starts=999), ["error 999): see the output of dmesg"]),
         (Driver(capabilities=((7, 0), (9, 0), (6, 1))),
-         ["GPU 0 has compute capability 7.0, and CUDA 13 has kernels from 7.5 on: leave", "GPU 2 has compute"]),
+         ["GPU 0 has compute capability 7.0, but CUDA 13 needs at least 7.5. Exclude", "GPU 2 has compute"]),
     ],
 )  # fmt: skip
 def test_what_does_not_run_is_told_with_the_mend(driver: Driver, told: list[str]) -> None:
@@ -64,7 +64,7 @@ def test_without_a_driver_a_torch_for_gpus_is_refused_and_one_for_cpus_is_not() 
         return ctypes.CDLL("libcuda-that-is-not-there.so.1")
 
     (found,) = faults(CUDA, none)
-    assert "there is no NVIDIA driver" in found
+    assert "no NVIDIA driver was found" in found
     assert list(faults(None, none)) == []
 
 

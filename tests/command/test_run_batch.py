@@ -50,8 +50,8 @@ def test_every_bad_line_is_told_before_anything_is_loaded(tmp_path: Path) -> Non
         run_batch.read(path)
     said = str(error.value).splitlines()
     assert len(said) == 1 + len(bad)
-    reasons = ["no JSON", "expected an object", "text as custom_id, found 1", "found GET", "found POST 'v1'",
-               "an object as body", "that of a line before", "Leave it out", "no JSON",
+    reasons = ["not JSON", "expected an object", "string as custom_id, found 1", "found GET", "found POST 'v1'",
+               "an object as body", "is used in an earlier line", "Leave it out", "not JSON",
                *["expected POST to a path"] * 5]  # fmt: skip
     for number, reason in enumerate(reasons, 2):
         assert any(line.startswith(f"  line {number}: ") and reason in line for line in said), (number, said)
@@ -65,7 +65,7 @@ def test_a_file_without_requests_is_refused(tmp_path: Path, contents: bytes | No
     path = tmp_path / "in.jsonl"
     if contents is not None:
         path.write_bytes(contents)
-    with pytest.raises(SettingsError, match=r"holds no requests|cannot be read"):
+    with pytest.raises(SettingsError, match=r"contains no requests|cannot be read"):
         run_batch.read(path)
 
 
@@ -141,7 +141,7 @@ async def test_a_request_that_nobody_answers_is_told() -> None:
 
 def test_a_server_that_ends_is_told() -> None:
     with (
-        pytest.raises(EditsError, match="ended before it answered, with code 3"),
+        pytest.raises(EditsError, match="ended during its start, with code 3"),
         run_batch.server(["sh", "-c", "exit 3"], {}),
     ):
         pass

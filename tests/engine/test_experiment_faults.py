@@ -174,7 +174,7 @@ def test_gates_that_fire_more_than_their_author_measured_withdraw_an_arm(guarded
     wait_until(lambda: bool(guarded.ask_all()) and bool(guarded.standing().withdrawn), "the withdrawal")
     assert guarded.standing().withdrawn == {"unsound"}
     assert "gate_firings was 1 over" in guarded.standing().reason
-    assert "allowed is at most 1.5 times what its author measured, 0.5" in guarded.standing().reason
+    assert "allowed: at most 1.5 times the author's measurement, 0.5" in guarded.standing().reason
     (sound,) = [state for state in guarded.status()[0]["guardrails"] if state["arm"] == "sound"]
     assert sound["last"]["mean"] == 1, "positive control: they are counted, and every token once"
 

@@ -158,11 +158,11 @@ def test_strength_is_the_requests_own(serving: Serving, how: str) -> None:
 @pytest.mark.parametrize(
     ("model", "strength", "told"),
     [
-        ("soft", 2.5, "takes a strength of -1 to 2, by default 0.5, found 2.5"),
+        ("soft", 2.5, "'soft': expected a strength of -1 to 2, by default 0.5, found 2.5"),
         ("soft", "lots", "expected one number as strength"),
-        ("soft", "nan", "takes a strength of -1 to 2"),
-        ("whole", 0.5, "takes no strength"),
-        ("base", 0.5, "takes no strength"),
+        ("soft", "nan", "expected a strength of -1 to 2"),
+        ("whole", 0.5, "accepts no strength"),
+        ("base", 0.5, "accepts no strength"),
     ],
 )
 def test_a_strength_out_of_bounds_is_refused(serving: Serving, model: str, strength: Any, told: str) -> None:

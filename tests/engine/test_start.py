@@ -68,7 +68,7 @@ def test_a_compile_cache_that_was_moved_or_is_shared_or_meets_no_compiler(tiny_m
     assert said(started("moved", reserve=json.dumps(room))) == first
     with pytest.raises(ServerFailed):
         said(server := started("moved", environment=no_compiler))
-    assert "there is no C++ compiler (g++): install g++" in server.log_text()
+    assert "no C++ compiler was found (g++). Install g++" in server.log_text()
     assert said(started("moved", "--enforce-eager", environment=no_compiler)) == first
 
 
@@ -221,4 +221,4 @@ def test_a_file_of_requests_is_answered_by_the_variants_that_it_names(tiny_model
         alone, env={**environment, "VLLM_PLUGINS": "edits"}, capture_output=True, text=True, timeout=400, check=False
     )
     assert refused.returncode
-    assert "use `vllm-edits run-batch MODEL" in refused.stdout + refused.stderr
+    assert "Use `vllm-edits run-batch MODEL" in refused.stdout + refused.stderr

@@ -61,7 +61,7 @@ def test_arms_that_cannot_be_served_are_refused_all_at_once(store: EditStore) ->
     foreign = store.publish(random_bundle("foreign", other, 3))
     for arms, said in {
         ("polite@staging", "rude"): ["'control' cannot be served",  "nothing is published under 'rude'"],
-        ("polite", f"foreign@{foreign}"): ["edits other, and arm 'control' tiny"],
+        ("polite", f"foreign@{foreign}"): ["edits other, but arm 'control' edits tiny"],
     }.items():  # fmt: skip
         with pytest.raises(ExperimentRefused) as refused:
             Experiments(store).create(two_arms(*arms))
@@ -73,7 +73,7 @@ def test_a_rule_about_what_an_author_measured_needs_that_measurement(store: Edit
     """Of every arm but the control, and of no other rule; the base has no gates that fire."""
     rules = [{"metric": "gate_firings", "maximum_authored_ratio": 2}]
     measured = store.publish(whose_gates_fire(random_bundle("polite", BASE, 3), 0.1))
-    with pytest.raises(ExperimentRefused, match="the author of what arm 'milder' serves has not measured gate_firings"):
+    with pytest.raises(ExperimentRefused, match="the version of arm 'milder' has no measurement gate_firings"):
         Experiments(store).create(two_arms("base", f"polite@{versions[1]}", guardrails=rules))
     assert Experiments(store).history() == []
     Experiments(store).create(two_arms(f"polite@{versions[1]}", f"polite@{measured}", guardrails=rules))
@@ -151,7 +151,7 @@ def test_an_entry_that_does_not_fit_is_passed_over_and_told(store: EditStore) ->
     store.backend.create(f"experiments/{wrong.sequence:020d}.json", wrong.to_bytes())
     standings, troubles = experiments.standings()
     assert standings["tone"].phase == 1
-    assert "entry 3 of the experiments is passed over" in troubles[0]
+    assert "entry 3 of the experiments has no effect" in troubles[0]
     (finding,) = audit(store).findings
     assert "runs already" in finding.problem
 

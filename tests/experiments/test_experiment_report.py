@@ -76,7 +76,7 @@ def test_what_cannot_be_reported_says_why(run: Run, tmp_path: Path) -> None:
         ("tone", "nowhere"): "there is no exposure log at nowhere",
         ("tone", "empty"): "expected exposure logs in empty",
         ("tune", "exposures"): "Did you mean 'tone'",
-        ("tone", "exposures", "--phase", "2"): "there is no evidence of phase 2",
+        ("tone", "exposures", "--phase", "2"): "so phase 2 has no evidence",
     }.items():
         result = run(*words)
         assert result.exit_code == 1
@@ -86,11 +86,11 @@ def test_what_cannot_be_reported_says_why(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "holds no prompt"),
+        ("", "contains no prompt"),
         ("One\n{'prompt': 1}\n", "line 2: expected JSON"),
         ('{"text": "x"}\n', "expected a field `prompt` or `messages`, found text"),
         (None, "cannot be read"),
-        ("One two\n", "Is the server up? Name it with --url"),
+        ("One two\n", "Check that the server runs, or name its address with --url"),
     ],
 )
 def test_what_cannot_be_replayed_says_why(tmp_path: Path, text: str | None, said: str) -> None:

@@ -199,8 +199,8 @@ def test_a_withdrawal_says_what_was_measured() -> None:
     phase.window(control=(0.0625, 60), treatment=(0.25, 100))
     (action,) = phase.window(control=(0.0625, 60), treatment=(0.25, 100))
     assert action.reason == (
-        "error was 0.25 over 100 requests in 30s (control: 0.0625 over 60 requests); allowed is at most 0.02. "
-        "Measurements: 2 failed without a success between, tolerated are 1"
+        "error was 0.25 over 100 requests in 30s (control: 0.0625 over 60 requests); allowed: at most 0.02. "
+        "2 measurements failed without a success between them; tolerated: 1"
     )
 
 
@@ -209,7 +209,7 @@ def test_a_withdrawal_by_a_ratio_says_what_the_ratio_was() -> None:
     (action,) = phase.window("first_token_seconds", control=(0.125, 60), treatment=(0.5, 40))
     assert action.reason.startswith(
         "first_token_seconds was 0.5 over 40 requests in 30s (control: 0.125 over 60 requests); "
-        "4 times the control, allowed is at most 1.5 times the control. "
+        "4 times the control, allowed: at most 1.5 times the control. "
     )
 
 
@@ -224,11 +224,11 @@ def test_missing_data_hold_the_ramp_and_then_withdraw_the_arm() -> None:
     (hold,), (withdrawal,) = told[2], told[5]
     assert (hold.arm, withdrawal.arm) == ("treatment", "treatment")
     assert hold.reason == (
-        "error was 0.5 over 9 requests in 30s (control: 0.05 over 60 requests); no data: 10 are needed, and 60.0 could "
-        "be expected, give or take 21.9. So it was 3 times in a row"
+        "error was 0.5 over 9 requests in 30s (control: 0.05 over 60 requests); no data: 10 requests are needed, and "
+        "60.0 ± 21.9 were expected. This happened 3 times in a row"
     )
-    assert withdrawal.reason.endswith("no data: 10 are needed, and 60.0 could be expected, give or take 21.9. "
-                                      "So it was 6 times in a row")  # fmt: skip
+    assert withdrawal.reason.endswith("no data: 10 requests are needed, and 60.0 ± 21.9 were expected. "
+                                      "This happened 6 times in a row")  # fmt: skip
 
 
 def test_who_is_withdrawn_is_not_held_as_well() -> None:
@@ -353,7 +353,7 @@ def test_gate_firings_are_held_against_what_their_author_measured(authored: floa
     assert bool(gates(phase, requests=60, firings=250, tokens=1000)) == (result == "failed")
     assert phase.state().last.result == result
     if result == "failed":
-        assert f"allowed is at most 1.5 times what its author measured, {authored:g}" in phase.state().last.explained
+        assert f"allowed: at most 1.5 times the author's measurement, {authored:g}" in phase.state().last.explained
 
 
 def test_only_gate_firings_have_an_author_s_figure() -> None:

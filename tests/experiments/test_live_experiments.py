@@ -181,9 +181,9 @@ async def test_who_says_what_it_wants_gets_that(trial: Trial) -> None:
     assert (version(forced), forced.headers["x-edits-experiment"]) == ("base", "tone/control")
     wrong = await trial.say(treated, {"x-edits-arm": "ruder"})
     assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "x-edits-arm")
-    assert "for 'polite' there are: control, milder" in wrong.json()["error"]["message"]
+    assert "Arms for the model 'polite': control, milder" in wrong.json()["error"]["message"]
     none = await trial.client.post("/v1/completions", json={"model": "tiny"}, headers={"x-edits-arm": "control"})
-    assert "none, since no experiment runs" in none.json()["error"]["message"]
+    assert "none, because no experiment runs" in none.json()["error"]["message"]
     await trial.do("withdraw", arm="milder")
     assert "is not served here now" in (await trial.say(None, {"x-edits-arm": "milder"})).json()["error"]["message"]
     await asyncio.sleep(0.05)
@@ -275,9 +275,9 @@ async def test_feedback_is_joined_to_the_arm_and_counts_once(trial: Trial) -> No
         assert (said.status_code, said.json()["counted"]) == (200, True)
     changed = feedback_token[:-1] + ("A" if feedback_token[-1] != "A" else "B")
     for request, metric, value, status, words in [
-        (feedback_token, "thumbs", 0.0, 422, "is 1 already; the first value counts"),
+        (feedback_token, "thumbs", 0.0, 422, "has the value 1 for 'thumbs' already. The first value counts"),
         (feedback_token, "thumbs", 7.0, 422, "from 0 to 1, found 7"),
-        (feedback_token, "stars", 1.0, 422, "has no feedback 'stars'; it has thumbs"),
+        (feedback_token, "stars", 1.0, 422, "has no feedback metric 'stars'. Its metrics: thumbs"),
         ("cmpl-123", "thumbs", 1.0, 404, "expected the `id` of an answer"),
         (changed, "thumbs", 1.0, 404, "no request of an experiment"),
         (FeedbackTokens(b"x" * 32).make(trial.server.core.experiments.route(_asking("ann")).assignment, 0),
@@ -610,13 +610,13 @@ async def test_a_flag_system_may_give_arms(trial: Trial, caplog: pytest.LogCaptu
     assert len(asked) == 14, "not asked where no experiment decides, nor where the request says itself"
     await asyncio.sleep(0.05)
     assert Counter(exposure.chosen for exposure in trial.exposures()) == {"forced": 2, "hash": 13}
-    assert len(re.findall("the hash decides", caplog.text)) == 2
+    assert len(re.findall("the hash chooses the arm", caplog.text)) == 2
 
 
 @pytest.mark.parametrize(
     ("where", "said"),
-    [("json", "expected package.module:function"), ("no_such:f", "cannot be had"), ("json:nothing", "cannot be had"),
-     ("json:__name__", "is no function but a str")],
+    [("json", "expected package.module:function"), ("no_such:f", "cannot be imported"),
+     ("json:nothing", "cannot be imported"), ("json:__name__", "expected a function at json:__name__, found a str")],
 )  # fmt: skip
 async def test_a_resolver_that_cannot_be_had_is_refused(where: str, said: str) -> None:
     with pytest.raises(SettingsError, match=said):

@@ -137,7 +137,7 @@ def test_where_no_request_failed_nothing_differs_and_no_certainty_is_shown() -> 
 
 
 def test_arms_that_do_not_fit_the_logs_are_refused() -> None:
-    with pytest.raises(EditsError, match=r"'polite' that 'rollout' does not declare.*'polit'"):
+    with pytest.raises(EditsError, match=r"'polite' that experiment 'rollout' does not have.*'polit'"):
         summarise(evidence({}), [ARMS[0], ArmShare("polit", 1)])
     with pytest.raises(EditsError, match=r"one control .* found 0"):
         summarise(evidence({}), [replace(arm, is_control=False) for arm in ARMS])

@@ -81,7 +81,7 @@ def test_a_handle_of_a_phase_that_is_over_is_not_taken() -> None:
     feedback_tokens = FeedbackTokens(b"k" * 32)
     made = feedback_tokens.make(Assignment("tone", 1, "milder", "hash", "0" * 16, "user"), 1)
     assert feedback_tokens.read(made, first).phase == 1
-    with pytest.raises(NotFound, match="a phase that is over"):
+    with pytest.raises(NotFound, match="to an earlier phase"):
         feedback_tokens.read(made, done(first, ("tone", "stop"), ("tone", "start")))
 
 

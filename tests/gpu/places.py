@@ -74,8 +74,8 @@ _REASONS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "cli/gpu_driver.py:cuda_of_torch": ("return None",),
         "cli/gpu_driver.py:faults": (
             "return",
-            """yield f"{needed}, and there is no NVIDIA driver ({error}): install one, or vLLM's CPU build\"""",
-            """yield f"the NVIDIA driver does not start (error {failure}): {_WHY.get(failure, 'see its own log, dmesg')}\"""",  # noqa: E501  a line of code
+            """yield f"{needed}, but no NVIDIA driver was found ({error}). Install a driver, or vLLM's CPU build\"""",
+            """yield f"the NVIDIA driver does not start (error {failure}): {_WHY.get(failure, 'see the output of dmesg')}\"""",  # noqa: E501  a line of code
         ),
     },
     "refused by the command before: `tests/graph/test_plan.py`": {

@@ -33,9 +33,9 @@ class Refusal:
 
 REFUSALS = (
     Refusal("a driver for CUDA 12", {"NULL_GPU_DRIVER": "12040"},
-            ["torch is built for CUDA 13.0", "supports CUDA 12.4 at most", "update the driver"]),
+            ["torch is built for CUDA 13.0", "supports at most CUDA 12.4", "Update the driver"]),
     Refusal("a GPU of compute capability 6.1", {"NULL_GPU_CAPABILITY": "61"},
-            ["GPU 0 has compute capability 6.1", "has kernels from 7.5 on", "use a newer one"]),
+            ["GPU 0 has compute capability 6.1", "needs at least 7.5", "use a newer one"]),
     Refusal("a GPU without room for the slots", {"NULL_GPU_MEMORY_MIB": "900"},
             ["edits.slots = 4000 takes", "beside the model and the KV cache of one request of 512 tokens",
              "no slots of", "fit. Leave them more memory by the flags named here"],

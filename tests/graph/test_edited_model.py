@@ -769,7 +769,7 @@ def test_the_reserved_bytes_are_those_of_the_slot_tensors() -> None:
     ("model", "architecture", "reason"),
     [
         (TinyModel(), "MambaForCausalLM", "Supported: LlamaForCausalLM"),
-        (nn.Linear(2, 2), "LlamaForCausalLM", "otherwise than expected"),
+        (nn.Linear(2, 2), "LlamaForCausalLM", "in an unexpected way"),
     ],
 )
 def test_an_architecture_that_is_not_known_is_refused(model: nn.Module, architecture: str, reason: str) -> None:

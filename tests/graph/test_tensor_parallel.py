@@ -261,7 +261,7 @@ def summed_later(model: TinyModel) -> None:
 
 @pytest.mark.parametrize(
     ("change", "why"),
-    [(cut_otherwise, "8 numbers of it for each, found 16"), (summed_later, "found a part of a sum")],
+    [(cut_otherwise, "expected 8 numbers in each worker, found 16"), (summed_later, "found a part of a sum")],
 )
 def test_a_model_that_is_divided_otherwise_is_refused(change: Callable[[TinyModel], None], why: str) -> None:
     model = divided(TinyModel(), Rank(0, WORKERS), identity)

@@ -243,7 +243,7 @@ def test_the_store_works_with_nothing_but_what_the_wheel_asks_for(bare: Environm
     assert command("promote", f"polite@{version}") == f"polite@prod is {version[:12]} (entry 1, promote)\n"
     assert [(row["version"], row["tags"]) for row in json.loads(command("list", "--json"))] == [(version, "prod")]
     command("verify")
-    for words, wanted in ((("serve", "model"), "install vLLM"), (("hub", "pull", "a/b"), "vllm-edits[hub]")):
+    for words, wanted in ((("serve", "model"), "Install vLLM"), (("hub", "pull", "a/b"), "vllm-edits[hub]")):
         done = bare.run("vllm-edits", *words, **store)
         assert done.returncode == 1
         assert wanted in done.stderr

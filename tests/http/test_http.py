@@ -312,8 +312,16 @@ async def test_beam_search_on_what_edits_prompt_and_answer_differently_is_a_400(
 @pytest.mark.parametrize(
     ("headers", "arguments", "told"),
     [
-        ({"x-edits-strength": "0.5"}, {}, "'polite' takes no strength, found 0.5"),
-        ({}, {"edits_strength": 0.5}, "'polite' takes no strength, found 0.5"),
+        (
+            {"x-edits-strength": "0.5"},
+            {},
+            "'polite' accepts no strength, because its author set no bounds, but the request asks for 0.5",
+        ),
+        (
+            {},
+            {"edits_strength": 0.5},
+            "'polite' accepts no strength, because its author set no bounds, but the request asks for 0.5",
+        ),
         ({"x-edits-strength": "0.5"}, {"edits_strength": 1}, "expected one number as strength, found '0.5' and '1'"),
         ({"x-edits-strength": "much"}, {}, "expected one number as strength, found 'much'"),
         ({}, {"edits_strength": [1]}, "expected one number as strength"),
@@ -405,7 +413,7 @@ async def test_a_renewed_lease_is_given_back_when_the_prompt_is_refused(site: Si
     with lease.hold():
         pass
     token = CURRENT_LEASE.set(lease)
-    with pytest.raises(TypeError, match="send text or tokens"):
+    with pytest.raises(TypeError, match="Send text or tokens"):
         await anext(aiter(gate.generate(object(), Sampling(1, OutputKind.DELTA), "request-1")))
     CURRENT_LEASE.reset(token)
     users = [one.users for one in site.server.residents().values()]
@@ -594,7 +602,7 @@ async def test_nothing_of_a_change_is_looked_at_without_the_token(site: Site, li
     [
         ("PUT polit", {"version": "abcdef"}, 404, "Did you mean 'polite'"),
         ("PUT polite", {"version": "ffffff"}, 404, "no version ffffff"),
-        ("PUT Polite", {"version": "abcdef"}, 404, "names no variant"),
+        ("PUT Polite", {"version": "abcdef"}, 404, "is not the name of a variant"),
         ("PUT polite", {"version": "prod", "tag": "abcdef"}, 404, "cannot be a tag"),
         ("PUT polite", {}, 422, "version"),
         ("PUT polite", {"version": "abcdef", "force": True}, 422, "force"),
@@ -630,7 +638,7 @@ async def test_a_change_that_lost_a_race_is_a_conflict(site: Site, tmp_path: Pat
     site.server.core.versions.reader = Reader(late, cache=NodeCache(tmp_path))
     answer = await site.client.put("/v1/edits/polite", json={"version": mine}, headers=TOKEN)
     assert answer.status_code == 409
-    assert "changed by somebody else" in answer.json()["detail"]
+    assert "another writer changed" in answer.json()["detail"]
     assert await history(site) == [("promote", first), ("promote", theirs)]
 
 
@@ -640,7 +648,7 @@ async def test_a_promotion_that_this_server_cannot_follow_says_so(site: Site) ->
     bad = publish(site.server.store, version_of("polite", BASE.model_copy(update={"files": {"x": "b" * 64}})), tag=None)
     answer = await site.client.put("/v1/edits/polite", json={"version": bad}, headers=TOKEN)
     assert answer.status_code == 422
-    assert "stands in the store, but this server keeps what it served" in answer.json()["detail"]
+    assert "was written to the store, but this server did not follow it" in answer.json()["detail"]
     assert (await site.ask("polite")).headers["x-edits-version"] == good
 
 

@@ -293,7 +293,7 @@ async def test_a_process_that_ends_with_leases_leaves_its_slots_as_they_are(
         workers = FencedWorkers(server.workers, made.listening.fence)
         if holding:
             assert next(iter(server.residents().values())).users == 1
-            with pytest.raises(EditsError, match="what they sent to the engine is not known"):
+            with pytest.raises(EditsError, match="unknown which of their requests are still in the engine"):
                 await workers.call("edits_clear", 1)
         else:
             await workers.call("edits_clear", 3)
@@ -308,7 +308,7 @@ async def test_without_its_owner_a_process_answers_nothing(server: Server, tmp_p
         await made.listening.close()
         await asyncio.sleep(0.05)
         for ask in (remote.lease(Request("polite")), remote.status()):
-            with pytest.raises(EditsError, match="the API server process that owns the slots is gone"):
+            with pytest.raises(EditsError, match="the API server process that owns the slots has ended"):
                 await ask
         with lease.hold():
             pass
@@ -362,9 +362,9 @@ def test_a_folder_that_others_may_look_into_is_refused(tmp_path: Path, monkeypat
     folder = socket_path().parent
     assert socket_path().parent.stat().st_mode & 0o777 == 0o700
     folder.chmod(0o755)
-    with pytest.raises(UnsupportedHost, match="is not this user's alone"):
+    with pytest.raises(UnsupportedHost, match="a folder that only this user can access"):
         socket_path()
     folder.rmdir()
     folder.symlink_to(tmp_path)
-    with pytest.raises(UnsupportedHost, match="is not this user's alone"):
+    with pytest.raises(UnsupportedHost, match="a folder that only this user can access"):
         socket_path()

@@ -74,7 +74,7 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
     def acquire(self, data: st.DataObject) -> object:
         version: str = data.draw(st.sampled_from(sorted(self.slot_of)))
         if version in self.closed:
-            with pytest.raises(ValueError, match="makes way for another"):
+            with pytest.raises(ValueError, match="is closed, because another version waits"):
                 self.residency.acquire(version)
             return multiple()
         assert self.residency.acquire(version) == self.slot_of[version]

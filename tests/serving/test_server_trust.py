@@ -121,14 +121,14 @@ async def test_warn_serves_and_says_so(tmp_path: Path, caplog: pytest.LogCapture
     with caplog.at_level(logging.WARNING, "vllm.edits"):
         await follow(server)
     assert await server.ask("polite") == version
-    assert "served although" in caplog.text
+    assert "served without trusted signatures" in caplog.text
     assert server.metric("signature_policy", mode="warn") == 1
 
 
 async def test_off_is_told_at_the_start_and_in_a_gauge(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "vllm.edits"):
         server = Server(f"memory://{tmp_path}")
-    assert "signatures are not asked for" in caplog.text
+    assert "signatures are not checked" in caplog.text
     assert server.metric("signature_policy", mode="off") == 1
     assert server.status()["signatures"] == "off"
 
@@ -147,7 +147,7 @@ async def test_a_history_that_was_wound_back_keeps_what_is_served_and_is_told_on
     with pytest.raises(NotFound):
         await restarted.ask("polite")
     assert restarted.metric("bundles_rejected_total", reason="history") == 1
-    assert "was wound back" in restarted.status()["troubles"][0]["error"]
+    assert "was cut" in restarted.status()["troubles"][0]["error"]
     elsewhere = Server(url)
     await follow(elsewhere)
     assert await elsewhere.ask("polite") == first, "positive control: a node that has seen nothing believes it"
@@ -226,5 +226,5 @@ async def test_an_arm_must_be_signed_by_its_author_and_a_server_without_a_key_wi
     experiments._act("tone", 1, Withdraw("good", Guardrail(metric="error", maximum=0.1), "too many errors"))
     await experiments.measure()
     assert log.standings()[0]["tone"].withdrawn == frozenset()
-    assert "set edits.signing_key_file" in caplog.text
+    assert "Set edits.signing_key_file" in caplog.text
     assert experiments.status()[0]["arms"][1]["by_control"] == "too many errors"

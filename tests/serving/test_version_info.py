@@ -58,11 +58,11 @@ def test_a_strength_is_within_the_authors_bounds_or_refused() -> None:
     bounded = traits_of(Offset(site="final"), strength=Strength(minimum=0, maximum=2, default=0.5))
     assert [bounded.strength_of(asked, "polite") for asked in (None, 0.0, 2.0)] == [0.5, 0.0, 2.0]
     for asked in (-0.1, 2.1, math.nan, math.inf):
-        with pytest.raises(RequestRefused, match=r"takes a strength of 0 to 2, by default 0\.5, found"):
+        with pytest.raises(RequestRefused, match=r"'polite': expected a strength of 0 to 2, by default 0\.5, found"):
             bounded.strength_of(asked, "polite")
     for unbounded in (NO_INFO, traits_of(Offset(site="final"))):
         assert unbounded.strength_of(None, "polite") == 1
-        with pytest.raises(RequestRefused, match="'polite' takes no strength"):
+        with pytest.raises(RequestRefused, match="'polite' accepts no strength"):
             unbounded.strength_of(1.0, "polite")
 
 

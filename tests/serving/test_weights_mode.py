@@ -113,17 +113,17 @@ async def test_the_operator_sees_what_the_weights_hold(server: Server, capsys: p
         return capsys.readouterr().out
 
     (polite,) = await server.promote(version())
-    assert f"weights are for polite@prod, and hold {polite[:14]}" in shown()
+    assert f"the weights serve polite@prod, and now hold {polite[:14]}" in shown()
     assert "in weights" in shown()
     server.store.withdraw("polite")
     await server.sync()
     told = shown()
-    assert "weights are for polite@prod, and hold the base model" in told
+    assert "the weights serve polite@prod, and now hold the base model" in told
     assert "last swap polite@prod to none at" in told
     server.workers.overrides["edits_put_weights"] = fails_on(0, after=False)
     server.store.rollback("polite")
     await server.sync()
-    assert "weights in doubt, nothing is answered: a worker failed" in shown()
+    assert "the content of the weights is unknown, so no request is answered: a worker failed" in shown()
 
 
 async def test_strength_is_fixed_in_the_weights(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ async def test_strength_is_fixed_in_the_weights(tmp_path: Path) -> None:
     await server.promote(Bundle.create("polite", BASE, [(EDIT, fields)], provenance, strength=strength))
     for asked in (None, 0.5):
         assert (await server.lease("polite", asked)).choice.strength == 0.5
-    with pytest.raises(RequestRefused, match=r"with a strength of 0\.5, found 1"):
+    with pytest.raises(RequestRefused, match=r"with the strength 0\.5, but the request asks for 1"):
         await server.lease("polite", 1.0)
 
 
@@ -228,10 +228,7 @@ async def test_for_one_entry_the_door_is_held_shut_once(tmp_path: Path) -> None:
     assert "still running" in (await server.sync())[0].error
     server.core.weights._patience = 1000
     for _ in range(2):
-        assert (
-            "still running when the weights were looked at again"
-            in (await asyncio.wait_for(server.sync(), 10))[0].error
-        )
+        assert "still running at this read of the store" in (await asyncio.wait_for(server.sync(), 10))[0].error
     server.store.promote(f"polite@{second}")
     sync = asyncio.ensure_future(server.sync())
     assert not await soon(sync)
@@ -277,7 +274,7 @@ async def test_work_that_outlived_its_request_is_not_done_with_other_weights(ser
     renewed = InFlight(await server.core.renew(lease.choice))
     renewed.end()
     await server.promote(version())
-    with pytest.raises(InstallRefused, match="were exchanged since 'polite' was chosen"):
+    with pytest.raises(InstallRefused, match="were replaced since 'polite' was chosen"):
         await server.core.renew(lease.choice)
 
 
@@ -344,7 +341,7 @@ async def test_workers_that_disagree_are_put_back(server: Server) -> None:
     server.workers.overrides["edits_put_weights"] = lies
     before = bits(server)
     await server.promote(version())
-    assert "disagree on what is in their weights" in server.core.reconciler.last_error
+    assert "disagree on the content of their weights" in server.core.reconciler.last_error
     assert bits(server) == before
 
 
@@ -356,7 +353,9 @@ async def test_weights_that_nobody_vouches_for_answer_nothing(server: Server) ->
     await server.sync()
     assert "planted" in server.status()["weights"]["doubt"]
     for name in ("polite", "tiny"):
-        with pytest.raises(EditsError, match="nothing is answered until the engine's weights are known again"):
+        with pytest.raises(
+            EditsError, match="no request is answered, because the content of the engine's weights is unknown"
+        ):
             await server.lease(name)
     del server.workers.overrides["edits_put_weights"]
     server.store.rollback("polite")
@@ -381,7 +380,9 @@ async def test_a_change_that_is_cancelled_while_it_is_undone_leaves_a_doubt(serv
         exchange.cancel()
     with suppress(asyncio.CancelledError):
         await sync
-    with pytest.raises(EditsError, match="nothing is answered until the engine's weights are known again"):
+    with pytest.raises(
+        EditsError, match="no request is answered, because the content of the engine's weights is unknown"
+    ):
         await server.lease("polite")
     gate.set()
     server.store.rollback("polite")
@@ -400,7 +401,7 @@ async def test_requests_that_cannot_be_aborted_keep_the_weights(tmp_path: Path) 
     server.core.weights._abort_all = fails
     publish(server.store, version())
     (swap,) = await server.sync()
-    assert "could not be aborted, so the weights stay: ConnectionError('planted')" in swap.error
+    assert "could not be aborted, so the weights were not changed: ConnectionError('planted')" in swap.error
     server.workers.step(running.lease)
     running.end()
     assert await server.ask("polite") == first == in_weights(server)

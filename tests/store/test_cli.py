@@ -86,7 +86,7 @@ def test_promote_and_rollback_append_to_the_history(run: Run, two: list[str], st
 
 def test_a_withdrawn_tag_promotes_nothing_until_it_is_rolled_back(run: Run, two: list[str], store: EditStore) -> None:
     assert run("withdraw", "polite", "--reason", "leak").stdout == (
-        "polite@prod is nothing any more (entry 2, withdraw)\n"
+        "polite@prod is not served any more (entry 2, withdraw)\n"
     )
     assert {row["tags"] for row in json.loads(run("list", "--json").stdout)} == {""}
     assert "was withdrawn by" in run("show", "polite").output
@@ -134,7 +134,7 @@ def test_inspect_shows_what_is_in_a_bundle(run: Run, two: list[str]) -> None:
         (["history", "polit"], "Did you mean 'polite'"),
         (["list", "polit"], "Did you mean 'polite'"),
         (["inspect", "polite@nightly"], "vllm-edits promote polite@<version> --tag nightly"),
-        (["inspect", "no/such/folder"], "names no variant"),
+        (["inspect", "no/such/folder"], "is not the name of a variant"),
         (["publish", "store"], "expected manifest.json"),
         (["list", "--store", "nowhere"], "vllm-edits init --store nowhere"),
         (["list", "--store", "ftp://bucket"], "expected a folder"),
@@ -243,7 +243,7 @@ def test_serve_becomes_vllm_with_the_plugin_and_every_other_flag(
         (["--set", "slots=0", "--set", "colour=red"], "edits.colour: unknown setting"),
         (["--set", "trust_file=none.json"], "trust file none.json cannot be read"),
         (["--set", "signatures=require"], "no key is trusted"),
-        (["--set", "signing_key_file=none.key"], "none.key is no private key"),
+        (["--set", "signing_key_file=none.key"], "none.key is not a private key"),
         (["--port", "nonsense"], "port nonsense cannot be used"),
         (["--port", "70000"], "port 70000 cannot be used"),
     ],
@@ -282,7 +282,7 @@ def test_serve_keeps_the_operators_own_additional_config(
     [
         (
             ["--load-format", "dummy"],
-            "'dummy', and edits need 'edits': leave it out, and set inner_load_format with",
+            "'dummy', but edits need 'edits': leave it out, and set inner_load_format with",
         ),
         (["--scheduler_cls=my.Scheduler"], "--scheduler-cls is 'my.Scheduler'"),
         (["--config", "server.yaml"], "--load-format is 'auto'"),
@@ -291,12 +291,12 @@ def test_serve_keeps_the_operators_own_additional_config(
         (["--additional-config=[1]"], "expected an object"),
         (["--additional-config.theirs", "1"], "give --additional-config as one JSON object"),
         (["--additional-conf.theirs=1"], "give --additional-config as one JSON object"),
-        (["--load-form", "auto"], "--load-form: write --load-format out"),
-        (["--scheduler-c=x"], "--scheduler-c: write --scheduler-cls out"),
+        (["--load-form", "auto"], "--load-form: write the flag in full, as --load-format"),
+        (["--scheduler-c=x"], "--scheduler-c: write the flag in full, as --scheduler-cls"),
         (["--config", "dotted.yaml"], "--additional-config.edits.store: give --additional-config as one JSON object"),
-        (["--config", "dotted.yaml"], "--load-form: write --load-format out"),
-        (["--config", "dotted.yaml"], "--grpc: vLLM attaches no plugin there"),
-        (["--grpc"], "--grpc: vLLM attaches no plugin there"),
+        (["--config", "dotted.yaml"], "--load-form: write the flag in full, as --load-format"),
+        (["--config", "dotted.yaml"], "--grpc: vLLM does not load the plugin"),
+        (["--grpc"], "--grpc: vLLM does not load the plugin"),
         (["--config=none.yaml"], "--config none.yaml cannot be read"),
         (["--load-format", "dummy", "--scheduler-cls", "x"], "'dummy'"),
         (["--load-format", "dummy", "--scheduler-cls", "x"], "--scheduler-cls is 'x'"),
@@ -320,7 +320,7 @@ def test_serve_refuses_flags_that_would_overrule_the_plugins(
         (" edits ", "edits", ""),
         ("Edits", "Edits,edits", "did you mean 'edits'"),
         ("", "edits", ""),
-        (None, None, "named besides edits are "),
+        (None, None, "all installed plugins stay enabled: edits, "),
     ],
 )
 def test_serve_turns_no_other_plugin_off(
@@ -372,7 +372,7 @@ def test_serve_looks_at_the_port_that_vllm_will_use(run: Run, tmp_path: Path, ta
 def test_status_without_a_server_says_so(run: Run, free_port: int) -> None:
     result = run("status", "--url", f"http://127.0.0.1:{free_port}")
     assert result.exit_code == 1
-    assert "Is the server up? Name it with --url" in result.stderr
+    assert "Check that the server runs, or name its address with --url" in result.stderr
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate")
@@ -389,7 +389,9 @@ def test_a_certificate_of_ones_own_authority_is_named_in_the_environment(
         server.socket = context.wrap_socket(server.socket, server_side=True)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"https://127.0.0.1:{server.server_port}"
-        assert "Name the authority that signed it in SSL_CERT_FILE" in run("status", "--url", url).stderr
+        assert (
+            "Set SSL_CERT_FILE to the certificate of the authority that signed it" in run("status", "--url", url).stderr
+        )
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
         assert "/v1/edits answered 501" in run("status", "--url", url).stderr
         server.shutdown()
@@ -488,7 +490,9 @@ def test_verify_finds_gc_says_what_it_would_do(run: Run, two: list[str], store: 
 def test_two_promoters_from_keys_to_belief(run: Run, two: list[str]) -> None:
     for who in ("alice", "bob"):
         assert f"{who}.pub" in run("keygen", f"{who}.key").stdout
-    assert "not usable by a server yet" in run("trust", "add", "trust.json", "alice.pub", "--role", "author").stderr
+    assert (
+        "servers cannot use this file yet" in run("trust", "add", "trust.json", "alice.pub", "--role", "author").stderr
+    )
     run("trust", "add", "trust.json", "bob.pub", "--role", "promoter", "--days", "30")
     run("trust", "remove", "trust.json", "alice")
     run("trust", "add", "trust.json", "alice.pub", "--role", "author", "--role", "promoter")
@@ -511,14 +515,14 @@ def test_two_promoters_from_keys_to_belief(run: Run, two: list[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["sign", "polite@abcdef", "--as", "promoter", "--key", "a.key"], "a promoter signs what a tag says now"),
-        (["sign", "polite", "--key", "nobody.key"], "is no private key"),
+        (["sign", "polite@abcdef", "--as", "promoter", "--key", "a.key"], "A promoter signs the present"),
+        (["sign", "polite", "--key", "nobody.key"], "is not a private key"),
         (["keygen", "a.key"], "never overwritten"),
         (["trust", "list", "nothing.json"], "cannot be read"),
         (["trust", "remove", "empty.json", "carol"], "no key 'carol'"),
-        (["trust", "add", "empty.json", "a.key", "--role", "author"], "left as it was"),
+        (["trust", "add", "empty.json", "a.key", "--role", "author"], "was not changed"),
         (["copy", "polite", "--to", "nowhere"], "vllm-edits init --store nowhere"),
-        (["export", "polite", "-o", "taken.tar"], "nothing is overwritten"),
+        (["export", "polite", "-o", "taken.tar"], "is not overwritten"),
         (["import", "taken.tar"], "is refused"),
         (["diff", "polite", "rude"], "nothing is published under 'rude'"),
         (["pin", "polite", "--tag", "beta"], "nothing to pin"),
@@ -570,7 +574,7 @@ def test_short_flags_of_vllms_are_refused_where_they_would_be_read_as_ours(run: 
     """click finds `-o` in the first."""
     ran = run("run-batch", "MODEL", "--store", "s", "-i", "in", "-o", "out", flag)
     assert ran.exit_code == 2
-    assert "write flags of vLLM out" in ran.output
+    assert "write vLLM's flags in full" in ran.output
 
 
 @pytest.mark.parametrize("flags", [["--headless"], ["--uds", "x"], ["--ssl-certfile=c"], ["--config", "tls.yaml"]])
@@ -581,4 +585,4 @@ def test_a_batch_is_refused_where_its_server_would_answer_elsewhere(run: Run, tm
     (tmp_path / "in").write_text(json.dumps({"custom_id": "1", "url": "/v1/completions", "body": {}}))
     ran = run("run-batch", "MODEL", "--store", "store", "-i", "in", "-o", "out", *flags)
     assert ran.exit_code == 1
-    assert "answers on a socket of its own" in ran.output
+    assert "answers on its own socket" in ran.output

@@ -72,7 +72,7 @@ def test_a_disk_without_hard_links_is_read_and_not_written(
 
     before = sorted(path for path in Path(folder.url).rglob("*") if path.is_file())
     monkeypatch.setattr(os, "link", refused)
-    with pytest.raises(StoreUnavailable, match="refuses hard links"):
+    with pytest.raises(StoreUnavailable, match="does not support hard links"):
         EditStore(str(tmp_path / "new"), create=True)
     assert not [path for path in (tmp_path / "new").rglob("*") if path.is_file()]
     opened = EditStore(folder.url)
@@ -123,7 +123,7 @@ class Overwriting(FlakyBackend):
 
 def test_a_backend_that_lets_two_writers_win_is_refused(folder: EditStore, monkeypatch: pytest.MonkeyPatch) -> None:
     require_exclusive_create(folder.backend)
-    with pytest.raises(StoreUnavailable, match=r"cannot be written safely.*let a second write replace a first"):
+    with pytest.raises(StoreUnavailable, match=r"cannot be written safely.*a second write replaced the first"):
         require_exclusive_create(Overwriting(folder.backend))
     monkeypatch.setattr("vllm_edits.edit_store.storage.store._exclusive", set())
     folder.backend = Overwriting(folder.backend)

@@ -104,7 +104,7 @@ def test_a_broken_tag_keeps_its_head_and_the_others_go_on(store: EditStore) -> N
     found = follower.look()
     assert found.heads["polite"]["prod"].version == second
     assert found.heads["polite"]["beta"].version == second
-    assert "does not follow the one before" in str(found.troubles["polite", "prod"])
+    assert "does not contain the digest of the entry before" in str(found.troubles["polite", "prod"])
 
 
 def test_an_entry_of_another_tag_at_the_end_of_a_chain_is_refused(store: EditStore) -> None:
@@ -142,7 +142,7 @@ def test_a_history_that_was_wound_back_is_refused_after_a_restart(store: EditSto
     assert "polite" in Follower(store).look().heads, "positive control: who remembers nothing believes it"
     found = Follower(store, seen(store, tmp_path)).look()
     assert "polite" not in found.heads
-    assert "was wound back: this node has seen entry 3, the store ends at 2" in str(found.troubles["polite", "prod"])
+    assert "was cut: this node has seen entry 3, but the store ends at entry 2" in str(found.troubles["polite", "prod"])
     entry_path(store, 3).write_bytes(rolled_back.to_bytes())
     assert Follower(store, seen(store, tmp_path)).look().heads["polite"]["prod"] == rolled_back
 
@@ -153,7 +153,9 @@ def test_a_history_that_was_rewritten_is_refused_after_a_restart(store: EditStor
     other = store.head("polite").model_copy(update={"actor": "mallory"})  # type: ignore[union-attr]
     entry_path(store, 2).write_bytes(other.to_bytes())
     found = Follower(store, seen(store, tmp_path)).look()
-    assert "was rewritten: entry 2 is not the one this node has seen" in str(found.troubles["polite", "prod"])
+    assert "was rewritten: entry 2 differs from the one that this node has seen" in str(
+        found.troubles["polite", "prod"]
+    )
 
 
 def test_what_is_remembered_is_per_store_and_grows_only(store: EditStore, tmp_path: Path) -> None:
@@ -171,7 +173,7 @@ def test_a_memory_that_cannot_be_read_is_told(store: EditStore, tmp_path: Path) 
     Follower(store, seen(store, tmp_path)).look()
     (path,) = (tmp_path / "node" / "seen").glob("*.json")
     path.write_text("{")
-    with pytest.raises(EditsError, match="If you trust the store as it is, delete the file"):
+    with pytest.raises(EditsError, match="If the store is right, delete the file"):
         seen(store, tmp_path)
 
 
@@ -212,7 +214,7 @@ def test_experiments_that_were_wound_back_are_refused_after_a_restart(store: Edi
     Follower(store, Seen(tmp_path, store.url)).look()
     store.backend.delete(f"experiments/{3:020d}.json")
     found = Follower(store, Seen(tmp_path, store.url)).look()
-    assert "the experiments was wound back" in str(found.troubles["experiments", "*"])
+    assert "the experiments was cut" in str(found.troubles["experiments", "*"])
     assert found.experiments == {}
     assert "polite" in found.heads
     never_saw = Follower(store, Seen(tmp_path / "other", store.url)).look()

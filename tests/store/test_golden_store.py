@@ -304,7 +304,7 @@ def test_the_same_entry_spelled_otherwise_is_no_entry(store: EditStore, respell:
     other = RESPELLED[respell](data)
     assert other != data
     path.write_bytes(other)
-    with pytest.raises(StoreCorrupt, match="is not canonical JSON"):
+    with pytest.raises(StoreCorrupt, match="expected canonical JSON"):
         Experiments(store).history()
 
 

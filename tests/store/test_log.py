@@ -64,7 +64,7 @@ def test_who_knows_an_entry_reads_those_after_it(known: int, length: int) -> Non
 def test_who_decided_on_an_older_head_is_refused(log: Log[Note]) -> None:
     (first,) = write(log, "a")
     (second,) = write(log, "b")
-    with pytest.raises(Conflict, match="look at `show notes`"):
+    with pytest.raises(Conflict, match="Look at `show notes`"):
         log.append(first, actor="late", reason="", text="c")
     assert log.history() == [first, second]
 
@@ -119,7 +119,7 @@ def test_a_lost_answer_to_a_lost_race_is_a_conflict(unreliable: Unreliable) -> N
 
 def test_what_stays_unknown_is_said_to_be_unknown(unreliable: Unreliable) -> None:
     unreliable.drop = 99
-    with pytest.raises(StoreUnavailable, match=r"whether it was written is unknown. Look at `show notes`.*timeout"):
+    with pytest.raises(StoreUnavailable, match=r"it is unknown whether it was written. Look at `show notes`.*timeout"):
         log_in(unreliable).append(None, actor="me", reason="", text="a")
 
 

@@ -177,5 +177,5 @@ def test_swapped_objects_of_a_store_are_refused(tmp_path: Path) -> None:
     store.backend.put(manifest_key(first), manifests[1])
     store.backend.put(manifest_key(second), manifests[0])
     for version in (first, second):
-        with pytest.raises(EditsError, match="has digest"):
+        with pytest.raises(EditsError, match="has the digest"):
             store.manifest(version)

@@ -151,8 +151,8 @@ def test_everything_wrong_with_a_trust_file_is_said_at_once(tmp_path: Path, alic
     TrustPolicy(keys=(alice.trusted(Role.AUTHOR), double, broken, backwards)).save(path)
     with pytest.raises(SettingsError) as refused:
         TrustPolicy.load(path)
-    for told in ("'alice' and 'also alice' are the same key", "'nobody': expected an Ed25519", "'carol': not_after",
-                 "1 promoter signature(s) are needed, but 0 key(s)"):  # fmt: skip
+    for told in ("'alice' and 'also alice' are the same key", "'nobody': expected an Ed25519",
+                 "'carol': expected not_after", "1 promoter signature(s) are needed, but only 0 key(s)"):  # fmt: skip
         assert told in str(refused.value)
 
 
@@ -185,7 +185,7 @@ def test_a_private_key_is_read_back_and_readable_by_its_owner_alone(tmp_path: Pa
 def test_a_file_that_is_no_private_key_is_named(tmp_path: Path, name: str) -> None:
     SigningKey.generate().save(tmp_path / "alice.key")
     (tmp_path / "empty.key").touch()
-    with pytest.raises(EditsError, match=rf"{name} is no private key.*vllm-edits keygen"):
+    with pytest.raises(EditsError, match=rf"{name} is not a private key.*vllm-edits keygen"):
         SigningKey.load(tmp_path / name)
 
 

@@ -319,7 +319,7 @@ def test_an_export_is_one_file_with_everything(store: EditStore, other: EditStor
     assert package.put(other) == version
     assert other.versions("polite") == store.versions("polite")
     assert other.attestations(version) == store.attestations(version) != []
-    with pytest.raises(EditsError, match="nothing is overwritten"):
+    with pytest.raises(EditsError, match="is not overwritten"):
         export(store, f"polite@{version}", file)
     export(store, f"polite@{version}", tmp_path / "again.tar")
     assert (tmp_path / "again.tar").read_bytes() == file.read_bytes()
@@ -343,11 +343,11 @@ def repacked(file: Path, change: Callable[[dict[str, bytes]], None], kind: bytes
     ("change", "said"),
     [
         (lambda members: members.update({"edits.safetensors": members["edits.safetensors"][:-1] + b"\0"}), "digest"),
-        (lambda members: members.update({"../../etc/passwd": b"x"}), "unexpected member"),
+        (lambda members: members.update({"../../etc/passwd": b"x"}), "unexpected file"),
         (lambda members: members.update({"attestations/000.json": b" " * 100_000}), "at most"),
         (lambda members: members.update({"published.json": b"{}"}), "published.json"),
         (lambda members: members.update({"manifest.json": b"[" * 100_000}), "expected JSON"),
-        (lambda members: members.pop("manifest.json"), "expected manifest.json"),
+        (lambda members: members.pop("manifest.json"), "missing: manifest.json"),
         (lambda members: members.clear(), "expected published.json"),
     ],
 )
@@ -371,7 +371,7 @@ def test_a_file_that_is_no_export_is_refused(tmp_path: Path, data: bytes) -> Non
 def test_a_link_in_an_export_is_refused(store: EditStore, tmp_path: Path) -> None:
     file = tmp_path / "polite.edits.tar"
     export(store, f"polite@{store.publish(bundle())}", file)
-    with pytest.raises(BundleRefused, match="unexpected member"):
+    with pytest.raises(BundleRefused, match="unexpected file"):
         read_export(repacked(file, lambda _: None, tarfile.SYMTYPE))
 
 
@@ -399,7 +399,7 @@ def test_a_pinned_tag_is_not_withdrawn_and_a_withdrawn_one_not_pinned(store: Edi
         store.withdraw("polite")
     store.pin("polite", remove=True)
     store.withdraw("polite", reason="incident 8", actor="nina")
-    with pytest.raises(NotFound, match=r"was withdrawn by nina at .*: incident 8\. Bring it back with"):
+    with pytest.raises(NotFound, match=r"was withdrawn by nina at .*: incident 8\. Serve it again with"):
         store.pin("polite")
 
 

@@ -106,7 +106,7 @@ def test_a_base_prompt_without_a_salt_is_left_alone_and_nothing_is_written_into_
 
 def test_a_prompt_that_cannot_carry_a_salt_is_refused_for_a_version() -> None:
     """Served without one, its blocks would be found by others."""
-    with pytest.raises(TypeError, match="send text or tokens"):
+    with pytest.raises(TypeError, match="Send text or tokens"):
         salted(object(), V1)
 
 

@@ -50,11 +50,11 @@ def config(**changes: Any) -> Any:
         ({"scheduler_config__scheduler_cls": "vllm_edits.EditsScheduler"}, None),
         (
             {"scheduler_config__scheduler_cls": "plugin.vllm_host.scheduler.EditsScheduler"},
-            "write --scheduler-cls vllm_edits.EditsScheduler",
+            "use --scheduler-cls vllm_edits.EditsScheduler",
         ),
         ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallel size 2; start with 1"),
         ({"parallel_config__data_parallel_size": 4}, None),
-        ({"parallel_config__data_parallel_external_lb": True}, "start each as a server of its own"),
+        ({"parallel_config__data_parallel_external_lb": True}, "start each engine as a separate server"),
         ({"parallel_config___api_process_count": 2}, None),
         ({"parallel_config__use_ubatching": True}, "start without --enable-dbo"),
         ({"parallel_config__prefill_context_parallel_size": 2}, "start without --prefill- and --decode-context"),
@@ -92,7 +92,7 @@ def test_what_is_not_proven_exact_is_refused_with_what_to_do(changes: dict[str, 
 
 
 def test_all_reasons_are_told_at_once() -> None:
-    with pytest.raises(UnsupportedHost, match=r"pipeline parallel size 2.*; LoRA beside edits.*; sleep mode"):
+    with pytest.raises(UnsupportedHost, match=r"pipeline parallel size 2.*; LoRA together with edits.*; sleep mode"):
         check_config(
             config(
                 parallel_config__pipeline_parallel_size=2, lora_config=object(), model_config__enable_sleep_mode=True
@@ -108,7 +108,7 @@ def test_logits_are_not_edited_while_tokens_are_guessed() -> None:
         room = Reservation.for_versions([bundle_of("polite", BASE, [(edit, random_numbers(edit, BASE, 0))]).manifest])
         check_room(config(), BASE, room)
         if refused:
-            with pytest.raises(UnsupportedHost, match="start without --speculative-config"):
+            with pytest.raises(UnsupportedHost, match="Start without --speculative-config"):
                 check_room(guessing, BASE, room)
         else:
             check_room(guessing, BASE, room)

@@ -64,7 +64,7 @@ REQUEST, LINEAR = "v1/request.py", "model_executor/layers/linear.py"
     [
         (REQUEST, None, "no file vllm/v1/request.py"),
         (REQUEST, ("_block_hasher", "_hasher"), "no Request._block_hasher"),
-        ("v1/engine/async_llm.py", ("method: str", "what: str"), "async_llm.py takes no method"),
+        ("v1/engine/async_llm.py", ("method: str", "what: str"), "async_llm.py does not take method"),
         (LINEAR, ("class RowParallelLinear", "class RowLinear"), "no RowParallelLinear.reduce_results"),
         ("_custom_ops.py", ("def onednn_mm(", "def other_mm("), "weights of a CPU server: no onednn_mm"),
         ("v1/metrics/stats.py", ("is_corrupted:", "corrupted:"), "used: no RequestStateStats.is_corrupted"),
@@ -136,14 +136,16 @@ def test_a_version_outside_the_range_is_refused_unless_any_will_do(
     """Then the log says what would break."""
     compat.check_version()
     monkeypatch.setattr(vllm, "__version__", "0.99.1+cpu")
-    with pytest.raises(UnsupportedHost, match=r"found 0.99.1\+cpu. Install one of these, or .* edits.any_vllm = true"):
+    with pytest.raises(
+        UnsupportedHost, match=r"found 0.99.1\+cpu. Install a supported version, or .* edits.any_vllm = true"
+    ):
         compat.check_version()
     monkeypatch.setattr(logging.getLogger("vllm.edits"), "propagate", True)
     monkeypatch.setattr(sources, "missing", lambda *_: ["the HTTP side: no EndpointPlugin"])
     with caplog.at_level(logging.WARNING, "vllm.edits"):
         compat.check_version(any_vllm=True)
         compat.check_seams()  # which has been told
-    assert caplog.text.count("What would break: the HTTP side: no EndpointPlugin") == 1
+    assert caplog.text.count("What may break: the HTTP side: no EndpointPlugin") == 1
 
 
 def test_a_changed_vllm_of_a_supported_version_is_refused_unless_any_will_do(

@@ -91,7 +91,7 @@ def _document(store: EditStore, name: str, phase: int | None) -> tuple[Experimen
             documents[started] = document
     wanted = phase or max(documents, default=0)
     if wanted not in documents:
-        raise NotFound(f"experiment {name!r} has had {len(documents)} phase(s): there is no evidence of phase {wanted}")
+        raise NotFound(f"experiment {name!r} has had {len(documents)} phase(s), so phase {wanted} has no evidence")
     return documents[wanted], wanted
 
 
@@ -136,6 +136,6 @@ def replay_prompts(
          first: each.said[0][:40], second: each.said[1][:40]}
         for each in found
     ]  # fmt: skip
-    show(rows, {"prompt": "prompt", "place": "parts at token", first: first, second: second}, as_json=False)
-    where = "" if told["median_place"] is None else f", in the middle at token {told['median_place']:g}"
-    plain(f"{told['parted']} of {told['prompts']} answers part{where}")
+    show(rows, {"prompt": "prompt", "place": "differs at token", first: first, second: second}, as_json=False)
+    where = "" if told["median_place"] is None else f", at the median at token {told['median_place']:g}"
+    plain(f"{told['parted']} of {told['prompts']} answers differ{where}")

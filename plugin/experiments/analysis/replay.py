@@ -69,12 +69,14 @@ def bodies(path: Path) -> list[dict[str, Any]]:
         try:
             body = json.loads(line) if line.lstrip().startswith("{") else {"prompt": line}
         except ValueError as error:
-            raise EditsError(f"{path}, line {number}: expected JSON, for it begins with a brace: {error}") from None
+            raise EditsError(
+                f"{path}, line {number}: expected JSON, because the line begins with a brace: {error}"
+            ) from None
         if not {"prompt", "messages"} & body.keys():
             raise EditsError(f"{path}, line {number}: expected a field `prompt` or `messages`, found {', '.join(body)}")
         found.append(body)
     if not found:
-        raise EditsError(f"{path} holds no prompt")
+        raise EditsError(f"{path} contains no prompt. Write one prompt per line")
     return found
 
 

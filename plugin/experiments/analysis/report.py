@@ -105,8 +105,10 @@ def summarise(
     if len(controls) != 1:
         raise EditsError(f"expected one control among the arms {', '.join(names)}, found {len(controls)}")
     if unknown := [name for name in evidence.units if name not in names]:
-        known = f"Declared: {', '.join(names)}.{nearest(unknown[0], names)}"
-        raise EditsError(f"the logs hold an arm {unknown[0]!r} that {evidence.experiment!r} does not declare. {known}")
+        known = f"Its arms: {', '.join(names)}.{nearest(unknown[0], names)}"
+        raise EditsError(
+            f"the logs contain an arm {unknown[0]!r} that experiment {evidence.experiment!r} does not have. {known}"
+        )
     units = {name: evidence.units.get(name, 0) for name in names}
     ratio = sample_ratio(list(units.values()), [arm.share for arm in arms])
     wished = {**GOALS, **(goals or {})}
@@ -161,20 +163,23 @@ def remarks(report: Report) -> list[str]:
     came = (f"{arm.name} {report.units[arm.name]} ({arm.share / whole:.3g} declared)" for arm in report.arms)
     told = [f"units: {', '.join(came)}"]
     if ratio.mismatch:
-        told.append(f"sample ratio mismatch (p {ratio.p_value:.2g}): find out why before anything is concluded")
+        told.append(f"sample ratio mismatch (p {ratio.p_value:.2g}): find the cause before you draw conclusions")
     if compared := sum(line.difference is not None for line in report.lines):
         told.append(
-            f"{compared} differences, each with an interval that by itself holds {1 - report.alpha:.0%} at all looks: "
-            f"where nothing has an effect, {compared * report.alpha:.2g} of them are expected to be wrong, or fewer"
+            f"{compared} differences. Each interval is valid at all looks with probability {1 - report.alpha:.0%}: if "
+            f"no arm has an effect, at most {compared * report.alpha:.2g} of the intervals are expected to be wrong"
         )
     counted = {
         "requests whose arm was not chosen by hash, left out": caveats.not_by_hash,
-        **{f"requests of {arm} from another version's time, left out": n for arm, n in caveats.other_versions.items()},
-        "lines seen before, left out": caveats.repeated,
-        "of these that said something else": caveats.contradicting,
-        "feedback whose request is in no log, taken at its word": caveats.feedback_alone,
-        "units in two arms, where a unit should have one": caveats.units_in_two_arms,
-        "logs that end within a line": caveats.half_lines,
+        **{
+            f"requests of {arm} from the time of another version, left out": n
+            for arm, n in caveats.other_versions.items()
+        },
+        "repeated lines, left out": caveats.repeated,
+        "repeated lines with other content": caveats.contradicting,
+        "feedback without a request in the logs, included": caveats.feedback_alone,
+        "units in two arms, although a unit should have one arm": caveats.units_in_two_arms,
+        "logs that end with an incomplete line": caveats.half_lines,
     }
     return told + [f"{number} {what}" for what, number in counted.items() if number]
 
