@@ -114,15 +114,15 @@ class EditedModel:
         self._last_rows = DeviceRows(torch.zeros(most, dtype=torch.int64, device=device), 0)
         """the rows of requests' last tokens"""
         self._carried: dict[int | None, Carried] = {}
-        self._places: dict[EditGroup, SlotTensors] = {}
+        self._tensors: dict[EditGroup, SlotTensors] = {}
         self._over_workers = over_workers
         read_elsewhere = reservation.read_elsewhere()
         edits_of_site = {
-            site: self._tap(site, site_modules[site]) for site in sorted({*reservation.sites(), *read_elsewhere})
+            site: self._edits_at(site, site_modules[site]) for site in sorted({*reservation.sites(), *read_elsewhere})
         }
         joining = {group for group in reservation.capacities if _joins_sum(group, reservation, site_modules)}
-        within = {site: self._tap_within(site, site_modules[site]) for site in {group.site for group in joining}}
-        self._taps = {
+        within = {site: self._edits_within(site, site_modules[site]) for site in {group.site for group in joining}}
+        self._watched_sites = {
             **{str(site): (site, site_edits) for site, site_edits in edits_of_site.items()},
             **{f"{site} before the sum over workers": (site, site_edits) for site, site_edits in within.items()},
         }
@@ -138,22 +138,22 @@ class EditedModel:
             reads, writes = site_modules[group.reads].shard, site_modules[group.site].shard
             total = identity if group in joining else reads.sum(over_workers)
             shape = Shape(capacity, reads, writes, dtype, total, products if capacity.rank > 1 else EXPRESSIONS)
-            tensors = self._places[group] = SLOT_TENSORS[group.kind](shape, self._layout)
+            tensors = self._tensors[group] = SLOT_TENSORS[group.kind](shape, self._layout)
             site_edits = (within if group in joining else edits_of_site)[group.site]
             site_edits.add(KINDS[group.kind], tensors, None if group.reads == group.site else str(group.reads))
         self._rows = self._layout.rows(slots + 1, device)
         parts: dict[int | None, list[Columns]] = {}
-        for group, tensors in self._places.items():
+        for group, tensors in self._tensors.items():
             parts.setdefault(group.site.layer, []).extend(tensors.columns.values())
         rows = Rows(self._rows, parts)
-        for group, tensors in self._places.items():
+        for group, tensors in self._tensors.items():
             tensors.bind(rows, group.site.layer)
         self._firings = [self._count(edits_of_site, logits=logits) for logits in (False, True)]
 
     def _count(self, edits_of_site: Mapping[Site, SiteEdits], *, logits: bool) -> FiringCounters:
         """Have the gates counted that run with the model, or those at the logits, which run after it."""
         firings = FiringCounters()
-        counted = {group: tensors for group, tensors in self._places.items()
+        counted = {group: tensors for group, tensors in self._tensors.items()
                    if tensors.neurons and (group.site.point == "logits") == logits}  # fmt: skip
         for tensors in counted.values():
             tensors.counted_by(firings)
@@ -162,7 +162,7 @@ class EditedModel:
             edits_of_site[max(group.site for group in counted)].count_with(firings)
         return firings
 
-    def _tap(self, site: Site, site_module: SiteModule) -> SiteEdits:
+    def _edits_at(self, site: Site, site_module: SiteModule) -> SiteEdits:
         """A tap at an anchor; the module's class is exchanged the first time it gets one."""
         module: Any = site_module.module
         carried = self._carried.setdefault(site.layer, Carried())
@@ -186,7 +186,7 @@ class EditedModel:
             module.edits.starts.append(site_module.start)
         return site_edits
 
-    def _tap_within(self, site: Site, site_module: SiteModule) -> SiteEdits:
+    def _edits_within(self, site: Site, site_module: SiteModule) -> SiteEdits:
         """A tap on what this worker adds to a module's output, before all workers' are added up."""
         module: Any = site_module.module
         site_edits = SiteEdits(self.step, site_module.shard.width, self._carried[site.layer])
@@ -197,7 +197,7 @@ class EditedModel:
     @property
     def bytes_reserved(self) -> int:
         """Device memory of all slots."""
-        return self._rows.nbytes + (self.slots + 1) * sum(group.counters for group in self._places.values())
+        return self._rows.nbytes + (self.slots + 1) * sum(group.counters for group in self._tensors.values())
 
     # -- slots -----------------------------------------------------------------------------------------------------
 
@@ -216,7 +216,7 @@ class EditedModel:
         row = self._layout.rows(1, torch.device("cpu"), pinned=self._rows.is_cuda)
         for group, edits in by_group.items():
             scope_row = 0 if edits[0].scope.everything else 1 + scopes.index(edits[0].scope)
-            self._places[group].fill(row, [numbers(edit) for edit in edits], scope_row)
+            self._tensors[group].fill(row, [numbers(edit) for edit in edits], scope_row)
         return Prepared(version, by_group, row[0], scopes, _digest(version, row[0]))
 
     def install(self, slot: int, prepared: Prepared) -> str:
@@ -228,7 +228,7 @@ class EditedModel:
             raise ValueError(f"slot {slot} is not a free slot of 1 to {self.slots}")
         self._rows[slot].copy_(prepared.row, non_blocking=True)
         for group, edits in prepared.edits.items():
-            if counted := _counted(self._places[group], edits):
+            if counted := _counted(self._tensors[group], edits):
                 self._gates.setdefault(slot, []).extend(counted)
         self.held[slot], self._scopes[slot] = prepared.version, prepared.scopes
         self._filler.forget()
@@ -270,11 +270,11 @@ class EditedModel:
     @contextmanager
     def watched(self) -> Iterator[Counter[str]]:
         """Inside, how often the model's forward reaches each place at which it can be edited, named by its site."""
-        reached = Counter(dict.fromkeys(self._taps, 0))
+        reached = Counter(dict.fromkeys(self._watched_sites, 0))
         watching: list[tuple[Any, str, str]] = []
-        for group, (site, site_edits) in self._taps.items():
+        for place, (site, site_edits) in self._watched_sites.items():
             at_logits = site.point == "logits"
-            watching += [(self._at_logits if at_logits else site_edits, name, group)
+            watching += [(self._at_logits if at_logits else site_edits, name, place)
                          for name in (("edited",) if at_logits else ("edited", "edited_stream"))]  # fmt: skip
 
         def counted(act: Callable[..., Any], site: str) -> Callable[..., Any]:
