@@ -1,4 +1,4 @@
-"""What a server makes room for and how much device memory that takes, known before a model is loaded. No vLLM here."""
+"""What a server reserves and how much device memory that takes, known before a model is loaded. No vLLM here."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def set_apart(settings: EditSettings, base: BaseModelRef) -> tuple[Reservation, 
 
 @dataclass(frozen=True)
 class Plan:
-    """The bytes of one slot, by place. Slot 0, the base model's, takes as much as any other."""
+    """The bytes of one slot, by group. Slot 0, the base model's, takes as much as any other."""
 
     by_group: Mapping[EditGroup, int]
 
@@ -137,7 +137,7 @@ class Plan:
 
 
 def rows(plan: Plan, reservation: Reservation) -> list[dict[str, Any]]:
-    """For people: places that differ in nothing but the layer are one row."""
+    """For people: groups that differ in nothing but the layer are one row."""
     found: dict[tuple[Any, ...], list[EditGroup]] = {}
     for group, capacity in sorted(reservation.capacities.items(), key=lambda item: item[0]):
         found.setdefault((group.kind, group.site.point, group.reads.point, capacity, group.index), []).append(group)

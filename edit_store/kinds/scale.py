@@ -101,7 +101,8 @@ class Scale(Edit):
 
     def sample(self, random: np.random.Generator, widths: Widths, strength: float) -> dict[str, Any]:
         (shape,) = self.shapes(widths).values()
-        return {"factor": 1 + (random.uniform(-0.5, 1.5, shape) - 1) * min(1.0, 10 * strength)}
+        wild = min(1.0, 10 * strength)
+        return {"factor": random.uniform(-0.5, 1.5, shape) * wild + (1 - wild)}
 
     def weakened(self, fields: Fields, strength: float) -> dict[str, Any]:
         return {"factor": 1 - (1 - fields["factor"]) * strength}

@@ -1,1 +1,1 @@
-"""What runs inside the compiled graph, and the room for it. Runs in every worker."""
+"""What runs inside the compiled graph, and the capacity reserved for it. Runs in every worker."""

@@ -56,7 +56,7 @@ class SiteModule:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A version ready to be written into a slot: its edits by place, and the row of bytes that the slot will hold."""
+    """A version ready to be written into a slot: its edits by group, and the row of bytes that the slot will hold."""
 
     version: str
     edits: Mapping[EditGroup, tuple[Edit, ...]]
@@ -106,7 +106,7 @@ class EditedModel:
         self.in_weights: set[str | None] = {None}
         """what requests without a slot may be computed with: the version in the weights, None for the base model"""
         self._scopes: dict[int, tuple[Scope, ...]] = {}
-        self._gates: dict[int, list[Counted]] = {}
+        self._counted: dict[int, list[Counted]] = {}
         self._filler = StepFiller(self.step, self.slot_of, self._scopes, slots=slots, refused=refused)
         self._output: Tensor | None = None
         self._at_logits: LogitsEdits | None = None
@@ -114,15 +114,15 @@ class EditedModel:
         self._last_rows = DeviceRows(torch.zeros(most, dtype=torch.int64, device=device), 0)
         """the rows of requests' last tokens"""
         self._carried: dict[int | None, Carried] = {}
-        self._tensors: dict[EditGroup, SlotTensors] = {}
+        self._slot_tensors: dict[EditGroup, SlotTensors] = {}
         self._over_workers = over_workers
         read_elsewhere = reservation.read_elsewhere()
         edits_of_site = {
             site: self._edits_at(site, site_modules[site]) for site in sorted({*reservation.sites(), *read_elsewhere})
         }
         joining = {group for group in reservation.capacities if _joins_sum(group, reservation, site_modules)}
-        within = {site: self._edits_within(site, site_modules[site]) for site in {group.site for group in joining}}
-        self._watched_sites = {
+        within = {site: self._edits_before_sum(site, site_modules[site]) for site in {group.site for group in joining}}
+        self._edited_sites = {
             **{str(site): (site, site_edits) for site, site_edits in edits_of_site.items()},
             **{f"{site} before the sum over workers": (site, site_edits) for site, site_edits in within.items()},
         }
@@ -138,22 +138,22 @@ class EditedModel:
             reads, writes = site_modules[group.reads].shard, site_modules[group.site].shard
             total = identity if group in joining else reads.sum(over_workers)
             shape = Shape(capacity, reads, writes, dtype, total, products if capacity.rank > 1 else EXPRESSIONS)
-            tensors = self._tensors[group] = SLOT_TENSORS[group.kind](shape, self._layout)
+            tensors = self._slot_tensors[group] = SLOT_TENSORS[group.kind](shape, self._layout)
             site_edits = (within if group in joining else edits_of_site)[group.site]
             site_edits.add(KINDS[group.kind], tensors, None if group.reads == group.site else str(group.reads))
         self._rows = self._layout.rows(slots + 1, device)
         parts: dict[int | None, list[Columns]] = {}
-        for group, tensors in self._tensors.items():
+        for group, tensors in self._slot_tensors.items():
             parts.setdefault(group.site.layer, []).extend(tensors.columns.values())
         rows = Rows(self._rows, parts)
-        for group, tensors in self._tensors.items():
+        for group, tensors in self._slot_tensors.items():
             tensors.bind(rows, group.site.layer)
         self._firings = [self._count(edits_of_site, logits=logits) for logits in (False, True)]
 
     def _count(self, edits_of_site: Mapping[Site, SiteEdits], *, logits: bool) -> FiringCounters:
-        """Have the gates counted that run with the model, or those at the logits, which run after it."""
+        """Have the firings counted of edits that run with the model, or of those at the logits, which run after it."""
         firings = FiringCounters()
-        counted = {group: tensors for group, tensors in self._tensors.items()
+        counted = {group: tensors for group, tensors in self._slot_tensors.items()
                    if tensors.neurons and (group.site.point == "logits") == logits}  # fmt: skip
         for tensors in counted.values():
             tensors.counted_by(firings)
@@ -163,7 +163,7 @@ class EditedModel:
         return firings
 
     def _edits_at(self, site: Site, site_module: SiteModule) -> SiteEdits:
-        """A tap at an anchor; the module's class is exchanged the first time it gets one."""
+        """The edits of a site, put around its module; the first time the module's class is exchanged."""
         module: Any = site_module.module
         carried = self._carried.setdefault(site.layer, Carried())
         if site.point == "logits":
@@ -186,8 +186,8 @@ class EditedModel:
             module.edits.starts.append(site_module.start)
         return site_edits
 
-    def _edits_within(self, site: Site, site_module: SiteModule) -> SiteEdits:
-        """A tap on what this worker adds to a module's output, before all workers' are added up."""
+    def _edits_before_sum(self, site: Site, site_module: SiteModule) -> SiteEdits:
+        """The edits of what this worker adds to a module's output, before all workers' parts are added up."""
         module: Any = site_module.module
         site_edits = SiteEdits(self.step, site_module.shard.width, self._carried[site.layer])
         module.reduce_results = False
@@ -197,12 +197,12 @@ class EditedModel:
     @property
     def bytes_reserved(self) -> int:
         """Device memory of all slots."""
-        return self._rows.nbytes + (self.slots + 1) * sum(group.counters for group in self._tensors.values())
+        return self._rows.nbytes + (self.slots + 1) * sum(group.counters for group in self._slot_tensors.values())
 
     # -- slots -----------------------------------------------------------------------------------------------------
 
     def prepare(self, version: str, manifest: Manifest, tensors: Tensors) -> Prepared:
-        """Everything that can fail or take time, before a slot is touched. InstallRefused when there is no room."""
+        """Everything that can fail or take time, before a slot is touched. InstallRefused when it does not fit."""
         if missing := self.reservation.missing(
             manifest, slot_bytes(manifest.base.widths, self.dtype, self.worker.size)
         ):
@@ -216,7 +216,7 @@ class EditedModel:
         row = self._layout.rows(1, torch.device("cpu"), pinned=self._rows.is_cuda)
         for group, edits in by_group.items():
             scope_row = 0 if edits[0].scope.everything else 1 + scopes.index(edits[0].scope)
-            self._tensors[group].fill(row, [numbers(edit) for edit in edits], scope_row)
+            self._slot_tensors[group].fill(row, [numbers(edit) for edit in edits], scope_row)
         return Prepared(version, by_group, row[0], scopes, _digest(version, row[0]))
 
     def install(self, slot: int, prepared: Prepared) -> str:
@@ -228,8 +228,8 @@ class EditedModel:
             raise ValueError(f"slot {slot} is not a free slot of 1 to {self.slots}")
         self._rows[slot].copy_(prepared.row, non_blocking=True)
         for group, edits in prepared.edits.items():
-            if counted := _counted(self._tensors[group], edits):
-                self._gates.setdefault(slot, []).extend(counted)
+            if counted := _counted(self._slot_tensors[group], edits):
+                self._counted.setdefault(slot, []).extend(counted)
         self.held[slot], self._scopes[slot] = prepared.version, prepared.scopes
         self._filler.forget()
         if (found := self.digest(slot)) != prepared.digest:
@@ -244,7 +244,7 @@ class EditedModel:
         self._filler.tokens[slot] = 0
         self.held.pop(slot, None)
         self._scopes.pop(slot, None)
-        self._gates.pop(slot, None)
+        self._counted.pop(slot, None)
         self._filler.forget()
 
     def digest(self, slot: int) -> str:
@@ -252,29 +252,29 @@ class EditedModel:
         return _digest(self.held.get(slot, ""), self._rows[slot])
 
     def firings(self, *slots: int) -> list[tuple[str, int, dict[str, int]]]:
-        """What the gates in these slots, or in all, did since they were installed; of slots without gates nothing.
+        """How often the edits of these slots, or of all, have fired since they were installed; no slot without any.
 
         For each slot its version, how many tokens were computed with that, and of these by edit how often the neurons
-        of a gate gave something. All of one moment: nothing is computed while the device is asked.
+        of an edit gave something. All of one moment: nothing is computed while the device is asked.
         """
-        gated = [slot for slot in slots or self._gates if slot in self._gates]
-        counts = {firings: firings.counts.cpu().numpy() for firings in self._firings if gated}
+        counting = [slot for slot in slots or self._counted if slot in self._counted]
+        counts = {firings: firings.counts.cpu().numpy() for firings in self._firings if counting}
         return [
             (self.held[slot], int(self._filler.tokens[slot]),
-             {edit: int(counts[firings][slot, columns].sum()) for edit, firings, columns in self._gates[slot]})
-            for slot in gated
+             {edit: int(counts[firings][slot, columns].sum()) for edit, firings, columns in self._counted[slot]})
+            for slot in counting
         ]  # fmt: skip
 
     # -- proof ---------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def watched(self) -> Iterator[Counter[str]]:
-        """Inside, how often the model's forward reaches each place at which it can be edited, named by its site."""
-        reached = Counter(dict.fromkeys(self._watched_sites, 0))
+        """Inside, how often the model's forward reaches each site that can be edited, by its name."""
+        reached = Counter(dict.fromkeys(self._edited_sites, 0))
         watching: list[tuple[Any, str, str]] = []
-        for place, (site, site_edits) in self._watched_sites.items():
+        for called, (site, site_edits) in self._edited_sites.items():
             at_logits = site.point == "logits"
-            watching += [(self._at_logits if at_logits else site_edits, name, place)
+            watching += [(self._at_logits if at_logits else site_edits, name, called)
                          for name in (("edited",) if at_logits else ("edited", "edited_stream"))]  # fmt: skip
 
         def counted(act: Callable[..., Any], site: str) -> Callable[..., Any]:
@@ -347,10 +347,10 @@ class EditedModel:
 
 
 def _joins_sum(group: EditGroup, reservation: Reservation, site_modules: Mapping[Site, SiteModule]) -> bool:
-    """Whether what a place adds can join the sum over workers that its module makes anyway, which costs nothing.
+    """Whether what a group adds can join the sum over workers that its module makes anyway, which costs nothing.
 
-    That is so where it is linear in a divided vector. Scales come before it and in-place edits read what it has not
-    changed, so with these at the site its dot products are added up by themselves.
+    That is so where it is linear in a divided vector. Edits that read the site itself, in an earlier stage or the same,
+    must not see it yet, so with these there its dot products are added up by themselves.
     """
     divided = {site: site_modules[site].shard.divided for site in (group.site, group.reads)}
     if not SLOT_TENSORS[group.kind].linear or divided[group.site] or not divided[group.reads]:

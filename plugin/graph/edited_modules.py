@@ -20,12 +20,12 @@ from vllm_edits.plugin.graph.tensor_parallel import AllReduce, identity
 
 
 class ModuleEdits(nn.Module):
-    """The taps around one module: on its input, and on its output or parts of it."""
+    """The edits around one module: of its input, and of its output or parts of it."""
 
     def __init__(self, argument: str, position: int) -> None:
         super().__init__()
         self.argument, self.position = argument, position
-        """name and place of the input among the forward's arguments"""
+        """name and position of the input among the forward's arguments"""
         self.before: SiteEdits | None = None
         self.within: SiteEdits | None = None
         """on what this worker adds to an output that is the sum of what all workers give"""
@@ -66,7 +66,7 @@ class ModuleEdits(nn.Module):
 
 
 class LogitsEdits(nn.Module):
-    """The tap on the logits, which are computed outside the graph and for some tokens only; `rows` says for which."""
+    """The edits of the logits, which are computed outside the graph, for the tokens that `rows` tells."""
 
     def __init__(self, site_edits: SiteEdits, step: Step, rows: Callable[[Tensor], Tensor | None]) -> None:
         super().__init__()

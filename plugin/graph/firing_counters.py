@@ -12,10 +12,10 @@ COUNTED = torch.float64
 
 
 class FiringCounters(nn.Module):
-    """How many tokens each neuron of every gate gave something for, by slot; no part of what a slot holds.
+    """How many tokens each neuron of every edit that fires gave something for, by slot; no part of what a slot holds.
 
-    Gates note what they gave while the model runs, and the last one has all of it added in one operation: one for each
-    gate would be nine calls of torch more, at every gate. Counts are float64, exact far beyond what is ever counted:
+    They note what they gave while the model runs, and behind the last all of it is added in one operation: one for each
+    group would be nine calls of torch more, for every group. Counts are float64, exact far beyond what is ever counted:
     for int64 torch's compiler has no kernel on a GPU that adds, and sorts instead.
     """
 
@@ -25,18 +25,18 @@ class FiringCounters(nn.Module):
         super().__init__()
         self.neurons = 0
         self._columns: list[int] = []
-        """the first of each gate"""
+        """the first of each group"""
         self._noted = Carried()
 
-    def take(self, rank: int) -> int:
-        """The first of `rank` columns for the neurons of a gate."""
+    def take(self, count: int) -> int:
+        """The first of `count` columns for the neurons of a group of edits."""
         column = self.neurons
         self._columns.append(column)
-        self.neurons += rank
+        self.neurons += count
         return column
 
     def bind(self, slots: int, device: torch.device) -> None:
-        """Make the counts [S, neurons], when every gate has its columns."""
+        """Make the counts [S, neurons], when every group has its columns."""
         counts = torch.zeros(slots, self.neurons, dtype=COUNTED, device=device)
         self.register_buffer("counts", counts, persistent=False)
 

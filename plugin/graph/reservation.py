@@ -1,4 +1,4 @@
-"""Which kinds, at which sites, up to which rank a server has room for. Fixed when it starts; pure.
+"""The capacity of a server: which kinds of edit, at which sites, up to which rank. Fixed when it starts; pure.
 
 A compiled graph reads preallocated tensors, so what is not reserved cannot be served later, and is refused with the
 setting to raise. What is not reserved costs nothing.
@@ -37,13 +37,13 @@ class EditGroup:
 
 @dataclass(frozen=True)
 class Capacity:
-    """How much a place holds: a rank, and what else its tensors must be able to do (`Reserve.features`)."""
+    """What a group of edits may be at most: its rank, and what else its tensors must do (`Reserve.features`)."""
 
     rank: int = 1
     features: Features = frozenset()
 
     def __or__(self, other: Capacity) -> Capacity:
-        """Room enough for either."""
+        """Enough for either."""
         return Capacity(max(self.rank, other.rank), self.features | other.features)
 
     def holds(self, other: Capacity) -> bool:
@@ -52,11 +52,11 @@ class Capacity:
 
 
 SlotBytes = Callable[[EditGroup, Capacity], int]
-"""Bytes of one slot for so much room at a place."""
+"""Bytes that a group of edits takes in one slot, for its capacity."""
 
 
 def edit_groups(edits: Iterable[Edit]) -> dict[EditGroup, tuple[Edit, ...]]:
-    """The edits of one version by the place that computes them, those of one place in their order."""
+    """The edits of one version by the group that they are computed in, those of one group in their order."""
     found: dict[EditGroup, tuple[Edit, ...]] = {}
 
     def target(edit: Edit) -> tuple[Site, str, Site]:
@@ -78,7 +78,7 @@ def _computed_together(one: Edit, other: Edit) -> bool:
 
 
 def capacity_for(edits: Sequence[Edit], *, strengthened: bool) -> Capacity:
-    """What the edits of one place need; `strengthened`: requests may ask for another strength."""
+    """What the edits of one group need; `strengthened`: requests may ask for another strength."""
     features = frozenset([SCALED] if strengthened or not edits[0].scope.everything else [])
     features = features.union(*(edit.needs(len(edits)) for edit in edits))
     return Capacity(sum(edit.capacity for edit in edits) if edits[0].ranked else 1, features)
@@ -94,7 +94,7 @@ class Version(Protocol):
 
 
 def needs(version: Version) -> dict[EditGroup, Capacity]:
-    """The room that a version needs, by place. Kinds that are not served per request need none."""
+    """The capacity that a version needs, by group. Kinds that are not served per request need none."""
     served = (edit for edit in version.edits if not edit.only_in_weights)
     strengthened = version.strength is not None
     return {group: capacity_for(edits, strengthened=strengthened) for group, edits in edit_groups(served).items()}
@@ -107,7 +107,7 @@ def scopes_of(version: Version) -> tuple[Scope, ...]:
 
 @dataclass(frozen=True)
 class Reservation:
-    """Room by place, and how many scopes one version may have besides everything."""
+    """Capacity by group, and how many scopes one version may have besides everything."""
 
     capacities: Mapping[EditGroup, Capacity]
     scopes: int = 0
@@ -125,12 +125,12 @@ class Reservation:
 
     @property
     def edits_logits(self) -> bool:
-        """Whether there is room at the logits, which are computed after the model and for some tokens only."""
+        """Whether the logits can be edited, which are computed after the model and for some tokens only."""
         return any(site.point == "logits" for site in self.sites())
 
     @property
     def several_ranks(self) -> bool:
-        """Whether there is room for an edit of more than one rank."""
+        """Whether an edit may be of more than one rank."""
         return any(capacity.rank > 1 for capacity in self.capacities.values())
 
     @classmethod
@@ -148,7 +148,7 @@ class Reservation:
     def from_settings(
         cls, reserve: Iterable[Reserve], architecture: Architecture, widths: Widths, scopes: int = 0
     ) -> Reservation:
-        """Expand patterns over a model's sites. SettingsError when a pattern fits no place of its kind."""
+        """Expand patterns over a model's sites. SettingsError when a pattern fits no site of its kind."""
         capacities: dict[EditGroup, Capacity] = {}
         unmatched = []
         for item in reserve:
@@ -172,7 +172,7 @@ class Reservation:
         return cls(capacities, scopes)
 
     def missing(self, version: Version, slot_bytes: SlotBytes | None = None) -> list[Reason]:
-        """Why a version does not fit, each reason with the setting that would make room and the memory that takes."""
+        """Why a version does not fit, each reason with the setting that would make it fit and the memory that takes."""
         reasons = [
             Reason("weights_mode", f"{edit.kind} at {edit.site} {edit.only_in_weights}")
             for edit in version.edits
@@ -238,7 +238,7 @@ def _source(item: Reserve, site: Site, architecture: Architecture) -> Site | Non
 
 
 def _more(group: EditGroup, have: Capacity | None, need: Capacity, slot_bytes: SlotBytes) -> int:
-    """Bytes that room for both takes beyond what there is."""
+    """Bytes that capacity for both takes beyond what there is."""
     return slot_bytes(group, need) if have is None else slot_bytes(group, have | need) - slot_bytes(group, have)
 
 

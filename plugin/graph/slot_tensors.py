@@ -20,12 +20,12 @@ from vllm_edits.plugin.graph.step import Step
 from vllm_edits.plugin.graph.tensor_parallel import AllReduce, Shard, identity
 
 GroupEdits = Sequence[tuple[Edit, Mapping[str, Array]]]
-"""Edits that share one place in one version, in order, each with its arrays."""
+"""Edits of one group in one version, in order, each with its arrays."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides the shapes of one place's slot tensors, and how tokens are multiplied with them."""
+    """What decides the shapes of one group's slot tensors, and how tokens are multiplied with them."""
 
     capacity: Capacity
     reads: Shard
@@ -36,9 +36,9 @@ class Shape:
 
 
 class SlotTensors(nn.Module):
-    """The tensors of one kind at one place, of every slot: columns of the slots' rows. A row of zeros changes nothing.
+    """The tensors of one group of edits, of every slot: columns of the slots' rows. A row of zeros changes nothing.
 
-    `scope_row` [S], where there is room for scaled edits, says which column of a step's token scales is a slot's.
+    `scope_row` [S], where there is capacity for scaled edits, says which column of a step's token scales is a slot's.
     Called with the vectors that the edits read, `x` [T, reads], and each token's slot, [T], it gives what the edits
     add, in float32. Flags and codes are kept in float32 too: each type is an input more of the graph, at every layer.
     """
@@ -77,7 +77,7 @@ class SlotTensors(nn.Module):
         self.firings, self.column = firings, firings.take(self.neurons)
 
     def has(self, name: str) -> bool:
-        """Whether there is that tensor: some serve a feature, which there must be room for."""
+        """Whether there is that tensor: some serve a feature, which there must be capacity for."""
         return name in self.columns
 
     def tensor(self, name: str) -> Tensor:
@@ -123,7 +123,7 @@ class SlotTensors(nn.Module):
     def _keep(
         self, name: str, *shape: int | Shard, dtype: torch.dtype | None = None, feature: str | None = None
     ) -> None:
-        """Columns for a tensor, if there is room for the `feature` it serves.
+        """Columns for a tensor, if there is capacity for the `feature` it serves.
 
         Of a tensor whose last dimension is a vector's, what the worker has no share in is not kept.
         """

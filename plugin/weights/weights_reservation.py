@@ -18,7 +18,7 @@ WeightsReservation = Mapping[Site, bool]
 
 def asked_for(reserve: Iterable[ReserveWeight], architecture: Architecture, widths: Widths) -> WeightsReservation:
     """Expand patterns over a model's projections. SettingsError when a pattern fits none."""
-    every, room, unmatched = list(_every(architecture, widths)), dict[Site, bool](), []
+    every, reserved, unmatched = list(_every(architecture, widths)), dict[Site, bool](), []
     for item in reserve:
         found = [site for site in every if fnmatchcase(str(site), item.site)]
         if not found:
@@ -27,19 +27,19 @@ def asked_for(reserve: Iterable[ReserveWeight], architecture: Architecture, widt
                 f"{', '.join(architecture.projections())}, in layers 0 to {widths.layers - 1}"
             )
         for site in found:
-            room[site] = room.get(site, False) or item.bias
+            reserved[site] = reserved.get(site, False) or item.bias
     if unmatched:
         raise SettingsError("\n".join(unmatched))
-    return room
+    return reserved
 
 
 def for_version(manifest: Manifest, architecture: Architecture) -> WeightsReservation:
     """What one version changes."""
-    room: dict[Site, bool] = {}
+    reserved: dict[Site, bool] = {}
     for edit in manifest.edits:
         for site in touched(edit, architecture):
-            room[site] = room.get(site, False) or edit.adds_constant
-    return room
+            reserved[site] = reserved.get(site, False) or edit.adds_constant
+    return reserved
 
 
 def usual(architecture: Architecture, widths: Widths) -> WeightsReservation:
@@ -47,15 +47,15 @@ def usual(architecture: Architecture, widths: Widths) -> WeightsReservation:
     return dict.fromkeys(_every(architecture, widths), False)
 
 
-def to_settings(room: WeightsReservation) -> list[dict[str, object]]:
+def to_settings(reserved: WeightsReservation) -> list[dict[str, object]]:
     """The same as settings, one entry for each projection."""
-    return [{"site": str(site), "bias": bias} for site, bias in sorted(room.items())]
+    return [{"site": str(site), "bias": bias} for site, bias in sorted(reserved.items())]
 
 
-def bytes_kept(room: WeightsReservation, architecture: Architecture, widths: Widths, itemsize: int) -> int:
+def bytes_kept(reserved: WeightsReservation, architecture: Architecture, widths: Widths, itemsize: int) -> int:
     """Bytes of the weights that are set apart: what a CPU server keeps of them besides, and the most a patch takes."""
     projections = architecture.projections()
-    return sum(widths.of(site.point) * widths.of(projections[site.point]) * itemsize for site in room)
+    return sum(widths.of(site.point) * widths.of(projections[site.point]) * itemsize for site in reserved)
 
 
 def _every(architecture: Architecture, widths: Widths) -> Iterable[Site]:

@@ -507,7 +507,7 @@ def test_the_digest_sees_every_number_of_every_place() -> None:
     bundle = crowded(1)
     edited = edited_model(TinyModel(), reservation_of(bundle), slots=SLOTS)
     digests = {install(edited, 1, bundle)}
-    held = [group.tensor(name) for group in edited._tensors.values() for name in group.columns]
+    held = [group.tensor(name) for group in edited._slot_tensors.values() for name in group.columns]
     assert {tensor.dtype for tensor in held} == {torch.float32}, "each type would be an input more of the graph"
     for tensor in held:
         last = tensor[1].view(-1)[-1]
@@ -721,7 +721,7 @@ def test_an_edited_module_is_still_the_same_object_of_the_same_kind() -> None:
     assert isinstance(layer.mlp.down_proj, Projection)
     assert type(layer.mlp.down_proj).__name__ == "EditedSummingProjection"
     assert type(model.lm_head) is Projection  # no site, no change
-    assert all(isinstance(group, nn.Module) for group in edited._tensors.values())
+    assert all(isinstance(group, nn.Module) for group in edited._slot_tensors.values())
 
 
 OFFSET = EditGroup(Site(1, "resid"), "offset", Site(1, "resid"))

@@ -22,7 +22,7 @@ ACTIVATION_CODES = {"relu": 0, "jump_relu": 1, "step": 2, "silu": 3, "sigmoid": 
 class GateSlots(SlotTensors):
     """read: [S, rank, reads] in float32, write: [S, rank, writes]; bias, activation and threshold: [S, rank].
 
-    With room for normalising gates also stretch and centre: [S, reads] in float32, normalise: [S].
+    With capacity for normalising gates also stretch and centre: [S, reads] in float32, normalise: [S].
     """
 
     def __init__(self, shape: Shape, layout: Layout) -> None:
@@ -58,7 +58,7 @@ class GateSlots(SlotTensors):
             "stretch": torch.ones(self._shape.reads.whole),
         }
         edit, fields = gates[0]
-        if edit.normalise:  # the only one of its place
+        if edit.normalise:  # the only one of its group
             weight, bias = (torch.as_tensor(fields[name], dtype=torch.float64) for name in ("norm_weight", "norm_bias"))
             stretch = 1 / (weight * self._shape.reads.whole**0.5)
             centre = bias * stretch + torch.as_tensor(fields["centroid"], dtype=torch.float64)

@@ -34,7 +34,7 @@ class Moves(Stage):
 
 
 class OffsetSlots(SlotTensors):
-    """vector: [S, writes]; with room for norm-preserving ones also renorm: [S]."""
+    """vector: [S, writes]; with capacity for norm-preserving ones also renorm: [S]."""
 
     stage = Moves
 

@@ -18,7 +18,7 @@ from vllm_edits.plugin.graph.tensor_parallel import AllReduce, identity
 class SubspaceFilterSlots(SlotTensors):
     """read: [S, rank, writes], shift: [S, rank] in float32; write: [S, rank, writes] where it may differ from -read.
 
-    With room for projections onto a subspace also drop: [S], constant: [S, writes], in float32.
+    With capacity for projections onto a subspace also drop: [S], constant: [S, writes], in float32.
     """
 
     def __init__(self, shape: Shape, layout: Layout) -> None:
