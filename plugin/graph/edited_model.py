@@ -36,7 +36,6 @@ from vllm_edits.plugin.graph.edited_site import (
     Step,
     edited_class,
     edited_logits,
-    input_of,
 )
 from vllm_edits.plugin.graph.reservation import EditGroup, Reservation, edit_groups, scopes_of
 from vllm_edits.plugin.graph.slot_bytes import slot_bytes
@@ -58,6 +57,10 @@ class SiteModule:
     start: int | None
     shard: Shard
     """what this worker has of the site's vector"""
+    argument: tuple[str, int]
+    """name and place of the module's input among its forward's arguments"""
+    leave_partial: Callable[[], None]
+    """has the module no longer add up what the workers give"""
     is_layer: bool = False
 
 
@@ -175,7 +178,7 @@ class EditedModel:
         carried = self._carried.setdefault(site.layer, Carried())
         if site.point == "logits":
             site_edits = SiteEdits(Step(1, 1, self.step.slots.device), site_module.shard.width, carried)
-            module.edits = self._at_logits = LogitsEdits(site_edits, self.step, self._logit_rows)
+            module.edits = self._at_logits = LogitsEdits(site_edits, self.step, self._logit_rows, *site_module.argument)
             module.__class__ = edited_logits(module.__class__)
             return site_edits
         site_edits = SiteEdits(self.step, site_module.shard.width, carried, site_module.shard.sum(self._over_workers))
@@ -184,7 +187,7 @@ class EditedModel:
                 f"the module behind {site} has a forward of its own, which edits would not be part of"
             )
         if not isinstance(getattr(module, "edits", None), ModuleEdits):
-            module.edits = ModuleEdits(*input_of(module))
+            module.edits = ModuleEdits(*site_module.argument)
             module.__class__ = edited_class(module.__class__, stream=site_module.is_layer)
         if site_module.side == "input":
             module.edits.before = site_edits
@@ -197,7 +200,7 @@ class EditedModel:
         """A tap on what this worker adds to a module's output, before all workers' are added up."""
         module: Any = site_module.module
         site_edits = SiteEdits(self.step, site_module.shard.width, self._carried[site.layer])
-        module.reduce_results = False
+        site_module.leave_partial()
         module.edits.within, module.edits.sum = site_edits, self._over_workers
         return site_edits
 
