@@ -25,7 +25,7 @@ from vllm_edits.edit_store.sites import Site
 from vllm_edits.plugin.claim import Claim, FalseClaim
 from vllm_edits.plugin.graph.carried import Carried
 from vllm_edits.plugin.graph.device_rows import DeviceRows
-from vllm_edits.plugin.graph.edited_modules import LogitsEdits, ModuleEdits, edited_class, edited_logits, input_of
+from vllm_edits.plugin.graph.edited_modules import LogitsEdits, ModuleEdits, edited_class, edited_logits
 from vllm_edits.plugin.graph.firing_counters import FiringCounters
 from vllm_edits.plugin.graph.kinds import SLOT_TENSORS
 from vllm_edits.plugin.graph.reservation import EditGroup, Reservation, edit_groups, scopes_of
@@ -51,6 +51,10 @@ class SiteModule:
     start: int | None
     shard: Shard
     """what this worker has of the site's vector"""
+    argument: tuple[str, int]
+    """name and place of the module's input among its forward's arguments"""
+    leave_partial: Callable[[], None]
+    """has the module no longer add up what the workers give"""
     is_layer: bool = False
 
 
@@ -168,7 +172,7 @@ class EditedModel:
         carried = self._carried.setdefault(site.layer, Carried())
         if site.point == "logits":
             site_edits = SiteEdits(Step(1, 1, self.step.slots.device), site_module.shard.width, carried)
-            module.edits = self._at_logits = LogitsEdits(site_edits, self.step, self._logit_rows)
+            module.edits = self._at_logits = LogitsEdits(site_edits, self.step, self._logit_rows, *site_module.argument)
             module.__class__ = edited_logits(module.__class__)
             return site_edits
         site_edits = SiteEdits(self.step, site_module.shard.width, carried, site_module.shard.sum(self._over_workers))
@@ -177,7 +181,7 @@ class EditedModel:
                 f"the module behind {site} has a forward of its own, which edits would not be part of"
             )
         if not isinstance(getattr(module, "edits", None), ModuleEdits):
-            module.edits = ModuleEdits(*input_of(module))
+            module.edits = ModuleEdits(*site_module.argument)
             module.__class__ = edited_class(module.__class__, stream=site_module.is_layer)
         if site_module.side == "input":
             module.edits.before = site_edits
@@ -190,7 +194,7 @@ class EditedModel:
         """The edits of what this worker adds to a module's output, before all workers' parts are added up."""
         module: Any = site_module.module
         site_edits = SiteEdits(self.step, site_module.shard.width, self._carried[site.layer])
-        module.reduce_results = False
+        site_module.leave_partial()
         module.edits.within, module.edits.sum = site_edits, self._over_workers
         return site_edits
 

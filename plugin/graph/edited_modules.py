@@ -8,7 +8,6 @@ reloading are untouched. Slot tensors live in a child module named `edits` and n
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -68,8 +67,12 @@ class ModuleEdits(nn.Module):
 class LogitsEdits(nn.Module):
     """The edits of the logits, which are computed outside the graph, for the tokens that `rows` tells."""
 
-    def __init__(self, site_edits: SiteEdits, step: Step, rows: Callable[[Tensor], Tensor | None]) -> None:
+    def __init__(
+        self, site_edits: SiteEdits, step: Step, rows: Callable[[Tensor], Tensor | None], argument: str, position: int
+    ) -> None:
+        """argument, position: name and place of the hidden states among the arguments of what computes logits."""
         super().__init__()
+        self.argument, self.position = argument, position
         self.site_edits = site_edits
         self._whole_step = step
         self._rows = rows
@@ -90,8 +93,10 @@ def edited_logits(cls: type[Any]) -> type[nn.Module]:
     """A subclass of vLLM's logits processor whose logits are edited."""
 
     class EditedLogits(cls):  # type: ignore[misc]
-        def forward(self, lm_head: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return self.edits.edited(super().forward(lm_head, hidden_states, *args, **kwargs), hidden_states)
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            named = self.edits.argument in kwargs
+            hidden = kwargs[self.edits.argument] if named else args[self.edits.position]
+            return self.edits.edited(super().forward(*args, **kwargs), hidden)
 
     return EditedLogits
 
@@ -107,10 +112,3 @@ def edited_class(cls: type[Any], *, stream: bool) -> type[nn.Module]:
 
     Edited.__name__ = Edited.__qualname__ = f"Edited{cls.__name__}"
     return Edited
-
-
-def input_of(module: nn.Module) -> tuple[str, int]:
-    """Name and position of the hidden states among the arguments of a module's forward."""
-    names = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
-    position = names.index("hidden_states") if "hidden_states" in names else 0
-    return names[position], position

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -12,6 +14,8 @@ from vllm_edits.edit_store.sites import Site, Widths
 from vllm_edits.plugin.graph.edited_model import SiteModule
 from vllm_edits.plugin.graph.tensor_parallel import ONLY_RANK, Rank, Shard
 from vllm_edits.plugin.vllm_host.seams import optional
+
+_VECTORS = "hidden_states"
 
 
 def site_modules(model: nn.Module, name: str, widths: Widths, worker: Rank = ONLY_RANK) -> dict[Site, SiteModule]:
@@ -40,7 +44,34 @@ def _site_module(model: nn.Module, architecture: Architecture, widths: Widths, s
     shard = worker.shard(widths, site.point)
     if worker.size > 1:
         _require_divided_so(module, at, shard, site)
-    return SiteModule(module, at.side, at.start, shard, is_layer)
+    argument = _input_of(module, site, named=is_layer or site.point == "logits")
+    return SiteModule(module, at.side, at.start, shard, argument, partial(_leave_partial, module), is_layer)
+
+
+def _input_of(module: Any, site: Site, *, named: bool) -> tuple[str, int]:
+    """Name and place of the vectors among the arguments of a module's forward: the first one, if none is named so.
+
+    named: one must be, since there are others, as of a layer
+    """
+    names = _arguments(type(module))
+    if names and named and _VECTORS not in names:
+        raise UnsupportedHost(
+            f"this vLLM calls the module behind {site} otherwise than expected: with {', '.join(names)}, and no "
+            f"{_VECTORS}"
+        )
+    position = names.index(_VECTORS) if _VECTORS in names else 0
+    return names[position] if names else _VECTORS, position
+
+
+def _arguments(module_class: type[Any]) -> tuple[str, ...]:
+    """The names of a forward's arguments; none where it takes any, as that of a module which is edited already."""
+    parameters = inspect.signature(module_class.forward).parameters
+    takes_any = any(each.kind is inspect.Parameter.VAR_POSITIONAL for each in parameters.values())
+    return () if takes_any else tuple(name for name in parameters if name != "self")
+
+
+def _leave_partial(module: Any) -> None:
+    module.reduce_results = False
 
 
 def _require_divided_so(module: Any, at: ModuleSide, shard: Shard, site: Site) -> None:

@@ -777,6 +777,19 @@ def test_an_architecture_that_is_not_known_is_refused(model: nn.Module, architec
         site_modules(model, architecture, WIDTHS)
 
 
+def test_a_layer_that_is_given_its_vectors_under_another_name_is_refused() -> None:
+    """Its first argument may be anything: positions, in most models of vLLM's."""
+
+    class OtherLayer(TinyLayer):
+        def forward(self, positions: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            return super().forward(vectors, positions)
+
+    model = TinyModel()
+    model.model.layers[0].__class__ = OtherLayer
+    with pytest.raises(UnsupportedHost, match=r"embed.out otherwise .* with positions, vectors, and no hidden_states"):
+        site_modules(model, BASE.architecture, WIDTHS)
+
+
 def test_every_site_of_the_model_has_an_anchor_of_the_right_widths() -> None:
     found: Mapping[Site, Any] = site_modules(TinyModel(), BASE.architecture, WIDTHS)
     assert list(found) == ARCHITECTURES[BASE.architecture].sites(WIDTHS.layers)
