@@ -1,4 +1,4 @@
-"""The modules of a loaded model behind each site, by the table in `vllm_edits.edit_store.architectures`."""
+"""Finds the module of each site in a loaded model, by the table in `vllm_edits.edit_store.architectures`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from vllm_edits.plugin.graph.tensor_parallel import ONLY_RANK, Rank, Shard
 
 
 def site_modules(model: nn.Module, name: str, widths: Widths, worker: Rank = ONLY_RANK) -> dict[Site, SiteModule]:
-    """The module behind every site of `model`, and what the worker that holds it has of the vector there.
+    """The module of every site of `model`, and the shard of the site's vector in this worker.
 
-    UnsupportedHost names what is missing, or divided among workers otherwise than expected.
+    UnsupportedHost if a module is missing, or divided among workers in an unexpected way.
     """
     architecture = supported(name)
     return {site: _site_module(model, architecture, widths, site, worker) for site in architecture.sites(widths.layers)}
@@ -43,7 +43,7 @@ def _site_module(model: nn.Module, architecture: Architecture, widths: Widths, s
 
 
 def _require_divided_so(module: Any, at: ModuleSide, shard: Shard, site: Site) -> None:
-    """UnsupportedHost where a projection has another part of a vector, or of a sum, than edits there are made for."""
+    """UnsupportedHost if a projection has another part of a vector, or of a sum, than edits at the site expect."""
     found = getattr(module, f"{at.side}_size_per_partition", None)
     fits = found is None or (found == shard.width if at.start is None else at.start + shard.width <= found)
     if not fits:

@@ -1,7 +1,7 @@
-"""What of vLLM this plugin leans on, in one table, and whether a vLLM's sources have it. Nothing of vLLM is imported.
+"""The table of all interfaces of vLLM that the plugin uses, and a check of vLLM's sources. It does not import vLLM.
 
-A version inside the supported range has all of it: tests read the sources of the oldest and the newest build and of the
-newest release for GPUs. Outside the range the table says what would break.
+Every supported version has all of them: tests read the sources of the oldest and the newest build, and of the newest
+release for GPUs. For other versions, the table shows what may break.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 Read = Callable[[str], str | None]
-"""The text of a file of the package `vllm`, None where there is none."""
+"""Reads a file of the package `vllm`; None if it does not exist."""
 
 
 @dataclass(frozen=True)
 class Seam:
-    """A name in a module of vLLM: a function, a class, or `Class.attribute`; and what a function must take."""
+    """A name in a module of vLLM: a function, a class, or `Class.attribute`. takes: needed arguments of a function."""
 
     file: str
     name: str
@@ -135,7 +135,7 @@ SEAMS = (
 
 
 def missing(read: Read) -> list[str]:
-    """What a vLLM's sources do not have, each with what it is needed for."""
+    """The interfaces that vLLM's sources lack, each with its purpose."""
     modules: dict[str, ast.Module | None] = {}
     found = []
     for seam in SEAMS:
@@ -150,7 +150,7 @@ def missing(read: Read) -> list[str]:
 
 
 def _parsed(text: str) -> ast.Module:
-    # A collection that happens to run meanwhile makes Python 3.11 lose count of its depth, and fail.
+    # If garbage collection runs meanwhile, Python 3.11 may lose count of its recursion depth and fail.
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -161,7 +161,7 @@ def _parsed(text: str) -> ast.Module:
 
 
 def _fault(module: ast.Module, seam: Seam) -> str:
-    """Why a module does not have what it should, or ''."""
+    """The reason why a module does not have a seam, or ''."""
     group: ast.AST | None = module
     for part in seam.name.split("."):
         group = _member(module, group, part) if group is not None else None
@@ -178,7 +178,7 @@ def _fault(module: ast.Module, seam: Seam) -> str:
 
 
 def _member(module: ast.Module, group: ast.AST, name: str) -> ast.AST | None:
-    """What is called so in a module or a class, or in a base of the class that the same module holds."""
+    """The member with this name in a module or a class, or in a base class in the same module."""
     for node in _members(group):
         if name in _names(node, inside_class=isinstance(group, ast.ClassDef)):
             return node
@@ -191,7 +191,7 @@ def _member(module: ast.Module, group: ast.AST, name: str) -> ast.AST | None:
 
 
 def _members(group: ast.AST) -> Iterator[ast.AST]:
-    """Statements of a module, also below `if` and `try`; of a class also what its methods do."""
+    """The statements of a module, also below `if` and `try`; for a class also those of its methods."""
     for node in ast.iter_child_nodes(group):
         yield node
         if isinstance(node, ast.If | ast.Try) or isinstance(group, ast.ClassDef):
@@ -199,7 +199,7 @@ def _members(group: ast.AST) -> Iterator[ast.AST]:
 
 
 def _names(node: ast.AST, *, inside_class: bool) -> list[str]:
-    """What a statement gives a name to; inside a class also what is set on self."""
+    """The names that a statement defines; inside a class also attributes of self."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return [node.name]
     if isinstance(node, ast.ImportFrom | ast.Import):
