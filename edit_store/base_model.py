@@ -1,6 +1,6 @@
-"""Identity and sizes of a base model on disk: digests of its weight files and config.
+"""Identity and sizes of a base model on disk: the digests of its weight files and of its config.
 
-Hashing gigabytes takes a while, so digests are remembered per file by path, size and modification time.
+Hashing gigabytes takes time. So the digest of each file is cached, by path, size and modification time.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def identify(
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> BaseModelRef:
-    """Read what model lies in `folder`: its weights by the digests of their files, its config by what it says.
+    """Identify the model in `folder`: its weights by the digests of their files, its config by its content.
 
-    config: what the model is run with, where that is not what stands in the folder's config.json.
-    progress: called with the number of bytes just hashed.
+    config: the config with which the model runs, if it differs from config.json in the folder.
+    progress: called with the number of bytes that were just hashed.
     """
     config = read_config(folder) if config is None else config
     weights = weight_files(folder)
@@ -55,7 +55,7 @@ def identify(
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A checkpoint's config.json. UnsupportedHost when there is none."""
+    """Read a checkpoint's config.json. UnsupportedHost if it is missing or invalid."""
     path = folder / CONFIG_FILE
     try:
         found = json.loads(path.read_bytes())
@@ -74,10 +74,10 @@ INDEX_FILE, SINGLE_FILE, _SHARD = "model.safetensors.index.json", "model.safeten
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a checkpoint's weights: those of its index, else the single one.
+    """The weight files of a checkpoint: those in its index, else the single one.
 
-    An adapter's file and the same weights in another layout (consolidated.safetensors) may lie beside them.
-    UnsupportedHost when it is not clear which these are, or when one is missing.
+    The folder may also contain an adapter, or the same weights in another layout (consolidated.safetensors).
+    UnsupportedHost if the weight files are not clear, or if one is missing.
     """
     index = folder / INDEX_FILE
     if index.is_file():
@@ -101,11 +101,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 _FORM = {"_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype", "use_cache"}
-"""Keys of a config that change nothing of what is computed. A server's --dtype decides that, not the file's."""
+"""Keys of a config that do not change the computation. The dtype is decided by the server's --dtype, not the file."""
 
 
 def _computation(config: Any) -> Any:
-    """What of a config says how the model computes, at every depth."""
+    """The part of a config that determines the computation, at every depth."""
     if isinstance(config, Mapping):
         return {key: _computation(value) for key, value in config.items() if key not in _FORM}
     if isinstance(config, list):
@@ -117,7 +117,7 @@ def _computation(config: Any) -> Any:
 
 
 def widths_of(config: Mapping[str, Any]) -> Widths:
-    """Sizes from a Hugging Face config; text sizes where a config nests them."""
+    """Sizes from a Hugging Face config. If the config nests the text model, its sizes."""
     config = config.get("text_config", config)
 
     def size(name: str, old_name: str) -> int:
@@ -146,7 +146,7 @@ def biased_points(weights: Iterable[Path], architecture: Architecture) -> tuple[
 
 
 def tensor_entries(path: Path) -> tuple[dict[str, Any], int]:
-    """What the header of a checkpoint's safetensors file says of each tensor, and where their data begin."""
+    """The header entry of each tensor in a safetensors file, and the offset where the data begins."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         entries = json.loads(file.read(length))
@@ -155,7 +155,7 @@ def tensor_entries(path: Path) -> tuple[dict[str, Any], int]:
 
 
 class _Memo:
-    """Remembered digests: {path: [size, mtime_ns, sha256]}. A lost or broken memo only costs hashing again."""
+    """Cached digests: {path: [size, mtime_ns, sha256]}. If the cache is lost or broken, files are hashed again."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -1,10 +1,10 @@
-"""A bundle: a frozen manifest beside one safetensors file. Its version is the digest of the manifest.
+"""The bundle: a frozen manifest and one safetensors file. Its version is the digest of the manifest.
 
     polite/
       manifest.json       canonical JSON (RFC 8785); sha256 of these bytes is the version
-      edits.safetensors   tensors named `<site>/<kind>/<field>`; its sha256 stands in the manifest
+      edits.safetensors   tensors named `<site>/<kind>/<field>`; the manifest contains its sha256
 
-No torch, no vLLM. Nothing here executes what it reads.
+It needs neither torch nor vLLM, and executes nothing that it reads.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Record(BaseModel):
 
 
 class BlobRef(_Record):
-    """A stored blob by content."""
+    """A reference to a stored blob, by its content."""
 
     sha256: Digest
     size: int = Field(ge=0)
@@ -56,11 +56,11 @@ class BlobRef(_Record):
 
 
 GATE_FIRINGS = "gate_firings"
-"""The measurement of how often a version's gates fire for each token, those of the prompt and of the answer."""
+"""Name of the measurement: firings of a version's gates per token, prompt and answer included."""
 
 
 class Measurement(_Record):
-    """One figure the author measured: `base` and `edited` are the same metric before and after."""
+    """A measurement by the author: the same metric without (`base`) and with the edits (`edited`)."""
 
     metric: str
     base: float
@@ -69,7 +69,7 @@ class Measurement(_Record):
 
 
 class Strength(_Record):
-    """How strong a request may ask the edits to be; 1 is as they are written."""
+    """The strengths that a request may ask for. 1 means: the edits as they are written."""
 
     minimum: float = Field(allow_inf_nan=False)
     maximum: float = Field(allow_inf_nan=False)
@@ -86,7 +86,7 @@ class Strength(_Record):
 
 
 class Part(_Record):
-    """A bundle that a composition is made of, and how many of its edits come from it."""
+    """A bundle in a composition, with the number of edits that come from it."""
 
     name: Name
     version: Digest
@@ -94,7 +94,7 @@ class Part(_Record):
 
 
 class Provenance(_Record):
-    """Who or what made the edits, and from what."""
+    """The origin of the edits: tool, method, source and parameters."""
 
     tool: str
     method: str
@@ -103,7 +103,7 @@ class Provenance(_Record):
 
 
 class Manifest(_Record):
-    """Everything a bundle is, apart from its numbers."""
+    """The complete description of a bundle, without its numbers."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     name: BundleName
@@ -117,12 +117,12 @@ class Manifest(_Record):
     tensors: BlobRef
     provenance: Provenance
     parts: tuple[Part, ...] = ()
-    """what a composition is made of, in the order of its edits; empty for any other bundle"""
+    """the bundles of a composition, in the order of its edits; empty for any other bundle"""
     measurements: tuple[Measurement, ...] = ()
 
     @property
     def gate_firings(self) -> float | None:
-        """How often its gates fire for each token, as far as its author has measured that."""
+        """Firings of its gates per token, if the author has measured them."""
         return next((found.edited for found in self.measurements if found.metric == GATE_FIRINGS), None)
 
     def to_bytes(self) -> bytes:
@@ -131,7 +131,7 @@ class Manifest(_Record):
 
     @classmethod
     def from_bytes(cls, data: bytes, what: str = "manifest") -> Manifest:
-        """Parse stored bytes. BundleRefused lists every broken field; bytes that are not canonical are refused too."""
+        """Parse stored bytes. BundleRefused lists every invalid field. Bytes that are not canonical are refused too."""
         if len(data) > MAX_MANIFEST_BYTES:
             raise BundleRefused(
                 what, [Reason("too_large", f"expected at most {MAX_MANIFEST_BYTES} bytes, found {len(data)}")]
@@ -170,7 +170,7 @@ def _reason(problem: Any) -> Reason:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A manifest with the bytes of its tensor file. `verify.check` says whether they keep every rule."""
+    """A manifest with the bytes of its tensor file. `verify.check` checks them against all rules."""
 
     manifest: Manifest
     tensor_bytes: bytes | mmap.mmap = field(repr=False)
@@ -195,7 +195,7 @@ class Bundle:
         measurements: Iterable[Measurement] = (),
         created_at: datetime | None = None,
     ) -> Bundle:
-        """Make a bundle from edits, each with its arrays by field name. It is not checked here: see `verify.check`."""
+        """Make a bundle from edits and their arrays by field name. It is not checked here: see `verify.check`."""
         import numpy as np
 
         pairs = list(edits)
@@ -231,7 +231,7 @@ class Bundle:
 
     @classmethod
     def load(cls, folder: Path) -> Bundle:
-        """Read the two files from `folder`, unchecked apart from the manifest's own form."""
+        """Read the two files from `folder`. Only the form of the manifest is checked."""
         from vllm_edits.edit_store.tensor_file import MAX_TENSOR_FILE_BYTES
 
         for name, limit in ((MANIFEST_FILE, MAX_MANIFEST_BYTES), (TENSORS_FILE, MAX_TENSOR_FILE_BYTES)):

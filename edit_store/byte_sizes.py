@@ -1,4 +1,4 @@
-"""Sizes in bytes, as people write and read them."""
+"""Sizes in bytes, written for people: parsing and formatting."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from vllm_edits.edit_store.errors import SettingsError
 
 
 def bytes_of(text: str) -> int:
-    """A size that somebody wrote, such as 8GiB or 500MB."""
+    """Parse a size such as 8GiB or 500MB. SettingsError if it is not a size."""
     try:
         return int(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError:
@@ -16,7 +16,7 @@ def bytes_of(text: str) -> int:
 
 
 def sized(size: int) -> str:
-    """A size for people, in the units that vLLM's log uses."""
+    """Format a size for people, in the units of vLLM's log."""
     for unit, bytes_ in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if size >= bytes_:
             return f"{size / bytes_:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""What is spelled, hashed and dated alike everywhere: canonical JSON (RFC 8785), sha256 in hexadecimal, UTC seconds."""
+"""Canonical JSON (RFC 8785), hexadecimal sha256 digests and UTC times in seconds, the same everywhere."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def sha256(data: bytes | mmap.mmap) -> str:
 
 
 def canonical_json(value: Any) -> bytes:
-    """RFC 8785 bytes of a JSON value: one value has one spelling, so one digest."""
+    """The RFC 8785 bytes of a JSON value. Equal values have equal bytes, and so equal digests."""
     return rfc8785.dumps(value)
 
 
 def now() -> datetime:
-    """This moment, in whole seconds."""
+    """The present time in UTC, in whole seconds."""
     return datetime.now(UTC).replace(microsecond=0)

@@ -1,24 +1,24 @@
-"""Every error this project raises on purpose. Imports nothing, so anything may import it.
+"""Every error that this project raises on purpose. It imports nothing, so every module may import it.
 
 EditsError
-├── BundleRefused      a bundle breaks rules; carries every reason at once
+├── BundleRefused      a bundle breaks rules; the error lists every reason
 │   ├── NotTrusted     a promotion or its version lacks signatures that the trust file asks for
-│   ├── InstallRefused a worker cannot hold a version; the old one keeps serving
-│   └── ExperimentRefused  so does an experiment, or a change of one; what runs goes on
-├── NotFound           a name, tag, version or object does not exist; names the nearest that do
-├── AmbiguousVersion   an abbreviated version fits several
-├── Conflict           somebody else changed the same thing first; nothing was written
-│   └── Overtaken      somebody else wrote the log's next entry
+│   ├── InstallRefused a worker cannot hold a version; the old version keeps serving
+│   └── ExperimentRefused  an experiment, or a change of one, breaks rules; running experiments continue
+├── NotFound           a name, tag, version or object does not exist; the error lists similar names
+├── AmbiguousVersion   an abbreviated version matches several versions
+├── Conflict           another writer changed the same object first; nothing was written
+│   └── Overtaken      another writer wrote the next entry of the log first
 ├── StoreUnavailable   the store cannot be reached, read or written
-├── StoreCorrupt       stored bytes do not match the digest or chain that names them
-├── SettingsError      a setting is unknown or impossible
+├── StoreCorrupt       stored bytes do not match their digest or their chain
+├── SettingsError      a setting is unknown or invalid
 ├── UnsupportedHost    this vLLM, or the way it was started, cannot serve edits exactly
-├── CannotSign         entries must be signed, and there is no key to sign them with
-├── NotServed          a promoted variant that this server refuses
-├── RequestRefused     a request asks for what its variant or experiment does not allow
-│   ├── ArmRefused     an arm that is not there, or not served
-│   └── ShadowRefused  two answers that cannot be compared
-└── FeedbackRefused    feedback that its experiment does not take
+├── CannotSign         entries must be signed, but there is no signing key
+├── NotServed          a variant is promoted, but this server refuses it
+├── RequestRefused     a request asks for something that its variant or experiment does not allow
+│   ├── ArmRefused     a request asks for an arm that does not exist or is not served
+│   └── ShadowRefused  a request asks for a comparison that is not possible
+└── FeedbackRefused    feedback that its experiment does not accept
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from dataclasses import dataclass
 
 
 class EditsError(Exception):
-    """Base of every error raised on purpose; its text says what was expected, what was found, what to do."""
+    """Base of every error raised on purpose. Its text says what was expected, what was found, and what to do."""
 
 
 @dataclass(frozen=True)
 class Reason:
-    """One broken rule: `code` is a short fixed word (a metric label), `message` is for people."""
+    """One broken rule. `code` is a short fixed word (a metric label); `message` is for people."""
 
     code: str
     message: str
@@ -54,7 +54,7 @@ class BundleRefused(EditsError):
 
 
 class NotTrusted(BundleRefused):
-    """Signatures are missing, wrong or run out. More may come, so it is looked at again."""
+    """Signatures are missing, wrong or expired. It is checked again later, because signatures may be added."""
 
 
 class InstallRefused(BundleRefused):
@@ -62,7 +62,7 @@ class InstallRefused(BundleRefused):
 
 
 class ExperimentRefused(BundleRefused):
-    """An experiment, or a change of one, breaks one or more rules. What runs goes on."""
+    """An experiment, or a change of one, breaks one or more rules. Running experiments continue."""
 
 
 class NotFound(EditsError):
@@ -70,15 +70,15 @@ class NotFound(EditsError):
 
 
 class AmbiguousVersion(EditsError):
-    """An abbreviated version fits more than one; write more digits."""
+    """An abbreviated version matches several versions. Give more digits."""
 
 
 class Conflict(EditsError):
-    """Somebody else wrote first. Read the new state, decide again; nothing was written."""
+    """Another writer was first. Nothing was written: read the new state, then try again."""
 
 
 class Overtaken(Conflict):
-    """Somebody else wrote the entry first that this one was to be: decide on what stands now."""
+    """Another writer wrote the next entry of the log first: read the log again, then try again."""
 
 
 class StoreUnavailable(EditsError):
@@ -86,15 +86,15 @@ class StoreUnavailable(EditsError):
 
 
 class StoreCorrupt(EditsError):
-    """Stored bytes do not match the digest that names them."""
+    """Stored bytes do not match their digest or their chain."""
 
 
 class CannotSign(EditsError):
-    """Entries must be signed, and there is no key to sign them with."""
+    """Entries must be signed, but there is no signing key."""
 
 
 class NotServed(EditsError):
-    """A variant is promoted, and this server refuses it."""
+    """A variant is promoted, but this server refuses it."""
 
 
 class RequestRefused(EditsError):
@@ -102,19 +102,19 @@ class RequestRefused(EditsError):
 
 
 class ArmRefused(RequestRefused):
-    """A request asks for an arm that no experiment about its model has, or that is not served."""
+    """A request asks for an arm that does not exist for its model name, or that is not served."""
 
 
 class ShadowRefused(RequestRefused):
-    """A request asks to compare what cannot be compared."""
+    """A request asks for a comparison that is not possible."""
 
 
 class FeedbackRefused(EditsError):
-    """Feedback of a metric, or a value, that its experiment does not have; nothing was counted."""
+    """Feedback with a metric or a value that its experiment does not accept. It was not counted."""
 
 
 class SettingsError(EditsError):
-    """A setting is unknown or its value is impossible."""
+    """A setting is unknown, or its value is invalid."""
 
 
 class UnsupportedHost(EditsError):

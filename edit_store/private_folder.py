@@ -1,4 +1,4 @@
-"""Folders of this user: the one for what is kept between starts, and those in which processes of one server meet."""
+"""Folders of this user: the cache folder, and temporary folders that the processes of one server share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vllm_edits.edit_store.errors import UnsupportedHost
 def cache_folder() -> Path:
     """`vllm-edits` in the user's cache folder: XDG_CACHE_HOME, or ~/.cache.
 
-    A user that has no home to write to, as those of some containers, gets one below the temporary folder.
+    A user without a writable home, as in some containers, gets a folder below the temporary folder.
     """
     if named := os.environ.get("XDG_CACHE_HOME"):
         return Path(named) / "vllm-edits"
@@ -25,14 +25,14 @@ def cache_folder() -> Path:
 
 
 def private_path(name: str) -> Path:
-    """Where the folder of that name is, or would be."""
+    """The path of the folder with this name. It need not exist."""
     return Path(tempfile.gettempdir()) / f"vllm-edits-{os.getuid()}-{name}"
 
 
 def private_folder(name: str) -> Path:
-    """The folder of that name below the temporary one, made if need be.
+    """The folder with this name below the temporary folder. It is made if it does not exist.
 
-    UnsupportedHost when it is another user's, open to others, or no folder.
+    UnsupportedHost if it belongs to another user, is open to others, or is not a folder.
     """
     folder = private_path(name)
     with suppress(FileExistsError):

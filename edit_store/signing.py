@@ -1,10 +1,10 @@
-"""Signatures over versions and over promotions: DSSE envelopes around in-toto statements, Ed25519 by securesystemslib.
+"""Signatures over versions and promotions: DSSE envelopes with in-toto statements, signed with Ed25519 keys.
 
     attestations/sha256/<ab>/<subject digest>/<sha256 of the envelope>.json
 
 The subject is the sha256 of a manifest (signed by an author) or of a tag entry (signed by a promoter). A manifest names
 the digest of its tensors, and an entry the digest of the entry before it, so one small signature covers everything.
-Signatures are detached: they are stored before what they sign is committed, and more can be added later.
+Signatures are detached: they are stored before the object that they sign is committed, and more can be added later.
 
 Sources: DSSE v1.0.2 (secure-systems-lab/dsse), in-toto Statement v1 (in-toto/attestation).
 """
@@ -31,14 +31,14 @@ PRIVATE_SUFFIX, PUBLIC_SUFFIX = ".key", ".pub"
 
 
 class Role(StrEnum):
-    """What a key may vouch for."""
+    """The role of a key: author (signs versions) or promoter (signs promotions)."""
 
     AUTHOR = "author"
     PROMOTER = "promoter"
 
     @property
     def predicate_type(self) -> str:
-        """The statement's type: an author's signature over some digest is never read as a promoter's."""
+        """The type of the statement. It keeps an author's signature from being read as a promoter's."""
         return f"urn:vllm-edits:{self}:v1"
 
 
@@ -61,7 +61,7 @@ class _Predicate(_Strict):
 
 
 class Statement(_Strict):
-    """Who vouches is in the signature; this says for what, as what, and until when."""
+    """The signed statement: the object, the role, and the date of expiry. The signature names the key."""
 
     type: Literal["https://in-toto.io/Statement/v1"] = Field(alias="_type", default="https://in-toto.io/Statement/v1")
     subject: tuple[_Subject, ...] = Field(min_length=1, max_length=1)
@@ -71,7 +71,7 @@ class Statement(_Strict):
 
 @dataclass(frozen=True)
 class SigningKey:
-    """An Ed25519 private key, from a PEM file that nobody else may read."""
+    """An Ed25519 private key, from a PEM file that only its owner may read."""
 
     signer: Any
 
@@ -84,7 +84,7 @@ class SigningKey:
 
     @classmethod
     def load(cls, path: Path) -> SigningKey:
-        """Read a PKCS#8 PEM file; EditsError says what is wrong with it."""
+        """Read a PKCS#8 PEM file. EditsError if it is not an Ed25519 private key."""
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
         from securesystemslib.signer import CryptoSigner
@@ -101,11 +101,11 @@ class SigningKey:
 
     @property
     def keyid(self) -> str:
-        """The key's name in signatures: a digest of its public half."""
+        """The key's id in signatures: a digest of its public key."""
         return str(self.signer.public_key.keyid)
 
     def save(self, path: Path) -> Path:
-        """Write the private half to `path`, readable by its owner alone, and the public half beside it, `.pub`."""
+        """Write the private key to `path`, readable by its owner only, and the public key beside it as `.pub`."""
         public = path.with_suffix(PUBLIC_SUFFIX)
         for taken in (path, public):
             if taken.exists():
@@ -117,14 +117,14 @@ class SigningKey:
         return public
 
     def public_pem(self) -> str:
-        """The public half as PEM."""
+        """The public key as PEM."""
         from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
         key = _crypto_key(self.signer.public_key)
         return str(key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode())
 
     def sign(self, role: Role, digest: str, name: str, *, expires_at: datetime | None = None) -> bytes:
-        """An envelope that vouches, in a role, for the object of that digest; `name` is for people."""
+        """Sign the object with this digest in a role; returns the envelope. `name` is for people."""
         from securesystemslib.dsse import Envelope
 
         statement = Statement(
@@ -139,7 +139,7 @@ class SigningKey:
 
 @dataclass(frozen=True)
 class Signature:
-    """One signature of an envelope, its statement read, nothing about it believed yet."""
+    """One signature of an envelope with its statement. It is not verified yet."""
 
     statement: Statement
     keyid: str
@@ -148,7 +148,7 @@ class Signature:
     raw: Any
 
     def made_by(self, public_key: Any) -> bool:
-        """Whether this key really made it."""
+        """True if this key made the signature."""
         from securesystemslib.exceptions import UnverifiedSignatureError
 
         try:
@@ -159,7 +159,7 @@ class Signature:
 
 
 def read_envelopes(stored: Sequence[bytes]) -> list[Signature]:
-    """Every signature in envelopes that can be read. Anybody may store garbage, so garbage is passed over."""
+    """Every signature in the readable envelopes. Unreadable ones are ignored, because any writer may store garbage."""
     return [signature for data in stored for signature in _read_envelope(data)]
 
 
@@ -180,7 +180,7 @@ def _read_envelope(data: bytes) -> list[Signature]:
 
 
 def public_key(pem: str) -> Any:
-    """A securesystemslib key from PEM; EditsError when it is no Ed25519 public key."""
+    """A securesystemslib key from PEM. EditsError if it is not an Ed25519 public key."""
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
     from securesystemslib.signer import SSlibKey
@@ -201,10 +201,10 @@ def _crypto_key(key: Any) -> Any:
 
 
 def attestation_folder(subject: str) -> str:
-    """Where the signatures over a digest lie."""
+    """The folder of the signatures over a digest."""
     return f"attestations/sha256/{subject[:2]}/{subject}/"
 
 
 def attestation_key(subject: str, envelope: bytes) -> str:
-    """Where an envelope lies: by its own content, so that no signature replaces another."""
+    """The key of an envelope. It contains the envelope's own digest, so no signature replaces another."""
     return attestation_folder(subject) + f"{sha256(envelope)}.json"

@@ -1,8 +1,8 @@
-"""Model-neutral names of the places an edit can attach to, and how wide each is.
+"""Model-neutral names of the sites of edits, with their widths.
 
-A site is `layers.<n>.<point>`, or one of the three outside the layers. Every point names one tensor per token:
+A site is `layers.<n>.<point>`, or one of the three sites outside the layers. Every point names one tensor per token:
 
-    embed.out   [hidden]             what enters layer 0: embeddings, with positions and multipliers where there are any
+    embed.out   [hidden]             input of layer 0: embeddings, with positions and multipliers if the model has them
     attn.in     [hidden]             input of the query, key and value projections
     q.proj      [heads * head_dim]   queries before their own norm, in models that have one (QK-norm)
     k.proj      [kv_heads * head_dim]
@@ -10,19 +10,19 @@ A site is `layers.<n>.<point>`, or one of the three outside the layers. Every po
     k.out       [kv_heads * head_dim]
     v.out       [kv_heads * head_dim]
     attn.z      [heads * head_dim]   concatenated head outputs, the input of the output projection
-    attn.out    [hidden]             what the output projection gives
+    attn.out    [hidden]             output of the output projection
     attn.post   [hidden]             the same after its own norm, in models that have one (post-norm)
     mlp.in      [hidden]             input of the MLP, or of the experts' router
     gate.out    [mlp]                gate projection, before the activation function
     up.out      [mlp]                up projection; before the activation function where there is no gate
     mlp.h       [mlp]                act(gate) * up, the input of the down projection
-    mlp.out     [hidden]             what the down projection, or all experts together, give
+    mlp.out     [hidden]             output of the down projection, or of all experts together
     mlp.post    [hidden]             the same after its own norm
     resid       [hidden]             the residual stream after layer n
     final       [hidden]             after the last norm, the input of the output head
     logits      [vocab]              the next token's logits, with soft cap and multiplier
 
-`layers.<n>.resid.in` is another name for what enters layer n: `layers.<n-1>.resid`, or `embed.out`.
+`layers.<n>.resid.in` is another name for the input of layer n: `layers.<n-1>.resid`, or `embed.out`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LAYER_POINTS = (
     "mlp.in", "gate.out", "up.out", "mlp.h", "mlp.out", "mlp.post", "resid",
 )  # fmt: skip
 POINTS = (*FIRST, *LAYER_POINTS, *LAST)
-"""In the order in which a token passes them."""
+"""All points, in the order in which a token passes them."""
 
 READS: Mapping[str, tuple[str, ...]] = {
     "q.proj": ("attn.in",), "k.proj": ("attn.in",), "q.out": ("attn.in",), "k.out": ("attn.in",),
@@ -55,7 +55,7 @@ _MLP = ("gate.out", "up.out", "mlp.h")
 
 
 class Widths(BaseModel):
-    """The sizes of a model that decide the shapes of its edits."""
+    """The sizes of a model that determine the shapes of its edits."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -74,13 +74,13 @@ class Widths(BaseModel):
         return self.mlp if point in _MLP else self.vocab if point == "logits" else self.hidden
 
     def heads_at(self, point: str) -> int | None:
-        """How many heads the vector at `point` is made of, or None where it has none."""
+        """The number of heads in the vector at `point`, or None if it has no heads."""
         return self.heads if point in _QUERIES else self.kv_heads if point in _KEYS_VALUES else None
 
     def per_worker(self, workers: int) -> Widths:
-        """The sizes in each of so many workers among which heads and MLP are divided, as tensor parallel does it.
+        """The sizes in each worker when tensor parallel divides heads and MLP among `workers`.
 
-        With fewer key-value heads than workers each has one, and several have the same.
+        With fewer key-value heads than workers, each worker has one head, and several workers have the same head.
         """
         kv_heads = max(1, self.kv_heads // workers)
         divided = {"heads": self.heads // workers, "kv_heads": kv_heads, "mlp": self.mlp // workers}
@@ -90,14 +90,14 @@ class Widths(BaseModel):
 @total_ordering
 @dataclass(frozen=True)
 class Site:
-    """One place in one model: a point, and the layer it is in (None outside the layers)."""
+    """A place in a model: a point, and its layer (None outside the layers)."""
 
     layer: int | None
     point: str
 
     @classmethod
     def parse(cls, text: str) -> Site:
-        """Read `layers.3.mlp.out`; ValueError says what a site looks like."""
+        """Parse a site such as `layers.3.mlp.out`. ValueError describes the valid forms."""
         if text in (*FIRST, *LAST):
             return cls(None, text)
         name, _, side = text.rpartition(".resid.")
@@ -113,7 +113,7 @@ class Site:
         return cls(layer, match[2])
 
     def beside(self, point: str) -> Site:
-        """That point in the same layer, or outside the layers where it lies there."""
+        """The site of another point in the same layer, or outside the layers if the point is outside them."""
         return Site(self.layer if point in LAYER_POINTS else None, point)
 
     def __str__(self) -> str:
@@ -128,6 +128,6 @@ class Site:
 
 
 def every_site(layers: int) -> list[Site]:
-    """Every site that a model of so many layers may have, in model order."""
+    """Every site that a model with `layers` layers may have, in model order."""
     inside = [Site(layer, point) for layer in range(layers) for point in LAYER_POINTS]
     return [*(Site(None, point) for point in FIRST), *inside, *(Site(None, point) for point in LAST)]

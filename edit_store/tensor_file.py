@@ -1,4 +1,4 @@
-"""Read a bundle's safetensors bytes without trusting them: caps first, then structure, then numbers.
+"""Reads a bundle's safetensors bytes without trusting them: first the size limits, then structure and numbers.
 
 The format is 8 bytes of header length (little endian), a JSON header, and raw data. Only float32 is accepted, and
 int32 for fields of indices.
@@ -24,7 +24,7 @@ _ITEM_BYTES = 4
 
 
 def read(data: bytes | mmap.mmap) -> tuple[Tensors, list[Reason]]:
-    """Tensors by name, and every reason to refuse them. The arrays are views into `data`: nothing is copied."""
+    """Read the tensors by name, and every reason to refuse them. The arrays are views of `data`: nothing is copied."""
     header, body, reasons = _header(data)
     if reasons:
         return {}, reasons
@@ -74,7 +74,7 @@ def _header(data: bytes | mmap.mmap) -> tuple[dict[str, Any], memoryview, list[R
 
 
 def _span(name: str, entry: Any, size: int) -> tuple[Reason | None, tuple[int, int]]:
-    """Where a tensor's bytes lie, or why its header entry cannot be believed."""
+    """The range of a tensor's bytes, or the reason to refuse its header entry."""
 
     def is_counts(value: Any) -> bool:
         return isinstance(value, list) and all(type(count) is int and count >= 0 for count in value)

@@ -1,8 +1,8 @@
-"""Whom a server believes: a small file of public keys, their roles and windows, and how many must agree.
+"""The trust file: public keys with roles and dates, and the number of signatures that are needed.
 
-Fail closed: a version or a promotion counts only with enough valid signatures of different keys of the right role. Time
-windows are held against the present moment, never against what a signature says of itself: a stolen old key could
-otherwise sign for the past. So rotation is: add the new key, sign what is promoted with it, let the old one run out.
+It fails closed: a version or a promotion counts only with enough valid signatures of different keys with the right
+role. Dates are compared with the present time, never with the date in a signature: else a stolen old key could sign for
+the past. To rotate a key: add the new key, sign the promoted versions with it, and let the old key expire.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vllm_edits.edit_store.signing import Role, Signature, public_key
 
 
 class Enforcement(StrEnum):
-    """What a server does with what is not signed as the trust file asks."""
+    """The treatment of missing signatures: refuse (require), log a warning (warn), or do not check (off)."""
 
     REQUIRE = "require"
     WARN = "warn"
@@ -34,9 +34,9 @@ class _Strict(BaseModel):
 
 
 class TrustedKey(_Strict):
-    """A public key, what it may vouch for, and when."""
+    """A public key with its roles and its dates."""
 
-    name: str = Field(min_length=1, description="who holds it")
+    name: str = Field(min_length=1, description="name of the key's holder")
     public: str = Field(description="the public key, PEM")
     roles: Annotated[tuple[Role, ...], Field(min_length=1)]
     not_before: AwareDatetime | None = None
@@ -44,7 +44,7 @@ class TrustedKey(_Strict):
 
     @property
     def key(self) -> Any:
-        """The key itself; EditsError when the PEM is no Ed25519 public key."""
+        """The key itself. EditsError if the PEM is not an Ed25519 public key."""
         return public_key(self.public)
 
 
@@ -58,9 +58,9 @@ class TrustPolicy(_Strict):
 
     @classmethod
     def load(cls, path: Path, *, unfinished: bool = False) -> TrustPolicy:
-        """Read a trust file; SettingsError lists everything that is wrong with it.
+        """Read a trust file. SettingsError lists every error in it.
 
-        An `unfinished` one, which is being edited, may ask for more signatures than its keys can give.
+        An `unfinished` file, which is being edited, may ask for more signatures than its keys can give.
         """
         try:
             policy = cls.model_validate_json(path.read_bytes())
@@ -77,15 +77,15 @@ class TrustPolicy(_Strict):
         return policy
 
     def save(self, path: Path) -> None:
-        """Write the file, for people to read."""
+        """Write the file in a form for people."""
         path.write_text(self.model_dump_json(indent=2, exclude_none=True) + "\n")
 
     def needed(self, role: Role) -> int:
-        """Signatures of different keys that something of this role needs."""
+        """The number of signatures of different keys that this role needs."""
         return self.authors_needed if role is Role.AUTHOR else self.promoters_needed
 
     def broken(self) -> list[str]:
-        """Keys that are none, or not what they seem."""
+        """Errors in the keys: invalid, listed twice, or with wrong dates."""
         found: list[str] = []
         seen: dict[str, str] = {}
         for trusted in self.keys:
@@ -104,7 +104,7 @@ class TrustPolicy(_Strict):
         return found
 
     def unsatisfiable(self) -> list[str]:
-        """Roles of which more signatures are needed than there are keys. Without any key nothing is needed."""
+        """Roles that need more signatures than they have keys. Without any key, no signature is needed."""
         holders = {role: sum(role in trusted.roles for trusted in self.keys) for role in Role}
         return [
             f"{self.needed(role)} {role} signature(s) are needed, but only {count} key(s) have the role {role}. Add "
@@ -116,7 +116,7 @@ class TrustPolicy(_Strict):
     def check(
         self, role: Role, digest: str, what: str, signatures: Sequence[Signature], *, at: datetime | None = None
     ) -> list[Reason]:
-        """Why the object of that digest is not vouched for; empty when enough different keys of the role do."""
+        """Reasons why the object with this digest is not trusted. Empty if enough keys of the role signed it."""
         at = at or datetime.now(UTC)
         about = [
             signature
@@ -158,14 +158,14 @@ class TrustPolicy(_Strict):
 
 @dataclass(frozen=True)
 class Trust:
-    """A policy, and what a server does about it."""
+    """A trust policy, and how a server enforces it."""
 
     policy: TrustPolicy = field(default_factory=TrustPolicy)
     enforcement: Enforcement = Enforcement.OFF
 
     @classmethod
     def configured(cls, file: str | None, enforcement: Enforcement | None) -> Trust:
-        """What an operator asked for. Signatures are required as soon as there is any key to hold them against."""
+        """The trust that the settings ask for. Default: signatures are required if the trust file holds a key."""
         policy = TrustPolicy() if file is None else TrustPolicy.load(Path(file))
         if enforcement is None:
             enforcement = Enforcement.REQUIRE if policy.keys else Enforcement.OFF

@@ -1,6 +1,7 @@
-"""What travels with a request into the engine, and what every worker holds it against. Pure.
+"""The claim and the fork of a request, which travel with it into the engine. Pure.
 
-The engine gate writes both into the request's extra arguments, and whatever a caller put there is overwritten.
+The engine gate writes both into the request's extra arguments and overwrites values from the caller. Every worker
+checks the claim against the content of its slots.
 """
 
 from __future__ import annotations
@@ -8,16 +9,16 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 SCHEDULER = "vllm_edits.EditsScheduler"
-"""The scheduler that knows how to fork, for `--scheduler-cls`."""
+"""The plugin's scheduler, for `--scheduler-cls`. It supports forks."""
 _TOO_LARGE = 2**31
 
 
 class FalseClaim(RuntimeError):
-    """A request claims what the engine does not hold, or claims it in a form that the engine gate never writes."""
+    """The claim of a request does not match the engine's content, or has a form that the engine gate never writes."""
 
 
 class Claim(NamedTuple):
-    """That a request is to be computed with what a slot holds. Absent for the base model."""
+    """The claim of a request on the version in a slot. Requests for the base model have none."""
 
     slot: int
     version: str
@@ -25,7 +26,7 @@ class Claim(NamedTuple):
 
     @classmethod
     def of(cls, told: Any) -> Claim:
-        """The claim that arrived. FalseClaim unless it has the form of one, with numbers that can be such."""
+        """Parse a claim. FalseClaim if its form or its numbers are invalid."""
         match told:
             case [int() as slot, str() as version, int() | float() as strength] if (
                 abs(slot) < _TOO_LARGE and abs(strength) < _TOO_LARGE
@@ -35,14 +36,14 @@ class Claim(NamedTuple):
 
 
 class Fork(NamedTuple):
-    """That the cache blocks of a request are the base's up to `tail` tokens before its prompt ends."""
+    """The point up to which a request's cache blocks are the base model's: `tail` tokens before its prompt ends."""
 
     salt: str
     tail: int
 
     @classmethod
     def of(cls, told: Any) -> Fork:
-        """The fork that arrived. FalseClaim unless it has the form of one."""
+        """Parse a fork. FalseClaim if its form is invalid."""
         match told:
             case [str() as salt, int() as tail] if tail >= 0:
                 return cls(salt, tail)

@@ -1,4 +1,4 @@
-"""What commands that ask a running server share: its address, its key, and what to say when it does not answer."""
+"""Shared parts of commands that ask a running server: address, API key, and the error without an answer."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ ApiKeyOption = Annotated[
 
 
 def authorization(api_key: str) -> dict[str, str]:
-    """The header that a key is sent in; none for no key."""
+    """The header with the API key. Empty without a key."""
     return {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
 
 def no_answer(url: str, error: httpx.HTTPError) -> EditsError:
-    """What to raise when nobody answers there."""
+    """The error to raise if the server does not answer."""
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
         return EditsError(
             f"no answer from {url}: {error}. Set SSL_CERT_FILE to the certificate of the authority that signed it"

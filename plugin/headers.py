@@ -1,28 +1,29 @@
-"""Every HTTP header of the plugin's own, declared once. Names are in lower case, as ASGI has them."""
+"""Declares every HTTP header of the plugin. Names are in lower case, as in ASGI."""
 
 from __future__ import annotations
 
 from vllm_edits.edit_store.experiments.document import UNIT_HEADER
 
 STRENGTH = "x-edits-strength"
-"""Of a request: how strong it wants the edits."""
+"""In a request: the strength of the edits."""
 ARM = "x-edits-arm"
-"""Of a request: the arm it wants; set by gateways, flag systems, testers."""
+"""In a request: the arm to use. Gateways, flag systems and testers set it."""
 SHADOW = "x-edits-shadow"
-"""Of a request: `polite@a,polite@b`: the first answers, the second runs unseen, and where they part is noted."""
+"""In a request, e.g. `polite@a,polite@b`: the first answers, the second runs as a shadow, and the first difference is
+logged."""
 UNIT = UNIT_HEADER
-"""Of a request: what stays in one arm of an experiment, unless its document names another header."""
+"""In a request: the unit, which stays in one arm of an experiment. An experiment's document may name another header."""
 ADMIN_TOKEN = "x-edits-admin-token"  # noqa: S105  the header's name
-"""Of a request that changes what is served."""
+"""In a request that promotes, rolls back or withdraws a version: the admin token."""
 
 VARIANT = "x-edits-variant"
-"""Of an answer: the bundle's name, or `base`."""
+"""In an answer: the variant's name, or `base`."""
 VERSION = "x-edits-version"
-"""Of an answer: the version's digest, or `base`."""
+"""In an answer: the version's digest, or `base`."""
 EXPERIMENT = "x-edits-experiment"
-"""Of an answer: `<experiment>/<arm>`, where the request takes part in one."""
+"""In an answer to a request of an experiment: `<experiment>/<arm>`."""
 REQUEST = "x-edits-request"
-"""Of an answer: the id by which feedback on it may come."""
+"""In an answer: the id for feedback on it."""
 
 OF_REQUESTS = (STRENGTH, ARM, SHADOW, UNIT, ADMIN_TOKEN)
 OF_ANSWERS = (VARIANT, VERSION, EXPERIMENT, REQUEST)

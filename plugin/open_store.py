@@ -1,4 +1,4 @@
-"""Opens the store's reading side as the settings describe it: for the API process, and for every worker."""
+"""Opens the store for reading, as the settings describe it. Used in the API process and in every worker."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from vllm_edits.server_config.settings import EditSettings
 
 
 def open_reader(settings: EditSettings, *, signs: bool = False) -> Reader:
-    """The reader of the store that the settings name. SettingsError or StoreUnavailable when that cannot be.
+    """The reader of the store in the settings. SettingsError or StoreUnavailable if it cannot be opened.
 
-    signs: whether this process appends to the store. Only then is the private key read: no worker ever holds it.
+    signs: True if this process appends to the store. Only then the private key is read: no worker ever holds it.
     """
     cache = NodeCache(Path(settings.cache_folder) if settings.cache_folder else None, settings.cache_bytes)
     signer = SigningKey.load(Path(settings.signing_key_file)) if signs and settings.signing_key_file else None

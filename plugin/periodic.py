@@ -1,4 +1,4 @@
-"""Doing something for as long as the server lives."""
+"""Repeats an action for the lifetime of the server."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ logger = logging.getLogger("vllm.edits")
 
 
 async def repeat(seconds: float, act: Callable[[], Awaitable[None]], failed: str) -> None:
-    """Act every so often, for ever: whatever goes wrong once is told with its traceback, as `failed`."""
+    """Call `act` every `seconds` without end. An error is logged with the message `failed`, and the loop continues."""
     while True:
         await asyncio.sleep(seconds)
         try:
             await act()
-        except Exception:  # the loop must outlive any fault of one turn
+        except Exception:  # the loop must continue after an error
             logger.exception(failed)

@@ -1,9 +1,8 @@
-"""What a client asks for, read once from headers and body, as vLLM's handlers will read them. Pure.
+"""Reads a client's request from headers and body, once and in the same way as vLLM's handlers. Pure.
 
-vLLM takes a body as Starlette does: with `json.loads`, which knows UTF-8, -16 and -32 by their first bytes, NaN,
-Infinity and half a surrogate pair, takes the last of equal keys, and gives up on what is nested too deep. A stricter
-reader would see no model where vLLM sees one, so what the fast reader does not take is read again in vLLM's way.
-Nothing of a prompt is kept.
+vLLM parses a body as Starlette does: with `json.loads`. It accepts UTF-8, UTF-16 and UTF-32, NaN, Infinity and half a
+surrogate pair, uses the last of equal keys, and refuses too deep nesting. A stricter parser would find no model where
+vLLM finds one. So a body that the fast parser refuses is parsed again in vLLM's way. No part of a prompt is kept.
 """
 
 from __future__ import annotations
@@ -21,33 +20,33 @@ from vllm_edits.edit_store.errors import RequestRefused
 from vllm_edits.plugin import headers as names
 
 Headers = Sequence[tuple[bytes, bytes]]
-"""ASGI's: names in lower case, in the order in which they came."""
+"""Headers as in ASGI: names in lower case, in the order of the request."""
 Source = Literal["header", "user", "key", "request"]
-"""What a unit is made of."""
+"""The source of a unit: a header, the user, the API key, or the request itself."""
 SAGEMAKER_PATH, ADAPTER_HEADER = "/invocations", b"x-amzn-sagemaker-adapter-identifier"
-"""SageMaker's endpoint, where a header may name the model in the body's place."""
+"""SageMaker's endpoint, and its header that may name the model instead of the body."""
 STRENGTH_ARGUMENT = "edits_strength"
-"""Key of `vllm_xargs` that says how strong a request wants the edits."""
+"""Key of `vllm_xargs` with the strength of the edits."""
 _UNIT_PREFIX = "x-"
-"""Headers that may name a unit begin so."""
+"""Prefix of headers that may contain a unit."""
 _SECRET = {"x-api-key", names.ADMIN_TOKEN}
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What stays in one arm of an experiment. A unit that is a request is in an arm by itself."""
+    """A unit, e.g. a user, which stays in one arm of an experiment. Without a better source, it is the request."""
 
     value: str
     source: Source
 
     @property
     def hash(self) -> str:
-        """The first 16 hex digits of its sha256, which are written down in its place."""
+        """The first 16 hex digits of its sha256. Logs contain this hash instead of the unit."""
         return hashlib.sha256(self.value.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 class _Fields(msgspec.Struct):
-    """Fields of a body that are looked at, whatever their types."""
+    """The fields of a body that are read. They may have any type."""
 
     model: Any = None
     user: Any = None
@@ -57,29 +56,29 @@ class _Fields(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Request:
-    """All that is read of one request. A field of a type that vLLM refuses counts as absent."""
+    """The parts of a request that the plugin reads. A field of a type that vLLM refuses counts as absent."""
 
     model: str = ""
-    """name in the `model` field, or '' for the base model"""
+    """value of the `model` field, or '' for the base model"""
     strengths: tuple[str, ...] = ()
-    """strengths asked for, as they were written"""
+    """requested strengths, as they are written"""
     beam_search: bool = False
     user: str = ""
-    """the field `user` of OpenAI's requests"""
+    """the field `user` of OpenAI's API"""
     headers: Mapping[str, str] = field(default_factory=dict)
-    """those that begin with `x-`, secrets left out"""
+    """headers that begin with `x-`, without secrets"""
     key: str = ""
     """sha256 of the API key"""
     id: str = ""
-    """the server's own name for the request"""
+    """the server's own id for the request"""
     resolved_arm: str = ""
-    """the arm that an operator's resolver gives it"""
+    """the arm that the operator's resolver chose"""
     target: str = ""
-    """what must answer it, whatever experiments say: of requests that the server makes itself, or narrows down"""
+    """the name that must answer, independent of experiments; for requests that the server makes or restricts itself"""
 
     @classmethod
     def read(cls, path: str, headers: Headers, body: bytes, id: str = "") -> Request:  # noqa: A002
-        """Read a request. path: below --root-path."""
+        """Read a request. path: the path below --root-path."""
         fields = _fields(body)
         model = _text(fields.model)
         if path == SAGEMAKER_PATH:
@@ -95,7 +94,7 @@ class Request:
 
     @property
     def strength(self) -> float | None:
-        """The strength, or None where none was asked for. RequestRefused unless all that were sent are one number."""
+        """The requested strength, or None. RequestRefused if the request has different or invalid strengths."""
         if not self.strengths:
             return None
         try:
@@ -109,11 +108,11 @@ class Request:
 
     @property
     def arm(self) -> str:
-        """The arm that it asks for itself, or was given by a resolver, or ''."""
+        """The arm that the request asks for, or that a resolver chose, or ''."""
         return self.headers.get(names.ARM, "") or self.resolved_arm
 
     def unit(self, header: str) -> Unit:
-        """The unit: that header's value, else the user, else the API key's hash, else the request itself."""
+        """The unit: the value of `header`, else the user, else the API key's hash, else the request itself."""
         if value := self.headers.get(header):
             return Unit(value, "header")
         if self.user:
@@ -122,18 +121,18 @@ class Request:
 
 
 def is_json(headers: Headers) -> bool:
-    """Whether vLLM may take a body as JSON: its type says so, or says nothing."""
+    """True if vLLM may parse the body as JSON: its content type is JSON or missing."""
     kind = first(headers, b"content-type")
     return not kind or "json" in kind.lower()
 
 
 def first(headers: Headers, name: bytes) -> str:
-    """The first value of a header, which is the one that Starlette gives vLLM, or ''."""
+    """The first value of a header, as Starlette gives it to vLLM, or ''."""
     return next((value.decode("latin-1") for key, value in headers if key == name), "")
 
 
 def _told(headers: Headers) -> tuple[Mapping[str, str], str]:
-    """The headers that may matter to an experiment, and the API key."""
+    """The headers that experiments may read, and the API key."""
     told: dict[str, str] = {}
     for name, value in headers:  # of equal ones the first counts, as in vLLM's check of the key
         told.setdefault(name.decode("latin-1").lower(), value.decode("latin-1"))
@@ -157,7 +156,7 @@ def _fields(body: bytes) -> _Fields:
 
 
 def _text(value: Any) -> str:
-    """A string, or '' for anything else. Half a surrogate pair, which is in no name, is spelled out."""
+    """A string, or '' for any other type. Half a surrogate pair, which no name contains, is escaped."""
     return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else ""
 
 
@@ -165,7 +164,7 @@ _BOOL = pydantic.TypeAdapter(bool)
 
 
 def _truth(value: Any) -> bool:
-    """A flag as vLLM reads it: pydantic takes 1, "true" or "on" for true."""
+    """A flag as vLLM reads it: pydantic accepts 1, "true" or "on" as true."""
     try:
         return _BOOL.validate_python(value)
     except pydantic.ValidationError:

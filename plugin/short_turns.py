@@ -1,7 +1,7 @@
-"""Work in a thread beside a loop that must not wait: steps of the engine, or streams of a server.
+"""Runs work in a thread without delaying the main loop: steps of the engine, or streams of a server.
 
-A thread that wants Python's lock waits until the one that has it lets go, or for the switch interval, which is 5 ms:
-longer than a step takes on a GPU.
+A thread that waits for Python's lock may wait for the switch interval. By default it is 5 ms, longer than a step on a
+GPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _T = TypeVar("_T")
 
 
 class _Turns:
-    """The process's switch interval, short for as long as one piece of work wants it so."""
+    """The switch interval of the process. It is short while any work runs."""
 
     def __init__(self) -> None:
         self._lock, self._working, self._usual = threading.Lock(), 0, 0.0
@@ -43,7 +43,7 @@ _TURNS = _Turns()
 
 @contextmanager
 def short_turns() -> Iterator[None]:
-    """Have every thread of the process give Python's lock away after a fifth of a millisecond, if another wants it."""
+    """Shorten the switch interval to 0.2 ms, so that other threads get Python's lock soon."""
     _TURNS.shorten()
     try:
         yield
@@ -52,7 +52,7 @@ def short_turns() -> Iterator[None]:
 
 
 async def in_thread(work: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:
-    """What `work` returns, done in a thread in short turns."""
+    """Run `work` in a thread with a short switch interval; returns its result."""
 
     def do() -> _T:
         with short_turns():

@@ -1,5 +1,4 @@
-"""What a server must know of a version before it serves a request: which strengths it allows, and what of the cache it
-may share. Pure."""
+"""Facts about a version that a server needs before it serves a request: allowed strengths and shared cache. Pure."""
 
 from __future__ import annotations
 
@@ -15,23 +14,23 @@ from vllm_edits.plugin.request import STRENGTH_ARGUMENT
 
 @dataclass(frozen=True)
 class VersionInfo:
-    """Of one version, or of the base model (the defaults)."""
+    """Facts about one version. The defaults are those of the base model."""
 
     strength: Strength | None = None
     bound_to_prompt: bool = False
-    """whether the same tokens are edited otherwise behind a longer prompt, so that their cache blocks differ"""
+    """True if edits of a token depend on the length of the prompt, so that cache blocks depend on it too"""
     tail: int | None = None
-    """edits begin so many tokens before the prompt ends, and what is before is the base model's; None: anywhere"""
+    """edits begin this many tokens before the end of the prompt; earlier tokens are the base model's. None: anywhere"""
     name: str = ""
-    """of the bundle"""
+    """name of the bundle"""
     fires: bool = False
-    """whether it has edits whose firings are counted"""
+    """True if it has edits whose firings are counted"""
     authored_firings: float | None = None
-    """how often they fire for each token, as far as its author has measured that"""
+    """firings of its gates per token, if its author has measured them"""
 
     @classmethod
     def of(cls, manifest: Manifest) -> VersionInfo:
-        """The traits of a version."""
+        """The facts in a manifest."""
         scopes = {edit.scope for edit in manifest.edits}
         # Far into a long prompt, where each scope begins tells its distance from the prompt's end, if it has one.
         long = 1 << 40
@@ -43,7 +42,7 @@ class VersionInfo:
         )  # fmt: skip
 
     def strength_of(self, asked: float | None, model: str, *, fixed: bool = False) -> float:
-        """The strength a request gets; `fixed`: the default is in the weights. RequestRefused says what it may ask."""
+        """The strength of a request. fixed: the default is in the weights. RequestRefused if it is out of bounds."""
         if asked is None:
             return 1.0 if self.strength is None else self.strength.default
         if fixed and self.strength is not None and asked != self.strength.default:
@@ -64,4 +63,4 @@ class VersionInfo:
 NO_INFO = VersionInfo()
 
 InfoOf = Callable[[str], VersionInfo]
-"""What is known of a version."""
+"""Returns the facts about a version."""

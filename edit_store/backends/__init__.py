@@ -1,4 +1,4 @@
-"""Where a store's objects live. One small protocol; the local folder is the default."""
+"""The backends of a store: a local folder (the default), object stores, and memory, with one small protocol."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROBES = "probes"
 
 
 def open_backend(url: str) -> Backend:
-    """The backend for a folder path, a file://, s3://, gs:// or az:// URL, or memory://."""
+    """Open the backend for a folder path, or for a file://, s3://, gs://, az:// or memory:// URL."""
     parts = urlsplit(url)
     if parts.scheme in ("", "file"):
         return LocalFolder(Path(parts.path if parts.scheme else url))
@@ -34,10 +34,10 @@ def open_backend(url: str) -> Backend:
 
 
 def require_exclusive_create(backend: Backend) -> None:
-    """Prove that the second of two creates is refused; StoreUnavailable where it is not.
+    """Test that the second of two creates is refused. StoreUnavailable if it is not.
 
-    Some S3-compatible servers ignore `If-None-Match`, and some file systems have no hard links. On these two promotions
-    at once would overwrite each other in silence, so nothing is written there.
+    Some S3-compatible servers ignore `If-None-Match`, and some file systems have no hard links. There, two promotions
+    at the same time would overwrite each other silently. So nothing is written there.
     """
     key = f"{PROBES}/{secrets.token_hex(16)}"
     try:

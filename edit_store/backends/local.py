@@ -1,7 +1,8 @@
-"""A folder as a store backend: durable, atomic, safe across processes and fork. Standard library only.
+"""A folder as a store backend: durable, atomic, safe with several processes and after a fork. Standard library only.
 
-An object becomes visible by one hard link of a fully written and synced file, which fails if the name is taken: that is
-create-if-absent on every local file system. Rename would overwrite, and an exclusive open would show half a file.
+A new object is written to a temporary file, synced, and then hard-linked to its name. The link fails if the name
+exists: this is create-if-absent on every local file system. A rename would overwrite, and an exclusive open would make
+an incomplete file visible.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from vllm_edits.edit_store.errors import StoreUnavailable
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 STAGING = ".staging"
-"""Where files are written before they are named. What a crash leaves there, `gc` sweeps; `list` does not show it."""
+"""The folder of temporary files. `gc` deletes files that a crash left there; `list` does not show them."""
 
 
 class LocalFolder:
@@ -103,7 +104,7 @@ class LocalFolder:
                 _sync_folder(path.parent)
 
     def sweep(self, before: float) -> int:
-        """Remove what crashed writers left half written before a moment; returns how many files."""
+        """Delete temporary files of crashed writers that are older than `before`; returns their number."""
         swept = 0
         with self._trouble(STAGING):
             for path in (self.root / STAGING).glob("*"):
@@ -129,7 +130,7 @@ class LocalFolder:
 
 
 def _make_folders(folder: Path) -> None:
-    """Create `folder` and sync each new parent entry, so that a crash cannot forget the way to a synced file."""
+    """Create `folder` and sync each new parent entry, so that a crash cannot lose the path to a synced file."""
     missing = []
     while not folder.is_dir():
         missing.append(folder)

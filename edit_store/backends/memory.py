@@ -1,4 +1,4 @@
-"""A store backend in this process's memory, for tests. It keeps the protocol honestly; only durability is missing."""
+"""A store backend in this process's memory, for tests. It implements the whole protocol, except durability."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Memory:
 
     @classmethod
     def shared(cls, url: str) -> Memory:
-        """The one memory store of that URL in this process."""
+        """The memory store with this URL in this process."""
         return cls._shared.setdefault(url, cls(url))
 
     def get(self, key: str) -> bytes:

@@ -1,7 +1,8 @@
 """An S3, Google Cloud Storage or Azure bucket as a store backend, through `obstore` (the extra `cloud`).
 
-Credentials, regions and endpoints come from each cloud's usual environment. The client is made at the first use, never
-at import: its threads do not survive a fork, so a process that was forked after that is refused instead of hanging.
+Credentials, regions and endpoints come from each cloud's usual environment variables. The client is made at the first
+use, never at import. Its threads do not survive a fork: so a process that was forked later gets an error instead of
+hanging.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class ObjectStore:
 
     @contextmanager
     def _trouble(self, key: str, *, missing: bool = True) -> Iterator[Any]:
-        """Yield the client and turn its errors into ours. `missing`: whether the object may be what is not there."""
+        """Yield the client and translate its errors. With `missing`, a missing object is a KeyError."""
         client = self._open()
         from obstore.exceptions import BaseError, NotFoundError
 
@@ -108,7 +109,7 @@ class ObjectStore:
                 raise StoreUnavailable(
                     f"store {self.url} needs the package obstore, which is not installed. Install vllm-edits[cloud]"
                 ) from None
-            # Plain HTTP only where an endpoint of the operator's own is spelled that way.
+            # Plain HTTP only if the operator's own endpoint begins with http://.
             plain = os.environ.get("AWS_ENDPOINT_URL", os.environ.get("AWS_ENDPOINT", "")).startswith("http://")
             timeout = timedelta(seconds=REQUEST_SECONDS)
             try:
@@ -124,5 +125,5 @@ class ObjectStore:
 
 
 def _first_line(error: Exception) -> str:
-    """What a person needs of an error whose text goes on with the client's inner state."""
+    """The first line of an error. The following lines describe the client's internal state."""
     return str(error).strip().split("\n", 1)[0]

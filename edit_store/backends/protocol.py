@@ -1,4 +1,4 @@
-"""What a store asks of the place where its objects live."""
+"""The protocol of a store's backend: objects by key."""
 
 from __future__ import annotations
 
@@ -11,47 +11,47 @@ PIECE_BYTES = 8 << 20
 
 
 class AlreadyExists(Exception):
-    """`create` found an object at that key. An answer, not an error: somebody else was first."""
+    """`create` found an object at this key, because another writer was first. It is an answer, not an error."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """An object as a listing shows it."""
+    """An object in a listing."""
 
     key: str
     size: int
     modified: float
-    """seconds since the epoch, by the clock of whoever keeps the object"""
+    """seconds since the epoch, by the clock of the backend"""
 
 
 class Backend(Protocol):
-    """Objects by key: relative paths with '/'. A missing key is KeyError; trouble is StoreUnavailable."""
+    """Objects by key: relative paths with '/'. A missing key is a KeyError; any other failure is StoreUnavailable."""
 
     url: str
     parallel: int
-    """how many reads are worth having under way at once"""
+    """number of reads that are worth running at the same time"""
 
     def get(self, key: str) -> bytes:
         """The whole object."""
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
-        """`length` bytes from `start`, fewer where the object ends before."""
+        """`length` bytes from `start`, or fewer if the object ends before."""
 
     def put(self, key: str, data: bytes) -> None:
-        """Write an object that has only one possible content (its key is its digest): writing it twice is harmless."""
+        """Write an object whose key determines its content, for example its digest. Writing it again is harmless."""
 
     def create(self, key: str, data: bytes) -> None:
-        """Write an object only if there is none at that key, atomically and durably; else AlreadyExists."""
+        """Write an object atomically and durably if the key is free. Else AlreadyExists."""
 
     def list(self, prefix: str) -> Iterator[Item]:
         """Objects below `prefix`, a folder ending in '/', in any order."""
 
     def delete(self, key: str) -> None:
-        """Remove an object; a missing one is no error."""
+        """Remove an object. A missing object is not an error."""
 
 
 def get_or_none(backend: Backend, key: str) -> bytes | None:
-    """The whole object, or None where there is none."""
+    """The whole object, or None if it does not exist."""
     try:
         return backend.get(key)
     except KeyError:
@@ -59,7 +59,7 @@ def get_or_none(backend: Backend, key: str) -> bytes | None:
 
 
 def get_many(backend: Backend, keys: Sequence[str]) -> Iterator[bytes]:
-    """The objects at `keys`, in their order, as many at once as the backend is good for."""
+    """The objects at `keys`, in their order, read in parallel if the backend profits from it."""
     if backend.parallel == 1 or len(keys) < 2:
         yield from map(backend.get, keys)
         return
@@ -68,9 +68,9 @@ def get_many(backend: Backend, keys: Sequence[str]) -> Iterator[bytes]:
 
 
 def in_pieces(backend: Backend, key: str, size: int) -> Iterator[bytes]:
-    """An object that ought to have `size` bytes, piece by piece.
+    """Read an object with an expected size of `size` bytes, piece by piece.
 
-    One byte more than is expected is asked for at the end, so that an object that goes on shows; never more than that.
+    The last read asks for one byte more, so that a longer object is noticed. It never reads more than that.
     """
     start = 0
     while start < size:

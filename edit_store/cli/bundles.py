@@ -1,4 +1,4 @@
-"""Commands about bundles: init, publish, list, show, inspect, diff."""
+"""Commands about bundles: init, publish, compose, list, show, diff, inspect, sites."""
 
 from __future__ import annotations
 

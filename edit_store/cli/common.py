@@ -1,4 +1,4 @@
-"""What every command shares: the application, options, tables, progress, completion, and errors as messages."""
+"""Shared parts of all commands: the application, options, tables, progress, completion, and error messages."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _errors = Console(stderr=True)
 
 
 def known_store(context: typer.Context) -> EditStore | None:
-    """The store that the line being completed is about; none is no error while somebody types."""
+    """The store for completion of the present command line, or None. A missing store is not an error then."""
     url = context.params.get("store") or os.environ.get(STORE_VARIABLE)
     try:
         return EditStore(url) if url else None
@@ -45,13 +45,13 @@ def known_store(context: typer.Context) -> EditStore | None:
 
 
 def complete_name(context: typer.Context, incomplete: str) -> list[str]:
-    """Names of the store that begin so."""
+    """Names in the store that begin with `incomplete`."""
     store = known_store(context)
     return [name for name in store.names() if name.startswith(incomplete)] if store else []
 
 
 def complete_reference(context: typer.Context, incomplete: str) -> list[str]:
-    """Names, and after an @ the tags and abbreviated versions of that name."""
+    """Names, or after an @ the tags and abbreviated versions of the name."""
     name, at, selector = incomplete.partition("@")
     store = known_store(context)
     if not at or store is None:
@@ -87,12 +87,12 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for script
 
 
 def opened(url: str, key: Path | None = None) -> EditStore:
-    """The store, signing with that key if one is given."""
+    """Open the store. With a key, changes are signed."""
     return EditStore(url, signer=None if key is None else SigningKey.load(key))
 
 
 def explained(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn an error raised on purpose into its message and exit code 1."""
+    """Print an EditsError as a message and exit with code 1."""
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -129,7 +129,7 @@ def as_script(value: Any) -> None:
 
 @contextmanager
 def counted(what: str, *, total: int | None = None, in_bytes: bool = False) -> Iterator[Callable[..., None]]:
-    """A progress bar on the terminal's error side; yields what to call with `advance` or `completed` and `total`."""
+    """A progress bar on stderr. Yields a function to call with `advance`, or with `completed` and `total`."""
     amount = DownloadColumn(binary_units=True) if in_bytes else MofNCompleteColumn()
     columns = TextColumn("{task.description}"), BarColumn(), amount, TimeElapsedColumn()
     with Progress(*columns, console=_errors, transient=True, disable=not _errors.is_terminal) as progress:
@@ -143,12 +143,12 @@ def counted(what: str, *, total: int | None = None, in_bytes: bool = False) -> I
 
 @contextmanager
 def moving(what: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar in bytes; yields what to tell of the version being moved, bytes done, and bytes in all."""
+    """A progress bar in bytes. Yields a function to call with the version, the bytes done, and the bytes of all."""
     with counted(what, in_bytes=True) as update:
         yield lambda version, done, total: update(description=abbreviated(version), completed=done, total=total)
 
 
 def abbreviated(called: str) -> str:
-    """A reference with a version in full made short, as people read it; anything else as it is."""
+    """A reference with its version abbreviated; any other text unchanged."""
     name, at, selector = called.partition("@")
     return f"{name}{at}{selector[:12] if is_digest(selector) else selector}"

@@ -1,4 +1,4 @@
-"""Commands about experiments: write one, start it, watch how it stands, widen it, end it."""
+"""Commands about experiments: create, start, show, widen, withdraw, promote, stop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands that move versions over the Hugging Face Hub: hub push, hub pull."""
+"""Commands for the Hugging Face Hub: hub push, hub pull."""
 
 from __future__ import annotations
 
@@ -121,9 +121,9 @@ def pull(
 
 
 def _no_second_bars() -> None:
-    """huggingface_hub draws bars of its own; one is enough."""
+    """Disable the progress bars of huggingface_hub, because the command shows its own."""
     try:
         from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
     except ImportError:
-        return  # the command itself says that it is missing
+        return  # the command itself reports that it is missing
     disable_progress_bars()

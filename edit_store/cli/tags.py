@@ -1,4 +1,4 @@
-"""Commands that read and extend the history of a tag: history, promote, rollback, withdraw, pin."""
+"""Commands about the history of a tag: history, promote, rollback, withdraw, pin."""
 
 from __future__ import annotations
 

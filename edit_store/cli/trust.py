@@ -1,4 +1,4 @@
-"""Commands about keys: make one, sign with it, and say whom a server believes."""
+"""Commands about keys, signatures and trust files: keygen, sign, trust."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def sign(
 
 
 def _subject(store: EditStore, ref: Ref, role: Role) -> tuple[str, str]:
-    """Digest and description of what is signed."""
+    """Digest and description of the object to sign."""
     if role is Role.AUTHOR:
         version = store.resolve(str(ref))
         return version, f"{ref.name}@{version[:12]}"
@@ -247,7 +247,7 @@ def check(
 
 
 def _replace(file: Path, new: TrustPolicy, as_json: bool) -> None:
-    """Write a changed trust file, unless a key in it is broken; say what is still missing."""
+    """Write a changed trust file, unless a key in it is invalid. Print which signatures its keys cannot give."""
     if broken := new.broken():
         raise SettingsError("\n".join([f"{file} was not changed:", *(f"  - {each}" for each in broken)]))
     new.save(file)

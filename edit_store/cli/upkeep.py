@@ -1,4 +1,4 @@
-"""Commands that move versions and keep a store healthy: copy, export, import, verify, gc."""
+"""Commands for transfer and maintenance of a store: copy, export, import, verify, gc."""
 
 from __future__ import annotations
 

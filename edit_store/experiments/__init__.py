@@ -1,1 +1,1 @@
-"""The document of an experiment, how it stands, and its log."""
+"""Experiments in a store: their documents, their state, and their log."""

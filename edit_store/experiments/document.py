@@ -1,15 +1,15 @@
-"""The document of an experiment: which arms share the requests for one model name, how, and what would end it. Pure.
+"""The document of an experiment: its model name, its arms, their shares, and its guardrails. Pure.
 
     name: milder
-    model: polite                       # the name that clients ask for
+    model: polite                       # the model name in requests
     arms:                               # the first is the control
       - {name: control, serves: polite@prod, weight: 0.5}
       - {name: treatment, serves: polite@4f1c9a2b, weight: 0.5}
-    coverage: 0.02                      # so one unit of a hundred gets the treatment
+    coverage: 0.02                      # so one unit in a hundred gets the treatment
     ramp: [{after: 1h, coverage: 0.1}, {after: 1d, coverage: 1}]
     guardrails: [{metric: error, maximum: 0.02}]
 
-Units that take no part, and those of an arm that was withdrawn, are served by the control.
+The control serves the units that do not take part, and the units of withdrawn arms.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from vllm_edits.edit_store.experiments.durations import Seconds
 from vllm_edits.edit_store.refs import Ref
 
 BASE = "base"
-"""What an arm serves that is not edited."""
+"""The value of `serves` for the base model."""
 MAX_DOCUMENT_BYTES = 1 << 15
 UNIT_HEADER = "x-edits-unit"
 BUILT_IN: dict[str, Literal["increase", "decrease", ""]] = {
     "error": "decrease", "first_token_seconds": "decrease", "seconds_per_token": "decrease", "output_tokens": "",
     "empty": "decrease", "looping": "decrease", "corrupted": "decrease",
 }  # fmt: skip
-"""Metrics that every request has, and which way is better; of the rest clients say, as feedback. GATE_FIRINGS is none:
-it is counted by version, for guardrails only."""
+"""Metrics of every request, with the better direction. All other metrics are feedback from clients. GATE_FIRINGS is not
+one of them: it is counted by version, for guardrails only."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -56,15 +56,15 @@ def _servable(text: str) -> str:
 
 
 class Arm(_Record):
-    """One way to serve a unit's requests."""
+    """An arm: one way to serve the requests of its units."""
 
     name: Name
     serves: Annotated[str, AfterValidator(_servable)] = Field(description="base, name, name@tag or name@version")
-    weight: float = Field(gt=0, le=1, description="its share of the units that take part")
+    weight: float = Field(gt=0, le=1, description="share of the units that take part")
 
 
 class Namespace(_Record):
-    """A part of all units. Experiments with parts of the same namespace that do not overlap share no unit."""
+    """A part of all units. Experiments whose parts of one namespace do not overlap share no unit."""
 
     name: Name
     start: Fraction
@@ -79,34 +79,34 @@ class Namespace(_Record):
         return self
 
     def overlaps(self, other: Namespace) -> bool:
-        """Whether some unit may be in both."""
+        """True if a unit may be in both."""
         return self.name == other.name and self.start < other.end and other.start < self.end
 
     def holds(self, unit: str) -> bool:
-        """Whether a unit is in this part."""
+        """True if a unit is in this part."""
         return self.start <= assignment.bucket(f"namespace/{self.name}", unit) < self.end
 
 
 class Holdout(_Record):
-    """Units that take part in no experiment that names this holdout."""
+    """Units that take part in no experiment with this holdout."""
 
     name: Name
     share: Fraction
 
     def holds(self, unit: str) -> bool:
-        """Whether a unit is held out."""
+        """True if a unit is held out."""
         return assignment.bucket(f"holdout/{self.name}", unit) < self.share
 
 
 class RampStep(_Record):
-    """From so long after the start on, so many units take part."""
+    """A step of the ramp: the coverage from a time after the start on."""
 
     after: Seconds
     coverage: Fraction
 
 
 class FeedbackMetric(_Record):
-    """A metric that clients report. Values beyond the bounds are refused."""
+    """A metric that clients report. Values outside the bounds are refused."""
 
     name: Name
     minimum: float = 0.0
@@ -121,33 +121,35 @@ class FeedbackMetric(_Record):
 
 
 class Guardrail(_Record):
-    """A rule that withdraws an arm, in the words of Argo Rollouts' analysis.
+    """A rule that withdraws an arm. The terms are those of Argo Rollouts' analysis.
 
-    Every interval the mean of a metric over the arm's requests of that interval is measured. It fails beyond a limit,
-    succeeds when it is clear of it by the hysteresis, and is inconclusive with too few requests. Failures that no
-    success came between are counted; more than `failure_limit` of them withdraw the arm.
+    Each interval, the mean of a metric over the arm's requests in the interval is measured. The measurement fails
+    beyond the limit. It succeeds if the mean is within the limit by the hysteresis. It is inconclusive with too few
+    requests. The arm is withdrawn after more than `failure_limit` failures without a success between them.
     """
 
     metric: str
-    maximum: float | None = Field(default=None, description="what the arm's mean may not exceed")
-    minimum: float | None = Field(default=None, description="what the arm's mean may not be below")
-    maximum_ratio: float | None = Field(default=None, gt=0, description="the same, over the control's mean")
-    minimum_ratio: float | None = Field(default=None, gt=0, description="the same, over the control's mean")
+    maximum: float | None = Field(default=None, description="largest mean of the arm")
+    minimum: float | None = Field(default=None, description="smallest mean of the arm")
+    maximum_ratio: float | None = Field(default=None, gt=0, description="largest ratio to the control's mean")
+    minimum_ratio: float | None = Field(default=None, gt=0, description="smallest ratio to the control's mean")
     maximum_authored_ratio: float | None = Field(
-        default=None, gt=0, description="of gate_firings: over what the author of the arm's version measured"
+        default=None, gt=0, description="for gate_firings: largest ratio to the measurement by the version's author"
     )
     interval: Annotated[Seconds, Field(gt=0)] = 30.0
-    warm_up: Seconds = Field(default=0.0, description="how long after the phase began nothing is measured")
-    failure_limit: int = Field(default=0, ge=0, description="failed measurements that are tolerated")
-    minimum_requests: int = Field(default=20, ge=1, description="requests of the arm that a measurement needs")
+    warm_up: Seconds = Field(default=0.0, description="time after the start of the phase without measurements")
+    failure_limit: int = Field(default=0, ge=0, description="number of failed measurements that are tolerated")
+    minimum_requests: int = Field(default=20, ge=1, description="number of the arm's requests that a measurement needs")
     inconclusive_limit: int = Field(
-        default=4, ge=0, description="measurements without enough requests before the ramp holds"
+        default=4,
+        ge=0,
+        description="number of measurements with too few requests that are tolerated before the ramp is held",
     )
     no_data_limit: int = Field(
-        default=20, ge=1, description="measurements without enough requests before the arm is withdrawn"
+        default=20, ge=1, description="number of measurements with too few requests after which the arm is withdrawn"
     )
     hysteresis: float = Field(
-        default=0.1, ge=0, lt=1, description="how clear of the limit a success is, as a part of it"
+        default=0.1, ge=0, lt=1, description="distance to the limit that a success needs, as a fraction of the limit"
     )
 
     @model_validator(mode="after")
@@ -168,22 +170,22 @@ class Guardrail(_Record):
 
 
 class Shadow(_Record):
-    """A share of the control's requests that an arm answers too, unseen by the client, for comparison."""
+    """A share of the control's requests that an arm answers too, as a shadow, for comparison."""
 
     arm: Name
     share: Annotated[float, Field(gt=0, le=1)]
 
 
 class Experiment(_Record):
-    """A document. `Experiment.load` reads one, and says everything that is wrong with it at once."""
+    """The document of an experiment. `Experiment.load` reads one and lists all its errors."""
 
     schema_version: Literal[1] = 1
     name: Name
-    model: str = Field(min_length=1, max_length=200, description="name that clients ask for: of a variant, of the base "
-                       "model, or one that is the experiment's own")  # fmt: skip
+    model: str = Field(min_length=1, max_length=200, description="model name in requests: of a variant, of the base "
+                       "model, or a name only for this experiment")  # fmt: skip
     description: str = Field(default="", max_length=4000)
-    unit_header: str = Field(default=UNIT_HEADER, pattern=r"^x-[a-z0-9-]+$", description="header that names the unit; "
-                             "else it is the user of the request, its API key, or the request itself")  # fmt: skip
+    unit_header: str = Field(default=UNIT_HEADER, pattern=r"^x-[a-z0-9-]+$", description="header with the unit. "
+                             "Without it, the unit is the user, else the API key, else the request")  # fmt: skip
     arms: Annotated[tuple[Arm, ...], Field(min_length=2, max_length=16)]
     coverage: Fraction = 1.0
     ramp: tuple[RampStep, ...] = ()
@@ -195,7 +197,7 @@ class Experiment(_Record):
 
     @classmethod
     def load(cls, path: Path) -> Experiment:
-        """Read a YAML or JSON document; ExperimentRefused lists everything that is wrong with it."""
+        """Read a YAML or JSON document. ExperimentRefused lists all errors in it."""
         what = f"experiment {path}"
         try:
             data = path.read_bytes()
@@ -211,7 +213,7 @@ class Experiment(_Record):
 
     @classmethod
     def parse(cls, document: Any, what: str = "experiment") -> Experiment:
-        """Check what was read; ExperimentRefused lists everything that is wrong."""
+        """Check a parsed document. ExperimentRefused lists all errors in it."""
         try:
             found = cls.model_validate(document)
         except ValidationError as error:
@@ -222,7 +224,7 @@ class Experiment(_Record):
 
     @property
     def control(self) -> Arm:
-        """What the other arms are held against."""
+        """The first arm, with which the other arms are compared."""
         return self.arms[0]
 
     @property
@@ -231,31 +233,31 @@ class Experiment(_Record):
 
     @property
     def steps(self) -> tuple[RampStep, ...]:
-        """The whole ramp, from the start on."""
+        """All steps of the ramp, including the start."""
         return (RampStep(after=0, coverage=self.coverage), *self.ramp)
 
     @property
     def allotment(self) -> tuple[Any, ...]:
-        """All that decides, but for the coverage, which arm a unit is in and what that serves."""
+        """The fields that, beside the coverage, determine the arm of a unit and the version of an arm."""
         return self.name, self.model, self.unit_header, self.arms, self.namespace, self.holdout
 
     def arm(self, name: str) -> Arm:
-        """The arm of that name; NotFound names those there are."""
+        """The arm with this name. NotFound lists the arms."""
         for arm in self.arms:
             if arm.name == name:
                 return arm
         raise NotFound(f"experiment {self.name!r} has no arm {name!r}; it has {', '.join(a.name for a in self.arms)}")
 
     def coverage_after(self, elapsed: float) -> float:
-        """The share of units that take part so many seconds after the start."""
+        """The share of units that take part `elapsed` seconds after the start."""
         return [step.coverage for step in self.steps if step.after <= elapsed][-1]
 
     def metrics(self) -> dict[str, Literal["increase", "decrease", ""]]:
-        """Every metric of a request, and which way is better."""
+        """All metrics of a request, with the better direction."""
         return BUILT_IN | {metric.name: metric.goal for metric in self.feedback}
 
     def broken(self) -> Iterator[Reason]:
-        """What is wrong between the fields."""
+        """Errors in the combination of the fields."""
         total = sum(self.weights)
         if abs(total - 1) > 1e-9:
             yield Reason("weights", f"expected weights that sum to 1, found {total:g} of {_listed(self.weights)}")

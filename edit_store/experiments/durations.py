@@ -1,4 +1,4 @@
-"""Lengths of time as people write them in a document: `30s`, `5m`, `1h`, `2d`, or a number of seconds."""
+"""Durations in a document: `30s`, `5m`, `1h`, `2d`, or a number of seconds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _WRITTEN = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smhd])")
 
 
 def seconds(value: object) -> object:
-    """Seconds of what was written; what is no length of time is left for the type to refuse."""
+    """Convert a written duration to seconds. Other values are left to the type's own check."""
     match = _WRITTEN.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         if isinstance(value, str):
@@ -22,7 +22,7 @@ def seconds(value: object) -> object:
 
 
 def spoken(length: float) -> str:
-    """A length for people, in the largest unit that says it without a fraction."""
+    """A duration for people, in the largest unit without a fraction."""
     for unit, size in reversed(_UNITS.items()):
         if length >= size and length % size == 0:
             return f"{length / size:g}{unit}"

@@ -1,4 +1,4 @@
-"""Experiments in a store: what commands and servers do to them, each one entry of the log."""
+"""Reads and changes the experiments of a store. Each change by a command or a server is one entry of the log."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def log_of(store: EditStore) -> Log[ExperimentEntry]:
 
 
 class Experiments:
-    """The experiments of one store. A change is decided on the whole log, and appended to what it was decided on."""
+    """The experiments of one store. A change is checked against the whole log before it is appended."""
 
     def __init__(self, store: EditStore) -> None:
         self._store = store
         self._log = log_of(store)
 
     def history(self, name: str | None = None) -> list[ExperimentEntry]:
-        """All entries, or those of one experiment, oldest first, the chain checked."""
+        """All entries, or the entries of one experiment, oldest first. The chain is checked."""
         entries = self._log.history()
         if name is None:
             return entries
@@ -47,13 +47,14 @@ class Experiments:
         return [entry for entry in entries if entry.experiment == name]
 
     def standings(self) -> tuple[Standings, list[str]]:
-        """How every experiment stands, and what is wrong with the log."""
+        """The state of every experiment, and a message for each entry that has no effect."""
         return fold(self._log.history())
 
     def create(self, document: Experiment, *, reason: str = "", actor: str | None = None) -> Standing:
-        """Write a document: a new experiment, or another document for one that does not run.
+        """Create an experiment, or replace the document of an experiment.
 
-        One that runs takes a document that moves no unit. Versions that arms name are written out in full.
+        A running experiment accepts a document only if no unit changes its arm. Versions of arms are stored as complete
+        digests.
         """
         versions, document = self._resolved(document)
         blobs = [self._store.manifest(version).tensors.sha256 for version in versions]
@@ -62,7 +63,7 @@ class Experiments:
             return self.change(change, reason=reason, actor=actor)
 
     def change(self, change: ExperimentChange, *, reason: str = "", actor: str | None = None) -> Standing:
-        """Append a change. NotFound, Conflict, ExperimentRefused with all reasons: nothing was written then."""
+        """Append a change. NotFound, Conflict or ExperimentRefused if it is not possible; nothing is written then."""
         entries = self._log.history()
         standing = after(fold(entries)[0], change, now(), reason)
         if change.operation == "start":
@@ -74,7 +75,7 @@ class Experiments:
         return standing
 
     def sign(self, name: str, signer: SigningKey) -> list[int]:
-        """Vouch for every entry of an experiment that this key has not vouched for; returns their numbers."""
+        """Sign every entry of an experiment that this key has not signed yet; returns their numbers."""
         signed = []
         for entry in self.history(name):
             if all(known.keyid != signer.keyid for known in self._store.signatures(entry.digest)):
@@ -86,16 +87,16 @@ class Experiments:
     def promote(
         self, name: str, arm: str, *, tag: str = DEFAULT_TAG, reason: str = "", actor: str | None = None
     ) -> Standing:
-        """Give everybody an arm.
+        """Serve one arm to all units.
 
-        Where the arm serves the very variant that clients ask for, its version becomes the promoted one of the
-        variant's tag and the experiment ends; else the experiment goes on deciding, and gives every unit that arm.
+        If the arm serves a version of the variant that clients name, that version is promoted under the variant's tag,
+        and the experiment ends. Else the experiment continues, and gives every unit this arm.
         """
         standing = need(self.standings()[0], name)
         change = ExperimentChange(experiment=name, operation="promote", arm=arm)
         after({name: standing}, change, now(), reason)  # refused before the tag moves
         if is_of_variant(standing.document, arm):
-            # First the tag: what a crash leaves is an experiment that runs on, and the command can be given again.
+            # First the tag: after a crash the experiment still runs, and the command can be repeated.
             serves = standing.document.arm(arm).serves
             version = self._store.resolve(serves)
             head = self._store.head(Ref.parse(serves).name, tag)
@@ -105,7 +106,7 @@ class Experiments:
         return self.change(change, reason=reason, actor=actor)
 
     def _resolved(self, document: Experiment) -> tuple[list[str], Experiment]:
-        """The versions that arms name, and the document with these in full; ExperimentRefused for what is not there."""
+        """The versions of the arms, and the document with their digests. ExperimentRefused if one is missing."""
         reasons: list[Reason] = []
         arms, manifests, named = [], {}, []
         for arm in document.arms:
@@ -129,7 +130,7 @@ class Experiments:
 
 
 def _unmeasured(document: Experiment, manifests: dict[str, Manifest]) -> Iterator[Reason]:
-    """Arms that a rule holds against a measurement which their author has not made."""
+    """Reasons for arms whose version lacks a measurement that a guardrail needs."""
     if all(rule.maximum_authored_ratio is None for rule in document.guardrails):
         return
     for arm in document.arms[1:]:
@@ -142,7 +143,7 @@ def _unmeasured(document: Experiment, manifests: dict[str, Manifest]) -> Iterato
 
 
 def _of_several_bases(manifests: dict[str, Manifest]) -> Iterator[Reason]:
-    """Arms that no one server could serve, because they edit different models."""
+    """Reasons for arms that edit different base models, so that no server can serve them all."""
     first = next(iter(manifests), None)
     for arm, manifest in manifests.items():
         if first is not None and manifest.base != manifests[first].base:

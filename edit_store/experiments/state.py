@@ -1,8 +1,9 @@
-"""How experiments stand, and the log that says so: one chain for all of them, folded entry by entry.
+"""The state of all experiments, computed from one log, entry by entry.
 
-One log, not one for each: two experiments that share units may not be started side by side, and create-if-absent of
-the next number is what decides between two who try. A follower reads one small object a look. The fold is pure, and
-the same for who writes (what would break a rule is refused before it is written) and who reads.
+There is one log for all experiments, because two experiments that share units must not run at the same time. If two
+writers start such experiments, create-if-absent of the next entry decides between them. A follower reads one small
+object per look. The computation is pure. Writers (which refuse an invalid change before they write it) and readers use
+the same one.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Status = Literal["draft", "running", "stopped", "promoted"]
 
 
 class ExperimentChange(BaseModel):
-    """What is done to an experiment: `document` is of create, `arm` of withdraw and promote, `coverage` of widen."""
+    """A change of an experiment. create has a `document`, withdraw and promote an `arm`, widen a `coverage`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -36,34 +37,34 @@ class ExperimentChange(BaseModel):
     arm: Name | None = None
     coverage: Fraction | None = None
     phase: int | None = None
-    """the phase that is meant; without it the present one"""
+    """the phase to change; None for the present phase"""
 
 
 class ExperimentEntry(ExperimentChange, Entry):
-    """One line of the log."""
+    """One entry of the log."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """How one experiment stands. A phase is a time in which no unit leaves its arm for another."""
+    """The state of one experiment. Within a phase, no unit changes from one arm to another."""
 
     document: Experiment
     status: Status = "draft"
     phase: int = 0
-    """counts from 1; the seed of the assignment"""
+    """counts from 1; part of the seed of the assignment"""
     began_at: datetime | None = None
-    """when the phase began"""
+    """start of the phase"""
     ramped: float = 0.0
-    """seconds that the ramp has run until `ramping_since`"""
+    """seconds for which the ramp had run before `ramping_since`"""
     ramping_since: datetime | None = None
-    """None while the ramp does not go on"""
+    """None while the ramp is held"""
     widened: float = 0.0
-    """coverage that somebody widened to"""
+    """coverage set by widen"""
     withdrawn: frozenset[str] = frozenset()
     everyone: str | None = None
-    """the arm that everyone gets, once it was promoted"""
+    """the promoted arm, which serves all units"""
     reason: str = ""
-    """why the last change was made"""
+    """reason of the last change"""
 
     @property
     def seed(self) -> str:
@@ -71,11 +72,11 @@ class Standing:
 
     @property
     def serving(self) -> bool:
-        """Whether requests for the model are decided by it."""
+        """True if the experiment decides on requests for its model name."""
         return self.status in ("running", "promoted")
 
     def elapsed(self, at: datetime) -> float:
-        """Seconds that the ramp has run."""
+        """Seconds for which the ramp has run."""
         return self.ramped + (max(0.0, (at - self.ramping_since).total_seconds()) if self.ramping_since else 0.0)
 
     def coverage(self, at: datetime) -> float:
@@ -83,16 +84,16 @@ class Standing:
         return max(self.widened, self.document.coverage_after(self.elapsed(at)))
 
     def held(self, at: datetime) -> Standing:
-        """The same with the ramp standing still."""
+        """The same state with the ramp held."""
         return replace(self, ramped=self.elapsed(at), ramping_since=None)
 
 
 Standings = Mapping[str, Standing]
-"""How every experiment stands, by name."""
+"""The state of every experiment, by name."""
 
 
 def fold(entries: Iterable[ExperimentEntry]) -> tuple[dict[str, Standing], list[str]]:
-    """How experiments stand after these entries, and what is wrong with those that do not fit and are passed over."""
+    """The state of all experiments after these entries, and a message for each entry that has no effect."""
     standings: dict[str, Standing] = {}
     troubles = []
     for entry in entries:
@@ -104,7 +105,7 @@ def fold(entries: Iterable[ExperimentEntry]) -> tuple[dict[str, Standing], list[
 
 
 def after(standings: Standings, change: ExperimentChange, at: datetime, reason: str = "") -> Standing:
-    """How an experiment stands after a change. NotFound, Conflict, ExperimentRefused: nothing is changed then."""
+    """The state of an experiment after a change. NotFound, Conflict or ExperimentRefused if it is not possible."""
     if change.operation == "create":
         return replace(_created(standings.get(change.experiment), change, at), reason=reason)
     standing = need(standings, change.experiment)
@@ -122,20 +123,20 @@ def after(standings: Standings, change: ExperimentChange, at: datetime, reason: 
 
 
 def need(standings: Standings, name: str) -> Standing:
-    """How the experiment of that name stands; NotFound says what there is."""
+    """The state of the experiment with this name. NotFound lists similar names."""
     if name not in standings:
         raise NotFound(f"there is no experiment {name!r}.{nearest(name, standings)} See: vllm-edits experiment list")
     return standings[name]
 
 
 def is_of_variant(document: Experiment, arm: str) -> bool:
-    """Whether to promote that arm is to promote a version of the very variant that clients ask for."""
+    """True if the arm serves a version of the variant that clients name. Promoting the arm moves that variant's tag."""
     serves = document.arm(arm).serves
     return serves != BASE and Ref.parse(serves).name == document.model.partition("@")[0]
 
 
 def versions_named(entries: Iterable[ExperimentEntry]) -> set[str]:
-    """Versions that documents name by their digests: they are needed though no tag may ever promote them."""
+    """Versions that documents name by digest. They are in use, although no tag may promote them."""
     refs = [Ref.parse(arm.serves) for entry in entries if entry.document for arm in entry.document.arms
             if arm.serves != BASE]  # fmt: skip
     return {ref.selector for ref in refs if is_digest(ref.selector)}
@@ -159,7 +160,7 @@ def _created(known: Standing | None, change: ExperimentChange, at: datetime) -> 
 
 
 def _moves(known: Standing, document: Experiment, at: datetime) -> Iterable[Reason]:
-    """Why units would change their arms if this became the document in the same phase."""
+    """Reasons why units would change their arms if this became the document in the same phase."""
     anew = f"Stop it (vllm-edits experiment stop {document.name}), create it again and start it: a new phase begins"
     if document.allotment != known.document.allotment:
         fields = ("model", "unit_header", "arms", "namespace", "holdout")
@@ -258,7 +259,7 @@ def _promoted(standing: Standing, change: ExperimentChange, at: datetime) -> Sta
     if arm in standing.withdrawn:
         why = f"arm {arm!r} was withdrawn. To use it again, stop the experiment and start a new phase"
         raise ExperimentRefused(f"the change of experiment {change.experiment!r}", [Reason("arm", why)])
-    if is_of_variant(standing.document, arm):  # then the variant's own tag says so, and nothing is left to decide
+    if is_of_variant(standing.document, arm):  # the variant's own tag now serves it, so the experiment ends
         return replace(standing.held(at), status="stopped")
     return replace(standing.held(at), status="promoted", everyone=arm)
 

@@ -1,1 +1,1 @@
-"""The Hugging Face Hub as a channel for bundles."""
+"""The Hugging Face Hub as a channel for versions: push and pull."""

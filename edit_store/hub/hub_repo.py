@@ -1,7 +1,7 @@
-"""A model repo of the Hugging Face Hub, asked through huggingface_hub: its head, its files, a commit on top.
+"""A model repo on the Hugging Face Hub, through huggingface_hub: its head, its files, and new commits.
 
-Knows nothing of versions. Whatever goes wrong is said as an EditsError. huggingface_hub (`vllm-edits[hub]`) is imported
-where it is used; endpoint and token are its own (HF_ENDPOINT, HF_TOKEN, `hf auth login`) unless they are given.
+It knows nothing about versions. Every failure becomes an EditsError. huggingface_hub (`vllm-edits[hub]`) is imported
+where it is used. It finds endpoint and token by itself (HF_ENDPOINT, HF_TOKEN, `hf auth login`) unless they are given.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 @dataclass(frozen=True)
 class Content:
-    """How a repo names what a file holds: by the digest of a git blob, or for a large file by sha256."""
+    """The digests by which a repo names the content of a file: the git blob's, or for a large file the sha256."""
 
     git: str
     sha256: str
@@ -48,7 +48,7 @@ class Content:
 
 @dataclass(frozen=True)
 class File:
-    """A file as the listing of a repo shows it. `sha256` is known of large files alone."""
+    """A file in the listing of a repo. `sha256` is known for large files only."""
 
     size: int
     git: str
@@ -59,7 +59,7 @@ class File:
 
 
 class NoRepo(NotFound):
-    """There is no such repo, or none that this token may see."""
+    """The repo does not exist, or this token cannot see it."""
 
 
 class HubRepo:
@@ -82,11 +82,11 @@ class HubRepo:
         return self.name if self.revision == DEFAULT_REVISION else f"{self.name} ({self.revision})"
 
     def head(self) -> str:
-        """The commit that the revision is now."""
+        """The present commit of the revision."""
         return str(self._info().sha)
 
     def head_to_push_on(self, *, private: bool) -> str:
-        """The same; the repo is made if there is none. With `private`, a public one is an error."""
+        """The present commit. The repo is created if it does not exist. With `private`, a public repo is an error."""
         try:
             info = self._info()
         except NoRepo as missing:
@@ -119,12 +119,12 @@ class HubRepo:
         return files
 
     def download(self, path: str, commit: str, folder: Path) -> Path:
-        """Fetch a file of a commit into a folder of ours. The client checks its size, nobody its content."""
+        """Fetch a file of a commit into a folder. Its size is checked, its content is not."""
         with self._explained():
             return Path(self._api.hf_hub_download(self.name, path, revision=commit, local_dir=folder))
 
     def upload(self, files: Mapping[str, bytes]) -> list[Any]:
-        """What a commit needs to add files. Large ones are uploaded now, so that memory need not hold them all."""
+        """The operations that add files in a commit. Large files are uploaded now, so memory need not hold them all."""
         from huggingface_hub import CommitOperationAdd
 
         operations = [CommitOperationAdd(path, data) for path, data in files.items()]
@@ -133,7 +133,7 @@ class HubRepo:
         return operations
 
     def commit(self, operations: list[Any], summary: str, description: str, *, parent: str) -> str:
-        """Commit on top of `parent`, or not at all: Conflict when the branch has moved."""
+        """Commit on top of `parent`. Conflict, and no commit, if the branch has moved."""
         lost = "It is unknown whether the commit was made. Push again later: files in the repo are not pushed twice"
         with self._explained(lost):
             made = self._api.create_commit(
@@ -152,7 +152,7 @@ class HubRepo:
 
     @contextmanager
     def _explained(self, lost: str = "Check the network and HF_ENDPOINT, then try again") -> Iterator[None]:
-        """Only calls of huggingface_hub go in here: it raises its own errors, its network library's and plain ones."""
+        """Translate errors of huggingface_hub. It raises its own errors, its network library's and plain ones."""
         from huggingface_hub.errors import HTTPError, OIDCError  # type: ignore[attr-defined]  # httpx's or httpx2's
 
         try:
@@ -161,7 +161,7 @@ class HubRepo:
             raise self._translated(list(_causes(error)), HTTPError, lost) from error
 
     def _translated(self, causes: list[BaseException], network_error: type[Exception], lost: str) -> EditsError:
-        """The client wraps some errors in vaguer ones: the first of the chain that means something is told."""
+        """The EditsError for the first error in the chain that has a meaning. The client wraps some in vaguer ones."""
         from huggingface_hub import errors
 
         where = self._api.endpoint
@@ -175,7 +175,7 @@ class HubRepo:
                 return StoreUnavailable(f"{self.name} is gated. Ask for access at {where}/{self.name}")
             if isinstance(cause, errors.RepositoryNotFoundError):
                 return NoRepo(
-                    f"{where} has no model repo {self.name}, or this token may not see it. Check the name; log in with "
+                    f"{where} has no model repo {self.name}, or this token cannot see it. Check the name; log in with "
                     "`hf auth login` or set HF_TOKEN."
                 )
             if isinstance(cause, errors.RevisionNotFoundError):
@@ -194,7 +194,7 @@ class HubRepo:
         return StoreUnavailable(f"{self.name} at {where}: {told}{hint}")
 
     def _refused(self, status: int, told: str) -> EditsError:
-        """What an answer means that is no success."""
+        """The EditsError for an unsuccessful answer of the Hub."""
         where = self._api.endpoint
         if status in (409, 412):
             return Conflict(
@@ -214,7 +214,7 @@ class HubRepo:
         return StoreUnavailable(f"{where} answered {status} for {self.name}: {told}")
 
     def _branches(self) -> list[str]:
-        """For an error message only: none when they cannot be had."""
+        """The branches, for an error message. Empty if they cannot be read."""
         from huggingface_hub.errors import HfHubHTTPError
 
         try:

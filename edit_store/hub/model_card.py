@@ -1,7 +1,7 @@
-"""The model card of a Hub repo that versions were pushed to: README.md, made from their manifests.
+"""The model card (README.md) of a Hub repo with versions, made from their manifests.
 
-The same manifests give the same bytes. People may write around the generated part and add to the front matter: both
-are kept. Everything in a manifest is somebody's text, so none of it reaches the page as markup.
+The same manifests give the same bytes. People may write text around the generated part and add to the front matter:
+both are kept. Texts in a manifest come from its author, so they are escaped and never become markup.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ versions, write a trust file: see `vllm-edits trust --help`."""
 
 
 def render(repo: str, manifests: Iterable[Manifest], present: str = "") -> str:
-    """The card of a repo with these versions. `present` is the card it has now, whose other text is kept."""
+    """The card of a repo with these versions. `present` is its present card, whose other text is kept."""
     ordered = sorted(manifests, key=lambda each: (each.name, each.created_at.isoformat(), sha256(each.to_bytes())))
     metadata, body = _split(present.replace("\r\n", "\n"), repo)
     generated = f"{BEGIN}\n{_generated(repo, ordered)}\n{END}"
@@ -64,7 +64,7 @@ def render(repo: str, manifests: Iterable[Manifest], present: str = "") -> str:
 
 
 def _split(card: str, repo: str) -> tuple[str, str]:
-    """Front matter and what follows."""
+    """Split a card into its front matter and the rest."""
     found = _FRONT_MATTER.match(card)
     if found is None:
         return "", card
@@ -80,9 +80,9 @@ def _split(card: str, repo: str) -> tuple[str, str]:
 
 
 def _front_matter(present: str, manifests: list[Manifest]) -> str:
-    """What the Hub reads; as it is written now if that says everything, so that nobody's spelling is touched."""
+    """The front matter for the Hub. It stays as it is written if it already has all our keys."""
     metadata: dict[str, Any] = yaml.safe_load(present) or {}
-    # A base that was read from a local folder is no model of the Hub, and the Hub refuses cards that name such.
+    # A base that was read from a local folder is not on the Hub, and the Hub refuses cards that name such a model.
     bases = sorted({manifest.base.name for manifest in manifests if _REPO_NAME.fullmatch(manifest.base.name)})
     found = metadata.get("tags") or []
     tags = found if isinstance(found, list) else [found]
@@ -141,11 +141,11 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def _argument(name: str) -> str:
-    """A model's name in a command that people copy: only what a shell takes literally."""
+    """A model's name for a command that people copy, or MODEL if a shell would not take the name literally."""
     return name if re.fullmatch(r"[\w./-]+", name, re.ASCII) and not name.startswith("-") else "MODEL"
 
 
 def plain(text: str) -> str:
-    """Text as a reader sees it: on one line, and no character of it is markup."""
+    """Text on one line, with every character of markup escaped."""
     visible = "".join(character if character.isprintable() else " " for character in text)
     return _MARKUP.sub(lambda found: f"\\{found[0]}", " ".join(visible.split()))

@@ -6,10 +6,10 @@
     <name>/<version>/edits.safetensors
     <name>/<version>/attestations/<n>.json
 
-A push is one commit on the head that it looked at: when somebody else commits meanwhile, it is refused whole. It adds
-what is missing and replaces nothing but the card. Of what is pulled nothing is believed: sizes are capped before a byte
-is fetched, and everything is checked before the first version is stored. Other files may lie at the top of a repo;
-they are never read.
+A push is one commit on the head that it has read. If another commit is made meanwhile, the whole push is refused. A
+push adds missing files and replaces only the card. Pulled files are not trusted: sizes are checked before a file is
+fetched, and all versions are checked before the first one is stored. Other files in the top folder of a repo are never
+read.
 """
 
 from __future__ import annotations
@@ -53,18 +53,18 @@ _MEMBER = re.compile(r"(?P<name>[^/]+)/(?P<version>[0-9a-f]{64})/(?P<member>.+)"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Progress = Callable[[str, int, int], None]
-"""Told what is being moved, how many bytes are done, and how many there are."""
+"""Called with the version being moved, the bytes that are done, and the bytes of all."""
 
 Key = tuple[str, str]
 """A name and a version."""
 
 Members = dict[str, File]
-"""The files of one version by their names inside its folder."""
+"""The files of one version, by their names in its folder."""
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push did. `added` and `present` are `name@version`; `commit` is the head afterwards."""
+    """The result of a push. `added` and `present` are `name@version`; `commit` is the head afterwards."""
 
     repo: str
     revision: str
@@ -76,7 +76,7 @@ class Pushed:
 
 @dataclass(frozen=True)
 class Pulled:
-    """What a pull stored, as `name@version`, and the commit that it was read from."""
+    """The result of a pull: the stored versions as `name@version`, and the commit from which they were read."""
 
     repo: str
     revision: str
@@ -97,10 +97,10 @@ def push(
     endpoint: str | None = None,
     token: str | None = None,
 ) -> Pushed:
-    """Add versions with their records and signatures to a repo, in one commit; make the repo if there is none.
+    """Push versions with their records and signatures in one commit. The repo is created if it does not exist.
 
-    `private` is for a repo that is made; a public one is then refused. `parent` is a head that was seen before: with
-    it, everything committed since is a Conflict too, not only what is committed while this runs.
+    private: create a private repo, and refuse a public one. parent: a commit that was seen before; with it, every
+    commit made since then is a Conflict, not only a commit made while this runs.
     """
     wanted = list(dict.fromkeys((Ref.parse(reference).name, store.resolve(reference)) for reference in references))
     if not wanted:
@@ -154,7 +154,7 @@ def pull(
 ) -> Pulled:
     """Check versions of a repo and store them: all, or every version of `name`, or `name@version`.
 
-    They are stored when every one of them has kept every rule, none otherwise. Tags are the store's own.
+    Either all of them pass every check and are stored, or none is stored. Tags are not pulled.
     """
     hub_repo = HubRepo(repo, revision, endpoint=endpoint, token=token)
     seen = _Snapshot.of(hub_repo, hub_repo.head())
@@ -162,7 +162,7 @@ def pull(
     with tempfile.TemporaryDirectory(prefix="vllm-edits-") as folder:
         fetched = _fetch(seen, chosen, store, Path(folder), progress)
         reasons = []
-        for key in chosen:  # read again below: that memory holds one version at a time is worth a second check
+        for key in chosen:  # checked again below, so that memory holds only one version at a time
             try:
                 _package(key, fetched[key])
             except BundleRefused as refused:
@@ -173,12 +173,12 @@ def pull(
     return Pulled(repo, revision, seen.commit, tuple(map(_called, chosen)))
 
 
-# -- what lies in a repo -----------------------------------------------------------------------------------------------
+# -- the files of a repo -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """A repo as it is at one commit."""
+    """The files and versions of a repo at one commit."""
 
     repo: HubRepo
     commit: str
@@ -195,7 +195,7 @@ class _Snapshot:
 
 
 def _arrange(files: Mapping[str, File], what: str) -> dict[Key, Members]:
-    """The files of each version. BundleRefused lists every file that belongs to none, and every one too large."""
+    """The files of each version. BundleRefused lists every file that belongs to no version or is too large."""
     versions: dict[Key, Members] = {}
     reasons = []
     for path, file in sorted(files.items()):
@@ -221,7 +221,7 @@ def _arrange(files: Mapping[str, File], what: str) -> dict[Key, Members]:
 
 
 def _refuse(what: str, reasons: list[Reason]) -> None:
-    """BundleRefused if there are reasons; of very many, the first."""
+    """BundleRefused if there are reasons. Only the first ones are listed."""
     if len(reasons) > _SHOWN_REASONS:
         more = Reason(reasons[_SHOWN_REASONS].code, f"and {len(reasons) - _SHOWN_REASONS} more")
         reasons = [*reasons[:_SHOWN_REASONS], more]
@@ -245,7 +245,7 @@ def _path(key: Key, member: str) -> str:
 
 
 def _lacking(package: Package, present: Members, what: str) -> dict[str, bytes]:
-    """Members to add. Who published first stays on record; signatures are added to those that are there."""
+    """The files to add. The first record of a publication stays. Signatures are added to the existing ones."""
     own = package.members()
     contents = {member: Content.of(data) for member, data in own.items()}
     changed = [
@@ -270,7 +270,7 @@ def _lacking(package: Package, present: Members, what: str) -> dict[str, bytes]:
 
 
 def _card(store: EditStore, seen: _Snapshot, pushed: Iterable[Key]) -> str:
-    """The card for everything that is in the repo and everything that is pushed now."""
+    """The card for all versions in the repo and all versions that are pushed now."""
     with tempfile.TemporaryDirectory(prefix="vllm-edits-") as folder:
         manifests = [_manifest(store, seen, key, Path(folder)) for key in sorted({*seen.versions, *pushed})]
         present = ""
@@ -285,7 +285,7 @@ def _card(store: EditStore, seen: _Snapshot, pushed: Iterable[Key]) -> str:
 
 
 def _manifest(store: EditStore, seen: _Snapshot, key: Key, folder: Path) -> Manifest:
-    """A version's manifest: the store's if it has it, else the repo's, checked."""
+    """A version's manifest from the store, else from the repo. Its digest is checked."""
     name, version = key
     what = f"{_called(key)} in {seen.repo}"
     try:
@@ -315,7 +315,7 @@ def _message(message: str, added: list[str]) -> tuple[str, str]:
 
 
 def _require_all(expected: Mapping[str, Content], found: Mapping[str, File], what: str) -> None:
-    """What was pushed is looked at once more: the client leaves out, without a word, what a .gitignore names."""
+    """StoreCorrupt if a pushed file is missing. huggingface_hub silently leaves out files that a .gitignore names."""
     absent = [path for path, content in expected.items() if path not in found or not found[path].holds(content)]
     if absent:
         raise StoreCorrupt(
@@ -328,7 +328,7 @@ def _require_all(expected: Mapping[str, Content], found: Mapping[str, File], wha
 
 
 def _choose(present: list[Key], references: Sequence[str], what: str) -> list[Key]:
-    """The versions that were asked for; all of them when nothing was."""
+    """The requested versions, or all versions if none was requested."""
     if not present:
         raise NotFound(f"{what} contains no versions. Push a version with: vllm-edits hub push")
     if not references:
@@ -358,7 +358,7 @@ def _matching(present: list[Key], reference: str, what: str) -> list[Key]:
 def _fetch(
     seen: _Snapshot, chosen: list[Key], store: EditStore, folder: Path, progress: Progress
 ) -> dict[Key, dict[str, Path]]:
-    """Bring every member into `folder`; equal ones once, and tensors that the store has from there."""
+    """Fetch every file into `folder`. Equal files are fetched once; tensors that the store has are copied from it."""
     total = sum(file.size for key in chosen for file in seen.versions[key].values())
     done = 0
     known: dict[str, Path] = {}
@@ -376,7 +376,7 @@ def _fetch(
 
 
 def _from_store(store: EditStore, file: File, folder: Path) -> Path | None:
-    """A copy of the blob that the store has, if it has it unharmed."""
+    """A copy of the store's blob, or None if the store does not have it undamaged."""
     if file.sha256 is None or not _SHA256.fullmatch(file.sha256):
         return None
     data = get_or_none(store.backend, blob_key(file.sha256))
@@ -389,7 +389,7 @@ def _from_store(store: EditStore, file: File, folder: Path) -> Path | None:
 
 
 def _package(key: Key, members: Mapping[str, Path]) -> Package:
-    """A fetched version, checked, and found to be the one that its folder says."""
+    """A fetched version. It is checked, and must be the version that its folder names."""
     package = Package.of_members({member: path.read_bytes() for member, path in members.items()}, _called(key))
     found = (package.record.name, package.record.version)
     if found != key:

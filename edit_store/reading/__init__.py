@@ -1,1 +1,1 @@
-"""How a server reads a store: what moved, whom to believe, and its own copies."""
+"""The reading side of a store in a server: new entries, trusted signatures, and copies on the node."""

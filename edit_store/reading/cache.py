@@ -1,10 +1,10 @@
-"""A node's copy of remote versions: downloaded once, checked while they stream in, shared by all processes.
+"""A node's copies of remote versions. Each is downloaded once, checked while it arrives, and shared by all processes.
 
     <folder>/blobs/<digest>     tensor files, mapped read-only by every worker of the node
-    <folder>/locks/<digest>     held by the one process that downloads
+    <folder>/locks/<digest>     held by the process that downloads
 
-A file appears under its digest only when all its bytes have that digest. The least recently used go first when the
-folder holds more than its limit; a file in use stays readable after that, as its mapping keeps it.
+A file appears under its digest only after all its bytes were checked. When the folder exceeds its limit, the least
+recently used files are deleted. A deleted file that is in use stays readable, because it is mapped.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from vllm_edits.edit_store.tensor_file import MAX_TENSOR_FILE_BYTES
 DEFAULT_LIMIT_BYTES = 10 << 30
 
 Progress = Callable[[int], None]
-"""Told the size of every piece that arrived."""
+"""Called with the size of each piece that arrived."""
 
 
 class NodeCache:
-    """Tensor files of remote stores in a folder of this node. A local store needs none and is read where it lies."""
+    """Tensor files of remote stores in a folder of this node. A local store is read directly."""
 
     def __init__(self, folder: Path | None = None, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
         self.folder = folder or cache_folder()
         self._limit = limit_bytes
 
     def bundle(self, store: EditStore, version: str, progress: Progress = lambda _: None) -> Bundle:
-        """A version whose tensors are mapped from this node's copy. The caller checks it with `verify.check`."""
+        """A version with its tensors mapped from this node's copy. The caller must check it with `verify.check`."""
         if isinstance(store.backend, LocalFolder):
             return store.bundle(version)
         manifest = store.manifest(version)
@@ -89,7 +89,7 @@ class NodeCache:
 
     @contextmanager
     def _locked(self, digest: str) -> Iterator[None]:
-        """One process of the node at a time; the lock ends with its process."""
+        """Let one process of the node in at a time. The lock ends with its process."""
         folder = self.folder / "locks"
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / digest).open("w") as file:

@@ -1,7 +1,8 @@
-"""What a server does every two seconds: see which tags moved, and what became of experiments, for one small read each.
+"""Follows the tags and experiments of a store, with one small read for each log at every look.
 
-The first look reads every tag's head. Later ones ask for the entry after the last known one, which is mostly not there.
-The highest entries seen are remembered on the node, so a log that was wound back is refused also after a restart.
+It runs in the API process, every `poll_seconds`. The first look reads the head of every tag. Later looks ask only for
+the entry after the last known one, which mostly does not exist. The node remembers the highest entries that it has
+seen. So a log that was cut is refused after a restart, too.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ Key = tuple[str, str]
 
 
 EXPERIMENTS: Key = ("experiments", "*")
-"""What stands for the log of experiments where others are named by their tags; no tag is called so."""
+"""The key of the log of experiments, beside the keys of tags. No tag has this name."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """The last entry of every tag, withdrawals too, and how experiments stand.
+    """The last entry of every tag, withdrawals included, and the state of every experiment.
 
-    A log in trouble keeps its last good entry, and the others go on. `passed_over` tells of entries of the experiments
+    A broken log keeps its last good entry, and other logs are followed. `passed_over` describes entries of experiments
     that have no effect.
     """
 
@@ -45,7 +46,7 @@ class Look:
 class Follower:
     """The logs of one store, kept up to date. Not safe to use from two threads at once.
 
-    `believed` says whether an entry of the experiments counts; one that does not is asked about again at every look.
+    `believed` is True for an entry of the experiments that counts. It is asked again about the others at every look.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Follower:
         self._folded: tuple[Standings, list[str]] = {}, []
 
     def look(self) -> Look:
-        """Read what is new. StoreUnavailable when the store is gone or does not answer: gone is not empty."""
+        """Read the new entries. StoreUnavailable if the store is missing or does not answer."""
         self._store.check_format()
         for entry in self._store.index().after(self._index):
             self._heads.setdefault((entry.name, entry.tag), None)
@@ -123,7 +124,7 @@ class Follower:
 
 
 class Seen:
-    """The highest entry of every log that this node has seen of one store, in a file that outlives the process."""
+    """The highest entry of each log of one store that this node has seen, kept in a file."""
 
     def __init__(self, folder: Path, url: str) -> None:
         self._path = folder / "seen" / f"{sha256(url.encode())[:16]}.json"
@@ -142,7 +143,7 @@ class Seen:
             ) from None
 
     def require(self, key: Key, head: E | None, get: Callable[[int], E | None]) -> None:
-        """StoreCorrupt when a log ends before what was seen, or says something else there."""
+        """StoreCorrupt if a log is shorter than this node has seen, or has another entry at that number."""
         number, digest = self._known.get("/".join(key), (0, ""))
         if number == 0:
             return
@@ -161,7 +162,7 @@ class Seen:
             )
 
     def remember(self, heads: Mapping[Key, Entry]) -> None:
-        """Note these heads, never a lower one than any process of this node has noted."""
+        """Record these heads. A head is never replaced by a lower one, whichever process of the node recorded it."""
         found = {"/".join(key): (head.sequence, head.digest) for key, head in heads.items()}
         higher = {key: value for key, value in found.items() if value[0] > self._known.get(key, (0, ""))[0]}
         if not higher:

@@ -1,4 +1,4 @@
-"""The reading side of a store, as a server uses it: follow the tags, weigh signatures, keep this node's copies."""
+"""The reader of a store in a server: follows tags, checks signatures, and keeps copies on the node."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm_edits.edit_store.trust import Enforcement, Trust
 
 
 class Reader:
-    """One store, one trust policy, one cache folder. `look` is for one thread at a time, the rest for any."""
+    """One store, one trust policy, one cache folder. `look` is for one thread at a time, other methods for any."""
 
     def __init__(self, store: EditStore, trust: Trust | None = None, cache: NodeCache | None = None) -> None:
         self.trust = trust or Trust()
@@ -22,7 +22,7 @@ class Reader:
         self._follower = Follower(store, Seen(self._cache.folder, store.url), self._counts)
 
     def writable(self) -> EditStore:
-        """The store, to append to. CannotSign where entries must be signed and there is no key for that."""
+        """The store for appending. CannotSign if entries must be signed, but there is no signing key."""
         if self.trust.enforcement is Enforcement.REQUIRE and not self._store.signs:
             raise CannotSign(
                 "entries must be signed, but this server has no signing key. Set edits.signing_key_file, or make the "
@@ -36,46 +36,46 @@ class Reader:
         return self._store.url
 
     def look(self) -> Look:
-        """What every tag promotes now, for one small read per tag. StoreUnavailable when the store is gone."""
+        """The last entry of every tag, with one small read per tag. StoreUnavailable if the store is missing."""
         return self._follower.look()
 
     def resolve(self, reference: str) -> str:
-        """The version that a reference means now."""
+        """The version that a reference refers to now."""
         return self._store.resolve(reference)
 
     def manifest(self, version: str) -> Manifest:
-        """The manifest of a version, its digest checked."""
+        """The manifest of a version. Its digest is checked."""
         return self._store.manifest(version)
 
     def bundle(self, version: str) -> Bundle:
-        """A version with its tensors, from this node's copy where the store is remote."""
+        """A version with its tensors. For a remote store, they are read from this node's copy."""
         return self._cache.bundle(self._store, version)
 
     def doubts(self, entry: TagEntry) -> list[Reason]:
-        """What is missing for this promotion and its version to be believed; empty also when nobody asks for it."""
+        """Reasons not to trust this promotion and its version. Empty if signatures are not checked."""
         if self.trust.enforcement is Enforcement.OFF:
             return []
         what = f"{entry.name}@{entry.tag} entry {entry.sequence}"
         return [*self._unsigned(Role.PROMOTER, entry.digest, what), *self.author_doubts(entry.name, entry.version)]
 
     def author_doubts(self, name: str, version: str) -> list[Reason]:
-        """What is missing for a version to be believed, whoever promotes it; empty also when nobody asks for it."""
+        """Reasons not to trust the author of a version. Empty if signatures are not checked."""
         if self.trust.enforcement is Enforcement.OFF:
             return []
         return self._unsigned(Role.AUTHOR, version, f"version {version[:12]} of {name}")
 
     def _unsigned(self, role: Role, digest: str, what: str) -> list[Reason]:
-        """What the trust file asks for, and the store does not have, over the object of that digest."""
+        """Signatures over the object with this digest that the trust file needs, but the store does not have."""
         return self.trust.policy.check(role, digest, what, self._store.signatures(digest))
 
     def _counts(self, entry: ExperimentEntry) -> bool:
-        """Whether promoters have signed for what is done to an experiment, where that is asked for."""
+        """True if enough promoters have signed an entry of an experiment, or if signatures are not required."""
         if self.trust.enforcement is not Enforcement.REQUIRE:
             return True
         return not self._unsigned(Role.PROMOTER, entry.digest, f"experiment {entry.experiment} entry {entry.sequence}")
 
     def believed(self, entry: TagEntry) -> TagEntry | None:
-        """This entry, or the newest one before it that can be believed: what a server that never stopped serves."""
+        """This entry, or the newest trusted entry before it. A server that never stopped serves the same."""
         if self.trust.enforcement is not Enforcement.REQUIRE:
             return entry
         history = self._store.history(entry.name, entry.tag)[: entry.sequence]

@@ -1,1 +1,1 @@
-"""The log, the objects and the names that a store is made of."""
+"""The parts of a store: logs, objects, and the names of versions."""

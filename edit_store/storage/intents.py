@@ -1,11 +1,11 @@
-"""Who relies on an object, and what a collection is about to delete: so that no writer builds on what is being swept.
+"""Intents of writers and marks of gc, so that gc never deletes an object that a writer is about to refer to.
 
     intents/<nonce>.json      a writer is about to refer to these digests
-    condemned/<digest>        a collection is about to delete this object
+    condemned/<digest>        gc is about to delete this object
 
-A writer notes its intent, then looks whether what it needs is condemned. A collector condemns, then looks at the
-intents and at the references. Each writes before it looks, so at least one of the two sees the other: the writer is
-refused, or the collector leaves the object alone. No clock is part of this.
+A writer writes its intent, then checks that the objects it needs are not condemned. gc marks objects as condemned, then
+reads the intents and the references. Each writes before it reads, so at least one of the two sees the other: either the
+writer is refused, or gc keeps the object. This needs no clock.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ INTENTS, CONDEMNED = "intents", "condemned"
 
 @contextmanager
 def relying_on(backend: Backend, digests: Sequence[str]) -> Iterator[None]:
-    """Hold off collections of these objects while the block refers to them; Conflict when one has begun."""
+    """Keep gc from deleting these objects while the block runs. Conflict if gc has begun to delete one."""
     key = f"{INTENTS}/{secrets.token_hex(16)}.json"
     backend.create(key, canonical_json(list(digests)))
     try:
@@ -40,12 +40,12 @@ def relying_on(backend: Backend, digests: Sequence[str]) -> Iterator[None]:
 
 
 def condemned_key(digest: str) -> str:
-    """The mark of an object about to be deleted."""
+    """The key of the mark on an object that is about to be deleted."""
     return f"{CONDEMNED}/{digest}"
 
 
 def relied_on(backend: Backend) -> set[str]:
-    """Every digest that some writer is about to refer to, or was when it crashed."""
+    """Every digest in an intent of a writer, crashed writers included."""
     digests: set[str] = set()
     for item in list(backend.list(INTENTS + "/")):
         data = get_or_none(backend, item.key)
@@ -55,5 +55,5 @@ def relied_on(backend: Backend) -> set[str]:
 
 
 def old_intents(backend: Backend, before: float) -> list[Item]:
-    """Intents of writers that must have crashed."""
+    """Intents older than `before`. Their writers must have crashed."""
     return [item for item in backend.list(INTENTS + "/") if item.modified < before]

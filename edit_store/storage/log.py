@@ -3,8 +3,8 @@
     <folder>/00000000000000000001.json
     <folder>/00000000000000000002.json    names the sha256 of the bytes before it
 
-Two writers who both saw entry n both try to create n + 1, and the backend lets one through. Order is by number alone;
-times are information. Entries are never rewritten: what was wrong is mended by one more entry.
+If two writers have both read entry n, both try to create entry n + 1, and the backend accepts one. The number alone
+determines the order; times are information. Entries are never rewritten: a later entry corrects an earlier one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _FIRST_PAUSE_SECONDS = 0.05
 
 
 class Entry(BaseModel):
-    """What every entry says, whatever the log is about."""
+    """The fields of every entry of every log."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -46,7 +46,7 @@ class Entry(BaseModel):
 
     @property
     def digest(self) -> str:
-        """sha256 of the stored bytes: what the next entry names, and what a promoter signs."""
+        """sha256 of the stored bytes. The next entry contains it, and promoters sign it."""
         return sha256(self.to_bytes())
 
 
@@ -54,9 +54,9 @@ E = TypeVar("E", bound=Entry)
 
 
 class Log(Generic[E]):
-    """The log in one folder of a store. `what` names it in errors, `see` is the command that shows it.
+    """The log in one folder of a store. `what` is its name in errors; `see` is the command that shows it.
 
-    `require` is called with every entry that is read, and raises StoreCorrupt for one that does not belong here.
+    `require` is called with every entry that is read. It raises StoreCorrupt for an entry that does not belong here.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Log(Generic[E]):
         self._require = require
 
     def get(self, sequence: int) -> E | None:
-        """One entry, or None when the log does not reach that far. One small read."""
+        """One entry, or None if the log is shorter. It costs one small read."""
         try:
             return self._parse(self._backend.get(self._key(sequence)), sequence)
         except KeyError:
@@ -83,7 +83,7 @@ class Log(Generic[E]):
         return self.get(sequences[-1]) if sequences else None
 
     def history(self) -> list[E]:
-        """Every entry, oldest first, the whole chain checked."""
+        """Every entry, oldest first. The whole chain is checked."""
         sequences = self._sequences()
         if sequences != list(range(1, len(sequences) + 1)):
             missing = next(number for number, found in enumerate([*sequences, 0], 1) if number != found)
@@ -98,7 +98,7 @@ class Log(Generic[E]):
         return chain
 
     def after(self, known: E | None) -> list[E]:
-        """Entries that came after a known one, oldest first: one small read each, and one that finds nothing."""
+        """The entries after a known entry, oldest first. It costs one small read each, and one more."""
         new: list[E] = []
         while (entry := self.get((known.sequence if known else 0) + 1)) is not None:
             new.append(self._follows(known, entry))
@@ -106,10 +106,10 @@ class Log(Generic[E]):
         return new
 
     def append(self, head: E | None, *, before: Callable[[E], None] = lambda _: None, **fields: Any) -> E:
-        """Write the entry after `head`, on which the change was decided; Overtaken when it is the head no more.
+        """Write the entry after `head`. Overtaken if `head` is not the last entry any more.
 
-        `before` sees the entry first: what it stores (a signature) is there when the entry is. An answer that was lost
-        is looked up: the nonce says whether the entry at this number is this very one.
+        `before` is called with the entry before it is written, for example to store a signature. If the store's answer
+        was lost, the entry is read back: its nonce shows whether it is this entry.
         """
         entry = self._type(
             sequence=head.sequence + 1 if head else 1, previous_sha256=head.digest if head else None,
@@ -146,7 +146,7 @@ class Log(Generic[E]):
         return f"{self._folder}/{sequence:020d}.json"
 
     def _sequences(self) -> list[int]:
-        """Numbers of the entries in order; files that are no entries are not looked at."""
+        """The numbers of the entries in order. Other files are ignored."""
         names = (item.key.rpartition("/")[2] for item in self._backend.list(self._folder + "/"))
         return sorted(int(match[1]) for name in names if (match := _ENTRY_FILE.fullmatch(name)))
 

@@ -1,16 +1,16 @@
-"""The versioned store: immutable bundles, and append-only tag histories that say which is promoted.
+"""The versioned store: immutable bundles, and append-only histories of tags that say which version is promoted.
 
     store.json                                   format and its version
     blobs/sha256/<ab>/<digest>                   tensor files
     manifests/sha256/<ab>/<digest>.json          manifests; the digest is the version
     attestations/sha256/<ab>/<digest>/…          signatures over manifests and tag entries
-    versions/<name>/<digest>.json                that a version was published under a name, by whom and when
-    index/<20-digit sequence>.json               every tag that has a history, in the order they began
+    versions/<name>/<digest>.json                the record of a publication: name, version, actor, time
+    index/<20-digit sequence>.json               every tag with a history, in the order of their first entries
     tags/<name>/<tag>/<20-digit sequence>.json   one entry per promotion, rollback or pin, chained by sha256
     experiments/<20-digit sequence>.json         one entry per change of any experiment, likewise
 
-Objects are written in that order. The tag entry is the commit point: a crash before it leaves garbage, never half a
-state. FORMAT.md tells the same to those who write another program.
+Objects are written in this order. The tag entry is the commit point: a crash before it leaves garbage, never an
+incomplete state. FORMAT.md describes the format for authors of other programs.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ FORMAT, FORMAT_VERSION = "vllm-edits-store", 1
 FORMAT_KEY = "store.json"
 
 _exclusive: set[str] = set()
-"""Stores that this process has proved to keep create-if-absent."""
+"""Stores whose create-if-absent this process has tested."""
 
 
 class Published(BaseModel):
-    """The record that a version was published under a name."""
+    """The record of a publication of a version under a name."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -74,7 +74,7 @@ class Published(BaseModel):
 
 
 class TagEntry(Entry):
-    """One line of a tag's history. The last one says what is promoted."""
+    """One entry in the history of a tag. The last entry says which version is promoted."""
 
     name: BundleName
     tag: Name
@@ -83,17 +83,17 @@ class TagEntry(Entry):
 
     @property
     def pinned(self) -> bool:
-        """Whether, with this as its last entry, the tag may not be moved."""
+        """True if the tag is pinned when this is its last entry."""
         return self.operation == "pin"
 
     @property
     def withdrawn(self) -> bool:
-        """Whether, with this as its last entry, the tag promotes nothing; `version` is what it promoted before."""
+        """True if the tag promotes nothing when this is its last entry. `version` is the withdrawn one."""
         return self.operation == "withdraw"
 
 
 class IndexEntry(Entry):
-    """One line of the index: a tag that has a history, or is about to."""
+    """One entry of the index: a tag that has a history, or is about to have one."""
 
     name: BundleName
     tag: Name
@@ -106,7 +106,7 @@ Heads = Mapping[str, Mapping[str, TagEntry]]
 class EditStore:
     """A store at a URL (a folder path by default). Safe to use from many processes at once.
 
-    With a `signer`, what is published is signed as its author and what is promoted as its promoter.
+    With a `signer`, each publication is signed as author, and each promotion as promoter.
     """
 
     def __init__(self, url: str, *, create: bool = False, signer: SigningKey | None = None) -> None:
@@ -117,11 +117,11 @@ class EditStore:
 
     @property
     def signs(self) -> bool:
-        """Whether what is written through this object is signed."""
+        """True if this object signs what it writes."""
         return self._signer is not None
 
     def check_format(self, *, create: bool = False) -> None:
-        """StoreUnavailable when there is no store of this format here: gone is not empty."""
+        """StoreUnavailable if there is no store of this format. A missing store is not an empty store."""
         expected = {"format": FORMAT, "version": FORMAT_VERSION}
         try:
             found = json.loads(self.backend.get(FORMAT_KEY))
@@ -143,7 +143,7 @@ class EditStore:
             )
 
     def _require_writable(self) -> None:
-        """Before the first write of this process: what the tag logs rest on is proved, not assumed."""
+        """Test create-if-absent before the first write of this process, because the tag logs depend on it."""
         if self.url not in _exclusive:
             require_exclusive_create(self.backend)
             _exclusive.add(self.url)
@@ -151,7 +151,7 @@ class EditStore:
     # -- bundles ---------------------------------------------------------------------------------------------------
 
     def publish(self, bundle: Bundle, *, actor: str | None = None) -> str:
-        """Check and store a bundle; returns its version. Publishing the same bundle again repairs what was damaged."""
+        """Check and store a bundle; returns its version. Publishing the same bundle again repairs damaged objects."""
         verify.check(bundle)
         manifest, version = bundle.manifest, bundle.version
         record = Published(name=manifest.name, version=version, label=manifest.label, actor=actor or _user(), at=now())
@@ -160,7 +160,7 @@ class EditStore:
         return version
 
     def put_version(self, bundle: Bundle, signatures: Sequence[bytes], record: Published) -> None:
-        """Write everything a version is. `record` is kept only if the version was not published here before."""
+        """Write all objects of a version. `record` is stored only if the version was not published here before."""
         self._require_writable()
         blob, version = bundle.manifest.tensors.sha256, bundle.version
         with relying_on(self.backend, [version, blob]):
@@ -171,11 +171,11 @@ class EditStore:
             key = version_key(record.name, version)
             try:
                 self.backend.create(key, canonical_json(record.model_dump(mode="json")))
-            except AlreadyExists:  # who was first stays on record; its age, which a collection looks at, begins anew
+            except AlreadyExists:  # the first record stays; writing it again resets its age, which gc looks at
                 self.backend.put(key, self.backend.get(key))
 
     def manifest(self, version: str) -> Manifest:
-        """The manifest of a version, its digest checked."""
+        """The manifest of a version. Its digest is checked."""
         data = self._get(manifest_key(version), f"version {version[:12]}")
         if sha256(data) != version:
             raise StoreCorrupt(
@@ -185,13 +185,13 @@ class EditStore:
         return Manifest.from_bytes(data, f"manifest of version {version[:12]}")
 
     def bundle(self, version: str) -> Bundle:
-        """A version with its tensors. The caller checks it with `verify.check` against the model it serves."""
+        """A version with its tensors. The caller must check it with `verify.check`."""
         return self.with_tensors(version, self.manifest(version))
 
     def with_tensors(
         self, version: str, manifest: Manifest, progress: Callable[[int], None] = lambda _: None
     ) -> Bundle:
-        """The same for a manifest that was read already. `progress` is told the size of every piece that arrived."""
+        """The same, for a manifest that was read already. `progress` is called with the size of each piece."""
         size, pieces = min(manifest.tensors.size, MAX_TENSOR_FILE_BYTES), []
         try:
             for piece in in_pieces(self.backend, blob_key(manifest.tensors.sha256), size):
@@ -205,11 +205,11 @@ class EditStore:
         return Bundle(manifest, b"".join(pieces))
 
     def names(self) -> list[str]:
-        """Every name something was published under."""
+        """Every name under which a version was published."""
         return sorted({item.key.split("/")[1] for item in self.backend.list("versions/")})
 
     def version_digests(self, name: str) -> list[str]:
-        """Every version published under a name, in no order. One listing, however many there are."""
+        """Every version published under a name, in no order. It costs one listing."""
         _require_name(name)
         digests = [item.key.rpartition("/")[2].removesuffix(".json") for item in self.backend.list(f"versions/{name}/")]
         if not digests:
@@ -223,29 +223,29 @@ class EditStore:
         return sorted(records, key=lambda record: (record.at, record.version))
 
     def record(self, name: str, version: str) -> Published:
-        """The record that a version was published under a name."""
+        """The record of the publication of a version under a name."""
         key = version_key(name, version)
         return _parse_published(self._get(key, f"the record that {name}@{version[:12]} was published"), key)
 
     # -- signatures ------------------------------------------------------------------------------------------------
 
     def attest(self, subject: str, envelope: bytes) -> None:
-        """Store a signature over the object of that digest. Signatures are added, never replaced."""
+        """Store a signature over the object with this digest. Signatures are added, never replaced."""
         self.backend.put(attestation_key(subject, envelope), envelope)
 
     def attestations(self, subject: str) -> list[bytes]:
-        """Every stored envelope over the object of that digest."""
+        """Every stored envelope over the object with this digest."""
         keys = sorted(item.key for item in self.backend.list(attestation_folder(subject)))
         return list(get_many(self.backend, keys))
 
     def signatures(self, subject: str) -> list[Signature]:
-        """Every readable signature over the object of that digest; what they are worth, a trust policy says."""
+        """Every readable signature over the object with this digest. They are not verified: see trust.py."""
         return read_envelopes(self.attestations(subject))
 
     # -- tags ------------------------------------------------------------------------------------------------------
 
     def index(self) -> Log[IndexEntry]:
-        """The log of every tag that has a history."""
+        """The index: the log of all tags with a history."""
         return Log(self.backend, "index", IndexEntry, "the index of tags", "vllm-edits verify")
 
     def tag_log(self, name: str, tag: str) -> Log[TagEntry]:
@@ -258,7 +258,7 @@ class EditStore:
         return Log(self.backend, folder, TagEntry, what, see, require=lambda entry: _require_of(entry, name, tag))
 
     def all_tags(self) -> list[tuple[str, str]]:
-        """Every (name, tag) that has a history."""
+        """Every (name, tag) with a history."""
         return sorted({(entry.name, entry.tag) for entry in self.index().history()})
 
     def tags(self, name: str) -> list[str]:
@@ -266,15 +266,15 @@ class EditStore:
         return [tag for each, tag in self.all_tags() if each == name]
 
     def history(self, name: str, tag: str = DEFAULT_TAG) -> list[TagEntry]:
-        """All entries of a tag, oldest first, their chain checked."""
+        """All entries of a tag, oldest first. Their chain is checked."""
         return self.tag_log(name, tag).history()
 
     def head(self, name: str, tag: str = DEFAULT_TAG) -> TagEntry | None:
-        """What is promoted, or None for a tag without history."""
+        """The last entry of a tag, or None for a tag without history."""
         return self.tag_log(name, tag).head()
 
     def heads(self) -> Heads:
-        """What every tag of every name promotes now. StoreUnavailable when the store is gone: gone is not empty."""
+        """The promoted entry of every tag of every name. StoreUnavailable if the store is missing."""
         self.check_format()
         heads: dict[str, dict[str, TagEntry]] = {}
         for name, tag in self.all_tags():
@@ -284,7 +284,7 @@ class EditStore:
         return heads
 
     def resolve(self, reference: str) -> str:
-        """The version that `name`, `name@tag` or `name@digest-prefix` means now."""
+        """The version that `name`, `name@tag` or `name@digest-prefix` refers to now."""
         ref = Ref.parse(reference)
         if ref.is_version:
             matches = [version for version in self.version_digests(ref.name) if version.startswith(ref.selector)]
@@ -308,7 +308,7 @@ class EditStore:
     def promote(
         self, reference: str, *, tag: str = DEFAULT_TAG, reason: str = "", actor: str | None = None
     ) -> TagEntry:
-        """Append an entry that makes the referenced version the promoted one of `tag`."""
+        """Append an entry that promotes the referenced version under `tag`."""
         if not is_name(tag) or is_version_prefix(tag):
             raise NotFound(f"{tag!r} cannot be a tag: expected a lower-case name that does not look like a version")
         self._require_writable()
@@ -323,7 +323,7 @@ class EditStore:
             return self._append(head, name, tag, version=version, operation="promote", reason=reason, actor=actor)
 
     def rollback(self, name: str, *, tag: str = DEFAULT_TAG, reason: str = "", actor: str | None = None) -> TagEntry:
-        """Append an entry that returns to the version promoted before the present one."""
+        """Append an entry that returns to the version that was promoted before the present one."""
         history = self.history(name, tag)
         version = _before_last(history)
         if version is None:
@@ -335,7 +335,7 @@ class EditStore:
         return self._append(head, name, tag, version=version, operation="rollback", reason=reason, actor=actor)
 
     def withdraw(self, name: str, *, tag: str = DEFAULT_TAG, reason: str = "", actor: str | None = None) -> TagEntry:
-        """Append an entry after which the tag promotes nothing. A rollback, or a promotion, ends that."""
+        """Append an entry after which the tag promotes nothing. A rollback or a promotion ends the withdrawal."""
         head = _movable(self.head(name, tag))
         if head is None:
             self.version_digests(name)  # says so when the name itself is unknown
@@ -346,7 +346,7 @@ class EditStore:
     def pin(
         self, name: str, *, tag: str = DEFAULT_TAG, remove: bool = False, reason: str = "", actor: str | None = None
     ) -> TagEntry:
-        """Append an entry that forbids to move a tag, or with `remove` allows it again. What is served stays."""
+        """Append an entry that pins a tag, or with `remove` unpins it. The promoted version stays the same."""
         head = self.head(name, tag)
         if head is None:
             raise NotFound(f"nothing is promoted as {name}@{tag}: there is nothing to pin")
@@ -356,7 +356,7 @@ class EditStore:
         return self._append(head, name, tag, version=head.version, operation=operation, reason=reason, actor=actor)
 
     def _announce(self, name: str, tag: str, reason: str, actor: str | None) -> None:
-        """Put a tag into the index before its first entry: who follows the index then finds that entry or none."""
+        """Add a tag to the index before its first entry. A follower of the index then finds that entry, or none yet."""
         index = self.index()
         while True:
             known = index.history()
@@ -372,7 +372,7 @@ class EditStore:
         return self.append(self.tag_log(name, tag), head, f"{name}@{tag}", actor=actor, name=name, tag=tag, **change)
 
     def append(self, log: Log[E], head: E | None, what: str, *, actor: str | None, **fields: Any) -> E:
-        """Append to a log of this store, signed as a promoter where this object signs. `what` names it for signers."""
+        """Append to a log of this store; with a signer, sign the entry as promoter. `what` names it in signatures."""
         self._require_writable()
 
         def signed(entry: E) -> None:
@@ -395,7 +395,7 @@ def _require_name(name: str) -> None:
 
 
 def _movable(head: TagEntry | None) -> TagEntry | None:
-    """The head again, unless it is pinned."""
+    """Return the head. Conflict if it is pinned."""
     if head is not None and head.pinned:
         raise Conflict(
             f"{head.name}@{head.tag} is pinned to {head.version[:12]} by {head.actor} since {head.at:%Y-%m-%d %H:%M}"
@@ -406,7 +406,7 @@ def _movable(head: TagEntry | None) -> TagEntry | None:
 
 
 def _promoting(head: TagEntry) -> TagEntry:
-    """The head again, unless it promotes nothing."""
+    """Return the head. NotFound if it promotes nothing."""
     if head.withdrawn:
         raise NotFound(
             f"{head.name}@{head.tag} was withdrawn by {head.actor} at {head.at:%Y-%m-%d %H:%M}"
@@ -417,9 +417,9 @@ def _promoting(head: TagEntry) -> TagEntry:
 
 
 def _before_last(history: list[TagEntry]) -> str | None:
-    """The version to return to. A rollback undoes one promotion; a second one goes further back, not forth.
+    """The version that a rollback returns to. A rollback undoes one promotion, a second rollback the one before it.
 
-    After a withdrawal it is the one that was withdrawn; a promotion after that takes the withdrawal's place.
+    After a withdrawal it is the withdrawn version. A promotion after a withdrawal replaces the withdrawal.
     """
     stack: list[str] = []
     withdrawn = False
@@ -449,17 +449,17 @@ def _parse_published(data: bytes, key: str) -> Published:
 
 
 def blob_key(digest: str) -> str:
-    """Where a tensor file lies."""
+    """The key of a tensor file."""
     return f"blobs/sha256/{digest[:2]}/{digest}"
 
 
 def manifest_key(version: str) -> str:
-    """Where a manifest lies."""
+    """The key of a manifest."""
     return f"manifests/sha256/{version[:2]}/{version}.json"
 
 
 def version_key(name: str, version: str) -> str:
-    """Where the record of a publication lies."""
+    """The key of the record of a publication."""
     return f"versions/{name}/{version}.json"
 
 

@@ -1,1 +1,1 @@
-"""Finding damage, collecting garbage, carrying versions to another store."""
+"""Maintenance of a store: checks, garbage collection, and transfer of versions to another store."""

@@ -1,4 +1,4 @@
-"""Check a whole store: every digest, every record, every chain, every reference. Reads everything, changes nothing."""
+"""Checks a whole store: all digests, records, chains and references. It reads everything and changes nothing."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from vllm_edits.edit_store.signing import read_envelopes
 from vllm_edits.edit_store.storage.store import EditStore, TagEntry
 
 Progress = Callable[[str, int, int], None]
-"""Told what is being checked, how much of it is done, and how much there is."""
+"""Called with the kind of object, the number that are checked, and the number of all."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong: the object, what was found there, and what mends it."""
+    """One problem: the object, the problem, and what to do about it."""
 
     object: str
     problem: str
@@ -29,7 +29,7 @@ class Finding:
 
 @dataclass
 class Audit:
-    """What was checked and what was found."""
+    """The result of a check: counts and findings."""
 
     versions: int = 0
     bytes: int = 0
@@ -38,7 +38,7 @@ class Audit:
     signatures: int = 0
     findings: list[Finding] = field(default_factory=list)
     garbage: list[str] = field(default_factory=list)
-    """objects that nothing refers to: harmless, `gc` removes them"""
+    """objects without a reference: harmless; `gc` removes them"""
 
     @property
     def clean(self) -> bool:
@@ -46,7 +46,7 @@ class Audit:
 
 
 def audit(store: EditStore, progress: Progress = lambda *_: None) -> Audit:
-    """Check everything that the store holds."""
+    """Check all objects of a store."""
     found = Audit()
     store.check_format()
     entries = _check_tags(store, found, progress)
@@ -128,7 +128,7 @@ def _check_records(store: EditStore, found: Audit) -> set[str]:
 
 
 def _check_versions(store: EditStore, found: Audit, versions: list[str], progress: Progress) -> set[str]:
-    """Check every manifest with its tensors; returns the digests of the tensor files that are referred to."""
+    """Check every manifest with its tensors; returns the digests of the tensor files in use."""
     used: set[str] = set()
     mend = "publish the same bundle again, or copy the version from another store"
     for number, version in enumerate(versions):

@@ -1,9 +1,8 @@
-"""Delete what no history, no record young enough, and no writer refers to. Dry unless told otherwise.
+"""Collects garbage: deletes versions that were never promoted, and objects without a reference.
 
-Kept: every version that any tag's history names (not the heads alone) or an arm of an experiment, every version
-published within the grace time, every object that a writer is about to refer to (`intents.py` says why no clock is
-needed for that), and all entries of logs. Deleted in the order of a publication backwards, so an interrupted run leaves
-garbage, never a dangling name.
+Kept are: every version in the history of a tag or in an arm of an experiment, every version published within the grace
+time, every object that a writer is about to refer to (see `intents.py`), and all entries of logs. Objects are deleted
+in the reverse order of a publication. So an interrupted run leaves garbage, never a reference to a missing object.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Garbage:
-    """What a collection deletes, or would."""
+    """The objects that a collection deletes, or would delete."""
 
     items: tuple[Item, ...]
     versions: tuple[str, ...]
-    """versions among it, published but never promoted"""
+    """versions among them; each was published but never promoted"""
 
     @property
     def bytes(self) -> int:
@@ -37,9 +36,9 @@ class Garbage:
 
 
 def plan(store: EditStore, grace_hours: float = DEFAULT_GRACE_HOURS) -> Garbage:
-    """What may be deleted now. Everything younger than the grace time stays. Deletes nothing.
+    """List the objects that may be deleted now. Objects younger than the grace time are kept. Nothing is deleted.
 
-    StoreCorrupt when some history or manifest cannot be read: what it names cannot be known then.
+    StoreCorrupt if a history or a manifest cannot be read, because its references are unknown then.
     """
     before = time.time() - grace_hours * 3600
     backend = store.backend
@@ -68,15 +67,15 @@ def plan(store: EditStore, grace_hours: float = DEFAULT_GRACE_HOURS) -> Garbage:
 def collect(
     store: EditStore, grace_hours: float = DEFAULT_GRACE_HOURS, progress: Progress = lambda *_: None
 ) -> Garbage:
-    """Delete what `plan` finds, unless a writer has come to rely on it meanwhile. Returns what was deleted."""
+    """Delete the objects that `plan` lists, unless a writer is about to refer to them; returns the deleted objects."""
     backend = store.backend
     marks = [item.key.rpartition("/")[2] for item in backend.list(CONDEMNED + "/")]  # of a run that was interrupted
     first = plan(store, grace_hours)
     condemned = {_digest(item) for item in first.items if item.key.startswith(("manifests/", "blobs/"))}
     for digest in sorted(condemned):
         backend.put(condemned_key(digest), b"")
-    # Who did not see the marks has noted an intent before. If it is gone by now, the reference it stood for is there:
-    # so first the intents, then the references.
+    # A writer that did not see the marks has written its intent before. If the intent is gone by now, its reference is
+    # there. So read the intents first, then the references.
     spared = relied_on(backend)
     second = plan(store, grace_hours)
     sparing = spared | _blobs_of(store, spared)
@@ -93,7 +92,7 @@ def collect(
 
 
 def _every_tag(store: EditStore) -> set[tuple[str, str]]:
-    """Tags of the index, and any that has entries without standing there."""
+    """All tags of the index, and tags that have entries but are not in the index."""
     listed = {tuple(item.key.split("/")[1:3]) for item in store.backend.list("tags/")}
     return {(name, tag) for name, tag in listed} | set(store.all_tags())
 
@@ -103,11 +102,11 @@ def _digest(item: Item) -> str:
 
 
 def _digests(item: Item) -> tuple[str, ...]:
-    """What an object's key names: its own digest, and of a signature also that of its subject."""
+    """The digests in an object's key: its own, and for a signature also the digest of its subject."""
     return tuple(part.removesuffix(".json") for part in item.key.split("/"))
 
 
 def _blobs_of(store: EditStore, digests: set[str]) -> set[str]:
-    """Tensor files of those digests that are versions."""
+    """The tensor files of the digests that are versions."""
     known = {_digest(item) for item in store.backend.list("manifests/")} & digests
     return {store.manifest(version).tensors.sha256 for version in known}

@@ -1,10 +1,10 @@
-"""Move versions between stores, directly or as one file for a site that no network reaches.
+"""Moves versions between stores, directly or as one file for a site without a network.
 
-An exported file is an uncompressed tar of fixed members, the same bytes for the same version:
+An exported file is an uncompressed tar archive. The same version gives the same bytes. Its files are:
 
     published.json        the record: name, version, label, who, when
     manifest.json         its sha256 is the version
-    edits.safetensors     its sha256 stands in the manifest
+    edits.safetensors     its sha256 is in the manifest
     attestations/<n>.json signatures, as stored
 """
 
@@ -36,12 +36,12 @@ _LIMITS = {RECORD_FILE: MAX_RECORD_BYTES, MANIFEST_FILE: MAX_MANIFEST_BYTES, TEN
 _ATTESTATION = re.compile(rf"{ATTESTATIONS}[0-9]{{3}}\.json")
 
 Progress = Callable[[str, int, int], None]
-"""Told what is being moved, how many bytes are done, and how many there are."""
+"""Called with the version being moved, the bytes that are done, and the bytes of all."""
 
 
 @dataclass(frozen=True)
 class Package:
-    """Everything a version needs elsewhere."""
+    """All files of a version, for another store."""
 
     bundle: Bundle
     record: Published
@@ -49,7 +49,7 @@ class Package:
 
     @classmethod
     def of(cls, store: EditStore, reference: str, progress: Callable[[int], None] = lambda _: None) -> Package:
-        """Read and check a version of a store. `progress` is told the size of every piece that arrived."""
+        """Read and check a version of a store. `progress` is called with the size of each piece that arrived."""
         name, version = Ref.parse(reference).name, store.resolve(reference)
         bundle = store.with_tensors(version, store.manifest(version), progress)
         verify.check(bundle)
@@ -57,7 +57,7 @@ class Package:
 
     @classmethod
     def of_members(cls, members: Mapping[str, bytes], what: str) -> Package:
-        """Check members that came from elsewhere. Nothing in them is believed: every digest is computed."""
+        """Check files that came from elsewhere. They are not trusted: every digest is computed."""
         missing = [name for name in _LIMITS if name not in members]
         if missing:
             raise BundleRefused(
@@ -90,7 +90,7 @@ class Package:
         return cls(bundle, record, tuple(data for data in envelopes if read_envelopes([data])))
 
     def members(self) -> dict[str, bytes]:
-        """The files that a version is outside of a store, by name: the same bytes for the same version."""
+        """The files of a version outside a store, by name. The same version gives the same bytes."""
         if len(self.envelopes) > MAX_ATTESTATIONS:
             raise EditsError(
                 f"{self.record.name}@{self.record.version[:12]} has {len(self.envelopes)} signatures, but at most "
@@ -104,7 +104,7 @@ class Package:
         }
 
     def put(self, store: EditStore) -> str:
-        """Write the version into a store; returns its digest. Doing so twice is harmless."""
+        """Write the version into a store; returns its digest. Writing it again is harmless."""
         store.put_version(self.bundle, self.envelopes, self.record)
         return self.bundle.version
 
@@ -112,7 +112,7 @@ class Package:
 def copy(
     source: EditStore, target: EditStore, references: list[str], progress: Progress = lambda *_: None
 ) -> list[str]:
-    """Copy versions with their records and signatures; returns `name@version` of each. Tags are the target's own."""
+    """Copy versions with their records and signatures; returns `name@version` of each. Tags are not copied."""
     total = sum(source.manifest(source.resolve(reference)).tensors.size for reference in references)
     copied, done = [], 0
     for reference in references:
@@ -129,12 +129,12 @@ def copy(
 
 
 def attestation_name(number: int) -> str:
-    """Name of the member that holds a signature."""
+    """Name of the file that holds a signature."""
     return f"{ATTESTATIONS}{number:03}.json"
 
 
 def member_limit(name: str) -> int | None:
-    """The most bytes that the member of this name may have, or None where no member is named so."""
+    """The largest size of the file with this name, or None if no file has this name."""
     return MAX_ENVELOPE_BYTES if _ATTESTATION.fullmatch(name) else _LIMITS.get(name)
 
 
@@ -160,7 +160,7 @@ def export(store: EditStore, reference: str, path: Path) -> str:
 
 
 def read_export(path: Path) -> Package:
-    """Read and check an exported file. Every size in it is capped before anything is read."""
+    """Read and check an exported file. Every size is checked before the file is read."""
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             members = _read_members(archive, str(path))

@@ -1,4 +1,4 @@
-"""The `vllm-edits` command. Runs in a process of its own: it looks at stores and servers, and starts vLLM."""
+"""The `vllm-edits` command. It runs in its own process, works on stores, asks servers, and starts vLLM."""
 
 from vllm_edits.plugin.cli.commands import main
 

@@ -1,4 +1,4 @@
-"""The `vllm-edits` command: the store's commands, and `serve` and `status` for servers."""
+"""The `vllm-edits` command: the store's commands, and `serve`, `run-batch`, `plan` and `status` for servers."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def serve(
 
 
 class _LongFlags(TyperCommand):
-    """Takes no short flags but its own: of vLLM's `-cc.mode=0` click would read `-o`."""
+    """Refuses short flags other than its own, because click would read `-o` in vLLM's `-cc.mode=0`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if short := [word for word in args if _SHORT.match(word)]:
@@ -126,7 +126,7 @@ def run_batch(
 def _vllm(
     model: str, store: str, setting: list[str] | None, words: Sequence[str], *, on_socket: bool = False
 ) -> tuple[str, list[str], dict[str, str]]:
-    """The `vllm` command, its words and its environment; what can be refused is, before minutes of loading."""
+    """The `vllm` command, its arguments and its environment. Errors are found here, before minutes of loading."""
     settings = {"store": store, **dict(_assignment(text) for text in setting or [])}
     open_reader(read_settings({KEY: settings}), signs=True)  # store, trust file and key
     flags = serve_command.Flags(words)
@@ -314,7 +314,7 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 
 def _require_free_port(flags: serve_command.Flags) -> None:
-    """Refuse an address that is taken before minutes of loading, not after."""
+    """EditsError if the address is in use. It is checked before minutes of loading."""
     if flags.get("--uds") is not None:
         return
     host, port = flags.get("--host") or "", flags.get("--port") or 8000

@@ -1,7 +1,7 @@
-"""Whether this machine's NVIDIA driver and GPUs run the torch that is installed; asked before minutes of loading.
+"""Checks that this machine's NVIDIA driver and GPUs run the installed torch, before minutes of loading.
 
-The driver is asked directly: importing torch takes seconds, and of a driver too old for it torch says only that there
-is no GPU, after which vLLM says that it knows no device.
+It asks the driver directly. Importing torch takes seconds; and with a driver that is too old, torch only says that
+there is no GPU, and then vLLM says that it knows no device.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _WHY = {
     804: "its forward-compatibility package does not support this GPU; update the driver itself",
 }
 OLDEST = {12: (7, 0), 13: (7, 5)}
-"""The oldest compute capability that a CUDA version's libraries have kernels for, by its major version."""
+"""The lowest compute capability with kernels in a CUDA version's libraries, by CUDA's major version."""
 
 
 def cuda_of_torch() -> tuple[int, int] | None:
-    """The CUDA version that the installed torch is built for; None for another build, or without torch."""
+    """The CUDA version of the installed torch, or None for another build or without torch."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
@@ -38,7 +38,7 @@ def _driver() -> Any:
 
 
 def faults(cuda: tuple[int, int] | None, driver: Callable[[], Any] = _driver) -> Iterator[str]:
-    """Why a torch for this CUDA version will not run here, each with the mend; nothing for a torch without CUDA."""
+    """Reasons why a torch for this CUDA version does not run here, each with a remedy. None for a torch without it."""
     if cuda is None:
         return
     needed = f"torch is built for CUDA {cuda[0]}.{cuda[1]}"
@@ -68,7 +68,7 @@ def faults(cuda: tuple[int, int] | None, driver: Callable[[], Any] = _driver) ->
 
 
 def _number(call: Callable[..., int], *arguments: int) -> int:
-    """What a call of the driver writes to the number that its first argument points to."""
+    """The number that a call of the driver writes through its first argument."""
     found = ctypes.c_int(0)
     call(ctypes.byref(found), *arguments)
     return found.value

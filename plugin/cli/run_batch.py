@@ -1,7 +1,7 @@
-"""`vllm-edits run-batch`: the requests of a file, answered by a server that lives for that long.
+"""Answers the requests of a file with a server that runs only for this: `vllm-edits run-batch`.
 
-The file is OpenAI's batch format, a JSON object a line: `custom_id`, `url`, `body`. The server is an ordinary one on a
-socket of this machine, so every endpoint, variant, experiment and header works as over the network.
+The file has OpenAI's batch format, with one JSON object per line: `custom_id`, `url`, `body`. The server is an ordinary
+server on a Unix socket. So every endpoint, variant, experiment and header works as over the network.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from vllm_edits.edit_store.errors import EditsError, SettingsError
 
 SHOWN, _OURS = 20, "x-edits-"
 _PATH = re.compile(r"(/[!-.0-~]+)+")
-"""Of a URL: in ASCII, without spaces, and with no slash at the end, for which a server sends the client elsewhere."""
+"""Pattern of a URL: ASCII, without spaces, and without a slash at the end, which a server would redirect."""
 _LOOK_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class BatchLine:
-    """A request of the file."""
+    """A request in the file."""
 
     custom_id: str
     url: str
@@ -39,9 +39,9 @@ class BatchLine:
 
 
 def read(path: Path) -> list[BatchLine]:
-    """Every request of a file. SettingsError lists the lines that are none."""
+    """Read every request of a file. SettingsError lists the invalid lines."""
     try:
-        texts = path.read_text().split("\n")  # JSON may hold what splitlines takes for the end of a line
+        texts = path.read_text().split("\n")  # splitlines would also split at characters that JSON strings may contain
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} cannot be read: {error}") from error
     found, wrong, seen = list[BatchLine](), list[str](), set[str]()
@@ -66,7 +66,7 @@ def read(path: Path) -> list[BatchLine]:
 
 
 def _line(text: str) -> tuple[BatchLine | None, str]:
-    """A line's request, or why it is none."""
+    """The request in a line, or the reason why the line is invalid."""
     try:
         said = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -87,7 +87,7 @@ def _line(text: str) -> tuple[BatchLine | None, str]:
 
 @contextmanager
 def server(command: Sequence[str], environment: Mapping[str, str], log: TextIO | None = None) -> Any:
-    """A server on a socket of its own; yields the socket's path. EditsError when it ends before it answers."""
+    """Start a server on its own socket; yields the socket's path. EditsError if the server ends during its start."""
     with tempfile.TemporaryDirectory(prefix="vllm-edits-batch-") as folder:
         path = f"{folder}/server.sock"
         process = subprocess.Popen([*command, "--uds", path], env=dict(environment), stdout=log, stderr=log)
@@ -119,7 +119,7 @@ async def answer(
     path: str, lines: Sequence[BatchLine], out: TextIO, *, at_once: int, api_key: str = "",
     progress: Callable[[], None] = lambda: None,
 ) -> int:  # fmt: skip
-    """Send every request, and write each answer when it comes; returns how many were not answered with success."""
+    """Send every request and write each answer when it arrives; returns the number of failed requests."""
     free, failed = asyncio.Semaphore(at_once), 0
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     transport = httpx.AsyncHTTPTransport(uds=path, limits=httpx.Limits(max_connections=None))
@@ -141,10 +141,10 @@ async def answer(
 
 
 async def _answered(client: httpx.AsyncClient, line: BatchLine, headers: Mapping[str, str]) -> dict[str, Any]:
-    """A line of the answers: OpenAI's, with the variant and the version that the server's headers name."""
+    """A line of the file of answers: OpenAI's format, with the variant and the version from the server's headers."""
     found: dict[str, Any] = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": line.custom_id, "response": None,
                              "error": None}  # fmt: skip
-    content = json.dumps(line.body).encode()  # also what is no JSON in the strict sense, and vLLM reads
+    content = json.dumps(line.body).encode()  # also JSON that is invalid but accepted by vLLM
     try:
         reply = await client.post(line.url, content=content, headers={**headers, "content-type": "application/json"})
     except (httpx.HTTPError, httpx.InvalidURL) as error:

@@ -1,7 +1,7 @@
-"""What `vllm-edits serve` starts: `vllm serve` with the plugin's flags beside the operator's, none of which is lost.
+"""Builds the command of `vllm-edits serve`: `vllm serve` with the plugin's flags and all of the operator's flags.
 
-vLLM takes the last of equal flags and a flag before the file of --config, so that the plugin's settings could be
-overruled, or the operator's be dropped, without a word. Here they are put together, or refused.
+vLLM uses the last of equal flags, and prefers a flag to the file of --config. So it could silently override the
+plugin's settings or the operator's. Here both are merged, or the conflict is an error.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ PLUGIN, VARIABLE = "edits", "VLLM_PLUGINS"
 _LOADED_WITHOUT_BEING_NAMED = (
     "vllm.general_plugins", "vllm.platform_plugins", "vllm.io_processor_plugins", "vllm.stat_logger_plugins"
 )  # fmt: skip
-"""Groups of vLLM's plugins of which all are loaded as long as the variable is not set."""
+"""Groups of vLLM plugins that vLLM loads completely if the variable is not set."""
 OURS = {"--load-format": PLUGIN, "--scheduler-cls": SCHEDULER}
 
 
 class Flags:
-    """The flags that are handed on to vLLM, and the file that --config names."""
+    """The flags that are passed to vLLM, and the file of --config."""
 
     def __init__(self, words: Sequence[str]) -> None:
         self._parts = list(_parts(words))
@@ -37,25 +37,25 @@ class Flags:
         self.file: Mapping[str, Any] = {} if named is None else _yaml(named)
 
     def get(self, flag: str) -> Any:
-        """The value that vLLM will take, or None."""
+        """The value that vLLM will use, or None."""
         if flag in self._given:
             return self._given[flag]
         plain = flag.removeprefix("--")
         return next((self.file[key] for key in (plain, plain.replace("-", "_")) if key in self.file), None)
 
     def besides(self, flag: str) -> list[str]:
-        """Flags that vLLM would take for that one, or for a part of its value: shortened, or with a dot."""
+        """Flags that vLLM would read as this flag, or as a part of its value: abbreviated, or with a dot."""
         given = [*self._given, *(f"--{key}".replace("_", "-") for key in self.file)]
         heads = ((name, name.partition(".")[0]) for name in given if len(name) > len("--"))
         return [name for name, head in heads if name != flag and flag.startswith(head)]
 
     def without(self, flag: str) -> list[str]:
-        """The words without a flag and its value."""
+        """All words except a flag and its value."""
         return [word for name, _, spelled in self._parts if name != flag for word in spelled]
 
 
 def _parts(words: Sequence[str]) -> Iterator[tuple[str, str, list[str]]]:
-    """Each flag's name, first value and words. vLLM takes underscores for dashes, and `=` for a space."""
+    """The name, first value and words of each flag. vLLM accepts underscores for dashes, and `=` for a space."""
     spelled: list[str] = []
     for word in [*words, "--"]:
         if word.startswith("--") and spelled:
@@ -79,7 +79,7 @@ def _yaml(path: str) -> Mapping[str, Any]:
 
 
 def arguments(model: str, settings: Mapping[str, Any], flags: Flags) -> list[str]:
-    """The words behind `vllm`. SettingsError with every flag that would overrule what the plugin needs."""
+    """The words after `vllm`. SettingsError lists every flag that would override a flag of the plugin."""
     wrong = [
         f"{flag} is {flags.get(flag)!r}, but edits need {needed!r}: leave it out{_instead(flag)}"
         for flag, needed in OURS.items()
@@ -103,7 +103,7 @@ def _instead(flag: str) -> str:
 
 
 def _additional(given: Any) -> tuple[dict[str, Any], list[str]]:
-    """The operator's own additional config, and what is wrong with it."""
+    """The operator's own additional config, and its errors."""
     if given is None:
         return {}, []
     try:
@@ -119,15 +119,15 @@ def _additional(given: Any) -> tuple[dict[str, Any], list[str]]:
 
 @dataclass(frozen=True)
 class Plugins:
-    """Which plugins of vLLM's are turned on."""
+    """The enabled plugins of vLLM."""
 
     names: tuple[str, ...]
     remarks: tuple[str, ...] = ()
-    """what the operator should know"""
+    """remarks for the operator"""
 
 
 def plugins(named: str | None) -> Plugins:
-    """What VLLM_PLUGINS must be, given what it is now: that and `edits`. Unset it means all, so all are named then."""
+    """The value for VLLM_PLUGINS: its present value and `edits`. Unset, it enables all plugins, so all are named."""
     installed = {each.name for group in _LOADED_WITHOUT_BEING_NAMED for each in entry_points(group=group)}
     if named is None:
         return Plugins(tuple(sorted({*installed, PLUGIN})), tuple(_turned_on(installed - {PLUGIN})))

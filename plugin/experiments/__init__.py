@@ -1,1 +1,1 @@
-"""Experiments: which arm a request belongs to, what is logged of it, and what the logs say."""
+"""Experiments: the arm of a request, its exposure in the log, guardrails, and the analysis of the logs."""

@@ -1,4 +1,4 @@
-"""Writes what requests of experiments came to: one JSON line each, in files that are begun anew when they are full."""
+"""Writes the exposure log: one JSON line for each request of an experiment. A full file is followed by a new file."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ logger = logging.getLogger("vllm.edits")
 
 
 class ExposureLog:
-    """Appends to `exposures-<host>-<process>-<when>-<number>.jsonl` in a folder; without one, to nothing.
+    """Appends to `exposures-<host>-<process>-<when>-<number>.jsonl` in a folder. Without a folder, it does nothing.
 
-    A line is written in one call, so it is there whole or, after a crash of the machine, not. A disk that is full loses
-    lines, never requests: `lost` counts them.
+    Each line is written in one call. So after a crash of the machine, a line is complete or missing. If the disk is
+    full, lines are lost, but requests are answered: `lost` counts the lost lines.
     """
 
     def __init__(self, folder: Path | None, limit_bytes: int) -> None:
@@ -34,7 +34,7 @@ class ExposureLog:
 
     @property
     def keeps(self) -> bool:
-        """Whether anything is written."""
+        """True if exposures are written."""
         return self._folder is not None
 
     def write(self, record: Record) -> None:
@@ -50,13 +50,13 @@ class ExposureLog:
             self._lose(str(error))
             return
         self._size += written
-        if written < len(line):  # half a line is borne at the end of a file, not within
+        if written < len(line):  # readers accept an incomplete line only at the end of a file
             self.close()
             self._lose("the disk is full")
 
     def _lose(self, why: str) -> None:
         self.lost += 1
-        if why != self._failed:  # once, not for every request
+        if why != self._failed:  # once, not at every request
             self._failed = why
             logger.error(
                 "exposures are lost, because %s cannot be written: %s. Free space there, or set another "
@@ -73,7 +73,7 @@ class ExposureLog:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         if self._file is not None:
             os.close(self._file)
             self._file = None

@@ -1,9 +1,10 @@
-"""The id by which a client may later say how a request of an experiment went.
+"""The feedback token: the id with which a client can later send feedback on a request of an experiment.
 
-It says itself of which arm and unit the request was, so that whoever is asked needs to remember nothing: another
-process, another server with the same key, this server after a restart. A code over it keeps clients from making one up.
+The token contains the arm and the unit of the request. So no process needs to remember requests: another process,
+another server with the same key, and this server after a restart can all read it. A code keeps clients from inventing
+tokens.
 
-    handle = base64url(seed[4] arm[1] how[1] unit[8] nonce[8] code[8])      code = HMAC-SHA256(key, all before)[:8]
+    token = base64url(seed[4] arm[1] how[1] unit[8] nonce[8] code[8])       code = HMAC-SHA256(key, all before)[:8]
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from vllm_edits.plugin.experiments.routing import Assignment
 _FORM = struct.Struct(">4sBB8s8s")
 _CODE = 8
 _HANDLE = re.compile(r"(?:[a-z]+[-_])?([A-Za-z0-9_-]{40})(?:-[0-9]+)?")
-"""With or without what vLLM puts around it: `chatcmpl-…`, `cmpl-…-0`."""
+"""A token, with or without vLLM's prefix and suffix: `chatcmpl-…`, `cmpl-…-0`."""
 MIN_KEY_BYTES = 16
 _HOW = get_args(How)
 
 
 @dataclass(frozen=True)
 class FeedbackToken:
-    """What a handle says."""
+    """The content of a feedback token."""
 
     request: str
     experiment: str
@@ -41,7 +42,7 @@ class FeedbackToken:
     arm: str
     unit: str
     evidence: bool
-    """whether the unit was assigned by its hash"""
+    """True if the hash chose the arm"""
 
 
 def _seed(experiment: str, phase: int) -> bytes:
@@ -49,14 +50,14 @@ def _seed(experiment: str, phase: int) -> bytes:
 
 
 class FeedbackTokens:
-    """Makes handles and reads them, with one key."""
+    """Makes and reads feedback tokens with one key."""
 
     def __init__(self, key: bytes) -> None:
         self._key = key
 
     @classmethod
     def of(cls, file: Path | None) -> FeedbackTokens:
-        """With the key that is in a file, or one of its own; SettingsError for a file that holds none."""
+        """Use the key in a file, or a new key without a file. SettingsError if the file contains no key."""
         if file is None:
             return cls(secrets.token_bytes(32))
         try:
@@ -71,13 +72,13 @@ class FeedbackTokens:
         return cls(key)
 
     def make(self, assignment: Assignment, arm: int) -> str:
-        """A new handle; `arm` is the arm's number in the document."""
+        """Make a token. arm: the arm's number in the document."""
         said = _FORM.pack(_seed(assignment.experiment, assignment.phase), arm, _HOW.index(assignment.how),
                           bytes.fromhex(assignment.unit), secrets.token_bytes(8))  # fmt: skip
         return base64.urlsafe_b64encode(said + self._code(said)).decode()
 
     def read(self, text: str, standings: Standings) -> FeedbackToken:
-        """What a handle says, with or without what vLLM puts around it. NotFound when it is none of ours."""
+        """Read a token, with or without vLLM's prefix and suffix. NotFound if it is not valid here."""
         unknown = NotFound(
             f"no request of an experiment has the id {text!r}: expected the `id` of an answer, or its x-edits-request"
         )

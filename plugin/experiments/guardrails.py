@@ -1,12 +1,12 @@
-"""Whether the arms of a running phase keep the rules of its experiment, and what is to be done when one does not. Pure.
+"""Measures the arms of a running phase against the guardrails of the experiment, and decides on actions. Pure.
 
     guardrails = Guardrails(arms, document.guardrails, began, now)
-    guardrails.see("treatment", {"error": 0.0, "first_token_seconds": 0.12}, now)     # whenever a request ended
+    guardrails.see("treatment", {"error": 0.0, "first_token_seconds": 0.12}, now)     # after each request
     for action in guardrails.measure(now, authored):                                 # every second or so
         ...
 
-Of what was observed only sums are kept, for each rule and arm. `now` is in seconds, of a clock that never goes back,
-and everything is called by one thread.
+Only sums are kept, for each rule and arm. `now` is in seconds of a monotonic clock. All calls must come from one
+thread.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from vllm_edits.edit_store.experiments.document import BUILT_IN, Guardrail
 from vllm_edits.edit_store.experiments.durations import spoken
 
 CONTROL, AUTHOR = "the control", "the author's measurement"
-"""What a limit may be a multiple of."""
+"""References of a relative limit."""
 Result = Literal["successful", "failed", "inconclusive", "waiting"]
 
 CHANCE = 2.0
-"""Standard errors by which an arm's requests must be fewer than expected before they are missed.
+"""Number of standard errors by which an arm must have fewer requests than expected, before data count as missing.
 
-With none, an arm of 0.9 that has 12 healthy requests a window, of 20 needed, is withdrawn within hours: the control's 1
-or 2 are 3 at times, which lets 27 be expected of the arm, and only such windows would count.
+With 0, an arm of weight 0.9 with 12 healthy requests per window (20 are needed) is withdrawn within hours. The control
+has 1 or 2 requests per window, sometimes 3. In windows with 3, 27 requests are expected of the arm, and only these
+windows would count.
 """
 
 
 @dataclass(frozen=True)
 class Withdraw:
-    """The arm is to be withdrawn: it is not watched any more."""
+    """The action to withdraw an arm. The arm is not watched any more."""
 
     arm: str
     rule: Guardrail
@@ -44,7 +45,7 @@ class Withdraw:
 
 @dataclass(frozen=True)
 class Hold:
-    """The ramp is to be held. To resume it is left to a person."""
+    """The action to hold the ramp. Only an operator resumes it."""
 
     arm: str
     rule: Guardrail
@@ -56,10 +57,10 @@ Action = Withdraw | Hold
 
 @dataclass
 class Sums:
-    """What was observed of one metric in one arm.
+    """The observations of one metric in one arm, as sums.
 
-    number: over how many observations `total` is summed, tokens for gate firings. requests: with any built-in metric.
-    assigned: requests that were sent to the arm, whatever became of them.
+    number: number of observations in `total` (tokens for gate firings). requests: requests with any built-in metric.
+    assigned: requests that were sent to the arm, with any outcome.
     """
 
     total: float = 0.0
@@ -74,9 +75,9 @@ class Sums:
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of an arm beforehand.
+    """The known facts about an arm.
 
-    share: its weight over the control's. authored: firings of its gates for each token, as its author measured them.
+    share: its weight divided by the control's. authored: firings of its gates per token, as its author measured them.
     """
 
     share: float
@@ -85,12 +86,11 @@ class Known:
 
 @dataclass(frozen=True)
 class Observation:
-    """What one window of a rule came to for one arm.
+    """The measurement of one window of a rule for one arm.
 
-    waiting       too few requests, and no more could be expected but for chance: it says nothing
-    inconclusive  too few though more could be expected (`is_missing`); or a ratio to a control that has too few, or
-                  whose mean is not above 0; or to an author's figure that is not there; or neither beyond the limit nor
-                  clear of it
+    waiting       too few requests, and not fewer than expected: it has no effect
+    inconclusive  fewer requests than expected (`is_missing`); or a ratio to a control with too few requests or with a
+                  mean of 0 or less; or no measurement by the author; or within the limit, but not by the hysteresis
     """
 
     result: Result
@@ -105,7 +105,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class State:
-    """How an arm stands with a rule, as plain data. rule: its place in the document, counted from 0."""
+    """The state of an arm for a rule, as plain data. rule: its place in the document, counted from 0."""
 
     rule: int
     metric: str
@@ -114,13 +114,13 @@ class State:
     is_watched: bool
     failures: int
     missing: int
-    """measurements in a row without enough requests"""
+    """consecutive measurements with missing data"""
     last: Observation
 
 
 @dataclass
 class _RuleRecord:
-    """What the measurements of one rule for one arm have come to."""
+    """The results of the measurements of one rule for one arm."""
 
     failures: int = 0
     missing: int = 0
@@ -129,7 +129,7 @@ class _RuleRecord:
 
 @dataclass
 class _RuleWatch:
-    """One rule with its window."""
+    """A rule with its present window."""
 
     rule: Guardrail
     begins: float
@@ -139,10 +139,10 @@ class _RuleWatch:
 
 
 class Guardrails:
-    """The rules of one phase on one server.
+    """The guardrails of one phase on one server.
 
-    arms: their weights by name, the control first. began: when the phase began, for the warm-up. now: from when on this
-    server watches; the first windows cover nothing before that. withdrawn: arms that are not watched.
+    arms: weights by name, the control first. began: start of the phase, for the warm-up. now: start of the first
+    windows on this server. withdrawn: arms that are not watched.
     """
 
     def __init__(
@@ -164,15 +164,16 @@ class Guardrails:
         ]  # fmt: skip
 
     def assign(self, arm: str, now: float, times: int = 1) -> None:
-        """Requests were sent to an arm. Where none were, none is missing: of three API keys an arm may have none."""
+        """Count requests that were sent to an arm. An arm without such requests misses no data."""
         self._need(arm)
         for watch in self._warm(now):
             watch.sums[arm].assigned += times
 
     def see(self, arm: str, values: Mapping[str, float], now: float) -> None:
-        """A request of an arm has ended, or feedback came: metrics and their values.
+        """Count the metrics of a request that has ended, or feedback.
 
-        A value that is no finite number is none: an arm of such values has no data, rather than a mean beyond no limit.
+        Values that are not finite are ignored. So an arm with only such values has no data, instead of a mean of NaN
+        that is never beyond a limit.
         """
         self._need(arm)
         is_request = not BUILT_IN.keys().isdisjoint(values)
@@ -185,9 +186,10 @@ class Guardrails:
                 sums.number += 1
 
     def count(self, arm: str, metric: str, total: float, number: int, now: float) -> None:
-        """Add what was counted elsewhere: a sum, and over how many observations it is.
+        """Add a sum that was counted elsewhere, with its number of observations.
 
-        Gate firings are over the tokens computed meanwhile; an arm without gates has 0. ValueError: number is below 0.
+        Gate firings are counted over the tokens computed meanwhile; an arm without gates has 0. ValueError if number is
+        below 0.
         """
         self._need(arm)
         if number < 0:
@@ -198,10 +200,10 @@ class Guardrails:
                 watch.sums[arm].number += number
 
     def measure(self, now: float, authored: Mapping[str, float] = MappingProxyType({})) -> list[Action]:
-        """Close the windows whose interval has passed, and say what is to be done.
+        """Close the windows whose interval has passed; returns the actions.
 
-        authored: of each arm the firings of gates for each token that its author measured, where that was done.
-        A call that comes late closes one window, as long as it was: windows that nobody could have filled say nothing.
+        authored: firings per token of each arm, as its author measured them. A late call closes one longer window, not
+        several empty ones.
         """
         actions: list[Action] = []
         for watch in self._watches:
@@ -220,13 +222,13 @@ class Guardrails:
         return actions
 
     def stop_watching(self, arm: str) -> None:
-        """An arm was withdrawn, by whomever."""
+        """Stop watching an arm that was withdrawn."""
         self._need(arm)
         if arm in self._watched:
             self._watched.remove(arm)
 
     def states(self) -> list[State]:
-        """How every arm but the control stands with every rule."""
+        """The state of every arm, except the control, for every rule."""
         return [
             State(place, watch.rule.metric, limit_of(watch.rule), arm, arm in self._watched, record.failures,
                   record.missing, record.last)
@@ -246,7 +248,7 @@ class Guardrails:
 
 
 def measurement(rule: Guardrail, arm: Sums, control: Sums, known: Known, seconds: float) -> Observation:
-    """What a window of so many seconds comes to."""
+    """The measurement of a window of `seconds`."""
     result, why, is_missing = _verdict(rule, arm, control, known)
     length, shadow = spoken(round(seconds, 1)), _amount(rule, control)
     explained = f"{rule.metric} was {_amount(rule, arm)} in {length} (control: {shadow}); {why}"
@@ -254,16 +256,16 @@ def measurement(rule: Guardrail, arm: Sums, control: Sums, known: Known, seconds
 
 
 def _verdict(rule: Guardrail, arm: Sums, control: Sums, known: Known) -> tuple[Result, str, bool]:
-    """The result, why, and whether data are missing.
+    """The result, the reason, and whether data are missing.
 
-    missing    : fewer than needed, though as many were sent to the arm, and of expected = share · control that are
-                 enough, by more than chance = CHANCE standard errors of expected - found, √(expected + share·expected)
-                 as both are counts
+    Data are missing if the arm has fewer requests than needed, although as many were sent to it, and although enough
+    requests were expected (expected = share · control), by more than CHANCE standard errors of expected - found:
+    √(expected + share·expected), because both are counts.
     """
     needed, shadow = rule.minimum_requests, _requests(rule, control)
     found = _requests(rule, arm) if arm.number else 0
     if arm.mean is None or found < needed:
-        # Not from all of the control's requests: where those have no first token, none can be missed here.
+        # Only from the control's requests with this metric: if they have no first token, the arm misses none.
         expected = shadow * known.share
         chance = CHANCE * sqrt(expected * (1 + known.share))
         why = f"{needed} requests are needed, and {expected:.1f} ± {chance:.1f} were expected"
@@ -276,11 +278,11 @@ def _verdict(rule: Guardrail, arm: Sums, control: Sums, known: Known) -> tuple[R
 
 
 def _judge(rule: Guardrail, mean: float, control: Sums, known: Known) -> tuple[Result, str]:
-    """The result of a mean, and why.
+    """The result of a mean, and the reason.
 
-    value      = mean of the arm, over the control's mean for a ratio
-    failed     : value beyond limit, which is a multiple of what the author measured where the rule says so
-    successful : value at or beyond limit - hysteresis·|limit| on the other side, + for a minimum
+    value      = mean of the arm; for a ratio, divided by the control's mean
+    failed     : value is beyond the limit (which may be a multiple of the author's measurement)
+    successful : value is within the limit by hysteresis·|limit|
     """
     limit, is_upper, held_against = _limit(rule)
     value, allowed = mean, f"allowed: {limit_of(rule)}"
@@ -292,11 +294,11 @@ def _judge(rule: Guardrail, mean: float, control: Sums, known: Known) -> tuple[R
     elif held_against == CONTROL:
         if control.mean is None or _requests(rule, control) < rule.minimum_requests:
             return "inconclusive", f"the control has too few requests for a ratio, {rule.minimum_requests} are needed"
-        if control.mean <= 0:  # over 0 is no number, and over less than 0 the lower mean has the higher ratio
+        if control.mean <= 0:  # division by 0; and below 0 the order of ratios is reversed
             return "inconclusive", "a ratio to a control of 0 or less is not possible; use a maximum or a minimum"
         value = mean / control.mean
         allowed = f"{value:g} times the control, {allowed}"
-    margin = rule.hysteresis * abs(limit)  # of the amount, so that clear of a limit below 0 is not beyond it
+    margin = rule.hysteresis * abs(limit)  # of the absolute value, so that it also works for limits below 0
     if (value > limit) if is_upper else (value < limit):
         return "failed", allowed
     if (value <= limit - margin) if is_upper else (value >= limit + margin):
@@ -311,7 +313,7 @@ def limit_of(rule: Guardrail) -> str:
 
 
 def _limit(rule: Guardrail) -> tuple[float, bool, str]:
-    """The limit, whether it is an upper one, and what it is a multiple of."""
+    """The limit, whether it is an upper limit, and its reference."""
     for limit, is_upper, held_against in (
         (rule.maximum, True, ""),
         (rule.minimum, False, ""),
@@ -321,11 +323,11 @@ def _limit(rule: Guardrail) -> tuple[float, bool, str]:
     ):
         if limit is not None:
             return limit, is_upper, held_against
-    raise AssertionError("a rule has a limit: Guardrail refuses one that has none")
+    raise AssertionError("Guardrail refuses a rule without a limit")
 
 
 def _judged(record: _RuleRecord, rule: Guardrail, arm: str, measured: Observation) -> Action | None:
-    """Count a measurement, and say what it leads to."""
+    """Count a measurement; returns its action."""
     record.last = measured
     if measured.result == "waiting":
         return None
@@ -334,7 +336,7 @@ def _judged(record: _RuleRecord, rule: Guardrail, arm: str, measured: Observatio
         why = f"{measured.explained}. This happened {record.missing} times in a row"
         if record.missing >= rule.no_data_limit:
             return Withdraw(arm, rule, why)
-        is_news = record.missing == rule.inconclusive_limit + 1  # by one at a time, so it passes here once
+        is_news = record.missing == rule.inconclusive_limit + 1  # it grows by one, so this is true once
         return Hold(arm, rule, why) if is_news else None
     record.missing = 0
     if measured.result == "successful":
@@ -348,11 +350,11 @@ def _judged(record: _RuleRecord, rule: Guardrail, arm: str, measured: Observatio
 
 
 def _requests(rule: Guardrail, sums: Sums) -> int:
-    """How many requests tell of the metric. Gate firings come by token, from any gate: so many requests there were."""
+    """The number of requests with the metric. For gate firings, which are counted by token, all requests."""
     return sums.requests if rule.metric == GATE_FIRINGS else sums.number
 
 
 def _amount(rule: Guardrail, sums: Sums) -> str:
-    """A mean and what it is over, in words."""
+    """A mean and its number of observations, in words."""
     tokens = f"{sums.number} tokens of " if rule.metric == GATE_FIRINGS else ""
     return f"{'unknown' if sums.mean is None else f'{sums.mean:g}'} over {tokens}{_requests(rule, sums)} requests"

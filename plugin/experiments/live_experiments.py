@@ -1,7 +1,7 @@
-"""The experiments of one server: how they stand, which arms it can serve, what came of requests, what must be ended.
+"""The experiments of one server: their state, the servable arms, exposures, feedback, and guardrail actions.
 
-Lives in the process that owns the slots, on its event loop. What decides and judges is pure and lies elsewhere
-(routing.py, guardrails.py); this object keeps what they decide on.
+It runs in the API process that owns the slots, on its event loop. The decisions are pure functions in other modules
+(routing.py, guardrails.py); this object keeps their inputs.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ from vllm_edits.plugin.version_info import InfoOf
 logger = logging.getLogger("vllm.edits")
 
 RAMP_GOES_ON_FOR = timedelta(seconds=60)
-"""how long a ramp goes on that nobody could stop, since the store is not read"""
+"""time for which a ramp continues while the store cannot be read, because it could not be stopped meanwhile"""
 REMEMBERED_FEEDBACK = 100_000
 TICK_SECONDS = 1.0
 
 Prepare = Callable[[str, str], Awaitable[None]]
-"""Has every worker make a version ready, by name and digest; EditsError when this server cannot serve it."""
+"""Prepares a version (name and digest) in every worker. EditsError if this server cannot serve it."""
 Append = Callable[[ExperimentChange, str, str], Any]
-"""Appends a change to the store's log, with its reason and who makes it; called in a thread."""
+"""Appends a change to the store's log, with its reason and its actor. Called in a thread."""
 
 
 class LiveExperiments:
-    """What this server knows of experiments. `follow` takes what the store says, `route` answers for each request."""
+    """The experiments on this server. `follow` takes the state from the store; `route` decides for each request."""
 
     def __init__(
         self, metrics: Metrics, log: ExposureLog, feedback_tokens: FeedbackTokens, *, prepare: Prepare, append: Append,
@@ -75,25 +75,25 @@ class LiveExperiments:
         self._now = now
         self._read_at = now()
         self._servable: set[str] = set()
-        """versions that arms name, as `name@version`, and that are ready"""
+        """prepared versions of arms, as `name@version`"""
         self._refused: dict[str, EditsError] = {}
-        """versions that arms name, and why they cannot be served here"""
+        """versions of arms that cannot be served here, with the error"""
         self._guards: dict[tuple[str, int], Guardrails] = {}
         self._withdrawn: dict[tuple[str, int, str], str] = {}
-        """arms by experiment and phase that this server withdrew, and why"""
+        """arms (with experiment and phase) that this server withdrew, with the reason"""
         self._versions: dict[tuple[str, int, str], str] = {}
-        """what arms by experiment and phase have last answered with"""
+        """the last version with which each arm (with experiment and phase) answered"""
         self._held: dict[tuple[str, int], float] = {}
-        """ramps that this server holds, and how many seconds they had run"""
+        """ramps that this server holds, with the seconds that they had run"""
         self._waiting: list[tuple[ExperimentChange, str]] = []
-        """what the store has still to be told"""
+        """changes that are not written to the store yet"""
         self._heard: OrderedDict[tuple[str, str], float] = OrderedDict()
         self._told: set[str] = set()
 
     # -- following ---------------------------------------------------------------------------------------------------
 
     def follow(self, standings: Standings, passed_over: Sequence[str] = ()) -> None:
-        """Take over how experiments stand by the store. What is withdrawn or stopped there is so at once."""
+        """Take the state of all experiments from the store. Withdrawals and stops take effect at once."""
         self._read_at = self._now()
         self.standings = {name: self._as_held(standing) for name, standing in standings.items()}
         for line in passed_over:
@@ -108,13 +108,13 @@ class LiveExperiments:
             self._tell("experiments run, but their exposures are not logged. Set edits.exposure_folder")
 
     async def make_ready(self) -> None:
-        """Have every version ready that an arm names; until then, and where that fails, the control serves for it."""
+        """Prepare the version of every arm. Until then, or if that fails, the control serves the arm's units."""
         for standing in list(self.standings.values()):
             for arm in standing.document.arms if standing.serving else ():
                 await self._make_ready(arm.serves)
 
     def _as_held(self, standing: Standing) -> Standing:
-        """A ramp that this server holds stands still here until the store says so; then it is the store's to say."""
+        """The state with the ramp held, if this server holds it and the store does not say so yet."""
         key = standing.document.name, standing.phase
         if key in self._held and standing.ramping_since is None:
             del self._held[key]
@@ -136,12 +136,12 @@ class LiveExperiments:
         return Guardrails(weights, document.guardrails, now - ago, now, standing.withdrawn)
 
     async def _make_ready(self, serves: str) -> None:
-        """Have a version ready that an arm names. One that a tag promotes is: that is followed like any."""
+        """Prepare the version of an arm. A version that the arm names by tag is followed as any tag."""
         ref = None if serves == BASE else Ref.parse(serves)
         if ref is None or not is_digest(ref.selector) or serves in self._servable:
             return
         before = self._refused.get(serves)
-        if isinstance(before, BundleRefused) and not isinstance(before, NotTrusted):  # it stays what it is
+        if isinstance(before, BundleRefused) and not isinstance(before, NotTrusted):  # it will not change
             return
         try:
             await self._prepare(ref.name, ref.selector)
@@ -153,22 +153,22 @@ class LiveExperiments:
             self._servable.add(serves)
 
     def has_ready(self, model: str) -> bool:
-        """Whether that is a version, as `name@version`, which an arm names and is ready here."""
+        """True if `model` is a prepared version of an arm, as `name@version`."""
         return model in self._servable
 
     def versions(self) -> list[tuple[str, str]]:
-        """Name and version of what arms name and is ready here."""
+        """Name and version of every prepared version of an arm."""
         return [(name, version) for name, _, version in (each.partition("@") for each in self._servable)]
 
     # -- deciding ----------------------------------------------------------------------------------------------------
 
     @property
     def names(self) -> set[str]:
-        """Names that experiments decide about now."""
+        """Model names for which an experiment decides now."""
         return {standing.document.model for standing in self.standings.values() if standing.serving}
 
     def route(self, request: Request) -> Route:
-        """The route of a request; where no experiment is about its model, to that model. ArmRefused, ShadowRefused."""
+        """The route of a request. Without an experiment, to its model. ArmRefused or ShadowRefused."""
         if headers.SHADOW in request.headers and not self._log.keeps:
             raise ShadowRefused(f"{headers.SHADOW}: the comparison cannot be logged. Set edits.exposure_folder")
         at = min(self._now(), self._read_at + RAMP_GOES_ON_FOR)
@@ -189,7 +189,7 @@ class LiveExperiments:
         return self._with_token(route)
 
     def _flag(self, about: Standings, request: Request, route: Route) -> tuple[str, str, list[str], dict[str, str]]:
-        """What a resolver is asked: model, the arm by hash, the arms there are, OpenFeature's evaluation context."""
+        """The arguments for the resolver: model, arm by hash, all arms, and OpenFeature's evaluation context."""
         standing = about[route.assignment.experiment if route.assignment else min(about)]
         unit = request.unit(standing.document.unit_header)
         context = {"targetingKey": unit.value, "source": unit.source, "experiment": standing.document.name,
@@ -199,24 +199,24 @@ class LiveExperiments:
         return request.model, route.assignment.arm if route.assignment else "", arms, context
 
     def _with_token(self, route: Route) -> Route:
-        """The route with an id for feedback, where it is an arm of an experiment."""
+        """The route with a feedback token, if it is to an arm of an experiment."""
         if route.assignment is None:
             return route
         arms = [arm.name for arm in self.standings[route.assignment.experiment].document.arms]
-        if route.assignment.arm not in arms:  # another document came while the request waited
+        if route.assignment.arm not in arms:  # the document changed while the request waited
             return route
         token = self._feedback_tokens.make(route.assignment, arms.index(route.assignment.arm))
         return replace(route, feedback_token=token)
 
     def fall_back(self, route: Route, why: EditsError) -> Route | None:
-        """The control's route, where what an arm serves cannot be served; None where there is no other route."""
+        """The route to the control, if the arm's version cannot be served. None without a fallback."""
         if route.fallback is None:
             return None
         self._tell(f"an arm cannot serve {route.target}, so the control serves its units: {why}")
         return self._with_token(route.fallback)
 
     def _unavailable(self, standing: Standing) -> set[ArmKey]:
-        """Arms that are served by the control here: what they serve is not ready, or they were withdrawn here."""
+        """Arms whose units the control serves here: their version is not ready, or they were withdrawn here."""
         name, phase = standing.document.name, standing.phase
         return {
             (name, arm.name)
@@ -227,10 +227,10 @@ class LiveExperiments:
     def _can_serve(self, serves: str) -> bool:
         return serves in self._servable or not is_digest(serves.partition("@")[2])
 
-    # -- what came of it ---------------------------------------------------------------------------------------------
+    # -- exposures -------------------------------------------------------------------------------------------------
 
     def record(self, record: Record) -> None:
-        """Write down that a request which took part, or was answered twice, has ended; and measure it."""
+        """Log a request that has ended (of an experiment, or with a shadow), and count it for the guardrails."""
         self._log.write(record)
         self._metrics.exposures_lost.set(self._log.lost)
         if isinstance(record, Exposure) and record.chosen == "hash":
@@ -243,17 +243,17 @@ class LiveExperiments:
                     guard.count(record.arm, GATE_FIRINGS, 0.0, tokens, now)
 
     def fired(self, version: str, times: int, tokens: int) -> None:
-        """Gates of a version fired so often in so many tokens since they were last counted, whomever it answered."""
+        """Count new gate firings of a version, and the tokens computed meanwhile, for all requests."""
         for (name, phase), guard in self._guards.items():
             for arm in self.standings[name].document.arms:
                 if self._versions.get((name, phase, arm.name)) == version:
                     guard.count(arm.name, GATE_FIRINGS, float(times), tokens, time.monotonic())
 
     def feedback(self, request: str, metric: str, value: float) -> Mapping[str, Any]:
-        """A client says how a request went; saying the same again is harmless.
+        """Count feedback of a client on a request. The same feedback again is harmless.
 
-        NotFound for a request that is of no experiment here; FeedbackRefused for a metric that its experiment does not
-        have, a value beyond the bounds, or another value than was given before.
+        NotFound for a request of no experiment here. FeedbackRefused for an unknown metric, a value out of bounds, or a
+        second, different value.
         """
         token = self._feedback_tokens.read(request, self.standings)
         known = {each.name: each for each in self.standings[token.experiment].document.feedback}
@@ -297,18 +297,18 @@ class LiveExperiments:
         if len(self._heard) > REMEMBERED_FEEDBACK:
             self._heard.popitem(last=False)
 
-    # -- ending what must be ended -----------------------------------------------------------------------------------
+    # -- guardrails --------------------------------------------------------------------------------------------------
 
     async def watch(self) -> None:
-        """Measure for ever."""
+        """Measure the guardrails periodically."""
         await repeat(TICK_SECONDS, self.measure, "could not measure the guardrails; trying again")
 
     async def measure(self) -> None:
-        """Do what the guardrails ask for: here at once, and by an entry in the store for all other servers."""
+        """Carry out the actions of the guardrails: here at once, and with an entry in the store for other servers."""
         for (name, phase), guard in list(self._guards.items()):
             unavailable = self._unavailable(self.standings[name])
             for action in guard.measure(time.monotonic(), self._authored_by_arm(name, phase)):
-                if (name, action.arm) in unavailable:  # that is this server's fault, and says nothing of the arm
+                if (name, action.arm) in unavailable:  # this server cannot serve the arm, which is not the arm's fault
                     self._guards[name, phase] = self._new_guard(self.standings[name])
                 else:
                     self._act(name, phase, action)
@@ -318,7 +318,7 @@ class LiveExperiments:
         await self._tell_the_store()
 
     def _authored_by_arm(self, name: str, phase: int) -> Mapping[str, float]:
-        """The firing rates that authors measured of what arms have last answered with."""
+        """The firing rates, measured by the authors, of the arms' last versions."""
         mine = {arm: version for (*of, arm), version in self._versions.items() if of == [name, phase]}
         rates = {arm: self._info(version).authored_firings for arm, version in mine.items()}
         return {arm: rate for arm, rate in rates.items() if rate is not None}
@@ -347,13 +347,13 @@ class LiveExperiments:
         self._waiting.append((change, action.reason))
 
     async def _tell_the_store(self) -> None:
-        """Append what was decided here. What the store knows already is well; what it cannot hear now is told later."""
+        """Write the actions of this server to the store. If the store is not available, retry later."""
         actor = f"guardrail:{socket.gethostname()}"
         while self._waiting:
             change, reason = self._waiting[0]
             try:
                 await asyncio.to_thread(self._append, change, reason, actor)
-            except Overtaken:  # by an entry about something else, perhaps
+            except Overtaken:  # perhaps by an entry about another experiment
                 continue
             except StoreUnavailable as error:
                 self._tell(
@@ -376,15 +376,15 @@ class LiveExperiments:
             self._waiting.pop(0)
 
     def _tell(self, line: str) -> None:
-        """Into the log, once."""
+        """Log a line once."""
         if line not in self._told:
             self._told.add(line)
             logger.warning(line)
 
-    # -- telling -----------------------------------------------------------------------------------------------------
+    # -- status ------------------------------------------------------------------------------------------------------
 
     def status(self) -> list[Mapping[str, Any]]:
-        """What `GET /v1/edits/experiments` answers."""
+        """The answer of `GET /v1/edits/experiments`."""
         return [self._row(name, standing) for name, standing in sorted(self.standings.items())]
 
     def _row(self, name: str, standing: Standing) -> Mapping[str, Any]:
@@ -409,7 +409,7 @@ class LiveExperiments:
         }  # fmt: skip
 
     def _why_by_control(self, standing: Standing, arm: str, serves: str) -> str:
-        """Why an arm's units are served by the control here, or ''."""
+        """The reason why the control serves an arm's units here, or ''."""
         if arm in standing.withdrawn:
             return "withdrawn"
         if why := self._withdrawn.get((standing.document.name, standing.phase, arm)):

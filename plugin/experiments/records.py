@@ -1,6 +1,6 @@
-"""What is written down of requests that took part in an experiment, and of what clients said about them.
+"""The records in the exposure log: requests of experiments, feedback on them, and shadow comparisons.
 
-One JSON line each. No text, and of the unit a hash.
+Each record is one JSON line. It contains no text of a prompt or an answer, and only a hash of the unit.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from vllm_edits.edit_store.experiments.document import BUILT_IN
 from vllm_edits.plugin.request import Source
 
 How = Literal["hash", "forced", "fallback"]
-"""By the hash of its unit; because the request asked for it; the control in place of an arm that cannot be served."""
+"""The way an arm was chosen: by the hash of the unit; forced by the request; fallback to the control."""
 Outcome = Literal["ok", "error", "aborted", "rejected"]
 Instant = Annotated[datetime, msgspec.Meta(tz=True)]
 Amount = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class Exposure(msgspec.Struct, frozen=True, gc=False, tag_field="kind", tag="exposure"):
-    """A request that was answered, or not, by an arm. Times are None where nothing was generated."""
+    """A request of an arm, with its outcome. Times are None if no token was generated."""
 
     at: Instant
     request: str
@@ -31,7 +31,7 @@ class Exposure(msgspec.Struct, frozen=True, gc=False, tag_field="kind", tag="exp
     phase: int
     arm: str
     version: str
-    """the digest in full, or base"""
+    """the complete digest, or base"""
     unit: str
     source: Source
     chosen: How
@@ -46,10 +46,10 @@ class Exposure(msgspec.Struct, frozen=True, gc=False, tag_field="kind", tag="exp
     corrupted: bool
 
     def metrics(self) -> Mapping[str, float]:
-        """The built-in metrics in their order, NaN where one has no value.
+        """The built-in metrics in their order. NaN for a metric without a value.
 
-        Errors are among served requests, ok or error: an aborted one was the client's wish and a rejected one its
-        fault. What an answer was like is asked of whole answers only.
+        Only requests with outcome ok or error count for the error metric: the client aborted an aborted request, and
+        caused a rejected one. All other metrics count only for complete answers.
         """
         whole = self.outcome == "ok"
         found = {"error": float(not whole) if whole or self.outcome == "error" else math.nan}
@@ -60,7 +60,7 @@ class Exposure(msgspec.Struct, frozen=True, gc=False, tag_field="kind", tag="exp
 
 
 class FeedbackRecord(msgspec.Struct, frozen=True, gc=False, tag_field="kind", tag="feedback"):
-    """What somebody thought of an answer."""
+    """Feedback of a client on an answer."""
 
     at: Instant
     request: str
@@ -73,24 +73,24 @@ class FeedbackRecord(msgspec.Struct, frozen=True, gc=False, tag_field="kind", ta
 
 
 class Said(msgspec.Struct, frozen=True):
-    """A token and its log-probability; None behind the end of an answer."""
+    """A token and its log-probability, or None after the end of an answer."""
 
     token: int | None
     logprob: float | None
 
 
 class ShadowRecord(msgspec.Struct, frozen=True, tag_field="kind", tag="shadow"):
-    """A request that was answered twice; of every pair the client's own answer is the first."""
+    """A request with a shadow. In every pair, the first element is about the client's answer."""
 
     at: Instant
     request: str
     experiment: str
-    """'' for one that asked for it"""
+    """'' if the request itself asked for the shadow"""
     versions: tuple[str, str]
     parted_at: int | None
-    """the first token that is not the same, counted from 0; None when all are"""
+    """place of the first token that differs, counted from 0; None if all are equal"""
     said: tuple[Said | None, Said | None]
-    """what each said there"""
+    """the tokens at that place"""
     tokens: tuple[int, int]
     finish: tuple[str, str]
     seconds: tuple[float, float]

@@ -1,4 +1,4 @@
-"""Whether an answer ended in a loop. Pure."""
+"""Detects answers that end in a loop. Pure."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 LONGEST_PERIOD = 32
 TIMES = 4
-"""how often the same tokens must follow each other"""
+"""number of repetitions that make a loop"""
 LEAST_TOKENS = 24
-"""a loop of fewer tokens is a list, or a line of dashes"""
+"""shorter repetitions are lists or lines of dashes"""
 LOOKED_AT = LONGEST_PERIOD * TIMES
 
 
 def loops(tokens: Sequence[int]) -> bool:
-    """Whether the last tokens are one passage of at most 32, over and over: four times, and 24 tokens at least.
+    """True if the last tokens repeat one passage of at most 32 tokens at least four times, with 24 tokens or more.
 
-    tokens: the answer's last 128, or more.
+    tokens: the last 128 tokens of the answer, or more.
     """
     for period in range(1, LONGEST_PERIOD + 1):
         length = max(period * TIMES, LEAST_TOKENS)

@@ -1,12 +1,12 @@
-"""Lets a flag system decide who gets which arm: a function of the operator's, asked in OpenFeature's words.
+"""Lets a flag system choose the arms: calls a function of the operator, with the terms of OpenFeature.
 
     def resolve(flag_key: str, default_value: str, evaluation_context: dict[str, str]) -> str
 
-`flag_key` is `edit.<model>`, `default_value` the arm that the hash gives ('' for a unit outside), and the context has
-OpenFeature's `targetingKey` (the unit), `source` (what the unit was made of), `experiment` and `phase`. Any client of
-OpenFeature fits: `lambda *asked: client.get_string_value(*asked[:2], EvaluationContext(...))`. What it returns is an
-arm's name, or the default. It is called for every request of an experiment, so it must answer from memory, as
-providers of OpenFeature do.
+`flag_key` is `edit.<model>`. `default_value` is the arm by hash ('' for a unit outside the experiment). The context has
+OpenFeature's `targetingKey` (the unit), `source` (the source of the unit), `experiment` and `phase`. Any OpenFeature
+client works: `lambda *asked: client.get_string_value(*asked[:2], EvaluationContext(...))`. The function returns the
+name of an arm, or the default. It is called for every request of an experiment, so it must answer from memory, as
+OpenFeature providers do.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Resolve = Callable[[str, str, dict[str, str]], str]
 
 
 def load(where: str | None) -> Resolve | None:
-    """The function at `package.module:name`; SettingsError when there is none."""
+    """Import the function at `package.module:name`. SettingsError if that fails."""
     if where is None:
         return None
     module, colon, name = where.partition(":")
@@ -40,7 +40,7 @@ def load(where: str | None) -> Resolve | None:
 
 
 class Resolver:
-    """Asks the function, and goes on with the hash when it fails or names no arm. Says so once for each reason."""
+    """Calls the operator's function. If it fails or returns no arm, the hash chooses; each reason is logged once."""
 
     def __init__(self, resolve: Resolve) -> None:
         self._resolve = resolve
@@ -48,15 +48,15 @@ class Resolver:
 
     @classmethod
     def of(cls, where: str | None) -> Resolver | None:
-        """The one that a setting names, if it names one."""
+        """The resolver in the settings, or None."""
         resolve = load(where)
         return None if resolve is None else cls(resolve)
 
     def arm(self, model: str, default: str, arms: list[str], context: dict[str, str]) -> str:
-        """The arm to give, or ''  to leave it to the hash."""
+        """The arm to use, or '' if the hash chooses."""
         try:
             found = self._resolve(f"edit.{model}", default, context)
-        except Exception as error:  # noqa: BLE001  a flag system that is down decides nothing
+        except Exception as error:  # noqa: BLE001  the operator's function may raise anything
             return self._default(f"the arm resolver failed: {error!r}")
         if found == default:
             return ""

@@ -1,4 +1,4 @@
-"""Which arm a request gets, and what that serves. Pure: the same standings, unit and moment give the same answer."""
+"""Decides the route of a request: its arm and the version of the arm. Pure: equal inputs give equal routes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from vllm_edits.plugin.experiments.shadow_pairs import shadow_in
 from vllm_edits.plugin.request import Request, Source, Unit
 
 ArmKey = tuple[str, str]
-"""Experiment and arm."""
+"""An experiment and an arm."""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """That a request was given an arm. Only those by hash are evidence."""
+    """The assignment of a request to an arm. Only assignments by hash are evidence."""
 
     experiment: str
     phase: int
@@ -33,25 +33,25 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Route:
-    """What a request is served by, decided once, before it has a slot."""
+    """The route of a request, decided once, before it has a slot."""
 
     target: str
-    """a name as in the `model` field; '' or `base` for the base model"""
+    """the name that answers, as in the `model` field; '' or `base` for the base model"""
     assignment: Assignment | None = None
-    """what is noted of it; None for a request that takes no part in an experiment"""
+    """the assignment to an arm; None for a request outside experiments"""
     fallback: Route | None = field(default=None, repr=False)
-    """the route to take when the target cannot be served"""
+    """the route if the target cannot be served"""
     shadow: str = ""
-    """what answers too, unseen by the client"""
+    """the name of the shadow that also answers"""
     feedback_token: str = ""
-    """the id by which feedback on it may come"""
+    """the id for feedback on the request"""
 
 
 def decide(standings: Standings, request: Request, at: datetime, unavailable: Collection[ArmKey] = ()) -> Route:
-    """The route of a request; where no experiment is about its model, to that model.
+    """The route of a request. Without an experiment for its model name, the route is to that model.
 
-    unavailable: arms that this server does not serve, whatever the store says. ArmRefused for an arm that is asked
-    for and is in no experiment here.
+    unavailable: arms that this server cannot serve, whatever the store says. ArmRefused if the request asks for an arm
+    that does not exist here.
     """
     if request.target:
         return Route(request.target)
@@ -65,7 +65,7 @@ def decide(standings: Standings, request: Request, at: datetime, unavailable: Co
         route = _decided(standing, request, at, unavailable)
         if route is not None:
             return route
-    return Route(about[0].document.control.serves if about else request.model)  # in the namespace part of none
+    return Route(about[0].document.control.serves if about else request.model)  # in no part of a namespace
 
 
 def _forced(about: list[Standing], request: Request, unavailable: Collection[ArmKey]) -> Route:
@@ -87,7 +87,7 @@ def _forced(about: list[Standing], request: Request, unavailable: Collection[Arm
 def _decided(standing: Standing, request: Request, at: datetime, unavailable: Collection[ArmKey]) -> Route | None:
     document = standing.document
     unit = request.unit(document.unit_header)
-    if standing.everyone is not None:  # a person's word: what cannot be served is an error then, not the control
+    if standing.everyone is not None:  # promoted by an operator, so there is no fallback
         return Route(document.arm(standing.everyone).serves)
     if document.namespace is not None and not document.namespace.holds(unit.value):
         return None
@@ -107,7 +107,7 @@ def _decided(standing: Standing, request: Request, at: datetime, unavailable: Co
 
 
 def _shadow(standing: Standing, request: Request, unavailable: Collection[ArmKey]) -> str:
-    """What the shadow arm serves, for the share of requests that it answers too, or ''."""
+    """The name of the shadow arm's version for its share of the requests, or ''."""
     document = standing.document
     shadow = document.shadow
     if shadow is None or shadow.arm in standing.withdrawn or (document.name, shadow.arm) in unavailable:

@@ -1,7 +1,7 @@
-"""One request, answered twice: to the client, and unseen by a shadow; and where the two answers part. Pure.
+"""Compares the client's answer with the answer of a shadow, and finds the first token that differs. Pure.
 
-With the same seed, or greedily, both say the same tokens until their distributions differ enough; the first token that
-is not the same is where an edit begins to show.
+With the same seed, or with greedy decoding, both answers are equal until their distributions differ enough. The first
+different token shows where an edit takes effect.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vllm_edits.plugin.headers import SHADOW
 
 
 def shadow_in(headers: Mapping[str, str]) -> tuple[str, str] | None:
-    """The two names that a request asks to compare, the client's first; ShadowRefused when they are not two."""
+    """The two names that a request asks to compare, the client's first. ShadowRefused unless there are two."""
     told = headers.get(SHADOW)
     if told is None:
         return None
@@ -29,26 +29,26 @@ def shadow_in(headers: Mapping[str, str]) -> tuple[str, str] | None:
 
 @dataclass
 class Transcript:
-    """What one of two answers said, token by token."""
+    """The tokens of one of the two answers."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: str = ""
 
     def add(self, tokens: Sequence[int], logprobs: Sequence[float], finish: str) -> None:
-        """What was said since."""
+        """Add new tokens."""
         self.tokens += tokens
         self.logprobs += logprobs
         self.finish = finish or self.finish
 
     def at(self, place: int) -> Said:
-        """The token there and how likely it was; nothing behind the end."""
+        """The token at a place and its log-probability; None after the end."""
         token = self.tokens[place] if place < len(self.tokens) else None
         return Said(token=token, logprob=self.logprobs[place] if place < len(self.logprobs) else None)
 
 
 def parted(one: Sequence[int], other: Sequence[int]) -> int | None:
-    """The first place at which two answers are not the same; None when they are the same to the end."""
+    """The first place at which two answers differ, or None if they are equal."""
     pairs = zip_longest(one, other)
     return next((place for place, (left, right) in enumerate(pairs) if left != right), None)
 
@@ -57,7 +57,7 @@ def shadow_record(
     request: str, versions: tuple[str, str], transcripts: tuple[Transcript, Transcript], seconds: tuple[float, float],
     experiment: str = "",
 ) -> ShadowRecord:  # fmt: skip
-    """The record of a comparison, of what the client got first."""
+    """Make the record of a comparison. In each pair, the client's answer comes first."""
     place = parted(transcripts[0].tokens, transcripts[1].tokens)
     said = (None, None) if place is None else (transcripts[0].at(place), transcripts[1].at(place))
     return ShadowRecord(

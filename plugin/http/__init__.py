@@ -1,1 +1,1 @@
-"""The HTTP side: which variant a request names, and the routes that show and change what is served. No vLLM here."""
+"""The HTTP side: the middleware that reads the variant of a request, and the routes below /v1/edits. No vLLM here."""

@@ -1,4 +1,4 @@
-"""The token that changes over HTTP need, read from its file at each request, so it can be exchanged any time."""
+"""The admin token for changes over HTTP. Its file is read at each request, so it can be replaced."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from vllm_edits.edit_store.errors import EditsError, SettingsError
 
 
 class TokenUnreadable(EditsError):
-    """The file of the admin token cannot be used now."""
+    """The file of the admin token cannot be read now."""
 
 
 def check(file: str | None) -> None:
-    """SettingsError unless there is a token in the file, or no file is set."""
+    """SettingsError if a file is set, but contains no token."""
     if file is not None:
         try:
             _token(file)
@@ -22,15 +22,15 @@ def check(file: str | None) -> None:
 
 
 def matches(file: str, sent: str) -> bool:
-    """Whether the header's value is the token. TokenUnreadable while there is none to compare it with.
+    """True if the header's value is the token. TokenUnreadable if the token cannot be read.
 
-    sent: as Starlette decodes headers, by Latin-1
+    sent: the header's value, decoded as Latin-1, as Starlette does
     """
     return hmac.compare_digest(sent.encode("latin-1"), _token(file))
 
 
 def _token(file: str) -> bytes:
-    """The bytes of a file's one line, without the spaces and line end around them."""
+    """The bytes of the file's only line, without surrounding spaces and line ends."""
     try:
         token = Path(file).read_bytes().removeprefix(b"\xef\xbb\xbf").strip()
     except OSError as error:

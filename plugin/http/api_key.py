@@ -1,8 +1,8 @@
-"""Who may name an edited variant where vLLM asks for no API key.
+"""Restricts callers without an API key to the base model, on paths where vLLM asks for no key.
 
-vLLM's own --api-key guards paths that begin with /v1 and a few others. /invocations, /tokenize and what else lies
-outside would bring a variant to the device for any caller. So where keys are set, a caller without one gets the base
-model there, as from vLLM, and nothing else.
+vLLM's own --api-key guards paths that begin with /v1 and a few others. On other paths, such as /invocations and
+/tokenize, any caller could page in a variant. So if keys are set, a caller without a key gets only the base model
+there.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from vllm_edits.plugin.request import Headers, first
 
 
 class KeyMissing(EditsError):
-    """A request without an API key names something other than the base model."""
+    """A request without an API key names another model than the base model."""
 
 
 class ApiKeys:
-    """The keys a server was started with; without any, every caller may name a variant."""
+    """The API keys of the server. Without any key, every caller may name a variant."""
 
     def __init__(self, keys: Iterable[str], base_names: Iterable[str]) -> None:
         self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
         self._base_names = {"", *base_names}
 
     def sent(self, headers: Headers) -> bool:
-        """Whether a key came with a request, as `Authorization: Bearer KEY`."""
+        """True if the request has a valid key, as `Authorization: Bearer KEY`, or if the server has no keys."""
         if not self._keys:
             return True
         scheme, _, key = first(headers, b"authorization").partition(" ")
         found = hashlib.sha256(key.encode()).digest() if scheme.lower() == "bearer" else b""
-        return any([hmac.compare_digest(found, key) for key in self._keys])  # noqa: C419  each is compared, always
+        return any([hmac.compare_digest(found, key) for key in self._keys])  # noqa: C419  all keys are compared, in constant time
 
     def require_base(self, model: str) -> None:
-        """KeyMissing unless `model` is the base model, which is all that may be asked for without a key."""
+        """KeyMissing unless `model` is the base model, the only model for requests without a key."""
         if model not in self._base_names:
             raise KeyMissing(
                 f"without an API key this path serves only the base model, found `{model}`. Send the key as "

@@ -1,6 +1,6 @@
-"""`/v1/edits/experiments` and `/v1/edits/feedback`: how experiments stand here, and what clients say of answers.
+"""The routes `/v1/edits/experiments` (state of experiments) and `/v1/edits/feedback` (feedback from clients).
 
-Feedback needs what any request needs, vLLM's own --api-key, and no admin token: it comes from clients.
+Feedback comes from clients, so it needs vLLM's --api-key, as any request, and no admin token.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class FeedbackBody(BaseModel):
 
 
 def add_to(routes: APIRouter, coordinator: Callable[[], Coordinator]) -> None:
-    """Add the routes; `coordinator` is asked at each request."""
+    """Add the routes. `coordinator` is called at each request."""
 
     @routes.get("/experiments", summary="State of the experiments on this server: arms, coverage, guardrails")
     async def experiments() -> Any:

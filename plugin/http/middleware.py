@@ -1,8 +1,9 @@
-"""Reads which variant a request names, holds its version for as long as the request lives, and says so in the answer.
+"""Reads the variant of a request, leases its version for the lifetime of the request, and adds headers to the answer.
 
-Pure ASGI, so streaming is untouched and the lease's context variable reaches vLLM's handlers. The body is passed on
-byte for byte. Any POST with a JSON body is looked at, whatever its path: an unknown name never reaches vLLM. Only what
-is said to the plugin itself is not: a change of the weights would wait for the very request that asks for it.
+It runs in every API server process. It is plain ASGI: streaming is not changed, and the lease's context variable
+reaches vLLM's handlers. The body is passed on unchanged. Every POST with a JSON body is read, on any path, so an
+unknown name never reaches vLLM. Only requests to the plugin's own routes get no lease: a change of the weights would
+wait for its own request to end.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ BEAMS = "use_beam_search"
 
 
 class BeamsRefused(RequestRefused):
-    """A beam search on a variant that edits prompt and answer differently."""
+    """A beam search on a variant whose edits differ for prompt and answer."""
 
 
 class VariantMiddleware:
-    """ASGI middleware; `serving` gives the slots' owner, the metrics and the API keys once the server is up."""
+    """The ASGI middleware. `serving` returns the coordinator, the metrics and the API keys."""
 
     def __init__(self, app: Any, serving: Callable[[], tuple[Coordinator, Metrics, ApiKeys]]) -> None:
         self._app = app
@@ -113,25 +114,25 @@ class VariantMiddleware:
             lease.when_released(partial(self._settle, lease, metrics, 500 if failed else status, finished))
 
     def _settle(self, lease: Lease, metrics: Metrics, status: int, finished: bool) -> None:
-        """Count a request, and note what it tells of an arm, when nothing of it is left in the engine."""
+        """Count a request and record its exposure, when it has left the engine."""
         outcome = _outcome(lease.usage, status, finished)
         _record(lease, metrics, outcome)
         asked = lease.usage.engine_requests or outcome != "ok"
-        if lease.choice.assignment is not None and asked:  # a count of tokens tells nothing of an arm
+        if lease.choice.assignment is not None and asked:  # a count of tokens is no evidence
             exposure = exposure_of(lease.choice, lease.choice.assignment, lease.usage, outcome)
             count(exposure, metrics)
             self._serving()[0].record(exposure)
 
 
 def record_late(metrics: Metrics, lease: Lease) -> None:
-    """Count work of the engine that outlived its HTTP request, as a request of its own."""
+    """Count engine work that outlived its HTTP request as a separate request."""
     _record(lease, metrics, _outcome(lease.usage, 200, finished=True))
 
 
 def _outcome(usage: Usage, status: int, finished: bool) -> Outcome:
-    """How a request ended. What the engine never saw and nobody turned away (a count of tokens) is ok.
+    """The outcome of a request. A request that the engine never saw and that was not refused (a count of tokens) is ok.
 
-    The status alone does not tell: a stream fails with 200, and what the engine refuses has been sent to it.
+    The HTTP status is not enough: a stream may fail after status 200, and the engine may refuse a request.
     """
     if status >= 500 or usage.failed:
         return "error"
@@ -141,7 +142,7 @@ def _outcome(usage: Usage, status: int, finished: bool) -> Outcome:
 
 
 def _record(lease: Lease, metrics: Metrics, outcome: Outcome) -> None:
-    """Count a request when it has ended, if the engine saw it or it was turned away."""
+    """Count a request that has ended, if the engine saw it or it was refused."""
     usage, labels = lease.usage, metrics.labels(lease.choice.variant, lease.choice.version)
     if usage.engine_requests or outcome != "ok":
         metrics.requests.labels(*labels, outcome).inc()
@@ -163,20 +164,20 @@ def _headers(lease: Lease, scope: AsgiScope) -> list[tuple[bytes, bytes]]:
         said[headers.EXPERIMENT] = f"{choice.assignment.experiment}/{choice.assignment.arm}"
         said[headers.REQUEST] = choice.feedback_token
     found = [(name.encode(), value.encode()) for name, value in said.items()]
-    if first(scope["headers"], b"origin"):  # a script in a browser sees no other header than those exposed to it
+    if first(scope["headers"], b"origin"):  # a script in a browser sees only exposed headers
         found.append((b"access-control-expose-headers", b", ".join(name for name, _ in found)))
     return found
 
 
 def _with_id(scope: AsgiScope, feedback_token: str) -> AsgiScope:
-    """The same request; one that takes part in an experiment, and has no id of its own, has its handle as that."""
+    """The request with its feedback token as its id, if it is in an experiment and has no id of its own."""
     if not feedback_token or any(name == VLLM_ID_HEADER for name, _ in scope["headers"]):
         return scope
     return {**scope, "headers": [*scope["headers"], (VLLM_ID_HEADER, feedback_token.encode())]}
 
 
 def _route(scope: AsgiScope) -> str:
-    """The path below --root-path, as Starlette's router has it: only whole parts of it are taken away."""
+    """The path below --root-path, as in Starlette's router: only whole path segments are removed."""
     path: str = scope["path"]
     root: str = scope.get("root_path", "")
     below = path.removeprefix(root)
@@ -184,7 +185,7 @@ def _route(scope: AsgiScope) -> str:
 
 
 def _asks_no_model(route: str) -> bool:
-    """Of paths that end other requests: with a lease they could wait for the very ones that they are to end."""
+    """True for paths that abort other requests. With a lease, they could wait for the requests that they abort."""
     return route == "/inference/v1/abort_requests" or (route.startswith("/v1/responses/") and route.endswith("/cancel"))
 
 
@@ -193,9 +194,9 @@ def _is_ours(scope: AsgiScope) -> bool:
 
 
 async def _unless_gone(lease: Coroutine[Any, Any, Lease], receive: Any) -> Lease | None:
-    """The lease, or None if the client leaves while it waits for a slot: nothing is installed for nobody.
+    """The lease, or None if the client leaves while it waits for a slot. So no version is installed for a gone client.
 
-    The body has been read, so all that `receive` can still bring is the disconnect.
+    The body has been read, so `receive` can only return the disconnect.
     """
     wanted, gone = asyncio.ensure_future(lease), asyncio.ensure_future(receive())
     try:
@@ -214,7 +215,7 @@ async def _unless_gone(lease: Coroutine[Any, Any, Lease], receive: Any) -> Lease
 
 
 async def _buffered(receive: Any) -> tuple[bytes, Any]:
-    """The whole body, and a `receive` that gives it again and then goes on listening for a disconnect."""
+    """The whole body, and a `receive` that returns it again and then listens for a disconnect."""
     chunks, more, disconnected = [], True, None
     while more:
         message = await receive()
@@ -233,7 +234,7 @@ async def _buffered(receive: Any) -> tuple[bytes, Any]:
 
 
 async def _answer_error(path: str, error: EditsError, send: Any) -> None:
-    """An error in the form of the endpoint that was asked: OpenAI's, or Anthropic's below /v1/messages."""
+    """Send an error in the format of the endpoint: OpenAI's, or Anthropic's below /v1/messages."""
     parameter = "model"
     if isinstance(error, NotFound | AmbiguousVersion):
         status, kind, message = 404, "NotFoundError", str(error)

@@ -1,6 +1,6 @@
-"""`/v1/edits`: what is served, look at the store now, promote, roll back, withdraw.
+"""The routes below `/v1/edits`: status, sync, promote, roll back, withdraw.
 
-Below /v1, so vLLM's own --api-key guards it too. Changes need the admin token besides; without one they are refused.
+They are below /v1, so vLLM's own --api-key guards them too. Changes also need the admin token.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ ReasonQuery = Annotated[str, Query(description="reason, kept in the history")]
 def router(
     coordinator: Callable[[], Coordinator], admin_token_file: Callable[[], str | None], keys: Callable[[], ApiKeys]
 ) -> APIRouter:
-    """The routes; all arguments are asked at each request."""
+    """The routes. All arguments are called at each request."""
 
     def key_sent(request: Request) -> None:
-        """vLLM asks for the API key too, but with some values of its --root-path not here."""
+        """Require the API key. vLLM requires it too, but not on these routes with some values of --root-path."""
         if not keys().sent(request.scope["headers"]):
             raise HTTPException(401, detail="Unauthorized: send the API key as Authorization: Bearer …")
 
@@ -96,7 +96,7 @@ def router(
 
 
 def _needing_token(admin_token_file: Callable[[], str | None]) -> type[APIRoute]:
-    """Routes that ask for the admin token before they look at anything else of a request, its body included."""
+    """A route class that checks the admin token before it reads any other part of a request."""
 
     class NeedingToken(APIRoute):
         def get_route_handler(self) -> Any:
@@ -112,7 +112,7 @@ def _needing_token(admin_token_file: Callable[[], str | None]) -> type[APIRoute]
 
 
 def _authorize(request: Request, token_file: str | None) -> None:
-    """HTTPException unless the admin token came with the request: 401, or 503 where there is none to compare with."""
+    """HTTPException unless the request has the admin token: 401, or 503 if the token cannot be read."""
     if token_file is None:
         raise HTTPException(
             403,

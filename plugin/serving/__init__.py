@@ -1,1 +1,1 @@
-"""A name becomes a lease on a slot, a store head becomes a swap. Runs in the API process."""
+"""Turns names into leases on slots, and store heads into swaps. Runs in the API process."""

@@ -1,7 +1,8 @@
-"""A request becomes a lease: which version answers it, with what strength, out of which slot; and who is inside.
+"""Admits requests: turns each request into a lease on a version, with its strength and its slot.
 
-One way, once for each request: its route is decided, the route's name becomes a choice, the choice waits for its slot.
-The weights of the engine do not change under a choice: who waits for a slot is inside already.
+It runs in the API process that owns the slots. Each request passes once, in one direction: its route is decided, the
+route's name becomes a choice, and the choice waits for a slot. The engine's weights do not change under a choice,
+because a request that waits for a slot counts as in flight.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ Pair = tuple[str, str | None]
 
 
 class Admission:
-    """Lends slots to requests, and counts those that are inside."""
+    """Leases slots to requests, and counts the requests in flight."""
 
     def __init__(
         self, table: Callable[[], VariantTable], *, versions: Versions, slots: Slots, experiments: LiveExperiments,
         weights: WeightsMode, metrics: Metrics,
     ) -> None:  # fmt: skip
-        """table: what names mean at the moment."""
+        """table: returns the present table of names."""
         self.in_flight: Counter[Pair] = Counter()
         self._waiting: Counter[Pair] = Counter()
-        """requests in flight that have no slot yet"""
+        """requests in flight without a slot"""
         self._table = table
         self._versions = versions
         self._slots = slots
@@ -47,15 +48,15 @@ class Admission:
         metrics.follow_variants(self.variants_now)
 
     async def lease(self, request: Request) -> Lease:
-        """A slot for a request; waits while all slots are in use.
+        """Lease a slot for a request. Waits while all slots are in use.
 
-        Where an experiment is about its model, its arm answers; the control, when that arm cannot be served. NotFound
-        for a name that is not served; RequestRefused for a strength that its version does not take; InstallRefused when
-        the version cannot be brought in.
+        If an experiment decides on its model name, the arm answers, or the control if the arm cannot be served.
+        NotFound for a name that is not served; RequestRefused for a strength that the version does not accept;
+        InstallRefused if the version cannot be installed.
         """
         route = self._experiments.route(request)
         if route.shadow and request.model not in self._experiments.names:
-            self._table().resolve(request.model)  # to compare two does not make a name that is not served one that is
+            self._table().resolve(request.model)  # a shadow does not make an unknown name valid
         try:
             return await self._enter(await self._choose(route, request))
         except RequestRefused:
@@ -67,9 +68,9 @@ class Admission:
             return await self._enter(await self._choose(fallback, request))
 
     async def renew(self, choice: Choice | None) -> Lease:
-        """A slot for a choice already made: the same version, whatever its name means by now. None: the base model.
+        """Lease a slot for an earlier choice: the same version, even if its name has moved. None: the base model.
 
-        InstallRefused when the engine's weights are others by now: there the version is no more.
+        InstallRefused if the engine's weights have changed since, because the version is not there any more.
         """
         if choice is None:
             return await self.lease(Request())
@@ -82,18 +83,18 @@ class Admission:
         return await self._enter(choice)
 
     async def _choose(self, route: Route, request: Request) -> Choice:
-        """What a route serves, under the name that was asked for."""
+        """The choice for a route, under the requested name."""
         target = "" if route.target == BASE else route.target
         while True:
             await self._weights.admitted()
             found = self._found(target)
             if isinstance(found, VersionWanted):
                 ref, served = found.ref, self._table().promoted[found.ref.name].values()
-                known = ref.selector in served  # a whole digest that is served needs no store
+                known = ref.selector in served  # a complete digest that is served needs no store
                 version = ref.selector if known else await in_thread(self._versions.reader.resolve, str(ref))
                 found = self._table().chosen(target, ref.name, version)
             info = NO_INFO if found.version is None else await self._versions.info(found.variant, found.version)
-            if self._weights.open and found.epoch == self._table().epoch:  # else they changed while the store was asked
+            if self._weights.open and found.epoch == self._table().epoch:  # else they changed while the store was read
                 return replace(
                     found,
                     requested=request.model or found.requested,
@@ -105,7 +106,7 @@ class Admission:
                 )
 
     def _found(self, target: str) -> Choice | VersionWanted:
-        """What a name means. A version that an arm names is known, whether or not a tag promotes anything."""
+        """The meaning of a name. The prepared version of an arm is known even without a promotion."""
         if self._experiments.has_ready(target):
             name, _, version = target.partition("@")
             return self._table().chosen(target, name, version)
@@ -148,9 +149,9 @@ class Admission:
         self._weights.left()
 
     def variants_now(self) -> VariantsNow:
-        """Which names run, which wait for a slot, and which need none: what routers ask for.
+        """The served names by state (running, waiting for a slot, on the device), for routers.
 
-        Asked in threads too, so it looks at copies, each of which is made in one go.
+        It may be called in other threads, so it works on copies.
         """
         in_flight, waiting, table = dict(self.in_flight), dict(self._waiting), self._table()
         there, loaded = self._slots.residency.is_resident, set[str]()

@@ -1,4 +1,4 @@
-"""What an API server process asks of whoever owns the slots, in the same process or in another one."""
+"""The coordinator: the interface to the API server process that owns the slots, in this process or in another."""
 
 from __future__ import annotations
 
@@ -34,69 +34,69 @@ from vllm_edits.plugin.serving.workers import Workers, ask
 
 
 class NotFollowed(EditsError):
-    """A change stands in the store, and this server keeps what it served."""
+    """A change was written to the store, but this server did not follow it."""
 
 
 @dataclass(frozen=True)
 class TagChange:
-    """A change of a variant's tag in the store. Of no tag: the server's default one."""
+    """A change of a variant's tag in the store. Without a tag, it is the server's default tag."""
 
     operation: Literal["promote", "rollback", "withdraw"]
     name: str
     tag: str | None = None
     version: str = ""
-    """digest or its beginning, of what is promoted"""
+    """version to promote: its digest, or the first digits"""
     reason: str = ""
     actor: str = ""
 
 
 @dataclass(frozen=True)
 class Served:
-    """What clients may name: each variant's name with its bundle and version, and whether the base model is served."""
+    """The names that clients may use: each with its variant and version, and whether the base model is served."""
 
     variants: Sequence[tuple[str, str, str]]
     base: bool
     experiments: Sequence[str] = ()
-    """names that only experiments give a meaning"""
+    """names that only experiments define"""
 
 
 class Coordinator(Protocol):
-    """The process that owns the slots, as API server processes ask it. Its answers are plain data, but for leases."""
+    """The process that owns the slots, as seen by API server processes. Its answers are plain data, except leases."""
 
     async def lease(self, request: Request) -> Lease:
-        """A slot for a request; waits while all slots are in use.
+        """Lease a slot for a request. Waits while all slots are in use.
 
-        NotFound, AmbiguousVersion, NotServed, RequestRefused; InstallRefused when the version cannot be brought in.
+        NotFound, AmbiguousVersion, NotServed or RequestRefused; InstallRefused if the version cannot be installed.
         """
 
     async def renew(self, choice: Choice | None) -> Lease:
-        """A slot for a choice already made: the same version, whatever its name means by now. None: the base model."""
+        """Lease a slot for an earlier choice: the same version, even if its name has moved. None: the base model."""
 
     async def served(self) -> Served:
-        """What clients may name now."""
+        """The names that clients may use now."""
 
     async def status(self) -> Mapping[str, Any]:
-        """What `GET /v1/edits` answers."""
+        """The answer of `GET /v1/edits`."""
 
     async def sync(self) -> Mapping[str, Any]:
-        """Look at the store now and follow what moved; the swaps that were tried, and the last error."""
+        """Read the store now and follow new promotions. Returns the attempted swaps, and the last error."""
 
     async def change(self, change: TagChange) -> Mapping[str, Any]:
-        """Append a change to the store and follow it at once; the entry, and the swap."""
+        """Append a change to the store and follow it at once. Returns the entry and the swap."""
 
     def record(self, record: Record) -> None:
-        """Note that a request which took part in an experiment, or was answered twice, has ended."""
+        """Record that a request of an experiment, or a shadowed request, has ended."""
 
     async def feedback(self, request: str, metric: str, value: float) -> Mapping[str, Any]:
-        """Note how a request went; NotFound, FeedbackRefused. Returns what was counted."""
+        """Record feedback on a request. Returns what was counted. NotFound or FeedbackRefused."""
 
 
 @dataclass(frozen=True)
 class Extras:
-    """What a server may do without: by default nothing is written down, and the weights stay."""
+    """Optional parts of a server. By default nothing is logged, and the weights are not changed."""
 
     weights_key: tuple[str, str] | None = None
-    """name and tag of the variant that is served from the engine's weights"""
+    """name and tag of the variant in the engine's weights"""
     weights_running: Running = "finish"
     weights_patience_seconds: float = 60.0
     exposures: ExposureLog | None = None
@@ -105,7 +105,7 @@ class Extras:
 
 
 class LocalCoordinator:
-    """The process that owns the slots: this one. Its parts are put together here, and nowhere else."""
+    """The coordinator in this process. All its parts are put together here."""
 
     def __init__(
         self, reader: Reader, workers: Workers, metrics: Metrics, *, base: BaseModelRef, base_names: tuple[str, ...],
@@ -135,7 +135,7 @@ class LocalCoordinator:
         )  # fmt: skip
 
     def _inside(self) -> int:
-        """How many requests are being answered."""
+        """The number of requests in flight."""
         return self.admission.in_flight.total()
 
     async def lease(self, request: Request) -> Lease:
@@ -181,7 +181,7 @@ class LocalCoordinator:
         return {"entry": entry.model_dump(mode="json"), "swap": asdict(swap) if swap else None}
 
     def _append(self, change: TagChange) -> Callable[[], TagEntry]:
-        """The append of a change, to be done in a thread. CannotSign before it."""
+        """A function that appends a change, for a thread. CannotSign if there is no signing key."""
         store = self.versions.reader.writable()
         tag = change.tag or self.reconciler.table.default_tag
         said = {"tag": tag, "reason": change.reason, "actor": change.actor}
@@ -195,6 +195,6 @@ class LocalCoordinator:
         Experiments(self.versions.reader.writable()).change(change, reason=reason, actor=actor)
 
     async def _prepare_arm(self, name: str, version: str) -> None:
-        """Have a version ready that an arm names; EditsError when it cannot be served here."""
+        """Prepare the version of an arm. EditsError if this server cannot serve it."""
         await self.versions.require_author(name, version)
         await self.versions.stage(name, version)

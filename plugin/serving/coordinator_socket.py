@@ -1,14 +1,14 @@
-"""One API server process owns the slots; the others ask it, over a Unix socket.
+"""Connects the API server processes over a Unix socket: the first process owns the slots, the others ask it.
 
-Versions sit in the same slots for all processes, so one of them decides: it keeps the reconciler, and the others ask it
-for the lease of every request, which costs a message each way, and for everything else that is asked of an owner. So a
-swap is seen by all of them at once, and a table of what is served is nowhere copied.
+All processes use the same slots, so one process must decide. It runs the reconciler. The others ask it for the lease of
+every request, which costs one message each way, and for everything else that a coordinator does. So all processes see a
+swap at the same time, and the table of served names is not copied.
 
-Each process sends its requests to the engine by itself, so the owner cannot know by its own calls that a request of
-another process has left the engine when its lease has ended. Before it changes a slot it therefore has every process
-ask something of the engine: what that answers comes after all that the process sent before.
+Each process sends its requests to the engine itself. So when a lease of another process ends, the owner does not know
+whether the request has left the engine. Before it changes a slot, it therefore asks every process to send a call to the
+engine (a fence). The answer arrives after the engine has seen all earlier calls of that process.
 
-A message is a length of four bytes and msgpack: {id, call, ...} one way, {id, value} or {id, error} back.
+A message is a length of four bytes and msgpack: {id, call, ...} in one direction, {id, value} or {id, error} back.
 """
 
 from __future__ import annotations
@@ -51,32 +51,32 @@ _ERRORS: Mapping[str, type[EditsError]] = {
     if isinstance(kind, type) and issubclass(kind, EditsError)
 }
 ANSWER_SECONDS = 60.0
-"""how long a process may take to hear from the engine"""
+"""time limit for the answer of a process to a fence"""
 _RETRY_SECONDS = 0.1
 
 
 def socket_path() -> Path:
-    """Where the processes of one server meet: they have their parent in common."""
+    """The path of the socket. It contains the id of the parent process, which the processes of a server share."""
     return private_folder(str(os.getppid())) / "owner.sock"
 
 
 class CoordinatorServer:
-    """Lets other processes ask an owner."""
+    """Serves a coordinator to other processes."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._server: asyncio.Server | None = None
         self._processes: dict[_Process, asyncio.Task[Any] | None] = {}
         self._ended_holding: list[_Process] = []
-        """what they hold stays held: their requests may still be in the engine"""
+        """ended processes whose leases are kept, because their requests may still be in the engine"""
 
     async def start(self, coordinator: Coordinator) -> None:
-        """Answer from now on."""
+        """Begin to answer."""
         self._path.unlink(missing_ok=True)
         self._server = await asyncio.start_unix_server(partial(self._serve, coordinator), self._path)
 
     async def close(self) -> None:
-        """Answer no more."""
+        """Stop answering."""
         if self._server is not None:
             self._server.close()
             self._path.unlink(missing_ok=True)
@@ -86,7 +86,7 @@ class CoordinatorServer:
             await asyncio.gather(*serving)
 
     async def fence(self) -> None:
-        """Return when the engine has seen all that other processes had sent it. EditsError when one does not answer."""
+        """Wait until the engine has seen all earlier calls of other processes. EditsError if one does not answer."""
         if gone := len(self._ended_holding):
             raise EditsError(
                 f"{gone} API server process(es) ended, so it is unknown which of their requests are still in the "
@@ -110,7 +110,7 @@ class CoordinatorServer:
 
 
 class _Process:
-    """Another process, as its owner sees it."""
+    """Another process, as seen by the owner of the slots."""
 
     def __init__(self, coordinator: Coordinator, writer: asyncio.StreamWriter) -> None:
         self._coordinator = coordinator
@@ -130,7 +130,7 @@ class _Process:
             if number in self._tasks:
                 self._tasks[number].cancel()
         elif call == "fenced":
-            if number in self._fences:  # nobody waits for one that came too late
+            if number in self._fences:  # else it came too late
                 self._fences[number].set_result(None)
         else:
             task = asyncio.get_running_loop().create_task(self._answer(number, call, message))
@@ -179,7 +179,7 @@ class _Process:
             del self._fences[number]
 
     def end(self) -> bool:
-        """Whether it ended with leases."""
+        """End the process's tasks. True if it still held leases."""
         for task in list(self._tasks.values()):
             task.cancel()
         for fence in self._fences.values():
@@ -192,10 +192,10 @@ class _Process:
 
 
 class RemoteCoordinator:
-    """The owner is another process."""
+    """The coordinator in another process."""
 
     def __init__(self, path: Path, reach_engine: Callable[[], Awaitable[Any]]) -> None:
-        """reach_engine: ask the engine something, behind all that was sent to it."""
+        """reach_engine: a call to the engine that returns after all earlier calls."""
         self._path = path
         self._reach_engine = reach_engine
         self._writer: asyncio.StreamWriter | None = None
@@ -204,7 +204,7 @@ class RemoteCoordinator:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def connect(self) -> None:
-        """Wait until the owner answers. It may have versions to prepare; when it fails, vLLM ends this process too."""
+        """Wait until the owner answers. It may prepare versions first. If it fails, vLLM ends this process too."""
         while self._writer is None:
             try:
                 reader, self._writer = await asyncio.open_unix_connection(self._path)
@@ -213,7 +213,7 @@ class RemoteCoordinator:
         self._start(self._listen(reader))
 
     async def close(self) -> None:
-        """Ask no more."""
+        """Close the connection."""
         if self._writer is not None:
             self._writer.close()
         for task in list(self._tasks):
@@ -223,7 +223,7 @@ class RemoteCoordinator:
         return await self._leased("lease", request=asdict(request))
 
     def record(self, record: Record) -> None:
-        with suppress(EditsError):  # a coordinator that is gone ends the server
+        with suppress(EditsError):  # the server ends with the coordinator
             self._write({"id": next(self._numbers), "call": "record", "record": msgspec.to_builtins(record)})
 
     async def renew(self, choice: Choice | None) -> Lease:
@@ -256,7 +256,7 @@ class RemoteCoordinator:
         return Lease(choice, found["slot"], lambda _: self._give_back(number))
 
     def _give_back(self, number: int) -> None:
-        with suppress(EditsError):  # to an owner that is gone nothing can be given
+        with suppress(EditsError):  # the owner has ended
             self._write({"id": number, "call": "release"})
 
     async def _ask(self, call: str, number: int | None = None, **arguments: Any) -> Any:
@@ -276,7 +276,7 @@ class RemoteCoordinator:
             del self._waiting[number]
 
     def _refuse(self, number: int, value: Any) -> None:
-        """Give back what nobody waits for any more, if it is a lease."""
+        """Release a lease whose request has left."""
         if isinstance(value, dict) and value.keys() == {"slot", "choice"}:
             self._give_back(number)
 
@@ -321,7 +321,7 @@ class RemoteCoordinator:
 
 
 class FencedWorkers:
-    """`Workers` that change a slot only when no request of another process that used it can still be in the engine."""
+    """`Workers` that fence other processes before they change a slot, so that no request in the engine uses it."""
 
     def __init__(self, workers: Workers, fence: Callable[[], Awaitable[None]]) -> None:
         self._workers = workers
@@ -337,7 +337,7 @@ class FencedWorkers:
 
 
 async def _read(reader: asyncio.StreamReader) -> Message | None:
-    """The next message, None at the end."""
+    """The next message, or None at the end of the stream."""
     try:
         length = int.from_bytes(await reader.readexactly(_LENGTH_BYTES))
         message: Message = msgspec.msgpack.decode(await reader.readexactly(length))

@@ -1,4 +1,4 @@
-"""What a request of an experiment came to: its record, and the metrics of its arm."""
+"""The exposure of a request of an experiment: its record, and the metrics of its arm."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm_edits.plugin.serving.variants import BASE, Choice
 
 
 def exposure_of(choice: Choice, assignment: Assignment, usage: Usage, outcome: Outcome) -> Exposure:
-    """The record of a request that has just ended."""
+    """Make the record of a request that has just ended."""
     return Exposure(
         at=datetime.now(UTC),
         request=choice.feedback_token,
@@ -37,7 +37,7 @@ def exposure_of(choice: Choice, assignment: Assignment, usage: Usage, outcome: O
 
 
 def count(exposure: Exposure, metrics: Metrics) -> None:
-    """Count a request in its arm's metrics; those of times and outcomes are of what the hash assigned alone."""
+    """Count a request in its arm's metrics. Times and outcomes count only if the hash chose the arm."""
     arm = exposure.experiment, exposure.arm
     metrics.exposures.labels(*arm, exposure.chosen, exposure.source).inc()
     if exposure.chosen != "hash":

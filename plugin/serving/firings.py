@@ -1,4 +1,4 @@
-"""How often gates fire, as a counter that only grows, from totals that begin anew with every install. No IO."""
+"""Counters of gate firings that only grow, computed from totals that restart with every install. No IO."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from vllm_edits.plugin.metrics import Metrics
 
 
 class FiringTotals:
-    """What has been counted of each version on the device."""
+    """The totals that were counted for each version on the device."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._seen: dict[tuple[str, int], Counter[str]] = {}
-        """by version and worker: its tokens under '', firings under the name of an edit"""
+        """by version and worker: tokens under '', firings under the name of an edit"""
 
     def count(self, name: str, version: str, worker: int, tokens: int, firings: Mapping[str, int]) -> tuple[int, int]:
-        """Add what is new of a bundle's version on a worker, whose totals since it was installed are given.
+        """Count the growth of a version's totals on a worker since the last call.
 
-        Returns how many tokens are new, and how many firings in them.
+        tokens, firings: totals since the version was installed. Returns the new tokens, and the new firings.
         """
         total = Counter({"": tokens, **firings})
         new = total - self._seen.get((version, worker), Counter())
@@ -31,5 +31,5 @@ class FiringTotals:
         return new[""], sum(new[edit] for edit in firings)
 
     def forget(self, version: str) -> None:
-        """A version left the device: when it comes back it counts from zero."""
+        """Forget a version that left the device. When it returns, its totals restart from zero."""
         self._seen = {key: total for key, total in self._seen.items() if key[0] != version}

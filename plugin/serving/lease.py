@@ -1,7 +1,7 @@
-"""One request's hold on one version, from its arrival to the end of its last engine request.
+"""The lease of a request on a version, from the request's arrival to the end of its last engine request.
 
-The lease travels in a context variable from the HTTP middleware to the engine gate, so every endpoint of vLLM is
-covered by one rule: what reaches the engine without a lease is served by the base model, and cannot name a variant.
+The lease travels in a context variable from the HTTP middleware to the engine gate. So one rule covers every endpoint
+of vLLM: a request that reaches the engine without a lease is served by the base model and cannot name a variant.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CURRENT_LEASE: ContextVar[Lease | None] = ContextVar("vllm_edits_lease", default
 
 @dataclass
 class Usage:
-    """What the engine said about a request; times are monotonic seconds."""
+    """The engine's report on a request. Times are monotonic seconds."""
 
     started: float = field(default_factory=time.monotonic)
     first_token: float | None = None
@@ -29,18 +29,18 @@ class Usage:
     engine_requests: int = 0
     aborted: bool = False
     refused: bool = False
-    """whether the engine found fault with it before it began"""
+    """True if the engine refused it before it began"""
     failed: bool = False
-    """whether the engine gave it up, with an error or by `finish_reason`"""
+    """True if the engine ended it with an error"""
     wrote: bool = False
-    """whether any answer had a character that is no space"""
+    """True if an answer had a character other than spaces"""
     corrupted: bool = False
-    """whether vLLM found NaN among the logits (it looks with VLLM_COMPUTE_NANS_IN_LOGITS=1)"""
+    """True if vLLM found NaN in the logits (only with VLLM_COMPUTE_NANS_IN_LOGITS=1)"""
     tail: list[int] = field(default_factory=list)
-    """the last tokens, of a request that takes part in an experiment"""
+    """the last tokens, for a request of an experiment"""
 
     def add_output(self, tokens: int, times: tuple[float, float]) -> None:
-        """Count tokens that came; times: of the request's first token and of its last one so far."""
+        """Count new tokens. times: of the request's first token and of its last token so far."""
         first, last = times
         self.output_tokens += tokens
         self.first_token = min(self.first_token or first, first)
@@ -53,12 +53,12 @@ class Usage:
 
     @property
     def first_token_seconds(self) -> float | None:
-        """Seconds from arrival to the first token; None where nothing was generated."""
+        """Seconds from arrival to the first token, or None without a token."""
         return None if self.first_token is None else max(0.0, self.first_token - self.started)
 
     @property
     def seconds_per_token(self) -> float | None:
-        """Mean seconds between two output tokens; None where there are less than two."""
+        """Mean seconds between two output tokens, or None with less than two."""
         if self.first_token is None or self.last_token is None or self.output_tokens < 2:
             return None
         return max(0.0, self.last_token - self.first_token) / (self.output_tokens - 1)
@@ -66,7 +66,7 @@ class Usage:
 
 @dataclass
 class Lease:
-    """A version in use. While anybody holds it, its slot is not cleared and not given to another version."""
+    """A version in use. While it is held, its slot is not cleared and not given to another version."""
 
     choice: Choice
     slot: int
@@ -78,7 +78,7 @@ class Lease:
 
     @contextmanager
     def hold(self) -> Iterator[Lease]:
-        """Keep the version in its slot; the last holder to leave releases it, for good."""
+        """Keep the version in its slot. When the last holder leaves, the lease ends."""
         if self.released:
             raise RuntimeError(f"the lease on {self.choice.requested!r} has ended; its slot may hold another version")
         self._holders += 1
@@ -93,7 +93,7 @@ class Lease:
                     settle()
 
     def when_released(self, settle: Callable[[], None]) -> None:
-        """Have something done when the last holder has left, which may be long after the HTTP request has ended."""
+        """Call `settle` when the last holder has left. This may be long after the end of the HTTP request."""
         if self.released:
             settle()
         else:

@@ -1,9 +1,9 @@
-"""Store heads to installed versions: the story of a swap.
+"""The reconciler: turns store heads into installed versions, by swaps.
 
-Every look at the store is followed in this order, so that nothing it says waits behind what may take long: what was
-withdrawn or stopped of experiments, a change of the engine's weights (in a task of its own, as it may wait a minute for
-running requests), then tag by tag, then the versions that arms of experiments name. The phases of a swap are those of
-swap.py; all before the switch can fail without a client seeing it. All methods run on one event loop.
+It runs in the API process that owns the slots, on one event loop. After each read of the store it does the following,
+in this order, so that quick changes do not wait for slow ones: withdrawals and stops of experiments; a change of the
+engine's weights (in its own task, because it may wait a minute for running requests); all other tags; versions of arms
+of experiments. swap.py lists the phases of a swap. A failure before the switch is not visible to clients.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from vllm_edits.plugin.short_turns import in_thread
 logger = logging.getLogger("vllm.edits")
 
 RESERVED_NAMES = (BASE, UNKNOWN, OTHER)
-"""What headers and labels call things that are no variant."""
+"""Names that headers and labels use for other things than variants."""
 Key = tuple[str, str]
 """A variant's name and a tag."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a tag's entry is not served. One that is not `lasting` may pass: every look tries it again."""
+    """The reason why a tag's entry is not served. If it is not `lasting`, each read of the store tries it again."""
 
     sequence: int
     error: str
@@ -48,7 +48,7 @@ class Refusal:
 
 
 class Reconciler:
-    """Keeps what is served equal to what the store promotes."""
+    """Makes the served versions equal to the promoted versions of the store."""
 
     def __init__(
         self, reader: Reader, *, versions: Versions, slots: Slots, experiments: LiveExperiments, weights: WeightsMode,
@@ -59,7 +59,7 @@ class Reconciler:
         self.heads: dict[Key, TagEntry] = {}
         self.refused: dict[Key, Refusal] = {}
         self.troubles: Mapping[Key, EditsError] = {}
-        """histories that are broken or were wound back"""
+        """histories that are broken or were cut"""
         self.last_swap: Swap | None = None
         self.last_error = ""
         self.heads_read_at: float | None = None
@@ -82,20 +82,20 @@ class Reconciler:
     # -- looking at the store ----------------------------------------------------------------------------------------
 
     async def follow(self, poll_seconds: float) -> None:
-        """Sync for ever. A store that cannot be read leaves everything serving; the next look tries again."""
+        """Sync every `poll_seconds`. If the store cannot be read, all versions keep serving until the next attempt."""
         while True:
             await asyncio.sleep(poll_seconds)
             try:
                 await self.sync()
-            except Exception:  # the loop must outlive any fault of one look
+            except Exception:  # the loop must continue after an error
                 logger.exception("could not follow the store; the server keeps serving its present versions")
                 self._metrics.store_errors.inc()
             self._metrics.store_head_age_seconds.set(self.head_age() or 0)
 
     async def sync(self, *, retry_refused: bool = False, wait_for_weights: bool = False) -> list[Swap]:
-        """Read the store's heads once and follow every tag that moved. Returns the swaps that were tried.
+        """Read the store's heads once and follow every tag that moved. Returns the attempted swaps.
 
-        wait_for_weights: also wait for a change of the engine's weights, which otherwise goes on behind.
+        wait_for_weights: also wait for a change of the engine's weights, which else runs in the background.
         """
         swaps = await self._look_once(retry_refused=retry_refused)
         if wait_for_weights and self._exchanging is not None:
@@ -129,24 +129,24 @@ class Reconciler:
             return swaps
 
     def _exchange_behind(self, entry: TagEntry) -> None:
-        """Follow the tag of the variant in the weights in a task of its own, one at a time."""
+        """Follow the tag of the variant in the weights in a separate task. Only one such task runs."""
         if self._exchanging is None:
             self._exchanging = asyncio.get_running_loop().create_task(self._follow_tag(entry))
             self._exchanging.add_done_callback(_tell_failure)
 
     def head_age(self) -> float | None:
-        """Seconds since the store's heads were read, None before the first time."""
+        """Seconds since the store's heads were read, or None before the first read."""
         return None if self.heads_read_at is None else round(time.monotonic() - self.heads_read_at, 3)
 
     def _has_moved(self, entry: TagEntry, *, retry_refused: bool) -> bool:
-        """Whether an entry is to be followed: it is new, or was refused for a reason that may have passed."""
+        """True if an entry must be followed: it is new, or it was refused for a reason that may have passed."""
         known, refused = self.heads.get((entry.name, entry.tag)), self.refused.get((entry.name, entry.tag))
         if known is not None and known.sequence == entry.sequence:
             return False
         return not (refused and refused.lasting and refused.sequence == entry.sequence and not retry_refused)
 
     def _note_troubles(self, troubles: Mapping[Key, EditsError]) -> None:
-        """Tell of histories that are broken or were wound back, once each; their tags keep what they serve."""
+        """Log each broken or cut history once. Their tags keep serving their present versions."""
         for key, trouble in troubles.items():
             if str(trouble) != str(self.troubles.get(key, "")):
                 self.last_error = str(trouble)
@@ -186,7 +186,7 @@ class Reconciler:
         return self.table.promoted.get(entry.name, {}).get(entry.tag)
 
     def _refuse(self, entry: TagEntry, swap: Swap, error: EditsError) -> None:
-        """Remember and tell why an entry is not followed. What was told already is not told at every look."""
+        """Record and log why an entry is not followed. The same reason is logged only once."""
         key, said = (entry.name, entry.tag), str(error)
         before = self.refused.get(key)
         # More signatures may come, and a store may come back; a bundle that breaks a rule stays what it is.
@@ -205,16 +205,16 @@ class Reconciler:
         )  # fmt: skip
 
     async def _fall_back(self, entry: TagEntry) -> None:
-        """Serve what a server that never stopped would: the newest entry before this one that is believed."""
+        """Serve the newest trusted entry before this one, as a server that never stopped does."""
         believed = await in_thread(self.reader.believed, entry)
         if believed is not None:
             await self._follow_tag(believed)
 
     async def _bring_in(self, swap: Swap, version: str) -> None:
-        """Everything before the switch of a variant that is served per request."""
+        """Do all phases before the switch for a variant that is served per request."""
         self._require_name(swap.variant)
         await self._versions.stage(swap.variant, version, partial(swap.phase, metrics=self._metrics))
-        # At start there may be more variants than slots: those beyond are paged in by the first request.
+        # At start there may be more variants than slots: the others are paged in by their first request.
         residency = self._slots.residency
         if swap.from_version is not None or residency.used < residency.slots:
             with swap.phase("install", self._metrics):
@@ -225,7 +225,7 @@ class Reconciler:
                     )  # fmt: skip
 
     async def _exchange_weights(self, swap: Swap, entry: TagEntry, new: str | None) -> None:
-        """Follow the tag of the variant that is served from the weights."""
+        """Follow the tag of the variant in the weights."""
         if new == self._weights.version and not self._weights.doubt:
             self._switch(swap, entry, new)
             return
@@ -245,7 +245,7 @@ class Reconciler:
             self.table = replace(self.table, epoch=self._weights.epoch)
 
     def _require_name(self, variant: str) -> None:
-        """BundleRefused for a variant that is called as something else is here."""
+        """BundleRefused if the variant's name is the base model's or a reserved name."""
         if variant in (*self.table.base_names, *RESERVED_NAMES):
             why = (
                 f"{variant!r} is the base model's name or a reserved name here. Publish the variant under another name"
@@ -270,12 +270,12 @@ class Reconciler:
             self._metrics.variant_info.labels(*self._metrics.labels(entry.name, new)).set(1)
 
     def _tell_served(self) -> None:
-        """Name what is served, by tags and by arms of experiments, to those who count."""
+        """Tell the metrics which versions are served, by tags and by arms of experiments."""
         promoted = ((name, version) for name, tags in self.table.promoted.items() for version in tags.values())
         self._metrics.serves([*promoted, *self._experiments.versions()])
 
     def refusal(self, name: str, tag: str) -> str:
-        """Why what a tag promotes is not served, or ''."""
+        """The reason why the promoted version of a tag is not served, or ''."""
         refusal = self.refused.get((name, tag))
         return refusal.error if refusal else ""
 
@@ -285,7 +285,7 @@ def _entries(look: Look) -> list[TagEntry]:
 
 
 def _tell_failure(task: asyncio.Task[Swap]) -> None:
-    """A fault of ours in a task that nobody may wait for."""
+    """Log an unexpected error of the task."""
     if not task.cancelled() and (failure := task.exception()) is not None:
         logger.error(
             "could not change the engine's weights; the server keeps serving its present versions", exc_info=failure

@@ -1,6 +1,6 @@
-"""Which version sits in which slot, and who is still using it.
+"""The assignment of versions to slots, with the number of users of each. Pure.
 
-No torch, no vLLM, no IO: callers do what `plan` says and report back with `commit` or `abandon`.
+It needs neither torch nor vLLM and does no IO: callers carry out a `plan` and report with `commit` or `abandon`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Placement:
-    """Install a version into `slot`, after clearing out `evicted` if somebody idle sits there."""
+    """A plan: install a version into `slot`, and clear `evicted` first, if that version is in the slot."""
 
     slot: int
     evicted: str | None
@@ -19,9 +19,10 @@ class Placement:
 
 @dataclass
 class Resident:
-    """A version in a slot. `users` counts the requests that read it; `retired` ones leave with their last user.
+    """A version in a slot.
 
-    One that is `closed` makes way for a version that waits for a slot: it is lent to nobody more.
+    users: number of requests that use it. retired: it leaves with its last user. closed: it accepts no new users,
+    because another version waits for a slot.
     """
 
     slot: int
@@ -31,7 +32,7 @@ class Resident:
 
 
 class Residency:
-    """Slots 1 to `slots`; slot 0 is the base model's and never given out."""
+    """The slots 1 to `slots`. Slot 0 is the base model's and is never assigned."""
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
@@ -41,7 +42,7 @@ class Residency:
 
     @property
     def used(self) -> int:
-        """Slots that hold or are about to hold a version."""
+        """The number of slots with a version, or with a planned version."""
         return self.slots - len(self._free)
 
     def residents(self) -> dict[str, Resident]:
@@ -52,11 +53,11 @@ class Residency:
         return version in self._resident
 
     def is_open(self, version: str) -> bool:
-        """Whether it may be acquired."""
+        """True if the version is in a slot and accepts new users."""
         return version in self._resident and not self._resident[version].closed
 
     def plan(self, version: str) -> Placement | None:
-        """Where to put a version that is not resident, or None while every slot is in use. The slot is held for it."""
+        """Plan a slot for a version, and keep the slot for it. None while every slot is in use."""
         if version in self._resident or version in self._planned:
             raise ValueError(f"version {version[:12]} has a slot already")
         evicted = None
@@ -70,21 +71,21 @@ class Residency:
         return Placement(slot, evicted)
 
     def commit(self, version: str) -> None:
-        """The planned version is installed on every worker: it may be used."""
+        """Report that the planned version is installed on every worker and can be used."""
         self._resident[version] = Resident(self._planned.pop(version))
 
     def abandon(self, version: str) -> int:
-        """The planned version could not be installed. Its slot, now cleared, is free again."""
+        """Report that the planned version could not be installed, and its slot was cleared. The slot is free again."""
         slot = self._planned.pop(version)
         self._free.append(slot)
         return slot
 
     def lose(self, version: str) -> None:
-        """The planned version could not be installed and its slot not be cleared: the slot is out of use for good."""
+        """Report that the planned version could not be installed, nor its slot cleared. The slot is lost."""
         del self._planned[version]
 
     def acquire(self, version: str) -> int:
-        """Count one more user of an open version; returns its slot."""
+        """Add a user to an open version; returns its slot."""
         resident = self._resident[version]
         if resident.closed:
             raise ValueError(f"version {version[:12]} is closed, because another version waits for its slot")
@@ -93,16 +94,16 @@ class Residency:
         return resident.slot
 
     def release(self, version: str) -> None:
-        """Count one user less."""
+        """Remove a user from a version."""
         resident = self._resident[version]
         if resident.users == 0:
             raise ValueError(f"version {version[:12]} is released more often than acquired")
         resident.users -= 1
 
     def make_way(self, count: int) -> bool:
-        """Have so many versions closed, of those in use; returns whether one was opened again.
+        """Close versions in use until `count` are closed, or open them again. True if one was opened again.
 
-        Retired ones first, which hardly anybody asks for, then those with the fewest users, which are soon idle.
+        Retired versions are closed first, because they have few new requests; then versions with the fewest users.
         """
         soonest = sorted(self._resident.values(), key=lambda resident: (not resident.retired, resident.users))
         closed = [resident for resident in soonest if resident.closed]
@@ -114,21 +115,21 @@ class Residency:
         return len(closed) > count
 
     def retire(self, version: str) -> None:
-        """Nothing names this version any more: let it leave with its last user."""
+        """Retire a version that has no name any more: it leaves with its last user."""
         if version in self._resident:
             self._resident[version].retired = True
 
     def restore(self, version: str) -> None:
-        """Something names this version again."""
+        """End the retirement of a version that has a name again."""
         if version in self._resident:
             self._resident[version].retired = False
 
     def leaving(self) -> list[str]:
-        """Retired versions without users: clear their slots, then `remove` them."""
+        """Retired versions without users. The caller removes them and clears their slots."""
         return [name for name, resident in self._resident.items() if resident.retired and resident.users == 0]
 
     def remove(self, version: str) -> int:
-        """Take an unused version out; returns the slot to clear before anybody else is planned into it."""
+        """Remove an unused version; returns its slot, which must be cleared before it is used again."""
         resident = self._resident[version]
         if resident.users:
             raise ValueError(f"version {version[:12]} is in use")
@@ -136,5 +137,5 @@ class Residency:
         return resident.slot
 
     def give_back(self, slot: int) -> None:
-        """A removed version's slot is cleared on every worker."""
+        """Report that the slot of a removed version was cleared on every worker."""
         self._free.append(slot)

@@ -1,7 +1,7 @@
-"""The versions on the device: made ready by the workers, installed into slots, lent to requests, and cleared.
+"""The slots of all workers: prepares versions, installs them into slots, lends slots to requests, and clears them.
 
-Which version sits in which slot is `Residency`'s to say; this object has the workers do it, and waits where no slot is
-to be had. All methods run on one event loop.
+`Residency` decides which version is in which slot. This object calls the workers, and waits while no slot is free. It
+runs in the API process that owns the slots, on one event loop.
 """
 
 from __future__ import annotations
@@ -25,41 +25,41 @@ from vllm_edits.plugin.version_info import InfoOf
 logger = logging.getLogger("vllm.edits")
 
 FIRINGS_SECONDS = 1.0
-"""how often the device is asked what its gates did"""
+"""seconds between two reads of the counters of gates"""
 
 PATIENCE_SECONDS = 1.0
-"""how long a version waits for a slot before another has to make way, and a swap before it goes on without one"""
+"""seconds that a version waits for a slot before the server closes another version, and that a swap waits for a slot"""
 
 Fired = Callable[[str, int, int], None]
-"""Is told that gates of a version fired so often in so many tokens."""
+"""Called with a version, its new gate firings, and the new tokens."""
 
 
 @dataclass
 class Waiting:
-    """Those who wait for one version to have a slot. `coming`: it has one, and is being installed."""
+    """Requests that wait for the slot of one version. `coming`: it has a slot and is being installed."""
 
     since: float = field(default_factory=time.monotonic)
     asked: list[asyncio.Future[int]] = field(default_factory=list)
     coming: asyncio.Task[None] | None = None
 
     def requests(self) -> int:
-        """How many have not left."""
+        """The number of requests that still wait."""
         return sum(not asked.done() for asked in self.asked)
 
     def seconds(self) -> float:
-        """How long the first of them has waited."""
+        """Seconds that the first request has waited."""
         return time.monotonic() - self.since
 
     def may_close(self) -> int:
-        """How many other versions are to make way: one after a while, and one more each time that doubles.
+        """The number of other versions to close: one after PATIENCE_SECONDS, one more each time the wait doubles.
 
-        More than one, since of those that make way the first to be idle is the one that is needed.
+        Several are closed, because the first of them that becomes idle is enough.
         """
         return int(self.seconds() / PATIENCE_SECONDS).bit_length()
 
 
 class Slots:
-    """So many slots on every worker, and what is done to fill and clear them."""
+    """The slots of every worker."""
 
     def __init__(self, count: int, workers: Workers, metrics: Metrics, *, info: InfoOf, fired: Fired) -> None:
         self.residency = Residency(count)
@@ -71,7 +71,7 @@ class Slots:
         self._ready: set[str] = set()  # versions in the memory of every worker, as far as is known
         self._reading: dict[str, asyncio.Task[None]] = {}
         self._installing = asyncio.Lock()
-        self._waiting: dict[str, Waiting] = {}  # those who came first, first
+        self._waiting: dict[str, Waiting] = {}  # in the order of arrival
         self._later: asyncio.TimerHandle | None = None
         self._retired_at: dict[str, float] = {}
         self._draining: set[asyncio.Task[None]] = set()
@@ -80,19 +80,19 @@ class Slots:
     # -- filling -----------------------------------------------------------------------------------------------------
 
     async def make_ready(self, version: str) -> None:
-        """Have every worker read, check and convert a version; all who need the same one wait together."""
+        """Have every worker read, check and convert a version. Concurrent callers share one such task."""
         if version in self._ready:
             return
         reading = self._reading.get(version)
         if reading is None:
             reading = self._reading[version] = asyncio.get_running_loop().create_task(self._stage(version))
             reading.add_done_callback(lambda task: self._has_read(version, task))
-        # Whoever gives up waiting does not stop it for the others.
+        # A cancelled caller does not stop it for the others.
         await asyncio.shield(reading)
 
     def _has_read(self, version: str, task: asyncio.Task[None]) -> None:
         del self._reading[version]
-        if not task.cancelled() and (failure := task.exception()) is not None:  # asked for, so that it counts as told
+        if not task.cancelled() and (failure := task.exception()) is not None:  # read, else asyncio logs it
             logger.warning("could not prepare version %s in the workers: %s", version[:12], failure)
 
     async def _stage(self, version: str) -> None:
@@ -104,9 +104,9 @@ class Slots:
         self._ready.add(version)
 
     async def bring_in(self, version: str) -> bool:
-        """Install a version on every worker, unless all slots stay in use: whoever asks for it then waits for one.
+        """Install a version on every worker. False if all slots stay in use; then its first request waits for a slot.
 
-        EditsError when it cannot be installed.
+        EditsError if it cannot be installed.
         """
         await self.make_ready(version)
         asked = self._ask(version)
@@ -121,7 +121,7 @@ class Slots:
         return True
 
     def _ask(self, version: str) -> asyncio.Future[int]:
-        """Will be the slot of a version, for one user more."""
+        """A future for the slot of a version, for one more user."""
         asked = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(version, Waiting()).asked.append(asked)
         self._serve()
@@ -129,7 +129,7 @@ class Slots:
 
     @contextmanager
     def _given_back(self, asked: asyncio.Future[int], version: str) -> Iterator[None]:
-        """Whoever is cancelled leaves nothing behind, not even a slot that came at the last moment."""
+        """Release the slot if the caller is cancelled, even if the slot came at the last moment."""
         try:
             yield
         except asyncio.CancelledError:
@@ -139,10 +139,10 @@ class Slots:
             raise
 
     def _serve(self) -> None:
-        """Find slots for those who wait, in the order in which they came.
+        """Find slots for waiting versions, in the order of arrival.
 
-        Where they have waited for long, others make way: with all slots in use by versions that are always asked for
-        again, none would ever be free.
+        If a version has waited for long, the server closes versions in use. Without this, versions with constant
+        traffic would never free a slot.
         """
         for version, waiting in list(self._waiting.items()):
             if waiting.coming:
@@ -158,7 +158,7 @@ class Slots:
             if not waiting.coming and not self.residency.is_resident(version)
         ]  # fmt: skip
         if self.residency.make_way(sum(waiting.may_close() for waiting in without)):
-            self._serve()  # some may wait for what is open again
+            self._serve()  # some requests may wait for a version that is open again
         self._metrics.requests_waiting.set(sum(waiting.requests() for waiting in self._waiting.values()))
         if without and self._later is None:
             self._later = asyncio.get_running_loop().call_later(PATIENCE_SECONDS, self._serve_later)
@@ -173,11 +173,11 @@ class Slots:
                 asked.set_result(self.residency.acquire(version))
 
     async def _bring(self, plan: Placement, version: str) -> None:
-        """Install a version where it was planned, one install at a time, and hand it out."""
+        """Install a version into its planned slot, one install at a time, and give it to waiting requests."""
         try:
             async with self._installing:
                 await self._install(plan, version)
-        except Exception as failure:  # noqa: BLE001  told to who came first; the others try again, as it may pass
+        except Exception as failure:  # noqa: BLE001  the first request gets the error; the others try again
             await self._undo(plan.slot, version)
             self._count_install(failure)
             waiting = self._waiting[version]
@@ -195,7 +195,7 @@ class Slots:
 
     async def _install(self, plan: Placement, version: str) -> None:
         answers = await ask(self._workers, "edits_install", plan.slot, version, plan.evicted)
-        while any("absent" in answer for answer in answers):  # a worker made room for others meanwhile
+        while any("absent" in answer for answer in answers):  # a worker has dropped it for other versions
             self._ready.discard(version)
             await self.make_ready(version)
             answers = await ask(self._workers, "edits_install", plan.slot, version, plan.evicted)
@@ -203,7 +203,7 @@ class Slots:
         require_agreement(answers, f"the content of version {version[:12]}")
 
     async def _undo(self, slot: int, version: str) -> None:
-        """Take an uncommitted version out of every worker. A slot that cannot be cleared is not used again."""
+        """Remove an uncommitted version from every worker. A slot that cannot be cleared is not used again."""
         try:
             await self._clear(slot, version)
         except EditsError:
@@ -223,12 +223,12 @@ class Slots:
     # -- lending -----------------------------------------------------------------------------------------------------
 
     async def acquire(self, version: str) -> int:
-        """The slot of a version for one more user, which is brought in if it has none; waits while all are in use."""
+        """Lend the slot of a version to one more user. Installs the version if needed; waits while no slot is free."""
         if self.residency.is_open(version):
             self._metrics.version_lookups.labels("device").inc()
             return self.residency.acquire(version)
         found, start = "host" if version in self._ready else "store", time.monotonic()
-        await self.make_ready(version)  # needs no slot: a slow store keeps nobody else from being paged in
+        await self.make_ready(version)  # needs no slot, so a slow store does not delay other versions
         asked = self._ask(version)
         with self._given_back(asked, version):
             slot = await asked
@@ -237,13 +237,13 @@ class Slots:
         return slot
 
     def release(self, version: str) -> None:
-        """One user less."""
+        """Take back the slot from one user."""
         self.residency.release(version)
         self._sweep()
         self._serve()
 
     def waiting(self) -> list[dict[str, Any]]:
-        """What requests wait for, for the status."""
+        """The versions for which requests wait, for the status."""
         return [
             {"version": version, "requests": waiting.requests(), "seconds": round(waiting.seconds(), 3)}
             for version, waiting in self._waiting.items()
@@ -252,19 +252,19 @@ class Slots:
     # -- clearing ----------------------------------------------------------------------------------------------------
 
     def retire(self, version: str) -> None:
-        """Nothing names this version any more: clear its slot when the last user has left."""
+        """Retire a version that has no name any more: its slot is cleared when the last user has left."""
         if self.residency.is_resident(version):
             self._retired_at[version] = time.monotonic()
             self.residency.retire(version)
             self._sweep()
 
     def restore(self, version: str) -> None:
-        """Something names this version again."""
+        """End the retirement of a version that has a name again."""
         self.residency.restore(version)
         self._retired_at.pop(version, None)
 
     def _sweep(self) -> None:
-        """Clear the slots of retired versions that nobody uses any more, in the background."""
+        """Clear the slots of retired versions without users, in the background."""
         for version in self.residency.leaving():
             slot = self.residency.remove(version)
             task = asyncio.get_running_loop().create_task(self._drain(slot, version))
@@ -272,7 +272,7 @@ class Slots:
             task.add_done_callback(self._draining.discard)
 
     async def _drain(self, slot: int, version: str) -> None:
-        # Calls and requests reach the engine in order: the aborts and steps of the last user are behind this call.
+        # Calls and requests reach the engine in order, so this call comes after the aborts and steps of the last user.
         try:
             await self._clear(slot, version)
         except Exception:
@@ -293,18 +293,18 @@ class Slots:
             await asyncio.gather(*self._draining)
 
     async def _clear(self, slot: int, version: str) -> None:
-        """Make a slot neutral on every worker, and count what its gates did last."""
+        """Clear a slot on every worker, and count the last firings of its gates."""
         self._count_firings(await ask(self._workers, "edits_clear", slot))
         self._firings.forget(version)
 
     # -- gates -------------------------------------------------------------------------------------------------------
 
     async def follow_firings(self) -> None:
-        """Count for ever; not by the store's clock, which stands while the store is away."""
+        """Read the counters of gates periodically, independent of the store."""
         await repeat(FIRINGS_SECONDS, self.read_firings, "could not read the firings of gates; trying again")
 
     async def read_firings(self) -> None:
-        """Count how often the gates on the device have fired. Failing that, the next look counts them."""
+        """Count the firings of the gates on the device. If it fails, the next call counts them."""
         if any(self._info(version).fires for version in self.residency.residents()):
             try:
                 self._count_firings(await ask(self._workers, "edits_firings"))
@@ -312,7 +312,7 @@ class Slots:
                 logger.warning("could not read the firings of gates; trying again: %s", error)
 
     def _count_firings(self, answers: list[dict[str, Any]]) -> None:
-        """Workers that divide a model see the same tokens, so of each engine the word of its first worker counts."""
+        """Count each engine's first worker only, because workers that divide a model see the same tokens."""
         for worker, answer in enumerate(answers):
             for version, tokens, times in answer["firings"] if answer["rank"] == 0 else ():
                 name = self._info(version).name

@@ -1,4 +1,4 @@
-"""What `GET /v1/edits` answers: everything that this server serves, refuses and waits for, as plain data."""
+"""The answer of `GET /v1/edits`: served, refused and waiting versions of this server, as plain data."""
 
 from __future__ import annotations
 

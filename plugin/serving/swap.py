@@ -1,14 +1,14 @@
-"""One swap: an attempt to follow a tag, by its phases. Code, log, status and metric name them alike.
+"""A swap: one attempt to follow a tag, with its phases. Code, log, status and metrics use the same names.
 
-    fetch    the bundle is read out of the store
-    verify   it is held against every rule and the base model
-    stage    every worker reads, checks and converts it; of a variant in the weights, computes the new weights
-    wait     of a variant in the weights: running requests end first
-    install  it is written into a slot, or the weights, of every worker, and their digests are compared
-    switch   the name means it from now on: one reference is replaced
-    drain    the slot of the version before is cleared, when its last request has ended
+    fetch    the bundle is read from the store
+    verify   it is checked against every rule and the base model
+    stage    every worker reads, checks and converts it; for a variant in the weights, it computes the new weights
+    wait     for a variant in the weights: running requests finish first
+    install  it is written into a slot, or into the weights, of every worker, and the workers' digests are compared
+    switch   the name refers to the new version: one reference is replaced
+    drain    the slot of the old version is cleared, when its last request has ended
 
-What fails before `switch` leaves the old version serving.
+After a failure before `switch`, the old version keeps serving.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 
 @dataclass
 class Swap:
-    """One attempt to follow a tag. Seconds by phase; `error` is empty when the name was switched.
+    """One attempt to follow a tag, with the seconds of each phase. `error` is empty if the name was switched.
 
-    A version of None is none: before a tag's first promotion, and after a withdrawal.
+    A version is None before a tag's first promotion, and after a withdrawal.
     """
 
     variant: str
@@ -41,11 +41,11 @@ class Swap:
     seconds: dict[Phase, float] = field(default_factory=dict)
     error: str = ""
     failed_in: Phase | None = None
-    """the phase that the error ended, None for one before the first"""
+    """the phase that failed, or None if the error came before the first phase"""
 
     @contextmanager
     def phase(self, name: Phase, metrics: Metrics) -> Iterator[None]:
-        """Time what goes on inside. A phase that fails is named, and not counted in the metric."""
+        """Time a phase. A failed phase is recorded in `failed_in`, and not counted in the metric."""
         start = time.monotonic()
         try:
             yield

@@ -1,4 +1,4 @@
-"""What the names in a request's `model` field mean. Pure and frozen: a swap replaces the whole table by a new one."""
+"""The table of names for a request's `model` field. Pure and frozen: a swap replaces the whole table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Choice:
-    """What a request asked for. `version` is None for the base model."""
+    """The version for a request, with its strength and its arm. `version` is None for the base model."""
 
     requested: str
     variant: str
@@ -24,30 +24,30 @@ class Choice:
     strength: float = 1.0
     info: VersionInfo = NO_INFO
     in_weights: bool = False
-    """whether the version is in the engine's weights, so that it needs no slot"""
+    """True if the version is in the engine's weights, so that it needs no slot"""
     epoch: int = 0
-    """counts what has been in the engine's weights: what was computed with others is never shared"""
+    """number of the content of the engine's weights; cache blocks of different epochs are never shared"""
     assignment: Assignment | None = None
-    """the arm of an experiment that this is, where the request takes part in one"""
+    """the arm of an experiment, if the request takes part in one"""
     feedback_token: str = ""
-    """the id by which feedback on it may come"""
+    """the id for feedback on the request"""
     shadow: str = ""
-    """what answers the request too, unseen by the client"""
+    """the name of the shadow that also answers the request"""
 
 
 @dataclass(frozen=True)
 class VersionWanted:
-    """A request named a version by its digest; the store must say which one that is."""
+    """A version that a request names by digest. The store must resolve it."""
 
     ref: Ref
 
 
 @dataclass(frozen=True)
 class VariantTable:
-    """Names of the base model, and the promoted version of every tag of every variant.
+    """The names of the base model, and the promoted version of every tag of every variant.
 
-    While a version is in the engine's weights it is all that is served: edits are relative to the base model, and that
-    is not there then.
+    While a version is in the engine's weights, nothing else is served: edits are relative to the base model, which is
+    not in the weights then.
     """
 
     base_names: tuple[str, ...]
@@ -58,7 +58,7 @@ class VariantTable:
     epoch: int = 0
 
     def resolve(self, model: str) -> Choice | VersionWanted:
-        """Look a name up. NotFound lists what is served and the nearest names."""
+        """Look up a name. NotFound lists the served names and similar names."""
         if not model or model in self.base_names:
             return self._served(Choice(model or self.base_names[0], BASE, None))
         try:
@@ -73,7 +73,7 @@ class VariantTable:
         return VersionWanted(ref)
 
     def chosen(self, model: str, name: str, version: str) -> Choice:
-        """What a request gets that named a version which is not promoted."""
+        """The choice for a request that names a version which is not promoted."""
         return self._served(Choice(model, name, version))
 
     def _served(self, choice: Choice) -> Choice:
@@ -86,7 +86,7 @@ class VariantTable:
         return replace(choice, in_weights=self.in_weights is not None, epoch=self.epoch)
 
     def moved(self, name: str, tag: str, version: str | None) -> VariantTable:
-        """The table after a tag was moved; with None it is not served any more."""
+        """The table after a tag was moved. With None, the tag is not served any more."""
         promoted = {each: dict(tags) for each, tags in self.promoted.items()}
         tags = promoted.setdefault(name, {})
         if version is None:
@@ -96,9 +96,9 @@ class VariantTable:
         return replace(self, promoted={each: tags for each, tags in promoted.items() if tags})
 
     def served(self) -> Iterator[tuple[str, str, str]]:
-        """Every name a client may send, its variant and its version: `polite`, and `polite@<tag>` for other tags.
+        """Every name for clients with its variant and version: `polite`, and `polite@<tag>` for other tags.
 
-        Versions by digest are names too, and not among these.
+        Clients may also name versions by digest. These names are not included.
         """
         for name, tags in sorted(self.promoted.items()):
             for tag, version in sorted(tags.items()):
@@ -106,7 +106,7 @@ class VariantTable:
                     yield name if tag == self.default_tag else f"{name}@{tag}", name, version
 
     def names(self) -> list[str]:
-        """Every name a client may send, versions by digest apart."""
+        """Every name for clients, except versions by digest."""
         return [name for name, _, _ in self.served()]
 
     def versions(self) -> set[str]:

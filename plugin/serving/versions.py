@@ -1,7 +1,8 @@
-"""Versions on their way out of the store: fetched, verified, held against the room there is, staged in every worker.
+"""Brings versions from the store to the workers: fetches, verifies, checks the reservation, and stages them.
 
-A bundle is verified twice. Here, so that one that breaks a rule is refused with all its reasons before any worker is
-asked; and in every worker (loader.py), which reads the store by itself and installs nothing that it has not checked.
+It runs in the API process that owns the slots. A bundle is verified twice. Here, so that an invalid bundle is refused
+with all reasons before any worker is asked. And in every worker (loader.py), which reads the store itself and installs
+only versions that it has checked.
 """
 
 from __future__ import annotations
@@ -34,25 +35,25 @@ def _untimed(_phase: Phase) -> AbstractContextManager[None]:
 
 
 class KnownVersions:
-    """What is known of versions that were looked at. Small, and the same for ever, so never dropped."""
+    """The facts about versions that were read. They are small and never change, so they are kept."""
 
     def __init__(self) -> None:
         self._info: dict[str, VersionInfo] = {}
 
     def __getitem__(self, version: str) -> VersionInfo:
-        """What is known of a version; of one that was never looked at, nothing."""
+        """The facts about a version, or NO_INFO if it was never read."""
         return self._info.get(version, NO_INFO)
 
     def __contains__(self, version: str) -> bool:
         return version in self._info
 
     def add(self, version: str, info: VersionInfo) -> None:
-        """Remember a version."""
+        """Record the facts about a version."""
         self._info[version] = info
 
 
 class Versions:
-    """Brings versions out of the store, as far as a slot or the weights want them."""
+    """Fetches, verifies and stages versions."""
 
     def __init__(
         self, reader: Reader, known: KnownVersions, slots: Slots, *, base: BaseModelRef, reservation: Reservation,
@@ -66,7 +67,7 @@ class Versions:
         self._slot_bytes = slot_bytes
 
     async def check(self, version: str, timed: Timed = _untimed) -> Bundle:
-        """Fetch a version and verify it. BundleRefused with every reason; nothing of this is visible to clients."""
+        """Fetch and verify a version. BundleRefused lists every reason. Clients see nothing of it."""
         with timed("fetch"):
             bundle = await in_thread(self.reader.bundle, version)
         with timed("verify"):
@@ -75,9 +76,9 @@ class Versions:
         return bundle
 
     async def stage(self, name: str, version: str, timed: Timed = _untimed) -> None:
-        """Fetch and verify a version, and have every worker make it ready for a slot.
+        """Fetch and verify a version, and have every worker prepare it for a slot.
 
-        InstallRefused where the room that is reserved does not hold it.
+        InstallRefused if the reservation is too small for it.
         """
         bundle = await self.check(version, timed)
         if missing := self._reservation.missing(bundle.manifest, self._slot_bytes):
@@ -86,20 +87,20 @@ class Versions:
             await self._slots.make_ready(version)
 
     async def info(self, name: str, version: str) -> VersionInfo:
-        """What must be known of a version before a request for it is served. NotTrusted where its author is not."""
+        """The facts about a version, read before the first request for it. NotTrusted if its author is not trusted."""
         if version not in self.known:
             await self.require_author(name, version)
             self.known.add(version, VersionInfo.of(await in_thread(self.reader.manifest, version)))
         return self.known[version]
 
-    # -- whom to believe -----------------------------------------------------------------------------------------------
+    # -- signatures ---------------------------------------------------------------------------------------------------
 
     async def require_promoter(self, entry: TagEntry) -> None:
-        """NotTrusted when signatures are required and missing; where they are only wished for, a line in the log."""
+        """NotTrusted if signatures are required and missing. With signatures = warn, only a log line."""
         self._weigh(f"{entry.name}@{entry.tag} entry {entry.sequence}", await in_thread(self.reader.doubts, entry))
 
     async def require_author(self, name: str, version: str) -> None:
-        """The same for a version that no tag promotes: a client may name it, so nobody has vouched for it yet."""
+        """The same for a version without a promotion. A client may name it, so only its author can have signed it."""
         doubts = await in_thread(self.reader.author_doubts, name, version)
         self._weigh(f"version {version[:12]} of {name}", doubts)
 

@@ -1,10 +1,10 @@
-"""A variant in the engine's weights: when they may change, who waits meanwhile, and what is undone when it fails.
+"""Changes the engine's weights for a variant in the weights. Runs in the API process that owns the slots.
 
-The weights are everybody's. So a change closes the door: whoever comes waits outside, whoever is inside ends first, is
-aborted, or goes on, as the operator chose. Then every worker exchanges its weights between two steps, the name is
-switched, and the door opens. What came before the exchange can fail without a client seeing it. A worker that fails at
-the exchange has undone its own; the others are told to put back what was. Where even that fails, the door stays shut:
-nothing is answered by weights that nobody vouches for.
+All requests use the same weights. So during a change, new requests wait; running requests finish first, are aborted, or
+continue, as the operator chose. Then every worker exchanges its weights between two steps, the name is switched, and
+requests are admitted again. A failure before the exchange is not visible to clients. A worker that fails at the
+exchange has restored its own weights, and the other workers are told to restore theirs. If that fails too, no request
+is admitted, because the content of the weights is unknown.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from vllm_edits.plugin.serving.workers import require_agreement
 logger = logging.getLogger("vllm.edits")
 
 Call = Callable[..., Awaitable[list[dict[str, Any]]]]
-"""Calls a method on every worker; EditsError when one refuses or fails."""
+"""Calls a method on every worker. EditsError if a worker refuses or fails."""
 Running = Literal["finish", "abort", "keep"]
 
 
 class WeightsMode:
-    """The door, and what is behind it. `key` is name and tag of the variant, None where no variant has the weights."""
+    """Admits requests, and changes the weights. key: name and tag of the variant in the weights, or None."""
 
     def __init__(
         self, key: tuple[str, str] | None, call: Call, *, running: Running, patience_seconds: float,
         inside: Callable[[], int], abort_all: Callable[[], Awaitable[None]],
     ) -> None:  # fmt: skip
-        """inside: how many requests are being answered; abort_all: end them."""
+        """inside: the number of requests in flight; abort_all: aborts them."""
         self.key = key
         self.version: str | None = None
         self.epoch = 0
         self.doubt = ""
-        """why nobody knows what the weights hold; '' as long as that is known"""
+        """the reason why the content of the weights is unknown, or '' if it is known"""
         self._call = call
         self._running = running
         self._patience = patience_seconds
@@ -51,7 +51,7 @@ class WeightsMode:
         self._left = asyncio.Event()
 
     async def admitted(self) -> None:
-        """Wait while the weights are being changed. EditsError when nobody knows what they hold."""
+        """Wait while the weights are being changed. EditsError if their content is unknown."""
         while not self._open.is_set():
             await self._open.wait()
         if self.doubt:
@@ -61,11 +61,11 @@ class WeightsMode:
 
     @property
     def open(self) -> bool:
-        """Whether requests may go in now."""
+        """True if requests are admitted now."""
         return self._open.is_set() and not self.doubt
 
     def left(self) -> None:
-        """A request has ended."""
+        """Report that a request has ended."""
         self._left.set()
 
     async def exchange(
@@ -75,10 +75,9 @@ class WeightsMode:
         switch: Callable[[], None],
         phase: Callable[[Phase], AbstractContextManager[None]],
     ) -> None:
-        """Put a staged version into the weights of every worker, or with None the loaded model; then `switch`.
+        """Install a staged version in the weights of every worker, or with None the loaded model; then call `switch`.
 
-        EditsError when it cannot be done; then everything is as before. `entry`: number of the tag's entry that asks
-        for it; `phase` times what goes on inside it.
+        EditsError if it fails; then nothing has changed. entry: number of the tag's entry. phase: times a phase.
         """
         with self._closed():
             with phase("wait"):
@@ -97,7 +96,7 @@ class WeightsMode:
             self._open.set()
 
     async def _settled(self, entry: int) -> None:
-        """Nobody is inside any more, or may stay. For one entry the door is held shut once: then it must be so."""
+        """Wait until no request runs, or until they may continue. For each entry, only the first attempt waits."""
         if self._running == "keep":
             return
         if self._running == "abort" and self._inside():
@@ -129,7 +128,7 @@ class WeightsMode:
             self.epoch += 1
             try:
                 await asyncio.shield(self._all_hold(self.version))
-            except BaseException as worse:  # whoever is cancelled meanwhile does not know either
+            except BaseException as worse:  # also after a cancellation the content is unknown
                 self.doubt = f"{failure}; restoring the previous weights failed too: {worse}"
                 logger.exception(
                     "could not restore the engine's weights; no request is answered until a change of the weights "

@@ -1,4 +1,4 @@
-"""All workers of the engine at once: asking them something, and having them prepare what takes long."""
+"""Calls all workers of the engine, and waits for long preparations in them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ STAGING_POLL_SECONDS = 0.01
 
 
 class Workers(Protocol):
-    """Every worker of the engine at once. Each answers plain data; an answer with 'error' is a refusal."""
+    """All workers of the engine. Each answers plain data; an answer with 'error' is a refusal."""
 
     async def call(self, method: str, *args: Any) -> list[dict[str, Any]]:
         """Call a method of `EditsWorker` on all workers, between two steps of the engine."""
 
     async def abort_all(self) -> None:
-        """End every request that the engine has."""
+        """Abort every request in the engine."""
 
 
 async def ask(workers: Workers, method: str, *args: Any) -> list[dict[str, Any]]:
-    """What every worker answers. EditsError when one fails, InstallRefused with all its reasons when one refuses."""
+    """Call all workers; returns their answers. EditsError if one fails, InstallRefused if one refuses."""
     try:
         answers = await workers.call(method, *args)
     except Exception as error:
@@ -39,17 +39,17 @@ async def ask(workers: Workers, method: str, *args: Any) -> list[dict[str, Any]]
 
 
 async def prepare(workers: Workers, stage: str, staged: str, version: str) -> None:
-    """Have every worker begin with `stage`, and wait until `staged` answers of each that the version is prepared."""
+    """Call `stage` on every worker, then wait until `staged` reports the version as prepared on each."""
     await ask(workers, stage, version)
-    # Workers read it in threads of their own processes: there is nothing here to wait on but their word.
+    # Workers prepare it in threads of their own processes, so the only way to wait is to poll them.
     while any("pending" in answer for answer in await ask(workers, staged, version)):  # noqa: ASYNC110
         await asyncio.sleep(STAGING_POLL_SECONDS)
 
 
 def require_agreement(answers: Iterable[Mapping[str, Any]], on: str) -> None:
-    """EditsError unless workers that have the same share of the model answer the same digest.
+    """EditsError unless workers with the same shard of the model report the same digest.
 
-    Those that divide a model hold different numbers; each has checked them there against what was prepared.
+    Workers that divide a model have different numbers. Each has checked its own against the prepared version.
     """
     held = {(answer["rank"], answer["digest"]) for answer in answers}
     if len(held) != len({shard for shard, _ in held}):

@@ -1,1 +1,1 @@
-"""The only folder that imports vLLM: every seam the plugin leans on, and the check that it is there."""
+"""The only folder that imports vLLM. It contains every use of vLLM's interfaces, and the check that they exist."""

@@ -1,9 +1,9 @@
-"""What the engine gate writes on a request of vLLM's: its claim on a slot, and what keeps its KV cache apart.
+"""Writes a request's claim on a slot, and its cache salt or fork. The engine gate calls it in the API process.
 
-The prefix cache shares blocks between requests of equal salt, so the salt is a hash of everything that the edits of a
-token depend on: version, strength, and for versions that treat prompt and answer differently the prompt's length. A
-version that edits only the prompt's end or what is generated leaves the blocks before as the base model has them: its
-request has no salt but the caller's, and says from where on it forks.
+The prefix cache shares blocks between requests with equal salt. So the salt is a hash of everything on which the edits
+of a token depend: version, strength, and for versions that treat prompt and answer differently the length of the
+prompt. If a version edits only the end of the prompt, or generated tokens, the earlier blocks are the base model's.
+Then the request keeps the caller's salt, and has a fork: the point from which its blocks differ.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from vllm_edits.plugin.version_info import NO_INFO
 
 
 def address(prompt: Any, sampling_params: Any, choice: Choice, slot: int, *, forks: bool) -> tuple[Any, Any]:
-    """Copies of a request's prompt and sampling parameters that say what it is computed with.
+    """Copies of a request's prompt and sampling parameters, with claim, and with salt or fork.
 
-    forks: whether the engine's scheduler knows how to fork the cache within a request.
+    forks: True if the engine's scheduler supports forks.
     """
     arguments = {key: value for key, value in (sampling_params.extra_args or {}).items() if key not in (CLAIM, FORK)}
     if choice.version is not None:
@@ -36,17 +36,16 @@ def address(prompt: Any, sampling_params: Any, choice: Choice, slot: int, *, for
 
 
 def cache_salt(choice: Choice | None, caller_salt: str | None, prompt: int | None = None) -> str | None:
-    """Salt of a request's blocks: sha256 over version, strength, prompt length and caller's salt, each with its length,
-    and what has been in the engine's weights until now, if anything has.
+    """The salt of a request's blocks: sha256 over version, strength, prompt length, caller's salt, and weights epoch.
 
-    Without all of these there is none: the base model shares its cache as if the plugin were not there. The lengths
-    make the tuple unambiguous, and the hash keeps a caller from writing a salt that is another version's.
+    Without any of these there is no salt: the base model shares its cache as without the plugin. Each part is hashed
+    with its length, so that the tuple is unambiguous. The hash keeps a caller from using another version's salt.
     """
     version, epoch = (choice.version, choice.epoch) if choice else (None, 0)
     if version is None and caller_salt is None and not epoch:
         return None
     bound = choice is not None and choice.info.bound_to_prompt
-    # Where the prompt's length matters and is not known, nothing is shared with anybody.
+    # If the prompt's length matters but is unknown, a random salt prevents any sharing.
     length = "" if not bound else str(prompt) if prompt is not None else secrets.token_hex(16)
     strength = "" if choice is None or choice.strength == 1 else repr(choice.strength)
     hasher = hashlib.sha256()
@@ -57,7 +56,7 @@ def cache_salt(choice: Choice | None, caller_salt: str | None, prompt: int | Non
 
 
 def _salted(prompt: Any, choice: Choice) -> Any:
-    """A copy of the prompt with its salt. A base prompt without one is left as it is."""
+    """A copy of the prompt with its salt. A prompt for the base model without a salt is unchanged."""
     if isinstance(prompt, str):
         prompt = {"prompt": prompt}
     elif isinstance(prompt, list):

@@ -1,4 +1,4 @@
-"""The modules of a loaded model behind each site, by the table in `vllm_edits.edit_store.architectures`."""
+"""Finds the module of each site in a loaded model, by the table in `vllm_edits.edit_store.architectures`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _VECTORS = "hidden_states"
 
 
 def site_modules(model: nn.Module, name: str, widths: Widths, worker: Rank = ONLY_RANK) -> dict[Site, SiteModule]:
-    """The module behind every site of `model`, and what the worker that holds it has of the vector there.
+    """The module of every site of `model`, and the shard of the site's vector in this worker.
 
-    UnsupportedHost names what is missing, or divided among workers otherwise than expected.
+    UnsupportedHost if a module is missing, or divided among workers in an unexpected way.
     """
     architecture = supported(name)
     return {site: _site_module(model, architecture, widths, site, worker) for site in architecture.sites(widths.layers)}
@@ -75,7 +75,7 @@ def _leave_partial(module: Any) -> None:
 
 
 def _require_divided_so(module: Any, at: ModuleSide, shard: Shard, site: Site) -> None:
-    """UnsupportedHost where a projection has another part of a vector, or of a sum, than edits there are made for."""
+    """UnsupportedHost if a projection has another part of a vector, or of a sum, than edits at the site expect."""
     if at.side == "input":
         found = optional(module, "RowParallelLinear.input_size_per_partition")
     else:

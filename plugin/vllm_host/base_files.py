@@ -1,8 +1,7 @@
-"""Finds the files from which vLLM loads the base model, after it has fetched them: what a bundle is made for.
+"""Finds the files of the base model, after vLLM has fetched them, and makes vLLM load exactly these files.
 
-vLLM loads every *.safetensors file that it finds where there is no index, and a consolidated.safetensors in the place
-of the others where there is one. Here it loads the files of `base_model.weight_files` and no other, so that
-what is identified is what is served.
+vLLM itself loads every *.safetensors file if there is no index, and prefers consolidated.safetensors to the other
+files. Here it loads only the files of `base_model.weight_files`. So the identified model is the served model.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from vllm_edits.edit_store.base_ref import BaseModelRef
 from vllm_edits.edit_store.errors import UnsupportedHost
 
 FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")
-"""vLLM's load formats that read safetensors files from a disk."""
+"""vLLM's load formats for safetensors files on a disk."""
 _OTHER_LAYOUT = "consolidated*.safetensors"
-"""The same weights once more, as some repositories have them."""
+"""A second copy of the weights in some repositories."""
 
 
 def loader_of(load_config: LoadConfig, load_format: str) -> BaseModelLoader:
-    """vLLM's loader of a format. UnsupportedHost for one whose files are not known."""
+    """vLLM's loader for a format. UnsupportedHost if it is unknown which files the format loads."""
     if load_format not in FORMATS:
         raise UnsupportedHost(
             f"edits.inner_load_format = {load_format!r} is not supported, because it is unknown which files it loads. "
@@ -52,7 +51,7 @@ def loader_of(load_config: LoadConfig, load_format: str) -> BaseModelLoader:
 @functools.cache
 def _reading_own_files(cls: type[Any]) -> type[DefaultModelLoader]:
     class OwnFiles(cls):  # type: ignore[misc]
-        """A loader that reads a checkpoint's own weights, and nothing that lies beside them."""
+        """A loader that reads only the weight files of the checkpoint."""
 
         def _prepare_weights(self, *args: Any, **kwargs: Any) -> Any:
             folder, _, _, *more = super()._prepare_weights(*args, **kwargs)
@@ -62,7 +61,7 @@ def _reading_own_files(cls: type[Any]) -> type[DefaultModelLoader]:
 
 
 def fetched(loader: Any, model_config: Any) -> Path:
-    """The folder with the base model's weights, downloaded if need be. UnsupportedHost when there are none on disk."""
+    """The folder with the base model's weights, downloaded if needed. UnsupportedHost if they are not on a disk."""
     if streamed := model_config.model_weights:
         raise UnsupportedHost(
             f"{streamed} is streamed from object storage, where its files cannot be identified. Copy it to a disk and "
@@ -73,12 +72,12 @@ def fetched(loader: Any, model_config: Any) -> Path:
 
 
 def base_of(model_config: Any, folder: Path) -> BaseModelRef:
-    """What model vLLM runs: the weights in `folder`, with the config that vLLM was told to use."""
+    """The identity of the model that vLLM runs: the weights in `folder`, with vLLM's present config."""
     return identify(folder, name=model_config.model, config=_config(model_config, folder))
 
 
 def _config(model_config: Any, folder: Path) -> Mapping[str, Any]:
-    """The model's config.json, wherever vLLM has it from, with what --hf-overrides puts in its place."""
+    """The model's config.json from vLLM's source, with the changes of --hf-overrides."""
     overrides = model_config.hf_overrides or {}
     if not isinstance(overrides, Mapping):
         raise UnsupportedHost("--hf-overrides is a function, so its changes are unknown. Give a JSON object")

@@ -1,4 +1,4 @@
-"""Which vLLM this plugin supports, and what it refuses to run with. Checked before anything is served."""
+"""Checks vLLM's version and configuration before the server starts, and refuses unsupported ones."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ LOAD_FORMAT = "edits"
 PLUGIN_NAME = "edits"
 
 SUPPORTED_VLLM = (Version("0.26"), Version("0.34"))
-"""From the first version with every seam up to, not including, the first not yet looked at."""
+"""From the first version with every needed interface up to, not including, the first version that was not checked."""
 QUANTISED = ("compressed-tensors",)
-"""Ways of quantising the base model under which edits, which stay in full precision around it, are proven."""
+"""Quantisation methods of the base model for which edits, which stay in full precision, are proven exact."""
 
 _OLD_SCHEDULER = "plugin.vllm_host.scheduler.EditsScheduler"
 
 SPECULATIVE_METHODS = ("ngram", "draft_model")
-"""Methods of speculative decoding under which what is answered is proven to be the edited model's."""
+"""Methods of speculative decoding whose answers are proven to be the edited model's."""
 
 
 def check_version(*, any_vllm: bool = False) -> None:
-    """UnsupportedHost outside the supported range; with `any_vllm` only a warning of what could break."""
+    """UnsupportedHost outside the supported range. With `any_vllm`, only a warning with the missing interfaces."""
     low, high = SUPPORTED_VLLM
     found = Version(vllm.__version__)
     if _is_supported(found):
@@ -74,7 +74,7 @@ def _installed(file: str) -> str | None:
 
 
 def check_config(config: Any) -> None:
-    """UnsupportedHost, with all reasons, for ways of running not proven exact: tests/proofs/CONFIGURATIONS.md."""
+    """UnsupportedHost, with all reasons, for a configuration not proven exact (tests/proofs/CONFIGURATIONS.md)."""
     reasons = [
         *_renamed(config.scheduler_config),
         *_unproven_processes(config.parallel_config),
@@ -86,27 +86,27 @@ def check_config(config: Any) -> None:
 
 
 def _renamed(scheduler_config: Any) -> Iterator[str]:
-    """Names from before they were `vllm_edits`', which point at nothing now."""
+    """Refuses old names from before the package was called `vllm_edits`."""
     if scheduler_config.scheduler_cls == _OLD_SCHEDULER:
         yield f"--scheduler-cls {_OLD_SCHEDULER}, which was renamed; use --scheduler-cls {SCHEDULER}"
 
 
 def _unproven_processes(parallel: Any) -> Iterator[str]:
-    """What is not proven of how the work is divided."""
+    """Reasons about the division of work among processes."""
     if (size := parallel.pipeline_parallel_size) > 1:
         yield f"pipeline parallel size {size}; start with 1"
     if parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb:
         yield "engines of one data-parallel group behind several servers; start each engine as a separate server"
     if parallel.tensor_parallel_size > 1 and parallel.enable_expert_parallel:
         yield "experts divided among workers; start without --enable-expert-parallel"
-    if parallel.use_ubatching:  # the second part would read the slots of the first
+    if parallel.use_ubatching:  # the second part would read the token slots of the first
         yield "a batch that is computed in parts; start without --enable-dbo and --ubatch-size"
     if parallel.prefill_context_parallel_size > 1 or parallel.decode_context_parallel_size > 1:
         yield "a request's tokens divided among workers; start without --prefill- and --decode-context-parallel-size"
 
 
 def _unproven_models(config: Any) -> Iterator[str]:
-    """What is not proven of what stands beside the base model or takes a part of its place."""
+    """Reasons about other models and features that run together with the base model."""
     if config.lora_config is not None:
         yield "LoRA together with edits; start without --enable-lora"
     speculative = config.speculative_config
@@ -129,7 +129,7 @@ def _unproven_models(config: Any) -> Iterator[str]:
 
 
 def _unproven_weights(config: Any) -> Iterator[str]:
-    """What is not proven of how the base model is built, and of what becomes of its weights."""
+    """Reasons about the implementation of the base model and its weights."""
     if config.model_config.model_impl == "transformers":
         yield "a model built by transformers; start without --model-impl"
     if config.model_config.enable_sleep_mode:
@@ -144,7 +144,7 @@ def _unproven_weights(config: Any) -> Iterator[str]:
 
 
 def check_room(config: Any, base: BaseModelRef, reservation: Reservation) -> None:
-    """UnsupportedHost for room that this way of running has no exact use for."""
+    """UnsupportedHost if the reservation is not proven exact with this configuration."""
     if config.parallel_config.tensor_parallel_size > 1 and (why := supported(base.architecture).undivided):
         raise UnsupportedHost(f"{base.architecture} with tensor parallel: {why}. Start with --tensor-parallel-size 1")
     if config.parallel_config.data_parallel_size > 1 and supported(base.architecture).experts:
@@ -160,7 +160,7 @@ def check_room(config: Any, base: BaseModelRef, reservation: Reservation) -> Non
 
 
 def need(owner: Any, *path: str) -> Any:
-    """Follow attributes from `owner`; UnsupportedHost names the seam that this vLLM no longer has."""
+    """Follow attributes from `owner`. UnsupportedHost names an attribute that this vLLM does not have."""
     found = owner
     for index, name in enumerate(path):
         if not hasattr(found, name):

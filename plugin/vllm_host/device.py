@@ -1,4 +1,4 @@
-"""The device of a worker: whether torch has kernels for it, and the memory that is left for slots."""
+"""Checks the device of a worker (kernels, compiler), and computes the memory that is free for slots."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ _ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)")
 
 @dataclass(frozen=True)
 class Free:
-    """Memory that slots may take, beside what else needs some."""
+    """The memory that slots may use. `beside` describes the memory that was subtracted."""
 
     size: int
     beside: str = ""
 
 
 def check_device(device: torch.device) -> None:
-    """UnsupportedHost for a GPU that torch has no kernels for: the first of them would end the engine."""
+    """UnsupportedHost for a GPU without kernels in torch, because the first kernel would end the engine."""
     if device.type != "cuda":
         return
     capability = torch.cuda.get_device_capability(device)
     known = [(kind, (int(major), int(minor))) for kind, major, minor in
              (found.groups() for found in map(_ARCHITECTURE.match, torch.cuda.get_arch_list()) if found)]  # fmt: skip
-    # Machine code runs on the same generation from its own minor version on; what is compiled there, on all newer ones.
+    # Machine code (sm) runs on the same major version from its minor version on; PTX (compute) runs on all newer ones.
     runs = (capability >= version and (kind == "compute" or capability[0] == version[0]) for kind, version in known)
     if not any(runs):
         raise UnsupportedHost(
@@ -45,8 +45,10 @@ def check_device(device: torch.device) -> None:
 
 
 def check_compiler(device: torch.device, compilation: Any) -> None:
-    """UnsupportedHost where torch's compiler is to write for a CPU and finds none of its own: it calls one in every
-    start, also when all that it wrote is kept."""
+    """UnsupportedHost if torch compiles for a CPU, but finds no C++ compiler.
+
+    It calls the compiler at every start, even if all results are cached.
+    """
     compiled = int(compilation.mode or 0) > 0 and compilation.backend in ("", "inductor")
     compiler = os.environ.get("CXX") or "g++"
     if device.type == "cpu" and compiled and shutil.which(compiler) is None:
@@ -57,10 +59,10 @@ def check_compiler(device: torch.device, compilation: Any) -> None:
 
 
 def free_for_slots(vllm_config: Any, model: nn.Module, device: torch.device) -> Free:
-    """What is left once the base model is loaded. On a GPU, of the share that vLLM may use, and beside the KV cache.
+    """The memory that is free for slots after the base model was loaded. On a GPU, within vLLM's share of the memory.
 
-    A KV cache of a size that was asked for (--kv-cache-memory-bytes) is taken whatever that share is; otherwise it must
-    hold one request of the greatest length.
+    Room for the KV cache is subtracted: its size, if it is set (--kv-cache-memory-bytes); else the size for one request
+    of the greatest length.
     """
     if device.type != "cuda":
         return Free(int(psutil.virtual_memory().available))
@@ -79,7 +81,7 @@ def free_for_slots(vllm_config: Any, model: nn.Module, device: torch.device) -> 
 
 
 def _cache_of_one_request(vllm_config: Any, model: nn.Module) -> int:
-    """Bytes of KV cache for a request of the greatest length; 0 where vLLM is to find out what fits."""
+    """Bytes of KV cache for a request of the greatest length, or 0 if vLLM chooses the length itself."""
     if vllm_config.model_config.original_max_model_len == -1:
         return 0
     layers: list[Any] = [module for module in model.modules() if isinstance(module, Attention)]

@@ -1,12 +1,12 @@
-"""Ends single requests with an error, in the place of the whole engine: those that could be answered by other edits.
+"""Ends a single request with a false claim, instead of the whole engine. Runs in the workers and in the scheduler.
 
-A worker finds out just before a step that a request claims what its slot does not hold, and only the scheduler can end
-a request; they may be in different processes. So the worker writes the request's id into a file that both have open,
-and computes the request with the base model. The scheduler ends the request before it looks at what the step gave, so
-no token of it reaches the client. Where no scheduler reads, the step is stopped, and the engine with it.
+A worker notices a false claim just before a step, but only the scheduler can end a request, and it may be in another
+process. So the worker writes the request's id into a file that both have open, and computes the request with the base
+model. The scheduler ends the request before it reads the results of the step. So no token of it reaches the client. If
+no scheduler reads the file, the step fails, and the engine ends.
 
-By the same way the scheduler learns whether the plugin's API side has attached itself to the workers. Before that it
-ends every request: whatever front end sent it knows nothing of variants.
+The same file tells the scheduler that the plugin's API side has attached to the workers. Before that, the scheduler
+ends every request, because the front end that sent it does not know variants.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from vllm_edits.plugin.claim import FalseClaim
 logger = logging.getLogger("vllm.edits")
 
 BASE_TOKENS = "edits_base_tokens"
-"""Attribute of a scheduler's request that forks: so many of its first tokens are in blocks of the base model."""
+"""Attribute of a forked request in the scheduler: number of its first tokens whose blocks are the base model's."""
 
 _FILE, _ATTACHED, _END = "told", "attached", "end "
 _STEPS = 3
-"""For so many steps the scheduler remembers what freed requests held: as many as can be under way, and one."""
+"""Number of steps for which the scheduler remembers the blocks of freed requests: the steps in flight, and one more."""
 _UNATTACHED = (
     "all requests end with an error, because the plugin's HTTP side is not attached to this engine. Start the server "
     "with `vllm-edits serve` or `vllm serve`, or use vllm_edits.Variants in Python"
@@ -39,7 +39,7 @@ _UNATTACHED = (
 
 
 def _name(config: Any) -> str:
-    """Of the folder where the workers of an engine and its scheduler find each other, while they start."""
+    """The name of the folder in which the workers of an engine and its scheduler find each other at start."""
     return f"{config.instance_id}-{config.parallel_config.data_parallel_index}"
 
 
@@ -48,22 +48,22 @@ def _open(config: Any) -> int:
 
 
 def _leave(config: Any) -> None:
-    """Take the folder away. Others may do so at the same time."""
+    """Remove the folder. Other processes may remove it at the same time."""
     shutil.rmtree(private_path(_name(config)), ignore_errors=True)
 
 
 class EndsRequests:
-    """A worker's side. It is there before the scheduler's."""
+    """The worker's side. It starts before the scheduler's side."""
 
     def __init__(self, config: Any) -> None:
-        """config: vLLM's, which the scheduler has too."""
+        """config: vLLM's config, which the scheduler has too."""
         self._config = config
         self._told = _open(config)
 
     def end(self, request: Any, error: FalseClaim) -> bool:
-        """Have a request of vLLM's ended; False where no scheduler reads, or is told."""
+        """Report a request to the scheduler, which ends it. False if no scheduler reads, or if the report fails."""
         try:
-            if not self._tell(_END + json.dumps(request.req_id)):  # an id can be a client's, and hold any letter
+            if not self._tell(_END + json.dumps(request.req_id)):  # a client may choose the id, with any character
                 return False
         except OSError as failure:
             logger.error("could not report a request with a false claim to the scheduler; the step fails: %s", failure)  # noqa: TRY400
@@ -72,9 +72,9 @@ class EndsRequests:
         return True
 
     def attached(self) -> None:
-        """The plugin's API side has attached itself. All that meet in the folder have started: leave none behind.
+        """Report that the plugin's API side has attached. All processes have started by now, so remove the folder.
 
-        UnsupportedHost when the scheduler cannot be told: it would end every request.
+        UnsupportedHost if the report fails, because the scheduler would end every request.
         """
         try:
             self._tell(_ATTACHED)
@@ -86,9 +86,9 @@ class EndsRequests:
         _leave(self._config)
 
     def _tell(self, line: str) -> bool:
-        """Write a line, if a scheduler reads: it has written the first. Else the file must stay empty.
+        """Write a line if a scheduler reads, which has written the first line. Else the file must stay empty.
 
-        OSError when not all of it could be written.
+        OSError if the line could not be written completely.
         """
         read, data = os.fstat(self._told).st_size > 0, f"{line}\n".encode()
         if read and os.write(self._told, data) < len(data):
@@ -102,9 +102,9 @@ class EndedRequests:
     def __init__(self, config: Any, scheduler: Any) -> None:
         with_workers = (private_path(_name(config)) / _FILE).exists()  # on this machine, that is
         self._told = _open(config)
-        self._read = os.write(self._told, b"\n")  # a line that says nothing: somebody reads
+        self._read = os.write(self._told, b"\n")  # an empty line shows the workers that a scheduler reads
         self.attached = not with_workers
-        """whether requests are known to come from the plugin's API side"""
+        """True if the plugin's API side has attached"""
         self._scheduler = scheduler
         self._refused = set[str]()
         self._freed = deque[dict[str, set[int]]]([{}], maxlen=_STEPS)
@@ -119,12 +119,13 @@ class EndedRequests:
         self._refused.add(request)
 
     def end(self, step: Iterable[str]) -> dict[int, list[Any]]:
-        """End what was refused, what workers told of since, and while nothing is attached every request of a step; the
-        outputs that say so, for each client.
+        """End the refused requests and those that workers reported; returns the outputs for each client.
 
-        The cache blocks of such a request bear the hashes of the version that it claims, and do not hold what that
-        version computes. Whatever shares one of them ends too, and all their blocks leave the prefix cache, also those
-        of requests that a client left, or that had to make way, while the step was under way.
+        Before the API side has attached, every request of the step is ended.
+
+        The cache blocks of such a request have the hashes of the claimed version, but not its values. So every request
+        that shares one of these blocks ends too, and all their blocks are removed from the prefix cache. This includes
+        requests that were aborted or preempted during the step.
         """
         false, self._refused = self._refused | self._news(), set()
         if not self.attached:
@@ -135,7 +136,7 @@ class EndedRequests:
         return outputs
 
     def _news(self) -> set[str]:
-        """The ids in the whole lines that workers have written since."""
+        """The ids in the new complete lines of workers."""
         new = os.fstat(self._told).st_size - self._read
         if not new:
             return set()
@@ -178,8 +179,11 @@ class EndedRequests:
         return noted
 
     def _blocks(self, request: Any) -> set[int]:
-        """The cache blocks of a request whose hashes say what it claims: not those before its fork, which are the base
-        model's and hold what that computes, nor the one that stands for all that is behind a window."""
+        """The cache blocks of a request whose hashes contain its claim.
+
+        Excluded are blocks before its fork, which are the base model's, and the null block, which stands for blocks
+        outside a sliding window.
+        """
         manager, groups = self._scheduler.kv_cache_manager, self._scheduler.kv_cache_config.kv_cache_groups
         before = getattr(request, BASE_TOKENS, 0)
         ids = {block for group, blocks in zip(groups, manager.get_block_ids(request.request_id), strict=True)

@@ -1,7 +1,7 @@
-"""The one door to the engine: writes on each request which slot it may use, and salts its prefix cache.
+"""The engine gate: writes the claim on a slot and the cache salt into each request. Runs in the API process.
 
-It stands in for the engine client in every HTTP handler of vLLM, and passes everything else through. Whatever a caller
-put in place of the claim is overwritten here, for every endpoint alike.
+It replaces the engine client in every HTTP handler of vLLM, and passes all other calls through. A claim from a caller
+is overwritten here, on every endpoint.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ class EngineGate:
         lease_of: LeaseOf | None = None, note: Callable[[ShadowRecord], None] = lambda _: None,
         settle: Callable[[Lease], None] = lambda _: None,
     ) -> None:  # fmt: skip
-        """lease_of: a lease by name, for requests that are answered twice; note: told where the two answers part;
-        settle: told when work has ended that outlived its HTTP request.
+        """lease_of: leases a name, for shadows. note: called with the record of a shadow.
+
+        settle: called when engine work that outlived its HTTP request has ended.
         """
         self._engine = engine
         self._renew = renew
@@ -45,13 +46,13 @@ class EngineGate:
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
     ) -> AsyncIterator[Any]:
-        """vLLM's generate, for one version. The lease is held until the engine has let go of the request."""
+        """vLLM's generate for the leased version. The lease is held until the request has left the engine."""
         lease = CURRENT_LEASE.get()
         if lease is None:
-            # What reaches the engine by a way that the middleware does not cover is for the base model.
+            # A request that did not pass the middleware is for the base model.
             lease = await self._renew(None)
         elif lease.released:
-            # Work that outlives its HTTP request (a background response) still runs on the version it began with.
+            # Work that outlives its HTTP request (a background response) continues on its first version.
             lease = await self._renew(lease.choice)
             lease.when_released(partial(self._settle, lease))
         with lease.hold():
@@ -81,7 +82,7 @@ class EngineGate:
                     shadow.end(whole=whole)
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
-        """Pooling has no edited form: refused for a variant, untouched for the base."""
+        """Refuse pooling for a variant, because it has no edited form. The base model is not affected."""
         lease = CURRENT_LEASE.get()
         if lease is not None and lease.choice.version is not None:
             raise ValueError(
@@ -91,7 +92,7 @@ class EngineGate:
 
 
 class _Watch:
-    """Adds what one engine request reports to its lease's usage."""
+    """Adds the outputs of one engine request to its lease's usage."""
 
     def __init__(self, usage: Usage, reader: OutputReader, *, keeps_tail: bool) -> None:
         self._usage = usage
@@ -101,7 +102,7 @@ class _Watch:
         usage.engine_requests += 1
 
     def broke(self, error: Exception) -> None:
-        """vLLM says by a ValueError what is wrong with a request; all else is the engine's own fault."""
+        """Record an error. A ValueError before the first output means a bad request, any other an engine error."""
         if isinstance(error, ValueError) and not self._prompt_counted:
             self._usage.refused = True
         else:
@@ -121,5 +122,5 @@ class _Watch:
                 usage.tail = [*usage.tail, *delta.tokens][-LOOKED_AT:]
         usage.corrupted = usage.corrupted or is_corrupted(output)
         if new_tokens:
-            # The engine's own stamps are exact where it delivers the whole answer at once.
+            # The engine's own time stamps are exact even if the whole answer arrives at once.
             usage.add_output(new_tokens, token_times(output) or (time.monotonic(),) * 2)

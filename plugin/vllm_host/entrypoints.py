@@ -1,4 +1,4 @@
-"""What vLLM loads by entry point: `register` in every process, `endpoint_plugin` in the API server."""
+"""Entry points for vLLM: `register` for every process, `endpoint_plugin` for the API server."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def register() -> None:
-    """Register the load format `edits`. vLLM may call this several times; nothing else happens until it is used."""
+    """Register the load format `edits`. vLLM may call it several times. It has no other effect."""
     from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, register_model_loader
 
     from vllm_edits.plugin.vllm_host.compat import LOAD_FORMAT
@@ -17,7 +17,7 @@ def register() -> None:
 
 
 def endpoint_plugin() -> Any:
-    """The HTTP side."""
+    """Make the endpoint plugin: the HTTP side."""
     from vllm_edits.plugin.vllm_host.frontend import EditsEndpoints
 
     return EditsEndpoints()

@@ -1,8 +1,8 @@
-"""Which program has started this engine, and whether the plugin's HTTP side can be in it.
+"""Refuses front ends of vLLM that do not load the plugin's HTTP side. Runs in the workers at start.
 
-Some of vLLM's front ends attach no endpoint plugin: they would serve the base model to all, and know no variant. Those
-that can be told by their command are refused while the engine starts. Any other is found out by the scheduler: until
-the plugin's HTTP side has attached itself, requests end with an error (ending.py).
+Some front ends load no endpoint plugin. They would serve the base model only, and know no variant. Front ends that
+their command line shows are refused at the start of the engine. With any other, the scheduler ends all requests with an
+error until the plugin's HTTP side has attached (ending.py).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from vllm_edits.edit_store.errors import UnsupportedHost
 _BATCH = "`vllm run-batch` does not load the plugin. Use `vllm-edits run-batch MODEL --store … -i … -o …`"
 _GRPC = "`vllm serve --grpc` does not load the plugin. Serve over HTTP"
 _PROGRAM = 4
-"""A command's program is among so many of its first words: behind an interpreter, and its flags."""
+"""Number of first words of a command that may contain its program, after an interpreter and its flags."""
 _RUST = "the front end of VLLM_USE_RUST_FRONTEND does not load the plugin. Unset that variable"
 
 
 def require_http() -> None:
-    """UnsupportedHost when this engine was started by a front end that the plugin cannot be part of."""
+    """UnsupportedHost if a front end without the plugin's HTTP side has started this engine."""
     if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
         raise UnsupportedHost(_RUST)
     for words in _commands():
@@ -32,7 +32,7 @@ def require_http() -> None:
 
 
 def refused(words: Sequence[str]) -> str:
-    """Why a command's engine cannot serve edits, or ''."""
+    """The reason why a command's engine cannot serve edits, or ''."""
     for group, word in enumerate(words[:_PROGRAM]):
         if Path(word).name == "vllm" or word == "vllm.entrypoints.cli.main":
             rest = words[group + 1 :]
@@ -43,7 +43,7 @@ def refused(words: Sequence[str]) -> str:
 
 
 def _commands() -> Iterable[list[str]]:
-    """The command of this process, and of those that started it."""
+    """The commands of this process and of its parents."""
     process = psutil.Process()
     for each in (process, *process.parents()):
         try:

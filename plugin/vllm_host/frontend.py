@@ -1,4 +1,4 @@
-"""The API server's side: attach to the workers, open the store, put gate and names before vLLM's handlers."""
+"""The API server's side: attaches to the workers, opens the store, and replaces the engine in vLLM's handlers."""
 
 from __future__ import annotations
 
@@ -55,21 +55,21 @@ _LOOK_SECONDS = 0.5
 
 
 class EngineWorkers:
-    """`Workers` over the engine client's collective call; with data parallel, those of every engine."""
+    """`Workers` through the engine client's collective call. With data parallel, the workers of all engines."""
 
     def __init__(self, engine_client: Any) -> None:
         self._engine = engine_client
 
     @property
     def api_process(self) -> tuple[int, int]:
-        """Which one of how many API server processes this is."""
+        """The number of this API server process, and the count of all."""
         parallel = self._engine.vllm_config.parallel_config
         return parallel._api_process_rank, parallel._api_process_count  # noqa: SLF001  vLLM has no public name for them
 
     async def call(self, method: str, *args: Any) -> list[dict[str, Any]]:
         answering = asyncio.ensure_future(self._answers(method, *args))
         try:
-            # vLLM never answers a call that its engine died of.
+            # vLLM never answers a call if its engine has died.
             while not (await asyncio.wait({answering}, timeout=_LOOK_SECONDS))[0]:
                 if self._engine.errored:
                     raise EditsError("the engine has ended")
@@ -81,7 +81,7 @@ class EngineWorkers:
         if self._engine.vllm_config.parallel_config.data_parallel_size == 1:
             answers: list[dict[str, Any]] = await self._engine.collective_rpc(method, args=args)
             return answers
-        # The public call reaches every engine too, and tells what the first one answers.
+        # The public call reaches every engine too, but returns only the first engine's answer.
         client = compat.need(self._engine, "engine_core")
         ask, engines = compat.need(client, "_call_utility_async"), compat.need(client, "core_engines")
         by_engine = await asyncio.gather(
@@ -94,12 +94,12 @@ class EngineWorkers:
         try:
             await self._engine.pause_generation(mode="abort", clear_cache=False)
         finally:
-            if not paused:  # else the operator has paused it, and will let it go on
+            if not paused:  # else the operator has paused it
                 await self._engine.resume_generation()
 
 
 class EditsEndpoints:
-    """vLLM's `EndpointPlugin`, one per API server process. Its parts exist once `init_state` has run."""
+    """vLLM's `EndpointPlugin`, one per API server process. Its parts exist after `init_state`."""
 
     name = "edits"
     required_tasks: tuple[str, ...] | None = ("generate",)
@@ -112,7 +112,7 @@ class EditsEndpoints:
         self._following: list[asyncio.Task[None]] = []
 
     def attach_router(self, app: Any) -> None:
-        """Called while vLLM builds its app."""
+        """Add middleware and routes. vLLM calls it while it builds its app."""
         app.add_middleware(VariantMiddleware, serving=lambda: (self._asked(), self._metrics, self._keys))
         app.include_router(router(self._asked, self._admin_token_file, lambda: self._keys))
 
@@ -125,7 +125,7 @@ class EditsEndpoints:
         return self._coordinator
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Everything that must hold before the first request; an exception here ends the start."""
+        """Check everything that must be true before the first request, and start. An exception ends the start."""
         _require_no_development()
         config = engine_client.vllm_config
         load_format = config.load_config.load_format
@@ -163,7 +163,7 @@ class EditsEndpoints:
     async def _owning(
         self, workers: EngineWorkers, settings: EditSettings, metrics: Metrics, base_names: tuple[str, ...]
     ) -> tuple[Coordinator, str]:
-        """Whoever owns the slots: the first of the API server's processes, which the others ask."""
+        """The coordinator: in the first API server process it owns the slots, in other processes it asks the first."""
         rank, count = workers.api_process
         if rank:
             remote = RemoteCoordinator(socket_path(), partial(workers.call, "edits_fence"))
@@ -189,7 +189,7 @@ class EditsEndpoints:
 async def start(
     workers: Workers, settings: EditSettings, metrics: Metrics, base_names: tuple[str, ...]
 ) -> tuple[LocalCoordinator, str]:
-    """Attach to every worker, open the store, install what it promotes. Also returns a line on what is reserved."""
+    """Attach to every worker, open the store, install promoted versions. Also returns a line for the log."""
     answers = await workers.call("edits_attach")
     for answer in answers:
         if "error" in answer:
@@ -236,7 +236,7 @@ def _path(setting: str | None) -> Path | None:
 
 
 def _require_no_development() -> None:
-    """UnsupportedHost where any client may call the workers' methods."""
+    """UnsupportedHost if any client may call the workers' methods."""
     if os.environ.get("VLLM_SERVER_DEV_MODE", "0") not in ("", "0"):
         raise UnsupportedHost(
             "VLLM_SERVER_DEV_MODE lets every client install versions through /collective_rpc. Start without it"
@@ -244,7 +244,7 @@ def _require_no_development() -> None:
 
 
 def _require_plain(base_names: Iterable[str]) -> None:
-    """UnsupportedHost for a name of the base model that clients would take for a tag or a version of a variant."""
+    """UnsupportedHost if a name of the base model looks like a tag or a version of a variant."""
     for name in base_names:
         with suppress(NotFound):
             if "@" in name and Ref.parse(name):
@@ -255,20 +255,20 @@ def _require_plain(base_names: Iterable[str]) -> None:
 
 
 def _api_keys(args: Any) -> list[str]:
-    """The keys that vLLM asks callers for: those of --api-key, else that of VLLM_API_KEY."""
+    """The API keys of vLLM: those of --api-key, else the key in VLLM_API_KEY."""
     return [key for key in (compat.need(args, "api_key") or [os.environ.get("VLLM_API_KEY")]) if key]
 
 
 def versions(config: Any) -> str:
-    """What runs: versions, and whether the graph is compiled."""
+    """A line with the versions and the compilation mode."""
     mode = config.compilation_config.mode.name
     return f"vllm-edits {importlib.metadata.version('vllm-edits')} on vLLM {vllm.__version__}, compilation {mode}"
 
 
 def put_before_handlers(state: Any, stand_ins: dict[Any, Any]) -> None:
-    """Put each stand-in (the gate, the served models) where a handler of vLLM holds the original.
+    """Replace each original by its stand-in (the gate, the model list) in every handler of vLLM.
 
-    A handler that kept the engine itself would serve the base model for a variant: one that is missed ends the start.
+    A handler with the original engine would answer a variant with the base model. So a missed handler ends the start.
     """
     replacements = {id(original): stand_in for original, stand_in in stand_ins.items()}
     holders = [vars(state)["_state"], *(vars(handler) for handler in _handlers(state))]
@@ -285,7 +285,7 @@ def put_before_handlers(state: Any, stand_ins: dict[Any, Any]) -> None:
 
 
 def _handlers(state: Any) -> Iterator[Any]:
-    """Every object of vLLM's HTTP layer that can be reached from the app's state."""
+    """Every object of vLLM's HTTP layer that is reachable from the app's state."""
     seen: set[int] = set()
     waiting = list(vars(state)["_state"].values())
     while waiting:

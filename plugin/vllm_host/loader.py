@@ -1,6 +1,6 @@
-"""The load format `edits`: loads the base model with vLLM's own loader, then makes its sites editable.
+"""The load format `edits`: loads the base model with vLLM's own loader, then makes its sites editable. Runs in workers.
 
-vLLM refuses to start on an unknown load format, so without this plugin nothing is served by mistake.
+vLLM does not start with an unknown load format. So without this plugin, the base model is never served by mistake.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ logger = logging.getLogger("vllm.edits")
 
 
 class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
-    """Delegates everything about weights to the loader of `edits.inner_load_format`."""
+    """The model loader. It delegates the loading of weights to the loader of `edits.inner_load_format`."""
 
     def __init__(self, load_config: LoadConfig) -> None:
         super().__init__(load_config)
@@ -79,7 +79,7 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
         return self._inner
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> Any:
-        """Load the base model and reserve the slot tensors. Any doubt ends the start here, with the reason."""
+        """Load the base model and reserve the slot tensors. Any failed check ends the start here."""
         settings = read_settings(vllm_config.additional_config)
         compat.check_version(any_vllm=settings.any_vllm)
         if envs.VLLM_PLUGINS is None or compat.PLUGIN_NAME not in envs.VLLM_PLUGINS:
@@ -87,7 +87,7 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
                 f"load format `edits` needs VLLM_PLUGINS to name {compat.PLUGIN_NAME!r}, found {envs.VLLM_PLUGINS}: "
                 "without it vLLM does not load the plugin's HTTP side. Start with VLLM_PLUGINS=edits (no spaces)"
             )
-        if model_config.runner_type == "draft":  # it guesses as the base model would, and the edited one decides
+        if model_config.runner_type == "draft":  # the draft model is not edited; the edited model verifies its tokens
             loader = get_model_loader(dataclasses.replace(self.load_config, load_format=settings.inner_load_format))
             return loader.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         front_ends.require_http()
@@ -115,7 +115,7 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
         free = free_for_slots(vllm_config, model, device)
         plan.require(settings.slots, free.size, free.beside)
         products = products_for(device, model_config.dtype) if reservation.several_ranks else EXPRESSIONS
-        # The compiled graph depends on what is reserved and who multiplies, so that must be in the compile cache's key.
+        # The compiled graph depends on the reservation and the products, so both must be in the compile cache's key.
         additional: dict[str, Any] = vllm_config.additional_config
         additional[KEY] = {
             **additional[KEY],
@@ -152,7 +152,7 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
 def _ready(
     prepare: Callable[[str, Manifest, Tensors], R], base: BaseModelRef, settings: EditSettings, limit_bytes: int
 ) -> HostCache[R]:
-    """Versions read from the store, checked and prepared."""
+    """A cache of versions that are read from the store, checked and prepared."""
 
     def read(version: str) -> R:
         bundle = open_reader(settings).bundle(version)

@@ -1,9 +1,9 @@
-"""Keeps a version whose edits overflow from harming other requests.
+"""Keeps NaN out of the KV cache, so that a version whose edits overflow does not harm other requests.
 
-Attention multiplies the values of whole cache blocks, those behind a request's end by zero; and zero times NaN is NaN.
-So NaN in a block poisons whoever is given it next (on a CPU, and in FlashAttention 3; some other kernels mask it).
-Values therefore enter the cache as finite numbers. Those that were not are huge, so whoever rightly reads them goes on
-to overflow, and is still counted as corrupted.
+Attention multiplies the values of whole cache blocks. Values after the end of a request are multiplied by zero, but
+zero times NaN is NaN. So NaN in a block corrupts the next request that gets the block (on a CPU, and in FlashAttention
+3; some other kernels mask it). Therefore values enter the cache as finite numbers. Values that were not finite become
+huge. So the request itself still overflows, and is still counted as corrupted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vllm_edits.plugin.graph.finite import finite
 
 
 def guard_against_nan(model: nn.Module) -> None:
-    """Have every attention layer cache finite values only. Finite ones stay as they are, bit for bit."""
+    """Make every attention layer cache finite values only. Finite values do not change, bit for bit."""
     layers: list[Any] = [module for module in model.modules() if isinstance(module, Attention)]
     if not layers:
         raise UnsupportedHost(

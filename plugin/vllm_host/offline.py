@@ -47,7 +47,7 @@ class Variants:
         return self.coordinator.lease(Request(name or "", strengths))
 
     def sync(self) -> None:
-        """Follow what was promoted since; raises nothing, a refused version leaves the old one serving."""
+        """Follow new promotions. It raises no error: after a refused version, the old version keeps serving."""
         self._loop.run_until_complete(self._sync())
 
     async def _sync(self) -> None:
@@ -63,9 +63,9 @@ class Variants:
         strength: float | None = None,
         **options: Any,
     ) -> list[Any]:
-        """`LLM.generate` with a variant (None for the base) for all prompts, or one for each, mixed in one batch.
+        """`LLM.generate` with one variant for all prompts (None for the base model), or with one for each prompt.
 
-        `strength` is for all prompts of variants; RequestRefused when one of them does not take it.
+        strength: for all prompts of variants. RequestRefused if a variant does not accept it.
         """
         names = [variant] * len(prompts) if variant is None or isinstance(variant, str) else list(variant)
         if len(names) != len(prompts):
@@ -91,7 +91,7 @@ class Variants:
 
 
 class _OfflineWorkers:
-    """`Workers` over `LLM.collective_rpc`."""
+    """`Workers` through `LLM.collective_rpc`."""
 
     def __init__(self, llm: Any) -> None:
         self._llm = llm
@@ -101,4 +101,4 @@ class _OfflineWorkers:
         return answers
 
     async def abort_all(self) -> None:
-        """Nothing runs between two calls of `generate`."""
+        """Do nothing, because no request runs between two calls of `generate`."""

@@ -1,4 +1,4 @@
-"""What vLLM's engine says of a request, read in one place: what each output adds to each of the request's answers."""
+"""Reads the outputs of vLLM's engine: the new tokens of each answer of a request."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Delta:
-    """What one output adds to one answer."""
+    """The addition of one output to one answer."""
 
     index: int
-    """which of several answers to the same request"""
+    """number of the answer, among several answers to one request"""
     tokens: Sequence[int]
     logprobs: Sequence[float]
-    """of the tokens; empty unless they are kept"""
+    """log-probabilities of the tokens; empty unless they are kept"""
     wrote: bool
-    """whether the text of the answer has a character that is no space"""
+    """True if the answer has a character other than spaces"""
     finish: str
-    """why the answer has ended, '' while it goes on"""
+    """reason why the answer has ended, or ''"""
 
 
 class OutputReader:
-    """Reads the outputs of one request, which hold what is new or all so far, as what is new."""
+    """Reads the outputs of one request as additions. vLLM's outputs contain new tokens only, or all tokens so far."""
 
     def __init__(self, sampling_params: Any, *, keeps_logprobs: bool = False) -> None:
         self._holds_new = sampling_params.output_kind.name == "DELTA"
@@ -31,7 +31,7 @@ class OutputReader:
         self._lengths: dict[int, int] = {}
 
     def read(self, output: Any) -> Iterator[Delta]:
-        """What a `RequestOutput` of vLLM adds to each answer."""
+        """The addition of vLLM's `RequestOutput` to each answer."""
         for completion in output.outputs:
             seen = 0 if self._holds_new else self._lengths.get(completion.index, 0)
             tokens = completion.token_ids[seen:]
@@ -51,12 +51,12 @@ class OutputReader:
 
 
 def token_times(output: Any) -> tuple[float, float] | None:
-    """When the first and the last token came, by the engine's clock, which is monotonic as ours; None if not told."""
+    """The times of the first and the last token by the engine's monotonic clock, or None if they are unknown."""
     if output.metrics is None or not output.metrics.first_token_ts:
         return None
     return output.metrics.first_token_ts, output.metrics.last_token_ts
 
 
 def is_corrupted(output: Any) -> bool:
-    """Whether vLLM found NaN among the logits (it looks with VLLM_COMPUTE_NANS_IN_LOGITS=1)."""
+    """True if vLLM found NaN in the logits (only with VLLM_COMPUTE_NANS_IN_LOGITS=1)."""
     return output.metrics is not None and bool(output.metrics.is_corrupted)

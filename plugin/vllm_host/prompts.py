@@ -1,4 +1,4 @@
-"""What a prompt is made of, as both model runners of vLLM keep it: tokens, a client's vectors, or both."""
+"""Reads the prompt of a request in both model runners of vLLM: tokens, vectors from the client, or both."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from numpy.typing import NDArray
 
 
 def length(request: Any) -> int:
-    """Number of positions of a prompt. request: vLLM's `NewRequestData` or `CachedRequestState`."""
+    """The number of positions of a prompt. request: vLLM's `NewRequestData` or `CachedRequestState`."""
     if request.prompt_token_ids is not None:
         return len(request.prompt_token_ids)
     return 0 if request.prompt_embeds is None else len(request.prompt_embeds)
 
 
 def embedded(request: Any) -> NDArray[np.bool_] | None:
-    """[prompt]: positions that take a vector which the client sent, and so have no token; None where none does."""
+    """[prompt]: True at positions with a vector from the client, which have no token. None without such positions."""
     if request.prompt_embeds is None:
         return None
     if request.prompt_is_token_ids is None:

@@ -1,8 +1,8 @@
-"""Proves that a loaded model computes with the modules that were made editable, before it is compiled.
+"""Proves that a loaded model really calls the modules of the edited sites, before it is compiled. Runs in workers.
 
-A model may go past a module that it has: a fused kernel reads a norm's weight and never calls the norm. Edits there
-would be installed, counted and without any effect. So the model's forward is run once, as Python, and each place at
-which it can be edited must be reached once.
+A model may bypass a module: for example, a fused kernel reads a norm's weight and never calls the norm. Edits there
+would be installed and counted, but have no effect. So the model's forward is run once, as Python. Each reserved site
+must be reached exactly once.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _TOKENS, _SHOWN = 2, 8
 
 
 def require_effective(model: Any, edited: EditedModel, vllm_config: Any, device: torch.device) -> None:
-    """UnsupportedHost names the sites where edits would do nothing, or be applied more than once."""
+    """UnsupportedHost lists the sites where edits would have no effect, or be applied several times."""
     tokens = torch.zeros(_TOKENS, dtype=torch.int64, device=device)
     positions = torch.arange(_TOKENS, device=device)
     context = set_forward_context(None, vllm_config, skip_compiled=True)
     with edited.watched() as reached, torch.inference_mode(), context:
         try:
             hidden = model(input_ids=tokens, positions=positions, intermediate_tensors=None, inputs_embeds=None)
-        except AttributeError as error:  # an edit reads a site that was not reached before it
+        except AttributeError as error:  # an edit reads a site that was not computed before it
             raise UnsupportedHost(
                 f"this vLLM does not compute a site that edits read: {error}. Use another version of vLLM"
             ) from error

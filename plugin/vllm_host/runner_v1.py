@@ -1,7 +1,7 @@
-"""Token slots for vLLM's V1 model runner (all of CPU): filled just before each forward pass of the whole model.
+"""Fills the token slots for vLLM's V1 model runner (CPUs), before each forward pass of the whole model.
 
-The outer model is called from Python on every step, so a forward pre-hook sees each batch. Full CUDA graphs replay
-without calling it: there the V2 runner is needed, and V1 is refused.
+Python calls the outer model in every step, so a forward pre-hook sees each batch. Full CUDA graphs replay without this
+call. They need the V2 runner, and V1 is refused.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def attach(runner: Any, edited: EditedModel) -> None:
                 tokens=np.diff(runner.query_start_loc.np[: count + 1]),
                 starts=rows.num_computed_tokens_cpu[:count],
                 prompts=lambda: rows.num_prompt_tokens[:count],
-                # Not the forward's argument, which is None where vLLM embeds the tokens itself before it.
+                # Not the argument of forward, which is None if vLLM embeds the tokens itself.
                 input_ids=runner.input_ids.gpu,
             )
 
@@ -60,6 +60,6 @@ def attach(runner: Any, edited: EditedModel) -> None:
 
 
 def _claim(request: Any) -> Any:
-    """What a request may use, written by the engine gate; None for the base model."""
+    """The claim of a request, written by the engine gate. None for the base model."""
     sampling = request.sampling_params
     return sampling.extra_args.get(CLAIM) if sampling is not None and sampling.extra_args else None

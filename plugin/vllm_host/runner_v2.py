@@ -1,7 +1,8 @@
-"""Token slots for vLLM's V2 model runner (GPUs, CPUs with Triton): a ModelState that follows requests and steps.
+"""Fills the token slots for vLLM's V2 model runner (GPUs, CPUs with Triton), with a ModelState.
 
-V2 asks the model which ModelState it wants, tells it of every request added and removed, and calls `prepare_inputs`
-before each step, graph replay or not. The token slots keep their address, so replayed graphs read the new contents.
+V2 asks the model for its ModelState class, reports every added and removed request to it, and calls `prepare_inputs`
+before each step, also before a graph replay. The token slots keep their address, so replayed graphs read the new
+content.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class _Request:
 
 
 def use_edits_model_state(model: Any, loaded: LoadedEdits) -> None:
-    """Make the V2 runner keep the state it would have kept for this model, with token slots added."""
+    """Make the V2 runner use its ModelState for this model, extended with token slots."""
     if optional(model, "get_model_state_cls"):
         state_class = with_token_slots(model.get_model_state_cls(), loaded)
     else:
@@ -46,7 +47,7 @@ def with_token_slots(base: Any, loaded: LoadedEdits) -> type:
     """A subclass of a V2 ModelState that fills the token slots of `loaded`."""
 
     class EditsModelState(base):  # type: ignore[misc]
-        """A model state that also says, before each step, which slot every token belongs to."""
+        """A model state that also sets the slot of every token before each step."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -76,9 +77,9 @@ def with_token_slots(base: Any, loaded: LoadedEdits) -> type:
 
         def prepare_inputs(self, input_batch: Any, req_states: Any) -> Any:
             known, requests = req_states.req_id_to_index, list[_Request]()
-            # Of requests that the runner itself does not know it makes up a batch, to profile and to warm up with: its
-            # tokens are nobody's. One that it knows and the state was never told of is a broken seam: KeyError stops
-            # the step, the base is not served.
+            # For profiling and warm-up the runner invents a batch of requests that it does not know itself: they need
+            # no slots. A request that the runner knows, but that was never reported here, is an error: KeyError stops
+            # the step, so the base model is not served instead.
             if any(request_id in known for request_id in input_batch.req_ids):
                 requests = [self._requests[request_id] for request_id in input_batch.req_ids]
 

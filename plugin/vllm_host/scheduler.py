@@ -1,9 +1,9 @@
-"""A scheduler that lets a request share the base model's cache blocks up to where its edits begin, and can end one.
+"""The scheduler: shares the base model's cache blocks up to the first edited token, and ends false claims.
 
-Start vLLM with `--scheduler-cls vllm_edits.EditsScheduler` (`vllm-edits serve` does). It is vLLM's own scheduler; only
-the hashes under which blocks are cached are other ones from the first edited token on, and a request with a false claim
-ends alone (ending.py). Without it nothing is wrong: then a version that edits only generated tokens
-shares no blocks with the base, and a false claim ends the engine.
+Start vLLM with `--scheduler-cls vllm_edits.EditsScheduler` (`vllm-edits serve` does this). It is vLLM's own scheduler
+with two changes. From the first edited token on, blocks are cached under other hashes. And a request with a false claim
+ends alone (ending.py). Without this scheduler all answers are right too; but a version that edits only generated tokens
+shares no blocks with the base model, and a false claim ends the engine.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from vllm_edits.plugin.vllm_host.ending import BASE_TOKENS, EndedRequests
 
 
 def forks(vllm_config: Any) -> bool:
-    """Whether the engine was started with this scheduler."""
+    """True if the engine was started with this scheduler."""
     named = vllm_config.scheduler_config.scheduler_cls
     return (resolve_name(named) if isinstance(named, str) else named) is EditsScheduler
 
 
 class EditsScheduler:
-    """vLLM's scheduler, synchronous or not as the engine is, with forks."""
+    """vLLM's scheduler with forks, synchronous or asynchronous as the engine."""
 
     def __new__(cls, *, vllm_config: Any, **arguments: Any) -> Any:
         from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -40,7 +40,7 @@ def _forking(base: Any) -> type:
     from vllm.v1.engine import EngineCoreOutputs
 
     class ForkingScheduler(base):  # type: ignore[misc]
-        """Hashes a request anew when it arrives, if it forks, and ends those that are noted."""
+        """Changes the hashes of a forked request when it arrives, and ends requests with false claims."""
 
         def __init__(self, **arguments: Any) -> None:
             super().__init__(**arguments)
@@ -67,9 +67,9 @@ def _forking(base: Any) -> type:
 
 
 def fork_at_first_edit(request: Any, block_size: int) -> None:
-    """Give the blocks of a request names of their own from the first one on that holds an edited token.
+    """Give the blocks of a request their own hashes, from the first block with an edited token on.
 
-    FalseClaim, and nothing done, unless what it says of its fork is [salt, tail].
+    FalseClaim, without any change, if the fork in the request is not [salt, tail].
     """
     arguments = request.sampling_params.extra_args if request.sampling_params is not None else None
     if not arguments or FORK not in arguments:
@@ -81,12 +81,12 @@ def fork_at_first_edit(request: Any, block_size: int) -> None:
 
 
 def keep_apart(request: Any) -> None:
-    """Give all blocks of a request names that no other has."""
+    """Give all blocks of a request unique hashes."""
     _fork(request, 0, secrets.token_hex(16))
 
 
 def _fork(request: Any, fork: int, salt: str) -> None:
-    """Give the blocks of a request other names from that one on."""
+    """Give the blocks of a request other hashes from block number `fork` on."""
     hasher = request._block_hasher  # noqa: SLF001  vLLM has no public name for it
     if hasher is None:
         return
@@ -96,7 +96,7 @@ def _fork(request: Any, fork: int, salt: str) -> None:
         new: list[bytes] = hasher(request)
         if not done <= fork < done + len(new):
             return new
-        # The chain goes on from the fork's own hash, as if its salt were part of the block.
+        # The chain continues from the fork's own hash, as if the salt were part of the block.
         kept = [*new[: fork - done], hashlib.sha256(new[fork - done] + salt.encode()).digest()]
         request.block_hashes.extend(kept)
         try:

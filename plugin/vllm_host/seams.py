@@ -29,7 +29,7 @@ from packaging.version import Version
 
 @dataclass(frozen=True)
 class Seam:
-    """A name in a module of vLLM: a function, a class, or `Class.attribute`; and what a function must take."""
+    """A name in a module of vLLM: a function, a class, or `Class.attribute`. takes: needed arguments of a function."""
 
     file: str
     name: str

@@ -1,7 +1,7 @@
-"""The model list as clients see it: the base model and every variant.
+"""The model list for clients: the base model and every variant. Runs in the API process.
 
-Stands in for vLLM's own list in every handler. A variant's name is accepted only from a request that holds a lease on
-it, so a path that the middleware does not cover answers 404 rather than with the base model.
+It replaces vLLM's own list in every handler. A variant's name is accepted only from a request with a lease on it. So a
+path that the middleware does not cover answers with a 404, not with the base model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from vllm_edits.plugin.serving.lease import CURRENT_LEASE
 
 
 class ServedModels:
-    """vLLM's list of served models, with the variants that are `served` added."""
+    """vLLM's list of served models, extended with the variants in `served`."""
 
     def __init__(self, models: Any, served: Callable[[], Awaitable[Served]]) -> None:
         self._models = models
@@ -24,10 +24,10 @@ class ServedModels:
         return getattr(self._models, name)
 
     def is_base_model(self, model_name: str) -> bool:
-        """Whether vLLM may go on with a request of this name.
+        """True if vLLM may continue with a request for this name.
 
-        While a variant is leased the name must be the one it was leased under: where vLLM reads another name in the
-        request than the middleware did, it answers 404 rather than with that variant in the place of another model.
+        With a lease on a variant, the name must be the leased name. If vLLM reads another name in the request than the
+        middleware, it answers with a 404, not with the wrong model.
         """
         lease = CURRENT_LEASE.get()
         if lease is None or self._models.is_base_model(lease.choice.requested):
@@ -35,14 +35,14 @@ class ServedModels:
         return lease.choice.requested == model_name
 
     def model_name(self, lora_request: Any = None) -> str:
-        """The name that answers carry: what the client asked for."""
+        """The model name in answers: the name that the client requested."""
         lease = CURRENT_LEASE.get()
         if lora_request is None and lease is not None and not self._models.is_base_model(lease.choice.requested):
             return lease.choice.requested
         return str(self._models.model_name(lora_request))
 
     async def show_available_models(self) -> Any:
-        """`GET /v1/models`: base models, then each variant with its version as `root` and the base as `parent`."""
+        """The answer of `GET /v1/models`: base models, then variants with `root` (version) and `parent` (base)."""
         listed = await self._models.show_available_models()
         base, served = listed.data[0], await self._served()
         if not served.base:

@@ -1,7 +1,7 @@
-"""Runs a request a second time, in the shadow of the run whose answer the client gets, and notes where the two part.
+"""Runs a request a second time as a shadow, and records the first difference to the client's answer.
 
-Whatever happens to the shadow is no matter of the client's: a slot that is not to be had, an error, and nothing is
-noted. When the client goes away the shadow is ended too.
+It runs in the API process. The shadow never affects the client: without a slot, or after an error, no record is made.
+When the client leaves, the shadow is aborted too.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from vllm_edits.plugin.vllm_host.outputs import OutputReader
 logger = logging.getLogger("vllm.edits")
 
 SLOT_PATIENCE_SECONDS = 5.0
-"""how long a shadow waits for a slot: two requests that each hold one and wait for another would wait for ever"""
+"""seconds that a shadow waits for a slot. Without a limit, two requests could wait for each other's slot forever"""
 
 LeaseOf = Callable[[str], Awaitable[Lease]]
-_running: set[asyncio.Task[None]] = set()  # what nobody refers to may be collected while it runs
+_running: set[asyncio.Task[None]] = set()  # a task without a reference may be garbage-collected while it runs
 
 
 def comparable(sampling_params: Any) -> Any:
-    """A copy of a request's sampling parameters under which two answers can be compared, for both of them.
+    """A copy of a request's sampling parameters for both runs, so that their answers can be compared.
 
-    The log-probability of every token is asked for, and one seed for both; the client is answered as it asked.
+    It adds log-probabilities, and one seed for both. The client's answer keeps its requested form.
     """
     made = sampling_params.clone()
     made.logprobs = made.logprobs or 0
@@ -42,10 +42,10 @@ def comparable(sampling_params: Any) -> Any:
 
 
 class ShadowRun:
-    """The shadow of one request. `hear` is told what the client's run says, `end` that it has said everything."""
+    """The shadow of one request. `hear` gets the outputs of the client's run, `end` marks its end."""
 
     def __init__(self, lease: Lease, sampling_params: Any, *, note: Callable[[ShadowRecord], None]) -> None:
-        """sampling_params: those of both runs, as `comparable` makes them."""
+        """sampling_params: from `comparable`, for both runs."""
         self._lease = lease
         self._sampling_params = sampling_params
         self._note = note
@@ -56,7 +56,7 @@ class ShadowRun:
         self._task: asyncio.Task[None] | None = None
 
     def start(self, engine: Any, lease_of: LeaseOf, prompt: Any, request_id: str, *, forks: bool) -> None:
-        """Begin. request_id: the client's run's."""
+        """Start the shadow. request_id: the id of the client's run."""
         self._task = asyncio.get_running_loop().create_task(
             self._run(engine, lease_of, prompt, request_id, forks=forks)
         )
@@ -64,11 +64,11 @@ class ShadowRun:
         self._task.add_done_callback(_running.discard)
 
     def hear(self, output: Any) -> None:
-        """Keep what the client's run says."""
+        """Keep an output of the client's run."""
         _write_down(self._transcripts[0], self._reader, output)
 
     def end(self, *, whole: bool) -> None:
-        """The client's run has ended; unless it said all it had to say, there is nothing to compare."""
+        """Report the end of the client's run. If it is not complete, the shadow is aborted without a record."""
         if whole:
             self._first_ended.set_result(time.monotonic() - self._started)
         elif self._task is not None:
@@ -99,7 +99,7 @@ class ShadowRun:
 
 
 def _write_down(transcript: Transcript, reader: OutputReader, output: Any) -> None:
-    """Of several answers the first counts."""
+    """Add an output to a transcript. Of several answers, the first one counts."""
     for delta in reader.read(output):
         if delta.index == 0:
             transcript.add(delta.tokens, delta.logprobs, delta.finish)

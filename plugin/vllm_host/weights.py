@@ -1,9 +1,9 @@
-"""Finds the weights of a loaded model that a version may be installed in, and how each is exchanged.
+"""Finds the weights of a loaded model in which a version can be installed, and exchanges them. Runs in workers.
 
-On a GPU vLLM computes with the parameter itself. On a CPU it packs the weight for oneDNN when it is loaded and drops
-the parameter; what its kernels read then is the address of the packed weight, in a tensor, so exchanging two weights is
-exchanging two addresses. Where the CPU has AMX small weights are packed for that instead, into a tensor whose numbers
-can change places. The loaded weights are kept besides, since what is packed is not unpacked again.
+On a GPU, vLLM computes with the parameter itself. On a CPU, it packs the weight for oneDNN when it loads the model, and
+drops the parameter. Its kernels then read the address of the packed weight from a tensor, so two weights are exchanged
+by exchanging two addresses. On a CPU with AMX, small weights are packed into a tensor instead, whose numbers are
+exchanged. The loaded weights are kept too, because packed weights cannot be unpacked.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from vllm_edits.plugin.weights.patched_weights import Copy, LiveWeight, PatchedW
 from vllm_edits.plugin.weights.plain_weight import PlainWeight, exchange_bias
 
 _PRIMITIVES = 32
-"""how many shapes oneDNN remembers a plan for, as vLLM asks"""
+"""number of shapes for which oneDNN caches a plan, the same as in vLLM"""
 _PROBES = 4
 _HANDLER, _TILES = "handler", "packed_weight"
-"""what vLLM calls what it packed a weight into, for oneDNN and for AMX"""
+"""vLLM's names of a packed weight, for oneDNN and for AMX"""
 
 
 class PackedWeight:
-    """A weight in oneDNN's packed form, on a CPU. `loaded_weight` [out, in] is the one it was packed from."""
+    """A weight in oneDNN's packed form, on a CPU. loaded_weight [out, in]: the weight before packing."""
 
     def __init__(self, handler: Any, loaded_weight: Tensor, bias: Tensor | None) -> None:
         self.dtype = loaded_weight.dtype
@@ -51,11 +51,11 @@ class PackedWeight:
         return self._loaded
 
     def copy(self, weight: Tensor, bias: Tensor | None) -> Copy:
-        # Its fingerprint waits: vLLM's products share one scratch pad, which the engine is using now.
+        # Its fingerprint is taken later: vLLM's products share one scratch pad, which the engine uses now.
         return Copy(ops.create_onednn_mm(weight.t(), _PRIMITIVES), bias, weight.nbytes)
 
     def exchange(self, copy: Copy) -> None:
-        # Each handler frees what it points to when it goes, so addresses are exchanged and never copied.
+        # Each handler frees its weight when it is deleted, so addresses are exchanged, never copied.
         mine, other = self._handler.handler_tensor, copy.weight.handler_tensor
         address = mine.clone()
         mine.copy_(other)
@@ -63,14 +63,14 @@ class PackedWeight:
         exchange_bias(self.bias, copy)
 
     def fingerprint(self, copy: Copy | None) -> bytes:
-        """What it makes of fixed vectors: packed weights cannot be read, but multiplied with."""
+        """The products with fixed vectors. Packed weights cannot be read, only multiplied."""
         handler, bias = (self._handler, self.bias) if copy is None else (copy.weight, copy.bias)
         said: bytes = ops.onednn_mm(handler, self._probes, bias).view(torch.uint8).numpy().tobytes()
         return said
 
 
 class TiledWeight(PlainWeight):
-    """A weight in the order of AMX's tiles, on a CPU. `loaded_weight` [out, in] is the one it was packed from."""
+    """A weight in the order of AMX's tiles, on a CPU. loaded_weight [out, in]: the weight before packing."""
 
     def __init__(self, tiles: Tensor, loaded_weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(tiles, bias)
@@ -89,7 +89,7 @@ class TiledWeight(PlainWeight):
 def keeping_loaded(
     loader: Any, wanted: Callable[[nn.Module], Iterable[nn.Module]]
 ) -> Iterator[dict[nn.Module, Tensor]]:
-    """While `loader` loads a model inside: the weights of the wanted modules as loaded, before vLLM packs them."""
+    """While `loader` loads a model in the block, keep the weights of the wanted modules before vLLM packs them."""
     kept: dict[nn.Module, Tensor] = {}
     load_weights = loader.load_weights
 
@@ -105,7 +105,7 @@ def keeping_loaded(
 
 
 def _weights_of(modules: Iterable[Any]) -> Iterator[tuple[nn.Module, Tensor]]:
-    """Nothing is copied: they are only not let go."""
+    """The weights of these modules. They are not copied, only referenced."""
     for module in modules:
         method = module.quant_method if isinstance(module, LinearBase) else None
         if not isinstance(method, UnquantizedLinearMethod):
@@ -124,10 +124,10 @@ def patchable(
     kept: Mapping[nn.Module, Tensor],
     checkpoint: Checkpoint,
 ) -> PatchedWeights:
-    """The weights of a loaded model that a version may be installed in.
+    """The weights of a loaded model in which a version can be installed.
 
-    room: the projections that are set apart, by what they give, and whether each is to have a bias; one that has none
-    gets zeros, which add nothing. checkpoint: what the model was loaded from
+    room: the reserved projections by the site of their output, and whether each needs a bias. A projection without a
+    bias gets zeros. checkpoint: the checkpoint of the model.
     """
     architecture = checkpoint.architecture
     names, reads = {module: name for name, module in model.named_modules()}, architecture.projections()
@@ -140,7 +140,7 @@ def patchable(
     for site, biased in room.items():
         module: Any = site_modules[site].module
         if biased and module.bias is None:
-            dtype = torch.float32 if _TILES in _captured(module) else kept[module].dtype  # as its kernel wants it
+            dtype = torch.float32 if _TILES in _captured(module) else kept[module].dtype  # as its kernel expects it
             zeros = torch.zeros(len(kept[module]), dtype=dtype, device=kept[module].device)
             module.bias = nn.Parameter(zeros, requires_grad=False)
     modules = {names[module]: _live(names[module], module, weight) for module, weight in kept.items()}
@@ -167,6 +167,6 @@ def _live(name: str, module: Any, loaded: Tensor) -> LiveWeight:
 
 
 def _captured(module: Any) -> Mapping[str, Any]:
-    """What the function that vLLM computes a projection with on a CPU has in its closure, by name."""
+    """The variables in the closure of vLLM's function for a projection on a CPU, by name."""
     computes = optional(module, "cpu_linear")
     return inspect.getclosurevars(computes).nonlocals if inspect.isfunction(computes) else {}

@@ -1,8 +1,8 @@
-"""What a worker answers when the API process calls it by name: stage, install, clear, describe.
+"""The methods of a worker that the API process calls by name: attach, stage, install, clear, and others.
 
-vLLM runs these between two steps of the engine, so each must be short. Reading and checking a version takes longer and
-goes on in the background (host_cache.py). Every answer is plain data: a refusal is an answer too, so no worker
-dies of one.
+vLLM runs them between two steps of the engine, so each must be short. Reading and checking a version takes longer, so
+it runs in the background (host_cache.py). Every answer is plain data. A refusal is an answer too, so it does not end
+the worker.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ WorkerAnswer = dict[str, Any]
 
 
 class EditsWorker:
-    """Mixed into vLLM's worker class, as `--worker-extension-cls` would. Holds no state of its own."""
+    """Methods for vLLM's worker class, added as `--worker-extension-cls` does. It has no state."""
 
     @classmethod
     def extend(cls, worker_class: type) -> None:
-        """Give the worker class these methods, once, the way vLLM itself adds a worker extension."""
+        """Add these methods to the worker class once, in the way of vLLM's worker extensions."""
         if not issubclass(worker_class, cls):
             worker_class.__bases__ = (*worker_class.__bases__, cls)
 
@@ -30,7 +30,7 @@ class EditsWorker:
         return edits_of(self.model_runner.get_model())  # type: ignore[attr-defined]
 
     def edits_attach(self) -> WorkerAnswer:
-        """Start filling token slots from the runner's batches, and describe what this worker can hold."""
+        """Start to fill token slots from the runner's batches, and describe the worker's reservation."""
         return _answer(self._attach)
 
     def _attach(self) -> WorkerAnswer:
@@ -56,20 +56,20 @@ class EditsWorker:
         }
 
     def edits_stage(self, version: str) -> WorkerAnswer:
-        """Begin to read, check and convert a version in the background."""
+        """Start to read, check and convert a version in the background."""
         self._edits().ready.stage(version)
         return {}
 
     def edits_staged(self, version: str) -> WorkerAnswer:
-        """{'pending': True}, or {} when the version is ready to install, or its refusal."""
+        """{'pending': True}, or {} if the version is ready to install, or its refusal."""
         return _answer(lambda: {} if self._edits().ready.is_ready(version) else {"pending": True})
 
     def edits_install(self, slot: int, version: str, leaving: str | None) -> WorkerAnswer:
-        """Write a staged version into a slot in place of the one that leaves it, if any.
+        """Write a staged version into a slot, in place of the version `leaving`, if any.
 
-        Answers the digest of what the slot then holds, which share of the model that is, and the last firings of the
-        one that left; or {'absent': True} with nothing changed when the version is no longer ready here. Asked again it
-        answers the same.
+        Answers the digest of the slot, the worker's rank, and the last firings of the version that left; or
+        {'absent': True}, without a change, if the version is not ready here any more. A repeated call gives the same
+        answer.
         """
 
         def install() -> WorkerAnswer:
@@ -88,19 +88,19 @@ class EditsWorker:
         return _answer(install)
 
     def edits_stage_weights(self, version: str) -> WorkerAnswer:
-        """Begin to read and check a version, and to compute the weights with its edits, in the background."""
+        """Start to read and check a version, and to compute the weights with its edits, in the background."""
         self._edits().patches.stage(version)
         return {}
 
     def edits_weights_staged(self, version: str) -> WorkerAnswer:
-        """{'pending': True}, or {} when the version is ready to be put into the weights, or its refusal."""
+        """{'pending': True}, or {} if the version is ready to be put into the weights, or its refusal."""
         return _answer(lambda: {} if self._edits().patches.is_ready(version) else {"pending": True})
 
     def edits_put_weights(self, version: str | None, epoch: int, besides: bool) -> WorkerAnswer:
-        """Put a staged version into the weights, or with None the loaded model; failing that, all stays as it was.
+        """Put a staged version into the weights, or with None the loaded model. After a failure, nothing has changed.
 
-        besides: requests that were computed with other weights may go on. Answers what the weights now hold, or
-        {'absent': True} with nothing changed when the version is not ready here. Asked again it answers the same.
+        besides: requests that were computed with other weights may continue. Answers the digest of the weights, or
+        {'absent': True}, without a change, if the version is not ready here. A repeated call gives the same answer.
         """
 
         def put() -> WorkerAnswer:
@@ -118,11 +118,11 @@ class EditsWorker:
         return _answer(put)
 
     def edits_fence(self) -> WorkerAnswer:
-        """Nothing; but what a process sent to the engine before it asked has arrived."""
+        """WorkerAnswer nothing. When the answer arrives, the engine has seen all earlier calls of the process."""
         return {}
 
     def edits_firings(self) -> WorkerAnswer:
-        """What the gates on the device did since they were installed: [version, tokens, times by edit] of each."""
+        """The counters of the gates on the device since their install: [version, tokens, firings by edit] of each."""
 
         def firings() -> WorkerAnswer:
             edited = self._edits().edited
@@ -131,7 +131,7 @@ class EditsWorker:
         return _answer(firings)
 
     def edits_clear(self, slot: int) -> WorkerAnswer:
-        """Make a slot neutral. Answers the last firings of the version that was there."""
+        """Clear a slot. Answers the last firings of its version."""
 
         def clear() -> WorkerAnswer:
             edited = self._edits().edited
@@ -149,6 +149,6 @@ def _answer(act: Any) -> WorkerAnswer:
         return {"error": str(refusal), "reasons": [[reason.code, reason.message] for reason in refusal.reasons]}
     except EditsError as error:
         return {"error": str(error)}
-    except Exception:  # noqa: BLE001  the API process decides; a worker must not die of a bad version
+    except Exception:  # noqa: BLE001  the API process decides; a bad version must not end a worker
         return {"error": traceback.format_exc()}
     return answer

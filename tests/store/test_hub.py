@@ -653,7 +653,7 @@ def test_private_versions_do_not_go_to_a_public_repo(channel: Channel, version: 
 
 
 def test_a_missing_repo_is_told(channel: Channel) -> None:
-    with pytest.raises(NotFound, match="has no model repo ada/nothing, or this token may not see it"):
+    with pytest.raises(NotFound, match="has no model repo ada/nothing, or this token cannot see it"):
         channel.pull(repo="ada/nothing", token=ADA)
     with pytest.raises(StoreUnavailable, match="or there is no such repo"):  # all that the Hub says without a token
         channel.pull(repo="ada/nothing")

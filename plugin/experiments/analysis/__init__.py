@@ -1,1 +1,1 @@
-"""What exposure logs come to. Needs no server: runs in the command's process."""
+"""Analysis of exposure logs. Runs in the command's process, without a server."""

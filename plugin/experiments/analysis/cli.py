@@ -1,4 +1,4 @@
-"""`vllm-edits experiment report` and `replay`: what the evidence comes to, and where two versions part."""
+"""The commands `vllm-edits experiment report` (evidence of an experiment) and `replay` (first differences)."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def report(
 
 
 def _document(store: EditStore, name: str, phase: int | None) -> tuple[Experiment, int]:
-    """The document that a phase ended with, and the phase's number."""
+    """The last document of a phase, and the number of the phase."""
     documents: dict[int, Experiment] = {}
     document, started = None, 0
     for entry in Experiments(store).history(name):

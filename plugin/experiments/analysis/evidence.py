@@ -1,7 +1,7 @@
-"""What the exposure logs say of one phase of an experiment, added up by unit.
+"""Reads exposure logs and adds up the evidence of one phase of an experiment by unit.
 
-`Logs` reads; everything else is pure. Of each line some numbers are kept until all are read: they come in no order, and
-which of two counts is known only then.
+`Logs` reads; everything else is pure. Some numbers of each line are kept until all lines are read, because the lines
+have no order, and duplicates can be resolved only at the end.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _COLUMNS = 5  # at, arm, unit, version and whether the arm is the unit's own com
 
 K = TypeVar("K")
 Progress = Callable[[int, int], None]
-"""Told the bytes done, and the bytes in all."""
+"""Called with the bytes that are done, and the bytes of all."""
 
 
 class Logs:
-    """The records in log files, and in the log files of folders, one after the other.
+    """The records in log files, and in the log files of folders.
 
-    half_lines: how many files end within a line, after a crash or while being written. It does not count; any other
-    line that is no record is refused.
+    half_lines: number of files that end with an incomplete line, after a crash or while they are written. Such a line
+    is ignored. Any other invalid line is an error.
     """
 
     def __init__(self, paths: Iterable[Path], progress: Progress = lambda _done, _total: None) -> None:
@@ -51,7 +51,7 @@ class Logs:
                     try:
                         yield decoder.decode(line)
                     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-                        # Half an object is never a whole one of the wrong fields.
+                        # An incomplete line is never a complete object with wrong fields.
                         if line.endswith(b"\n") or isinstance(error, msgspec.ValidationError):
                             what = f"{file}, line {number}: expected an exposure or feedback"
                             raise EditsError(f"{what}: {error}") from None
@@ -82,52 +82,52 @@ class UnitSums:
 
 @dataclass(frozen=True)
 class Caveats:
-    """What was left out or is strange, in numbers."""
+    """Counts of excluded or unusual records."""
 
     not_by_hash: int
-    """requests whose arm was asked for, or answered in place of another"""
+    """requests whose arm was forced, or that got the fallback"""
     other_versions: Mapping[str, int]
-    """requests by arm, from before every arm was at its last version, and those of another one since"""
+    """requests by arm with another version, or from before all arms had their last version"""
     repeated: int
-    """lines of a request, or of its feedback, that was there before"""
+    """repeated lines of a request or its feedback"""
     contradicting: int
-    """of these, how many said something else"""
+    """repeated lines with other content"""
     feedback_alone: int
-    """feedback whose request is not in the logs: taken at its word"""
+    """feedback without a request in the logs; it is included"""
     units_in_two_arms: int
-    """units that were sent to several arms, which no hash does"""
+    """units in several arms, which a hash never causes"""
     half_lines: int = 0
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """One phase of an experiment. What units count for: only requests whose arm was chosen by the unit's hash."""
+    """The evidence of one phase of an experiment. Only requests whose arm was chosen by hash count."""
 
     experiment: str
     phase: int
     units: Mapping[str, int]
-    """by arm, whose first request went there, whatever became of it and whichever version it met"""
+    """by arm: units whose first request went to the arm, with any outcome and any version"""
     metrics: Mapping[str, Mapping[str, UnitSums]]
     """by metric, then arm: the built-in ones, then feedback's"""
     versions: Mapping[str, str]
-    """by arm, the last one seen; the evidence is of it alone"""
+    """by arm: its last version; only requests of this version are evidence"""
     caveats: Caveats
 
 
 def gather(
     paths: Iterable[Path], experiment: str, phase: int, progress: Progress = lambda _done, _total: None
 ) -> Evidence:
-    """Read logs and add up what they say of one phase."""
+    """Read logs and add up the evidence of one phase."""
     logs = Logs(paths, progress)
     evidence = collect(logs, experiment, phase)
     return replace(evidence, caveats=replace(evidence.caveats, half_lines=logs.half_lines))
 
 
 def collect(records: Iterable[Record], experiment: str, phase: int) -> Evidence:
-    """Add up what records, in any order, say of one phase.
+    """Add up the evidence of one phase from records in any order.
 
-    An arm that changed its version in the phase has evidence for the last one only, and the others have theirs from
-    the same time on: what is compared must have met the same days.
+    If an arm changed its version in the phase, only its last version counts, and other arms count from the same time
+    on: compared requests must come from the same days.
     """
     arms, units, versions, told_metrics = _Codes(), _Codes(), _Codes(), _Codes()
     shown: _Table[str] = _Table(_COLUMNS + len(BUILT_IN))
@@ -161,7 +161,7 @@ def collect(records: Iterable[Record], experiment: str, phase: int) -> Evidence:
         return {name: _unit_sums(unit[here], values[here]) for name, here in which.items()}
 
     metrics = {name: by_arm(rows[:, _COLUMNS + i], arm, unit, kept) for i, name in enumerate(BUILT_IN)}
-    for name, code in told_metrics.items():  # one named as a built-in metric is still another
+    for name, code in told_metrics.items():  # a feedback metric may have the name of a built-in metric
         label = f"feedback {name}" if name in BUILT_IN else name
         metrics[label] = by_arm(said[:, 4], said_arm, said_unit, said_kept & (said_metric == code))
 
@@ -187,7 +187,7 @@ def collect(records: Iterable[Record], experiment: str, phase: int) -> Evidence:
 
 
 class _Codes(dict[str, int]):
-    """Small numbers for names, in the order they are first asked for."""
+    """Numbers for names, in the order of first use."""
 
     def __missing__(self, name: str) -> int:
         self[name] = code = len(self)
@@ -195,7 +195,7 @@ class _Codes(dict[str, int]):
 
 
 class _Table(Generic[K]):
-    """Rows of numbers that begin with a time, each under a key: of several under one key the first by time stands."""
+    """Rows of numbers by key. Each row begins with a time; for equal keys, the earliest row is kept."""
 
     def __init__(self, width: int) -> None:
         self.places: dict[K, int] = {}
@@ -221,10 +221,10 @@ class _Table(Generic[K]):
 
 
 def _last_versions(at: Floats, arm: Integers, version: Integers, arms: int) -> tuple[Integers, float]:
-    """Every arm's last version (-1 without any), and since when every arm that changed its version was at the last."""
+    """The last version of every arm (-1 for none), and the time since which all arms have their last version."""
     last = np.full(arms, -1)
     order = np.argsort(at, kind="stable")
-    last[arm[order]] = version[order]  # of several numbers for one place the last stays
+    last[arm[order]] = version[order]  # for equal indices the last value is kept
     changed = np.unique(arm[version != last[arm]])
     return last, max((float(at[(arm == code) & (version == last[code])].min()) for code in changed), default=-np.inf)
 

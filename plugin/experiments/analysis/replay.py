@@ -1,4 +1,4 @@
-"""Asks a server the same prompts of two versions, and tells where their answers part."""
+"""Sends the same prompts to two versions of a server, and finds the first different token of their answers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 @dataclass(frozen=True)
 class Replayed:
-    """What one version said."""
+    """The answer of one version."""
 
     tokens: Sequence[int]
     logprobs: Sequence[float]
@@ -31,14 +31,14 @@ class Replayed:
 
 @dataclass(frozen=True)
 class Parting:
-    """Two answers to one prompt. `parted_at` is None where they are the same."""
+    """The comparison of two answers to one prompt. `parted_at` is None if they are equal."""
 
     prompt: str
     parted_at: int | None
     tokens: tuple[int, int]
-    """how many each said"""
+    """number of tokens of each answer"""
     logprobs: tuple[float | None, float | None]
-    """of what each said there"""
+    """log-probabilities of the tokens at the first difference"""
     said: tuple[str, str]
 
     @classmethod
@@ -54,12 +54,12 @@ class Parting:
 
 
 def bodies(path: Path) -> list[dict[str, Any]]:
-    """Requests of a file: lines of JSON with `prompt` or `messages` and any other field, or plain lines of text.
+    """Read the requests of a file: lines of JSON with `prompt` or `messages`, or plain lines of text.
 
-    EditsError with the line's number for one that is neither.
+    EditsError with the number of a line that is neither.
     """
     try:
-        lines = path.read_text().split("\n")  # JSON may hold what splitlines takes for the end of a line
+        lines = path.read_text().split("\n")  # splitlines would also split at characters that JSON strings may contain
     except (OSError, UnicodeDecodeError) as error:
         raise EditsError(f"{path} cannot be read: {error}") from None
     found = []
@@ -84,7 +84,7 @@ async def replay(
     url: str, pair: tuple[str, str], requests: Sequence[dict[str, Any]], *, max_tokens: int, api_key: str = "",
     progress: Callable[[], None] = lambda: None,
 ) -> list[Parting]:  # fmt: skip
-    """Ask each prompt of both at the same time, greedily unless the request says otherwise, and compare."""
+    """Send each prompt to both versions at the same time, and compare. Greedy, unless a request says otherwise."""
     turns = asyncio.Semaphore(AT_ONCE)
     async with httpx.AsyncClient(base_url=url, headers=authorization(api_key), timeout=600) as client:
 
@@ -118,7 +118,7 @@ async def _ask(client: httpx.AsyncClient, model: str, body: dict[str, Any], max_
 
 
 def summary(partings: Sequence[Parting]) -> dict[str, Any]:
-    """How many part, and where in the middle of those that do."""
+    """The number of different answers, and the median place of the first difference."""
     places = [each.parted_at for each in partings if each.parted_at is not None]
     return {
         "prompts": len(partings), "parted": len(places), "share": len(places) / len(partings),

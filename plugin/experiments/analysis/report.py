@@ -1,7 +1,8 @@
-"""What the evidence of an experiment comes to: verdicts, a table, a page, a picture. Pure but for `picture`.
+"""Reports the evidence of an experiment: verdicts, a table, a page, a picture. Pure, except `picture`.
 
-Whether units came to the arms in the declared shares is asked first. If not, something chose who is in which arm, and
-no difference between them is the variant's doing: nothing is concluded.
+It first tests whether the shares of units in the arms are as declared. If they are not, something else than the hash
+chose the arms. Then differences between arms may have other causes than the variant, and the report draws no
+conclusion.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from vllm_edits.plugin.experiments.analysis.sequences import ArmMean, Interval, 
 
 Goal = Literal["increase", "decrease"]
 GOALS: Mapping[str, Goal] = {name: goal for name, goal in BUILT_IN.items() if goal}
-"""What is wished of the built-in metrics. More output is neither better nor worse."""
+"""The better direction of the built-in metrics. More output is neither better nor worse."""
 
 CONTROL, BETTER, WORSE, DIFFERS = "control", "better", "worse", "differs"
 NO_DIFFERENCE, TOO_FEW, MISMATCH = "no difference seen yet", "too few units", "sample ratio mismatch"
@@ -38,12 +39,12 @@ svg { max-width: 100%; height: auto }
 
 
 class NoMatplotlib(EditsError):
-    """A picture is asked for where matplotlib is not installed."""
+    """A picture needs matplotlib, which is not installed."""
 
 
 @dataclass(frozen=True)
 class ArmShare:
-    """An arm as the experiment declares it. share: the part of all units, at any scale; more than 0."""
+    """An arm of the experiment. share: its declared share of the units, at any scale, above 0."""
 
     name: str
     share: float
@@ -52,7 +53,7 @@ class ArmShare:
 
 @dataclass(frozen=True)
 class ReportLine:
-    """One metric in one arm. `mean` is None without a request; `difference`, to the control, without enough of them."""
+    """One metric in one arm. mean: None without requests. difference: to the control, None with too few requests."""
 
     metric: str
     arm: str
@@ -61,11 +62,11 @@ class ReportLine:
     requests: int
     difference: Interval | None
     lift: float | None
-    """the difference over the control's mean"""
+    """the difference divided by the control's mean"""
     verdict: str
 
     def as_row(self) -> dict[str, Any]:
-        """Fields as shown, numbers rounded."""
+        """The fields for a table, with rounded numbers."""
         found = self.difference
         shown = "" if found is None else f"{found.estimate:+.3g} ({found.low:+.3g} to {found.high:+.3g})"
         return {
@@ -78,7 +79,7 @@ class ReportLine:
 
 @dataclass(frozen=True)
 class Report:
-    """What may be said of one phase. Every interval by itself holds at all looks with probability 1 - alpha."""
+    """The report on one phase. Each single interval is valid at all looks with probability 1 - alpha."""
 
     experiment: str
     phase: int
@@ -95,10 +96,10 @@ def summarise(
     evidence: Evidence, arms: Sequence[ArmShare], *,
     goals: Mapping[str, Goal] | None = None, alpha: float = 0.05, tuned_for: int = 5000,
 ) -> Report:  # fmt: skip
-    """Hold every arm against the control, metric by metric.
+    """Compare every arm with the control, metric by metric.
 
-    goals: what is wished of metrics, by name, beside or instead of GOALS. tuned_for: how many requests, or how much
-    feedback of a kind, the control and one arm are expected to have together when it is decided.
+    goals: better directions of metrics by name, in addition to GOALS. tuned_for: expected number of requests, or of
+    feedback values, in the control and one arm together at the time of the decision.
     """
     names = [arm.name for arm in arms]
     controls = [arm.name for arm in arms if arm.is_control]
@@ -143,7 +144,7 @@ def _verdict(found: Interval | None, goal: Goal | None) -> str:
     return BETTER if (found.estimate > 0) == (goal == "increase") else WORSE
 
 
-# -- telling -----------------------------------------------------------------------------------------------------------
+# -- output ------------------------------------------------------------------------------------------------------------
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -157,7 +158,7 @@ def table(report: Report) -> tuple[list[dict[str, Any]], dict[str, str]]:
 
 
 def remarks(report: Report) -> list[str]:
-    """What to know before the table: who came to which arm, what the intervals promise, what was left out."""
+    """Remarks before the table: units per arm, the meaning of the intervals, and excluded records."""
     caveats, ratio = report.caveats, report.sample_ratio
     whole = sum(arm.share for arm in report.arms)
     came = (f"{arm.name} {report.units[arm.name]} ({arm.share / whole:.3g} declared)" for arm in report.arms)
@@ -185,7 +186,7 @@ def remarks(report: Report) -> list[str]:
 
 
 def html(report: Report) -> str:
-    """A page that needs nothing beside it: remarks, table, and the picture if matplotlib is installed."""
+    """A self-contained HTML page: remarks, table, and the picture if matplotlib is installed."""
     title = escape(f"{report.experiment}, phase {report.phase}")
     told = "".join(f"<li>{escape(remark)}</li>\n" for remark in remarks(report))
     head = "".join(f"<th>{escape(heading)}</th>" for heading in COLUMNS.values())
@@ -196,7 +197,7 @@ def html(report: Report) -> str:
     drawing = io.StringIO()
     with suppress(NoMatplotlib):
         picture(report, drawing)
-    svg = "".join(drawing.getvalue().partition("<svg")[1:])  # without the prologue of a file
+    svg = "".join(drawing.getvalue().partition("<svg")[1:])  # without the XML prologue
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
         f"</head>\n<body><h1>{title}</h1>\n<ul>\n{told}</ul>\n<table><tr>{head}</tr>\n{body}</table>\n{svg}</body></html>\n"
@@ -204,9 +205,9 @@ def html(report: Report) -> str:
 
 
 def picture(report: Report, where: Path | io.StringIO) -> bool:
-    """Draw every difference with its interval, a panel for each metric, a row for each arm; False if there is none.
+    """Draw every difference with its interval: one panel per metric, one row per arm. False if there is no difference.
 
-    where: a file, whose ending says PNG or SVG, or a text stream for SVG.
+    where: a file (.png or .svg), or a text stream for SVG.
     """
     try:
         import matplotlib as mpl
@@ -229,9 +230,9 @@ def picture(report: Report, where: Path | io.StringIO) -> bool:
         axis.set_ylim(-0.6, len(rows) - 0.4)
         axis.set_yticks(range(len(rows)), [line.arm for line, _ in rows], fontsize="x-small")
         axis.set_title(f"{metric}: difference to the control", fontsize="small", parse_math=False)
-        for label in axis.get_yticklabels():  # a dollar in a name is a dollar
+        for label in axis.get_yticklabels():  # a dollar sign in a name is no formula
             label.set_parse_math(False)
     kind = where.suffix[1:] if isinstance(where, Path) else "svg"
-    with mpl.rc_context({"svg.hashsalt": "vllm-edits", "svg.fonttype": "none"}):  # the same report is the same file
+    with mpl.rc_context({"svg.hashsalt": "vllm-edits", "svg.fonttype": "none"}):  # the same report gives the same file
         figure.savefig(where, format=kind, metadata={"Date": None} if kind == "svg" else None)
     return True

@@ -1,7 +1,7 @@
-"""What may be said of an experiment that is looked at every hour. Pure.
+"""Statistics that stay valid if an experiment is evaluated repeatedly. Pure.
 
-Every interval and test here is anytime-valid: it holds at all looks together, however many there are and whenever one
-stops. The intervals are asymptotic, like those of the central limit theorem; the test of the sample ratio is exact.
+Every interval and test here is anytime-valid: it is valid for all looks together, for any number of looks and any time
+of stopping. The intervals are asymptotic, as in the central limit theorem. The test of the sample ratio is exact.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Integers = npt.NDArray[np.int64]
 Booleans = npt.NDArray[np.bool_]
 
 MIN_UNITS = 100
-"""Effective units that every arm needs before it is compared: with fewer, sums are not yet near enough to normal."""
+"""Effective units that every arm needs for a comparison. With fewer, sums are not close enough to normal."""
 PRIOR_UNITS = 100.0
-"""How much the sample ratio's alternative keeps to the declared shares: as much as so many units seen before."""
+"""Weight of the declared shares in the prior of the sample ratio test, as a number of units."""
 
 
 def radius(variance: float, n: int, *, alpha: float = 0.05, tuned_for: int = 5000) -> float:
@@ -29,7 +29,7 @@ def radius(variance: float, n: int, *, alpha: float = 0.05, tuned_for: int = 500
         sqrt(variance) sqrt( 2 (n rho² + 1) / (n² rho²) log( sqrt(n rho² + 1) / alpha ) )
         rho² = ( -2 log alpha + log(1 - 2 log alpha) ) / tuned_for
 
-    The boundary of the mixture over N(0, rho²), narrowest (nearly) at n = tuned_for; elsewhere only wider, never wrong.
+    The boundary of the mixture over N(0, rho²). It is narrowest near n = tuned_for; elsewhere it is wider, but valid.
     Source: Waudby-Smith, Arbour, Sinha, Kennedy, Ramdas, arXiv 2103.06476: the sequence, and rho by its appendix.
     """
     evidence = -2 * math.log(alpha)
@@ -39,7 +39,7 @@ def radius(variance: float, n: int, *, alpha: float = 0.05, tuned_for: int = 500
 
 @dataclass(frozen=True)
 class Interval:
-    """A difference and the ends of its confidence sequence, in the metric's unit."""
+    """A difference with the ends of its confidence sequence, in the metric's unit."""
 
     estimate: float
     low: float
@@ -52,11 +52,11 @@ class ArmMean:
 
     mean: float
     variance: float
-    """per unit: the mean's own variance is this over `units`"""
+    """variance per unit; the variance of the mean is this divided by `units`"""
     units: int
     requests: int
     effective_units: float
-    """equally active units that would say as much: (sum of counts)² / sum of counts²"""
+    """number of equally active units with the same information: (sum of counts)² / sum of counts²"""
 
     @classmethod
     def of(cls, sums: Floats, counts: Integers) -> ArmMean | None:
@@ -64,8 +64,8 @@ class ArmMean:
 
             mean = sum(sums) / sum(counts)        variance = sum( (sums - mean counts)² ) / mean(counts)² / (units - 1)
 
-        sums, counts: [units], a metric's sum over a unit's requests and how many they are, at least one. That one unit
-        asks often, and alike, makes the variance larger; requests taken for independent ones would hide it.
+        sums, counts: [units], the metric's sum over a unit's requests, and the number of these requests, at least one.
+        A unit with many similar requests makes the variance larger. Treating requests as independent would hide this.
         """
         units, requests = len(counts), int(counts.sum())
         if units == 0:
@@ -76,30 +76,30 @@ class ArmMean:
 
     @property
     def is_enough(self) -> bool:
-        """Whether there are units enough to speak of; a few that make most of the requests are few."""
+        """True if there are enough effective units. A few units with most of the requests count as few."""
         return self.effective_units >= MIN_UNITS
 
 
 def difference(control: ArmMean, treatment: ArmMean, *, alpha: float = 0.05, tuned_for: int = 5000) -> Interval | None:
-    """treatment - control, right at all looks together with probability 1 - alpha; None while nothing can be said.
+    """treatment - control, valid at all looks together with probability 1 - alpha. None with too little data.
 
         radius(n v, n),    v = variance_c / units_c + variance_t / units_t,    n = requests_c + requests_t
         variance_a = max(arm a's own, that of both arms' units around their common mean)
 
-    Units come to the arms in fixed shares p, so the difference is the mean of one stream, to which a unit of an arm
-    gives its linearised value over p, and minus that in the control. The variance of such a mean is v: shares as they
-    came out stand for p, which changes it in higher order only (arXiv 2103.06476 on randomised experiments).
+    Units are assigned to the arms in fixed shares p. So the difference is the mean of one stream: a unit contributes
+    its linearised value divided by p, with a minus sign in the control. The variance of this mean is v. The observed
+    shares replace p, which is an error of higher order only (arXiv 2103.06476 on randomised experiments).
 
-    v is all that depends on the arms' sizes; n is only the clock, by which the boundary knows how long it was watched.
-    It counts requests, and so does tuned_for: the total error walks a step with every request. A unit that comes back
-    walks on in its old direction, and such a walk crosses no more often than independent steps of the same variance
-    (Slepian's inequality), as long as what a unit does is not opposed to what it did. Were the clock to count units, it
-    would stand still while the same ones keep asking, and the walk would not.
+    Only v depends on the sizes of the arms. n is the clock of the boundary: how long the experiment was watched. It
+    counts requests, as tuned_for does, because the total error takes a step with every request. A returning unit tends
+    to step in its old direction. Such a walk crosses the boundary no more often than independent steps of the same
+    variance (Slepian's inequality), as long as a unit does not systematically reverse its behaviour. A clock that
+    counts units would stand still while the same units send more requests, but the walk would continue.
 
-    No arm is taken to vary less than both together: among few requests rare errors do not happen, and an arm without
-    one would be certain of it. Without this a tenth of the units at 1 % errors alarms falsely in 3 of 10 experiments.
-    It makes wider, never narrower. What remains asymptotic: after some hundred units, most of whose values are alike,
-    a real and large difference may be underrated.
+    The variance of an arm is at least that of both arms together. With few requests, rare errors may not occur, and an
+    arm without errors would have zero variance. Without this rule, an arm with a tenth of the units and 1 % errors
+    gives false alarms in 3 of 10 experiments. The rule only makes intervals wider. One limitation remains: after a few
+    hundred units with mostly equal values, a real and large difference may be underestimated.
     """
     if not (control.is_enough and treatment.is_enough):
         return None
@@ -107,7 +107,7 @@ def difference(control: ArmMean, treatment: ArmMean, *, alpha: float = 0.05, tun
     common = sum(arm.units * arm.mean for arm in arms) / units
     together = sum(arm.units * (arm.variance + (arm.mean - common) ** 2) for arm in arms) / units
     v = sum(max(arm.variance, together) / arm.units for arm in arms)
-    if v == 0:  # nobody differs from anybody: how rare it is that somebody does is not known
+    if v == 0:  # all units are equal: the probability of a different unit is unknown
         return None
     n = control.requests + treatment.requests
     estimate, half = treatment.mean - control.mean, radius(n * v, n, alpha=alpha, tuned_for=tuned_for)
@@ -116,22 +116,22 @@ def difference(control: ArmMean, treatment: ArmMean, *, alpha: float = 0.05, tun
 
 @dataclass(frozen=True)
 class SampleRatio:
-    """Whether units came to the arms in the declared shares."""
+    """The test whether the shares of units in the arms are as declared."""
 
     log_bayes_factor: float
-    """for other shares, against the declared ones"""
+    """evidence for other shares, against the declared shares"""
     p_value: float
-    """sequential: below alpha at any look with probability at most alpha, if the shares are as declared"""
+    """sequential: if the shares are as declared, it is ever below alpha with probability at most alpha"""
     mismatch: bool
 
 
 def sample_ratio(counts: Sequence[int], shares: Sequence[float], *, alpha: float = 0.001) -> SampleRatio:
-    """The sequential multinomial test of how many units came to each arm: mismatch when log B > log(1 / alpha).
+    """The sequential multinomial test of the number of units in each arm. Mismatch if log B > log(1 / alpha).
 
         log B = log G(A) - log G(A + n) + sum( log G(a + counts) - log G(a) ) - sum( counts log shares )
 
-    G is the gamma function, n the sum of counts, a = PRIOR_UNITS shares the parameters of a Dirichlet prior over the
-    true shares, and A = PRIOR_UNITS their sum. B is a martingale that starts at 1 if the shares are as declared.
+    G is the gamma function, n the sum of counts, a = PRIOR_UNITS · shares the parameters of a Dirichlet prior over the
+    true shares, and A = PRIOR_UNITS their sum. If the shares are as declared, B is a martingale that starts at 1.
     Source: Lindon and Malek, arXiv 2011.03567. shares: all above 0; they are divided by their sum.
     """
     if min(shares) <= 0 or len(counts) != len(shares):
