@@ -1,4 +1,4 @@
-"""What a worker keeps beside its loaded model: edits in the graph, edits in the weights, versions made ready."""
+"""The edits of a loaded model, as a worker keeps them: in the graph, in the weights, and versions made ready."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vllm_edits.plugin.weights.patched_weights import Patch, PatchedWeights
 
 @dataclass
 class LoadedEdits:
-    """What a worker needs to find again on its model. Not a module, so it is not part of the model's tree."""
+    """The edits of a loaded model, for the worker. It is not a module, so it is not part of the model's tree."""
 
     edited: EditedModel
     base: BaseModelRef
@@ -24,7 +24,7 @@ class LoadedEdits:
     patches: HostCache[Patch]
     ending: EndsRequests
     runner: str = "V1"
-    """Which model runner feeds the token slots; the V2 runner's state says so when it is built."""
+    """The model runner that fills the token slots. The V2 runner's state sets it when it is built."""
 
 
 def edits_of(model: Any) -> LoadedEdits:

@@ -1,4 +1,4 @@
-"""What of vLLM this plugin leans on, in one table. Nothing of vLLM is imported.
+"""The table of all that this plugin uses of vLLM. It does not import vLLM.
 
 What of vLLM is touched: only this folder knows vLLM's objects, and `SEAMS` names all that it asks of them, each with
 what it is needed for:
@@ -46,7 +46,7 @@ class Seam:
     """why an object may be without it; '' where all have it"""
 
     def is_in(self, version: Version) -> bool:
-        """Whether a version should have it."""
+        """True if a version should have it."""
         return (not self.since or version >= Version(self.since)) and (not self.until or version < Version(self.until))
 
 
@@ -306,7 +306,7 @@ _OPTIONAL = {
     name for seam in SEAMS if seam.absent or ((seam.since or seam.until) and _ROWS[seam.name] == 1)
     for name in (seam.name, *seam.holds)
 }  # fmt: skip
-"""What some objects or some versions are without. Of two rows for one name, each is where some versions have it."""
+"""Names that some objects or versions lack. Of two rows for one name, each is where some versions have it."""
 
 
 def optional(owner: Any, name: str, default: Any = None) -> Any:

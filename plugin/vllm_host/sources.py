@@ -1,4 +1,4 @@
-"""Whether a vLLM's sources have what `seams` names. They are read as text, and nothing of vLLM is imported.
+"""The check that vLLM's sources have what seams.py names. They are read as text; nothing of vLLM is imported.
 
 Most definitions are plain to see in the text: `class Request`, below it `    def free(` or `self.requests = `. To parse
 all of these files takes seconds, so only those are parsed in which something is not plain to see.
@@ -20,7 +20,7 @@ Read = Callable[[str], str | None]
 
 
 def missing(read: Read, version: Version, *, parse_all: bool = False) -> list[str]:
-    """What the sources of a version do not have, each with what it is needed for.
+    """The interfaces that the sources of a version lack, each with its purpose.
 
     parse_all: takes nothing as plain to see
     """
@@ -49,7 +49,7 @@ _WORDS_BEFORE = ("", "def ", "async def ", "class ")
 
 
 def _is_plain(text: str, seam: Seam) -> bool:
-    """Whether a definition is plain to see. False says nothing."""
+    """True if a definition is plain to see. False says nothing."""
     owner, _, name = seam.name.rpartition(".")
     indent = ""
     if owner:
@@ -69,7 +69,7 @@ def _is_plain(text: str, seam: Seam) -> bool:
 
 
 def _says(text: str, start: int, indent: str, seam: Seam) -> bool:
-    """Whether a definition that begins there takes and holds what it should."""
+    """True if a definition that begins there takes and holds what it should."""
     end = _END_OF_HEADER.search(text, start)
     header = text[start : end.end()] if end and seam.takes else ""
     whole = _up_to_the_next(text, start, indent) if seam.holds else ""
@@ -111,15 +111,15 @@ def _fault(module: ast.Module, seam: Seam) -> str:
     if not seam.takes:
         return ""
     if not isinstance(found, ast.FunctionDef | ast.AsyncFunctionDef):
-        return f"{where} is no function"
+        return f"{where} is not a function"
     arguments = found.args
     names = [each.arg for each in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
     refused = [name for name in seam.takes if name not in names]
-    return f"{where} takes no {' and no '.join(refused)}" if refused else ""
+    return f"{where} does not take {' and '.join(refused)}" if refused else ""
 
 
 def _member(module: ast.Module, group: ast.AST, name: str) -> ast.AST | None:
-    """What is called so in a module or a class, or in a base of the class that the same module holds."""
+    """The member with this name in a module or a class, or in a base class in the same module."""
     for named, node in _members(group):
         if named == name:
             return node
@@ -132,7 +132,7 @@ def _member(module: ast.Module, group: ast.AST, name: str) -> ast.AST | None:
 
 
 def _members(group: ast.AST) -> Iterator[tuple[str, ast.AST]]:
-    """What a module or a class gives a name to, also below `if` and `try`; of a class also what its methods set."""
+    """The names that a module or a class defines, also below `if` and `try`; of a class also what its methods set."""
     for node in ast.iter_child_nodes(group):
         match node:
             case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
