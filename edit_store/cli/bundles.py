@@ -50,7 +50,7 @@ def init(store: StoreOption, as_json: JsonOption = False) -> None:
     if as_json:
         as_script({"url": url})
     else:
-        typer.echo(f"store ready at {url}")
+        plain(f"store ready at {url}")
 
 
 @app.command()
@@ -93,7 +93,7 @@ def _published(target: EditStore, bundle: Bundle, tag: str | None, reason: str) 
 
 def _tell_published(row: dict[str, str]) -> None:
     promoted = f", promoted as {row['promoted']}" if row["promoted"] else ""
-    typer.echo(f"published {row['name']}@{row['version'][:12]}{promoted}")
+    plain(f"published {row['name']}@{row['version'][:12]}{promoted}")
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -14,11 +15,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from vllm_edits.edit_store.errors import EditsError
-from vllm_edits.edit_store.refs import is_digest
+from vllm_edits.edit_store.refs import is_bundle_name, is_digest
 from vllm_edits.edit_store.signing import SigningKey
 from vllm_edits.edit_store.storage.store import EditStore
 
@@ -31,8 +32,12 @@ app = typer.Typer(
     help="Store and serve edited variants of one model. Run a command with --help to see what it does, when to use "
     "it, and examples.",
 )
-console = Console()
+_output = Console()
 _errors = Console(stderr=True)
+_HIDDEN = ("Cc", "Cs", "Zl", "Zp")
+"""Unicode categories of control characters, surrogates, and separators of lines and paragraphs."""
+_REORDERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""Characters that make a terminal show the following text in another order."""
 
 
 def known_store(context: typer.Context) -> EditStore | None:
@@ -47,7 +52,8 @@ def known_store(context: typer.Context) -> EditStore | None:
 def complete_name(context: typer.Context, incomplete: str) -> list[str]:
     """Names in the store that begin with `incomplete`."""
     store = known_store(context)
-    return [name for name in store.names() if name.startswith(incomplete)] if store else []
+    names = store.names() if store else []
+    return [name for name in names if name.startswith(incomplete) and is_bundle_name(name)]
 
 
 def complete_reference(context: typer.Context, incomplete: str) -> list[str]:
@@ -57,7 +63,7 @@ def complete_reference(context: typer.Context, incomplete: str) -> list[str]:
     if not at or store is None:
         return complete_name(context, incomplete)
     try:
-        found = [*store.tags(name), *(digest[:12] for digest in store.version_digests(name))]
+        found = [*store.tags(name), *(digest[:12] for digest in store.version_digests(name) if is_digest(digest))]
     except EditsError:
         return []
     return [f"{name}@{each}" for each in found if each.startswith(selector)]
@@ -99,7 +105,7 @@ def explained(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except EditsError as error:
-            typer.echo(f"vllm-edits: {error}", err=True)
+            plain(f"vllm-edits: {error}", err=True)
             raise typer.Exit(PROBLEM) from None
 
     return run
@@ -110,15 +116,29 @@ def show(rows: list[dict[str, Any]], columns: dict[str, str], as_json: bool) -> 
     if as_json:
         as_script(rows)
         return
-    table = Table(*columns.values(), box=None, header_style="bold")
+    # Text, not str: brackets and colons in an author's text are neither markup nor emoji.
+    table = Table(*(Column(Text(visible(heading))) for heading in columns.values()), box=None, header_style="bold")
     for row in rows:
-        table.add_row(*(Text(str(row[field])) for field in columns))  # what authors write is not our markup
-    console.print(table)
+        table.add_row(*(Text(visible(str(row[field]))) for field in columns))
+    _output.print(table)
 
 
-def plain(line: str) -> None:
-    """Print a line as it is: brackets in it are an author's words, not markup."""
-    console.print(line, markup=False, soft_wrap=True)
+def plain(line: str, *, err: bool = False) -> None:
+    """Print a line, on stderr with `err`. It is not wrapped, and brackets in it are not markup."""
+    (_errors if err else _output).print(Text(visible(line)), soft_wrap=True)
+
+
+def visible(text: str) -> str:
+    r"""Escape control characters, e.g. ESC as \x1b, except new lines and tabs. Other Unicode text does not change.
+
+    Texts from stores, servers and the Hub come from other authors. With raw control characters, such a text could clear
+    the terminal, change its title, or hide and reorder other text.
+    """
+    return "".join(each.encode("unicode_escape").decode() if _is_control(each) else each for each in text)
+
+
+def _is_control(character: str) -> bool:
+    return character not in "\n\t" and (unicodedata.category(character) in _HIDDEN or character in _REORDERING)
 
 
 def as_script(value: Any) -> None:
@@ -131,12 +151,13 @@ def as_script(value: Any) -> None:
 def counted(what: str, *, total: int | None = None, in_bytes: bool = False) -> Iterator[Callable[..., None]]:
     """A progress bar on stderr. Yields a function to call with `advance`, or with `completed` and `total`."""
     amount = DownloadColumn(binary_units=True) if in_bytes else MofNCompleteColumn()
-    columns = TextColumn("{task.description}"), BarColumn(), amount, TimeElapsedColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), amount, TimeElapsedColumn()
     with Progress(*columns, console=_errors, transient=True, disable=not _errors.is_terminal) as progress:
         task = progress.add_task(what, total=total)
 
-        def update(**changes: Any) -> None:
-            progress.update(task, **changes)
+        def update(*, description: str | None = None, **changes: Any) -> None:
+            shown = None if description is None else visible(description)
+            progress.update(task, description=shown, **changes)
 
         yield update
 

@@ -235,7 +235,7 @@ def sign_entries(
     if as_json:
         as_script({"experiment": name, "signed": signed, "keyid": signer.keyid})
     else:
-        typer.echo(f"signed {len(signed)} entries of {name}")
+        plain(f"signed {len(signed)} entries of {name}")
 
 
 @experiment.command(name="list")
@@ -253,7 +253,7 @@ def list_all(store: StoreOption, as_json: JsonOption = False) -> None:
                "began_at": "since", "reason": "why"}  # fmt: skip
     show(rows, columns, as_json)
     for trouble in troubles:
-        typer.echo(f"note: {trouble}", err=True)
+        plain(f"note: {trouble}", err=True)
 
 
 @experiment.command(name="show")
@@ -338,7 +338,7 @@ def _told(standing: Standing, as_json: bool) -> None:
         said += f", phase {standing.phase}; of all units {shares}"
     if standing.everyone:
         said += f"; all units get {standing.everyone}"
-    typer.echo(said)
+    plain(said)
 
 
 def _row(standing: Standing) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from vllm_edits.edit_store.cli.common import (
     explained,
     moving,
     opened,
+    plain,
 )
 from vllm_edits.edit_store.hub import push_pull as channel
 from vllm_edits.edit_store.hub.hub_repo import DEFAULT_REVISION
@@ -79,11 +80,11 @@ def push(
         as_script(asdict(done))
         return
     for each in done.present:
-        typer.echo(f"{abbreviated(each)} is in the repo already")
+        plain(f"{abbreviated(each)} is in the repo already")
     for each in done.added:
-        typer.echo(f"pushed {abbreviated(each)}")
+        plain(f"pushed {abbreviated(each)}")
     ended = "commit" if done.committed else "nothing to push, head is"
-    typer.echo(f"{repo} ({revision}): {ended} {done.commit[:12]}")
+    plain(f"{repo} ({revision}): {ended} {done.commit[:12]}")
 
 
 @hub.command()
@@ -116,8 +117,8 @@ def pull(
         as_script(asdict(done))
         return
     for each in done.versions:
-        typer.echo(f"pulled {abbreviated(each)}")
-    typer.echo(f"from {repo} ({revision}), commit {done.commit[:12]}")
+        plain(f"pulled {abbreviated(each)}")
+    plain(f"from {repo} ({revision}), commit {done.commit[:12]}")
 
 
 def _no_second_bars() -> None:

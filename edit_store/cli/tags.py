@@ -18,6 +18,7 @@ from vllm_edits.edit_store.cli.common import (
     as_script,
     explained,
     opened,
+    plain,
     show,
 )
 from vllm_edits.edit_store.compose import conflicts, named
@@ -73,7 +74,7 @@ def promote(
     _told(entry, as_json)
     if target.manifest(entry.version).parts:
         for line in named(conflicts(target.bundle(entry.version))):
-            typer.echo(f"note: {line}", err=True)
+            plain(f"note: {line}", err=True)
 
 
 @app.command()
@@ -154,4 +155,4 @@ def _told(entry: TagEntry, as_json: bool) -> None:
         as_script([entry.model_dump(mode="json")])
     else:
         what = "not served any more" if entry.withdrawn else entry.version[:12]
-        typer.echo(f"{entry.name}@{entry.tag} is {what} (entry {entry.sequence}, {entry.operation})")
+        plain(f"{entry.name}@{entry.tag} is {what} (entry {entry.sequence}, {entry.operation})")

@@ -18,6 +18,7 @@ from vllm_edits.edit_store.cli.common import (
     as_script,
     explained,
     opened,
+    plain,
     show,
 )
 from vllm_edits.edit_store.errors import EditsError, SettingsError
@@ -58,7 +59,7 @@ def keygen(
     if as_json:
         as_script({"private": str(private), "public": str(public), "keyid": key.keyid})
     else:
-        typer.echo(
+        plain(
             f"private: {private} (keep it secret)\npublic:  {public} (for: vllm-edits trust add)\nkeyid:   {key.keyid}"
         )
 
@@ -95,7 +96,7 @@ def sign(
     if as_json:
         as_script({"subject": subject, "what": what, "role": role, "keyid": signer.keyid})
     else:
-        typer.echo(f"signed {what} as {role} with key {signer.keyid[:12]}")
+        plain(f"signed {what} as {role} with key {signer.keyid[:12]}")
 
 
 def _subject(store: EditStore, ref: Ref, role: Role) -> tuple[str, str]:
@@ -207,7 +208,7 @@ def list_keys(file: FileArgument, as_json: JsonOption = False) -> None:
     ]  # fmt: skip
     show(rows, {"name": "who", "digits": "key", "roles": "roles", "from": "from", "until": "until"}, as_json)
     if not as_json:
-        typer.echo(f"needed: {policy.authors_needed} author(s), {policy.promoters_needed} promoter(s)")
+        plain(f"needed: {policy.authors_needed} author(s), {policy.promoters_needed} promoter(s)")
 
 
 @trust.command()
@@ -240,8 +241,8 @@ def check(
         as_script({"believed": not reasons, "reasons": [str(reason) for reason in reasons]})
     else:
         for reason in reasons:
-            typer.echo(f"  - {reason}")
-        typer.echo(f"{ref} is {'refused' if reasons else 'accepted'}")
+            plain(f"  - {reason}")
+        plain(f"{ref} is {'refused' if reasons else 'accepted'}")
     if reasons:
         raise typer.Exit(PROBLEM)
 
@@ -256,6 +257,6 @@ def _replace(file: Path, new: TrustPolicy, as_json: bool) -> None:
         as_script({"file": str(file), "keys": [key.name for key in new.keys], "missing": missing})
         return
     needed = f"{new.authors_needed} author(s), {new.promoters_needed} promoter(s)"
-    typer.echo(f"{file}: {len(new.keys)} key(s), needed: {needed}")
+    plain(f"{file}: {len(new.keys)} key(s), needed: {needed}")
     for each in missing:
-        typer.echo(f"servers cannot use this file yet: {each}", err=True)
+        plain(f"servers cannot use this file yet: {each}", err=True)

@@ -18,11 +18,11 @@ from vllm_edits.edit_store.cli.common import (
     app,
     as_script,
     complete_reference,
-    console,
     counted,
     explained,
     moving,
     opened,
+    plain,
     show,
 )
 from vllm_edits.edit_store.storage.store import EditStore
@@ -58,7 +58,7 @@ def copy(
         as_script(copied)
     else:
         for each in copied:
-            typer.echo(f"copied {abbreviated(each)} to {target.url}")
+            plain(f"copied {abbreviated(each)} to {target.url}")
 
 
 @app.command(name="export")
@@ -88,7 +88,7 @@ def export_version(
     if as_json:
         as_script({"file": str(path), "version": version, "bytes": path.stat().st_size})
     else:
-        typer.echo(f"written: {path} ({sized(path.stat().st_size)}), version {version[:12]}")
+        plain(f"written: {path} ({sized(path.stat().st_size)}), version {version[:12]}")
 
 
 @app.command(name="import")
@@ -123,7 +123,7 @@ def import_version(
         as_script(rows)
     else:
         for row in rows:
-            typer.echo(f"imported {row['name']}@{row['version'][:12]}")
+            plain(f"imported {row['name']}@{row['version'][:12]}")
 
 
 @app.command()
@@ -147,12 +147,12 @@ def verify(store: StoreOption, as_json: JsonOption = False) -> None:
         if found.findings:
             columns = {"object": "object", "problem": "problem", "mend": "what to do"}
             show([asdict(each) for each in found.findings], columns, as_json=False)
-        console.print(
+        plain(
             f"{found.versions} versions ({sized(found.bytes)}), {found.tags} tags with {found.entries} entries, "
             f"{found.signatures} signatures: {'clean' if found.clean else f'{len(found.findings)} finding(s)'}"
         )
         if found.garbage:
-            console.print(f"{len(found.garbage)} objects without a reference. Delete them with: vllm-edits gc")
+            plain(f"{len(found.garbage)} objects without a reference. Delete them with: vllm-edits gc")
     if not found.clean:
         raise typer.Exit(PROBLEM)
 
@@ -188,9 +188,9 @@ def gc(
                    "objects": [item.key for item in garbage.items]})  # fmt: skip
         return
     for version in garbage.versions:
-        typer.echo(f"  version {version[:12]}, never promoted")
+        plain(f"  version {version[:12]}, never promoted")
     told = f"{len(garbage.items)} objects, {sized(garbage.bytes)}, {len(garbage.versions)} versions"
-    typer.echo(f"deleted: {told}" if run else f"would delete: {told}. Delete with: vllm-edits gc --run")
+    plain(f"deleted: {told}" if run else f"would delete: {told}. Delete with: vllm-edits gc --run")
 
 
 def _collected(store: EditStore, grace_hours: float) -> collect.Garbage:

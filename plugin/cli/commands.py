@@ -144,7 +144,7 @@ def _vllm(
     arguments = serve_command.arguments(model, settings, flags)
     chosen = serve_command.plugins(os.environ.get(serve_command.VARIABLE))
     for remark in chosen.remarks:
-        typer.echo(f"vllm-edits: {remark}", err=True)
+        plain(f"vllm-edits: {remark}", err=True)
     return command, arguments, {**os.environ, serve_command.VARIABLE: ",".join(chosen.names)}
 
 
@@ -253,7 +253,7 @@ def status(
         raise EditsError(f"{url}/v1/edits answered {answer.status_code}: {answer.text[:200]}")
     found: dict[str, Any] = answer.json()
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        as_script(found)
         return
     _show_status(found)
 

@@ -70,7 +70,7 @@ def report(
     if html_file is not None:
         html_file.write_text(html(found))
     if picture_file is not None and not picture(found, picture_file):
-        typer.echo(f"nothing to draw yet: {picture_file} was not written", err=True)
+        plain(f"nothing to draw yet: {picture_file} was not written", err=True)
     if as_data:
         as_script(as_json(found))
         return
