@@ -4,14 +4,8 @@ An edit record is frozen and small; its numbers live in the bundle's tensor file
 float32 (indices as int32). A kind's `apply` is the reference in numpy, one token a row, which the served form is tested
 against.
 
-Several edits may meet at one site. They apply in the order that their kinds declare, whatever their order in the
-bundle:
-
-    10  weight_delta     added to the weight: the others edit what the new weight gives
-    20  scale            factors multiply
-    30  low_rank, gate   every one reads what 20 gave, and all are added: their order does not matter
-    40  subspace_filter  one after the other, by `part`
-    50  offset           all are added; then, if one of them asks for it, the norm from before 50 is restored
+Several edits may meet at one site. They apply in the order that their kinds declare (`Edit.order`), not in that of the
+bundle. EDITS.md has the order of the product's kinds, and what each may do.
 
 An edit that reads another point of its layer reads it as that point's own edits left it. `scope` says for which tokens
 an edit counts, and a request's strength s, within the bundle's bounds, how much: what an edit adds is multiplied by s
@@ -136,7 +130,7 @@ class Edit(BaseModel):
         return getattr(self, "reads", None) or self.site
 
     @classmethod
-    def sources(cls, site: Site, besides: Iterable[str]) -> list[Site]:  # noqa: ARG003
+    def sources(cls, site: Site, besides: Iterable[str]) -> list[Site]:
         """What this kind may read at `site`, the usual one first; `besides`: other points that can be read there."""
         return [site]
 

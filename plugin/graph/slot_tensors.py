@@ -57,7 +57,7 @@ class SlotTensors(nn.Module):
         self._shares: dict[str, Shard] = {}
         self._keep("scope_row", dtype=torch.float32, feature=SCALED)
         self.neurons = 0
-        """how many things in a slot are counted, each for the tokens at which it did something"""
+        """how many things of a slot are counted, one for each rank: the tokens at which each gave something"""
         self.firings: FiringCounters | None = None
         """what counts them"""
         self.column = 0
