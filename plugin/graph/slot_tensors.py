@@ -44,9 +44,9 @@ class SlotTensors(nn.Module):
     """
 
     stage: ClassVar[type[Stage]] = Stage
-    """How edits of this kind, and of those that share its stage, are computed together at a site."""
+    """Computation of all edits of this kind, and of those that share its stage, at one site."""
     linear: ClassVar[bool] = False
-    """Whether what is added is linear in what is read, and not counted: workers may then add up their parts of it."""
+    """Adds what is linear in what is read, and is not counted: workers may then add up their parts of it."""
 
     def __init__(self, shape: Shape, layout: Layout) -> None:
         super().__init__()

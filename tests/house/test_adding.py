@@ -407,7 +407,8 @@ def test_a_name_is_registered_once() -> None:
     class Nameless(Offset):
         kind: str
 
-    store.add()
+    for part in (store, formula, graph):
+        part.add()
     with pytest.raises(ValueError, match="kind of edit 'clamp' is registered already"):
         store_kinds.register(Another)
     with pytest.raises(TypeError, match="Nameless: expected a field `kind: Literal"):
