@@ -4,14 +4,8 @@ An edit record is frozen and small; its numbers live in the bundle's tensor file
 float32 (indices as int32). A kind's `apply` is the reference in numpy, one token a row, which the served form is tested
 against.
 
-Several edits may meet at one site. They apply in the order that their kinds declare, whatever their order in the
-bundle:
-
-    10  weight_delta     added to the weight: the others edit what the new weight gives
-    20  scale            factors multiply
-    30  low_rank, gate   every one reads what 20 gave, and all are added: their order does not matter
-    40  subspace_filter  one after the other, by `part`
-    50  offset           all are added; then, if one of them asks for it, the norm from before 50 is restored
+Several edits may meet at one site. They apply in the order that their kinds declare (`Edit.order`), not in that of the
+bundle. EDITS.md has the order of the product's kinds, and what each may do.
 
 An edit that reads another point of its layer reads it as that point's own edits left it. `scope` says for which tokens
 an edit counts, and a request's strength s, within the bundle's bounds, how much: what an edit adds is multiplied by s
@@ -48,14 +42,14 @@ IN_PLACE = tuple(point for point in POINTS if point != "logits")
 
 
 class Order(NamedTuple):
-    """When edits of a kind apply at their site: stage after stage, and within one by `place`."""
+    """Time at which edits of a kind apply at their site: stage after stage, and within one by `place`."""
 
     stage: int
     place: int = 0
 
 
 class Measure(NamedTuple):
-    """How much an edit does, in the unit of its kind: a number, and what it is of."""
+    """Size of what an edit does, in the unit of its kind: a number, and what it is of."""
 
     norm: float
     of: str
@@ -78,19 +72,19 @@ class Edit(BaseModel):
     points: ClassVar[tuple[str, ...]]
     """Points where this kind has a meaning."""
     order: ClassVar[Order]
-    """When it applies among the kinds at one site. All edits of one stage read what the stage before left."""
+    """Time at which it applies among the kinds at one site. All edits of one stage read what the stage before left."""
     in_turn: ClassVar[bool] = False
-    """Whether its edits do not: each then reads what the edit before left."""
+    """Exception to that: each of its edits reads what the edit before left."""
     transforms: ClassVar[bool] = False
-    """Whether it changes what other edits at its site gave, and does not only add to it."""
+    """Changes what other edits at its site gave, and does not only add to it."""
     only_in_weights: ClassVar[str] = ""
-    """Why it is not served per request, as the end of a sentence about an edit; empty where it is."""
+    """Reason not to serve it per request, as the end of a sentence about an edit; empty where there is none."""
     features: ClassVar[tuple[str, ...]] = ()
-    """What else a server must make room for, beside a rank, that some of its edits need: a name for each."""
+    """Names of what some of its edits need, beside a rank, and a server must reserve."""
     usually_reserved: ClassVar[bool] = False
-    """Whether a server makes room for its `usual` edits when nothing is said and nothing is promoted."""
+    """Has its `usual` edits reserved by a server that is told nothing and finds nothing promoted."""
     adds_constant: ClassVar[bool] = False
-    """Whether, in a weight, it may need a bias."""
+    """May need a bias where it is put into a weight."""
     integers: ClassVar[tuple[str, ...]] = ()
     """Tensor fields of integers; all others are float32."""
 
@@ -109,17 +103,17 @@ class Edit(BaseModel):
 
     @property
     def capacity(self) -> int:
-        """How much of a server's reservation this edit needs: its rank, or 1 where rank has no meaning."""
+        """Part of a server's reservation that this edit needs: its rank, or 1 where rank has no meaning."""
         return getattr(self, "rank", 1)
 
     @property
     def label(self) -> str:
-        """What tells this edit from the others of its kind, for people: its site, and its part where there are more."""
+        """Name among the edits of its kind, for people: its site, and its part where there are more."""
         return self.site if self.part == 1 else f"{self.site}.{self.part}"
 
     @property
     def ranked(self) -> bool:
-        """Whether rank has a meaning: ranks of edits that are computed together add up."""
+        """True where rank has a meaning: ranks of edits that are computed together add up."""
         return hasattr(self, "rank")
 
     @property
@@ -128,8 +122,8 @@ class Edit(BaseModel):
         return getattr(self, "reads", None) or self.site
 
     @classmethod
-    def sources(cls, site: Site, besides: Iterable[str]) -> list[Site]:  # noqa: ARG003
-        """What this kind may read at `site`, the usual one first; `besides`: other points that can be read there."""
+    def sources(cls, site: Site, besides: Iterable[str]) -> list[Site]:
+        """Sites that this kind may read at `site`, the usual one first; `besides`: other points that are read there."""
         return [site]
 
     @abstractmethod
@@ -137,7 +131,7 @@ class Edit(BaseModel):
         """Shape of each tensor field for a model of these widths."""
 
     def misplaced(self) -> str | None:
-        """Why this kind cannot stand at its site, or None."""
+        """Reason why this kind cannot stand at its site, or None."""
         point = Site.parse(self.site).point
         if point in self.points:
             return None
@@ -154,7 +148,7 @@ class Edit(BaseModel):
     # -- what a bundle must keep (verify.py) -------------------------------------------------------------------------
 
     def rules_of_model(self, base: BaseModelRef, architecture: Architecture) -> Iterator[Reason]:
-        """Why this edit cannot stand at its site in that model, beside what holds for every kind."""
+        """Reasons why this edit cannot stand at its site in that model, beside those that hold for every kind."""
         yield from ()
 
     def rules_of_numbers(self, fields: Fields, widths: Widths) -> Iterator[Broken]:
@@ -169,7 +163,7 @@ class Edit(BaseModel):
 
     @abstractmethod
     def measure(self, fields: Fields) -> Measure:
-        """How much it does."""
+        """Size of what it does."""
 
     def moved(self, new: Self, before: Fields, after: Fields) -> float | None:
         """||new - old|| / ||old|| of what the edit does, not of how it is written down; None where there is no measure.
@@ -189,23 +183,23 @@ class Edit(BaseModel):
         return None
 
     def beside(self, fields: Fields, other: Edit, other_fields: Fields) -> str | None:
-        """What comes of it and another bundle's edit at its site, if not just what each does alone."""
+        """Effect of it and another bundle's edit at one site on each other; None where each does what it does alone."""
         return None
 
     # -- how it is served (plugin/graph/reservation.py, plugin/serving/version_info.py) -------------------------------
 
     def needs(self, together: int) -> frozenset[str]:
-        """The `features` it needs, where so many edits are computed together."""
+        """Those of its `features` that it needs, where so many edits are computed together."""
         return frozenset()
 
     @property
     def alone(self) -> bool:
-        """Whether it cannot be computed together with another of its kind that reads the same point."""
+        """True where it cannot be computed together with another of its kind that reads the same point."""
         return False
 
     @property
     def fires(self) -> bool:
-        """Whether it does nothing at most tokens, so that the others are worth counting."""
+        """True where it does nothing at most tokens, so that the others are worth counting."""
         return False
 
     @classmethod
@@ -216,18 +210,24 @@ class Edit(BaseModel):
     # -- in a weight (plugin/weights/weight_form.py) ------------------------------------------------------------------
 
     def formless(self) -> str | None:
-        """Why no weight can stand for it, wherever it is, and what to do instead; None where one can."""
+        """Reason why no weight can stand for it, wherever it is, and what to do instead; None where one can."""
         if self.scope.everything:
             return None
         return "it has a scope, and a weight is the same for every token. Serve it per request"
 
     @classmethod
     def linear(cls, numbers: Sequence[tuple[Self, Fields]], width: int) -> AffineMap:
-        """What edits of this kind that read their own site do to the vector there, together, in their order."""
+        """Map of the vector at a site by edits of this kind that read it, together, in their order.
+
+        NotImplementedError where every edit is `formless`.
+        """
         raise NotImplementedError(f"{cls.__name__} has no linear form")
 
     def weight_change(self, fields: Fields, shape: Sequence[int]) -> tuple[Any, ...]:
-        """What it adds to the weight [out, in] between what it reads and its site: a matrix, or the factors of one."""
+        """Change of the weight [out, in] between what it reads and its site: a matrix, or the two factors of one.
+
+        NotImplementedError where it reads its own site, or is `formless`.
+        """
         raise NotImplementedError(f"{type(self).__name__} is no change of a weight")
 
     # -- examples, for proofs and benchmarks --------------------------------------------------------------------------
@@ -270,7 +270,7 @@ class ReadingEdit(Edit):
 
     @classmethod
     def _readable(cls, site: Site) -> list[Site]:
-        """What it may read at a site in some architecture."""
+        """Sites that it may read at a site in some architecture."""
         return cls.sources(site, READS.get(site.point, ()))
 
     def _source_width(self, widths: Widths) -> int:

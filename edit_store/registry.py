@@ -21,8 +21,8 @@ class Registry(Mapping[str, T]):
         self._known: dict[str, T] = {}
 
     def add(self, name: str, thing: T) -> None:
-        """Register a thing. ValueError when another one has the name."""
-        if self._known.get(name, thing) is not thing:
+        """Register a thing, which may be done again. ValueError when another one has the name."""
+        if self._known.get(name, thing) != thing:
             raise ValueError(f"{self._sort} {name!r} is registered already, as {self._known[name]!r}")
         known = {**self._known, name: thing}
         order = known if self._key is None else sorted(known, key=lambda each: (self._key(known[each]), each))  # type: ignore[misc]

@@ -92,7 +92,7 @@ class Gate(ReadingEdit):
         return cls(site=f"layers.{layer}.mlp.out", reads=f"layers.{layer}.mlp.in", rank=rank, normalise=True)
 
     @classmethod
-    def forms(cls, site: Site, width: int) -> Iterator[tuple[str, Self]]:  # noqa: ARG003
+    def forms(cls, site: Site, width: int) -> Iterator[tuple[str, Self]]:
         where = str(site)
         for reads in map(str, cls._readable(site)):
             yield "", cls(site=where, reads=reads, rank=4)

@@ -64,7 +64,7 @@ class LowRank(ReadingEdit):
         return cls(site=f"layers.{layer}.mlp.out", reads=f"layers.{layer}.mlp.h", rank=rank)
 
     @classmethod
-    def forms(cls, site: Site, width: int) -> Iterator[tuple[str, Self]]:  # noqa: ARG003
+    def forms(cls, site: Site, width: int) -> Iterator[tuple[str, Self]]:
         for reads in cls._readable(site):
             yield "", cls(site=str(site), reads=str(reads), rank=2)
 

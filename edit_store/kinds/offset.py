@@ -66,11 +66,11 @@ class Offset(Edit):
         )
 
     @classmethod
-    def usual(cls, layer: int, rank: int = 1) -> Self:  # noqa: ARG003
+    def usual(cls, layer: int, rank: int = 1) -> Self:
         return cls(site=f"layers.{layer}.resid")
 
     @classmethod
-    def forms(cls, site: Site, width: int) -> Iterator[tuple[str, Self]]:  # noqa: ARG003
+    def forms(cls, site: Site, width: int) -> Iterator[tuple[str, Self]]:
         yield "", cls(site=str(site))
         yield "renorm", cls(site=str(site), renorm=True)
 

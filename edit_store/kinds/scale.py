@@ -91,11 +91,11 @@ class Scale(Edit):
         return AffineMap.of(width, factor=factor)
 
     @classmethod
-    def usual(cls, layer: int, rank: int = 1) -> Self:  # noqa: ARG003
+    def usual(cls, layer: int, rank: int = 1) -> Self:
         return cls(site=f"layers.{layer}.attn.z")
 
     @classmethod
-    def forms(cls, site: Site, width: int) -> Iterator[tuple[str, Self]]:  # noqa: ARG003
+    def forms(cls, site: Site, width: int) -> Iterator[tuple[str, Self]]:
         yield "head", cls(site=str(site), per="head", bias="scaled")
         yield "channel", cls(site=str(site), per="channel", bias="scaled")
 

@@ -91,11 +91,11 @@ class WeightDelta(ReadingEdit):
         return (delta,)
 
     @classmethod
-    def usual(cls, layer: int, rank: int = 1) -> Self:  # noqa: ARG003
+    def usual(cls, layer: int, rank: int = 1) -> Self:
         return cls(site=f"layers.{layer}.mlp.out", reads=f"layers.{layer}.mlp.h")
 
     @classmethod
-    def forms(cls, site: Site, width: int) -> Iterator[tuple[str, Self]]:  # noqa: ARG003
+    def forms(cls, site: Site, width: int) -> Iterator[tuple[str, Self]]:
         for reads in cls._readable(site)[:1]:
             yield "", cls(site=str(site), reads=str(reads))
             yield "sparse", cls(site=str(site), reads=str(reads), layout="sparse", count=20)

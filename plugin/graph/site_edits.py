@@ -56,7 +56,7 @@ class SiteEdits(nn.Module):
         return len(self.stages) > 0
 
     def forward(self, value: Tensor) -> Tensor:
-        """What the edits add to `value` [T, width], in float32."""
+        """Sum of what the edits add to `value` [T, width], in float32."""
         value = value.float()
         slots = self.step.slots[: value.shape[0]]
         added = torch.zeros_like(value)

@@ -44,9 +44,9 @@ class SlotTensors(nn.Module):
     """
 
     stage: ClassVar[type[Stage]] = Stage
-    """How edits of this kind, and of those that share its stage, are computed together at a site."""
+    """Computation of all edits of this kind, and of those that share its stage, at one site."""
     linear: ClassVar[bool] = False
-    """Whether what is added is linear in what is read, and not counted: workers may then add up their parts of it."""
+    """Adds what is linear in what is read, and is not counted: workers may then add up their parts of it."""
 
     def __init__(self, shape: Shape, layout: Layout) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class SlotTensors(nn.Module):
         self._shares: dict[str, Shard] = {}
         self._keep("scope_row", dtype=torch.float32, feature=SCALED)
         self.neurons = 0
-        """how many things in a slot are counted, each for the tokens at which it did something"""
+        """how many things of a slot are counted, one for each rank: the tokens at which each gave something"""
         self.firings: FiringCounters | None = None
         """what counts them"""
         self.column = 0

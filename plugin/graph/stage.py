@@ -15,8 +15,8 @@ from vllm_edits.plugin.graph.tensor_parallel import AllReduce
 class Stage(nn.Module):
     """Edits of kinds that share a stage of `Edit.order`: each reads what the stage before left, and all are added.
 
-    Where they apply in turn (`Edit.in_turn`) each reads what the edit before left. A kind may have a stage of its own,
-    where more is to be said of its edits together.
+    Where they apply in turn (`Edit.in_turn`) each reads what the edit before left. A kind whose edits do more together
+    than that has a subclass of its own.
     """
 
     def __init__(self, number: int, *, in_turn: bool, total: AllReduce) -> None:
@@ -35,7 +35,7 @@ class Stage(nn.Module):
         """what counts firings, where no edit that fires comes after this stage"""
 
     def forward(self, value: Tensor, added: Tensor, slots: Tensor, step: Step, carried: Carried) -> Tensor:
-        """What this stage and those before it add to `value` [T, width]; those before it have `added` [T, width]."""
+        """Sum of what this stage and those before it add to `value` [T, width]; `added`: by those before it."""
         added = self._with_groups(value, added, slots, step, carried)
         if self.adds_up is not None:
             self.adds_up.add(slots)

@@ -80,7 +80,7 @@ def run(model: TinyModel, edited: EditedModel, x: Tensor) -> Tensor:
 
 
 def by_formula(model: TinyModel, x: Tensor, bundle: Bundle | None) -> Array:
-    """The tiny model in numpy, edited by the formulas of `vllm_edits.edit_store.edits`."""
+    """The tiny model in numpy, edited by the formulas of the kinds."""
     tensors = check(bundle) if bundle else {}
     pairs = [(edit, edit.numbers(tensors, WIDTHS)) for edit in (bundle.manifest.edits if bundle else ())]
     return tiny_by_formula(model, x, edits_by_formula(pairs))

@@ -8,7 +8,7 @@ import functools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, groupby
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,19 +25,16 @@ from vllm_edits.edit_store import (
     BaseModelRef,
     Bundle,
     EditStore,
-    Gate,
-    LowRank,
     Offset,
     Provenance,
     Site,
     TagEntry,
-    WeightDelta,
     Widths,
     check,
 )
 from vllm_edits.edit_store.architectures import supported
 from vllm_edits.edit_store.backends import Backend, Item
-from vllm_edits.edit_store.edits import Array, order_at_site
+from vllm_edits.edit_store.edits import Array, ReadingEdit, order_at_site
 from vllm_edits.edit_store.errors import BundleRefused, EditsError, StoreUnavailable
 from vllm_edits.edit_store.reading.cache import NodeCache
 from vllm_edits.edit_store.reading.reader import Reader
@@ -217,21 +214,17 @@ def tiny_by_formula(model: TinyModel, x: Tensor, at: At) -> Array:
 
 
 def edits_by_formula(pairs: Sequence[tuple[Any, Mapping[str, Array]]]) -> At:
-    """What edits do to every site, by the `apply` of their kinds and the order of `vllm_edits.edit_store.edits`."""
+    """What edits do to every site, by the `apply` of their kinds, in the order that these declare."""
     seen: dict[str, Array] = {}
 
     def at(site: str, value: Array) -> Array:
         here = sorted((pair for pair in pairs if pair[0].site == site), key=lambda pair: order_at_site(pair[0]))
-        adding: Array | None = None
-        for edit, fields in here:
-            if isinstance(edit, WeightDelta):
-                value = edit.apply(seen[edit.source], value, **fields)
-            elif isinstance(edit, LowRank | Gate):
-                adding = value if adding is None else adding
-                x = adding if edit.source == site else seen[edit.source]
-                value = edit.apply(x, value, **fields)
-            else:
-                value = edit.apply(value, **fields)
+        for _, stage in groupby(here, key=lambda pair: pair[0].order.stage):
+            before = value
+            for edit, fields in stage:
+                reads = before if edit.source == site else seen[edit.source]
+                vectors = (reads, value) if isinstance(edit, ReadingEdit) else (value,)
+                value = edit.apply(*vectors, **fields)
         seen[site] = value
         return value
 

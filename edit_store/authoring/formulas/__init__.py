@@ -17,15 +17,15 @@ from vllm_edits.edit_store.registry import Registry, import_modules
 Numbers = Mapping[str, Tensor]
 """An edit's numbers by tensor field, in the type that is computed in."""
 Added = Callable[[Any, Numbers, Tensor, Tensor], Tensor]
-"""What an edit with these numbers adds at full strength to `y` [..., width], having read `x` [..., in]."""
+"""Vector that an edit with these numbers adds at full strength to `y` [..., width], having read `x` [..., in]."""
 Settled = Callable[[Sequence[tuple[Any, Tensor]], Tensor, Tensor], Tensor]
-"""What becomes of a site's vector when all edits of a kind are added: given these edits, each with how much it counts
+"""Vector of a site when all edits of a kind are added: given these edits, each with how much it counts
 for each token, the vector before them, and the one after them."""
 
 
 @dataclass(frozen=True)
 class Formula:
-    """How a kind of edit is computed."""
+    """Computation of a kind of edit."""
 
     added: Added
     settled: Settled
