@@ -26,13 +26,13 @@ def test_what_is_named_in_code_is_there(path: str, world: World) -> None:
 
 OTHER = Page.read("docs/other.md", "# What's *new*? (`x_y`)\n\n## Twice\n\n## Twice\n\n<a id='here'></a>\n")
 TRACKED = frozenset(
-    {"docs/page.md", "docs/other.md", "plugin/graph/fold.py", "loadtests/demo/README.md", "a picture.svg"}
+    {"docs/page.md", "docs/other.md", "plugin/graph/reservation.py", "loadtests/demo/README.md", "a picture.svg"}
 )
 
 
 @pytest.mark.parametrize(
     "link",
-    ["[a](other.md)", "[a](../plugin/graph/fold.py)", "[a](../plugin)", "[a](../loadtests/demo/)", "[a](#a-page)",
+    ["[a](other.md)", "[a](../plugin/graph/reservation.py)", "[a](../plugin)", "[a](../loadtests/demo/)", "[a](#a-page)",
      "[a](other.md#whats-new-x_y)", "[a](other.md#twice)", "[a](other.md#twice-1)", "[a](other.md#here)", "[a](..)",
      "[a](../a%20picture.svg)", "![a](<../a picture.svg>)", "<img src='../a picture.svg'>", "[a]\n\n[a]: other.md",
      "[a](https://example.org/none)", "[a](mailto:a@example.org)", "`[a](none.md)`"],
@@ -46,7 +46,7 @@ def test_a_link_that_leads_somewhere_passes(link: str) -> None:
     ("link", "said"),
     [
         ("[a](none.md)", "there is no docs/none.md"),
-        ("[a](fold.py)", "there is no docs/fold.py, but plugin/graph/fold.py"),
+        ("[a](fold.py)", "there is no docs/fold.py, but plugin/graph/reservation.py"),
         ("[a](../demo/README.md)", "there is no demo/README.md, but loadtests/demo/README.md"),
         ("[a](other.md#whats-old)", "docs/other.md has no heading #whats-old"),
         ("[a](other.md#twice-2)", "has no heading #twice-2"),
@@ -66,7 +66,7 @@ def test_a_link_that_leads_nowhere_is_told_with_its_line(link: str, said: str) -
 
 @pytest.mark.parametrize(
     "code",
-    ["plugin/graph/fold.py", "vllm_edits/plugin/graph/fold.py", "fold.py", "house/test_links.py", "../plugin",
+    ["plugin/graph/reservation.py", "vllm_edits/plugin/graph/reservation.py", "reservation.py", "house/test_links.py", "../plugin",
      "edit_store/authoring/", "tests/house/test_*.py", ".cache/rehearsal", "FOLDER/results.jsonl", "trust.json",
      "blobs/sha256/<ab>", "/v1/models", "application/json", "vllm-edits gc --run", "vllm-edits trust …",
      "vllm-edits serve MODEL --any-flag", "vllm serve --grpc", "make bench ARGS='--only idle'", "make pack-gpu DEST=…",
@@ -83,7 +83,7 @@ def test_a_name_that_is_there_passes(code: str, world: World) -> None:
 @pytest.mark.parametrize(
     ("code", "said"),
     [
-        ("plugin/fold.py", "no such file or folder, but plugin/graph/fold.py"),
+        ("plugin/reservation.py", "no such file or folder, but plugin/graph/reservation.py"),
         ("demo/", "no such file or folder, but loadtests/demo"),
         ("test_nothing.py", "no such file"),
         ("tests/house/tests_*.py", "no such file"),
