@@ -46,7 +46,7 @@ def test_a_link_that_leads_somewhere_passes(link: str) -> None:
     ("link", "said"),
     [
         ("[a](none.md)", "there is no docs/none.md"),
-        ("[a](fold.py)", "there is no docs/fold.py, but plugin/graph/reservation.py"),
+        ("[a](reservation.py)", "there is no docs/reservation.py, but plugin/graph/reservation.py"),
         ("[a](../demo/README.md)", "there is no demo/README.md, but loadtests/demo/README.md"),
         ("[a](other.md#whats-old)", "docs/other.md has no heading #whats-old"),
         ("[a](other.md#twice-2)", "has no heading #twice-2"),
