@@ -32,7 +32,8 @@ TRACKED = frozenset(
 
 @pytest.mark.parametrize(
     "link",
-    ["[a](other.md)", "[a](../plugin/graph/reservation.py)", "[a](../plugin)", "[a](../loadtests/demo/)", "[a](#a-page)",
+    ["[a](other.md)", "[a](../plugin/graph/reservation.py)", "[a](../plugin)", "[a](../loadtests/demo/)",
+     "[a](#a-page)",
      "[a](other.md#whats-new-x_y)", "[a](other.md#twice)", "[a](other.md#twice-1)", "[a](other.md#here)", "[a](..)",
      "[a](../a%20picture.svg)", "![a](<../a picture.svg>)", "<img src='../a picture.svg'>", "[a]\n\n[a]: other.md",
      "[a](https://example.org/none)", "[a](mailto:a@example.org)", "`[a](none.md)`"],
@@ -66,7 +67,8 @@ def test_a_link_that_leads_nowhere_is_told_with_its_line(link: str, said: str) -
 
 @pytest.mark.parametrize(
     "code",
-    ["plugin/graph/reservation.py", "vllm_edits/plugin/graph/reservation.py", "reservation.py", "house/test_links.py", "../plugin",
+    ["plugin/graph/reservation.py", "vllm_edits/plugin/graph/reservation.py", "reservation.py",
+     "house/test_links.py", "../plugin",
      "edit_store/authoring/", "tests/house/test_*.py", ".cache/rehearsal", "FOLDER/results.jsonl", "trust.json",
      "blobs/sha256/<ab>", "/v1/models", "application/json", "vllm-edits gc --run", "vllm-edits trust …",
      "vllm-edits serve MODEL --any-flag", "vllm serve --grpc", "make bench ARGS='--only idle'", "make pack-gpu DEST=…",
