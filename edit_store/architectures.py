@@ -1,12 +1,10 @@
-"""The table of supported architectures: what each is made of, one entry for each.
+"""The table of supported architectures, one entry for each.
 
-An entry names the modules behind the sites as both transformers and vLLM call them, so authors, the checks at publish
-time and the server read the same line. A projection that one of them fuses (`qkv_proj`, `gate_up_proj`) and the other
-does not is found in either form. `vllm-edits sites MODEL` shows what an entry makes of a model.
+An entry names the modules behind the sites as both transformers and vLLM call them. Authors, the checks at publish time
+and the server read the same entry. A projection that only one of the two libraries fuses (`qkv_proj`, `gate_up_proj`)
+is found in either form. `vllm-edits sites MODEL` shows the sites that an entry gives a model.
 
-To add one: write the entry; then run `make parity ARGS=<name>`, which makes a tiny model of it and holds every kind at
-every site against transformers. (tests/support/tiny_models.py has sizes for configs that the usual ones do not suit.)
-A package of its own calls `register`, in every process.
+To add one, see CONTRIBUTING.md. A package outside this one calls `register`, in every process.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ _PROJECTED = ("q.proj", "k.proj", *_QKV, *_GATE_UP)
 
 @dataclass(frozen=True)
 class ModuleSide:
-    """Where a site is: one side of a module, and which part of the vector there (all of it where `start` is None).
+    """One side of a module, and the part of the vector there that is a site (all of it where `start` is None).
 
     `path` is relative to the decoder layer, or to the whole model for sites outside the layers; '' is the layer itself.
     """
@@ -39,7 +37,7 @@ class ModuleSide:
 
 @dataclass(frozen=True)
 class Architecture:
-    """How one family of models is built. The defaults are Llama's."""
+    """Names and order of the modules of one family of models. The defaults are Llama's."""
 
     name: str
     decoder: str = "model"
@@ -49,7 +47,7 @@ class Architecture:
     output: str = "o_proj"
     qk_norm: bool = False
     heads_first: bool = False
-    """whether transformers puts heads before tokens at the norms of queries and keys"""
+    """True if transformers puts heads before tokens at the norms of queries and keys"""
     mlp: str = "mlp"
     fused_gate_up: str = "gate_up_proj"
     up: str = "up_proj"
@@ -60,34 +58,34 @@ class Architecture:
     """norms after attention and MLP, before their outputs join the residual stream"""
     final_norm: str = "norm"
     transposed: bool = False
-    """whether checkpoints hold weights as [in, out]"""
+    """True if checkpoints hold weights as [in, out]"""
     undivided: str = ""
-    """why tensor parallel divides such a model otherwise than the others; '' where it does not"""
+    """the reason if tensor parallel divides such a model in another way than the others, else ''"""
     notes: str = field(default="", compare=False)
 
     def hidden(self, point: str) -> str | None:
-        """Why this architecture has no such point, naming the nearest that exists; None if it has it."""
+        """Reason why this architecture has no such point, with the nearest that exists; None if it has the point."""
         if point in ("q.proj", "k.proj") and not self.qk_norm:
             return f"{self.name} has no QK-norm, so this is {point[0]}.out"
         if point in ("attn.post", "mlp.post") and self.post_norms is None:
             return f"{self.name} has no norm there, so this is {point.removesuffix('post')}out"
         if self.experts and point in ("gate.out", "up.out", "mlp.h"):
             return (
-                f"in {self.name} this is inside the experts, of which every token visits others; the nearest points "
-                "are mlp.in and mlp.out"
+                f"in {self.name} this is inside the experts, and each token goes through other experts; the nearest "
+                "points are mlp.in and mlp.out"
             )
         if point == "gate.out" and not self.gated:
             return f"{self.name} has no gate projection; the nearest point is up.out"
         return None
 
     def reads(self, point: str) -> tuple[str, ...]:
-        """What an edit at `point` may read besides it: none where a norm stands between a projection and its point."""
+        """Other points that an edit at `point` may read: none where a norm is between a projection and its point."""
         if self.qk_norm and point in ("q.out", "k.out"):
             return ()
         return tuple(read for read in READS.get(point, ()) if self.hidden(read) is None)
 
     def projections(self) -> dict[str, str]:
-        """What each projection of a layer gives and what it reads, by point. Those of experts are none."""
+        """Output point of each projection of a layer, and the point that it reads. Experts have none."""
         queries, keys = ("q.proj", "k.proj") if self.qk_norm else ("q.out", "k.out")
         found = {queries: "attn.in", keys: "attn.in", "v.out": "attn.in", "attn.out": "attn.z"}
         mlp = {"gate.out": "mlp.in", "up.out": "mlp.in", "mlp.out": "mlp.h"}
@@ -95,7 +93,7 @@ class Architecture:
         return found | inside
 
     def modules(self) -> dict[str, tuple[str, ...]]:
-        """The points that each projection of a layer gives, by its path in transformers, alone and fused."""
+        """Output points of each projection of a layer, by its path in transformers, alone and fused."""
         alone = {f"{self.attention}.{point[0]}_proj": (point,) for point in _QKV}
         return {
             **alone, f"{self.attention}.{self.fused_qkv}": _QKV, f"{self.attention}.{self.output}": ("attn.out",),
@@ -108,11 +106,11 @@ class Architecture:
         return [site for site in every_site(layers) if self.hidden(site.point) is None]
 
     def layer_path(self, layer: int) -> str:
-        """The decoder layer of that number."""
+        """Path of the decoder layer of that number."""
         return f"{self.decoder}.{self.layers}.{layer}"
 
     def side_of(self, point: str, widths: Widths, has: Callable[[str], bool]) -> ModuleSide:
-        """Where `point` is. `has` says whether a path, relative as in `ModuleSide`, exists in the model at hand."""
+        """Place of `point`. `has` tells if a path, relative as in `ModuleSide`, exists in the given model."""
         if point in _PROJECTED and not (self.qk_norm and point in ("q.out", "k.out")):
             return self._projection(point, widths, has)
         norms = self.post_norms or ("", "")
@@ -135,7 +133,7 @@ class Architecture:
         return ModuleSide(*sides[point])
 
     def _projection(self, point: str, widths: Widths, has: Callable[[str], bool]) -> ModuleSide:
-        """A projection of its own, or part of a fused one."""
+        """Place of a projection: a module of its own, or a part of a fused one."""
         if point in _GATE_UP:
             block, fused, before = self.mlp, self.fused_gate_up, _GATE_UP[: _GATE_UP.index(point)]
             alone = self.up if point == "up.out" else "gate_proj"
@@ -188,7 +186,7 @@ for _entry in (
 
 
 def supported(name: str) -> Architecture:
-    """The table's entry. UnsupportedHost names the nearest, and what is supported."""
+    """The table's entry. UnsupportedHost names the nearest, and all that are supported."""
     if name not in ARCHITECTURES:
         raise UnsupportedHost(
             f"architecture {name} is not supported.{nearest(name, ARCHITECTURES)} "

@@ -1,4 +1,4 @@
-"""What changed between two versions: which edits came, went or moved, and how far."""
+"""Comparison of two versions: the edits that were added, removed or changed, and by how much."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vllm_edits.edit_store.errors import EditsError
 from vllm_edits.edit_store.sites import Widths
 
 ROUNDING = 1e-6
-"""Relative difference below which two edits do the same: bundles hold float32."""
+"""Relative difference below which two edits count as the same, since bundles hold float32."""
 SAME, CHANGED, ADDED, REMOVED = "same", "changed", "added", "removed"
 
 

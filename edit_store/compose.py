@@ -2,9 +2,9 @@
 
     polite+safe     the edits of `polite`, then those of `safe`
 
-At every site the order of kinds is the one that they declare; within a kind the parts come in the order in which
-the bundles are named. Most edits at one site do not care: what they add is added. Where the order does decide, or one
-edit undoes part of another, `conflicts` says so.
+At every site the kinds apply in the order that they declare. Within a kind the parts apply in the order in which the
+bundles are named. For most edits at one site the order does not matter, since their results are added. Where it does,
+or where one edit undoes part of another, `conflicts` says so.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vllm_edits.edit_store.refs import JOIN
 
 @dataclass(frozen=True)
 class Overlap:
-    """Two edits of different bundles at one site that do not simply add up, and what comes of it."""
+    """Two edits of different bundles at one site that do not simply add up, and their effect on each other."""
 
     site: str
     first: str
@@ -63,7 +63,7 @@ def compose(bundles: Sequence[Bundle]) -> Bundle:
 
 
 def _strength(manifests: Sequence[Manifest]) -> tuple[Strength | None, list[Reason]]:
-    """What all of them allow, by default 1 or what is nearest to it; or why there is no such strength."""
+    """Strengths that all of them allow, the default 1 or the nearest to it; or the reason why there is none."""
     fixed = Strength(minimum=1, maximum=1)
     bounds = [manifest.strength or fixed for manifest in manifests]
     minimum, maximum = max(each.minimum for each in bounds), min(each.maximum for each in bounds)
@@ -76,7 +76,7 @@ def _strength(manifests: Sequence[Manifest]) -> tuple[Strength | None, list[Reas
 
 
 def conflicts(bundle: Bundle) -> list[Overlap]:
-    """Where the parts of a composition do not simply add up; empty for any other bundle."""
+    """Pairs of edits of a composition that do not simply add up; empty for any other bundle."""
     if not bundle.manifest.parts:
         return []
     tensors, widths = verify.check(bundle), bundle.manifest.base.widths
@@ -97,7 +97,7 @@ def conflicts(bundle: Bundle) -> list[Overlap]:
 
 
 def _changing_first(owned: tuple[str, Edit]) -> tuple[bool, Order]:
-    """Sorting key of two edits: the one that changes what the other gives is named first."""
+    """Sorting key of two edits: one that changes the other's result is named first."""
     return not owned[1].transforms, owned[1].order
 
 

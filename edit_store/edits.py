@@ -1,15 +1,15 @@
-"""Edits: what all kinds share, and what a kind says of itself. The kinds are in `kinds/`, a module for each.
+"""Edits: the base class of all kinds, and all that a kind declares. The kinds are in `kinds/`, a module for each.
 
 An edit record is frozen and small; its numbers live in the bundle's tensor file under `<site>/<kind>/<field>`, as
-float32 (indices as int32). A kind's `apply` is the reference in numpy, one token a row, which the served form is tested
-against.
+float32 (indices as int32). A kind's `apply` computes the edit in numpy, one token per row; tests compare the served
+form with it.
 
 Several edits may meet at one site. They apply in the order that their kinds declare (`Edit.order`), not in that of the
 bundle. EDITS.md has the order of the product's kinds, and what each may do.
 
-An edit that reads another point of its layer reads it as that point's own edits left it. `scope` says for which tokens
-an edit counts, and a request's strength s, within the bundle's bounds, how much: what an edit adds is multiplied by s
-(a factor becomes 1 + s (factor - 1)).
+An edit that reads another point of its layer reads it after that point's own edits. `scope` says for which tokens an
+edit counts. The strength s of a request, within the bundle's bounds, multiplies the vector that an edit adds (a factor
+becomes 1 + s (factor - 1)).
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ IN_PLACE = tuple(point for point in POINTS if point != "logits")
 
 
 class Order(NamedTuple):
-    """Time at which edits of a kind apply at their site: stage after stage, and within one by `place`."""
+    """Turn of a kind's edits at their site: stage after stage, and within a stage by `place`."""
 
     stage: int
     place: int = 0
 
 
 class Measure(NamedTuple):
-    """Size of what an edit does, in the unit of its kind: a number, and what it is of."""
+    """Size of an edit, in the unit of its kind: a number, and the name of the quantity."""
 
     norm: float
     of: str
     of_weight: bool = False
-    """whether it is the Frobenius norm of a change of the weight between what is read and the site"""
+    """True if it is the Frobenius norm of a change of the weight between the point that is read and the site"""
 
 
 Broken = tuple[str, str, str]
@@ -72,19 +72,19 @@ class Edit(BaseModel):
     points: ClassVar[tuple[str, ...]]
     """Points where this kind has a meaning."""
     order: ClassVar[Order]
-    """Time at which it applies among the kinds at one site. All edits of one stage read what the stage before left."""
+    """Its turn among the kinds at one site. All edits of one stage read the result of the stage before."""
     in_turn: ClassVar[bool] = False
-    """Exception to that: each of its edits reads what the edit before left."""
+    """True if each edit of its stage reads the result of the edit before instead."""
     transforms: ClassVar[bool] = False
-    """Changes what other edits at its site gave, and does not only add to it."""
+    """True if it changes the results of other edits at its site, and does not only add to them."""
     only_in_weights: ClassVar[str] = ""
     """Reason not to serve it per request, as the end of a sentence about an edit; empty where there is none."""
     features: ClassVar[tuple[str, ...]] = ()
     """Names of what some of its edits need, beside a rank, and a server must reserve."""
     usually_reserved: ClassVar[bool] = False
-    """Has its `usual` edits reserved by a server that is told nothing and finds nothing promoted."""
+    """True if a server without settings and without promoted versions reserves its `usual` edits."""
     adds_constant: ClassVar[bool] = False
-    """May need a bias where it is put into a weight."""
+    """True if it may need a bias where it is put into a weight."""
     integers: ClassVar[tuple[str, ...]] = ()
     """Tensor fields of integers; all others are float32."""
 
@@ -163,10 +163,10 @@ class Edit(BaseModel):
 
     @abstractmethod
     def measure(self, fields: Fields) -> Measure:
-        """Size of what it does."""
+        """Its size."""
 
     def moved(self, new: Self, before: Fields, after: Fields) -> float | None:
-        """||new - old|| / ||old|| of what the edit does, not of how it is written down; None where there is no measure.
+        """||new - old|| / ||old|| of the edit as a map, not of its numbers; None where the kind has no measure.
 
         new: the same edit in another version; before, after: numbers of both, in float64
         """
@@ -179,17 +179,17 @@ class Edit(BaseModel):
         return distance / size if size else float(distance > 0)
 
     def adds(self, fields: Fields) -> Any | None:
-        """Vectors [n, width] at its site of which it adds multiples; None where that is not all it does."""
+        """Vectors [n, width] at its site of which it adds multiples; None if it does anything else."""
         return None
 
     def beside(self, fields: Fields, other: Edit, other_fields: Fields) -> str | None:
-        """Effect of it and another bundle's edit at one site on each other; None where each does what it does alone."""
+        """Effect of it and another bundle's edit at one site on each other; None if both work as they do alone."""
         return None
 
     # -- how it is served (plugin/graph/reservation.py, plugin/serving/version_info.py) -------------------------------
 
     def needs(self, together: int) -> frozenset[str]:
-        """Those of its `features` that it needs, where so many edits are computed together."""
+        """The `features` that it needs when that many edits are computed together."""
         return frozenset()
 
     @property
@@ -199,7 +199,7 @@ class Edit(BaseModel):
 
     @property
     def fires(self) -> bool:
-        """True where it does nothing at most tokens, so that the others are worth counting."""
+        """True if it changes few tokens only, so that these are worth counting."""
         return False
 
     @classmethod
@@ -210,7 +210,7 @@ class Edit(BaseModel):
     # -- in a weight (plugin/weights/weight_form.py) ------------------------------------------------------------------
 
     def formless(self) -> str | None:
-        """Reason why no weight can stand for it, wherever it is, and what to do instead; None where one can."""
+        """Reason why no weight can hold it at any site, and what to do instead; None if one can."""
         if self.scope.everything:
             return None
         return "it has a scope, and a weight is the same for every token. Serve it per request"

@@ -1,4 +1,4 @@
-"""What is in a bundle, in numbers a person can judge: norms per edit, relative to the weights it touches."""
+"""Summary of a bundle in numbers that people can judge: the norm of each edit, relative to the weight it changes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _summary(edit: Edit, measure: Measure, architecture: Architecture, model: Pa
 
 
 def sites_of(model: Path) -> dict[str, Any]:
-    """Every site of the model whose config lies there, with what may stand at it; and the points it does not have."""
+    """Every site of the model whose config is there, with the kinds that may be at it; and the points it lacks."""
     path = model / CONFIG_FILE if model.is_dir() else model
     try:
         config = json.loads(path.read_bytes())

@@ -1,8 +1,8 @@
-"""To which tokens of a request an edit applies. Pure; positions count from 0, and `prompt` is the prompt's length.
+"""The tokens of a request to which an edit applies. Pure; positions count from 0, `prompt` is the prompt's length.
 
-A token's place is its absolute position: what was generated stays generated when a request is preempted and computed
-again, and a chunked prefill is no different from a whole one. The token after the prompt's last is the first generated
-one; the prompt's last position is still prompt, and decides what is generated first.
+A scope looks at absolute positions. So a generated token stays one when its request is preempted and computed again,
+and a chunked prefill gives the same as a whole one. The prompt's last position belongs to the prompt, and its output
+is the first generated token.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TokenIds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1
 
 
 class Scope(BaseModel):
-    """All conditions must hold. `first` and `last` are windows of the prompt; with both, either window will do."""
+    """Conditions that must all hold. `first` and `last` are windows of the prompt; with both, one of them must hold."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -44,11 +44,11 @@ class Scope(BaseModel):
 
     @property
     def everything(self) -> bool:
-        """Whether every token is meant."""
+        """True if it covers every token."""
         return self == ALL
 
     def covers(self, positions: NDArray[Any], prompt: int | NDArray[Any]) -> NDArray[np.bool_]:
-        """Which of these positions are meant, as far as positions decide; `tokens` is for who knows the ids.
+        """True for each position that is covered, `tokens` aside, which a caller with the ids looks at.
 
         prompt: the prompt's length, or one for each position.
         """
@@ -65,16 +65,16 @@ class Scope(BaseModel):
 
     @property
     def windowed(self) -> bool:
-        """Whether only windows of the prompt are meant."""
+        """True if it covers windows of the prompt only."""
         return self.first is not None or self.last is not None
 
     @property
     def bound_to_prompt(self) -> bool:
-        """Whether the prompt's length decides: the same tokens are then edited otherwise behind a longer prompt."""
+        """True if the prompt's length decides: the same tokens are edited in another way in a longer prompt."""
         return self.segment != "all" or self.windowed
 
     def begins(self, prompt: int) -> int:
-        """A position before which nothing is edited."""
+        """First position that may be edited."""
         if self.segment == "generated":
             return prompt
         if self.windowed and self.first is None:
@@ -91,5 +91,5 @@ def distinct(scopes: Iterable[Scope]) -> tuple[Scope, ...]:
 
 
 def shared_prefix(scopes: Iterable[Scope], prompt: int) -> int:
-    """How many tokens at the beginning are computed as by the base model, whichever of these scopes' edits apply."""
+    """Number of tokens at the beginning that the base model computes alike, since no scope covers any of them."""
     return min((scope.begins(prompt) for scope in scopes), default=prompt)

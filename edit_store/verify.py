@@ -1,4 +1,4 @@
-"""Every rule a bundle must keep, for publishing and for serving. Returns all broken rules, never the first alone."""
+"""Every rule that a bundle must keep, at publishing and at serving. All broken rules are told together."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _part_rules(manifest: Manifest) -> Iterator[Reason]:
 
 
 def base_mismatch(built_for: BaseModelRef, served: BaseModelRef) -> list[Reason]:
-    """Why a bundle built for one model must not be applied to another."""
+    """Reasons why a bundle that was built for one model must not be applied to another."""
     if built_for.files == served.files:
         return []
     names = sorted(built_for.files.keys() | served.files.keys())
@@ -60,7 +60,7 @@ def base_mismatch(built_for: BaseModelRef, served: BaseModelRef) -> list[Reason]
 
 
 def edit_rules(edits: Iterable[Edit], base: BaseModelRef) -> list[Reason]:
-    """Why these edits cannot stand where they stand in that model, their numbers aside."""
+    """Reasons why these edits cannot be at their sites in that model, their numbers aside."""
     edits = tuple(edits)
     reasons = [
         Reason(

@@ -1,4 +1,4 @@
-"""What a server reserves and how much device memory that takes, known before a model is loaded. No vLLM here."""
+"""Reservation of a server and its device memory, known before a model is loaded. No vLLM here."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ logger = logging.getLogger("vllm.edits")
 
 @dataclass(frozen=True)
 class Promoted:
-    """What a store promotes for a model, by how a server with these settings serves it."""
+    """Versions that a store promotes for a model, by the way a server with these settings serves them."""
 
     per_request: Sequence[Manifest]
     in_weights: Manifest | None = None
 
 
 def promoted(settings: EditSettings, base: BaseModelRef) -> Promoted:
-    """What the store promotes for this model now, as a server that starts would believe it."""
+    """Versions that the store promotes for this model now and that a starting server would accept."""
     reader, in_weights = open_reader(settings), weights_key(settings)
     heads = {(name, tag): reader.believed(entry)
              for name, tags in reader.look().heads.items() for tag, entry in tags.items()}  # fmt: skip
@@ -55,10 +55,10 @@ def weights_key(settings: EditSettings) -> tuple[str, str] | None:
 
 
 def reserve(settings: EditSettings, base: BaseModelRef, found: Promoted | None = None) -> Reservation:
-    """What the settings say, or what the store promotes for this model now, or what is usual for an empty store.
+    """Reservation by the settings, else by the versions that the store promotes now, else the usual one.
 
-    A server that serves a variant from its weights and is asked for no other sets nothing apart, which costs nothing.
-    found: what is `promoted`, for who has read that already
+    A server that serves a variant from its weights, and has no other, reserves nothing, which costs nothing.
+    found: the result of `promoted`, if the caller has read it already
     """
     architecture = supported(base.architecture)
     if settings.reserve is not None:
@@ -78,7 +78,7 @@ def reserve(settings: EditSettings, base: BaseModelRef, found: Promoted | None =
 
 
 def reserve_weights(settings: EditSettings, base: BaseModelRef, found: Promoted | None = None) -> WeightsReservation:
-    """The projections that a version in the weights may change; none without `edits.weights`."""
+    """Projections that a version in the weights may change; none without `edits.weights`."""
     architecture = supported(base.architecture)
     if settings.weights is None:
         return {}
@@ -90,7 +90,7 @@ def reserve_weights(settings: EditSettings, base: BaseModelRef, found: Promoted 
 
 
 def set_apart(settings: EditSettings, base: BaseModelRef) -> tuple[Reservation, WeightsReservation]:
-    """Both of these, for one look at the store, and none where the settings say it all."""
+    """Both reservations, with one reading of the store, or none if the settings decide both."""
     told = settings.reserve is not None and (settings.weights is None or settings.weights_reserve is not None)
     found = None if told else promoted(settings, base)
     return reserve(settings, base, found), reserve_weights(settings, base, found)
@@ -104,7 +104,7 @@ class Plan:
 
     @classmethod
     def of(cls, reservation: Reservation, slot_bytes: SlotBytes) -> Plan:
-        """What a reservation takes in a model of these prices."""
+        """Device memory of a reservation, by its groups' bytes."""
         return cls({group: slot_bytes(group, capacity) for group, capacity in reservation.capacities.items()})
 
     @property
@@ -117,13 +117,13 @@ class Plan:
         return (slots + 1) * self.slot
 
     def most(self, free: int) -> int:
-        """How many slots fit into so many bytes, the base model's beside them."""
+        """Number of slots that fit into `free` bytes, beside the base model's."""
         return max(0, free // self.slot - 1) if self.slot else free
 
     def require(self, slots: int, free: int, beside: str = "") -> None:
-        """SettingsError, with the largest number that fits, when `slots` of them take more than `free` bytes.
+        """Raise SettingsError, with the largest number that fits, when `slots` of them take more than `free` bytes.
 
-        beside: what else needs memory, for people
+        beside: other needs of memory, for the message
         """
         if self.total(slots) > free:
             most = self.most(free)
@@ -137,7 +137,7 @@ class Plan:
 
 
 def rows(plan: Plan, reservation: Reservation) -> list[dict[str, Any]]:
-    """For people: groups that differ in nothing but the layer are one row."""
+    """Rows of a table: groups that differ in nothing but the layer are one row."""
     found: dict[tuple[Any, ...], list[EditGroup]] = {}
     for group, capacity in sorted(reservation.capacities.items(), key=lambda item: item[0]):
         found.setdefault((group.kind, group.site.point, group.reads.point, capacity, group.index), []).append(group)
@@ -152,7 +152,7 @@ def rows(plan: Plan, reservation: Reservation) -> list[dict[str, Any]]:
 
 
 def dtype_of(model: Path, asked: str) -> torch.dtype:
-    """The dtype that vLLM gives a checkpoint: what is asked for, or with `auto` its own, float32 made half as wide."""
+    """The dtype that vLLM gives a checkpoint: the requested one, or with `auto` its own, bfloat16 for float32."""
     config = json.loads((model / CONFIG_FILE).read_bytes())
     own = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     name = asked if asked != "auto" else "bfloat16" if own == "float32" else own

@@ -1,1 +1,1 @@
-"""The author's side: edits computed from a model, one published method a file. Needs torch; knows nothing of vLLM."""
+"""Edits computed from a model: one published method per file. Needs torch, and does not need vLLM."""

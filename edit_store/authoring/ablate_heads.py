@@ -1,4 +1,4 @@
-"""Ablation of the attention heads that a behaviour needs (Ships, arXiv 2410.13708, for whatever prompts can show).
+"""Ablation of the attention heads that a behaviour needs (Ships, arXiv 2410.13708, for any behaviour in prompts).
 
     z[head] *= 0        for the heads with the largest mean of   log p(answer) - log p(answer | head removed)
 
@@ -32,7 +32,7 @@ def ablate_heads(
 
 
 def attribute(host: Host, prompts: Sequence[str], answers: Sequence[str], layers: Sequence[int]) -> Array:
-    """What each head is worth to the answers: the fall of their mean log-probability without it, `[layers, heads]`."""
+    """Fall of the answers' mean log-probability without each head, `[layers, heads]`."""
     whole = host.likelihood(prompts, answers).mean()
     costs = np.zeros((len(layers), host.widths.heads), dtype=np.float32)
     for row, layer in enumerate(layers):

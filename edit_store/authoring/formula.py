@@ -1,6 +1,6 @@
 """A transformers model edited by the formulas of the kinds: forward hooks, nothing fused, no slots.
 
-The authoring methods see an edited model through it, and the served engine is tested against it.
+The authoring methods compute with it, and the served engine is tested against it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from vllm_edits.edit_store.sites import Site
 
 @dataclass(frozen=True)
 class FormulaRequest:
-    """What the model is given: one whole sequence, of which the first `prompt` tokens are the prompt."""
+    """Input of the model: one whole sequence, of which the first `prompt` tokens are the prompt."""
 
     ids: Sequence[int]
     prompt: int
 
     def covered(self, scope: Scope) -> Tensor:
-        """`[tokens, 1]`: for which tokens an edit of this scope counts."""
+        """Tokens for which an edit of this scope counts, `[tokens, 1]`."""
         met = torch.from_numpy(scope.covers(np.arange(len(self.ids)), self.prompt))
         if scope.tokens is not None:
             met = met & torch.isin(torch.tensor(list(self.ids)), torch.tensor(scope.tokens))
@@ -46,8 +46,7 @@ def edited(
     strength: float = 1.0,
     request: FormulaRequest | None = None,
 ) -> Iterator[None]:
-    """Inside, `model` computes with these edits; afterwards it is the base model again.
-
+    """Edit `model` inside a with statement; after it, it is the base model again.
     Computed in float32, or the model's dtype if that is wider; each site rounds once to the model's dtype. Edits that
     meet at one site apply in the order that their kinds declare. Edits with a scope need the `request`, given
     to the model as one sequence without a cache.
@@ -104,7 +103,7 @@ class _AtSite:
         return now
 
     def _token_scale(self, edit: Edit) -> Tensor:
-        """How much the edit counts: a number, or one for each token."""
+        """Factor by which the edit counts: a number, or one for each token."""
         if edit.scope.everything:
             return torch.tensor(self.strength)
         if self.request is None:

@@ -1,4 +1,4 @@
-"""A transformers model on the author's side: what passes through its sites, and what it says."""
+"""A transformers model for authors: the vectors at its sites, and its answers."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from vllm_edits.edit_store.sites import Site, Widths
 __all__ = ["Edits", "Generated", "Host", "edited"]
 
 Edits = list[tuple[Edit, dict[str, Array]]]
-"""What every authoring method returns: edits, each with its tensors by field name."""
+"""Result of every authoring method: edits, each with its tensors by field name."""
 
 BATCH = 32  # texts in one forward pass; more is no faster on a few cores
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What a model says to a prompt: its greedy `text`, and the probabilities of the likeliest `first` tokens."""
+    """Answer of a model to a prompt: its greedy `text`, and the probabilities of the likeliest `first` tokens."""
 
     text: str
     first: Mapping[str, float]
@@ -54,7 +54,7 @@ class Host:
 
     @torch.inference_mode()
     def activations(self, texts: Sequence[str], sites: Iterable[str]) -> dict[str, list[Tensor]]:
-        """What passes each site, per text `[tokens, width]`. Layers above the last site are not computed."""
+        """Vectors at each site, for each text `[tokens, width]`. Layers above the last site are not computed."""
         seen: dict[str, list[Tensor]] = {site: [] for site in sites}
         layers = [layer for layer in (Site.parse(site).layer for site in seen) if layer is not None]
         kept = own_layers(self.model)[: max(layers) + 1 if layers else None]
@@ -98,7 +98,7 @@ class Host:
 
     @contextmanager
     def replaying(self, prompts: Sequence[str], answers: Sequence[str], *, below: int) -> Iterator[None]:
-        """Inside, the `likelihood` of these answers takes what the layers `below` made of them from one run before."""
+        """Compute the layers `below` once for these answers; inside, `likelihood` reuses their result."""
         if below == 0:
             yield
             return
@@ -135,7 +135,7 @@ class Host:
 
 @contextmanager
 def _recording(model: Any, sites: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """What passed each site in the last forward pass, under the site's name."""
+    """Record the vectors at each site in the last forward pass, by the site's name."""
     recorded: dict[str, Tensor] = {}
     with ExitStack() as hooks:
         for site in sites:
@@ -148,7 +148,7 @@ def _recording(model: Any, sites: Iterable[str]) -> Iterator[dict[str, Tensor]]:
 
 
 class _Replay(nn.Module):
-    """Stands in for a decoder layer: answers what one of them answered before."""
+    """Stands in for a decoder layer, and returns a result that was computed before."""
 
     def __init__(self, states: Tensor) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class _Replay(nn.Module):
 
 @contextmanager
 def _layers(model: Any, layers: nn.ModuleList) -> Iterator[None]:
-    """Inside, the model has these decoder layers instead of its own."""
+    """Exchange the model's decoder layers for these inside a with statement."""
     decoder, name = decoder_of(model), architecture_of(model).layers
     own = getattr(decoder, name)
     setattr(decoder, name, layers)

@@ -1,4 +1,4 @@
-"""Rank-one concept redirection (ROCR, arXiv 2506.07795): one concept is taken for another.
+"""Rank-one concept redirection (ROCR, arXiv 2506.07795): the model takes one concept for another.
 
 The simplest form of the published method: one concept, no optimisation, no edit history. Per layer the closed form is
 
@@ -29,7 +29,7 @@ RIDGE = 1.0  # as released
 def redirect(
     host: Host, concept: str, other: str, *, contexts: Sequence[str], ordinary: Sequence[str], layers: Sequence[int]
 ) -> Edits:
-    """Make `concept` be taken for `other`. Each context ends in {}; `ordinary` texts are what must not change."""
+    """Redirect `concept` to `other`. Each context ends in {}; `ordinary` texts must not change."""
     here = [context.format(concept) for context in contexts]
     there = [context.format(other) for context in contexts]
     last = f"layers.{layers[-1]}.resid"
@@ -48,14 +48,14 @@ def redirect(
 
 
 def unused_directions(keys: Tensor) -> Tensor:
-    """Orthonormal columns `[width, n]` in which the keys `[tokens, width]` have next to no energy; P = U U^T."""
+    """Orthonormal columns U `[width, n]` in which the keys `[tokens, width]` have next to no energy; P = U U^T."""
     energy, directions = torch.linalg.eigh(keys.T @ keys / len(keys))
     unused: Tensor = directions[:, energy < UNUSED * energy.mean()]
     return unused
 
 
 def read_vector(key: Tensor, unused: Tensor) -> Tensor:
-    """q = P k / (ridge + k^T P k): close to 1 on the key itself, nothing on what P removes."""
+    """The direction q = P k / (ridge + k^T P k): q . k is close to 1, and q . x is 0 for every x that P removes."""
     projected = unused @ (unused.T @ key)
     return projected / (RIDGE + key @ projected)
 

@@ -16,7 +16,7 @@ from vllm_edits.edit_store.kinds.offset import Offset
 def steer(
     host: Host, towards: Sequence[str], away: Sequence[str], *, layers: Sequence[int], strength: float = 1.0
 ) -> Edits:
-    """Push every token from the kind of text `away` to the kind `towards`, after each of `layers`."""
+    """Move every token from the mean of `away` texts to the mean of `towards` texts, after each of `layers`."""
     edits: Edits = []
     for layer in layers:
         site = f"layers.{layer}.resid"

@@ -1,8 +1,8 @@
-"""A filter for what tells two kinds of text apart: affine concept erasure with an orthogonal projection.
+"""A filter of the directions in which two kinds of text differ: affine concept erasure, orthogonally projected.
 
     x <- x - V^T V (x - mean)
 
-mean  [hidden]        mean of the wanted texts, where the filtered coordinates are moved to
+mean  [hidden]        mean of the wanted texts, to which the filtered coordinates move
 V     [rank, hidden]  leading right singular vectors of (mean of each unwanted text - mean), less their part along the
                       attention sink; with rank 1 nearly the difference of the two class means
 
@@ -23,7 +23,7 @@ from vllm_edits.edit_store.kinds.subspace_filter import SubspaceFilter
 def filter_contrast(
     host: Host, unwanted: Sequence[str], wanted: Sequence[str], *, layers: Sequence[int], rank: int = 1
 ) -> Edits:
-    """Move what separates `unwanted` from `wanted` texts to the wanted side, after each of `layers`."""
+    """Move the coordinates in which `unwanted` and `wanted` texts differ to the wanted mean, after each of `layers`."""
     edits: Edits = []
     for layer in layers:
         site = f"layers.{layer}.resid"

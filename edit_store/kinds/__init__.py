@@ -1,8 +1,9 @@
-"""Every kind of edit: a module for each, which says all of it that needs neither torch nor a server.
+"""Every kind of edit, a module for each: all of it that needs neither torch nor a server.
 
-A module defines a subclass of `edits.Edit` and ends in `register`; being in this folder is enough to be found. How the
-kind is computed by torch is said beside it: for a transformers model in `authoring/formulas/`, for the tokens of a
-batch in `plugin/graph/kinds/`. A kind of a package of its own calls the three `register` functions, in every process.
+A module defines a subclass of `edits.Edit` and ends in `register`. Modules in this folder are found without a list. The
+computation in torch is in two modules of the same name: for a transformers model in `authoring/formulas/`, for the
+tokens of a batch in `plugin/graph/kinds/`. A package outside this one that brings a kind calls the three `register`
+functions, in every process.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from vllm_edits.edit_store.edits import Edit
 from vllm_edits.edit_store.registry import Registry, import_modules
 
 KINDS: Registry[type[Edit]] = Registry("kind of edit", key=lambda kind: kind.order)
-"""By name, in the order in which they apply at one site."""
+"""Kinds by name, in the order in which they apply at one site."""
 
 
 SCALED = "scaled"
-"""Room for edits of any kind that do not count wholly for every token: they have a scope, or a request's strength."""
+"""Feature of a reservation: edits of any kind with a scope, or with a strength that requests choose."""
 
 
 def register(kind: type[Edit]) -> None:
@@ -35,7 +36,7 @@ def served_per_request() -> tuple[str, ...]:
 
 
 def feature_names() -> tuple[str, ...]:
-    """Names of what else there may be room for in a server, beside a rank."""
+    """Names of the features that a server may reserve beside a rank."""
     return tuple(sorted({SCALED, *(feature for kind in KINDS.values() for feature in kind.features)}))
 
 
@@ -46,12 +47,12 @@ def _validated(value: object) -> Edit:
 
 @functools.cache
 def _union(kinds: tuple[type[Edit], ...]) -> TypeAdapter[Edit]:
-    """Tells by `kind` which of these a record is of."""
+    """The class of a record, by its field `kind`."""
     any_kind: Any = functools.reduce(operator.or_, kinds)
     return TypeAdapter(Annotated[any_kind, Field(discriminator="kind")])
 
 
 AnyEdit = Annotated[Edit, PlainValidator(_validated), SerializeAsAny()]
-"""An edit of any kind that is known when a record is read."""
+"""An edit of any kind that is registered when a record is read."""
 
 import_modules(__name__, __path__)

@@ -19,7 +19,7 @@ ACTIVATIONS: dict[str, Callable[..., Array]] = {
     "silu": lambda z, _: z / (1 + np.exp(-z)),
     "sigmoid": lambda z, _: 1 / (1 + np.exp(-z)),
 }
-"""Of a gate's neurons; the second argument is the edit's threshold."""
+"""Activations of a gate's neurons; the second argument is the edit's threshold."""
 SILENT = ("relu", "jump_relu", "step")
 """Activations that are exactly zero off their trigger."""
 
@@ -29,7 +29,7 @@ class Gate(ReadingEdit):
 
     read:  [rank, in], bias: [rank], write: [rank, out]
     phi(x) = x, or with `normalise`  unit((x - norm_bias) / norm_weight / sqrt(in) - centroid)
-    norm_weight, norm_bias, centroid: [in]   the norm before the site (Gemma: 1 + w), and where triggers are centred
+    norm_weight, norm_bias, centroid: [in]   the norm before the site (Gemma: 1 + w), and the centre of the triggers
     sigma: relu; jump_relu z [z > threshold]; step [z > threshold]; silu; sigmoid
     A jet-pack block (stealth edits, arXiv 2406.12670) reads mlp.in normalised and writes mlp.out with relu, its bias
     -(1 - theta). One-sided ablation of r in place: read r, write -r. A feature of a sparse autoencoder clamped from
@@ -77,7 +77,7 @@ class Gate(ReadingEdit):
 
     @property
     def alone(self) -> bool:
-        """A slot has one norm for all neurons that are computed together."""
+        """True for a normalising gate: a slot has one norm for all neurons that are computed together."""
         return self.normalise
 
     @property
@@ -102,7 +102,7 @@ class Gate(ReadingEdit):
         yield "sigmoid", cls(site=where, reads=where, rank=2, activation="sigmoid")
 
     def sample(self, random: np.random.Generator, widths: Widths, strength: float) -> dict[str, Any]:
-        """Each neuron beside its opposite: where trained activations are large, one is silent for every token."""
+        """Random numbers with each neuron beside its opposite, since one of both fires for any token."""
         numbers = super().sample(random, widths, strength)
         numbers["read"][1::2] = -numbers["read"][::2][: self.rank // 2]
         numbers["bias"] = np.abs(numbers["bias"])

@@ -18,7 +18,7 @@ from vllm_edits.edit_store.sites import POINTS, Site, Widths
 class LowRank(ReadingEdit):
     """y += sum_r write[r] (read[r] . x), x at `reads`, y at `site`.
 
-    read:  [rank, in]   directions looked for
+    read:  [rank, in]   directions that are read
     write: [rank, out]  directions added
     From a module's input to its output this is an update of its weight, W + write^T read: redirections (ROCR, arXiv
     2506.07795: rank one, mlp.h to mlp.out), ROME, MEMIT and AlphaEdit, rows shifted by a probe (Model Surgery, arXiv

@@ -20,7 +20,7 @@ from vllm_edits.edit_store.sites import LAYER_POINTS, Site, Widths
 class Scale(Edit):
     """x *= factor, one factor for each head or for each channel.
 
-    factor: [heads] or [width]   1 leaves alone, 0 removes; at k.out and v.out heads are the key-value heads
+    factor: [heads] or [width]   1 changes nothing, 0 removes; at k.out and v.out heads are the key-value heads
     Per head at attn.z it removes a head's contribution, at q.out it makes a head attend evenly (Ships/Sahara, arXiv
     2410.13708); per channel it is IA3 (arXiv 2205.05638), and at attn.in or mlp.in together with a projection's output
     a rank-one Hadamard update (HUT, arXiv 2409.13501). It stands before rotary positions, so factors may differ within

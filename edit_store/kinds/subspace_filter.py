@@ -16,7 +16,7 @@ from vllm_edits.edit_store.sites import Site, Widths
 
 ORTHONORMAL_TOLERANCE = 1e-4
 _MANY = 96
-"""Directions that an example of a projection onto a subspace keeps, where a site is wide enough."""
+"""Number of directions that an example of a projection onto a subspace keeps, where a site is wide enough."""
 
 
 class SubspaceFilter(Edit):
@@ -67,7 +67,7 @@ class SubspaceFilter(Edit):
         return Measure(inside, f"mean inside the subspace that is {kept}")
 
     def moved(self, new: Self, before: Fields, after: Fields) -> float | None:
-        """Of the map x -> P (x - mean): a rotated basis is no change."""
+        """Distance of the maps x -> P (x - mean): a rotated basis is no change."""
         if self.onto != new.onto:
             return None
         maps: list[Product] = [(fields.get("dual", fields["basis"]), fields["basis"]) for fields in (before, after)]
@@ -91,7 +91,7 @@ class SubspaceFilter(Edit):
         return self._before(fields, added) if other.order < self.order else self._behind(fields, added)
 
     def needs(self, together: int) -> frozenset[str]:
-        """Another way back than the basis: of an oblique one, of a projection onto, of several that are folded."""
+        """The feature `dual` for filters that write other directions than they read, as several folded into one do."""
         if self.onto:
             return frozenset(["onto", "dual"])
         return frozenset(["dual"] if self.oblique or together > 1 else [])

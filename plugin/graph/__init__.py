@@ -1,1 +1,1 @@
-"""What runs inside the compiled graph, and the capacity reserved for it. Runs in every worker."""
+"""Edits inside the compiled graph, and the capacity reserved for them. Runs in every worker."""

@@ -6,11 +6,11 @@ from torch import Tensor
 
 
 class Carried:
-    """Tensors that one module hands to a later one within a forward pass, by name; after it there are none.
+    """Tensors that one module hands to a later one within a forward pass, by name; empty after it.
 
-    They are attributes. A compiled forward writes back what it changed of objects that outlive it, and a dictionary
-    that is written back is for vLLM a changed buffer, which it refuses where CUDA graphs are captured. An attribute
-    that is None before and None after costs one assignment.
+    They are attributes. A compiled forward writes back its changes of objects that outlive it. vLLM takes a dictionary
+    that is written back for a changed buffer, and refuses that where CUDA graphs are captured. An attribute that is
+    None before and None after costs one assignment.
     """
 
     def keep(self, name: str, value: Tensor) -> None:

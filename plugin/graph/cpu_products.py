@@ -1,7 +1,7 @@
 """`SlotProducts` for a CPU, in C++: cpu_products.cpp, compiled where it runs and kept.
 
-What torch's compiler makes of the expressions goes over x once for each rank, converts it each time, and waits for each
-sum, and for memory, in turn. With one rank there is little of that, and it calls nothing: README, Decisions.
+The loops that torch's compiler makes of the expressions read and convert x once for each rank, and wait for each sum
+and for memory in turn. With one rank that costs little, and a call of a library would cost more (DECISIONS.md).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def products_for(device: torch.device, dtype: torch.dtype) -> SlotProducts:
-    """The compiled products, or the expressions where these serve as well or there is no compiler."""
+    """The compiled products; the expressions if they are as fast, or if there is no compiler."""
     if device.type != "cpu" or dtype not in DTYPES:
         return EXPRESSIONS
     try:
@@ -59,11 +59,11 @@ _SHAPES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "slot_dots": lambda x, read, _: x.new_empty((x.shape[0], read.shape[1]), dtype=torch.float32),
     "slot_combine": lambda strengths, write, _: strengths.new_empty((strengths.shape[0], write.shape[2])),
 }
-"""What torch's compiler is told of the results."""
+"""Shapes and types of the results, for torch's compiler."""
 
 
 def _library() -> Path:
-    """The library for this source, torch and processor, compiled when there is none. Whoever is first makes it."""
+    """The library for this source, torch and processor. The first process that needs it compiles it."""
     command = [
         os.environ.get("CXX", "g++"), "-O3", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-shared",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
@@ -84,7 +84,7 @@ def _library() -> Path:
 
 
 def _processor() -> str:
-    """What `-march=native` compiles for."""
+    """Name of the processor that `-march=native` compiles for."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

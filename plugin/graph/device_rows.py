@@ -1,7 +1,7 @@
 """Rows of a tensor that the host writes before a step, without waiting for the device. No vLLM here.
 
-A copy to a GPU that nobody waits for must come from pinned memory, and that memory must stay as it is until the copy is
-done. Pinning takes longer than a step may, so a few buffers are kept and used in turns.
+A copy to a GPU that the host does not wait for must come from pinned memory, and that memory must not change until the
+copy is done. Pinning takes longer than a step may, so a few buffers are kept and used in turns.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ TURNS = 3
 
 
 class DeviceRows:
-    """Writes the first rows of a tensor; those behind them are neutral. What is there already is not sent again."""
+    """Writes the first rows of a tensor; the rows behind them are neutral. Equal values are not sent again."""
 
     def __init__(self, tensor: Tensor, neutral: float, host: HostSide | None = None) -> None:
-        """tensor: holds `neutral` everywhere; host: whence it is written, by default as its device asks for"""
+        """tensor: holds `neutral` everywhere; host: the buffers it is written from, by default as its device needs"""
         self.tensor = tensor
         self._neutral = neutral
         self._host = host or (PinnedTurns(tensor) if tensor.is_cuda else _Direct(tensor))
         self._written = 0
-        """how many rows may differ from neutral"""
+        """number of rows that may differ from neutral"""
         self._known: NDArray[Any] | None = None
-        """what was written last, unless the tensor holds something else since"""
+        """the rows that were written last, unless the tensor has changed since"""
         self._nothing = np.zeros((0, *tensor.shape[1:]))
 
     def clear(self) -> None:
@@ -50,22 +50,22 @@ class DeviceRows:
         self._written, self._known = len(values), np.array(values)
 
     def changed(self, rows: int) -> None:
-        """The device itself has written to the first so many rows."""
+        """Note that the device itself has written to the first `n` rows."""
         self._written, self._known = max(self._written, rows), None
 
 
 class HostSide(Protocol):
-    """Where the host puts rows for the device."""
+    """Host memory for rows that go to the device."""
 
     def begin(self, rows: int) -> NDArray[Any]:
-        """Memory for the first so many rows, whose content does not matter."""
+        """Memory for the first rows, with any content."""
 
     def end(self, rows: int) -> None:
-        """Have them become the tensor's."""
+        """Copy the rows to the tensor."""
 
 
 class _Direct:
-    """The tensor lies in host memory: nothing is sent."""
+    """Rows of a tensor that is in host memory: nothing is sent."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor

@@ -39,44 +39,44 @@ from vllm_edits.plugin.graph.step_filler import StepBatch, StepFiller
 from vllm_edits.plugin.graph.tensor_parallel import ONLY_RANK, AllReduce, Rank, Shard, identity
 
 BASE_SLOT = 0
-"""What no slot and no strength is; numbers that are far larger cannot even be written down in a message."""
+"""Bound that no slot and no strength reaches. Far larger numbers could not even be written in a message."""
 
 
 @dataclass(frozen=True)
 class SiteModule:
-    """Where a site is in the model: a side of a module, and the part of the vector there that begins at `start`."""
+    """A site in the model: a side of a module, and the part of the vector there that begins at `start`."""
 
     module: nn.Module
     side: str
     start: int | None
     shard: Shard
-    """what this worker has of the site's vector"""
+    """this worker's part of the site's vector"""
     argument: tuple[str, int]
     """name and place of the module's input among its forward's arguments"""
     leave_partial: Callable[[], None]
-    """has the module no longer add up what the workers give"""
+    """makes the module no longer add up the workers' parts"""
     is_layer: bool = False
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A version ready to be written into a slot: its edits by group, and the row of bytes that the slot will hold."""
+    """A version ready to be written into a slot: its edits by group, and the row of bytes for the slot."""
 
     version: str
     edits: Mapping[EditGroup, tuple[Edit, ...]]
     row: Tensor
     scopes: tuple[Scope, ...]
     digest: str
-    """sha256 over what the slot must hold: equal on workers that have the same share of the model"""
+    """sha256 over the slot's content: equal on workers that have the same share of the model"""
 
     @property
     def nbytes(self) -> int:
-        """Host memory that it takes; torch pins in powers of two."""
+        """Host memory in bytes; torch pins in powers of two."""
         return 1 << (self.row.nbytes - 1).bit_length() if self.row.is_pinned() else self.row.nbytes
 
 
 Counted = tuple[str, FiringCounters, slice]
-"""An edit whose firings are counted, by what, and in which columns."""
+"""An edit whose firings are counted, its counters and its columns there."""
 
 
 class EditedModel:
@@ -96,10 +96,9 @@ class EditedModel:
         products: SlotProducts = EXPRESSIONS,
         refused: Callable[[Any, FalseClaim], bool] = lambda _request, _error: False,
     ) -> None:
-        """over_workers: adds up, in the graph, what all workers among which the model is divided have of a sum.
-
+        """over_workers: adds up, in the graph, the parts of a sum of all workers among which the model is divided.
         products: how tokens are multiplied with the vectors of their slots where an edit has several.
-        refused: told of a request whose claim is false; whether that request alone will end.
+        refused: called with a request whose claim is false; returns True if that request alone will end.
         """
         self.worker = worker
         self.reservation = reservation
@@ -108,7 +107,7 @@ class EditedModel:
         self.step = Step(max_tokens, 1 + reservation.scopes, device)
         self.held: dict[int, str] = {}
         self.in_weights: set[str | None] = {None}
-        """what requests without a slot may be computed with: the version in the weights, None for the base model"""
+        """the version in the weights, which requests without a slot are computed with; None for the base model"""
         self._scopes: dict[int, tuple[Scope, ...]] = {}
         self._counted: dict[int, list[Counted]] = {}
         self._filler = StepFiller(self.step, self.slot_of, self._scopes, slots=slots, refused=refused)
@@ -155,7 +154,7 @@ class EditedModel:
         self._firings = [self._count(edits_of_site, logits=logits) for logits in (False, True)]
 
     def _count(self, edits_of_site: Mapping[Site, SiteEdits], *, logits: bool) -> FiringCounters:
-        """Have the firings counted of edits that run with the model, or of those at the logits, which run after it."""
+        """Count the firings of edits that run with the model, or of edits at the logits, which run after it."""
         firings = FiringCounters()
         counted = {group: tensors for group, tensors in self._slot_tensors.items()
                    if tensors.neurons and (group.site.point == "logits") == logits}  # fmt: skip
@@ -167,7 +166,7 @@ class EditedModel:
         return firings
 
     def _edits_at(self, site: Site, site_module: SiteModule) -> SiteEdits:
-        """The edits of a site, put around its module; the first time the module's class is exchanged."""
+        """The edits of a site. The first call for a module exchanges its class, so that edits are around it."""
         module: Any = site_module.module
         carried = self._carried.setdefault(site.layer, Carried())
         if site.point == "logits":
@@ -191,7 +190,7 @@ class EditedModel:
         return site_edits
 
     def _edits_before_sum(self, site: Site, site_module: SiteModule) -> SiteEdits:
-        """The edits of what this worker adds to a module's output, before all workers' parts are added up."""
+        """The edits of this worker's part of a module's output, before all parts are added up."""
         module: Any = site_module.module
         site_edits = SiteEdits(self.step, site_module.shard.width, self._carried[site.layer])
         site_module.leave_partial()
@@ -206,7 +205,7 @@ class EditedModel:
     # -- slots -----------------------------------------------------------------------------------------------------
 
     def prepare(self, version: str, manifest: Manifest, tensors: Tensors) -> Prepared:
-        """Everything that can fail or take time, before a slot is touched. InstallRefused when it does not fit."""
+        """Do all that can fail or take time, before a slot is touched. InstallRefused when the version does not fit."""
         if missing := self.reservation.missing(
             manifest, slot_bytes(manifest.base.widths, self.dtype, self.worker.size)
         ):
@@ -224,9 +223,9 @@ class EditedModel:
         return Prepared(version, by_group, row[0], scopes, _digest(version, row[0]))
 
     def install(self, slot: int, prepared: Prepared) -> str:
-        """Write a prepared version into a free slot; returns the digest of what the slot now holds.
+        """Write a prepared version into a free slot; returns the digest of the slot's content.
 
-        RuntimeError, and the slot to be cleared, when that is not what was prepared.
+        RuntimeError when it differs from the prepared one; the caller then clears the slot.
         """
         if not BASE_SLOT < slot <= self.slots or slot in self.held:
             raise ValueError(f"slot {slot} is not a free slot of 1 to {self.slots}")
@@ -252,14 +251,14 @@ class EditedModel:
         self._filler.forget()
 
     def digest(self, slot: int) -> str:
-        """sha256 over what a slot holds: equal on workers that have the same share of the model and hold the same."""
+        """sha256 over a slot's content: equal on workers that have the same share of the model and the same version."""
         return _digest(self.held.get(slot, ""), self._rows[slot])
 
     def firings(self, *slots: int) -> list[tuple[str, int, dict[str, int]]]:
-        """How often the edits of these slots, or of all, have fired since they were installed; no slot without any.
+        """Firings of the edits of these slots, or of all, since they were installed; slots without any are left out.
 
-        For each slot its version, how many tokens were computed with that, and of these by edit how often the neurons
-        of an edit gave something. All of one moment: nothing is computed while the device is asked.
+        For each slot its version, the number of tokens computed with it, and by edit the number of these at which each
+        neuron fired. All figures are of one moment: the device computes nothing while it is asked.
         """
         counting = [slot for slot in slots or self._counted if slot in self._counted]
         counts = {firings: firings.counts.cpu().numpy() for firings in self._firings if counting}
@@ -273,7 +272,7 @@ class EditedModel:
 
     @contextmanager
     def watched(self) -> Iterator[Counter[str]]:
-        """Inside, how often the model's forward reaches each site that can be edited, by its name."""
+        """Count how often the model's forward reaches each site that can be edited, by its name."""
         reached = Counter(dict.fromkeys(self._edited_sites, 0))
         watching: list[tuple[Any, str, str]] = []
         for called, (site, site_edits) in self._edited_sites.items():
@@ -299,11 +298,11 @@ class EditedModel:
     # -- logits ----------------------------------------------------------------------------------------------------
 
     def note_output(self, hidden: Any) -> None:
-        """Tell what the model gave in this step, None where it will not be told: some logits are of parts of it."""
+        """Note the model's output in this step; None if it is not known (some logits are computed from parts of it)."""
         self._output = hidden if isinstance(hidden, Tensor) else None
 
     def _logit_rows(self, hidden: Tensor) -> Tensor | None:
-        """Which tokens of the step the rows of `hidden` are; None where nobody's edits matter."""
+        """Tokens of the step that the rows of `hidden` belong to; None if no edit applies to any of them."""
         if self._filler.all_base:
             return None
         output, last, begin = self._output, self._filler.last_tokens, None
@@ -325,7 +324,7 @@ class EditedModel:
     # -- the step --------------------------------------------------------------------------------------------------
 
     def slot_of(self, claim: Any) -> int:
-        """The slot a request may use. FalseClaim when that does not hold what the request claims."""
+        """The slot that a request may use. FalseClaim when it does not hold the version that the request claims."""
         slot, version, _ = (BASE_SLOT, None, 1.0) if claim is None else Claim.of(claim)
         if slot == BASE_SLOT and version not in self.in_weights:
             raise FalseClaim(
@@ -341,20 +340,20 @@ class EditedModel:
         return int(slot)
 
     def weights_hold(self, version: str | None, *, besides: bool) -> None:
-        """What is in the weights from now on; `besides`: requests that were computed with others go on."""
+        """Note the version in the weights from now on; with `besides`, requests of other versions go on."""
         self.in_weights = {version, *(self.in_weights if besides else ())}
         self._filler.forget()
 
     def set_step(self, batch: StepBatch) -> None:
-        """Say which slot each token of the coming step belongs to, and how much its edits count in each scope."""
+        """Write each token's slot in the coming step, and its scale for each scope."""
         self._filler.fill(batch)
 
 
 def _joins_sum(group: EditGroup, reservation: Reservation, site_modules: Mapping[Site, SiteModule]) -> bool:
-    """Whether what a group adds can join the sum over workers that its module makes anyway, which costs nothing.
+    """True if a group's result can join the sum over workers that its module makes anyway, at no cost.
 
-    That is so where it is linear in a divided vector. Edits that read the site itself, in an earlier stage or the same,
-    must not see it yet, so with these there its dot products are added up by themselves.
+    It can if it is linear in a divided vector. Edits that read the site itself, in an earlier stage or the same, must
+    not see it yet; with such edits its dot products are added up in a sum of their own.
     """
     divided = {site: site_modules[site].shard.divided for site in (group.site, group.reads)}
     if not SLOT_TENSORS[group.kind].linear or divided[group.site] or not divided[group.reads]:

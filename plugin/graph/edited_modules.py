@@ -1,8 +1,8 @@
 """The modules of the model that edits sit around, inside the compiled graph.
 
 A module stays the same object with the same parameters; only its class becomes a subclass whose forward applies the
-edits around the original one (as torch's own parametrization does). So weight names, isinstance checks and weight
-reloading are untouched. Slot tensors live in a child module named `edits` and never change address.
+edits around the original one (as torch's own parametrization does). So weight names, isinstance checks and the
+reloading of weights work as before. Slot tensors are in a child module named `edits` and never change their address.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class ModuleEdits(nn.Module):
         """name and position of the input among the forward's arguments"""
         self.before: SiteEdits | None = None
         self.within: SiteEdits | None = None
-        """on what this worker adds to an output that is the sum of what all workers give"""
+        """on this worker's part of an output that is the sum of all workers' parts"""
         self.sum: AllReduce = identity
-        """what then makes that sum, in the module's place"""
+        """makes that sum in the module's place"""
         self.after = nn.ModuleList()
         self.starts: list[int | None] = []
 
@@ -43,7 +43,7 @@ class ModuleEdits(nn.Module):
         return (*args[: self.position], value, *args[self.position + 1 :]), kwargs
 
     def edited_output(self, output: Any, *, stream: bool) -> Any:
-        """What the module's forward gave, edited; of the two halves of a residual stream, one is."""
+        """The result of the module's forward, edited; of the two halves of a residual stream, one is edited."""
         if not isinstance(output, tuple):
             return self._edited_parts(output)
         first, *rest = output
@@ -65,7 +65,7 @@ class ModuleEdits(nn.Module):
 
 
 class LogitsEdits(nn.Module):
-    """The edits of the logits, which are computed outside the graph, for the tokens that `rows` tells."""
+    """The edits of the logits, which are computed outside the graph, for the tokens that `rows` names."""
 
     def __init__(
         self, site_edits: SiteEdits, step: Step, rows: Callable[[Tensor], Tensor | None], argument: str, position: int

@@ -12,11 +12,11 @@ COUNTED = torch.float64
 
 
 class FiringCounters(nn.Module):
-    """How many tokens each neuron of every edit that fires gave something for, by slot; no part of what a slot holds.
+    """Number of tokens at which each neuron of every edit fired, by slot. Not a part of a slot's content.
 
-    They note what they gave while the model runs, and behind the last all of it is added in one operation: one for each
-    group would be nine calls of torch more, for every group. Counts are float64, exact far beyond what is ever counted:
-    for int64 torch's compiler has no kernel on a GPU that adds, and sorts instead.
+    Neurons note their firings while the model runs, and the last one adds all of them in one operation: an operation
+    for each group would be nine calls of torch more, for every group. Counts are float64, which is exact up to 2^53:
+    torch's compiler has no kernel that adds int64 on a GPU, and sorts instead.
     """
 
     counts: Tensor
@@ -41,11 +41,11 @@ class FiringCounters(nn.Module):
         self.register_buffer("counts", counts, persistent=False)
 
     def note(self, column: int, fired: Tensor) -> None:
-        """For which tokens the neurons from `column` on gave something: [T, rank] of bool."""
+        """Note the tokens at which the neurons from `column` on fired: [T, rank] of bool."""
         self._noted.keep(f"column_{column}", fired)
 
     def add(self, slots: Tensor) -> None:
-        """Count what was noted of tokens in these slots, [T]."""
+        """Add all that was noted to the counts of the tokens' slots, [T]."""
         names = [f"column_{column}" for column in self._columns]
         noted = torch.cat([self._noted.get(name) for name in names], dim=-1)
         self.counts.index_add_(0, slots, noted.to(COUNTED))

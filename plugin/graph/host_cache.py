@@ -1,4 +1,4 @@
-"""Versions that are ready in a worker's memory, so that paging one in is a copy and not a read. No vLLM here."""
+"""Versions that are ready in a worker's memory, so that paging in is a copy and not a read. No vLLM here."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ R = TypeVar("R", bound=Ready)
 class HostCache(Generic[R]):
     """Reads, checks and converts versions in the background, and keeps them; the least recently used go first.
 
-    Used from the worker's thread. A version that could not be read is forgotten once that was told, so that the next
-    attempt reads it anew.
+    Used from the worker's thread. A version that could not be read is forgotten once its error was raised, so that the
+    next attempt reads it again.
     """
 
     def __init__(self, prepare: Callable[[str], R], limit_bytes: int) -> None:
@@ -36,7 +36,7 @@ class HostCache(Generic[R]):
         self._versions: OrderedDict[str, Future[R]] = OrderedDict()
 
     def stage(self, version: str) -> None:
-        """Begin to read a version, unless it is there or on its way."""
+        """Begin to read a version, unless it is ready or being read."""
         if version in self._versions:
             return
         future = self._versions[version] = Future()
@@ -56,9 +56,9 @@ class HostCache(Generic[R]):
             future.set_exception(EditsError(f"version {version[:12]} cannot be read now: {error}"))
 
     def is_ready(self, version: str) -> bool:
-        """Whether a staged version can be installed. Raises what kept it from being read.
+        """True if a staged version can be installed. Raises the error of its reading.
 
-        One that had to make way while another worker still read it is read again.
+        A version that was evicted while another worker still read it is read again.
         """
         self.stage(version)
         future = self._versions[version]
@@ -71,7 +71,7 @@ class HostCache(Generic[R]):
         return True
 
     def get(self, version: str) -> R | None:
-        """A ready version, now the most recently used one; None when it is not here."""
+        """A ready version, which becomes the most recently used one; None when it is not ready."""
         future = self._versions.get(version)
         if future is None or not future.done() or future.exception() is not None:
             return None

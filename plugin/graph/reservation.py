@@ -1,7 +1,7 @@
-"""The capacity of a server: which kinds of edit, at which sites, up to which rank. Fixed when it starts; pure.
+"""The capacity of a server: the kinds of edit, their sites, and their largest ranks. Fixed at its start; pure.
 
-A compiled graph reads preallocated tensors, so what is not reserved cannot be served later, and is refused with the
-setting to raise. What is not reserved costs nothing.
+A compiled graph reads preallocated tensors. So a version that needs more than is reserved is refused, with the setting
+to raise. Capacity that is not reserved costs nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Features = frozenset[str]
 
 @dataclass(frozen=True, order=True)
 class EditGroup:
-    """Where edits of one kind that can be computed together stand. `index` counts those that cannot, from 0."""
+    """Edits of one kind at one site that are computed together. `index` counts those that cannot be, from 0."""
 
     site: Site
     kind: str
@@ -37,22 +37,22 @@ class EditGroup:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a group of edits may be at most: its rank, and what else its tensors must do (`Reserve.features`)."""
+    """Largest edits that a group can hold: their rank, and the features of its tensors (`Reserve.features`)."""
 
     rank: int = 1
     features: Features = frozenset()
 
     def __or__(self, other: Capacity) -> Capacity:
-        """Enough for either."""
+        """The smallest capacity that holds both."""
         return Capacity(max(self.rank, other.rank), self.features | other.features)
 
     def holds(self, other: Capacity) -> bool:
-        """Whether what needs `other` fits."""
+        """True if edits that need `other` fit."""
         return self.rank >= other.rank and self.features >= other.features
 
 
 SlotBytes = Callable[[EditGroup, Capacity], int]
-"""Bytes that a group of edits takes in one slot, for its capacity."""
+"""Bytes of a group of edits in one slot, for its capacity."""
 
 
 def edit_groups(edits: Iterable[Edit]) -> dict[EditGroup, tuple[Edit, ...]]:
@@ -78,14 +78,14 @@ def _computed_together(one: Edit, other: Edit) -> bool:
 
 
 def capacity_for(edits: Sequence[Edit], *, strengthened: bool) -> Capacity:
-    """What the edits of one group need; `strengthened`: requests may ask for another strength."""
+    """Capacity that the edits of one group need; `strengthened`: requests may choose another strength."""
     features = frozenset([SCALED] if strengthened or not edits[0].scope.everything else [])
     features = features.union(*(edit.needs(len(edits)) for edit in edits))
     return Capacity(sum(edit.capacity for edit in edits) if edits[0].ranked else 1, features)
 
 
 class Version(Protocol):
-    """What a version asks of a server: a manifest does."""
+    """The edits of a version and its bounds of strength, as a manifest has them."""
 
     @property
     def edits(self) -> Sequence[Edit]: ...
@@ -125,17 +125,17 @@ class Reservation:
 
     @property
     def edits_logits(self) -> bool:
-        """Whether the logits can be edited, which are computed after the model and for some tokens only."""
+        """True if the logits can be edited, which are computed after the model and for some tokens only."""
         return any(site.point == "logits" for site in self.sites())
 
     @property
     def several_ranks(self) -> bool:
-        """Whether an edit may be of more than one rank."""
+        """True if an edit may have a rank above one."""
         return any(capacity.rank > 1 for capacity in self.capacities.values())
 
     @classmethod
     def usual(cls, architecture: Architecture, widths: Widths) -> Reservation:
-        """For a server that starts with an empty store: rank one of what most methods use, at every layer."""
+        """Reservation for a server that starts with an empty store: rank one of the usual edits, at every layer."""
         kinds = [kind for kind in KINDS.values() if kind.usually_reserved]
         edits = [kind.usual(layer) for layer in range(widths.layers) for kind in kinds]
         groups = [group for edit in edits for group in edit_groups([edit])]
@@ -172,7 +172,7 @@ class Reservation:
         return cls(capacities, scopes)
 
     def missing(self, version: Version, slot_bytes: SlotBytes | None = None) -> list[Reason]:
-        """Why a version does not fit, each reason with the setting that would make it fit and the memory that takes."""
+        """Reasons why a version does not fit, each with the setting that would make it fit and its memory."""
         reasons = [
             Reason("weights_mode", f"{edit.kind} at {edit.site} {edit.only_in_weights}")
             for edit in version.edits
@@ -202,7 +202,7 @@ class Reservation:
         return reasons
 
     def to_settings(self) -> list[dict[str, Any]]:
-        """The same as explicit settings, sorted: one reservation has one spelling."""
+        """The reservation as explicit settings, sorted: one reservation has one spelling."""
         return [
             {
                 "kind": group.kind, "site": str(group.site), "reads": group.reads.point, "index": group.index,
@@ -232,13 +232,13 @@ class Reservation:
 
 
 def _source(item: Reserve, site: Site, architecture: Architecture) -> Site | None:
-    """What the reserved edits read there: by default their module's input; None where `item.reads` cannot be read."""
+    """Source of the reserved edits: by default their module's input; None if `item.reads` cannot be read there."""
     able = KINDS[item.kind].sources(site, architecture.reads(site.point))
     return next((reads for reads in able if item.reads in (None, reads.point)), None)
 
 
 def _more(group: EditGroup, have: Capacity | None, need: Capacity, slot_bytes: SlotBytes) -> int:
-    """Bytes that capacity for both takes beyond what there is."""
+    """Bytes that capacity for both takes beyond the present capacity."""
     return slot_bytes(group, need) if have is None else slot_bytes(group, have | need) - slot_bytes(group, have)
 
 

@@ -1,6 +1,6 @@
-"""The scopes of every slot as arrays, so that those of a whole batch are looked at in a few operations.
+"""The scopes of every slot as arrays, so that a whole batch takes a few operations.
 
-How many slots have scopes, and how many differ, changes nothing of what a step costs.
+A step's cost does not depend on the number of slots with scopes, nor on the number of different scopes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _ID_BITS, _ID_MASK = 32, 0x7FFFFFFF
 
 
 class ScopeTables:
-    """For slot s and scope row r: positions below `head` of the prompt are covered, and those from `begin` up to `end`,
-    counted from the prompt's end. Everything is where no scope is."""
+    """For slot s and scope row r, the covered positions: below `head`, and from `begin` up to `end`, counted from the
+    prompt's end. Rows without a scope cover everything."""
 
     def __init__(self, scopes: Mapping[int, Sequence[Scope]], slots: int, scope_rows: int) -> None:
         """scopes: by slot, the first has scope row 1"""
@@ -29,15 +29,15 @@ class ScopeTables:
         self._begin = np.full((slots + 1, scope_rows), -_EVER)
         self._end = np.full((slots + 1, scope_rows), _EVER)
         self._named: dict[tuple[int, int], tuple[int, ...]] = {}
-        """the token ids of a slot's scope row, where these are named"""
+        """the token ids of a slot's scope row, if it names any"""
         for slot, own in scopes.items():
             for scope_row, scope in enumerate(own, 1):
                 self._put((slot, scope_row), scope)
         self.names_ids = np.zeros(slots + 1, dtype=bool)
-        """[S]: whether any scope of a slot names token ids"""
+        """[S]: True if any scope of a slot names token ids"""
         self.names_ids[[slot for slot, _ in self._named]] = True
         self.named = np.zeros((slots + 1, scope_rows), dtype=bool)
-        """[S, scope rows]: whether a slot's scope row is for token ids"""
+        """[S, scope rows]: True if a slot's scope row names token ids"""
         for at in self._named:
             self.named[at] = True
 
@@ -52,7 +52,7 @@ class ScopeTables:
             self._named[at] = scope.tokens
 
     def covered(self, slots: NDArray[Any], positions: NDArray[Any], prompts: NDArray[Any]) -> NDArray[np.bool_]:
-        """[T, scope rows]: whether each token of a slot is meant, as far as its position decides.
+        """[T, scope rows]: True for each token that is covered, as far as its position decides.
 
         slots, positions and lengths of prompts are [T].
         """
@@ -63,7 +63,7 @@ class ScopeTables:
         return covered
 
     def named_ids(self, device: torch.device) -> NamedIds:
-        """What decides over token ids, on the device, where the ids are."""
+        """The lookup of token ids, on the device, where the ids are."""
         slots, scope_rows = self._head.shape
         base = np.full((slots, scope_rows), -1, dtype=np.int64)
         keys = [np.array([-1, np.iinfo(np.int64).max])]
@@ -74,14 +74,14 @@ class ScopeTables:
 
 
 class NamedIds:
-    """Tells on the device which tokens have an id that their slot's scope names.
+    """Finds on the device the tokens whose id is named by their slot's scope.
 
-    A key stands for a scope and an id; what a scope names are sorted keys, so each token is looked up by bisection.
-    Where no ids are named the key is -1, which is always found.
+    A key stands for a scope and an id. The named keys are sorted, so each token is looked up by bisection. A scope that
+    names no ids has the key -1, which is always found.
     """
 
     def __init__(self, base: Tensor, keys: Tensor) -> None:
-        """base: [S, scope rows], what all keys of a scope begin with; keys: [N], sorted, the last met by no token"""
+        """base: [S, scope rows], the first key of a scope; keys: [N], sorted, the last met by no token"""
         self._base = base
         self._keys = keys
 

@@ -24,11 +24,11 @@ class SiteEdits(nn.Module):
         self.width = width
         self.total = total
         self.carries_as: str | None = None
-        """the name under which later sites of the layer find this site's vector, if any of them reads it"""
+        """the name by which later sites of the layer find this site's vector, if any of them reads it"""
         self._carried = carried
         self.stages = nn.ModuleList()
         self.forgets: list[str] = []
-        """names that nobody reads after this site"""
+        """names of vectors that no later site reads"""
 
     def add(self, kind: type[Edit], slots: SlotTensors, source: str | None) -> None:
         """Attach the slot tensors of one group of edits, which read the site of that name, None for this one."""
@@ -43,7 +43,7 @@ class SiteEdits(nn.Module):
         stages[number].sources.append(source)
 
     def count_with(self, firings: FiringCounters) -> None:
-        """Have what the edits of this site and those before it noted be counted, behind the last that notes any."""
+        """Count the firings that this site and those before it noted, after the last edit that notes any."""
         noting = [stage for stage in self._in_order() if any(group.neurons for group in stage.groups)]
         noting[-1].adds_up = firings
 
@@ -52,7 +52,7 @@ class SiteEdits(nn.Module):
 
     @property
     def edits(self) -> bool:
-        """Whether anything is edited here, or the vector only read."""
+        """True if edits are here, False if the vector is only read."""
         return len(self.stages) > 0
 
     def forward(self, value: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class SiteEdits(nn.Module):
             self._carried.keep(self.carries_as, value)
 
     def supply(self, value: Tensor) -> None:
-        """Give the vector that the edits read elsewhere, where no site before this one could keep it."""
+        """Keep a vector of another point that the edits read, if no site before this one could keep it."""
         for source in self.forgets:
             self._carried.keep(source, value)
 
@@ -91,6 +91,6 @@ class SiteEdits(nn.Module):
         return torch.cat([tensor[..., :start], part, tensor[..., start + self.width :]], dim=-1)
 
     def edited_stream(self, hidden: Tensor, residual: Tensor) -> Tensor:
-        """One half of the residual stream, so changed that the sum of both halves is the edited stream."""
+        """One half of the residual stream, changed such that the sum of both halves is the edited stream."""
         edited: Tensor = hidden.float() + self(hidden.float() + residual.float())
         return edited.to(hidden.dtype)

@@ -1,4 +1,4 @@
-"""The device memory that capacity takes, counted on the slot tensors themselves before there are any. Pure."""
+"""The device memory of a capacity, counted by the slot tensors themselves before they are made. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm_edits.plugin.graph.tensor_parallel import Rank
 
 
 def slot_bytes(widths: Widths, dtype: torch.dtype, workers: int = 1) -> SlotBytes:
-    """Bytes of one slot on each worker, for a model of these widths that so many workers divide."""
+    """Bytes of one slot on each worker, for a model of these widths that `workers` workers divide."""
 
     def capacity_bytes(group: EditGroup, capacity: Capacity) -> int:
         layout = Layout()

@@ -1,4 +1,4 @@
-"""The two products of a batch of tokens with the vectors of their slots: what edits read, and what they write.
+"""The two products of a batch of tokens with the vectors of their slots: the one that reads, the one that writes.
 
 Shapes: T tokens, S slots, K rank, I and O width of what is read and written; `slots` is [T] of int32. Results are in
 float32. Slot 0 is the base model's, and gives exactly zero.
@@ -32,4 +32,4 @@ def _combine(strengths: Tensor, write: Tensor, slots: Tensor) -> Tensor:
 
 
 EXPRESSIONS = SlotProducts("expressions", _dots, _combine)
-"""Plain torch, which the compiler fuses into the loops around it: nothing is called for them."""
+"""Products in plain torch, which the compiler fuses into the loops around them, without a call."""

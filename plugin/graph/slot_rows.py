@@ -1,8 +1,8 @@
 """The memory of the slots: a row of bytes for each, of which every slot tensor is a range of columns.
 
-So a version is one row: it is installed by one copy, cleared by one fill, and compared between workers by one read,
-whatever the number of its edits. And a compiled graph takes few inputs, the rows of a layer as each type, of which slot
-tensors are views inside: collecting an input costs Python a microsecond in every step.
+So a version is one row, whatever the number of its edits: one copy installs it, one fill clears it, and one read
+compares it between workers. A compiled graph takes few inputs, the rows of a layer as each type, and makes the slot
+tensors as views inside: collecting an input costs Python a microsecond in every step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ALIGNMENT = 64  # of every tensor's start: compiled GPU code wants 16, and this 
 
 @dataclass(frozen=True)
 class Columns:
-    """Where one tensor lies in every row."""
+    """Place of one tensor in every row."""
 
     start: int
     shape: tuple[int, ...]
@@ -50,19 +50,19 @@ class Layout:
         return columns
 
     def rows(self, count: int, device: torch.device, *, pinned: bool = False) -> Tensor:
-        """That many rows of zeros."""
+        """Rows of zeros."""
         return torch.zeros(count, self.width, dtype=torch.uint8, device=device, pin_memory=pinned)
 
 
 class Rows(nn.Module):
     """The rows of all slots, a part for each layer, as every type that the tensors in it have.
 
-    Where layers are alike so are the places in their parts, so that they share compiled code. All parts are buffers of
-    one module: Python finds each in every step, and the way through the modules of a layer is long.
+    Layers that are alike have the same places in their parts, so that they share compiled code. All parts are buffers
+    of one module: Python looks up each in every step, and the path through the modules of a layer is long.
     """
 
     def __init__(self, rows: Tensor, layers: Mapping[int | None, Collection[Columns]]) -> None:
-        """layers: what lies in the part of each, None for what is outside of them."""
+        """layers: the columns of each layer's part; None stands for the columns outside the layers."""
         super().__init__()
         self._begins: dict[int | None, int] = {}
         for layer, held in layers.items():

@@ -1,4 +1,4 @@
-"""The numbers of one kind of edit in every slot, as the compiled graph reads them: the base of what `kinds/` has."""
+"""The numbers of one kind of edit in every slot, as the compiled graph reads them: the base class for `kinds/`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GroupEdits = Sequence[tuple[Edit, Mapping[str, Array]]]
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides the shapes of one group's slot tensors, and how tokens are multiplied with them."""
+    """Sizes of one group's slot tensors, and the products of tokens with them."""
 
     capacity: Capacity
     reads: Shard
@@ -38,33 +38,33 @@ class Shape:
 class SlotTensors(nn.Module):
     """The tensors of one group of edits, of every slot: columns of the slots' rows. A row of zeros changes nothing.
 
-    `scope_row` [S], where there is capacity for scaled edits, says which column of a step's token scales is a slot's.
-    Called with the vectors that the edits read, `x` [T, reads], and each token's slot, [T], it gives what the edits
-    add, in float32. Flags and codes are kept in float32 too: each type is an input more of the graph, at every layer.
+    `scope_row` [S], which exists with capacity for scaled edits, is the column of a step's token scales for each slot.
+    Called with the vectors that the edits read, `x` [T, reads], and each token's slot, [T], it returns the vectors that
+    the edits add, in float32. Flags and codes are float32 too: each type is one more input of the graph per layer.
     """
 
     stage: ClassVar[type[Stage]] = Stage
-    """Computation of all edits of this kind, and of those that share its stage, at one site."""
+    """Computation of all edits of this kind, and of other kinds in its stage, at one site."""
     linear: ClassVar[bool] = False
-    """Adds what is linear in what is read, and is not counted: workers may then add up their parts of it."""
+    """True if the result is linear in the vector that is read, and not counted: workers may then add up their parts."""
 
     def __init__(self, shape: Shape, layout: Layout) -> None:
         super().__init__()
         self._shape = shape
         self._layout = layout
         self.columns: dict[str, Columns] = {}
-        """where each tensor lies in a row"""
+        """the place of each tensor in a row"""
         self._shares: dict[str, Shard] = {}
         self._keep("scope_row", dtype=torch.float32, feature=SCALED)
         self.neurons = 0
-        """how many things of a slot are counted, one for each rank: the tokens at which each gave something"""
+        """number of a slot's neurons whose firings are counted, one for each rank"""
         self.firings: FiringCounters | None = None
-        """what counts them"""
+        """the counters"""
         self.column = 0
-        """the first of its columns for these neurons"""
+        """first column of the counters for these neurons"""
 
     def bind(self, rows: Rows, layer: int | None) -> None:
-        """Let the tensors be columns of a layer's part of the rows."""
+        """Make the tensors columns of a layer's part of the rows."""
         self.rows, self.layer = rows, layer
 
     @property
@@ -73,11 +73,11 @@ class SlotTensors(nn.Module):
         return self.neurons * COUNTED.itemsize
 
     def counted_by(self, firings: FiringCounters) -> None:
-        """Have the firings of the neurons counted."""
+        """Count the firings of the neurons."""
         self.firings, self.column = firings, firings.take(self.neurons)
 
     def has(self, name: str) -> bool:
-        """Whether there is that tensor: some serve a feature, which there must be capacity for."""
+        """True if there is that tensor: some serve a feature, which must be reserved."""
         return name in self.columns
 
     def tensor(self, name: str) -> Tensor:
@@ -100,24 +100,24 @@ class SlotTensors(nn.Module):
         return added if token_scale is None else added * token_scale
 
     def token_scale(self, step: Step, slots: Tensor) -> Tensor | None:
-        """[T, 1]: how much the edits count for each token; None where they count wholly for all."""
+        """[T, 1]: the edits' factor for each token; None if it is 1 for all."""
         return step.token_scale(self.tensor("scope_row"), slots) if self.has("scope_row") else None
 
     def _added(self, x: Tensor, slots: Tensor, token_scale: Tensor | None) -> Tensor:
-        """What the edits add at full strength."""
+        """Vectors that the edits add at full strength."""
         raise NotImplementedError
 
     def _values(self, numbers: GroupEdits) -> dict[str, Any]:
-        """What the tensors hold for several edits at once, in any type; what there are no columns for is left out."""
+        """Values of the tensors for several edits at once, in any type; those without columns are left out."""
         raise NotImplementedError
 
     def _note(self, fired: Tensor, token_scale: Tensor | None) -> None:
-        """Tell what each neuron gave, [T, neurons], before it counts only so much for each token."""
+        """Note each neuron's activation, [T, neurons], before the factor of each token."""
         if self.firings is not None:
             self.firings.note(self.column, (fired if token_scale is None else fired * token_scale) != 0)
 
     def _sums(self) -> dict[str, Any]:
-        """How what is read becomes dot products, whole ones."""
+        """Dot products of the vector that is read, whole ones."""
         return {"total": self._shape.total, "products": self._shape.products}
 
     def _keep(
@@ -125,7 +125,7 @@ class SlotTensors(nn.Module):
     ) -> None:
         """Columns for a tensor, if there is capacity for the `feature` it serves.
 
-        Of a tensor whose last dimension is a vector's, what the worker has no share in is not kept.
+        A tensor whose last dimension is a vector's keeps the worker's share of it only.
         """
         if feature is None or feature in self._shape.capacity.features:
             sizes = tuple(size.width if isinstance(size, Shard) else size for size in shape)

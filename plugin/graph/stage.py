@@ -13,10 +13,10 @@ from vllm_edits.plugin.graph.tensor_parallel import AllReduce
 
 
 class Stage(nn.Module):
-    """Edits of kinds that share a stage of `Edit.order`: each reads what the stage before left, and all are added.
+    """Edits of kinds that share a stage of `Edit.order`: each reads the stage before, and all results are added.
 
-    Where they apply in turn (`Edit.in_turn`) each reads what the edit before left. A kind whose edits do more together
-    than that has a subclass of its own.
+    Where they apply in turn (`Edit.in_turn`), each reads the edit before. A kind whose edits do more together than that
+    has a subclass of its own.
     """
 
     def __init__(self, number: int, *, in_turn: bool, total: AllReduce) -> None:
@@ -25,17 +25,17 @@ class Stage(nn.Module):
         self.number = number
         self.in_turn = in_turn
         self.first = True
-        """whether no stage stands before it at its site"""
+        """True if it is the first stage at its site"""
         self.total = total
         self.groups = nn.ModuleList()
         """slot tensors of the groups of edits, in their order"""
         self.sources: list[str | None] = []
-        """what each of them reads: another site's name, or None for this one"""
+        """the site that each of them reads: another site's name, or None for this one"""
         self.adds_up: FiringCounters | None = None
-        """what counts firings, where no edit that fires comes after this stage"""
+        """the counters of firings, if no edit that fires comes after this stage"""
 
     def forward(self, value: Tensor, added: Tensor, slots: Tensor, step: Step, carried: Carried) -> Tensor:
-        """Sum of what this stage and those before it add to `value` [T, width]; `added`: by those before it."""
+        """Sum of the vectors that the stages up to this one add to `value` [T, width]; `added`: by those before it."""
         added = self._with_groups(value, added, slots, step, carried)
         if self.adds_up is not None:
             self.adds_up.add(slots)

@@ -1,4 +1,4 @@
-"""What is read of a step, inside the compiled graph. `step_filler.py` writes it before each forward pass."""
+"""Inputs of a step, read inside the compiled graph. `step_filler.py` writes them before each forward pass."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
-"""What a step's tokens read: filled in just before each forward pass. No vLLM here.
+"""Filling of a step's inputs, just before each forward pass. No vLLM here.
 
-Between two steps little changes, so what is known of a request is kept for as long as it stays in the batch, and what
-is on the device already is not sent again. A batch of base requests costs a comparison of two lists, and no more is
-asked of it: beside a model's step every line of Python is cold, and costs several times what it does in a loop. What an
-edited batch costs does not grow with the number of its versions: it takes two copies to the device at most, and a
-few operations there where scopes name token ids.
+Between two steps little changes. So the slot of a request is kept for as long as it stays in the batch, and values that
+are on the device already are not sent again. A batch of base requests costs a comparison of two lists: beside a model's
+step every line of Python is cold, and costs several times its time in a loop. The cost of an edited batch does not grow
+with the number of its versions: two copies to the device at most, and a few operations there if scopes name token ids.
 """
 
 from __future__ import annotations
@@ -30,16 +29,16 @@ TokenCounts = NDArray[np.integer[Any]]
 
 @dataclass(frozen=True)
 class Extents:
-    """Where the tokens of a step's requests are. Counts are [requests], in the step's order."""
+    """Positions of the tokens of a step's requests. Counts are [requests], in the step's order."""
 
     tokens: TokenCounts
-    """how many tokens each has in the step"""
+    """number of tokens of each in the step"""
     starts: TokenCounts
-    """absolute position of the first of them"""
+    """absolute position of the first of these"""
     prompts: Callable[[], TokenCounts]
-    """the length of each prompt, asked where a position decides"""
+    """the length of each prompt, asked if a position decides"""
     input_ids: Tensor
-    """[T] or more: the id of each token, whatever it is where `StepBatch.embedded` says that there is none"""
+    """[T] or more: the id of each token, and any number for a token that has none by `StepBatch.embedded`"""
 
 
 @dataclass(frozen=True)
@@ -47,13 +46,13 @@ class StepBatch:
     """The requests of the coming step, in their order there."""
 
     requests: Sequence[Any]
-    """an object for each, the same one for as long as the request is in the batch"""
+    """an object for each request, the same one for as long as it is in the batch"""
     claim_of: Callable[[Any], Any]
     """[slot, version, strength] of such an object, None for the base; asked once"""
     embedded: Callable[[Any], NDArray[np.bool_] | None]
-    """[prompt]: positions that take a vector of the client's in place of a token's, None where none does"""
+    """[prompt]: True for positions with a client's vector in place of a token; None if there are none"""
     extents: Callable[[], Extents]
-    """asked where one of them is edited"""
+    """asked if one of them is edited"""
 
 
 class StepFiller:
@@ -69,16 +68,16 @@ class StepFiller:
         refused: Callable[[Any, FalseClaim], bool] = lambda _request, _error: False,
         device_rows: Callable[[Tensor, float], DeviceRows] = DeviceRows,
     ) -> None:
-        """slot_of: the slot a claim may use, or FalseClaim; scopes: of each slot in use, the first has scope row 1.
+        """slot_of: the slot that a claim may use, or FalseClaim; scopes: by slot in use, the first has scope row 1.
 
-        refused: told of a request with a false claim; whether that request will end without an answer. Else the step
-        is stopped.
+        refused: called with a request whose claim is false; returns True if that request will end without an answer.
+        Else the step is stopped.
         """
         self.all_base = True
         self.tokens = np.zeros(slots + 1, dtype=np.int64)
-        """how many were computed with what each slot holds; for slot 0, the base, that is no count of anything"""
+        """number of tokens computed with each slot's version; the number of slot 0, the base, has no meaning"""
         self.last_tokens: TokenCounts = np.zeros(0, dtype=np.int64)
-        """the row of each request's last token in the step, unless all are of the base"""
+        """the row of each request's last token in the step, None if all are of the base"""
         self._step = step
         self._slot_of = slot_of
         self._refused = refused
@@ -86,20 +85,20 @@ class StepFiller:
         self._slots_on_device = device_rows(step.slots, 0)
         self._scales_on_device = device_rows(step.token_scales, 1)
         self._by_position = device_rows(torch.ones_like(step.token_scales), 1)
-        """the token scales as far as positions decide, where token ids decide too"""
+        """the token scales as far as positions decide, if token ids decide too"""
         self._sent_tokens: TokenCounts = np.zeros(0, dtype=np.int64)
         self._tokens_of_slots: TokenCounts = np.zeros(0, dtype=np.int64)
-        """how many of them are of each slot"""
+        """number of them by slot"""
         self.forget()
 
     def forget(self) -> None:
-        """A slot holds something else now: every claim is to be looked at again."""
+        """Look at every claim again, since a slot's content has changed."""
         self._tables = ScopeTables(self._scopes, len(self.tokens) - 1, self._step.token_scales.shape[1])
         self._named_ids: NamedIds | None = None
         self._keep([], [])
 
     def fill(self, batch: StepBatch) -> None:
-        """Tell the step of a batch. Rows beyond the batch are padding and read slot 0."""
+        """Write the inputs of a batch. Rows beyond the batch are padding and read slot 0."""
         changed = self._look_up(batch)
         if not self._edited:
             self._fill_base()
@@ -127,7 +126,7 @@ class StepFiller:
             self.all_base = True
 
     def _look_up(self, batch: StepBatch) -> bool:
-        """Find out what each request uses; whether that is anything new."""
+        """Find the slot of each request; returns True if any has changed."""
         requests = batch.requests
         if len(requests) == len(self._requests) and all(map(operator.is_, requests, self._requests)):
             return False
@@ -166,7 +165,7 @@ class StepFiller:
             self._scales_on_device.write(scales)
 
     def _without_ids(self, batch: StepBatch, extents: Extents) -> NDArray[np.bool_]:
-        """[T]: tokens that are vectors of the client's, and so have no id that a scope could name."""
+        """[T]: True for a client's vector, which has no token id that a scope could name."""
         found = np.zeros(extents.tokens.sum(), dtype=bool)
         in_prompt = np.flatnonzero(extents.starts < extents.prompts())
         ends = np.cumsum(extents.tokens)

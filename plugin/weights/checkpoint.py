@@ -1,6 +1,6 @@
 """A base model's projections as its files hold them. No vLLM here.
 
-A worker that has a part of a weight reads the whole of it here, where what becomes of its part depends on the rest.
+A worker that has a part of a weight reads the whole of it here if the new part depends on the rest.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Checkpoint:
         self._files: dict[str, Path] = {}
 
     def projection(self, site: Site) -> tuple[Tensor, Tensor | None]:
-        """Weight [out, in] and bias [out], None where there is none, of the projection that gives `site`.
+        """Weight [out, in] and bias [out] (or None) of the projection whose output is `site`.
 
         UnsupportedHost when the files hold none under the name that transformers gives it.
         """
@@ -43,7 +43,7 @@ class Checkpoint:
         return weight, bias
 
     def _layer(self, site: Site) -> str:
-        """Name of the site's layer in the files, which may leave out what holds the decoder."""
+        """Name of the site's layer in the files, which may leave out the module around the decoder."""
         if not self._files:
             for path in weight_files(self._folder):
                 with safe_open(path, "pt") as file:

@@ -1,8 +1,8 @@
 """The weights of one worker, and the version whose edits are in them. No vLLM here.
 
 A patch holds, for every projection that a version changes, the weight that takes the place of the loaded one, in the
-form the engine computes with. To install it is to exchange the two, so the patch then holds what was loaded, bit for
-bit, and exchanging again restores it. All that takes time, or can fail, comes before.
+form that the engine computes with. Installing exchanges the two: the patch then holds the loaded weight bit for bit,
+and a second exchange restores it. All that takes time, or can fail, comes before.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from vllm_edits.plugin.weights.weight_form import EditsWithNumbers, formless, pa
 
 @dataclass
 class Copy:
-    """A weight beside the engine's own: `weight` in whatever form that takes, `bias` [out] or None."""
+    """A weight beside the engine's own: `weight` in the engine's form, `bias` [out] or None."""
 
     weight: Any
     bias: Tensor | None
     nbytes: int
     fingerprint: bytes | None = None
-    """of the numbers that it must hold; None where only the engine's own thread may tell it"""
+    """digest of the numbers that it must hold; None if only the engine's own thread can compute it"""
 
 
 class LiveWeight(Protocol):
@@ -45,21 +45,21 @@ class LiveWeight(Protocol):
     bias: Tensor | None
 
     def loaded(self, aside: Copy | None) -> Tensor:
-        """The weight [out, in] as it was loaded; `aside` is the copy that holds it while another takes its place."""
+        """The weight [out, in] as it was loaded; `aside` is the copy that holds it while another is in its place."""
 
     def copy(self, weight: Tensor, bias: Tensor | None) -> Copy:
         """A copy of these numbers, ready to be exchanged. Called while the engine computes."""
 
     def exchange(self, copy: Copy) -> None:
-        """Let the engine and the copy change places, at the same addresses; or fail with nothing changed."""
+        """Exchange the engine's numbers and the copy's, at the same addresses; on failure nothing has changed."""
 
     def fingerprint(self, copy: Copy | None) -> bytes:
-        """Of a copy, or of what the engine computes with now: equal where the numbers are."""
+        """Digest of a copy, or of the numbers that the engine computes with now: equal for equal numbers."""
 
 
 @dataclass(frozen=True)
 class ProjectionPart:
-    """A projection inside a module: rows of its weight from `start` on, and what this worker has of the whole."""
+    """A projection inside a module: rows of its weight from `start` on, and this worker's part of the whole."""
 
     module: str
     start: int
@@ -68,12 +68,12 @@ class ProjectionPart:
 
     @property
     def slice(self) -> slice:
-        """Its rows in the module's weight."""
+        """Rows of the projection in the module's weight."""
         return slice(self.start, self.start + self.rows.width)
 
     @property
     def divided(self) -> bool:
-        """Whether other workers have the rest of it."""
+        """True if other workers have the rest of it."""
         return self.rows.divided or self.columns.divided
 
     def of(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,12 +94,12 @@ class Patch:
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes."""
+        """Memory in bytes."""
         return sum(copy.nbytes for copy in self.copies.values())
 
 
 class PatchedWeights:
-    """What a version may be installed in: some projections of the model, by the site of what they give."""
+    """The weights that a version may be installed in: some projections of the model, by the site of their output."""
 
     def __init__(
         self,
@@ -109,20 +109,20 @@ class PatchedWeights:
         free_bytes: Callable[[], int],
         whole: Whole | None = None,
     ) -> None:
-        """free_bytes: host memory that is left for a version's weights; whole: for projections that are divided."""
+        """free_bytes: host memory left for a version's weights; whole: files to read divided projections from."""
         self.parts = parts
         self._whole = whole
         self._free_bytes = free_bytes
         self.epoch = 0
-        """counts what has been in the weights; whoever exchanges them says"""
+        """counts the exchanges; the caller that exchanges sets it"""
         self.digest = hashlib.sha256().hexdigest()
-        """over all weights that are not the loaded ones; equal on workers that hold the same"""
+        """digest of all weights that are not the loaded ones; equal on workers that hold the same"""
         self._modules = modules
         self._architecture = architecture
         self._installed: Patch | None = None
         self._before: Patch | None = None
         self._fingerprints: dict[str, bytes] = {}
-        """of what the engine computes with, by module; of those that were ever exchanged"""
+        """digest of the numbers that the engine computes with, by module; of modules that were ever exchanged"""
         self._exchanging = threading.Lock()
 
     @property
@@ -137,11 +137,11 @@ class PatchedWeights:
 
     @property
     def bytes_touched(self) -> int:
-        """Bytes of every weight that may be changed: at most so much does a patch take."""
+        """Bytes of every weight that may be changed: the most that a patch takes."""
         return sum(module.loaded(None).nbytes for module in self._modules.values())
 
     def prepare(self, version: str, manifest: Manifest, tensors: Tensors) -> Patch:
-        """A version's weights. InstallRefused when its edits have no weight form, or not here."""
+        """A version's weights. InstallRefused when its edits have no weight form, or none in this model."""
         edits = sorted(manifest.edits, key=order_at_site)
         own = {edit: edit.numbers(tensors, manifest.base.widths) for edit in edits}
         numbers = {edit: {name: np.array(array) for name, array in fields.items()} for edit, fields in own.items()}
@@ -163,7 +163,7 @@ class PatchedWeights:
     def _patched(
         self, name: str, edits: Sequence[Edit], numbers: Mapping[Edit, Mapping[str, Any]], strength: float
     ) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a module, every part of it, in a type wide enough to round once."""
+        """Weight and bias of a module, with all its parts, in a type wide enough to round once."""
         live, aside = self._modules[name], None
         with self._exchanging:
             aside = self._installed.copies.get(name) if self._installed else None
@@ -185,9 +185,9 @@ class PatchedWeights:
         return weight, bias
 
     def _whole_of(self, site: Site, own: Tensor, own_bias: Tensor) -> tuple[Tensor, Tensor]:
-        """All of a projection of which this worker has a part: what an edit makes of the part depends on the rest.
+        """A whole projection of which this worker has a part, since the edited part depends on the rest.
 
-        UnsupportedHost when the files say otherwise of the part than what was loaded.
+        UnsupportedHost when the loaded part differs from the files.
         """
         part, dtype = self.parts[site], self._modules[self.parts[site].module].dtype
         found, found_bias = self._whole(site) if self._whole else (None, None)
@@ -238,9 +238,9 @@ class PatchedWeights:
         ]
 
     def install(self, patch: Patch | None, epoch: int) -> None:
-        """Put a version into the weights, or with None the model as it was loaded; whatever fails is undone.
+        """Put a version into the weights, or with None the model as it was loaded; a failure is undone.
 
-        Ends with an error, and the weights as they were, when a weight is not what was prepared.
+        RuntimeError, with the weights as they were, when a weight differs from the prepared one.
         """
         with self._exchanging:
             leaving, done = self._installed, list[tuple[str, Copy]]()

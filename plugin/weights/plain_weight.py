@@ -10,11 +10,11 @@ from torch import Tensor
 from vllm_edits.plugin.weights.patched_weights import Copy
 
 _AT_ONCE = 1 << 22
-"""numbers that are looked at or exchanged together: so much device memory more does it take"""
+"""Numbers that are read or exchanged together: the additional device memory it takes."""
 
 
 class PlainWeight:
-    """`weight` [out, in] and `bias` [out] or None, read where they lie at every step. Copies lie in host memory."""
+    """`weight` [out, in] and `bias` [out] or None, read from their addresses at every step. Copies: in host memory."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.dtype = weight.dtype
@@ -41,15 +41,15 @@ class PlainWeight:
 
 
 def exchange_bias(bias: Tensor | None, copy: Copy) -> None:
-    """Let a module's bias and a copy's change places."""
+    """Exchange a module's bias and a copy's."""
     if bias is not None and copy.bias is not None:
         exchange(bias, copy.bias)
 
 
 def exchange(one: Tensor, other: Tensor) -> None:
-    """Let the numbers of two tensors of one shape and type change places; neither moves, so pinned memory stays so.
+    """Exchange the numbers of two tensors of one shape and type; neither moves, so pinned memory stays pinned.
 
-    What can fail, finding memory for a part of them on the device of `one`, comes first.
+    The only step that can fail, allocating memory for a part of them on the device of `one`, comes first.
     """
     mine, theirs = one.view(-1), other.view(-1)
     aside = torch.empty_like(mine[:_AT_ONCE])
@@ -61,7 +61,7 @@ def exchange(one: Tensor, other: Tensor) -> None:
 
 
 def fingerprint(tensor: Tensor) -> bytes:
-    """Tells tensors apart whose bits differ, where they lie: a sum of the bits, each weighed by its place."""
+    """Digest of tensors on their device: a sum of the bits, each weighted by its place."""
     bits = tensor.detach().reshape(-1).view(torch.int16 if tensor.element_size() == 2 else torch.int32)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for start in range(0, len(bits), _AT_ONCE):

@@ -7,8 +7,8 @@ A projection gives y = W x + b. Edits of y are maps after it, edits of x maps be
     after the projection    W' = factor W + write^T (read W)      b' = factor b + write^T (read b - shift) + constant
     before it               W' = W factor + (W write^T) read      b' = b - (W write^T) shift + W constant
 
-So any number of edits ends in one weight and one bias. Gates, scopes, kept norms, and edits of vectors that no
-projection gives or reads have no such form; nor has a constant where the projection adds no bias.
+So any number of edits becomes one weight and one bias. Gates, scopes, kept norms, and edits of vectors that are no
+projection's input or output have no such form; nor has a constant where the projection adds no bias.
 """
 
 from __future__ import annotations
@@ -69,8 +69,7 @@ class Affine:
 def patched(
     weight: Tensor, bias: Tensor, given: EditsWithNumbers, read: EditsWithNumbers, strength: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Weight [out, in] and bias [out] of a projection with edits of what it gives, and of what it reads.
-
+    """Weight [out, in] and bias [out] of a projection with edits of its output and of its input.
     Computed in the weight's own type. `bias` is zeros where the projection has none.
     """
     for stage in _stages(given):
@@ -90,7 +89,7 @@ def _stages(numbers: EditsWithNumbers) -> list[EditsWithNumbers]:
 
 
 def _in_place(stage: EditsWithNumbers, width: int) -> AffineMap | None:
-    """The map that the edits make which read the vector they change; None where there are none."""
+    """The map of the edits that read the vector they change; None if there are none."""
     in_place = [pair for pair in stage if pair[0].source == pair[0].site]
     kinds = [list(pairs) for _, pairs in groupby(in_place, key=lambda pair: type(pair[0]))]
     maps = [type(pairs[0][0]).linear(pairs, width) for pairs in kinds]
@@ -98,7 +97,7 @@ def _in_place(stage: EditsWithNumbers, width: int) -> AffineMap | None:
 
 
 def _changed(weight: Tensor, factors: Sequence[Any], strength: float) -> Tensor:
-    """The weight and what an edit adds to it: a matrix, or the product of two."""
+    """The weight plus an edit's change: a matrix, or the product of two."""
     left, *right = (torch.as_tensor(factor).to(weight.dtype) for factor in factors)
     return torch.addmm(weight, left, right[0], alpha=strength) if right else weight + strength * left
 
@@ -107,7 +106,7 @@ def _changed(weight: Tensor, factors: Sequence[Any], strength: float) -> Tensor:
 
 
 def touched(edit: Edit, architecture: Architecture) -> tuple[Site, ...]:
-    """The projections whose weights an edit changes, by what they give."""
+    """Projections whose weights an edit changes, by their output."""
     site = Site.parse(edit.site)
     projections = architecture.projections()
     if site.point in projections:
@@ -116,7 +115,7 @@ def touched(edit: Edit, architecture: Architecture) -> tuple[Site, ...]:
 
 
 def formless(edits: Iterable[Edit], architecture: Architecture) -> list[Reason]:
-    """Why these edits cannot be put into weights, whatever their numbers, each with what to do instead."""
+    """Reasons why these edits cannot be put into weights, whatever their numbers, each with a way out."""
     found = ((edit, _formless(edit, architecture)) for edit in edits)
     return [Reason("weights_mode", f"{edit.kind} at {edit.site}: {why}") for edit, why in found if why]
 

@@ -1,4 +1,4 @@
-"""Which projections a server sets apart for versions in its weights, and which of them get a bias. Pure."""
+"""Projections that a server reserves for versions in its weights, and those that get a bias. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm_edits.plugin.weights.weight_form import touched
 from vllm_edits.server_config.settings import ReserveWeight
 
 WeightsReservation = Mapping[Site, bool]
-"""Projections by what they give, and whether each is to have a bias if the model gives it none."""
+"""Projections by their output, each with True if it gets a bias where the model has none."""
 
 
 def asked_for(reserve: Iterable[ReserveWeight], architecture: Architecture, widths: Widths) -> WeightsReservation:
@@ -34,7 +34,7 @@ def asked_for(reserve: Iterable[ReserveWeight], architecture: Architecture, widt
 
 
 def for_version(manifest: Manifest, architecture: Architecture) -> WeightsReservation:
-    """What one version changes."""
+    """Projections that one version changes."""
     reserved: dict[Site, bool] = {}
     for edit in manifest.edits:
         for site in touched(edit, architecture):
@@ -48,12 +48,12 @@ def usual(architecture: Architecture, widths: Widths) -> WeightsReservation:
 
 
 def to_settings(reserved: WeightsReservation) -> list[dict[str, object]]:
-    """The same as settings, one entry for each projection."""
+    """The reservation as settings, one entry for each projection."""
     return [{"site": str(site), "bias": bias} for site, bias in sorted(reserved.items())]
 
 
 def bytes_kept(reserved: WeightsReservation, architecture: Architecture, widths: Widths, itemsize: int) -> int:
-    """Bytes of the weights that are set apart: what a CPU server keeps of them besides, and the most a patch takes."""
+    """Bytes of the reserved weights: the copy that a CPU server keeps of them, and the most that a patch takes."""
     projections = architecture.projections()
     return sum(widths.of(site.point) * widths.of(projections[site.point]) * itemsize for site in reserved)
 

@@ -1,6 +1,6 @@
 """Every kind of edit as a formula in torch, for hooks on a transformers model: a module for each.
 
-A module ends in `register`; being in this folder is enough to be found.
+A module ends in `register`. Modules in this folder are found without a list.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ Numbers = Mapping[str, Tensor]
 Added = Callable[[Any, Numbers, Tensor, Tensor], Tensor]
 """Vector that an edit with these numbers adds at full strength to `y` [..., width], having read `x` [..., in]."""
 Settled = Callable[[Sequence[tuple[Any, Tensor]], Tensor, Tensor], Tensor]
-"""Vector of a site when all edits of a kind are added: given these edits, each with how much it counts
-for each token, the vector before them, and the one after them."""
+"""Vector of a site when all edits of a kind are added: given these edits, each with its factor for each token, the
+vector before them, and the one after them."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Offsets of a transformers model: x += vector, and where it is asked for the norm from before."""
+"""Offsets of a transformers model: x += vector, then x gets back its norm if one of them asks for that."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _added(_: Offset, numbers: Numbers, __: Tensor, ___: Tensor) -> Tensor:
 
 
 def _settled(edits: Sequence[tuple[Offset, Tensor]], before: Tensor, now: Tensor) -> Tensor:
-    """The norm from before all offsets, at the tokens for which one counts that asks for it."""
+    """Give x its norm from before all offsets, at tokens where an offset that asks for that counts."""
     asked = functools.reduce(operator.or_, (edit.renorm & (scale != 0) for edit, scale in edits))
     kept = now * before.norm(dim=-1, keepdim=True) / now.norm(dim=-1, keepdim=True)
     return torch.where(asked, kept, now)

@@ -16,7 +16,7 @@ from vllm_edits.plugin.graph.slot_tensors import GroupEdits, Shape, SlotTensors,
 from vllm_edits.plugin.graph.tensor_parallel import AllReduce, identity
 
 ACTIVATION_CODES = {"relu": 0, "jump_relu": 1, "step": 2, "silu": 3, "sigmoid": 4}
-"""How a slot says which activation a neuron has."""
+"""Code of each activation in a slot."""
 
 
 class GateSlots(SlotTensors):
@@ -70,7 +70,7 @@ def gate(
     x: Tensor, slots: Tensor, *, read: Tensor, bias: Tensor, write: Tensor, activation: Tensor, threshold: Tensor,
     shrink: Tensor | None = None, total: AllReduce = identity, products: SlotProducts = EXPRESSIONS,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """sum_k write[s, k] sigma_sk(read[s, k] . x[t] shrink[t] + bias[s, k]), and what each neuron gave, [T, K].
+    """sum_k write[s, k] sigma_sk(read[s, k] . x[t] shrink[t] + bias[s, k]), and each neuron's activation, [T, K].
 
     x: [T, I], read: [S, K, I], write: [S, K, O], bias, activation (a code) and threshold: [S, K], shrink: [T, 1]
     """
@@ -94,9 +94,9 @@ _ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def centred(
     x: Tensor, slots: Tensor, *, stretch: Tensor, centre: Tensor, normalise: Tensor, total: AllReduce = identity
 ) -> tuple[Tensor, Tensor]:
-    """y[t] = x[t] * stretch[s] - centre[s], and what its dot products shrink by: 1 / |y[t]| where normalise[s], else 1.
+    """y[t] = x[t] * stretch[s] - centre[s], and the factor of its dot products: 1 / |y[t]| where normalise[s], else 1.
 
-    So the length and the dot products are sums of one pass over the vector.
+    So one pass over the vector sums up both the length and the dot products.
 
     x, y: [T, I], stretch, centre: [S, I], normalise, 0 or 1: [S], the second result: [T, 1]
     """

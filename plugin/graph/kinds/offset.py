@@ -18,7 +18,7 @@ from vllm_edits.plugin.graph.tensor_parallel import AllReduce, identity
 
 
 class Moves(Stage):
-    """Vectors are added; the norm is restored once, after all of them."""
+    """Adds vectors, and restores the norm once, after all of them."""
 
     def _with_groups(self, value: Tensor, added: Tensor, slots: Tensor, step: Step, carried: Carried) -> Tensor:
         del carried
@@ -47,7 +47,7 @@ class OffsetSlots(SlotTensors):
         return self.tensor("vector")[slots].float()
 
     def keeps_norm(self, slots: Tensor, step: Step) -> Tensor | None:
-        """[T, 1]: the tokens whose norm is to be restored; None where nobody's is."""
+        """[T, 1]: the tokens whose norm is to be restored; None if no slot has such edits."""
         if not self.has("renorm"):
             return None
         asked, token_scale = self.tensor("renorm")[slots].unsqueeze(-1) != 0, self.token_scale(step, slots)

@@ -17,7 +17,7 @@ from vllm_edits.plugin.graph.step import Step
 
 
 class Factors(Stage):
-    """Factors multiply, those of other scopes too. The first of a site reads the vector as it is, which saves a sum."""
+    """Multiplies factors, also of several scopes. The first of a site reads the vector as it is, which saves a sum."""
 
     def _with_groups(self, value: Tensor, added: Tensor, slots: Tensor, step: Step, carried: Carried) -> Tensor:
         del carried

@@ -59,7 +59,7 @@ def subspace_filter(
 
 
 def pull(x: Tensor, drop: Tensor, constant: Tensor, slots: Tensor) -> Tensor:
-    """constant[s] - drop[s] x[t]: what a projection onto a subspace also does.   drop: [S], constant: [S, O]"""
+    """constant[s] - drop[s] x[t]: the other part of a projection onto a subspace.   drop: [S], constant: [S, O]"""
     return constant[slots] - drop[slots].unsqueeze(-1) * x
 
 
