@@ -126,20 +126,20 @@ class TrustPolicy(_Strict):
         ]
         if not about:
             return [Reason("unsigned", f"{what}: expected {self.needed(role)} {role} signature(s), found none")]
-        believed: set[str] = set()
+        valid: set[str] = set()
         reasons: list[Reason] = []
         for signature in about:
-            reason = self._doubt(signature, role, at)
+            reason = self._fault(signature, role, at)
             if reason is None:
-                believed.add(signature.keyid)
+                valid.add(signature.keyid)
             else:
                 reasons.append(Reason(reason.code, f"{what}: {reason.message}"))
-        if len(believed) >= self.needed(role):
+        if len(valid) >= self.needed(role):
             return []
-        told = f"expected {self.needed(role)} valid {role} signature(s) of different keys, found {len(believed)}"
+        told = f"expected {self.needed(role)} valid {role} signature(s) of different keys, found {len(valid)}"
         return [*reasons, Reason("below_threshold", f"{what}: {told}")]
 
-    def _doubt(self, signature: Signature, role: Role, at: datetime) -> Reason | None:
+    def _fault(self, signature: Signature, role: Role, at: datetime) -> Reason | None:
         trusted = next((each for each in self.keys if each.key.keyid == signature.keyid), None)
         if trusted is None:
             return Reason("untrusted_key", f"signed by key {signature.keyid[:12]}, which is not in the trust file")

@@ -38,7 +38,7 @@ class Promoted:
 def promoted(settings: EditSettings, base: BaseModelRef) -> Promoted:
     """Versions that the store promotes for this model now and that a starting server would accept."""
     reader, in_weights = open_reader(settings), weights_key(settings)
-    heads = {(name, tag): reader.believed(entry)
+    heads = {(name, tag): reader.last_trusted(entry)
              for name, tags in reader.look().heads.items() for tag, entry in tags.items()}  # fmt: skip
     found = {key: reader.manifest(head.version) for key, head in heads.items() if head and not head.withdrawn}
     ours = {key: manifest for key, manifest in found.items() if manifest.base.files == base.files}
@@ -69,7 +69,7 @@ def reserve(settings: EditSettings, base: BaseModelRef, found: Promoted | None =
         return made if settings.scopes is None else replace(made, scopes=settings.scopes)
     usual = Reservation.usual(architecture, base.widths)
     logger.warning(
-        "store %s promotes nothing for this model: room is reserved for %s, at every layer, which costs a little on "
+        "store %s promotes nothing for this model: %s are reserved at every layer, which costs a little on "
         "every step. Promote first, or set edits.reserve",
         settings.store,
         usual,
@@ -89,7 +89,7 @@ def reserve_weights(settings: EditSettings, base: BaseModelRef, found: Promoted 
     return capacity or weights_reservation.usual(architecture, base.widths)
 
 
-def set_apart(settings: EditSettings, base: BaseModelRef) -> tuple[Reservation, WeightsReservation]:
+def reservations(settings: EditSettings, base: BaseModelRef) -> tuple[Reservation, WeightsReservation]:
     """Both reservations, with one reading of the store, or none if the settings decide both."""
     told = settings.reserve is not None and (settings.weights is None or settings.weights_reserve is not None)
     found = None if told else promoted(settings, base)

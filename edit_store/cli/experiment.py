@@ -247,13 +247,13 @@ def list_all(store: StoreOption, as_json: JsonOption = False) -> None:
     Example:
       vllm-edits experiment list --store ./store
     """
-    standings, troubles = Experiments(opened(store)).standings()
+    standings, without_effect = Experiments(opened(store)).standings()
     rows = [_row(standing) for _, standing in sorted(standings.items())]
     columns = {"name": "experiment", "model": "model", "status": "status", "phase": "phase", "coverage": "coverage",
                "began_at": "since", "reason": "why"}  # fmt: skip
     show(rows, columns, as_json)
-    for trouble in troubles:
-        plain(f"note: {trouble}", err=True)
+    for note in without_effect:
+        plain(f"note: {note}", err=True)
 
 
 @experiment.command(name="show")
@@ -336,8 +336,8 @@ def _told(standing: Standing, as_json: bool) -> None:
     if standing.status == "running":
         shares = ", ".join(f"{arm['name']} {arm['share']:.2%}" for arm in row["arms"])
         said += f", phase {standing.phase}; of all units {shares}"
-    if standing.everyone:
-        said += f"; all units get {standing.everyone}"
+    if standing.promoted_arm:
+        said += f"; all units get {standing.promoted_arm}"
     plain(said)
 
 
@@ -348,7 +348,7 @@ def _row(standing: Standing) -> dict[str, Any]:
     return {
         "name": document.name, "model": document.model, "status": standing.status, "phase": standing.phase,
         "coverage": coverage, "began_at": standing.began_at.isoformat() if standing.began_at else "",
-        "reason": standing.reason, "everyone": standing.everyone, "held": standing.ramping_since is None,
+        "reason": standing.reason, "promoted_arm": standing.promoted_arm, "held": standing.ramping_since is None,
         "arms": [
             {"name": arm.name, "serves": abbreviated(arm.serves), "weight": arm.weight,
              "share": arm.weight * coverage * outside if standing.status == "running" else 0.0,

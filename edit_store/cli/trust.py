@@ -238,7 +238,7 @@ def check(
             Role.PROMOTER, head.digest, f"{ref} entry {head.sequence}", target.signatures(head.digest)
         )
     if as_json:
-        as_script({"believed": not reasons, "reasons": [str(reason) for reason in reasons]})
+        as_script({"trusted": not reasons, "reasons": [str(reason) for reason in reasons]})
     else:
         for reason in reasons:
             plain(f"  - {reason}")

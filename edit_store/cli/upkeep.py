@@ -145,7 +145,7 @@ def verify(store: StoreOption, as_json: JsonOption = False) -> None:
         as_script({"clean": found.clean, **asdict(found)})
     else:
         if found.findings:
-            columns = {"object": "object", "problem": "problem", "mend": "what to do"}
+            columns = {"object": "object", "problem": "problem", "fix": "what to do"}
             show([asdict(each) for each in found.findings], columns, as_json=False)
         plain(
             f"{found.versions} versions ({sized(found.bytes)}), {found.tags} tags with {found.entries} entries, "

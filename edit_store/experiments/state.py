@@ -61,7 +61,7 @@ class Standing:
     widened: float = 0.0
     """coverage set by widen"""
     withdrawn: frozenset[str] = frozenset()
-    everyone: str | None = None
+    promoted_arm: str | None = None
     """the promoted arm, which serves all units"""
     reason: str = ""
     """reason of the last change"""
@@ -95,13 +95,13 @@ Standings = Mapping[str, Standing]
 def fold(entries: Iterable[ExperimentEntry]) -> tuple[dict[str, Standing], list[str]]:
     """The state of all experiments after these entries, and a message for each entry that has no effect."""
     standings: dict[str, Standing] = {}
-    troubles = []
+    without_effect = []
     for entry in entries:
         try:
             standings[entry.experiment] = after(standings, entry, entry.at, entry.reason)
-        except EditsError as trouble:
-            troubles.append(f"entry {entry.sequence} of the experiments has no effect: {trouble}")
-    return standings, troubles
+        except EditsError as error:
+            without_effect.append(f"entry {entry.sequence} of the experiments has no effect: {error}")
+    return standings, without_effect
 
 
 def after(standings: Standings, change: ExperimentChange, at: datetime, reason: str = "") -> Standing:
@@ -179,11 +179,11 @@ def _started(standing: Standing, change: ExperimentChange, at: datetime) -> Stan
         )
     if standing.status == "promoted":
         raise Conflict(
-            f"arm {standing.everyone!r} of experiment {name!r} was promoted and serves all units. "
+            f"arm {standing.promoted_arm!r} of experiment {name!r} was promoted and serves all units. "
             f"Stop the experiment first: vllm-edits experiment stop {name}"
         )
     return replace(standing, status="running", phase=standing.phase + 1, began_at=at, ramped=0.0, ramping_since=at,
-                   widened=0.0, withdrawn=frozenset(), everyone=None)  # fmt: skip
+                   widened=0.0, withdrawn=frozenset(), promoted_arm=None)  # fmt: skip
 
 
 def _overlaps(standings: Standings, started: Standing) -> Iterable[Reason]:
@@ -261,10 +261,10 @@ def _promoted(standing: Standing, change: ExperimentChange, at: datetime) -> Sta
         raise ExperimentRefused(f"the change of experiment {change.experiment!r}", [Reason("arm", why)])
     if is_of_variant(standing.document, arm):  # the variant's own tag now serves it, so the experiment ends
         return replace(standing.held(at), status="stopped")
-    return replace(standing.held(at), status="promoted", everyone=arm)
+    return replace(standing.held(at), status="promoted", promoted_arm=arm)
 
 
 def _stopped(standing: Standing, change: ExperimentChange, at: datetime) -> Standing:
     if not standing.serving:
         raise Conflict(f"experiment {change.experiment!r} is {standing.status}: there is nothing to stop")
-    return replace(standing.held(at), status="stopped", everyone=None)
+    return replace(standing.held(at), status="stopped", promoted_arm=None)

@@ -38,7 +38,7 @@ class Look:
     """
 
     heads: Heads
-    troubles: Mapping[Key, EditsError]
+    broken: Mapping[Key, EditsError]
     experiments: Standings = field(default_factory=dict)
     passed_over: Sequence[str] = ()
 
@@ -46,21 +46,21 @@ class Look:
 class Follower:
     """The logs of one store, kept up to date. Not safe to use from two threads at once.
 
-    `believed` is True for an entry of the experiments that counts. It is asked again about the others at every look.
+    `trusted` is True for an entry of the experiments that counts. It is asked again about the others at every look.
     """
 
     def __init__(
         self, store: EditStore, seen: Seen | None = None,
-        believed: Callable[[ExperimentEntry], bool] = lambda _: True,
+        trusted: Callable[[ExperimentEntry], bool] = lambda _: True,
     ) -> None:  # fmt: skip
         self._store = store
         self._seen = seen
-        self._believed = believed
+        self._trusted = trusted
         self._index: IndexEntry | None = None
         self._heads: dict[Key, TagEntry | None] = {}
         self._experiments: list[ExperimentEntry] = []
         self._read_experiments = False
-        self._doubted: list[ExperimentEntry] = []
+        self._untrusted: list[ExperimentEntry] = []
         self._folded: tuple[Standings, list[str]] = {}, []
 
     def look(self) -> Look:
@@ -69,11 +69,11 @@ class Follower:
         for entry in self._store.index().after(self._index):
             self._heads.setdefault((entry.name, entry.tag), None)
             self._index = entry
-        troubles: dict[Key, EditsError] = {}
+        broken: dict[Key, EditsError] = {}
         with ThreadPoolExecutor(self._store.backend.parallel) as pool:
             for key, found in zip(self._heads, pool.map(self._newest, list(self._heads)), strict=True):
                 if isinstance(found, StoreCorrupt):
-                    troubles[key] = found
+                    broken[key] = found
                 else:
                     self._heads[key] = found
         heads: dict[str, dict[str, TagEntry]] = {}
@@ -82,11 +82,11 @@ class Follower:
                 heads.setdefault(name, {})[tag] = head
         try:
             self._follow_experiments()
-        except StoreCorrupt as trouble:
-            troubles[EXPERIMENTS] = trouble
+        except StoreCorrupt as error:
+            broken[EXPERIMENTS] = error
         if self._seen is not None:
             self._seen.remember(self._last_entries())
-        return Look(heads, troubles, *self._folded)
+        return Look(heads, broken, *self._folded)
 
     def _last_entries(self) -> dict[Key, Entry]:
         last: dict[Key, Entry] = {key: head for key, head in self._heads.items() if head is not None}
@@ -104,11 +104,11 @@ class Follower:
                 self._seen.require(EXPERIMENTS, new[-1] if new else None, log.get)
             self._read_experiments = True
         self._experiments += new
-        waiting = [*self._doubted, *new]
-        self._doubted = [entry for entry in waiting if not self._believed(entry)]
-        if len(self._doubted) < len(waiting):
-            doubted = {entry.sequence for entry in self._doubted}
-            self._folded = fold(entry for entry in self._experiments if entry.sequence not in doubted)
+        waiting = [*self._untrusted, *new]
+        self._untrusted = [entry for entry in waiting if not self._trusted(entry)]
+        if len(self._untrusted) < len(waiting):
+            untrusted = {entry.sequence for entry in self._untrusted}
+            self._folded = fold(entry for entry in self._experiments if entry.sequence not in untrusted)
 
     def _newest(self, key: Key) -> TagEntry | StoreCorrupt | None:
         known, log = self._heads[key], self._store.tag_log(*key)
@@ -118,8 +118,8 @@ class Follower:
             head = self._store.head(*key)
             if self._seen is not None:
                 self._seen.require(key, head, log.get)
-        except StoreCorrupt as trouble:
-            return trouble
+        except StoreCorrupt as error:
+            return error
         return head
 
 
@@ -148,17 +148,17 @@ class Seen:
         if number == 0:
             return
         name = "the experiments" if key == EXPERIMENTS else "@".join(key)
-        mend = f"Restore the store. If the store is right, delete {self._path}"
+        fix = f"Restore the store. If the store is right, delete {self._path}"
         end = head.sequence if head else 0
         entry = head if end == number else get(number)
         if end < number or entry is None:
             raise StoreCorrupt(
                 f"history of {name} was cut: this node has seen entry {number}, but the store ends at entry {end}. "
-                f"{mend}"
+                f"{fix}"
             )
         if entry.digest != digest:
             raise StoreCorrupt(
-                f"history of {name} was rewritten: entry {number} differs from the one that this node has seen. {mend}"
+                f"history of {name} was rewritten: entry {number} differs from the one that this node has seen. {fix}"
             )
 
     def remember(self, heads: Mapping[Key, Entry]) -> None:

@@ -51,14 +51,14 @@ class Reader:
         """A version with its tensors. For a remote store, they are read from this node's copy."""
         return self._cache.bundle(self._store, version)
 
-    def doubts(self, entry: TagEntry) -> list[Reason]:
+    def untrusted(self, entry: TagEntry) -> list[Reason]:
         """Reasons not to trust this promotion and its version. Empty if signatures are not checked."""
         if self.trust.enforcement is Enforcement.OFF:
             return []
         what = f"{entry.name}@{entry.tag} entry {entry.sequence}"
-        return [*self._unsigned(Role.PROMOTER, entry.digest, what), *self.author_doubts(entry.name, entry.version)]
+        return [*self._unsigned(Role.PROMOTER, entry.digest, what), *self.untrusted_author(entry.name, entry.version)]
 
-    def author_doubts(self, name: str, version: str) -> list[Reason]:
+    def untrusted_author(self, name: str, version: str) -> list[Reason]:
         """Reasons not to trust the author of a version. Empty if signatures are not checked."""
         if self.trust.enforcement is Enforcement.OFF:
             return []
@@ -74,9 +74,9 @@ class Reader:
             return True
         return not self._unsigned(Role.PROMOTER, entry.digest, f"experiment {entry.experiment} entry {entry.sequence}")
 
-    def believed(self, entry: TagEntry) -> TagEntry | None:
+    def last_trusted(self, entry: TagEntry) -> TagEntry | None:
         """This entry, or the newest trusted entry before it. A server that never stopped serves the same."""
         if self.trust.enforcement is not Enforcement.REQUIRE:
             return entry
         history = self._store.history(entry.name, entry.tag)[: entry.sequence]
-        return next((each for each in reversed(history) if not self.doubts(each)), None)
+        return next((each for each in reversed(history) if not self.untrusted(each)), None)

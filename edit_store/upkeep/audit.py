@@ -24,7 +24,7 @@ class Finding:
 
     object: str
     problem: str
-    mend: str
+    fix: str
 
 
 @dataclass
@@ -60,12 +60,12 @@ def audit(store: EditStore, progress: Progress = lambda *_: None) -> Audit:
     promoted = {entry.version for entry in entries} | versions_named(experiments)
     for version in sorted((recorded | promoted) - set(manifests)):
         where = "promoted" if version in promoted else "published"
-        mend = "publish the same bundle again, or copy the version from another store"
-        found.findings.append(Finding(f"version {version[:12]}", f"it is {where}, but its manifest is missing", mend))
+        fix = "publish the same bundle again, or copy the version from another store"
+        found.findings.append(Finding(f"version {version[:12]}", f"it is {where}, but its manifest is missing", fix))
     for version in sorted(promoted & set(manifests) - recorded):
-        mend = "publish the same bundle again"
+        fix = "publish the same bundle again"
         found.findings.append(
-            Finding(f"version {version[:12]}", "it is promoted, but has no record of a publication", mend)
+            Finding(f"version {version[:12]}", "it is promoted, but has no record of a publication", fix)
         )
     found.garbage += [manifests[version] for version in sorted(set(manifests) - recorded - promoted)]
     found.garbage += [blobs[digest] for digest in sorted(set(blobs) - used)]
@@ -75,17 +75,17 @@ def audit(store: EditStore, progress: Progress = lambda *_: None) -> Audit:
 
 def _check_tags(store: EditStore, found: Audit, progress: Progress) -> list[TagEntry]:
     entries: list[TagEntry] = []
-    mend = "restore the folder `{}` from a copy of the store; its entries never change"
+    fix = "restore the folder `{}` from a copy of the store; its entries never change"
     try:
         tags = store.all_tags()
     except EditsError as error:
-        found.findings.append(Finding("index", str(error), mend.format("index")))
+        found.findings.append(Finding("index", str(error), fix.format("index")))
         tags = []
     listed = {(parts[1], parts[2]) for item in store.backend.list("tags/") if len(parts := item.key.split("/")) == 4}
     for name, tag in sorted(listed - set(tags)):
         found.findings.append(
             Finding(f"{name}@{tag}", "it has entries, but the index does not contain it, so servers do not see it",
-                    mend.format("index"))
+                    fix.format("index"))
         )  # fmt: skip
     everything = sorted(listed | set(tags))
     for number, (name, tag) in enumerate(everything):
@@ -93,7 +93,7 @@ def _check_tags(store: EditStore, found: Audit, progress: Progress) -> list[TagE
         try:
             history = store.history(name, tag)
         except EditsError as error:
-            found.findings.append(Finding(f"{name}@{tag}", str(error), mend.format(f"tags/{name}/{tag}")))
+            found.findings.append(Finding(f"{name}@{tag}", str(error), fix.format(f"tags/{name}/{tag}")))
             continue
         found.tags += bool(history)
         found.entries += len(history)
@@ -105,13 +105,13 @@ def _check_experiments(store: EditStore, found: Audit) -> list[ExperimentEntry]:
     try:
         entries = log_of(store).history()
     except EditsError as error:
-        mend = f"restore the folder `{FOLDER}` from a copy of the store; its entries never change"
-        found.findings.append(Finding("experiments", str(error), mend))
+        fix = f"restore the folder `{FOLDER}` from a copy of the store; its entries never change"
+        found.findings.append(Finding("experiments", str(error), fix))
         return []
     found.entries += len(entries)
-    _, troubles = fold(entries)
-    mend = "nothing to do: the entry has no effect; another program wrote it"
-    found.findings += [Finding("experiments", trouble, mend) for trouble in troubles]
+    _, without_effect = fold(entries)
+    fix = "nothing to do: the entry has no effect; another program wrote it"
+    found.findings += [Finding("experiments", note, fix) for note in without_effect]
     return entries
 
 
@@ -122,15 +122,15 @@ def _check_records(store: EditStore, found: Audit) -> set[str]:
             recorded |= {record.version for record in store.versions(name)}
         except EditsError as error:
             recorded |= set(store.version_digests(name))
-            mend = "delete this object and publish the bundle again"
-            found.findings.append(Finding(f"versions of {name}", str(error), mend))
+            fix = "delete this object and publish the bundle again"
+            found.findings.append(Finding(f"versions of {name}", str(error), fix))
     return recorded
 
 
 def _check_versions(store: EditStore, found: Audit, versions: list[str], progress: Progress) -> set[str]:
     """Check every manifest with its tensors; returns the digests of the tensor files in use."""
     used: set[str] = set()
-    mend = "publish the same bundle again, or copy the version from another store"
+    fix = "publish the same bundle again, or copy the version from another store"
     for number, version in enumerate(versions):
         progress("versions", number, len(versions))
         try:
@@ -140,7 +140,7 @@ def _check_versions(store: EditStore, found: Audit, versions: list[str], progres
             found.bytes += len(bundle.tensor_bytes)
             verify.check(bundle)
         except EditsError as error:
-            found.findings.append(Finding(f"version {version[:12]}", str(error), mend))
+            found.findings.append(Finding(f"version {version[:12]}", str(error), fix))
         found.versions += 1
     return used
 
@@ -152,9 +152,9 @@ def _check_signatures(store: EditStore, found: Audit, subjects: set[str]) -> Non
         if data is None:
             continue
         if sha256(data) != file.removesuffix(".json") or not read_envelopes([data]):
-            mend = "delete this object and sign again with: vllm-edits sign"
+            fix = "delete this object and sign again with: vllm-edits sign"
             found.findings.append(
-                Finding(item.key, "expected a signature with the digest in its name, found other bytes", mend)
+                Finding(item.key, "expected a signature with the digest in its name, found other bytes", fix)
             )
         elif subject not in subjects:
             found.garbage.append(item.key)

@@ -113,7 +113,7 @@ class Inputs:
 
     @property
     def lora_rank(self) -> int:
-        """What LoRA must make room for; vLLM knows 1 and then multiples of 8."""
+        """The rank that LoRA reserves; vLLM knows 1 and then multiples of 8."""
         rank = max(edit.rank for edit, _ in self.edits if isinstance(edit, LowRank))
         return 1 if rank == 1 else 8 * -(-rank // 8)
 

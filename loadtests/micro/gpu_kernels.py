@@ -41,7 +41,7 @@ SIDES: dict[str, tuple[Sequence[str], int]] = {
     "all kinds": (served_per_request(), 1),
     "all kinds, rank 4": (served_per_request(), 4),
 }
-"""The kinds that there is room for at every layer, and their rank."""
+"""The kinds that are reserved at every layer, and their rank."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class _AskedKernels:
 
 
 def _edited(layers: int, kinds: Sequence[str], rank: int) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
-    """A model with room for these kinds, and what it is called with."""
+    """A model with capacity for these kinds, and what it is called with."""
     widths = Widths(layers=layers, hidden=2048, mlp=8192, heads=32, kv_heads=8, head_dim=64, vocab=128256)
     base = BaseModelRef(name="1b", architecture=ARCHITECTURE, widths=widths, files={"model.safetensors": "0" * 64})
     with META:

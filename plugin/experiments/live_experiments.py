@@ -398,7 +398,7 @@ class LiveExperiments:
             "began_at": standing.began_at.isoformat() if standing.began_at else None,
             "coverage": standing.coverage(at),
             "ramp_held": standing.status == "running" and standing.ramping_since is None,
-            "everyone": standing.everyone,
+            "promoted_arm": standing.promoted_arm,
             "reason": standing.reason,
             "arms": [
                 {"name": arm.name, "serves": arm.serves, "weight": arm.weight,

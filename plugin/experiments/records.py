@@ -87,7 +87,7 @@ class ShadowRecord(msgspec.Struct, frozen=True, tag_field="kind", tag="shadow"):
     experiment: str
     """'' if the request itself asked for the shadow"""
     versions: tuple[str, str]
-    parted_at: int | None
+    differs_at: int | None
     """place of the first token that differs, counted from 0; None if all are equal"""
     said: tuple[Said | None, Said | None]
     """the tokens at that place"""

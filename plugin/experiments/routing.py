@@ -87,8 +87,8 @@ def _forced(about: list[Standing], request: Request, unavailable: Collection[Arm
 def _decided(standing: Standing, request: Request, at: datetime, unavailable: Collection[ArmKey]) -> Route | None:
     document = standing.document
     unit = request.unit(document.unit_header)
-    if standing.everyone is not None:  # promoted by an operator, so there is no fallback
-        return Route(document.arm(standing.everyone).serves)
+    if standing.promoted_arm is not None:  # promoted by an operator, so there is no fallback
+        return Route(document.arm(standing.promoted_arm).serves)
     if document.namespace is not None and not document.namespace.holds(unit.value):
         return None
     if document.holdout is not None and document.holdout.holds(unit.value):

@@ -47,7 +47,7 @@ class Transcript:
         return Said(token=token, logprob=self.logprobs[place] if place < len(self.logprobs) else None)
 
 
-def parted(one: Sequence[int], other: Sequence[int]) -> int | None:
+def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
     """The first place at which two answers differ, or None if they are equal."""
     pairs = zip_longest(one, other)
     return next((place for place, (left, right) in enumerate(pairs) if left != right), None)
@@ -58,10 +58,10 @@ def shadow_record(
     experiment: str = "",
 ) -> ShadowRecord:  # fmt: skip
     """Make the record of a comparison. In each pair, the client's answer comes first."""
-    place = parted(transcripts[0].tokens, transcripts[1].tokens)
+    place = first_difference(transcripts[0].tokens, transcripts[1].tokens)
     said = (None, None) if place is None else (transcripts[0].at(place), transcripts[1].at(place))
     return ShadowRecord(
-        at=datetime.now(UTC), request=request, experiment=experiment, versions=versions, parted_at=place,
+        at=datetime.now(UTC), request=request, experiment=experiment, versions=versions, differs_at=place,
         said=said, tokens=(len(transcripts[0].tokens), len(transcripts[1].tokens)),
         finish=(transcripts[0].finish, transcripts[1].finish), seconds=seconds,
     )  # fmt: skip

@@ -79,7 +79,7 @@ def _library() -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as building:
             made = Path(building, library.name)
             subprocess.run([*command, "-o", str(made)], check=True, capture_output=True, text=True)
-            made.replace(library)  # whole or not at all, whoever else makes it at the same time
+            made.replace(library)  # whole or not at all, also if another process makes it at the same time
     return library
 
 

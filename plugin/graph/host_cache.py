@@ -46,13 +46,13 @@ class HostCache(Generic[R]):
                 with short_turns():
                     ready = self._prepare(version)
                 future.set_result(ready)
-            except BaseException as error:  # noqa: BLE001  told to whoever asks whether it is ready
+            except BaseException as error:  # noqa: BLE001  raised when a caller asks if it is ready
                 future.set_exception(error)
 
         try:
             # A daemon: a store that does not answer must not keep a worker from ending.
             threading.Thread(target=read, daemon=True).start()
-        except RuntimeError as error:  # no thread can be had: told as what kept it from being read, and tried anew
+        except RuntimeError as error:  # no thread can be started: the error of the reading, which is tried again
             future.set_exception(EditsError(f"version {version[:12]} cannot be read now: {error}"))
 
     def is_ready(self, version: str) -> bool:

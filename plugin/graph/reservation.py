@@ -179,7 +179,7 @@ class Reservation:
             if edit.only_in_weights
         ]
         if (scopes := len(scopes_of(version))) > self.scopes:
-            found = f"{scopes} scopes, room is reserved for {self.scopes}"
+            found = f"{scopes} scopes, {self.scopes} are reserved"
             reasons.append(Reason("capacity", f"{found}. Set edits.scopes to {scopes} and restart"))
         for group, need in needs(version).items():
             have = self.capacities.get(group)
@@ -195,8 +195,8 @@ class Reservation:
                 Reason(
                     "capacity",
                     f"{_called(group, need)}: {_found(have)}. Add {wish.model_dump_json(exclude_defaults=True)} to "
-                    f"edits.reserve{memory} and restart, or restart with edits.reserve unset to "
-                    "make room for what is promoted",
+                    f"edits.reserve{memory} and restart, or restart with edits.reserve unset, which "
+                    "reserves for all that is promoted",
                 )
             )
         return reasons

@@ -58,7 +58,7 @@ class Reconciler:
         self.table = VariantTable(base_names, default_tag)
         self.heads: dict[Key, TagEntry] = {}
         self.refused: dict[Key, Refusal] = {}
-        self.troubles: Mapping[Key, EditsError] = {}
+        self.broken: Mapping[Key, EditsError] = {}
         """histories that are broken or were cut"""
         self.last_swap: Swap | None = None
         self.last_error = ""
@@ -115,7 +115,7 @@ class Reconciler:
                 return []
             self.heads_read_at = time.monotonic()
             self._metrics.store_head_age_seconds.set(0)
-            self._note_troubles(look.troubles)
+            self._note_broken(look.broken)
             self._experiments.follow(look.experiments, look.passed_over)
             moved = [entry for entry in _entries(look) if self._has_moved(entry, retry_refused=retry_refused)]
             swaps = []
@@ -145,16 +145,16 @@ class Reconciler:
             return False
         return not (refused and refused.lasting and refused.sequence == entry.sequence and not retry_refused)
 
-    def _note_troubles(self, troubles: Mapping[Key, EditsError]) -> None:
+    def _note_broken(self, broken: Mapping[Key, EditsError]) -> None:
         """Log each broken or cut history once. Their tags keep serving their present versions."""
-        for key, trouble in troubles.items():
-            if str(trouble) != str(self.troubles.get(key, "")):
-                self.last_error = str(trouble)
+        for key, error in broken.items():
+            if str(error) != str(self.broken.get(key, "")):
+                self.last_error = str(error)
                 self._metrics.bundles_rejected.labels("history").inc()
                 logger.error(
-                    "history refused variant=%s@%s; the tag keeps serving its present version: %s", *key, trouble
+                    "history refused variant=%s@%s; the tag keeps serving its present version: %s", *key, error
                 )
-        self.troubles = troubles
+        self.broken = broken
 
     # -- following a tag ---------------------------------------------------------------------------------------------
 
@@ -206,9 +206,9 @@ class Reconciler:
 
     async def _fall_back(self, entry: TagEntry) -> None:
         """Serve the newest trusted entry before this one, as a server that never stopped does."""
-        believed = await in_thread(self.reader.believed, entry)
-        if believed is not None:
-            await self._follow_tag(believed)
+        head = await in_thread(self.reader.last_trusted, entry)
+        if head is not None:
+            await self._follow_tag(head)
 
     async def _bring_in(self, swap: Swap, version: str) -> None:
         """Do all phases before the switch for a variant that is served per request."""
@@ -226,7 +226,7 @@ class Reconciler:
 
     async def _exchange_weights(self, swap: Swap, entry: TagEntry, new: str | None) -> None:
         """Follow the tag of the variant in the weights."""
-        if new == self._weights.version and not self._weights.doubt:
+        if new == self._weights.version and not self._weights.error:
             self._switch(swap, entry, new)
             return
         if new is not None:

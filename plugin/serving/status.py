@@ -40,15 +40,14 @@ def status(
             for (name, tag), refusal in sorted(reconciler.refused.items())
         ],
         "experiments": experiments.status(),
-        "troubles": [
-            {"name": name, "tag": tag, "error": str(trouble)}
-            for (name, tag), trouble in sorted(reconciler.troubles.items())
+        "broken_histories": [
+            {"name": name, "tag": tag, "error": str(error)} for (name, tag), error in sorted(reconciler.broken.items())
         ],
         "signatures": reconciler.reader.trust.enforcement,
         "weights": {
             "variant": "@".join(weights.key) if weights.key else None,
             "version": weights.version,
-            "doubt": weights.doubt,
+            "error": weights.error,
         },
         "slots": {
             "total": residency.slots,
@@ -59,7 +58,7 @@ def status(
                     "version": version,
                     "users": resident.users,
                     "retired": resident.retired,
-                    "makes_way": resident.closed,
+                    "closed": resident.closed,
                 }
                 for version, resident in residency.residents().items()
             ],

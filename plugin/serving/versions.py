@@ -97,17 +97,19 @@ class Versions:
 
     async def require_promoter(self, entry: TagEntry) -> None:
         """NotTrusted if signatures are required and missing. With signatures = warn, only a log line."""
-        self._weigh(f"{entry.name}@{entry.tag} entry {entry.sequence}", await in_thread(self.reader.doubts, entry))
+        self._require_trusted(
+            f"{entry.name}@{entry.tag} entry {entry.sequence}", await in_thread(self.reader.untrusted, entry)
+        )
 
     async def require_author(self, name: str, version: str) -> None:
         """The same for a version without a promotion. A client may name it, so only its author can have signed it."""
-        doubts = await in_thread(self.reader.author_doubts, name, version)
-        self._weigh(f"version {version[:12]} of {name}", doubts)
+        reasons = await in_thread(self.reader.untrusted_author, name, version)
+        self._require_trusted(f"version {version[:12]} of {name}", reasons)
 
-    def _weigh(self, what: str, doubts: list[Reason]) -> None:
-        if not doubts:
+    def _require_trusted(self, what: str, reasons: list[Reason]) -> None:
+        if not reasons:
             return
-        refusal = NotTrusted(what, doubts)
+        refusal = NotTrusted(what, reasons)
         if self.reader.trust.enforcement is Enforcement.REQUIRE:
             raise refusal
         logger.warning("served without trusted signatures, because edits.signatures is warn: %s", refusal)

@@ -38,7 +38,7 @@ class WeightsMode:
         self.key = key
         self.version: str | None = None
         self.epoch = 0
-        self.doubt = ""
+        self.error = ""
         """the reason why the content of the weights is unknown, or '' if it is known"""
         self._call = call
         self._running = running
@@ -54,15 +54,15 @@ class WeightsMode:
         """Wait while the weights are being changed. EditsError if their content is unknown."""
         while not self._open.is_set():
             await self._open.wait()
-        if self.doubt:
+        if self.error:
             raise EditsError(
-                f"no request is answered, because the content of the engine's weights is unknown: {self.doubt}"
+                f"no request is answered, because the content of the engine's weights is unknown: {self.error}"
             )
 
     @property
     def open(self) -> bool:
         """True if requests are admitted now."""
-        return self._open.is_set() and not self.doubt
+        return self._open.is_set() and not self.error
 
     def left(self) -> None:
         """Report that a request has ended."""
@@ -129,13 +129,13 @@ class WeightsMode:
             try:
                 await asyncio.shield(self._all_hold(self.version))
             except BaseException as worse:  # also after a cancellation the content is unknown
-                self.doubt = f"{failure}; restoring the previous weights failed too: {worse}"
+                self.error = f"{failure}; restoring the previous weights failed too: {worse}"
                 logger.exception(
                     "could not restore the engine's weights; no request is answered until a change of the weights "
                     "succeeds"
                 )
             raise
-        self.doubt = ""
+        self.error = ""
 
     async def _all_hold(self, version: str | None) -> None:
         answers = await self._call("edits_put_weights", version, self.epoch, self._running == "keep")

@@ -143,7 +143,7 @@ def _unproven_weights(config: Any) -> Iterator[str]:
         )
 
 
-def check_room(config: Any, base: BaseModelRef, reservation: Reservation) -> None:
+def check_reservation(config: Any, base: BaseModelRef, reservation: Reservation) -> None:
     """UnsupportedHost if the reservation is not proven exact with this configuration."""
     if config.parallel_config.tensor_parallel_size > 1 and (why := supported(base.architecture).undivided):
         raise UnsupportedHost(f"{base.architecture} with tensor parallel: {why}. Start with --tensor-parallel-size 1")

@@ -37,7 +37,7 @@ from vllm_edits.plugin.graph.slot_bytes import slot_bytes
 from vllm_edits.plugin.graph.slot_products import EXPRESSIONS
 from vllm_edits.plugin.graph.tensor_parallel import Rank
 from vllm_edits.plugin.open_store import open_reader
-from vllm_edits.plugin.plan import Plan, set_apart
+from vllm_edits.plugin.plan import Plan, reservations
 from vllm_edits.plugin.vllm_host import base_files, compat, front_ends
 from vllm_edits.plugin.vllm_host.architectures import site_modules
 from vllm_edits.plugin.vllm_host.device import check_compiler, check_device, free_for_slots
@@ -98,18 +98,18 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
         folder = base_files.fetched(inner, model_config)
         base = base_files.base_of(model_config, folder)
         architecture = supported(base.architecture)
-        reservation, room = set_apart(settings, base)
-        compat.check_room(vllm_config, base, reservation)
+        reservation, in_weights = reservations(settings, base)
+        compat.check_reservation(vllm_config, base, reservation)
         tensor_parallel = Rank(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
 
         def patched(model: nn.Module) -> list[nn.Module]:
             sites = site_modules(model, base.architecture, base.widths, tensor_parallel)
-            return [sites[site].module for site in room]
+            return [sites[site].module for site in in_weights]
 
         with keeping_loaded(inner, patched) as kept:
             model: Any = inner.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         sites = site_modules(model, base.architecture, base.widths, tensor_parallel)
-        weights = patchable(model, sites, room, kept, Checkpoint(folder, architecture, base.widths))
+        weights = patchable(model, sites, in_weights, kept, Checkpoint(folder, architecture, base.widths))
         device = next(model.parameters()).device
         plan = Plan.of(reservation, slot_bytes(base.widths, model_config.dtype, tensor_parallel.size))
         free = free_for_slots(vllm_config, model, device)
@@ -121,7 +121,7 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
             **additional[KEY],
             "reserve": reservation.to_settings(),
             "scopes": reservation.scopes,
-            **({"weights_reserve": weights_reservation.to_settings(room)} if room else {}),
+            **({"weights_reserve": weights_reservation.to_settings(in_weights)} if in_weights else {}),
         }
         additional["edits_products"] = products.name
         additional["edits_plugin_version"] = importlib.metadata.version("vllm-edits")

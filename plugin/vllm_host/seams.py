@@ -1,21 +1,19 @@
 """The table of all that this plugin uses of vLLM. It does not import vLLM.
 
-What of vLLM is touched: only this folder knows vLLM's objects, and `SEAMS` names all that it asks of them, each with
-what it is needed for:
+Only this folder knows vLLM's objects. `SEAMS` names everything that it uses of them, each with its purpose:
 
-- what it calls and what it passes there: functions, methods, and the arguments they `take`
-- what it reads and writes: attributes, fields, keys of prompts, members of enumerations
-- what it stands in for or derives from: the methods that vLLM calls, which nobody would call under another name
-- names that are text: variables of the environment, finish reasons, what a function has in its closure (`holds`)
+- calls: functions, methods, and the arguments they `take`
+- reads and writes: attributes, fields, keys of prompts, members of enumerations
+- replacements and subclasses: the methods that vLLM calls, by the names that it calls them
+- names in text: environment variables, finish reasons, names in a function's closure (`holds`)
 
-A row holds in every supported version, or says which ones have it (`since`, `until`), or why some objects are without
-it (`absent`); `optional` reads these, and nothing else of vLLM's is read with a default. A name that is no longer there
-ends the start and says so (compat.py). Tests read the sources of the oldest and the newest build and of the newest
-release for GPUs, and hold this folder's code against the table: what is asked of vLLM's objects without being named
-here fails them.
+A row holds in every supported version, or names its versions (`since`, `until`), or says why some objects lack it
+(`absent`). `optional` reads such an object, and nothing else of vLLM is read with a default. A name that no longer
+exists ends the start with a message (compat.py). Tests read the sources of the oldest and the newest build and of the
+newest release for GPUs, and fail for any use in this folder that the table does not name.
 
-Not here: the modules of each architecture, which are data of `vllm_edits.edit_store.architectures` and are looked for
-when a model is loaded; and what a client or an operator writes, routes, headers, fields of requests and flags.
+Not in the table: the modules of each architecture, which are data of `vllm_edits.edit_store.architectures` and are
+looked up when a model is loaded; and texts of clients and operators, as routes, headers, request fields and flags.
 """
 
 from __future__ import annotations

@@ -120,14 +120,14 @@ def _weights_of(modules: Iterable[Any]) -> Iterator[tuple[nn.Module, Tensor]]:
 def patchable(
     model: nn.Module,
     site_modules: Mapping[Site, SiteModule],
-    room: Mapping[Site, bool],
+    reserved: Mapping[Site, bool],
     kept: Mapping[nn.Module, Tensor],
     checkpoint: Checkpoint,
 ) -> PatchedWeights:
     """The weights of a loaded model in which a version can be installed.
 
-    room: the reserved projections by the site of their output, and whether each needs a bias. A projection without a
-    bias gets zeros. checkpoint: the checkpoint of the model.
+    reserved: the reserved projections by the site of their output, and whether each needs a bias. A projection
+    without a bias gets zeros. checkpoint: the checkpoint of the model.
     """
     architecture = checkpoint.architecture
     names, reads = {module: name for name, module in model.named_modules()}, architecture.projections()
@@ -135,9 +135,9 @@ def patchable(
         site: ProjectionPart(
             names[at.module], at.start or 0, at.shard, site_modules[site.beside(reads[site.point])].shard
         )
-        for site, at in ((site, site_modules[site]) for site in sorted(room))
+        for site, at in ((site, site_modules[site]) for site in sorted(reserved))
     }
-    for site, biased in room.items():
+    for site, biased in reserved.items():
         module: Any = site_modules[site].module
         if biased and module.bias is None:
             dtype = torch.float32 if _TILES in _captured(module) else kept[module].dtype  # as its kernel expects it

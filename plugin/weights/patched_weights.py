@@ -150,7 +150,7 @@ class PatchedWeights:
         copies: dict[str, Copy] = {}
         if not reasons:
             changed = {self.parts[site].module for edit in edits for site in touched(edit, self._architecture)}
-            reasons += self._without_room(changed)
+            reasons += self._without_memory(changed)
             for name in sorted(changed if not reasons else ()):
                 weight, bias = self._patched(name, edits, numbers, strength)
                 reasons += self._without_bias(name, bias)
@@ -211,7 +211,7 @@ class PatchedWeights:
             for site, edit in found.items()
         ]
 
-    def _without_room(self, changed: Iterable[str]) -> list[Reason]:
+    def _without_memory(self, changed: Iterable[str]) -> list[Reason]:
         needed, free = sum(self._modules[name].loaded(None).nbytes for name in changed), self._free_bytes()
         if needed <= free:
             return []

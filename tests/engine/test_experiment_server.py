@@ -177,9 +177,9 @@ def test_two_answers_to_one_request_part_where_two_solo_runs_do(trial: Serving, 
     words = ["replay", str(tmp_path / "prompts.txt"), one, two, "--url", trial.url, "--max-tokens", "12", "--json"]
     replayed = CliRunner().invoke(app, ["experiment", *words])
     assert replayed.exit_code == 0, replayed.stderr
-    partings = json.loads(replayed.stdout)["partings"]
+    pairs = json.loads(replayed.stdout)["pairs"]
     places = []
-    for prompt, told in zip(prompts, partings, strict=True):
+    for prompt, told in zip(prompts, pairs, strict=True):
         options = {"ignore_eos": False, "logprobs": 0, "return_token_ids": True}
         left, right = (complete(trial.url, model, prompt, 12, **options)["choices"][0] for model in (one, two))
         tokens = zip(left["token_ids"], right["token_ids"], strict=False)
@@ -196,7 +196,7 @@ def test_two_answers_to_one_request_part_where_two_solo_runs_do(trial: Serving, 
             time.sleep(0.05)
         found = pairs_of(trial)[-1]
         assert found.versions == (trial.store.resolve("variant-3"), trial.store.resolve("variant-4"))
-        assert found.parted_at == told["parted_at"] == place
+        assert found.differs_at == told["differs_at"] == place
         if place is not None:
             for said, solo in zip(found.said, (left, right), strict=True):
                 assert said is not None

@@ -164,7 +164,7 @@ def test_a_bundle_with_nan_is_refused_and_the_old_one_serves(small_server: Servi
     )
 
 
-def test_a_bundle_without_reserved_room_is_refused_and_names_the_setting(small_server: Serving) -> None:
+def test_a_bundle_that_is_not_reserved_is_refused_with_the_setting(small_server: Serving) -> None:
     vector = {"vector": [0.5] * small_server.base.widths.hidden}
     bundle = bundle_of("variant-2", small_server.base, [(Offset(site="layers.0.resid"), vector)])
     refused(small_server, bundle, "capacity")
@@ -222,14 +222,14 @@ def test_what_is_not_signed_as_the_trust_file_asks_is_refused(small_server: Serv
     store.backend.create(replayed, first.to_bytes())
     small_server.sync()
     assert ask(small_server, name, prompt) == before
-    assert [row["name"] for row in small_server.status()["troubles"]] == [name]
+    assert [row["name"] for row in small_server.status()["broken_histories"]] == [name]
     store.backend.delete(replayed)
     # Positive control: with both signatures it is followed at once.
     store.attest(version, signer.sign(Role.AUTHOR, version, name))
     store.promote(f"{name}@{version}")
     assert small_server.sync()["swaps"][-1]["error"] == ""
     assert ask(small_server, name, prompt)[0] == version
-    assert small_server.status()["troubles"] == small_server.status()["refused"] == []
+    assert small_server.status()["broken_histories"] == small_server.status()["refused"] == []
     store.promote(f"{name}@{old}")
     small_server.sync()
     assert ask(small_server, name, prompt) == before

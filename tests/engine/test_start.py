@@ -60,12 +60,12 @@ def test_a_compile_cache_that_was_moved_or_is_shared_or_meets_no_compiler(tiny_m
             return [complete(server.url, model, PROMPT, 8, ignore_eos=True)["choices"][0]["text"]
                     for model in ("base", "loud")]  # fmt: skip
 
-    room = [*Reservation.for_versions([bundle.manifest]).to_settings(), {"kind": "offset", "site": "layers.0.resid"}]
+    reserve = [*Reservation.for_versions([bundle.manifest]).to_settings(), {"kind": "offset", "site": "layers.0.resid"}]
     first = said(started("first"))
     assert first[0] != first[1]
     (tmp_path / "first").rename(tmp_path / "moved")
     assert said(started("moved")) == first
-    assert said(started("moved", reserve=json.dumps(room))) == first
+    assert said(started("moved", reserve=json.dumps(reserve))) == first
     with pytest.raises(ServerFailed):
         said(server := started("moved", environment=no_compiler))
     assert "no C++ compiler was found (g++). Install g++" in server.log_text()

@@ -52,7 +52,7 @@ def test_the_variant_is_served_alone_and_the_base_model_returns_bit_for_bit(serv
     first = serving.store.resolve("polite")
     listed = [card["id"] for card in httpx.get(f"{serving.url}/v1/models").json()["data"]]
     assert listed == ["polite"]
-    assert serving.status()["weights"] == {"variant": "polite@prod", "version": first, "doubt": ""}
+    assert serving.status()["weights"] == {"variant": "polite@prod", "version": first, "error": ""}
     for other in ("base", "kind"):
         assert f"version {first[:12]} is in the engine's weights" in refused(serving, other)
     version, one = says(serving, "polite")

@@ -193,5 +193,5 @@ def test_who_is_promoted_serves_everybody_or_becomes_the_variants_version() -> N
     running = done({}, created(), ("tone", "start"))
     assert (done(running, of_arm("promote", "milder"))["tone"].status) == "stopped"
     promoted = done(running, of_arm("promote", "control"))["tone"]
-    assert (promoted.status, promoted.everyone) == ("promoted", "control")
-    assert done({"tone": promoted}, ("tone", "stop"))["tone"].everyone is None
+    assert (promoted.status, promoted.promoted_arm) == ("promoted", "control")
+    assert done({"tone": promoted}, ("tone", "stop"))["tone"].promoted_arm is None

@@ -49,9 +49,9 @@ def test_an_arm_that_names_a_version_is_pinned_to_all_of_its_digits(store: EditS
     """A tag stays a tag; the beginning of a version becomes the version."""
     made = Experiments(store).create(two_arms("polite@prod", f"polite@{versions[1][:8]}"))
     assert [arm.serves for arm in made.document.arms] == ["polite@prod", f"polite@{versions[1]}"]
-    standings, troubles = Experiments(store).standings()
+    standings, without_effect = Experiments(store).standings()
     assert standings == {"tone": made}
-    assert not troubles
+    assert not without_effect
 
 
 @pytest.mark.usefixtures("versions")
@@ -124,7 +124,7 @@ def test_promoting_the_base_leaves_the_tag_alone(store: EditStore) -> None:
     experiments = Experiments(store)
     experiments.create(two_arms("base", "polite"))
     experiments.change(start())
-    assert experiments.promote("tone", "control").everyone == "control"
+    assert experiments.promote("tone", "control").promoted_arm == "control"
     assert len(store.history("polite")) == 1
 
 
@@ -149,9 +149,9 @@ def test_an_entry_that_does_not_fit_is_passed_over_and_told(store: EditStore) ->
     last = experiments.history()[-1]
     wrong = last.model_copy(update={"sequence": last.sequence + 1, "previous_sha256": last.digest, "nonce": "0" * 16})
     store.backend.create(f"experiments/{wrong.sequence:020d}.json", wrong.to_bytes())
-    standings, troubles = experiments.standings()
+    standings, without_effect = experiments.standings()
     assert standings["tone"].phase == 1
-    assert "entry 3 of the experiments has no effect" in troubles[0]
+    assert "entry 3 of the experiments has no effect" in without_effect[0]
     (finding,) = audit(store).findings
     assert "runs already" in finding.problem
 

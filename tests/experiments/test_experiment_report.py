@@ -19,7 +19,7 @@ from vllm_edits.edit_store import EditStore
 from vllm_edits.edit_store.cli import app
 from vllm_edits.edit_store.experiments.experiment_log import Experiments
 from vllm_edits.edit_store.experiments.state import ExperimentChange
-from vllm_edits.plugin.experiments.analysis.replay import Parting, Replayed, bodies, summary
+from vllm_edits.plugin.experiments.analysis.replay import AnswerPair, Replayed, bodies, summary
 from vllm_edits.plugin.experiments.exposure_log import ExposureLog
 from vllm_edits.plugin.experiments.records import Exposure
 
@@ -109,10 +109,10 @@ def test_prompts_are_read_as_text_and_as_requests(tmp_path: Path) -> None:
 
 def test_a_summary_of_where_answers_part() -> None:
     one, other = Replayed([1, 2, 3], [-0.1, -0.2, -0.3], "x"), Replayed([1, 9], [-0.1, -0.9], "y")
-    parting = Parting.of("p", one, other)
-    assert (parting.parted_at, parting.logprobs) == (1, (-0.2, -0.9))
-    same = Parting.of("p", one, one)
-    assert (same.parted_at, same.logprobs) == (None, (None, None))
-    longer = Parting.of("p", one, Replayed([1, 2], [-0.1, -0.2], "y"))
-    assert (longer.parted_at, longer.logprobs) == (2, (-0.3, None))
-    assert summary([parting, same, longer]) == {"prompts": 3, "parted": 2, "share": 2 / 3, "median_place": 1.5}
+    pair = AnswerPair.of("p", one, other)
+    assert (pair.differs_at, pair.logprobs) == (1, (-0.2, -0.9))
+    same = AnswerPair.of("p", one, one)
+    assert (same.differs_at, same.logprobs) == (None, (None, None))
+    longer = AnswerPair.of("p", one, Replayed([1, 2], [-0.1, -0.2], "y"))
+    assert (longer.differs_at, longer.logprobs) == (2, (-0.3, None))
+    assert summary([pair, same, longer]) == {"prompts": 3, "differ": 2, "share": 2 / 3, "median_token": 1.5}

@@ -218,7 +218,7 @@ async def test_a_withdrawn_arm_is_served_by_the_control(trial: Trial) -> None:
 
 
 async def test_an_arm_that_this_server_cannot_hold_is_served_by_the_control(trial: Trial) -> None:
-    """It has no room for such edits. The reason is told, and no request fails."""
+    """Such edits are not reserved. The reason is told, and no request fails."""
     await trial.begin()
     big = trial.server.store.publish(version_of("polite", edit=Offset(site="layers.0.resid")))
     await trial.do("stop")
@@ -230,7 +230,7 @@ async def test_an_arm_that_this_server_cannot_hold_is_served_by_the_control(tria
     await trial.do("start")
     assert {version(await trial.say(unit)) for unit in UNITS} == {"base"}
     (told,) = (await trial.client.get("/v1/edits/experiments")).json()
-    assert "no room" in told["arms"][1]["by_control"] or "reserve" in told["arms"][1]["by_control"]
+    assert "reserve" in told["arms"][1]["by_control"]
 
 
 async def test_an_arm_follows_the_tag_that_it_names(trial: Trial) -> None:
@@ -533,7 +533,7 @@ async def test_two_answers_to_one_request_and_where_they_part(trial: Trial, stre
     assert (version(answer), answer.text) == (trial.promoted, alone.text.replace(f"polite@{trial.promoted}", "polite"))
     found = await comparison(trial)
     first = 1 if stream else 0  # the engine's steps count from 1, a whole answer's tokens from 0
-    assert (found.versions, found.parted_at) == ((trial.promoted, "base"), 3 - first)
+    assert (found.versions, found.differs_at) == ((trial.promoted, "base"), 3 - first)
     assert found.said == (Said(token=103, logprob=-103 / 8), Said(token=3, logprob=-3 / 8))
     assert (found.tokens, found.finish) == ((6, 6), ("length", "length"))
     assert trial.is_quiet()
@@ -542,7 +542,7 @@ async def test_two_answers_to_one_request_and_where_they_part(trial: Trial, stre
 async def test_answers_that_are_the_same_do_not_part(trial: Trial) -> None:
     await trial.begin()
     await trial.say("ann", {"x-edits-shadow": f"base,polite@{trial.promoted}"}, max_tokens=6)
-    assert (await comparison(trial)).parted_at is None
+    assert (await comparison(trial)).differs_at is None
 
 
 async def test_a_share_of_the_controls_requests_is_answered_by_the_shadow_too(trial: Trial) -> None:

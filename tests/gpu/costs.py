@@ -2,7 +2,7 @@
 
     python -m tests.gpu.costs [SIDE …]   where processes meet the driver that counts (tests/gpu/null_gpu.py)
 
-Each side is an engine of its own: vLLM alone, or with room for 256 versions. 256 requests decode on K of them. Counts
+Each side is an engine of its own: vLLM alone, or with slots for 256 versions. 256 requests decode on K of them. Counts
 do not depend on the machine. Host time does, so the sides take turns, and what counts is the ratio to vLLM alone.
 """
 

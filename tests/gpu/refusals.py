@@ -1,4 +1,4 @@
-"""What a GPU that will not do is told at the start: the figure, and the mend. Each start must end by itself.
+"""The messages on a GPU that is too small or too old: the figure, and the fix. Each start must end by itself.
 
 python -m tests.gpu.refusals         in a process that meets the driver that computes nothing
 """
@@ -36,7 +36,7 @@ REFUSALS = (
             ["torch is built for CUDA 13.0", "supports at most CUDA 12.4", "Update the driver"]),
     Refusal("a GPU of compute capability 6.1", {"NULL_GPU_CAPABILITY": "61"},
             ["GPU 0 has compute capability 6.1", "needs at least 7.5", "use a newer one"]),
-    Refusal("a GPU without room for the slots", {"NULL_GPU_MEMORY_MIB": "900"},
+    Refusal("a GPU whose memory does not hold the slots", {"NULL_GPU_MEMORY_MIB": "900"},
             ["edits.slots = 4000 takes", "beside the model and the KV cache of one request of 512 tokens",
              "no slots of", "fit. Leave them more memory by the flags named here"],
             ["--enforce-eager", "--set", "slots=4000"]),

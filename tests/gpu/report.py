@@ -86,7 +86,7 @@ def _costs(facts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield f"vLLM alone: {', '.join(f'{alone[name]:g} {name}' for name in kept)}."
     yield from (
         "",
-        "| room at every layer for | versions | more than vLLM alone | host time over that | of it the plugin's |",
+        "| reserved at every layer | versions | more than vLLM alone | host time over that | of it the plugin's |",
     )
     yield "|---|---|---|---|---|"
     for fact in steps[1:]:

@@ -164,7 +164,7 @@ def in_weights(folder: Path, way: Mapping[str, Any]) -> dict[str, Any]:
         complete(server.url, "base", "One", 3)
     failed = [answer for answer in answers if not answer.complete and answer.status != httpx.codes.NOT_FOUND]
     require(not failed, f"{len(failed)} of {len(answers)} answers failed: {failed[:2]}")
-    require(held["version"] is None and not held["doubt"], f"the weights hold {held}")
+    require(held["version"] is None and not held["error"], f"the weights hold {held}")
     served = Counter(answer.version[:12] for answer in answers if answer.complete)
     require(set(served) >= {version[:12] for version in versions}, f"answered by {served}")
     return {"answers": sum(served.values()), "failed": len(failed), "versions": len(served)}

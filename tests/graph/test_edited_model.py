@@ -75,7 +75,7 @@ EVERYWHERE = reservation_of(*(bundle_of([form.values[0]]) for form in FORMS))
 """Room for all of them."""
 
 
-def with_room_for_more(reservation: Reservation) -> Reservation:
+def with_larger_capacity(reservation: Reservation) -> Reservation:
     """The same places with a rank more and all that edits of their kind may be."""
     features = {"gate": {"normalise"}, "subspace_filter": {"dual", "onto"}, "offset": {"renorm"}}
     capacities = {
@@ -99,9 +99,9 @@ def inputs() -> Tensor:
 @pytest.mark.parametrize(
     ("more", "products"),
     [
-        pytest.param(False, EXPRESSIONS, id="room as needed"),
-        pytest.param(True, EXPRESSIONS, id="room for more"),
-        pytest.param(True, compiled(), id="room for more, compiled"),
+        pytest.param(False, EXPRESSIONS, id="capacity as needed"),
+        pytest.param(True, EXPRESSIONS, id="larger capacity"),
+        pytest.param(True, compiled(), id="larger capacity, compiled"),
     ],
 )
 @pytest.mark.parametrize("pair", FORMS)
@@ -112,7 +112,7 @@ def test_every_kind_at_every_site_is_its_formula_for_its_own_tokens(
     bundle, model, plain = bundle_of([pair]), TinyModel(), TinyModel()
     reservation = reservation_of(bundle)
     edited = edited_model(
-        model, with_room_for_more(reservation) if more else reservation, slots=SLOTS, products=products
+        model, with_larger_capacity(reservation) if more else reservation, slots=SLOTS, products=products
     )
     install(edited, 2, bundle)
     use_slots(edited, [2, 0] * (TOKENS // 2))
@@ -519,7 +519,7 @@ def test_the_digest_sees_every_number_of_every_place() -> None:
     assert edited.digest(1) in digests
 
 
-def test_a_version_of_smaller_rank_leaves_the_rest_of_its_room_zero(inputs: Tensor) -> None:
+def test_a_version_of_smaller_rank_leaves_the_rest_of_its_row_zero(inputs: Tensor) -> None:
     """After a version of full rank has left, nothing of it is felt by one of rank 1 in the same slot."""
 
     def redirection(rank: int, seed: int) -> Bundle:

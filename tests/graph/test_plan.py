@@ -70,7 +70,7 @@ def test_planning_on_the_command_line(checkpoint: Path, tmp_path: Path) -> None:
     plan = Plan.of(Reservation.for_versions([bundle.manifest]), slot_bytes(bundle.manifest.base.widths, torch.float32))
     assert (told["bytes_per_slot"], told["bytes"]) == (plan.slot, plan.total(8))
     assert plan.total(told["fit"]) <= 1 << 20 < plan.total(told["fit"] + 1)
-    assert sum(row["bytes"] for row in told["rooms"]) == plan.slot
+    assert sum(row["bytes"] for row in told["groups"]) == plan.slot
     assert told["refused"] == {}
     each = planned(checkpoint, store, "--dtype", "float32", "--tensor-parallel-size", "2", "--json")
     divided = Plan.of(
@@ -102,7 +102,7 @@ def test_versions_for_another_model_reserve_nothing(checkpoint: Path, tmp_path: 
     publish(
         store, random_bundle("polite", base_of(checkpoint).model_copy(update={"files": {"x.safetensors": "a" * 64}}), 1)
     )
-    capacities = planned(checkpoint, store, "--json")["rooms"]
+    capacities = planned(checkpoint, store, "--json")["groups"]
     assert {(row["kind"], row["point"]) for row in capacities} >= {("offset", "resid"), ("low_rank", "mlp.out")}, (
         "the usual"
     )
@@ -132,7 +132,7 @@ def test_ranks_cost_what_they_read_and_write() -> None:
 
 @pytest.mark.parametrize("reserved", [[], [1], [4]])
 def test_a_refusal_says_what_the_advice_would_cost(reserved: list[int]) -> None:
-    """Beyond what there is already: for room where there was none, and for a higher rank."""
+    """Beyond what there is already: for a group where there was none, and for a higher rank."""
     capacity_bytes = slot_bytes(WIDTHS, torch.float32)
 
     def version(rank: int) -> Version:

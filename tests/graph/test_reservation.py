@@ -1,4 +1,4 @@
-"""What a server has room for, and what an edit without room is told."""
+"""The reservation of a server, and the refusal of an edit that does not fit."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def reserve(*items: dict[str, Any]) -> Reservation:
     return Reservation.from_settings([Reserve(**item) for item in items], LLAMA, WIDTHS)
 
 
-def test_room_for_given_versions_is_exactly_theirs() -> None:
+def test_the_reservation_for_given_versions_is_exactly_theirs() -> None:
     """The largest rank at each place and every feature asked for, and nothing elsewhere."""
     larger = LowRank(site="layers.1.mlp.out", reads="layers.1.mlp.h", rank=4)
     made = reserved_for(EDITS, [larger])
@@ -79,7 +79,7 @@ def test_ranks_of_edits_that_are_computed_together_add_up() -> None:
     }
 
 
-def test_scopes_and_strengths_need_room_of_their_own() -> None:
+def test_scopes_and_strengths_need_a_capacity_of_their_own() -> None:
     """Edits of other scopes take turns; with a strength every group is scaled; too many scopes are told by number."""
     late, early = Scope(segment="generated"), Scope(segment="prompt")
     offsets = [
@@ -122,7 +122,9 @@ def test_patterns_expand_over_the_sites_where_a_kind_has_a_meaning() -> None:
      ("Qwen3ForCausalLM", "layers.1.q.out", "layers.1.q.out", "attn.in"),
      ("LlamaForCausalLM", "logits", "final", "logits")],
 )  # fmt: skip
-def test_room_is_for_what_the_architecture_can_read(name: str, site: str, usual: str, never: str) -> None:
+def test_a_reservation_reads_points_that_the_architecture_can_read(
+    name: str, site: str, usual: str, never: str
+) -> None:
     """Unless said otherwise its module's input; nothing inside experts, nor across a norm, where no edit could read."""
     item = Reserve(kind="low_rank", site=site)
     assert Reservation.from_settings([item], ARCHITECTURES[name], WIDTHS).capacities.keys() == {
@@ -174,7 +176,7 @@ def test_a_reservation_has_one_spelling_as_settings(wanted: dict[EditGroup, Capa
 
 @cheaply
 @given(capacities)
-def test_the_advice_in_a_refusal_makes_room(wanted: dict[EditGroup, Capacity]) -> None:
+def test_a_version_fits_after_the_advice_in_its_refusal(wanted: dict[EditGroup, Capacity]) -> None:
     """Each reason names a setting to add; with all of them added nothing is missing any more."""
     have = Reservation(wanted)
     reasons = have.missing(Version(EDITS))

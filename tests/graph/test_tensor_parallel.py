@@ -172,7 +172,7 @@ def test_workers_hold_different_numbers_of_one_version_and_count_the_same_firing
     assert firings[gate.label] > 0
 
 
-def test_the_price_of_room_is_what_each_worker_sets_apart() -> None:
+def test_the_bytes_of_a_capacity_are_those_of_each_worker() -> None:
     bundle = crowded(1)
     reservation = reservation_of(bundle)
     workers, whole = Divided(bundle), edited_model(TinyModel(), reservation, slots=2)

@@ -19,7 +19,7 @@ from vllm_edits import edit_store
 from vllm_edits.edit_store.kinds import KINDS
 from vllm_edits.edit_store.sites import POINTS
 from vllm_edits.plugin.cli.commands import app
-from vllm_edits.plugin.cli.serve_command import OURS
+from vllm_edits.plugin.cli.serve_arguments import OURS
 from vllm_edits.plugin.headers import OF_ANSWERS, OF_REQUESTS
 from vllm_edits.plugin.http.routes import router
 from vllm_edits.plugin.metrics import METRICS, PREFIX

@@ -487,7 +487,7 @@ async def test_the_status_tells_what_is_served(site: Site) -> None:
     (row,) = answer["variants"]
     assert (row["name"], row["tag"], row["version"], row["resident"]) == ("polite", "prod", version, True)
     assert answer["slots"]["total"] == 3
-    held = {"slot": 1, "version": version, "users": 0, "retired": False, "makes_way": False}
+    held = {"slot": 1, "version": version, "users": 0, "retired": False, "closed": False}
     assert (answer["slots"]["held"], answer["slots"]["waiting"]) == ([held], [])
     assert answer["base"] == {"names": ["tiny", "small"], "in_flight": 0}
     assert answer["last_swap"]["to_version"] == version

@@ -220,7 +220,7 @@ async def test_what_requests_of_experiments_came_to_is_told_and_asked(tmp_path: 
         seconds_per_token=None, empty=False, looping=False, corrupted=False,
     )  # fmt: skip
     pair = ShadowRecord(
-        at=now, request="h", experiment="", versions=("a", "base"), parted_at=3,
+        at=now, request="h", experiment="", versions=("a", "base"), differs_at=3,
         said=(Said(token=1, logprob=-0.5), None), tokens=(4, 3), finish=("stop", "length"), seconds=(0.1, 0.2),
     )  # fmt: skip
     async with processes(tmp_path, says := Says({"counted": True})) as made:

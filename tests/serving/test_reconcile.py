@@ -17,7 +17,7 @@ from tests.support.fakes import BASE, SLOTS, Answer, Server, as_told, version_of
 from tests.support.reconciling import soon, start
 from vllm_edits.edit_store import Bundle, Gate, LowRank
 from vllm_edits.edit_store.errors import EditsError, NotFound, StoreUnavailable
-from vllm_edits.plugin.cli.commands import _show_status
+from vllm_edits.plugin.cli.status_command import show_status
 
 pytestmark = pytest.mark.anyio
 
@@ -592,7 +592,7 @@ async def test_a_version_that_waits_is_let_in_though_the_others_are_always_in_us
     await asyncio.sleep(0.01)
     (waiting,) = server.status()["slots"]["waiting"]
     assert (waiting["requests"], server.metric("requests_waiting")) == (1, 1)
-    _show_status(server.status())
+    show_status(server.status())
     assert (
         "1 requests wait for a slot, the first for 0.0 s. If that happens often, raise edits.slots"
         in capsys.readouterr().out
@@ -732,7 +732,7 @@ async def test_a_version_that_is_slow_to_read_holds_up_nobody_else(server: Serve
 
 
 async def test_a_version_that_a_worker_dropped_is_read_again(server: Server) -> None:
-    """One worker made room for others: its word is enough, and the slot holds the same on all in the end."""
+    """One worker evicted a prepared version: its word is enough, and the slots are equal on all in the end."""
     names = await promote_many(server, 4)
     server.workers.workers[1].ready.clear()
     assert await server.ask(names[3]) is not None

@@ -1,4 +1,4 @@
-"""What a server does about signatures: nothing unsigned is served, nothing that was believed is lost, not even by a
+"""What a server does about signatures: nothing unsigned is served, nothing that was trusted is lost, not even by a
 restart."""
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ async def test_a_second_promoter_lets_a_promotion_through(tmp_path: Path) -> Non
 
 
 async def test_a_restart_serves_what_a_server_that_never_stopped_serves(tmp_path: Path) -> None:
-    """The last entry that is believed: an unsigned one after it takes nothing away."""
+    """The last entry that is trusted: an unsigned one after it takes nothing away."""
     url = f"memory://{tmp_path}"
     running = Server(url, trust=trust())
     first = publish(signed(running), version_of("polite"))
@@ -147,7 +147,7 @@ async def test_a_history_that_was_wound_back_keeps_what_is_served_and_is_told_on
     with pytest.raises(NotFound):
         await restarted.ask("polite")
     assert restarted.metric("bundles_rejected_total", reason="history") == 1
-    assert "was cut" in restarted.status()["troubles"][0]["error"]
+    assert "was cut" in restarted.status()["broken_histories"][0]["error"]
     elsewhere = Server(url)
     await follow(elsewhere)
     assert await elsewhere.ask("polite") == first, "positive control: a node that has seen nothing believes it"

@@ -1,4 +1,4 @@
-"""Settings are read once, and a wrong one ends the start with its name and its mend."""
+"""Settings are read once, and a wrong one ends the start with its name and its fix."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from vllm_edits.edit_store import Bundle, Gate, LowRank, Provenance, Strength
 from vllm_edits.edit_store.errors import EditsError, InstallRefused, NotFound, RequestRefused
 from vllm_edits.edit_store.experiments.experiment_log import Experiments
 from vllm_edits.edit_store.experiments.state import ExperimentChange
-from vllm_edits.plugin.cli.commands import _show_status
+from vllm_edits.plugin.cli.status_command import show_status
 from vllm_edits.plugin.vllm_host.addressing import cache_salt
 
 pytestmark = pytest.mark.anyio
@@ -106,10 +106,10 @@ async def test_a_worker_answers_only_who_wants_what_its_weights_hold(server: Ser
 
 
 async def test_the_operator_sees_what_the_weights_hold(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    """In `vllm-edits status`, also after a withdrawal and in doubt."""
+    """In `vllm-edits status`, also after a withdrawal and in error."""
 
     def shown() -> str:
-        _show_status(server.status())
+        show_status(server.status())
         return capsys.readouterr().out
 
     (polite,) = await server.promote(version())
@@ -351,7 +351,7 @@ async def test_weights_that_nobody_vouches_for_answer_nothing(server: Server) ->
     server.workers.overrides["edits_put_weights"] = fails_on(1, after=False)
     second = publish(server.store, version())
     await server.sync()
-    assert "planted" in server.status()["weights"]["doubt"]
+    assert "planted" in server.status()["weights"]["error"]
     for name in ("polite", "tiny"):
         with pytest.raises(
             EditsError, match="no request is answered, because the content of the engine's weights is unknown"

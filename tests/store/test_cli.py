@@ -500,15 +500,15 @@ def test_two_promoters_from_keys_to_belief(run: Run, two: list[str]) -> None:
     keys = json.loads(run("trust", "list", "trust.json", "--json").stdout)
     assert {key["name"]: key["roles"] for key in keys} == {"alice": "author promoter", "bob": "promoter"}
 
-    def believed() -> bool:
-        return bool(json.loads(run("trust", "check", "polite", "--trust", "trust.json", "--json").stdout)["believed"])
+    def trusted() -> bool:
+        return bool(json.loads(run("trust", "check", "polite", "--trust", "trust.json", "--json").stdout)["trusted"])
 
     assert run("sign", f"polite@{two[1]}", "--key", "alice.key").exit_code == 0
     assert run("promote", f"polite@{two[1]}", "--key", "alice.key").exit_code == 0
-    assert not believed()
+    assert not trusted()
     assert "below_threshold" in run("trust", "check", "polite", "--trust", "trust.json").stdout
     assert "as promoter" in run("sign", "polite@prod", "--as", "promoter", "--key", "bob.key").stdout
-    assert believed()
+    assert trusted()
     assert "signed by keys" in run("show", "polite").stdout
 
 

@@ -46,7 +46,7 @@ def counting(store: EditStore) -> Counting:
 
 def versions(follower: Follower) -> dict[tuple[str, str], str]:
     found = follower.look()
-    assert not found.troubles
+    assert not found.broken
     return {(name, tag): head.version for name, tags in found.heads.items() for tag, head in tags.items()}
 
 
@@ -104,7 +104,7 @@ def test_a_broken_tag_keeps_its_head_and_the_others_go_on(store: EditStore) -> N
     found = follower.look()
     assert found.heads["polite"]["prod"].version == second
     assert found.heads["polite"]["beta"].version == second
-    assert "does not contain the digest of the entry before" in str(found.troubles["polite", "prod"])
+    assert "does not contain the digest of the entry before" in str(found.broken["polite", "prod"])
 
 
 def test_an_entry_of_another_tag_at_the_end_of_a_chain_is_refused(store: EditStore) -> None:
@@ -118,7 +118,7 @@ def test_an_entry_of_another_tag_at_the_end_of_a_chain_is_refused(store: EditSto
     store.backend.create("tags/polite/prod/00000000000000000003.json", alien.to_bytes())
     found = follower.look()
     assert found.heads["polite"]["prod"].version == second
-    assert "was written for other@prod" in str(found.troubles["polite", "prod"])
+    assert "was written for other@prod" in str(found.broken["polite", "prod"])
 
 
 # -- what a node remembers ---------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def test_a_history_that_was_wound_back_is_refused_after_a_restart(store: EditSto
     assert "polite" in Follower(store).look().heads, "positive control: who remembers nothing believes it"
     found = Follower(store, seen(store, tmp_path)).look()
     assert "polite" not in found.heads
-    assert "was cut: this node has seen entry 3, but the store ends at entry 2" in str(found.troubles["polite", "prod"])
+    assert "was cut: this node has seen entry 3, but the store ends at entry 2" in str(found.broken["polite", "prod"])
     entry_path(store, 3).write_bytes(rolled_back.to_bytes())
     assert Follower(store, seen(store, tmp_path)).look().heads["polite"]["prod"] == rolled_back
 
@@ -153,9 +153,7 @@ def test_a_history_that_was_rewritten_is_refused_after_a_restart(store: EditStor
     other = store.head("polite").model_copy(update={"actor": "mallory"})  # type: ignore[union-attr]
     entry_path(store, 2).write_bytes(other.to_bytes())
     found = Follower(store, seen(store, tmp_path)).look()
-    assert "was rewritten: entry 2 differs from the one that this node has seen" in str(
-        found.troubles["polite", "prod"]
-    )
+    assert "was rewritten: entry 2 differs from the one that this node has seen" in str(found.broken["polite", "prod"])
 
 
 def test_what_is_remembered_is_per_store_and_grows_only(store: EditStore, tmp_path: Path) -> None:
@@ -192,11 +190,11 @@ def test_experiments_are_followed_entry_by_entry(store: EditStore) -> None:
     assert follower.look().experiments == Follower(store).look().experiments == experiments.standings()[0]
 
 
-def test_an_entry_that_is_not_believed_counts_when_it_is(store: EditStore) -> None:
+def test_an_entry_that_is_not_trusted_counts_when_it_is(store: EditStore) -> None:
     """A start that a second promoter has still to sign for changes nothing until then."""
     promoted(store, "1")
     experiments, signed = Experiments(store), {1}
-    follower = Follower(store, believed=lambda entry: entry.sequence in signed)
+    follower = Follower(store, trusted=lambda entry: entry.sequence in signed)
     experiments.create(Experiment.parse(document()))
     experiments.change(of_tone("start"))
     assert follower.look().experiments["tone"].status == "draft"
@@ -214,7 +212,7 @@ def test_experiments_that_were_wound_back_are_refused_after_a_restart(store: Edi
     Follower(store, Seen(tmp_path, store.url)).look()
     store.backend.delete(f"experiments/{3:020d}.json")
     found = Follower(store, Seen(tmp_path, store.url)).look()
-    assert "the experiments was cut" in str(found.troubles["experiments", "*"])
+    assert "the experiments was cut" in str(found.broken["experiments", "*"])
     assert found.experiments == {}
     assert "polite" in found.heads
     never_saw = Follower(store, Seen(tmp_path / "other", store.url)).look()

@@ -121,12 +121,12 @@ def test_its_tags_go_on_from_where_they_were(store: EditStore) -> None:
 
 
 def test_experiments_stand_as_they_stood(store: EditStore) -> None:
-    standings, troubles = Experiments(store).standings()
-    assert troubles == []
+    standings, without_effect = Experiments(store).standings()
+    assert without_effect == []
     tone, style = standings["tone"], standings["style"]
     assert (tone.status, tone.seed, tone.began_at) == ("running", "tone/2", BEGIN + timedelta(minutes=30))
     assert [tone.coverage(BEGIN + timedelta(minutes=30 + later)) for later in (0, 59, 60)] == [0.1, 0.1, 0.1 + 0.2]
-    assert (style.status, style.everyone) == ("promoted", "safe")
+    assert (style.status, style.promoted_arm) == ("promoted", "safe")
     assert tone.document.arm("milder").serves == f"polite@{VERSIONS['polite 1']}"
 
 

@@ -43,7 +43,7 @@ def bob() -> Person:
 
 
 def codes(policy: TrustPolicy, *envelopes: bytes, role: Role = Role.AUTHOR, at: datetime = NOW) -> list[str]:
-    """What is held against the object of DIGEST, [] when it is believed."""
+    """What is held against the object of DIGEST, [] when it is trusted."""
     return [reason.code for reason in policy.check(role, DIGEST, "it", read_envelopes(envelopes), at=at)]
 
 
@@ -196,9 +196,9 @@ def test_a_signing_store_signs_what_it_publishes_and_promotes(tmp_path: Path, al
     policy = TrustPolicy(keys=(alice.trusted(Role.AUTHOR, Role.PROMOTER),))
     signed, unsigned = store.publish(bundle("1")), plain.publish(bundle("2"))
     entry, later = store.promote(f"polite@{signed}"), plain.promote(f"polite@{unsigned}")
-    for role, digest, believed in (
+    for role, digest, trusted in (
         (Role.AUTHOR, signed, True), (Role.AUTHOR, unsigned, False),
         (Role.PROMOTER, entry.digest, True), (Role.PROMOTER, later.digest, False),
     ):  # fmt: skip
         reasons = policy.check(role, digest, "it", store.signatures(digest))
-        assert (not reasons) is believed
+        assert (not reasons) is trusted

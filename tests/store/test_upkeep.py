@@ -125,7 +125,7 @@ def test_every_damage_is_found_and_says_what_mends_it(store: EditStore, damage: 
     damage(store, second)
     findings = audit(store).findings
     assert findings
-    assert all(finding.object and finding.problem and finding.mend for finding in findings)
+    assert all(finding.object and finding.problem and finding.fix for finding in findings)
 
 
 @pytest.mark.parametrize("damage", [flip_blob, drop_blob, change_manifest, drop_manifest, drop_record])

@@ -247,18 +247,18 @@ def plain_weights(model: TinyModel, worker: Rank = ONLY_RANK, whole: Whole | Non
     """Every projection of the tiny model, those of `attn.out` and `mlp.out` with a bias."""
     architecture, sites = supported(BASE.architecture), site_modules(model, BASE.architecture, WIDTHS, worker)
     names = {module: name for name, module in model.named_modules()}
-    room = weights_reservation.usual(architecture, WIDTHS)
-    for site in room:
+    reserved = weights_reservation.usual(architecture, WIDTHS)
+    for site in reserved:
         module: Any = sites[site].module
         if site.point in ("attn.out", "mlp.out"):
             module.bias = nn.Parameter(torch.zeros(WIDTHS.hidden), requires_grad=False)
     modules = {
-        names[sites[site].module]: PlainWeight(sites[site].module.weight, sites[site].module.bias) for site in room
+        names[sites[site].module]: PlainWeight(sites[site].module.weight, sites[site].module.bias) for site in reserved
     }
     reads = architecture.projections()
     parts = {
         site: ProjectionPart(names[at.module], at.start or 0, at.shard, sites[site.beside(reads[site.point])].shard)
-        for site, at in ((site, sites[site]) for site in room)
+        for site, at in ((site, sites[site]) for site in reserved)
     }
     return PatchedWeights(modules, parts, architecture, lambda: 1 << 30, whole)
 
@@ -516,8 +516,8 @@ class Server:
         self.backend = FlakyBackend(self.store.backend)
         self.store.backend = self.backend
         site = Site(1, "resid")
-        room = Capacity(features=frozenset({"scaled"}))
-        reservation = Reservation({EditGroup(site, kind, site): room for kind in ("offset", "gate")}, scopes=1)
+        capacity = Capacity(features=frozenset({"scaled"}))
+        reservation = Reservation({EditGroup(site, kind, site): capacity for kind in ("offset", "gate")}, scopes=1)
         self.workers = FakeWorkers(self.store, reservation, slots=slots)
         self.registry = CollectorRegistry()
         self.metrics = Metrics(self.registry)
@@ -529,7 +529,7 @@ class Server:
             base=BASE,
             base_names=("tiny", "small"),
             reservation=reservation,
-            slot_bytes=lambda _, room: 1024 * room.rank,
+            slot_bytes=lambda _, capacity: 1024 * capacity.rank,
             slots=slots,
             default_tag="prod",
             extras=Extras(weights_key=(weights, "prod") if weights else None, **options),

@@ -14,7 +14,7 @@ from tests.support.fakes import BASE
 from vllm_edits.edit_store import Offset, Site
 from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.plugin.graph.reservation import Reservation
-from vllm_edits.plugin.vllm_host.compat import check_config, check_room
+from vllm_edits.plugin.vllm_host.compat import check_config, check_reservation
 
 
 def config(**changes: Any) -> Any:
@@ -105,24 +105,26 @@ def test_logits_are_not_edited_while_tokens_are_guessed() -> None:
     guessing = config(speculative_config=SimpleNamespace(method="ngram"))
     for point, refused in ((Site(None, "logits"), True), (Site(1, "resid"), False)):
         edit = Offset(site=str(point))
-        room = Reservation.for_versions([bundle_of("polite", BASE, [(edit, random_numbers(edit, BASE, 0))]).manifest])
-        check_room(config(), BASE, room)
+        reservation = Reservation.for_versions(
+            [bundle_of("polite", BASE, [(edit, random_numbers(edit, BASE, 0))]).manifest]
+        )
+        check_reservation(config(), BASE, reservation)
         if refused:
             with pytest.raises(UnsupportedHost, match="Start without --speculative-config"):
-                check_room(guessing, BASE, room)
+                check_reservation(guessing, BASE, reservation)
         else:
-            check_room(guessing, BASE, room)
+            check_reservation(guessing, BASE, reservation)
 
 
 def test_what_workers_that_divide_a_model_cannot_do_is_refused() -> None:
     """Models that vLLM divides otherwise than the others."""
     divided, nothing = config(parallel_config__tensor_parallel_size=2), Reservation({})
-    check_room(divided, BASE, nothing)
+    check_reservation(divided, BASE, nothing)
     olmo = BASE.model_copy(update={"architecture": "Olmo2ForCausalLM"})
-    check_room(config(), olmo, nothing)
+    check_reservation(config(), olmo, nothing)
     with pytest.raises(UnsupportedHost, match="norms of queries and keys go over all heads"):
-        check_room(divided, olmo, nothing)
+        check_reservation(divided, olmo, nothing)
     copied = config(parallel_config__data_parallel_size=2)
-    check_room(copied, BASE, nothing)
+    check_reservation(copied, BASE, nothing)
     with pytest.raises(UnsupportedHost, match="which divides its experts"):
-        check_room(copied, BASE.model_copy(update={"architecture": "Qwen3MoeForCausalLM"}), nothing)
+        check_reservation(copied, BASE.model_copy(update={"architecture": "Qwen3MoeForCausalLM"}), nothing)

@@ -128,7 +128,7 @@ def test_what_the_runner_makes_up_is_nobodys(edited: EditedModel) -> None:
 
 
 def at_logits(model: TinyModel, worker: Rank = ONLY_RANK) -> EditedModel:
-    """With room there, and a version that uses it in slot 1."""
+    """With capacity there, and a version that uses it in slot 1."""
     edit = Offset(site="logits")
     bundle = bundle_of("loud", BASE, [(edit, random_numbers(edit, BASE, 1))])
     made = edited_model(model, Reservation.for_versions([bundle.manifest]), slots=1, worker=worker)

@@ -129,13 +129,13 @@ def replay_prompts(
         )  # fmt: skip
     told = summary(found)
     if as_data:
-        as_script({"summary": told, "partings": [asdict(each) for each in found]})
+        as_script({"summary": told, "pairs": [asdict(each) for each in found]})
         return
     rows = [
-        {"prompt": each.prompt[:40], "place": "-" if each.parted_at is None else each.parted_at,
+        {"prompt": each.prompt[:40], "place": "-" if each.differs_at is None else each.differs_at,
          first: each.said[0][:40], second: each.said[1][:40]}
         for each in found
     ]  # fmt: skip
     show(rows, {"prompt": "prompt", "place": "differs at token", first: first, second: second}, as_json=False)
-    where = "" if told["median_place"] is None else f", at the median at token {told['median_place']:g}"
-    plain(f"{told['parted']} of {told['prompts']} answers differ{where}")
+    where = "" if told["median_token"] is None else f", at the median at token {told['median_token']:g}"
+    plain(f"{told['differ']} of {told['prompts']} answers differ{where}")

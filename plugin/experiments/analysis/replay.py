@@ -14,7 +14,7 @@ import httpx
 
 from vllm_edits.edit_store.errors import EditsError
 from vllm_edits.plugin.cli_client import authorization, no_answer
-from vllm_edits.plugin.experiments.shadow_pairs import parted
+from vllm_edits.plugin.experiments.shadow_pairs import first_difference
 
 AT_ONCE = 8
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -30,11 +30,11 @@ class Replayed:
 
 
 @dataclass(frozen=True)
-class Parting:
-    """The comparison of two answers to one prompt. `parted_at` is None if they are equal."""
+class AnswerPair:
+    """The comparison of two answers to one prompt. `differs_at` is None if they are equal."""
 
     prompt: str
-    parted_at: int | None
+    differs_at: int | None
     tokens: tuple[int, int]
     """number of tokens of each answer"""
     logprobs: tuple[float | None, float | None]
@@ -42,8 +42,8 @@ class Parting:
     said: tuple[str, str]
 
     @classmethod
-    def of(cls, prompt: str, one: Replayed, other: Replayed) -> Parting:
-        place = parted(one.tokens, other.tokens)
+    def of(cls, prompt: str, one: Replayed, other: Replayed) -> AnswerPair:
+        place = first_difference(one.tokens, other.tokens)
 
         def there(answer: Replayed) -> float | None:
             return answer.logprobs[place] if place is not None and place < len(answer.logprobs) else None
@@ -83,16 +83,16 @@ def bodies(path: Path) -> list[dict[str, Any]]:
 async def replay(
     url: str, pair: tuple[str, str], requests: Sequence[dict[str, Any]], *, max_tokens: int, api_key: str = "",
     progress: Callable[[], None] = lambda: None,
-) -> list[Parting]:  # fmt: skip
+) -> list[AnswerPair]:  # fmt: skip
     """Send each prompt to both versions at the same time, and compare. Greedy, unless a request says otherwise."""
     turns = asyncio.Semaphore(AT_ONCE)
     async with httpx.AsyncClient(base_url=url, headers=authorization(api_key), timeout=600) as client:
 
-        async def both(body: dict[str, Any]) -> Parting:
+        async def both(body: dict[str, Any]) -> AnswerPair:
             async with turns:
                 one, other = await asyncio.gather(*(_ask(client, model, body, max_tokens) for model in pair))
             progress()
-            return Parting.of(json.dumps(body.get("prompt", body.get("messages")), ensure_ascii=False), one, other)
+            return AnswerPair.of(json.dumps(body.get("prompt", body.get("messages")), ensure_ascii=False), one, other)
 
         return list(await asyncio.gather(*map(both, requests)))
 
@@ -117,10 +117,10 @@ async def _ask(client: httpx.AsyncClient, model: str, body: dict[str, Any], max_
     return Replayed(choice["token_ids"], logprobs, text)
 
 
-def summary(partings: Sequence[Parting]) -> dict[str, Any]:
+def summary(pairs: Sequence[AnswerPair]) -> dict[str, Any]:
     """The number of different answers, and the median place of the first difference."""
-    places = [each.parted_at for each in partings if each.parted_at is not None]
+    places = [each.differs_at for each in pairs if each.differs_at is not None]
     return {
-        "prompts": len(partings), "parted": len(places), "share": len(places) / len(partings),
-        "median_place": median(places) if places else None,
+        "prompts": len(pairs), "differ": len(places), "share": len(places) / len(pairs),
+        "median_token": median(places) if places else None,
     }  # fmt: skip

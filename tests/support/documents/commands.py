@@ -32,7 +32,7 @@ from tests.support.documents.repository import ROOT
 from vllm_edits.edit_store.cli import app
 from vllm_edits.edit_store.errors import SettingsError, nearest
 from vllm_edits.plugin.claim import SCHEDULER
-from vllm_edits.plugin.cli import serve_command  # importing its package adds the server's commands
+from vllm_edits.plugin.cli import serve_arguments  # importing its package adds the server's commands
 from vllm_edits.plugin.headers import OF_REQUESTS
 from vllm_edits.plugin.http.routes import router
 from vllm_edits.server_config.settings import read_settings
@@ -82,10 +82,10 @@ class Reader:
         if code:
             raise Wrong(f"vLLM's parser refuses it: {said.strip()[-500:]}")
         with contextlib.chdir(folder):
-            flags = serve_command.Flags(words[2:])
+            flags = serve_arguments.Flags(words[2:])
         config = flags.get("--additional-config")
         config = json.loads(config) if isinstance(config, str) else config
-        if flags.get("--load-format") == serve_command.PLUGIN:
+        if flags.get("--load-format") == serve_arguments.PLUGIN:
             settings(config)
             scheduler = flags.get("--scheduler-cls")
             if scheduler not in (None, SCHEDULER):

@@ -129,7 +129,7 @@ def run(words: list[str]) -> None:
     from typer.main import get_command
 
     from vllm_edits.edit_store.cli import app
-    from vllm_edits.plugin.cli import commands
+    from vllm_edits.plugin.cli import start_commands
 
     group: Any = get_command(app)
     kind = subcommand(group, words)
@@ -146,8 +146,8 @@ def run(words: list[str]) -> None:
     if kind in ELSEWHERE:
         of(group, kind).callback = leave_out
     if kind in STARTS_VLLM:
-        seams: Any = commands
-        seams._require_free_port = lambda _: None  # whoever listens there, it is no fault of the page
+        seams: Any = start_commands
+        seams._require_free_port = lambda _: None  # a server that listens there is no fault of the page
         seams.os.execve = seams.batch.server = leave_out
     try:
         group(words[1:], prog_name=words[0])

@@ -1,0 +1,99 @@
+"""The command `plan`: the reservation of a server and its device memory, before it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_edits.edit_store.architectures import supported
+from vllm_edits.edit_store.base_model import identify, weight_files
+from vllm_edits.edit_store.byte_sizes import bytes_of, sized
+from vllm_edits.edit_store.cli import JsonOption, StoreOption, app, as_script, counted, explained, plain, show
+from vllm_edits.edit_store.errors import SettingsError
+from vllm_edits.plugin.cli.setting_option import SettingOption, assigned
+from vllm_edits.server_config.settings import KEY, read_settings
+
+
+@app.command()
+@explained
+def plan(
+    model: Annotated[Path, typer.Argument(help="Folder of the base model's checkpoint.", exists=True, file_okay=False)],
+    *,
+    store: StoreOption,
+    setting: SettingOption = None,
+    dtype: Annotated[
+        str, typer.Option(help="Data type, as for vLLM's --dtype.", show_default="as vLLM chooses")
+    ] = "auto",
+    memory: Annotated[str, typer.Option(help="Device memory for slots, e.g. 8GiB. Shows how many slots fit.")] = "",
+    workers: Annotated[
+        int,
+        typer.Option("--tensor-parallel-size", min=1, help="Number of workers, as for vLLM. Figures are per worker."),
+    ] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the reservation that `serve` would make with these settings, and its
+    device memory.
+
+    Use it before `serve`, to choose `slots` and `reserve`. It reads the
+    checkpoint and the store, and does not load the model. It also lists
+    promoted versions that the server would refuse.
+
+    \b
+    Examples:
+      vllm-edits plan ./model --store ./store
+      vllm-edits plan ./model --store ./store --set slots=32 --memory 8GiB
+    """
+    from vllm_edits.plugin import plan as planning  # brings torch
+    from vllm_edits.plugin.graph.slot_bytes import slot_bytes
+    from vllm_edits.plugin.weights import weights_reservation
+    from vllm_edits.plugin.weights.weight_form import formless
+
+    settings = read_settings({KEY: assigned(store, setting)})
+    memory_bytes = bytes_of(memory) if memory else None
+    with counted("hashing the model", in_bytes=True) as update:
+        update(total=sum(path.stat().st_size for path in weight_files(model)))
+        base = identify(model, progress=lambda size: update(advance=size))
+    promoted = planning.promoted(settings, base)
+    reservation = planning.reserve(settings, base, promoted)
+    kind = planning.dtype_of(model, dtype)
+    if workers > 1 and (why := supported(base.architecture).undivided):
+        raise SettingsError(
+            f"{base.architecture} cannot be divided among {workers} workers: {why}. Use --tensor-parallel-size 1"
+        )
+    if base.widths.heads % workers:
+        raise SettingsError(
+            f"{base.widths.heads} heads cannot be divided among {workers} workers. Choose another "
+            "--tensor-parallel-size"
+        )
+    capacity_bytes = slot_bytes(base.widths, kind, workers)
+    found = planning.Plan.of(reservation, capacity_bytes)
+    rows = planning.rows(found, reservation)
+    refused = {
+        manifest.name: [reason.message for reason in missing]
+        for manifest in promoted.per_request
+        if (missing := reservation.missing(manifest, capacity_bytes))
+    }
+    patched = planning.reserve_weights(settings, base, promoted)
+    mine = base.widths.per_worker(workers)
+    patch = weights_reservation.bytes_kept(patched, supported(base.architecture), mine, kind.itemsize)
+    if promoted.in_weights and (missing := formless(promoted.in_weights.edits, supported(base.architecture))):
+        refused[promoted.in_weights.name] = [reason.message for reason in missing]
+    fits = None if memory_bytes is None else found.most(memory_bytes)
+    if as_json:
+        as_script({"groups": rows, "bytes_per_slot": found.slot, "slots": settings.slots,
+                   "bytes": found.total(settings.slots), "fit": fits, "refused": refused,
+                   "weights": {"projections": len(patched), "bytes": patch}})  # fmt: skip
+        return
+    columns = {"kind": "kind", "point": "at", "reads": "reads", "rank": "rank", "features": "with", "sites": "layers"}
+    show([{**row, "size": sized(row["bytes"])} for row in rows], {**columns, "size": "bytes per slot"}, False)
+    plain(f"one slot: {sized(found.slot)}; {settings.slots} slots and the base model's slot: "
+          f"{sized(found.total(settings.slots))}")  # fmt: skip
+    if memory_bytes is not None:
+        plain(f"{fits} slots fit into {sized(memory_bytes)}")
+    if patched:
+        plain(f"{settings.weights} in the weights: {len(patched)} projections, up to {sized(patch)}; the same host "
+              "memory for each prepared version, and on a CPU once more")  # fmt: skip
+    for name, reasons in refused.items():
+        plain(f"{name} would be refused: {'; '.join(reasons)}")

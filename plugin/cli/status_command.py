@@ -1,0 +1,84 @@
+"""The command `status`: the state of a running server, for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+
+from vllm_edits.edit_store.cli import JsonOption, app, as_script, explained, plain, show
+from vllm_edits.edit_store.errors import EditsError
+from vllm_edits.plugin.cli_client import DEFAULT_URL, ApiKeyOption, UrlOption, authorization, no_answer
+
+
+@app.command()
+@explained
+def status(
+    url: UrlOption = DEFAULT_URL,
+    api_key: ApiKeyOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Show the state of a running server: variants, versions, slots, requests in
+    flight, the last swap.
+
+    \b
+    Example:
+      vllm-edits status --url http://127.0.0.1:8000
+    """
+    try:
+        answer = httpx.get(f"{url}/v1/edits", headers=authorization(api_key), timeout=10)
+    except httpx.HTTPError as error:
+        raise no_answer(url, error) from None
+    if answer.status_code != httpx.codes.OK:
+        raise EditsError(f"{url}/v1/edits answered {answer.status_code}: {answer.text[:200]}")
+    found: dict[str, Any] = answer.json()
+    if as_json:
+        as_script(found)
+        return
+    show_status(found)
+
+
+def show_status(found: dict[str, Any]) -> None:
+    """Print the answer of `GET /v1/edits`."""
+    rows = [{**row, "digits": row["version"][:12], "resident": _place(row)} for row in found["variants"]]
+    columns = {
+        "name": "variant", "tag": "tag", "digits": "version", "sequence": "#", "resident": "on device",
+        "in_flight": "in flight",
+    }  # fmt: skip
+    show(rows, columns, as_json=False)
+    base, slots, swap, store = found["base"], found["slots"], found["last_swap"], found["store"]
+    plain(f"base {', '.join(base['names'])}, {base['in_flight']} in flight")
+    plain(
+        f"slots {slots['used']} of {slots['total']}; store {store['url']}, read {_age(store)}, "
+        f"signatures {found['signatures']}"
+    )
+    if slots["waiting"]:
+        requests = sum(row["requests"] for row in slots["waiting"])
+        longest = max(row["seconds"] for row in slots["waiting"])
+        plain(
+            f"{requests} requests wait for a slot, the first for {longest:.1f} s. If that happens often, raise "
+            "edits.slots"
+        )
+    if found["weights"]["variant"]:
+        held = (found["weights"]["version"] or "the base model")[:14]
+        plain(f"the weights serve {found['weights']['variant']}, and now hold {held}")
+    if found["weights"]["error"]:
+        plain(f"the content of the weights is unknown, so no request is answered: {found['weights']['error']}")
+    if swap:
+        phases = ", ".join(f"{phase} {seconds * 1000:.0f} ms" for phase, seconds in swap["seconds"].items())
+        ended = swap["error"] or phases or "nothing to install"
+        version = (swap["to_version"] or "none")[:12]
+        plain(f"last swap {swap['variant']}@{swap['tag']} to {version} at {swap['at']}: {ended}")
+    for refused in found["refused"]:
+        plain(f"refused {refused['name']}@{refused['tag']}: {refused['error']}")
+    for broken in found["broken_histories"]:
+        plain(f"broken history of {broken['name']}@{broken['tag']}: {broken['error']}")
+
+
+def _place(row: dict[str, Any]) -> str:
+    return "in weights" if row["in_weights"] else "yes" if row["resident"] else "paged out"
+
+
+def _age(store: dict[str, Any]) -> str:
+    seconds = store["head_age_seconds"]
+    return "never" if seconds is None else f"{seconds:.1f} s ago"
