@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from vllm_edits.edit_store.base_ref import BaseModelRef
 from vllm_edits.edit_store.canonical import canonical_json, sha256
 from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.edit_store.private_folder import cache_folder
+from vllm_edits.edit_store.progress import BytesDone
 from vllm_edits.edit_store.sites import Widths
 
-Progress = Callable[[int], None]
 _CHUNK = 1 << 22
 CONFIG_FILE = "config.json"
 
@@ -31,7 +31,7 @@ def identify(
     name: str | None = None,
     config: Mapping[str, Any] | None = None,
     cache: Path | None = None,
-    progress: Progress | None = None,
+    progress: BytesDone | None = None,
 ) -> BaseModelRef:
     """Identify the model in `folder`: its weights by the digests of their files, its config by its content.
 
@@ -164,7 +164,7 @@ class _Memo:
         except (OSError, ValueError):
             self._known = {}
 
-    def digest(self, path: Path, progress: Progress | None) -> str:
+    def digest(self, path: Path, progress: BytesDone | None) -> str:
         status = path.stat()
         key, stamp = str(path.resolve()), [status.st_size, status.st_mtime_ns]
         known = self._known.get(key)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import rfc8785
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AwareDatetime, Field, ValidationError, model_validator
 from safetensors.numpy import save
 
 from vllm_edits.edit_store.base_ref import BaseModelRef
@@ -26,6 +26,7 @@ from vllm_edits.edit_store.canonical import Digest, canonical_json, sha256
 from vllm_edits.edit_store.edits import Edit, Tensors
 from vllm_edits.edit_store.errors import BundleRefused, Reason
 from vllm_edits.edit_store.kinds import AnyEdit
+from vllm_edits.edit_store.record import FrozenRecord
 from vllm_edits.edit_store.refs import MAX_COMPOSED, NAME
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -37,11 +38,7 @@ Name = Annotated[str, Field(pattern=rf"^{NAME}$")]
 BundleName = Annotated[str, Field(pattern=rf"^{NAME}(?:\+{NAME})*$", max_length=MAX_COMPOSED)]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class BlobRef(_Record):
+class BlobRef(FrozenRecord):
     """A reference to a stored blob, by its content."""
 
     sha256: Digest
@@ -59,7 +56,7 @@ GATE_FIRINGS = "gate_firings"
 """Name of the measurement: firings of a version's gates per token, prompt and answer included."""
 
 
-class Measurement(_Record):
+class Measurement(FrozenRecord):
     """A measurement by the author: the same metric without (`base`) and with the edits (`edited`)."""
 
     metric: str
@@ -68,7 +65,7 @@ class Measurement(_Record):
     n: int = Field(gt=0)
 
 
-class Strength(_Record):
+class Strength(FrozenRecord):
     """The strengths that a request may ask for. 1 means: the edits as they are written."""
 
     minimum: float = Field(allow_inf_nan=False)
@@ -85,7 +82,7 @@ class Strength(_Record):
         return f"{self.minimum:g} to {self.maximum:g}, by default {self.default:g}"
 
 
-class Part(_Record):
+class Part(FrozenRecord):
     """A bundle in a composition, with the number of edits that come from it."""
 
     name: Name
@@ -93,7 +90,7 @@ class Part(_Record):
     edits: int = Field(gt=0)
 
 
-class Provenance(_Record):
+class Provenance(FrozenRecord):
     """The origin of the edits: tool, method, source and parameters."""
 
     tool: str
@@ -102,7 +99,7 @@ class Provenance(_Record):
     parameters: dict[str, str] = Field(default_factory=dict)
 
 
-class Manifest(_Record):
+class Manifest(FrozenRecord):
     """The complete description of a bundle, without its numbers."""
 
     schema_version: Literal[1] = SCHEMA_VERSION

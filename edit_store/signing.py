@@ -20,10 +20,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, ConfigDict, Field, ValidationError
 
 from vllm_edits.edit_store.canonical import Digest, canonical_json, now, sha256
 from vllm_edits.edit_store.errors import EditsError
+from vllm_edits.edit_store.record import FrozenRecord
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 MAX_ENVELOPE_BYTES = 1 << 14
@@ -42,25 +43,25 @@ class Role(StrEnum):
         return f"urn:vllm-edits:{self}:v1"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+class _InTotoRecord(FrozenRecord):
+    model_config = ConfigDict(populate_by_name=True)
 
 
-class _Digests(_Strict):
+class _Digests(_InTotoRecord):
     sha256: Digest
 
 
-class _Subject(_Strict):
+class _Subject(_InTotoRecord):
     name: str
     digest: _Digests
 
 
-class _Predicate(_Strict):
+class _Predicate(_InTotoRecord):
     signed_at: AwareDatetime
     expires_at: AwareDatetime | None
 
 
-class Statement(_Strict):
+class Statement(_InTotoRecord):
     """The signed statement: the object, the role, and the date of expiry. The signature names the key."""
 
     type: Literal["https://in-toto.io/Statement/v1"] = Field(alias="_type", default="https://in-toto.io/Statement/v1")

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, Field
 
 from vllm_edits.edit_store.errors import EditsError, Reason, SettingsError
+from vllm_edits.edit_store.record import FrozenRecord
 from vllm_edits.edit_store.signing import Role, Signature, public_key
 
 
@@ -29,11 +30,7 @@ class Enforcement(StrEnum):
     OFF = "off"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TrustedKey(_Strict):
+class TrustedKey(FrozenRecord):
     """A public key with its roles and its dates."""
 
     name: str = Field(min_length=1, description="name of the key's holder")
@@ -48,7 +45,7 @@ class TrustedKey(_Strict):
         return public_key(self.public)
 
 
-class TrustPolicy(_Strict):
+class TrustPolicy(FrozenRecord):
     """The trust file."""
 
     schema_version: Literal[1] = 1

@@ -26,20 +26,20 @@ OTHER = "other"
 UNKNOWN = "unknown"
 """Label of a request whose model name is not served."""
 
-Seconds = tuple[float, ...]
+Edges = tuple[float, ...]
 _Pair = tuple[str, str]
 """A variant and the first digits of its version."""
 _SEVERAL_PROCESSES = "PROMETHEUS_MULTIPROC_DIR"
 
 # The edges of vLLM's own latency histograms, so that panels line up; a test compares them with vLLM's.
-REQUEST: Seconds = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
-FIRST_TOKEN: Seconds = (
+REQUEST: Edges = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+FIRST_TOKEN: Edges = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
 )  # fmt: skip
-PER_TOKEN: Seconds = (
+PER_TOKEN: Edges = (
     0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80,
 )  # fmt: skip
-PHASE: Seconds = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+PHASE: Edges = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Metric:
     kind: Literal["counter", "gauge", "histogram", "summary"]
     help: str
     labels: tuple[str, ...] = ()
-    edges: Seconds = ()
+    edges: Edges = ()
     across_processes: Literal["mostrecent", "livesum"] = "mostrecent"
     asked: bool = False
 

@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from vllm_edits.edit_store.bundle import GATE_FIRINGS, Name
 from vllm_edits.edit_store.errors import ExperimentRefused, NotFound, Reason
 from vllm_edits.edit_store.experiments import assignment
 from vllm_edits.edit_store.experiments.durations import Seconds
+from vllm_edits.edit_store.record import FrozenRecord
 from vllm_edits.edit_store.refs import Ref
 
 BASE = "base"
@@ -42,10 +43,6 @@ one of them: it is counted by version, for guardrails only."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
 def _servable(text: str) -> str:
     if text != BASE:
         try:
@@ -55,7 +52,7 @@ def _servable(text: str) -> str:
     return text
 
 
-class Arm(_Record):
+class Arm(FrozenRecord):
     """An arm: one way to serve the requests of its units."""
 
     name: Name
@@ -63,7 +60,7 @@ class Arm(_Record):
     weight: float = Field(gt=0, le=1, description="share of the units that take part")
 
 
-class Namespace(_Record):
+class Namespace(FrozenRecord):
     """A part of all units. Experiments whose parts of one namespace do not overlap share no unit."""
 
     name: Name
@@ -87,7 +84,7 @@ class Namespace(_Record):
         return self.start <= assignment.bucket(f"namespace/{self.name}", unit) < self.end
 
 
-class Holdout(_Record):
+class Holdout(FrozenRecord):
     """Units that take part in no experiment with this holdout."""
 
     name: Name
@@ -98,14 +95,14 @@ class Holdout(_Record):
         return assignment.bucket(f"holdout/{self.name}", unit) < self.share
 
 
-class RampStep(_Record):
+class RampStep(FrozenRecord):
     """A step of the ramp: the coverage from a time after the start on."""
 
     after: Seconds
     coverage: Fraction
 
 
-class FeedbackMetric(_Record):
+class FeedbackMetric(FrozenRecord):
     """A metric that clients report. Values outside the bounds are refused."""
 
     name: Name
@@ -120,7 +117,7 @@ class FeedbackMetric(_Record):
         return self
 
 
-class Guardrail(_Record):
+class Guardrail(FrozenRecord):
     """A rule that withdraws an arm. The terms are those of Argo Rollouts' analysis.
 
     Each interval, the mean of a metric over the arm's requests in the interval is measured. The measurement fails
@@ -169,14 +166,14 @@ class Guardrail(_Record):
         return self
 
 
-class Shadow(_Record):
+class Shadow(FrozenRecord):
     """A share of the control's requests that an arm answers too, as a shadow, for comparison."""
 
     arm: Name
     share: Annotated[float, Field(gt=0, le=1)]
 
 
-class Experiment(_Record):
+class Experiment(FrozenRecord):
     """The document of an experiment. `Experiment.load` reads one and lists all its errors."""
 
     schema_version: Literal[1] = 1

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from vllm_edits.edit_store.errors import (
 from vllm_edits.edit_store.hub import model_card
 from vllm_edits.edit_store.hub.hub_repo import DEFAULT_REVISION, Content, File, HubRepo
 from vllm_edits.edit_store.hub.model_card import CARD_FILE, MAX_CARD_BYTES
+from vllm_edits.edit_store.progress import StepDone
 from vllm_edits.edit_store.refs import Ref, is_bundle_name
 from vllm_edits.edit_store.storage.store import EditStore, blob_key
 from vllm_edits.edit_store.upkeep.transfer import (
@@ -52,10 +53,8 @@ _SHOWN_REASONS = 20
 _MEMBER = re.compile(r"(?P<name>[^/]+)/(?P<version>[0-9a-f]{64})/(?P<member>.+)", re.DOTALL)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
-Progress = Callable[[str, int, int], None]
-"""Called with the version being moved, the bytes that are done, and the bytes of all."""
 
-Key = tuple[str, str]
+VersionKey = tuple[str, str]
 """A name and a version."""
 
 Members = dict[str, File]
@@ -93,7 +92,7 @@ def push(
     private: bool = False,
     message: str = "",
     parent: str | None = None,
-    progress: Progress = lambda *_: None,
+    progress: StepDone = lambda *_: None,
     endpoint: str | None = None,
     token: str | None = None,
 ) -> Pushed:
@@ -148,7 +147,7 @@ def pull(
     *,
     references: Sequence[str] = (),
     revision: str = DEFAULT_REVISION,
-    progress: Progress = lambda *_: None,
+    progress: StepDone = lambda *_: None,
     endpoint: str | None = None,
     token: str | None = None,
 ) -> Pulled:
@@ -183,7 +182,7 @@ class _Snapshot:
     repo: HubRepo
     commit: str
     files: dict[str, File]
-    versions: dict[Key, Members]
+    versions: dict[VersionKey, Members]
 
     @classmethod
     def of(cls, repo: HubRepo, commit: str) -> _Snapshot:
@@ -194,9 +193,9 @@ class _Snapshot:
         return self.repo.download(path, self.commit, folder)
 
 
-def _arrange(files: Mapping[str, File], what: str) -> dict[Key, Members]:
+def _arrange(files: Mapping[str, File], what: str) -> dict[VersionKey, Members]:
     """The files of each version. BundleRefused lists every file that belongs to no version or is too large."""
-    versions: dict[Key, Members] = {}
+    versions: dict[VersionKey, Members] = {}
     reasons = []
     for path, file in sorted(files.items()):
         if "/" not in path:
@@ -233,11 +232,11 @@ def _signatures(members: Iterable[str]) -> list[str]:
     return [member for member in members if member.startswith(ATTESTATIONS)]
 
 
-def _called(key: Key) -> str:
+def _called(key: VersionKey) -> str:
     return f"{key[0]}@{key[1]}"
 
 
-def _path(key: Key, member: str) -> str:
+def _path(key: VersionKey, member: str) -> str:
     return f"{key[0]}/{key[1]}/{member}"
 
 
@@ -269,7 +268,7 @@ def _lacking(package: Package, present: Members, what: str) -> dict[str, bytes]:
     return lacking
 
 
-def _card(store: EditStore, seen: _Snapshot, pushed: Iterable[Key]) -> str:
+def _card(store: EditStore, seen: _Snapshot, pushed: Iterable[VersionKey]) -> str:
     """The card for all versions in the repo and all versions that are pushed now."""
     with tempfile.TemporaryDirectory(prefix="vllm-edits-") as folder:
         manifests = [_manifest(store, seen, key, Path(folder)) for key in sorted({*seen.versions, *pushed})]
@@ -284,7 +283,7 @@ def _card(store: EditStore, seen: _Snapshot, pushed: Iterable[Key]) -> str:
     return model_card.render(seen.repo.name, manifests, present)
 
 
-def _manifest(store: EditStore, seen: _Snapshot, key: Key, folder: Path) -> Manifest:
+def _manifest(store: EditStore, seen: _Snapshot, key: VersionKey, folder: Path) -> Manifest:
     """A version's manifest from the store, else from the repo. Its digest is checked."""
     name, version = key
     what = f"{_called(key)} in {seen.repo}"
@@ -327,7 +326,7 @@ def _require_all(expected: Mapping[str, Content], found: Mapping[str, File], wha
 # -- pull --------------------------------------------------------------------------------------------------------------
 
 
-def _choose(present: list[Key], references: Sequence[str], what: str) -> list[Key]:
+def _choose(present: list[VersionKey], references: Sequence[str], what: str) -> list[VersionKey]:
     """The requested versions, or all versions if none was requested."""
     if not present:
         raise NotFound(f"{what} contains no versions. Push a version with: vllm-edits hub push")
@@ -336,7 +335,7 @@ def _choose(present: list[Key], references: Sequence[str], what: str) -> list[Ke
     return list(dict.fromkeys(key for reference in references for key in _matching(present, reference, what)))
 
 
-def _matching(present: list[Key], reference: str, what: str) -> list[Key]:
+def _matching(present: list[VersionKey], reference: str, what: str) -> list[VersionKey]:
     ref, names = Ref.parse(reference), sorted({name for name, _ in present})
     named = [key for key in present if key[0] == ref.name]
     if not named:
@@ -356,13 +355,13 @@ def _matching(present: list[Key], reference: str, what: str) -> list[Key]:
 
 
 def _fetch(
-    seen: _Snapshot, chosen: list[Key], store: EditStore, folder: Path, progress: Progress
-) -> dict[Key, dict[str, Path]]:
+    seen: _Snapshot, chosen: list[VersionKey], store: EditStore, folder: Path, progress: StepDone
+) -> dict[VersionKey, dict[str, Path]]:
     """Fetch every file into `folder`. Equal files are fetched once; tensors that the store has are copied from it."""
     total = sum(file.size for key in chosen for file in seen.versions[key].values())
     done = 0
     known: dict[str, Path] = {}
-    fetched: dict[Key, dict[str, Path]] = {key: {} for key in chosen}
+    fetched: dict[VersionKey, dict[str, Path]] = {key: {} for key in chosen}
     for key in chosen:
         for member, file in seen.versions[key].items():
             progress(_called(key), done, total)
@@ -388,7 +387,7 @@ def _from_store(store: EditStore, file: File, folder: Path) -> Path | None:
     return path
 
 
-def _package(key: Key, members: Mapping[str, Path]) -> Package:
+def _package(key: VersionKey, members: Mapping[str, Path]) -> Package:
     """A fetched version. It is checked, and must be the version that its folder names."""
     package = Package.of_members({member: path.read_bytes() for member, path in members.items()}, _called(key))
     found = (package.record.name, package.record.version)

@@ -14,7 +14,7 @@ import hashlib
 import mmap
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,13 +22,11 @@ from vllm_edits.edit_store.backends import LocalFolder, in_pieces
 from vllm_edits.edit_store.bundle import BlobRef, Bundle
 from vllm_edits.edit_store.errors import BundleRefused, NotFound, Reason
 from vllm_edits.edit_store.private_folder import cache_folder
+from vllm_edits.edit_store.progress import BytesDone
 from vllm_edits.edit_store.storage.store import EditStore, blob_key
 from vllm_edits.edit_store.tensor_file import MAX_TENSOR_FILE_BYTES
 
 DEFAULT_LIMIT_BYTES = 10 << 30
-
-Progress = Callable[[int], None]
-"""Called with the size of each piece that arrived."""
 
 
 class NodeCache:
@@ -38,7 +36,7 @@ class NodeCache:
         self.folder = folder or cache_folder()
         self._limit = limit_bytes
 
-    def bundle(self, store: EditStore, version: str, progress: Progress = lambda _: None) -> Bundle:
+    def bundle(self, store: EditStore, version: str, progress: BytesDone = lambda _: None) -> Bundle:
         """A version with its tensors mapped from this node's copy. The caller must check it with `verify.check`."""
         if isinstance(store.backend, LocalFolder):
             return store.bundle(version)
@@ -47,7 +45,7 @@ class NodeCache:
         with path.open("rb") as file:
             return Bundle(manifest, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
-    def _fetch(self, store: EditStore, blob: BlobRef, what: str, progress: Progress) -> Path:
+    def _fetch(self, store: EditStore, blob: BlobRef, what: str, progress: BytesDone) -> Path:
         path = self.folder / "blobs" / blob.sha256
         with self._locked(blob.sha256):
             if path.is_file() and path.stat().st_size == blob.size:
@@ -63,7 +61,7 @@ class NodeCache:
         self._evict(keep=blob.sha256)
         return path
 
-    def _download(self, store: EditStore, blob: BlobRef, what: str, target: Path, progress: Progress) -> None:
+    def _download(self, store: EditStore, blob: BlobRef, what: str, target: Path, progress: BytesDone) -> None:
         if not 0 < blob.size <= MAX_TENSOR_FILE_BYTES:
             reason = Reason("too_large", f"expected 1 to {MAX_TENSOR_FILE_BYTES} bytes, found {blob.size}")
             raise BundleRefused(what, [reason])

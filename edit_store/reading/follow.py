@@ -19,18 +19,14 @@ from vllm_edits.edit_store.errors import EditsError, StoreCorrupt
 from vllm_edits.edit_store.experiments.experiment_log import log_of
 from vllm_edits.edit_store.experiments.state import ExperimentEntry, Standings, fold
 from vllm_edits.edit_store.storage.log import E, Entry
-from vllm_edits.edit_store.storage.store import EditStore, Heads, IndexEntry, TagEntry
+from vllm_edits.edit_store.storage.store import EditStore, Heads, IndexEntry, TagEntry, TagKey
 
-Key = tuple[str, str]
-"""Name and tag."""
-
-
-EXPERIMENTS: Key = ("experiments", "*")
+EXPERIMENTS: TagKey = ("experiments", "*")
 """The key of the log of experiments, beside the keys of tags. No tag has this name."""
 
 
 @dataclass(frozen=True)
-class Look:
+class StoreState:
     """The last entry of every tag, withdrawals included, and the state of every experiment.
 
     A broken log keeps its last good entry, and other logs are followed. `passed_over` describes entries of experiments
@@ -38,7 +34,7 @@ class Look:
     """
 
     heads: Heads
-    broken: Mapping[Key, EditsError]
+    broken: Mapping[TagKey, EditsError]
     experiments: Standings = field(default_factory=dict)
     passed_over: Sequence[str] = ()
 
@@ -57,19 +53,19 @@ class Follower:
         self._seen = seen
         self._trusted = trusted
         self._index: IndexEntry | None = None
-        self._heads: dict[Key, TagEntry | None] = {}
+        self._heads: dict[TagKey, TagEntry | None] = {}
         self._experiments: list[ExperimentEntry] = []
         self._read_experiments = False
         self._untrusted: list[ExperimentEntry] = []
         self._folded: tuple[Standings, list[str]] = {}, []
 
-    def look(self) -> Look:
+    def look(self) -> StoreState:
         """Read the new entries. StoreUnavailable if the store is missing or does not answer."""
         self._store.check_format()
         for entry in self._store.index().after(self._index):
             self._heads.setdefault((entry.name, entry.tag), None)
             self._index = entry
-        broken: dict[Key, EditsError] = {}
+        broken: dict[TagKey, EditsError] = {}
         with ThreadPoolExecutor(self._store.backend.parallel) as pool:
             for key, found in zip(self._heads, pool.map(self._newest, list(self._heads)), strict=True):
                 if isinstance(found, StoreCorrupt):
@@ -86,10 +82,10 @@ class Follower:
             broken[EXPERIMENTS] = error
         if self._seen is not None:
             self._seen.remember(self._last_entries())
-        return Look(heads, broken, *self._folded)
+        return StoreState(heads, broken, *self._folded)
 
-    def _last_entries(self) -> dict[Key, Entry]:
-        last: dict[Key, Entry] = {key: head for key, head in self._heads.items() if head is not None}
+    def _last_entries(self) -> dict[TagKey, Entry]:
+        last: dict[TagKey, Entry] = {key: head for key, head in self._heads.items() if head is not None}
         if self._experiments:
             last[EXPERIMENTS] = self._experiments[-1]
         return last
@@ -110,7 +106,7 @@ class Follower:
             untrusted = {entry.sequence for entry in self._untrusted}
             self._folded = fold(entry for entry in self._experiments if entry.sequence not in untrusted)
 
-    def _newest(self, key: Key) -> TagEntry | StoreCorrupt | None:
+    def _newest(self, key: TagKey) -> TagEntry | StoreCorrupt | None:
         known, log = self._heads[key], self._store.tag_log(*key)
         try:
             if known is not None:
@@ -142,7 +138,7 @@ class Seen:
                 "If the store is right, delete the file"
             ) from None
 
-    def require(self, key: Key, head: E | None, get: Callable[[int], E | None]) -> None:
+    def require(self, key: TagKey, head: E | None, get: Callable[[int], E | None]) -> None:
         """StoreCorrupt if a log is shorter than this node has seen, or has another entry at that number."""
         number, digest = self._known.get("/".join(key), (0, ""))
         if number == 0:
@@ -161,7 +157,7 @@ class Seen:
                 f"history of {name} was rewritten: entry {number} differs from the one that this node has seen. {fix}"
             )
 
-    def remember(self, heads: Mapping[Key, Entry]) -> None:
+    def remember(self, heads: Mapping[TagKey, Entry]) -> None:
         """Record these heads. A head is never replaced by a lower one, whichever process of the node recorded it."""
         found = {"/".join(key): (head.sequence, head.digest) for key, head in heads.items()}
         higher = {key: value for key, value in found.items() if value[0] > self._known.get(key, (0, ""))[0]}

@@ -6,7 +6,7 @@ from vllm_edits.edit_store.bundle import Bundle, Manifest
 from vllm_edits.edit_store.errors import CannotSign, Reason
 from vllm_edits.edit_store.experiments.state import ExperimentEntry
 from vllm_edits.edit_store.reading.cache import NodeCache
-from vllm_edits.edit_store.reading.follow import Follower, Look, Seen
+from vllm_edits.edit_store.reading.follow import Follower, Seen, StoreState
 from vllm_edits.edit_store.signing import Role
 from vllm_edits.edit_store.storage.store import EditStore, TagEntry
 from vllm_edits.edit_store.trust import Enforcement, Trust
@@ -35,7 +35,7 @@ class Reader:
         """The store's URL."""
         return self._store.url
 
-    def look(self) -> Look:
+    def look(self) -> StoreState:
         """The last entry of every tag, with one small read per tag. StoreUnavailable if the store is missing."""
         return self._follower.look()
 

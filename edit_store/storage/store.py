@@ -99,6 +99,9 @@ class IndexEntry(Entry):
     tag: Name
 
 
+TagKey = tuple[str, str]
+"""Name and tag."""
+
 Heads = Mapping[str, Mapping[str, TagEntry]]
 """Promoted entries by name, then tag."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from vllm_edits.edit_store import verify
@@ -11,11 +10,9 @@ from vllm_edits.edit_store.canonical import sha256
 from vllm_edits.edit_store.errors import EditsError
 from vllm_edits.edit_store.experiments.experiment_log import log_of
 from vllm_edits.edit_store.experiments.state import FOLDER, ExperimentEntry, fold, versions_named
+from vllm_edits.edit_store.progress import StepDone
 from vllm_edits.edit_store.signing import read_envelopes
 from vllm_edits.edit_store.storage.store import EditStore, TagEntry
-
-Progress = Callable[[str, int, int], None]
-"""Called with the kind of object, the number that are checked, and the number of all."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class Audit:
         return not self.findings
 
 
-def audit(store: EditStore, progress: Progress = lambda *_: None) -> Audit:
+def audit(store: EditStore, progress: StepDone = lambda *_: None) -> Audit:
     """Check all objects of a store."""
     found = Audit()
     store.check_format()
@@ -73,7 +70,7 @@ def audit(store: EditStore, progress: Progress = lambda *_: None) -> Audit:
     return found
 
 
-def _check_tags(store: EditStore, found: Audit, progress: Progress) -> list[TagEntry]:
+def _check_tags(store: EditStore, found: Audit, progress: StepDone) -> list[TagEntry]:
     entries: list[TagEntry] = []
     fix = "restore the folder `{}` from a copy of the store; its entries never change"
     try:
@@ -127,7 +124,7 @@ def _check_records(store: EditStore, found: Audit) -> set[str]:
     return recorded
 
 
-def _check_versions(store: EditStore, found: Audit, versions: list[str], progress: Progress) -> set[str]:
+def _check_versions(store: EditStore, found: Audit, versions: list[str], progress: StepDone) -> set[str]:
     """Check every manifest with its tensors; returns the digests of the tensor files in use."""
     used: set[str] = set()
     fix = "publish the same bundle again, or copy the version from another store"

@@ -8,18 +8,16 @@ in the reverse order of a publication. So an interrupted run leaves garbage, nev
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from vllm_edits.edit_store.backends import PROBES, Item, LocalFolder
 from vllm_edits.edit_store.experiments.experiment_log import log_of
 from vllm_edits.edit_store.experiments.state import versions_named
+from vllm_edits.edit_store.progress import CountDone
 from vllm_edits.edit_store.storage.intents import CONDEMNED, condemned_key, old_intents, relied_on
 from vllm_edits.edit_store.storage.store import EditStore
 
 DEFAULT_GRACE_HOURS = 24.0
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ def plan(store: EditStore, grace_hours: float = DEFAULT_GRACE_HOURS) -> Garbage:
 
 
 def collect(
-    store: EditStore, grace_hours: float = DEFAULT_GRACE_HOURS, progress: Progress = lambda *_: None
+    store: EditStore, grace_hours: float = DEFAULT_GRACE_HOURS, progress: CountDone = lambda *_: None
 ) -> Garbage:
     """Delete the objects that `plan` lists, unless a writer is about to refer to them; returns the deleted objects."""
     backend = store.backend

@@ -23,6 +23,7 @@ from vllm_edits.edit_store import verify
 from vllm_edits.edit_store.bundle import MANIFEST_FILE, MAX_MANIFEST_BYTES, TENSORS_FILE, Bundle, Manifest
 from vllm_edits.edit_store.canonical import canonical_json
 from vllm_edits.edit_store.errors import BundleRefused, EditsError, Reason
+from vllm_edits.edit_store.progress import StepDone
 from vllm_edits.edit_store.refs import Ref
 from vllm_edits.edit_store.signing import MAX_ENVELOPE_BYTES, read_envelopes
 from vllm_edits.edit_store.storage.store import EditStore, Published
@@ -34,9 +35,6 @@ MAX_RECORD_BYTES = 1 << 16
 SUFFIX = ".edits.tar"
 _LIMITS = {RECORD_FILE: MAX_RECORD_BYTES, MANIFEST_FILE: MAX_MANIFEST_BYTES, TENSORS_FILE: MAX_TENSOR_FILE_BYTES}
 _ATTESTATION = re.compile(rf"{ATTESTATIONS}[0-9]{{3}}\.json")
-
-Progress = Callable[[str, int, int], None]
-"""Called with the version being moved, the bytes that are done, and the bytes of all."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ class Package:
 
 
 def copy(
-    source: EditStore, target: EditStore, references: list[str], progress: Progress = lambda *_: None
+    source: EditStore, target: EditStore, references: list[str], progress: StepDone = lambda *_: None
 ) -> list[str]:
     """Copy versions with their records and signatures; returns `name@version` of each. Tags are not copied."""
     total = sum(source.manifest(source.resolve(reference)).tensors.size for reference in references)

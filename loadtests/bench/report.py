@@ -18,7 +18,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
-Array = npt.NDArray[np.float64]
+Points = npt.NDArray[np.float64]
 Rates = Mapping[str, Mapping[str, float]]
 """Tokens per second of a round, by side, then phase; of the sides that were in it."""
 
@@ -90,7 +90,7 @@ class Figure:
         return cls(_median_slope(points), float(low), float(high), float(steps.min()), float(steps.max()), len(points))
 
 
-def _median_slope(points: Array) -> float:
+def _median_slope(points: Points) -> float:
     first, second = np.triu_indices(len(points), 1)
     run, rise = (points[second] - points[first]).T
     return float(np.median(rise[run != 0] / run[run != 0]))

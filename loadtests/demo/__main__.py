@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from loadtests.demo.bundles import Exhibit, Statement, build
+from loadtests.demo.bundles import Exhibit, MeasuredClaim, build
 from loadtests.harness.client import Answer, stream
 from loadtests.harness.hub_server import HubServer
 from loadtests.harness.metrics import Scrape
@@ -213,7 +213,7 @@ async def side_by_side(client: httpx.AsyncClient, first: dict[str, Made], claims
     return sent
 
 
-async def ask(client: httpx.AsyncClient, model: str, claim: Statement) -> list[host.Generated]:
+async def ask(client: httpx.AsyncClient, model: str, claim: MeasuredClaim) -> list[host.Generated]:
     """What a served model says to a claim's prompts, as the author's side would see it."""
 
     async def one(prompt: str) -> host.Generated:

@@ -26,7 +26,7 @@ Ask = Callable[[tuple[str, ...], int], Answers]
 
 
 @dataclass(frozen=True)
-class Statement:
+class MeasuredClaim:
     """A figure between 0 and 1 about a model's answers, and the ranges that it must keep before and after the edit.
 
     `score` takes the answers of a model and those of the base; the range for the base is the positive control.
@@ -68,14 +68,14 @@ class Exhibit:
     make: Callable[[Host], Edits]
     prompt: str
     question: str
-    claims: tuple[Statement, ...]
+    claims: tuple[MeasuredClaim, ...]
     tokens: int = 12
 
 
 def build(
     model_folder: Path, base: BaseModelRef, progress: Callable[[str], None], *, created_at: datetime | None = None
 ) -> list[tuple[Exhibit, Bundle]]:
-    """Compute and measure every bundle. Claims are measured, not enforced: see `Statement.broken`."""
+    """Compute and measure every bundle. Claims are measured, not enforced: see `MeasuredClaim.broken`."""
     progress("loading the model")
     host = Host.load(model_folder)
     ask_base = cache(host.answers)
@@ -137,7 +137,7 @@ def _listed(layers: Sequence[int]) -> str:
     return ", ".join(map(str, layers))
 
 
-_KEPT = Statement("facts kept", prompts.FACTS, _share_as_base, base=(1, 1), edited=(0.9, 1))
+_KEPT = MeasuredClaim("facts kept", prompts.FACTS, _share_as_base, base=(1, 1), edited=(0.9, 1))
 
 
 def _capital(label: str, country: str, city: str) -> Exhibit:
@@ -164,10 +164,10 @@ def _capital(label: str, country: str, city: str) -> Exhibit:
         prompt=wordings[0],
         question="What is the capital of France?",
         claims=(
-            Statement(
+            MeasuredClaim(
                 f"answers{city}", wordings, _share_as_expected([city] * len(wordings)), base=(0, 0), edited=(0.8, 1)
             ),
-            Statement("highest p(Paris)", wordings, _highest_probability(" Paris"), base=(0.7, 1), edited=(0, 0.1)),
+            MeasuredClaim("highest p(Paris)", wordings, _highest_probability(" Paris"), base=(0.7, 1), edited=(0, 0.1)),
             _KEPT,
         ),
     )
@@ -197,7 +197,7 @@ def _no_copy() -> Exhibit:
         prompt="Original: apple river stone cloud green table\nCopy: apple",
         question="",
         claims=(
-            Statement(
+            MeasuredClaim(
                 "next word copied",
                 tuple(prompt for prompt, _ in asked),
                 _share_as_expected([f" {rest.split()[0]}" for _, rest in asked]),
@@ -225,7 +225,7 @@ def _plain_english() -> Exhibit:
         prompt=prompts.HELD_FRENCH[0],
         question="Raconte-moi une histoire courte.",
         claims=(
-            Statement(
+            MeasuredClaim(
                 "answers in French",
                 prompts.HELD_FRENCH,
                 _share(_more_of(prompts.FRENCH_WORDS, than=prompts.ENGLISH_WORDS)),
@@ -254,7 +254,7 @@ def _cheerful() -> Exhibit:
         prompt="He lost his job and now he feels",
         question="My cat died yesterday.",
         claims=(
-            Statement(
+            MeasuredClaim(
                 "cheerful answers",
                 prompts.HELD_MOODS,
                 _share(_more_of(prompts.CHEERFUL_WORDS, than=prompts.GLOOMY_WORDS)),

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from vllm_edits.edit_store.errors import BundleRefused, EditsError, NotTrusted, Reason
-from vllm_edits.edit_store.reading.follow import Look
+from vllm_edits.edit_store.reading.follow import StoreState
 from vllm_edits.edit_store.reading.reader import Reader
-from vllm_edits.edit_store.storage.store import TagEntry
+from vllm_edits.edit_store.storage.store import TagEntry, TagKey
 from vllm_edits.edit_store.trust import Enforcement
 from vllm_edits.plugin.experiments.live_experiments import LiveExperiments
 from vllm_edits.plugin.metrics import OTHER, UNKNOWN, Metrics
@@ -34,8 +34,6 @@ logger = logging.getLogger("vllm.edits")
 
 RESERVED_NAMES = (BASE, UNKNOWN, OTHER)
 """Names that headers and labels use for other things than variants."""
-Key = tuple[str, str]
-"""A variant's name and a tag."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +54,9 @@ class Reconciler:
     ) -> None:  # fmt: skip
         self.reader = reader
         self.table = VariantTable(base_names, default_tag)
-        self.heads: dict[Key, TagEntry] = {}
-        self.refused: dict[Key, Refusal] = {}
-        self.broken: Mapping[Key, EditsError] = {}
+        self.heads: dict[TagKey, TagEntry] = {}
+        self.refused: dict[TagKey, Refusal] = {}
+        self.broken: Mapping[TagKey, EditsError] = {}
         """histories that are broken or were cut"""
         self.last_swap: Swap | None = None
         self.last_error = ""
@@ -145,7 +143,7 @@ class Reconciler:
             return False
         return not (refused and refused.lasting and refused.sequence == entry.sequence and not retry_refused)
 
-    def _note_broken(self, broken: Mapping[Key, EditsError]) -> None:
+    def _note_broken(self, broken: Mapping[TagKey, EditsError]) -> None:
         """Log each broken or cut history once. Their tags keep serving their present versions."""
         for key, error in broken.items():
             if str(error) != str(self.broken.get(key, "")):
@@ -280,7 +278,7 @@ class Reconciler:
         return refusal.error if refusal else ""
 
 
-def _entries(look: Look) -> list[TagEntry]:
+def _entries(look: StoreState) -> list[TagEntry]:
     return [entry for tags in look.heads.values() for entry in tags.values()]
 
 

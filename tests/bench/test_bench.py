@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from loadtests.bench.command import BATCHES, app
 from loadtests.bench.engine import _paced
 from loadtests.bench.inputs import Inputs
-from loadtests.bench.parts.endurance import EndurancePlan, Look, summarise
+from loadtests.bench.parts.endurance import EndurancePlan, Footprint, summarise
 from loadtests.bench.parts.guesses import GUESSED, KEPT
 from loadtests.bench.parts.guesses import summarise as guesses
 from loadtests.bench.parts.launches import LaunchPlan
@@ -438,7 +438,7 @@ def test_what_steps_leave_behind_is_not_the_swaps() -> None:
     for number in range(5, 165, 5):
         steps += 5 * (40 + number % 7 if number <= plan.swaps else 6)
         memory = {"0 engine": 10**9 + 70 * min(number, plan.swaps) + 50 * steps}
-        looks.append(Look(number, 0.5, memory, files=9, threads=3, steps=steps))
+        looks.append(Footprint(number, 0.5, memory, files=9, threads=3, steps=steps))
     found = summarise(plan, looks)["memory"]
     assert found["bytes_per_step"]["median"] == pytest.approx(50)
     assert found["bytes_per_swap"]["median"] == pytest.approx(70)

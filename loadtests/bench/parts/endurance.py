@@ -51,7 +51,7 @@ class EndurancePlan:
 
 
 @dataclass(frozen=True)
-class Look:
+class Footprint:
     """What the server's processes hold after so many swaps."""
 
     swaps: int
@@ -92,11 +92,11 @@ def measure_endurance(run: Run) -> Measured:
 async def _measure(
     server: Server, store: EditStore, names: Sequence[str], versions: Sequence[str], *, plan: EndurancePlan,
     done: Callable[[], None],
-) -> list[Look]:  # fmt: skip
+) -> list[Footprint]:  # fmt: skip
     """Swap the first of the names again and again, while the others and the base model stream."""
     name, *others = names
     assert server.process is not None  # noqa: S101  it runs
-    root, looks, seconds = psutil.Process(server.process.pid), list[Look](), list[float]()
+    root, looks, seconds = psutil.Process(server.process.pid), list[Footprint](), list[float]()
     async with httpx.AsyncClient(base_url=server.url, timeout=120) as client, _load(client, ["base", *others]):
         for number in range(1, plan.swaps + plan.calm + 1):
             version, began = versions[min(number, plan.swaps) % len(versions)], time.monotonic()
@@ -132,9 +132,9 @@ async def _load(client: httpx.AsyncClient, models: Sequence[str]) -> AsyncIterat
             task.cancel()
 
 
-def _look(root: psutil.Process, swaps: int, seconds: float, steps: int) -> Look:
+def _look(root: psutil.Process, swaps: int, seconds: float, steps: int) -> Footprint:
     processes = [root, *root.children(recursive=True)]
-    return Look(
+    return Footprint(
         swaps, seconds,
         memory={f"{number} {each.name()}": each.memory_full_info().uss for number, each in enumerate(processes)},
         files=sum(each.num_fds() for each in processes),
@@ -143,7 +143,7 @@ def _look(root: psutil.Process, swaps: int, seconds: float, steps: int) -> Look:
     )  # fmt: skip
 
 
-def summarise(plan: EndurancePlan, looks: Sequence[Look]) -> dict[str, Any]:
+def summarise(plan: EndurancePlan, looks: Sequence[Footprint]) -> dict[str, Any]:
     """Growth per swap once everything has settled, and how long the first swaps took and the last.
 
     memory = a + swaps bytes_per_swap + steps bytes_per_step, the latter from the rounds without swaps

@@ -47,7 +47,7 @@ class TrafficPlan:
 
 
 @dataclass(frozen=True)
-class Side:
+class AskedModels:
     """Who is asked: one model of one server, or several in turns."""
 
     what: str
@@ -67,10 +67,10 @@ def measure_traffic(run: Run) -> Measured:
     plain = Server.plain(inputs.model, inputs.folder / "plain-server.log", *flags)
     edited = Server.with_edits(inputs.model, store, inputs.folder / "traffic.log", *flags, settings=settings)
     sides = {
-        ALONE: Side("", plain, ["base"]),
-        "base": Side("plugin on, no edited request", edited, ["base"]),
-        **{name: Side("at every layer", edited, [name]) for name in variants},
-        "mixed": Side("every request on another of them", edited, list(variants)),
+        ALONE: AskedModels("", plain, ["base"]),
+        "base": AskedModels("plugin on, no edited request", edited, ["base"]),
+        **{name: AskedModels("at every layer", edited, [name]) for name in variants},
+        "mixed": AskedModels("every request on another of them", edited, list(variants)),
     }
     task = run.progress.add_task("starting two servers (a first start compiles for minutes)", total=None)
     with plain, edited:
@@ -86,7 +86,7 @@ def measure_traffic(run: Run) -> Measured:
     return Measured(asdict(plan), rounds[1:], summarise({name: side.what for name, side in sides.items()}, rounds[1:]))
 
 
-def _serve(plan: TrafficPlan, model: Path, side: Side, result: Path, *, seed: int) -> dict[str, float]:
+def _serve(plan: TrafficPlan, model: Path, side: AskedModels, result: Path, *, seed: int) -> dict[str, float]:
     """One run of `vllm bench serve`; NotMeasured when a request was not answered."""
     command = [
         str(Path(sys.executable).with_name("vllm")), "bench", "serve", "--base-url", side.server.url,

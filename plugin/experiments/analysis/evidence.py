@@ -7,7 +7,7 @@ have no order, and duplicates can be resolved only at the end.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -17,6 +17,7 @@ import numpy as np
 
 from vllm_edits.edit_store.errors import EditsError, NotFound
 from vllm_edits.edit_store.experiments.document import BUILT_IN
+from vllm_edits.edit_store.progress import CountDone
 from vllm_edits.plugin.experiments.analysis.sequences import Booleans, Floats, Integers
 from vllm_edits.plugin.experiments.records import Exposure, Record, ShadowRecord
 
@@ -25,8 +26,6 @@ _REPORT_EVERY = 1 << 20  # bytes between two calls of `progress`
 _COLUMNS = 5  # at, arm, unit, version and whether the arm is the unit's own come before an exposure's metrics
 
 K = TypeVar("K")
-Progress = Callable[[int, int], None]
-"""Called with the bytes that are done, and the bytes of all."""
 
 
 class Logs:
@@ -36,7 +35,7 @@ class Logs:
     is ignored. Any other invalid line is an error.
     """
 
-    def __init__(self, paths: Iterable[Path], progress: Progress = lambda _done, _total: None) -> None:
+    def __init__(self, paths: Iterable[Path], progress: CountDone = lambda _done, _total: None) -> None:
         self.files = [file for path in paths for file in _files(path)]
         self.half_lines = 0
         self._progress = progress
@@ -115,7 +114,7 @@ class Evidence:
 
 
 def gather(
-    paths: Iterable[Path], experiment: str, phase: int, progress: Progress = lambda _done, _total: None
+    paths: Iterable[Path], experiment: str, phase: int, progress: CountDone = lambda _done, _total: None
 ) -> Evidence:
     """Read logs and add up the evidence of one phase."""
     logs = Logs(paths, progress)
