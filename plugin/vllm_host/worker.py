@@ -118,7 +118,7 @@ class EditsWorker:
         return _answer(put)
 
     def edits_fence(self) -> WorkerAnswer:
-        """WorkerAnswer nothing. When the answer arrives, the engine has seen all earlier calls of the process."""
+        """Answer nothing. When the answer arrives, the engine has seen all earlier calls of the process."""
         return {}
 
     def edits_firings(self) -> WorkerAnswer:
