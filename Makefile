@@ -31,8 +31,8 @@ setup: $(READY) ## make .venv, install the pinned packages, convert the demo's m
 demo: $(READY) ## serve edited variants of a small model and check every claim (ARGS=--keep keeps the server running)
 	$(BIN)/python -m loadtests.demo $(ARGS)
 
-test-fast: $(READY) ## run the tests that start no engine (ARGS="-k swap" selects tests)
-	$(PYTEST) -m "not vllm and not slow" $(ARGS)
+test-fast: $(READY) ## run the tests that start no engine and take no seconds (ARGS="-k swap" selects tests)
+	$(PYTEST) -m "not vllm and not slow and not long" $(ARGS)
 
 test: $(READY) ## run all tests except the slow ones
 	$(PYTEST) -m "not slow" $(ARGS)

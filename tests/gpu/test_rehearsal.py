@@ -72,6 +72,7 @@ def test_costs_are_told_beside_vllm_alone() -> None:
     assert "| costs | failed (1) | abc1234 |" in text
 
 
+@pytest.mark.long
 def test_a_step_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     """Also what it has started in a session of its own, as engines are; and the results say so."""
     script = "import subprocess, time; subprocess.Popen(['sleep', '60'], start_new_session=True); time.sleep(60)"

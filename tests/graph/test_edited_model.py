@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from tests.proofs.parity import random_numbers
 from tests.support.bundles import Pairs, random_bundle, random_pairs
 from tests.support.edited_models import (
-    FORMS,
     SLOTS,
     TOKENS,
     bundle_of,
@@ -28,6 +27,7 @@ from tests.support.edited_models import (
     reservation_of,
     run,
 )
+from tests.support.every_form import PAIRS, for_every_form
 from tests.support.fakes import (
     BASE,
     MAX_TOKENS,
@@ -71,8 +71,8 @@ from vllm_edits.plugin.vllm_host.architectures import site_modules
 PRODUCTS = [pytest.param(EXPRESSIONS, id="expressions"), pytest.param(compiled(), id="compiled")]
 
 
-EVERYWHERE = reservation_of(*(bundle_of([form.values[0]]) for form in FORMS))
-"""Room for all of them."""
+EVERYWHERE = reservation_of(*(bundle_of([pair]) for pair in PAIRS))
+"""Capacity for every edit."""
 
 
 def with_larger_capacity(reservation: Reservation) -> Reservation:
@@ -104,7 +104,7 @@ def inputs() -> Tensor:
         pytest.param(True, compiled(), id="larger capacity, compiled"),
     ],
 )
-@pytest.mark.parametrize("pair", FORMS)
+@for_every_form()
 def test_every_kind_at_every_site_is_its_formula_for_its_own_tokens(
     pair: Any, products: SlotProducts, more: bool, inputs: Tensor
 ) -> None:
@@ -140,7 +140,7 @@ def test_the_first_layer_is_edited_before_it_and_behind_it(edit: Any, inputs: Te
     np.testing.assert_allclose(run(model, edited, inputs), by_formula(plain, inputs, bundle), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("pair", [form for form in FORMS if "filter" not in str(form.id)])
+@for_every_form(lambda edit: edit.kind != "subspace_filter")
 def test_an_edit_that_asks_for_nothing_is_the_identity_bit_for_bit(pair: Any, inputs: Tensor) -> None:
     """Factors of one, vectors and writes of zero. (A projection always asks for something.)"""
     edit, numbers = pair
@@ -401,12 +401,13 @@ def test_the_norm_is_restored_once_after_all_offsets_that_count(inputs: Tensor) 
     np.testing.assert_allclose(run(model, edited, inputs[:LENGTH]), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("products", PRODUCTS)
 def test_the_compiler_traces_every_kind_and_scope_in_one_graph(products: SlotProducts, inputs: Tensor) -> None:
     """vLLM compiles the model in one graph: whatever torch cannot trace would end a server's start."""
     pairs, parts = [], Counter[tuple[str, str]]()
     for scope in (Scope(), Scope(segment="prompt")):
-        for edit, numbers in (form.values[0] for form in FORMS):
+        for edit, numbers in PAIRS:
             parts[edit.site, edit.kind] += 1
             pairs.append((edit.model_copy(update={"scope": scope, "part": parts[edit.site, edit.kind]}), numbers))
     bundle, model = bundle_of(pairs), TinyModel()
@@ -461,7 +462,7 @@ def test_a_forward_that_writes_to_a_dictionary_is_seen_in_its_code(inputs: Tenso
     assert "update" in names
 
 
-@pytest.mark.parametrize("pair", FORMS)
+@for_every_form()
 def test_strength_interpolates(pair: Any, inputs: Tensor) -> None:
     """What the edit adds at its site is multiplied; strength 0 is the base bit for bit; each request has its own."""
     bundle = Bundle.create("polite", BASE, [pair], Provenance(tool="tests", method="random"),

@@ -19,6 +19,7 @@ def kernels(*arguments: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.long
 def test_edits_of_rank_one_are_part_of_kernels_that_are_there() -> None:
     found = kernels("plain", "low_rank", "scale")
     assert found["low_rank"] == found["plain"]

@@ -12,9 +12,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tests.proofs.parity import every_edit
 from tests.support.bundles import base_of, publish, random_bundle
-from tests.support.fakes import BASE, WIDTHS, TinyModel, edited_model
+from tests.support.every_form import for_every_form
+from tests.support.fakes import WIDTHS, TinyModel, edited_model
 from tests.support.reserved import Version
 from tests.support.tiny_models import make_tiny
 from vllm_edits.edit_store import EditStore, LowRank, Offset
@@ -25,13 +25,11 @@ from vllm_edits.plugin.graph.reservation import Reservation
 from vllm_edits.plugin.graph.slot_bytes import slot_bytes
 from vllm_edits.plugin.plan import Plan, dtype_of
 
-FORMS = [pytest.param(pair[0], id=f"{pair[0].site} {label}") for label, pair in every_edit(BASE)]
 
-
-@pytest.mark.parametrize("edit", FORMS)
-def test_the_bytes_that_are_foretold_are_those_that_are_taken(edit: Any) -> None:
+@for_every_form()
+def test_the_bytes_that_are_foretold_are_those_that_are_taken(pair: Any) -> None:
     """Of every kind at every site in every form, in either width of the model's numbers."""
-    reservation = Reservation.for_versions([Version([edit])])
+    reservation = Reservation.for_versions([Version([pair[0]])])
     for dtype in (torch.float32, torch.bfloat16):
         for slots in (1, 7):
             taken = edited_model(TinyModel(), reservation, slots=slots, dtype=dtype).bytes_reserved

@@ -145,6 +145,7 @@ def test_without_a_compiler_expressions_serve_and_the_log_says_what_is_missing(
     assert list((tmp_path / "vllm_edits").iterdir()) == [], "nothing half made is left"
 
 
+@pytest.mark.long
 def test_processes_that_start_together_all_get_the_library(tmp_path: Path) -> None:
     """Workers of one engine compile at the same time; who comes later finds what was kept, and needs no compiler."""
     script = "from vllm_edits.plugin.graph.cpu_products import compiled; print(compiled().name)"

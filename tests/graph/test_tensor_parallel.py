@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from tests.proofs.parity import random_numbers
-from tests.support.edited_models import FORMS, TOKENS, bundle_of, by_formula, crowded, reservation_of
+from tests.support.edited_models import TOKENS, bundle_of, by_formula, crowded, reservation_of
+from tests.support.every_form import for_every_form
 from tests.support.fakes import BASE, WIDTHS, RequestStep, TinyModel, divided, edited_model, plain_weights, set_step
 from vllm_edits.edit_store import Bundle, Gate, LowRank, Offset, Scale, Site, SubspaceFilter, check
 from vllm_edits.edit_store.architectures import ARCHITECTURES
@@ -90,7 +91,7 @@ def inputs() -> Tensor:
     return torch.randn(TOKENS, WIDTHS.hidden)
 
 
-@pytest.mark.parametrize("pair", FORMS)
+@for_every_form()
 def test_every_kind_at_every_site_is_its_formula_on_every_worker(pair: Any, inputs: Tensor) -> None:
     """Two heads, two workers, one key-value head that both have; base tokens beside edited ones keep their bits."""
     bundle = bundle_of([pair])
@@ -217,7 +218,7 @@ def in_weights(edit: Any) -> bool:
     return not formless([edit], architecture) and (biased or not edit.adds_constant)
 
 
-@pytest.mark.parametrize("pair", [form for form in FORMS if in_weights(form.values[0][0])])
+@for_every_form(in_weights)
 def test_every_worker_puts_its_own_of_the_same_weights_into_place(pair: Any) -> None:
     """Bit for bit what is cut from the weights of a model that nobody divides; and as many fingerprints as workers."""
     bundle, whole = bundle_of([pair]), TinyModel()

@@ -15,6 +15,8 @@ from tests.support.documents.markdown import Page
 from tests.support.documents.repository import ROOT, pages
 from tests.support.documents.sandbox import World
 
+pytestmark = pytest.mark.long
+
 Judge = Callable[[str], list[str]]
 
 

@@ -23,6 +23,8 @@ from packaging.requirements import Requirement
 
 from vllm_edits.server_config import read_settings
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("edit_store", "plugin", "server_config")
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]

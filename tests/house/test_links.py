@@ -9,6 +9,8 @@ from tests.support.documents.names import faults_of_links, faults_of_names
 from tests.support.documents.repository import pages, tracked
 from tests.support.documents.sandbox import World
 
+pytestmark = pytest.mark.long
+
 
 @pytest.mark.parametrize("path", pages())
 def test_every_link_leads_somewhere(path: str) -> None:

@@ -22,6 +22,7 @@ def test_a_folder_of_the_top_level_is_a_package_of_vllm_edits(folder: str) -> No
     assert link.resolve() == (ROOT / folder).resolve()
 
 
+@pytest.mark.long
 def test_no_file_is_imported_under_two_names() -> None:
     """What is imported as `plugin.x` and as `vllm_edits.plugin.x` would be two modules, and two of every class."""
     code = (

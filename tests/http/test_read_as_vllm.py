@@ -235,6 +235,7 @@ headers_sent = st.lists(
 )  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", BODIES)
 async def test_no_bytes_make_the_two_read_different_names(vllm: VLLM, path: str) -> None:
     reached, named = 0, 0

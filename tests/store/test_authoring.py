@@ -222,6 +222,7 @@ def figures(bundle: Bundle) -> dict[str, Any]:
     return {row.metric: row for row in bundle.manifest.measurements}
 
 
+@pytest.mark.long
 class TestDemoBundles:
     """Each bundle on the real model: a measured effect and a measured side effect."""
 

@@ -33,6 +33,7 @@ def folder(tmp_path: Path) -> EditStore:
     return store
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("call", ["fsync", "link", "replace", "mkdir"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT])
 @pytest.mark.parametrize("after", range(4))

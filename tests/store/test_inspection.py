@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from tests.proofs.parity import every_edit, random_numbers
 from tests.support.bundles import bundle_of
+from tests.support.every_form import for_every_form
 from tests.support.fakes import BASE
 from tests.support.tiny_models import make_tiny
 from vllm_edits.edit_store import Gate, LowRank, Offset, Scale, SubspaceFilter, WeightDelta, identify
@@ -75,7 +76,7 @@ def test_every_form_of_edit_has_a_summary() -> None:
     assert summary.norm == pytest.approx(np.sqrt(128))
 
 
-@pytest.mark.parametrize("pair", [pytest.param(pair, id=f"{pair[0].site} {label}") for label, pair in every_edit(BASE)])
+@for_every_form()
 def test_an_edit_is_the_same_as_itself_and_moved_by_what_changed(pair: Any) -> None:
     edit, numbers = pair
     first = bundle_of("polite", BASE, [pair])

@@ -19,6 +19,8 @@ from vllm_edits.edit_store.backends import LocalFolder
 from vllm_edits.edit_store.upkeep.audit import audit
 from vllm_edits.edit_store.upkeep.collect import collect
 
+pytestmark = pytest.mark.long
+
 LONGEST_SECONDS = 0.5
 
 

@@ -117,6 +117,7 @@ def read(manifest: bytes, tensors: bytes) -> None:
     check(Bundle(Manifest.from_bytes(manifest), tensors))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_mutants_are_refused_with_a_reason(count: int) -> None:
     """Tensors are mutated under a manifest that names them as they are, and under one that names the mutant."""

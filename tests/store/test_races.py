@@ -17,6 +17,8 @@ from tests.support.store_places import Place, bucket, folder
 from vllm_edits.edit_store import EditStore
 from vllm_edits.edit_store.upkeep.audit import audit
 
+pytestmark = pytest.mark.long
+
 
 @contextmanager
 def racing(url: str, version: str, count: int) -> Iterator[list[subprocess.Popen[str]]]:

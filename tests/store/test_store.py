@@ -339,6 +339,7 @@ print(won)
 """
 
 
+@pytest.mark.long
 def test_eight_processes_promote_at_once_and_every_win_is_an_entry(folder: EditStore) -> None:
     """No entry is lost, none is written twice, the chain holds, and nothing is left in staging."""
     version = folder.publish(bundle())
@@ -537,6 +538,7 @@ for write in (lambda: store.publish(bundle), promote, withdraw):
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.getuid() != 0, reason="becomes a user that may only read")
 @pytest.mark.parametrize("form", ["a folder", "a projected volume"])
 def test_a_store_that_may_only_be_read_is_followed_and_never_half_written(open_to_all: Path, form: str) -> None:

