@@ -189,7 +189,7 @@ def _table(found: dict[str, Kernels]) -> Table:
         "once a step": lambda kernels: kernels.once,
         "made machine code": lambda kernels: "" if kernels.compiled is None else kernels.compiled,
     }
-    for header in ("room at every layer for", *columns):
+    for header in ("reserved at every layer", *columns):
         table.add_column(header)
     for side, kernels_of in found.items():
         table.add_row(side, *(str(column(kernels_of)) for column in columns.values()))

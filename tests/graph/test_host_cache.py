@@ -1,4 +1,4 @@
-"""Versions kept ready in a worker's memory: read once, in the background, and as many as there is room for."""
+"""Versions kept ready in a worker's memory: read once, in the background, as many as fit."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class Engines:
         return Side("one variant, in the engine's weights", engine, [name])
 
     def lora(self, inputs: Inputs, adapters_at_once: int = 8) -> dict[str, Side]:
-        """vLLM's LoRA with the low-rank edits as so many adapters, and room for all: it never has to page one in."""
+        """vLLM's LoRA with the low-rank edits as so many adapters, all at once: it never has to page one in."""
         adapters = inputs.make_adapters(adapters_at_once)
         wide = {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": inputs.lora_rank}
         narrow = {**wide, "lora_target_modules": ["down_proj"]}
@@ -159,7 +159,7 @@ def kinds(engines: Engines) -> Trial:
 
 
 def idle(engines: Engines) -> Trial:
-    """What it costs to leave the plugin on, with room for all kinds at every layer and no edited request."""
+    """What it costs to leave the plugin on, with all kinds reserved at every layer and no edited request."""
     phases = [phase for requests in engines.batches for phase in batch(requests)]
     sides, inputs = engines.plain(), engines.inputs.everywhere(served_per_request())
     comparisons = against("plain again", ["plain"], phases, None, None)
@@ -195,7 +195,7 @@ def distinct(engines: Engines) -> Trial:
         inputs = engines.inputs.everywhere(served_per_request())
         engine, variants = engines.edited(inputs, "all_kinds", requests)
         if gpu():
-            add("all kinds, K=0", Side("room for every kind at every layer, no version", engine, [None]), (IDLE, IDLE))
+            add("all kinds, K=0", Side("every kind reserved at every layer, no version", engine, [None]), (IDLE, IDLE))
         every = Side(f"every kind at every layer, {requests} versions", engine, variants)
         add(f"all kinds, K={requests}", every, (DECODE, PREFILL))
         if not gpu():
