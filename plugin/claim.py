@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 SCHEDULER = "vllm_edits.EditsScheduler"
 """The plugin's scheduler, for `--scheduler-cls`. It supports forks."""
 _TOO_LARGE = 2**31
+"""Bound that no slot and no strength reaches. Far larger numbers could not even be written in a message."""
 
 
 class FalseClaim(RuntimeError):
@@ -25,14 +26,14 @@ class Claim(NamedTuple):
     strength: float
 
     @classmethod
-    def of(cls, told: Any) -> Claim:
+    def of(cls, values: Any) -> Claim:
         """Parse a claim. FalseClaim if its form or its numbers are invalid."""
-        match told:
+        match values:
             case [int() as slot, str() as version, int() | float() as strength] if (
                 abs(slot) < _TOO_LARGE and abs(strength) < _TOO_LARGE
             ):
                 return cls(slot, version, strength)
-        raise FalseClaim(f"expected a claim of [slot, version, strength], found {told!r:.80}")
+        raise FalseClaim(f"expected a claim of [slot, version, strength], found {values!r:.80}")
 
 
 class Fork(NamedTuple):
@@ -42,12 +43,12 @@ class Fork(NamedTuple):
     tail: int
 
     @classmethod
-    def of(cls, told: Any) -> Fork:
+    def of(cls, values: Any) -> Fork:
         """Parse a fork. FalseClaim if its form is invalid."""
-        match told:
+        match values:
             case [str() as salt, int() as tail] if tail >= 0:
                 return cls(salt, tail)
-        raise FalseClaim(f"expected a fork of [salt, tail], found {told!r:.80}")
+        raise FalseClaim(f"expected a fork of [salt, tail], found {values!r:.80}")
 
 
 CLAIM = "vllm_edits_claim"

@@ -67,7 +67,7 @@ class Request:
     """the field `user` of OpenAI's API"""
     headers: Mapping[str, str] = field(default_factory=dict)
     """headers that begin with `x-`, without secrets"""
-    key: str = ""
+    api_key_hash: str = ""
     """sha256 of the API key"""
     id: str = ""
     """the server's own id for the request"""
@@ -86,7 +86,7 @@ class Request:
         strengths = [value.decode("latin-1") for name, value in headers if name == names.STRENGTH.encode()]
         if isinstance(fields.vllm_xargs, dict) and STRENGTH_ARGUMENT in fields.vllm_xargs:
             strengths.append(str(fields.vllm_xargs[STRENGTH_ARGUMENT]))
-        kept, key = _told(headers)
+        kept, key = _read_headers(headers)
         return cls(
             model, tuple(strengths), _truth(fields.use_beam_search), _text(fields.user), kept,
             hashlib.sha256(key.encode()).hexdigest() if key else "", id,
@@ -117,7 +117,7 @@ class Request:
             return Unit(value, "header")
         if self.user:
             return Unit(self.user, "user")
-        return Unit(self.key, "key") if self.key else Unit(self.id, "request")
+        return Unit(self.api_key_hash, "key") if self.api_key_hash else Unit(self.id, "request")
 
 
 def is_json(headers: Headers) -> bool:
@@ -131,14 +131,14 @@ def first(headers: Headers, name: bytes) -> str:
     return next((value.decode("latin-1") for key, value in headers if key == name), "")
 
 
-def _told(headers: Headers) -> tuple[Mapping[str, str], str]:
+def _read_headers(headers: Headers) -> tuple[Mapping[str, str], str]:
     """The headers that experiments may read, and the API key."""
-    told: dict[str, str] = {}
+    values: dict[str, str] = {}
     for name, value in headers:  # of equal ones the first counts, as in vLLM's check of the key
-        told.setdefault(name.decode("latin-1").lower(), value.decode("latin-1"))
-    scheme, _, sent = told.get("authorization", "").partition(" ")
-    key = (sent if scheme.lower() == "bearer" else "") or told.get("x-api-key", "")
-    return {name: value for name, value in told.items() if name.startswith(_UNIT_PREFIX) and name not in _SECRET}, key
+        values.setdefault(name.decode("latin-1").lower(), value.decode("latin-1"))
+    scheme, _, sent = values.get("authorization", "").partition(" ")
+    key = (sent if scheme.lower() == "bearer" else "") or values.get("x-api-key", "")
+    return {name: value for name, value in values.items() if name.startswith(_UNIT_PREFIX) and name not in _SECRET}, key
 
 
 def _fields(body: bytes) -> _Fields:
@@ -147,12 +147,12 @@ def _fields(body: bytes) -> _Fields:
     except (msgspec.MsgspecError, ValueError, RecursionError):
         pass
     try:
-        said = json.loads(body)
+        parsed = json.loads(body)
     except (ValueError, RecursionError):
         return _Fields()
-    if not isinstance(said, dict):
+    if not isinstance(parsed, dict):
         return _Fields()
-    return _Fields(**{name: said.get(name) for name in _Fields.__struct_fields__})
+    return _Fields(**{name: parsed.get(name) for name in _Fields.__struct_fields__})
 
 
 def _text(value: Any) -> str:

@@ -1,6 +1,6 @@
 """The edited model in one worker: every site's slot tensors, what each slot holds, and the slot of each token.
 
-This is the worker's only state. No vLLM here: the loader hands over the modules, the runner hands over the batch.
+One object per worker. No vLLM here: the loader hands over the modules, the runner hands over the batch.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from vllm_edits.plugin.graph.step_filler import StepBatch, StepFiller
 from vllm_edits.plugin.graph.tensor_parallel import ONLY_RANK, AllReduce, Rank, Shard, identity
 
 BASE_SLOT = 0
-"""Bound that no slot and no strength reaches. Far larger numbers could not even be written in a message."""
+"""The base model's slot, which holds zeros."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ class Prepared:
         return 1 << (self.row.nbytes - 1).bit_length() if self.row.is_pinned() else self.row.nbytes
 
 
-Counted = tuple[str, FiringCounters, slice]
-"""An edit whose firings are counted, its counters and its columns there."""
+CountedEdit = tuple[str, FiringCounters, slice]
+"""Label of an edit whose firings are counted, its counters, and its columns there."""
 
 
 class EditedModel:
@@ -94,11 +94,11 @@ class EditedModel:
         worker: Rank = ONLY_RANK,
         over_workers: AllReduce = identity,
         products: SlotProducts = EXPRESSIONS,
-        refused: Callable[[Any, FalseClaim], bool] = lambda _request, _error: False,
+        end_request: Callable[[Any, FalseClaim], bool] = lambda _request, _error: False,
     ) -> None:
         """over_workers: adds up, in the graph, the parts of a sum of all workers among which the model is divided.
         products: how tokens are multiplied with the vectors of their slots where an edit has several.
-        refused: called with a request whose claim is false; returns True if that request alone will end.
+        end_request: called with a request whose claim is false; returns True if that request alone will end.
         """
         self.worker = worker
         self.reservation = reservation
@@ -109,8 +109,8 @@ class EditedModel:
         self.in_weights: set[str | None] = {None}
         """the version in the weights, which requests without a slot are computed with; None for the base model"""
         self._scopes: dict[int, tuple[Scope, ...]] = {}
-        self._counted: dict[int, list[Counted]] = {}
-        self._filler = StepFiller(self.step, self.slot_of, self._scopes, slots=slots, refused=refused)
+        self._counted: dict[int, list[CountedEdit]] = {}
+        self._filler = StepFiller(self.step, self.slot_of, self._scopes, slots=slots, end_request=end_request)
         self._output: Tensor | None = None
         self._at_logits: LogitsEdits | None = None
         most = max_tokens if reservation.edits_logits else 0
@@ -121,14 +121,19 @@ class EditedModel:
         self._over_workers = over_workers
         read_elsewhere = reservation.read_elsewhere()
         edits_of_site = {
-            site: self._edits_at(site, site_modules[site]) for site in sorted({*reservation.sites(), *read_elsewhere})
+            site: self._attach_edits(site, site_modules[site])
+            for site in sorted({*reservation.sites(), *read_elsewhere})
         }
+        # With tensor parallel, some groups join the all-reduce of their module: their edits are put before it.
         joining = {group for group in reservation.capacities if _joins_sum(group, reservation, site_modules)}
-        within = {site: self._edits_before_sum(site, site_modules[site]) for site in {group.site for group in joining}}
+        within = {
+            site: self._attach_edits_before_sum(site, site_modules[site]) for site in {group.site for group in joining}
+        }
         self._edited_sites = {
             **{str(site): (site, site_edits) for site, site_edits in edits_of_site.items()},
             **{f"{site} before the sum over workers": (site, site_edits) for site, site_edits in within.items()},
         }
+        # A vector that an edit at a later site reads is carried there, and dropped after its last reader.
         for site in read_elsewhere:
             if site.point != "final":  # read by the logits, which are given it
                 edits_of_site[site].carries_as = str(site)
@@ -136,6 +141,7 @@ class EditedModel:
             last = max(group.site for group in readers)
             joined = joining.issuperset(group for group in readers if group.site == last)
             (within if joined else edits_of_site)[last].forgets.append(str(site))
+        # Each group's tensors are columns of the slots' rows: first all columns, then the memory, then the views.
         self._layout = Layout()
         for group, capacity in sorted(reservation.capacities.items(), key=lambda item: item[0]):
             reads, writes = site_modules[group.reads].shard, site_modules[group.site].shard
@@ -151,10 +157,10 @@ class EditedModel:
         rows = Rows(self._rows, parts)
         for group, tensors in self._slot_tensors.items():
             tensors.bind(rows, group.site.layer)
-        self._firings = [self._count(edits_of_site, logits=logits) for logits in (False, True)]
+        self._firings = [self._build_counters(edits_of_site, logits=logits) for logits in (False, True)]
 
-    def _count(self, edits_of_site: Mapping[Site, SiteEdits], *, logits: bool) -> FiringCounters:
-        """Count the firings of edits that run with the model, or of edits at the logits, which run after it."""
+    def _build_counters(self, edits_of_site: Mapping[Site, SiteEdits], *, logits: bool) -> FiringCounters:
+        """Build the counters of edits that run with the model, or of edits at the logits, which run after it."""
         firings = FiringCounters()
         counted = {group: tensors for group, tensors in self._slot_tensors.items()
                    if tensors.neurons and (group.site.point == "logits") == logits}  # fmt: skip
@@ -165,8 +171,8 @@ class EditedModel:
             edits_of_site[max(group.site for group in counted)].count_with(firings)
         return firings
 
-    def _edits_at(self, site: Site, site_module: SiteModule) -> SiteEdits:
-        """The edits of a site. The first call for a module exchanges its class, so that edits are around it."""
+    def _attach_edits(self, site: Site, site_module: SiteModule) -> SiteEdits:
+        """Put a site's edits around its module. The first call for a module exchanges its class."""
         module: Any = site_module.module
         carried = self._carried.setdefault(site.layer, Carried())
         if site.point == "logits":
@@ -189,8 +195,8 @@ class EditedModel:
             module.edits.starts.append(site_module.start)
         return site_edits
 
-    def _edits_before_sum(self, site: Site, site_module: SiteModule) -> SiteEdits:
-        """The edits of this worker's part of a module's output, before all parts are added up."""
+    def _attach_edits_before_sum(self, site: Site, site_module: SiteModule) -> SiteEdits:
+        """Put edits around this worker's part of a module's output, and add up all parts behind them."""
         module: Any = site_module.module
         site_edits = SiteEdits(self.step, site_module.shard.width, self._carried[site.layer])
         site_module.leave_partial()
@@ -231,7 +237,7 @@ class EditedModel:
             raise ValueError(f"slot {slot} is not a free slot of 1 to {self.slots}")
         self._rows[slot].copy_(prepared.row, non_blocking=True)
         for group, edits in prepared.edits.items():
-            if counted := _counted(self._slot_tensors[group], edits):
+            if counted := _counted_edits(self._slot_tensors[group], edits):
                 self._counted.setdefault(slot, []).extend(counted)
         self.held[slot], self._scopes[slot] = prepared.version, prepared.scopes
         self._filler.forget()
@@ -244,7 +250,7 @@ class EditedModel:
         self._rows[slot].zero_()
         for firings in self._firings:
             firings.counts[slot] = 0
-        self._filler.tokens[slot] = 0
+        self._filler.tokens_by_slot[slot] = 0
         self.held.pop(slot, None)
         self._scopes.pop(slot, None)
         self._counted.pop(slot, None)
@@ -263,7 +269,7 @@ class EditedModel:
         counting = [slot for slot in slots or self._counted if slot in self._counted]
         counts = {firings: firings.counts.cpu().numpy() for firings in self._firings if counting}
         return [
-            (self.held[slot], int(self._filler.tokens[slot]),
+            (self.held[slot], int(self._filler.tokens_by_slot[slot]),
              {edit: int(counts[firings][slot, columns].sum()) for edit, firings, columns in self._counted[slot]})
             for slot in counting
         ]  # fmt: skip
@@ -305,11 +311,11 @@ class EditedModel:
         """Tokens of the step that the rows of `hidden` belong to; None if no edit applies to any of them."""
         if self._filler.all_base:
             return None
-        output, last, begin = self._output, self._filler.last_tokens, None
+        output, last, begin = self._output, self._filler.last_rows, None
         if output is not None and hidden.untyped_storage().data_ptr() == output.untyped_storage().data_ptr():
-            begin = output.storage_offset()  # of prompt log-probabilities
+            begin = output.storage_offset()  # a view of the model's output: prompt log-probabilities, a row per token
         elif output is None and hidden.untyped_storage().nbytes() > hidden.nbytes:
-            begin = 0  # of them too, where a full CUDA graph was replayed: it keeps what it gives
+            begin = 0  # such a view too, of the output that a replayed CUDA graph keeps
         if begin is not None:
             first = (hidden.storage_offset() - begin) // hidden.shape[-1]
             return torch.arange(first, first + len(hidden), device=hidden.device)
@@ -339,9 +345,9 @@ class EditedModel:
             )
         return int(slot)
 
-    def weights_hold(self, version: str | None, *, besides: bool) -> None:
-        """Note the version in the weights from now on; with `besides`, requests of other versions go on."""
-        self.in_weights = {version, *(self.in_weights if besides else ())}
+    def weights_hold(self, version: str | None, *, keep_running: bool) -> None:
+        """Note the version in the weights from now on; with `keep_running`, requests of other versions go on."""
+        self.in_weights = {version, *(self.in_weights if keep_running else ())}
         self._filler.forget()
 
     def set_step(self, batch: StepBatch) -> None:
@@ -371,9 +377,9 @@ def _named(version: str | None) -> str:
     return "the base model" if version is None else f"version {version[:12]}"
 
 
-def _counted(group: SlotTensors, edits: Iterable[Edit]) -> list[Counted]:
+def _counted_edits(group: SlotTensors, edits: Iterable[Edit]) -> list[CountedEdit]:
     """The edits of a group whose firings are counted."""
-    counted, begin = list[Counted](), 0
+    counted, begin = list[CountedEdit](), 0
     for edit in edits:
         if edit.fires and group.firings is not None:
             first = group.column + begin

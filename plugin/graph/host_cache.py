@@ -55,8 +55,8 @@ class HostCache(Generic[R]):
         except RuntimeError as error:  # no thread can be started: the error of the reading, which is tried again
             future.set_exception(EditsError(f"version {version[:12]} cannot be read now: {error}"))
 
-    def is_ready(self, version: str) -> bool:
-        """True if a staged version can be installed. Raises the error of its reading.
+    def poll(self, version: str) -> bool:
+        """True if a version can be installed; else it is being read. Raises the error of its reading, once.
 
         A version that was evicted while another worker still read it is read again.
         """

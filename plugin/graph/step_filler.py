@@ -65,35 +65,35 @@ class StepFiller:
         scopes: Mapping[int, Sequence[Scope]],
         *,
         slots: int,
-        refused: Callable[[Any, FalseClaim], bool] = lambda _request, _error: False,
+        end_request: Callable[[Any, FalseClaim], bool] = lambda _request, _error: False,
         device_rows: Callable[[Tensor, float], DeviceRows] = DeviceRows,
     ) -> None:
         """slot_of: the slot that a claim may use, or FalseClaim; scopes: by slot in use, the first has scope row 1.
 
-        refused: called with a request whose claim is false; returns True if that request will end without an answer.
+        end_request: called with a request whose claim is false; returns True if it will end without an answer.
         Else the step is stopped.
         """
         self.all_base = True
-        self.tokens = np.zeros(slots + 1, dtype=np.int64)
+        self.tokens_by_slot = np.zeros(slots + 1, dtype=np.int64)
         """number of tokens computed with each slot's version; the number of slot 0, the base, has no meaning"""
-        self.last_tokens: TokenCounts = np.zeros(0, dtype=np.int64)
-        """the row of each request's last token in the step, None if all are of the base"""
+        self.last_rows: TokenCounts = np.zeros(0, dtype=np.int64)
+        """the row of each request's last token in the step; not up to date while `all_base`"""
         self._step = step
         self._slot_of = slot_of
-        self._refused = refused
+        self._end_request = end_request
         self._scopes = scopes
         self._slots_on_device = device_rows(step.slots, 0)
         self._scales_on_device = device_rows(step.token_scales, 1)
         self._by_position = device_rows(torch.ones_like(step.token_scales), 1)
         """the token scales as far as positions decide, if token ids decide too"""
         self._sent_tokens: TokenCounts = np.zeros(0, dtype=np.int64)
-        self._tokens_of_slots: TokenCounts = np.zeros(0, dtype=np.int64)
-        """number of them by slot"""
+        self._step_tokens_by_slot: TokenCounts = np.zeros(0, dtype=np.int64)
+        """number of tokens in this step, by slot"""
         self.forget()
 
     def forget(self) -> None:
         """Look at every claim again, since a slot's content has changed."""
-        self._tables = ScopeTables(self._scopes, len(self.tokens) - 1, self._step.token_scales.shape[1])
+        self._tables = ScopeTables(self._scopes, len(self.tokens_by_slot) - 1, self._step.token_scales.shape[1])
         self._named_ids: NamedIds | None = None
         self._keep([], [])
 
@@ -106,7 +106,7 @@ class StepFiller:
         extents = batch.extents()
         if changed or self.all_base or not np.array_equal(extents.tokens, self._sent_tokens):
             self._fill_slots(extents.tokens)
-        self.tokens += self._tokens_of_slots
+        self.tokens_by_slot += self._step_tokens_by_slot
         if self._scaled:
             self._fill_token_scales(batch, extents)
         else:
@@ -116,8 +116,8 @@ class StepFiller:
         self.all_base = False
         self._slots_on_device.write(np.repeat(self._slots, tokens))
         self._sent_tokens = np.array(tokens)
-        self.last_tokens = np.cumsum(tokens) - 1
-        self._tokens_of_slots = np.bincount(self._slots, tokens, len(self.tokens)).astype(np.int64)
+        self.last_rows = np.cumsum(tokens) - 1
+        self._step_tokens_by_slot = np.bincount(self._slots, tokens, len(self.tokens_by_slot)).astype(np.int64)
 
     def _fill_base(self) -> None:
         if not self.all_base:
@@ -130,25 +130,27 @@ class StepFiller:
         requests = batch.requests
         if len(requests) == len(self._requests) and all(map(operator.is_, requests, self._requests)):
             return False
-        known = dict(zip(map(id, self._requests), self._rows, strict=True))
-        rows = [known.get(id(request)) or self._row(request, batch.claim_of(request)) for request in requests]
-        self._keep(requests, rows)
+        known = dict(zip(map(id, self._requests), self._slots_and_strengths, strict=True))
+        found = [
+            known.get(id(request)) or self._slot_and_strength(request, batch.claim_of(request)) for request in requests
+        ]
+        self._keep(requests, found)
         return True
 
-    def _keep(self, requests: Sequence[Any], rows: list[tuple[int, float]]) -> None:
-        self._requests, self._rows = list(requests), rows
-        self._slots = np.array([slot for slot, _ in rows], dtype=np.int32)
-        self._strengths = np.array([strength for _, strength in rows], dtype=np.float32)
-        self._edited = any(slot for slot, _ in rows)
-        self._scaled = any(slot and (strength != 1 or self._scopes[slot]) for slot, strength in rows)
+    def _keep(self, requests: Sequence[Any], found: list[tuple[int, float]]) -> None:
+        self._requests, self._slots_and_strengths = list(requests), found
+        self._slots = np.array([slot for slot, _ in found], dtype=np.int32)
+        self._strengths = np.array([strength for _, strength in found], dtype=np.float32)
+        self._edited = any(slot for slot, _ in found)
+        self._scaled = any(slot and (strength != 1 or self._scopes[slot]) for slot, strength in found)
 
-    def _row(self, request: Any, claim: Any) -> tuple[int, float]:
+    def _slot_and_strength(self, request: Any, claim: Any) -> tuple[int, float]:
         try:
             return self._slot_of(claim), 1.0 if claim is None else claim[2]
         except FalseClaim as error:
-            if not self._refused(request, error):
+            if not self._end_request(request, error):
                 raise
-            return 0, 1.0  # computed as any other, and told to no client
+            return 0, 1.0  # computed with the base model, and its output is discarded
 
     def _fill_token_scales(self, batch: StepBatch, extents: Extents) -> None:
         first = np.cumsum(extents.tokens) - extents.tokens

@@ -2,8 +2,8 @@
 
 It runs in every API server process. It is plain ASGI: streaming is not changed, and the lease's context variable
 reaches vLLM's handlers. The body is passed on unchanged. Every POST with a JSON body is read, on any path, so an
-unknown name never reaches vLLM. Only requests to the plugin's own routes get no lease: a change of the weights would
-wait for its own request to end.
+unknown name never reaches vLLM. No lease is made for a request without a body, for one that aborts others (it could
+wait for them), and for the plugin's own routes (a change of the weights would wait for its own request to end).
 """
 
 from __future__ import annotations
@@ -58,25 +58,24 @@ class VariantMiddleware:
         coordinator, metrics, keys = self._serving()
         arrived = time.monotonic()
         body, replay = await _buffered(receive)
-        if not body or _asks_no_model(_route(scope)):
+        if not body or _aborts_requests(_path(scope)):
             await self._app(scope, replay, send)
             return
-        request = Request.read(_route(scope), scope["headers"], body, id=uuid.uuid4().hex)
+        request = Request.read(_path(scope), scope["headers"], body, id=uuid.uuid4().hex)
         try:
             if not keys.sent(scope["headers"]):
                 keys.require_base(request.model)
                 request = Request(request.model, request.strengths, target=BASE)
             lease = await _unless_gone(coordinator.lease(request), receive)
             if lease is not None and lease.choice.info.bound_to_prompt and request.beam_search:
-                with lease.hold():
-                    pass
+                lease.give_back()
                 raise BeamsRefused(
                     f"beam search is not possible with {request.model!r}: its edits differ for prompt and answer, but "
                     f"beam search sends the answer so far as a prompt. Leave out {BEAMS}"
                 )
         except EditsError as error:
             metrics.requests.labels(*metrics.labels(UNKNOWN, None), "rejected").inc()
-            await _answer_error(_route(scope), error, send)
+            await _answer_error(_path(scope), error, send)
             return
         if lease is None:
             metrics.requests.labels(*metrics.labels(UNKNOWN, None), "aborted").inc()
@@ -117,8 +116,8 @@ class VariantMiddleware:
         """Count a request and record its exposure, when it has left the engine."""
         outcome = _outcome(lease.usage, status, finished)
         _record(lease, metrics, outcome)
-        asked = lease.usage.engine_requests or outcome != "ok"
-        if lease.choice.assignment is not None and asked:  # a count of tokens is no evidence
+        reached_engine = lease.usage.engine_requests or outcome != "ok"  # /tokenize does not, and is no exposure
+        if lease.choice.assignment is not None and reached_engine:
             exposure = exposure_of(lease.choice, lease.choice.assignment, lease.usage, outcome)
             count(exposure, metrics)
             self._serving()[0].record(exposure)
@@ -176,7 +175,7 @@ def _with_id(scope: AsgiScope, feedback_token: str) -> AsgiScope:
     return {**scope, "headers": [*scope["headers"], (VLLM_ID_HEADER, feedback_token.encode())]}
 
 
-def _route(scope: AsgiScope) -> str:
+def _path(scope: AsgiScope) -> str:
     """The path below --root-path, as in Starlette's router: only whole path segments are removed."""
     path: str = scope["path"]
     root: str = scope.get("root_path", "")
@@ -184,13 +183,13 @@ def _route(scope: AsgiScope) -> str:
     return below if below in ("", path) or below.startswith("/") else path
 
 
-def _asks_no_model(route: str) -> bool:
+def _aborts_requests(path: str) -> bool:
     """True for paths that abort other requests. With a lease, they could wait for the requests that they abort."""
-    return route == "/inference/v1/abort_requests" or (route.startswith("/v1/responses/") and route.endswith("/cancel"))
+    return path == "/inference/v1/abort_requests" or (path.startswith("/v1/responses/") and path.endswith("/cancel"))
 
 
 def _is_ours(scope: AsgiScope) -> bool:
-    return _route(scope) == OURS or _route(scope).startswith(f"{OURS}/")
+    return _path(scope) == OURS or _path(scope).startswith(f"{OURS}/")
 
 
 async def _unless_gone(lease: Coroutine[Any, Any, Lease], receive: Any) -> Lease | None:
@@ -206,8 +205,7 @@ async def _unless_gone(lease: Coroutine[Any, Any, Lease], receive: Any) -> Lease
         wanted.cancel()
         await asyncio.wait({wanted})
         if not wanted.cancelled() and wanted.exception() is None:
-            with wanted.result().hold():  # it came at the last moment: give it back
-                pass
+            wanted.result().give_back()  # it came at the last moment
         return None
     finally:
         wanted.cancel()

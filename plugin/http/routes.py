@@ -100,11 +100,11 @@ def _needing_token(admin_token_file: Callable[[], str | None]) -> type[APIRoute]
 
     class NeedingToken(APIRoute):
         def get_route_handler(self) -> Any:
-            feedback_token = super().get_route_handler()
+            handler = super().get_route_handler()
 
             async def authorized(request: Request) -> Any:
                 _authorize(request, admin_token_file())
-                return await feedback_token(request)
+                return await handler(request)
 
             return authorized
 

@@ -87,14 +87,15 @@ class Admission:
         target = "" if route.target == BASE else route.target
         while True:
             await self._weights.admitted()
-            found = self._found(target)
+            found = self._look_up(target)
             if isinstance(found, VersionWanted):
                 ref, served = found.ref, self._table().promoted[found.ref.name].values()
                 known = ref.selector in served  # a complete digest that is served needs no store
                 version = ref.selector if known else await in_thread(self._versions.reader.resolve, str(ref))
-                found = self._table().chosen(target, ref.name, version)
+                found = self._table().choice_of_version(target, ref.name, version)
             info = NO_INFO if found.version is None else await self._versions.info(found.variant, found.version)
-            if self._weights.open and found.epoch == self._table().epoch:  # else they changed while the store was read
+            # Else the weights changed while the store was read: choose again.
+            if self._weights.open and found.epoch == self._table().epoch:
                 return replace(
                     found,
                     requested=request.model or found.requested,
@@ -105,11 +106,11 @@ class Admission:
                     shadow=route.shadow,
                 )
 
-    def _found(self, target: str) -> Choice | VersionWanted:
+    def _look_up(self, target: str) -> Choice | VersionWanted:
         """The meaning of a name. The prepared version of an arm is known even without a promotion."""
         if self._experiments.has_ready(target):
             name, _, version = target.partition("@")
-            return self._table().chosen(target, name, version)
+            return self._table().choice_of_version(target, name, version)
         return self._table().resolve(target)
 
     async def _enter(self, choice: Choice) -> Lease:

@@ -197,4 +197,4 @@ class LocalCoordinator:
     async def _prepare_arm(self, name: str, version: str) -> None:
         """Prepare the version of an arm. EditsError if this server cannot serve it."""
         await self.versions.require_author(name, version)
-        await self.versions.stage(name, version)
+        await self.versions.prepare(version)

@@ -74,7 +74,7 @@ class Lease:
     usage: Usage = field(default_factory=Usage)
     released: bool = False
     _holders: int = 0
-    _settling: list[Callable[[], None]] = field(default_factory=list)
+    _on_end: list[Callable[[], None]] = field(default_factory=list)
 
     @contextmanager
     def hold(self) -> Iterator[Lease]:
@@ -89,12 +89,17 @@ class Lease:
             if self._holders == 0:
                 self.released = True
                 self.on_release(self)
-                for settle in self._settling:
-                    settle()
+                for on_end in self._on_end:
+                    on_end()
 
-    def when_released(self, settle: Callable[[], None]) -> None:
-        """Call `settle` when the last holder has left. This may be long after the end of the HTTP request."""
+    def give_back(self) -> None:
+        """End a lease that was never used."""
+        with self.hold():
+            pass
+
+    def when_released(self, on_end: Callable[[], None]) -> None:
+        """Call `on_end` when the last holder has left. This may be long after the end of the HTTP request."""
         if self.released:
-            settle()
+            on_end()
         else:
-            self._settling.append(settle)
+            self._on_end.append(on_end)

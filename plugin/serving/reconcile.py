@@ -54,7 +54,8 @@ class Reconciler:
     ) -> None:  # fmt: skip
         self.reader = reader
         self.table = VariantTable(base_names, default_tag)
-        self.heads: dict[TagKey, TagEntry] = {}
+        self.followed: dict[TagKey, TagEntry] = {}
+        """the entry of each tag that this server serves"""
         self.refused: dict[TagKey, Refusal] = {}
         self.broken: Mapping[TagKey, EditsError] = {}
         """histories that are broken or were cut"""
@@ -117,20 +118,21 @@ class Reconciler:
             self._experiments.follow(look.experiments, look.passed_over)
             moved = [entry for entry in _entries(look) if self._has_moved(entry, retry_refused=retry_refused)]
             swaps = []
+            # The weights come first, because that only starts a task.
             for entry in sorted(moved, key=lambda entry: (entry.name, entry.tag) != self._weights.key):
                 if (entry.name, entry.tag) == self._weights.key:
-                    self._exchange_behind(entry)
+                    self._start_weights_swap(entry)
                 else:
                     swaps.append(await self._follow_tag(entry))
             await self._experiments.make_ready()
             self._tell_served()
             return swaps
 
-    def _exchange_behind(self, entry: TagEntry) -> None:
+    def _start_weights_swap(self, entry: TagEntry) -> None:
         """Follow the tag of the variant in the weights in a separate task. Only one such task runs."""
         if self._exchanging is None:
             self._exchanging = asyncio.get_running_loop().create_task(self._follow_tag(entry))
-            self._exchanging.add_done_callback(_tell_failure)
+            self._exchanging.add_done_callback(_log_failure)
 
     def head_age(self) -> float | None:
         """Seconds since the store's heads were read, or None before the first read."""
@@ -138,7 +140,7 @@ class Reconciler:
 
     def _has_moved(self, entry: TagEntry, *, retry_refused: bool) -> bool:
         """True if an entry must be followed: it is new, or it was refused for a reason that may have passed."""
-        known, refused = self.heads.get((entry.name, entry.tag)), self.refused.get((entry.name, entry.tag))
+        known, refused = self.followed.get((entry.name, entry.tag)), self.refused.get((entry.name, entry.tag))
         if known is not None and known.sequence == entry.sequence:
             return False
         return not (refused and refused.lasting and refused.sequence == entry.sequence and not retry_refused)
@@ -166,11 +168,11 @@ class Reconciler:
                 await self._exchange_weights(swap, entry, new)
             else:
                 if new is not None and new != old:
-                    await self._bring_in(swap, new)
+                    await self._install(swap, new)
                 self._switch(swap, entry, new)
         except EditsError as error:
-            if isinstance(error, NotTrusted) and key not in self.heads:
-                await self._fall_back(entry)
+            if isinstance(error, NotTrusted) and key not in self.followed:  # at start: nothing is served for this tag
+                await self._follow_last_trusted(entry)
             self.last_swap = swap
             swap.error = str(error)
             self._refuse(entry, swap, error)
@@ -202,21 +204,21 @@ class Reconciler:
             *key, swap.failed_in or "none", (self._serving(entry) or "nothing")[:12], error,
         )  # fmt: skip
 
-    async def _fall_back(self, entry: TagEntry) -> None:
+    async def _follow_last_trusted(self, entry: TagEntry) -> None:
         """Serve the newest trusted entry before this one, as a server that never stopped does."""
         head = await in_thread(self.reader.last_trusted, entry)
         if head is not None:
             await self._follow_tag(head)
 
-    async def _bring_in(self, swap: Swap, version: str) -> None:
+    async def _install(self, swap: Swap, version: str) -> None:
         """Do all phases before the switch for a variant that is served per request."""
         self._require_name(swap.variant)
-        await self._versions.stage(swap.variant, version, partial(swap.phase, metrics=self._metrics))
+        await self._versions.prepare(version, partial(swap.phase, metrics=self._metrics))
         # At start there may be more variants than slots: the others are paged in by their first request.
         residency = self._slots.residency
         if swap.from_version is not None or residency.used < residency.slots:
             with swap.phase("install", self._metrics):
-                if not await self._slots.bring_in(version):
+                if not await self._slots.install(version):
                     logger.info(
                         "all slots are in use: version %s of %r will be installed by its first request",
                         version[:12], swap.variant,
@@ -255,7 +257,7 @@ class Reconciler:
         old = self._serving(entry)
         with swap.phase("switch", self._metrics):
             self.table = self.table.moved(entry.name, entry.tag, new)
-        self.heads[entry.name, entry.tag] = entry
+        self.followed[entry.name, entry.tag] = entry
         if new is not None:
             self._slots.restore(new)
         if old is not None and old != new:
@@ -282,7 +284,7 @@ def _entries(look: StoreState) -> list[TagEntry]:
     return [entry for tags in look.heads.values() for entry in tags.values()]
 
 
-def _tell_failure(task: asyncio.Task[Swap]) -> None:
+def _log_failure(task: asyncio.Task[Swap]) -> None:
     """Log an unexpected error of the task."""
     if not task.cancelled() and (failure := task.exception()) is not None:
         logger.error(

@@ -79,13 +79,13 @@ class Slots:
 
     # -- filling -----------------------------------------------------------------------------------------------------
 
-    async def make_ready(self, version: str) -> None:
+    async def stage(self, version: str) -> None:
         """Have every worker read, check and convert a version. Concurrent callers share one such task."""
         if version in self._ready:
             return
         reading = self._reading.get(version)
         if reading is None:
-            reading = self._reading[version] = asyncio.get_running_loop().create_task(self._stage(version))
+            reading = self._reading[version] = asyncio.get_running_loop().create_task(self._stage_on_workers(version))
             reading.add_done_callback(lambda task: self._has_read(version, task))
         # A cancelled caller does not stop it for the others.
         await asyncio.shield(reading)
@@ -95,7 +95,7 @@ class Slots:
         if not task.cancelled() and (failure := task.exception()) is not None:  # read, else asyncio logs it
             logger.warning("could not prepare version %s in the workers: %s", version[:12], failure)
 
-    async def _stage(self, version: str) -> None:
+    async def _stage_on_workers(self, version: str) -> None:
         try:
             await prepare(self._workers, "edits_stage", "edits_staged", version)
         except EditsError as failure:
@@ -103,18 +103,18 @@ class Slots:
             raise
         self._ready.add(version)
 
-    async def bring_in(self, version: str) -> bool:
+    async def install(self, version: str) -> bool:
         """Install a version on every worker. False if all slots stay in use; then its first request waits for a slot.
 
         EditsError if it cannot be installed.
         """
-        await self.make_ready(version)
+        await self.stage(version)
         asked = self._ask(version)
         with self._given_back(asked, version):
             await asyncio.wait({asked}, timeout=PATIENCE_SECONDS)
             if not asked.done() and not self._waiting[version].coming:
                 asked.cancel()
-                self._serve()
+                self._assign_slots()
                 return False
             await asked
         self.release(version)
@@ -124,7 +124,7 @@ class Slots:
         """A future for the slot of a version, for one more user."""
         asked = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(version, Waiting()).asked.append(asked)
-        self._serve()
+        self._assign_slots()
         return asked
 
     @contextmanager
@@ -135,10 +135,10 @@ class Slots:
         except asyncio.CancelledError:
             if not asked.cancel() and not asked.cancelled() and asked.exception() is None:
                 self.release(version)
-            self._serve()
+            self._assign_slots()
             raise
 
-    def _serve(self) -> None:
+    def _assign_slots(self) -> None:
         """Find slots for waiting versions, in the order of arrival.
 
         If a version has waited for long, the server closes versions in use. Without this, versions with constant
@@ -152,31 +152,31 @@ class Slots:
             elif self.residency.is_open(version):
                 self._hand_out(version)
             elif not self.residency.is_resident(version) and (plan := self.residency.plan(version)) is not None:
-                waiting.coming = asyncio.get_running_loop().create_task(self._bring(plan, version))
+                waiting.coming = asyncio.get_running_loop().create_task(self._install_for_waiting(plan, version))
         without = [
             waiting for version, waiting in self._waiting.items()
             if not waiting.coming and not self.residency.is_resident(version)
         ]  # fmt: skip
         if self.residency.make_way(sum(waiting.may_close() for waiting in without)):
-            self._serve()  # some requests may wait for a version that is open again
+            self._assign_slots()  # some requests may wait for a version that is open again
         self._metrics.requests_waiting.set(sum(waiting.requests() for waiting in self._waiting.values()))
         if without and self._later is None:
-            self._later = asyncio.get_running_loop().call_later(PATIENCE_SECONDS, self._serve_later)
+            self._later = asyncio.get_running_loop().call_later(PATIENCE_SECONDS, self._assign_slots_later)
 
-    def _serve_later(self) -> None:
+    def _assign_slots_later(self) -> None:
         self._later = None
-        self._serve()
+        self._assign_slots()
 
     def _hand_out(self, version: str) -> None:
         for asked in self._waiting.pop(version).asked:
             if not asked.done():
                 asked.set_result(self.residency.acquire(version))
 
-    async def _bring(self, plan: Placement, version: str) -> None:
+    async def _install_for_waiting(self, plan: Placement, version: str) -> None:
         """Install a version into its planned slot, one install at a time, and give it to waiting requests."""
         try:
             async with self._installing:
-                await self._install(plan, version)
+                await self._install_on_workers(plan, version)
         except Exception as failure:  # noqa: BLE001  the first request gets the error; the others try again
             await self._undo(plan.slot, version)
             self._count_install(failure)
@@ -191,13 +191,13 @@ class Slots:
         finally:
             if plan.evicted is not None:
                 self._firings.forget(plan.evicted)
-        self._serve()
+        self._assign_slots()
 
-    async def _install(self, plan: Placement, version: str) -> None:
+    async def _install_on_workers(self, plan: Placement, version: str) -> None:
         answers = await ask(self._workers, "edits_install", plan.slot, version, plan.evicted)
         while any("absent" in answer for answer in answers):  # a worker has dropped it for other versions
             self._ready.discard(version)
-            await self.make_ready(version)
+            await self.stage(version)
             answers = await ask(self._workers, "edits_install", plan.slot, version, plan.evicted)
         self._count_firings(answers)
         require_agreement(answers, f"the content of version {version[:12]}")
@@ -228,7 +228,7 @@ class Slots:
             self._metrics.version_lookups.labels("device").inc()
             return self.residency.acquire(version)
         found, start = "host" if version in self._ready else "store", time.monotonic()
-        await self.make_ready(version)  # needs no slot, so a slow store does not delay other versions
+        await self.stage(version)  # needs no slot, so a slow store does not delay other versions
         asked = self._ask(version)
         with self._given_back(asked, version):
             slot = await asked
@@ -240,7 +240,7 @@ class Slots:
         """Take back the slot from one user."""
         self.residency.release(version)
         self._sweep()
-        self._serve()
+        self._assign_slots()
 
     def waiting(self) -> list[dict[str, Any]]:
         """The versions for which requests wait, for the status."""
@@ -284,10 +284,10 @@ class Slots:
         self._count_used()
         seconds = time.monotonic() - self._retired_at.pop(version, time.monotonic())
         self._metrics.swap_seconds.labels("drain").observe(seconds)
-        self._serve()
+        self._assign_slots()
         logger.info("drained version=%s slot=%d", version[:12], slot)
 
-    async def settle(self) -> None:
+    async def wait_drained(self) -> None:
         """Wait until no retired version is being cleared."""
         while self._draining:
             await asyncio.gather(*self._draining)

@@ -26,7 +26,7 @@ def status(
                 "name": name,
                 "tag": tag,
                 "version": version,
-                "sequence": reconciler.heads[name, tag].sequence,
+                "sequence": reconciler.followed[name, tag].sequence,
                 "resident": residency.is_resident(version),
                 "in_weights": version == table.in_weights,
                 "in_flight": admission.in_flight[name, version],

@@ -8,7 +8,8 @@
     switch   the name refers to the new version: one reference is replaced
     drain    the slot of the old version is cleared, when its last request has ended
 
-After a failure before `switch`, the old version keeps serving.
+After a failure before `switch`, the old version keeps serving. If no slot becomes free for `install` within a second,
+the name is switched without it, and the first request installs the version, which every worker has ready.
 """
 
 from __future__ import annotations

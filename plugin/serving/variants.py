@@ -60,7 +60,7 @@ class VariantTable:
     def resolve(self, model: str) -> Choice | VersionWanted:
         """Look up a name. NotFound lists the served names and similar names."""
         if not model or model in self.base_names:
-            return self._served(Choice(model or self.base_names[0], BASE, None))
+            return self._require_served(Choice(model or self.base_names[0], BASE, None))
         try:
             ref = Ref.parse(model, self.default_tag)
         except NotFound:
@@ -69,14 +69,15 @@ class VariantTable:
         if tags is None or (ref.selector not in tags and not ref.is_version):
             raise self._unknown(model)
         if ref.selector in tags:
-            return self._served(Choice(model, ref.name, tags[ref.selector]))
+            return self._require_served(Choice(model, ref.name, tags[ref.selector]))
         return VersionWanted(ref)
 
-    def chosen(self, model: str, name: str, version: str) -> Choice:
+    def choice_of_version(self, model: str, name: str, version: str) -> Choice:
         """The choice for a request that names a version which is not promoted."""
-        return self._served(Choice(model, name, version))
+        return self._require_served(Choice(model, name, version))
 
-    def _served(self, choice: Choice) -> Choice:
+    def _require_served(self, choice: Choice) -> Choice:
+        """The choice, with the content of the weights. NotFound if the weights hold another version."""
         if self.in_weights is not None and choice.version != self.in_weights:
             raise NotFound(
                 f"The model `{choice.requested}` is not served now: version {self.in_weights[:12]} is in the engine's "

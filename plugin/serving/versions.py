@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 from vllm_edits.edit_store import verify
 from vllm_edits.edit_store.base_ref import BaseModelRef
-from vllm_edits.edit_store.bundle import Bundle
 from vllm_edits.edit_store.errors import InstallRefused, NotTrusted, Reason
 from vllm_edits.edit_store.reading.reader import Reader
 from vllm_edits.edit_store.storage.store import TagEntry
@@ -66,25 +65,24 @@ class Versions:
         self._reservation = reservation
         self._slot_bytes = slot_bytes
 
-    async def check(self, version: str, timed: Timed = _untimed) -> Bundle:
-        """Fetch and verify a version. BundleRefused lists every reason. Clients see nothing of it."""
+    async def check(self, version: str, timed: Timed = _untimed, *, per_request: bool = False) -> None:
+        """Fetch and verify a version. BundleRefused lists every reason. Clients see nothing of it.
+
+        per_request: InstallRefused if the reservation is too small for it.
+        """
         with timed("fetch"):
             bundle = await in_thread(self.reader.bundle, version)
         with timed("verify"):
             await in_thread(verify.check, bundle, self._base)
-        self.known.add(version, VersionInfo.of(bundle.manifest))
-        return bundle
+            self.known.add(version, VersionInfo.of(bundle.manifest))
+            if per_request and (missing := self._reservation.missing(bundle.manifest, self._slot_bytes)):
+                raise InstallRefused(f"version {version[:12]} of {bundle.manifest.name!r}", missing)
 
-    async def stage(self, name: str, version: str, timed: Timed = _untimed) -> None:
-        """Fetch and verify a version, and have every worker prepare it for a slot.
-
-        InstallRefused if the reservation is too small for it.
-        """
-        bundle = await self.check(version, timed)
-        if missing := self._reservation.missing(bundle.manifest, self._slot_bytes):
-            raise InstallRefused(f"version {version[:12]} of {name!r}", missing)
+    async def prepare(self, version: str, timed: Timed = _untimed) -> None:
+        """Do all phases before the install: fetch, verify and stage, so that every worker has it ready for a slot."""
+        await self.check(version, timed, per_request=True)
         with timed("stage"):
-            await self._slots.make_ready(version)
+            await self._slots.stage(version)
 
     async def info(self, name: str, version: str) -> VersionInfo:
         """The facts about a version, read before the first request for it. NotTrusted if its author is not trusted."""

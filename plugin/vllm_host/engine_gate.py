@@ -27,18 +27,19 @@ class EngineGate:
     def __init__(
         self, engine: Any, renew: Callable[[Choice | None], Awaitable[Lease]], *, forks: bool = False,
         lease_of: LeaseOf | None = None, note: Callable[[ShadowRecord], None] = lambda _: None,
-        settle: Callable[[Lease], None] = lambda _: None,
+        record_late: Callable[[Lease], None] = lambda _: None,
     ) -> None:  # fmt: skip
-        """lease_of: leases a name, for shadows. note: called with the record of a shadow.
-
-        settle: called when engine work that outlived its HTTP request has ended.
+        """renew: leases an earlier choice again, or with None the base model.
+        forks: the scheduler forks the prefix cache.
+        lease_of: leases a name, for shadows. note: called with the record of a shadow.
+        record_late: called when engine work that outlived its HTTP request has ended.
         """
         self._engine = engine
         self._renew = renew
         self._forks = forks
         self._lease_of = lease_of
         self._note = note
-        self._settle = settle
+        self._record_late = record_late
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -54,7 +55,7 @@ class EngineGate:
         elif lease.released:
             # Work that outlives its HTTP request (a background response) continues on its first version.
             lease = await self._renew(lease.choice)
-            lease.when_released(partial(self._settle, lease))
+            lease.when_released(partial(self._record_late, lease))
         with lease.hold():
             watch = _Watch(lease.usage, OutputReader(sampling_params), keeps_tail=lease.choice.assignment is not None)
             shadow = None

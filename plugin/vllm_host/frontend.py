@@ -155,7 +155,7 @@ class EditsEndpoints:
             forks=forks(config),
             lease_of=lambda target: coordinator.lease(Request(target=target)),
             note=coordinator.record,
-            settle=partial(record_late, self._metrics),
+            record_late=partial(record_late, self._metrics),
         )
         put_before_handlers(state, {engine_client: gate, models: ServedModels(models, self._coordinator.served)})
         logger.info("%s; %s", versions(config), description)

@@ -136,7 +136,7 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
             worker=tensor_parallel,
             over_workers=tensor_model_parallel_all_reduce,
             products=products,
-            refused=ending.end,
+            end_request=ending.end,
         )
         guard_against_nan(model)
         require_effective(model, edited, vllm_config, device)

@@ -52,7 +52,7 @@ class Variants:
 
     async def _sync(self) -> None:
         await self.coordinator.reconciler.sync(retry_refused=True, wait_for_weights=True)
-        await self.coordinator.slots.settle()
+        await self.coordinator.slots.wait_drained()
 
     def generate(
         self,
@@ -86,7 +86,7 @@ class Variants:
                 for prompt, each, lease in zip(prompts, params, leases, strict=True)
             ]
             outputs: list[Any] = self._llm.generate(*map(list, zip(*requests, strict=True)), **options)
-        self._loop.run_until_complete(self.coordinator.slots.settle())
+        self._loop.run_until_complete(self.coordinator.slots.wait_drained())
         return outputs
 
 

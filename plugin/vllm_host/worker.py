@@ -62,10 +62,10 @@ class EditsWorker:
 
     def edits_staged(self, version: str) -> WorkerAnswer:
         """{'pending': True}, or {} if the version is ready to install, or its refusal."""
-        return _answer(lambda: {} if self._edits().ready.is_ready(version) else {"pending": True})
+        return _answer(lambda: {} if self._edits().ready.poll(version) else {"pending": True})
 
-    def edits_install(self, slot: int, version: str, leaving: str | None) -> WorkerAnswer:
-        """Write a staged version into a slot, in place of the version `leaving`, if any.
+    def edits_install(self, slot: int, version: str, evicted: str | None) -> WorkerAnswer:
+        """Write a staged version into a slot, in place of the version `evicted`, if any.
 
         Answers the digest of the slot, the worker's rank, and the last firings of the version that left; or
         {'absent': True}, without a change, if the version is not ready here any more. A repeated call gives the same
@@ -75,15 +75,15 @@ class EditsWorker:
         def install() -> WorkerAnswer:
             loaded = self._edits()
             edited, prepared = loaded.edited, loaded.ready.get(version)
-            share = edited.worker.rank
+            rank = edited.worker.rank
             if edited.held.get(slot) == version:
-                return {"digest": edited.digest(slot), "rank": share, "firings": []}
+                return {"digest": edited.digest(slot), "rank": rank, "firings": []}
             if prepared is None:
                 return {"absent": True}
             firings = edited.firings(slot)
-            if leaving is not None:
+            if evicted is not None:
                 edited.clear(slot)
-            return {"digest": edited.install(slot, prepared), "rank": share, "firings": firings}
+            return {"digest": edited.install(slot, prepared), "rank": rank, "firings": firings}
 
         return _answer(install)
 
@@ -94,12 +94,12 @@ class EditsWorker:
 
     def edits_weights_staged(self, version: str) -> WorkerAnswer:
         """{'pending': True}, or {} if the version is ready to be put into the weights, or its refusal."""
-        return _answer(lambda: {} if self._edits().patches.is_ready(version) else {"pending": True})
+        return _answer(lambda: {} if self._edits().patches.poll(version) else {"pending": True})
 
-    def edits_put_weights(self, version: str | None, epoch: int, besides: bool) -> WorkerAnswer:
+    def edits_put_weights(self, version: str | None, epoch: int, keep_running: bool) -> WorkerAnswer:
         """Put a staged version into the weights, or with None the loaded model. After a failure, nothing has changed.
 
-        besides: requests that were computed with other weights may continue. Answers the digest of the weights, or
+        keep_running: requests that were computed with other weights may continue. Answers the digest of the weights, or
         {'absent': True}, without a change, if the version is not ready here. A repeated call gives the same answer.
         """
 
@@ -112,13 +112,13 @@ class EditsWorker:
                     if patch is None:
                         return {"absent": True}
                 weights.install(patch, epoch)
-                loaded.edited.weights_hold(version, besides=besides)
+                loaded.edited.weights_hold(version, keep_running=keep_running)
             return {"digest": weights.digest, "rank": loaded.edited.worker.rank}
 
         return _answer(put)
 
     def edits_fence(self) -> WorkerAnswer:
-        """Answer nothing. When the answer arrives, the engine has seen all earlier calls of the process."""
+        """Do nothing. Calls are answered in order, so the engine has then seen all earlier calls of the process."""
         return {}
 
     def edits_firings(self) -> WorkerAnswer:

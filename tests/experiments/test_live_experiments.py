@@ -71,7 +71,7 @@ class Trial(Site):
         """One request for `polite`."""
         told = {**({"x-edits-unit": unit} if unit else {}), **(headers or {})}
         answer = await self.client.post("/v1/completions", json={"model": "polite", **body}, headers=told)
-        await self.server.core.slots.settle()
+        await self.server.core.slots.wait_drained()
         return answer
 
     def arm(self, unit: str, coverage: float = 1.0, phase: int = 1) -> int | None:
@@ -247,7 +247,7 @@ async def test_an_arm_follows_the_tag_that_it_names(trial: Trial) -> None:
 
     async def ask() -> httpx.Response:
         answer = await trial.client.post("/v1/completions", json={"model": "tone-test", "user": treated})
-        await trial.server.core.slots.settle()
+        await trial.server.core.slots.wait_drained()
         return answer
 
     assert version(await ask()) == trial.promoted

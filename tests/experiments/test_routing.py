@@ -121,4 +121,4 @@ def test_secrets_among_the_headers_are_not_kept() -> None:
     found = Request.read("/v1/completions", sent, b"{}")
     assert found.headers == {"x-edits-unit": "ann"}
     assert "sk-1" not in repr(found)
-    assert found.key
+    assert found.api_key_hash

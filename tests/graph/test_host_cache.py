@@ -43,7 +43,7 @@ def until(condition: Callable[[], bool]) -> None:
 def ready(cache: HostCache, *versions: str) -> None:
     for version in versions:
         cache.stage(version)
-        until(lambda version=version: cache.is_ready(version))  # type: ignore[misc]
+        until(lambda version=version: cache.poll(version))  # type: ignore[misc]
 
 
 def test_a_version_is_read_once_and_does_not_hold_up_whoever_stages_it() -> None:
@@ -52,10 +52,10 @@ def test_a_version_is_read_once_and_does_not_hold_up_whoever_stages_it() -> None
     cache = HostCache(store, 10 * ROW)
     for _ in range(3):
         cache.stage("a")
-    assert not cache.is_ready("a")
+    assert not cache.poll("a")
     assert cache.get("a") is None
     store.open.set()
-    until(lambda: cache.is_ready("a"))
+    until(lambda: cache.poll("a"))
     found = cache.get("a")
     assert found is not None
     assert (found.version, store.read) == ("a", ["a"])
@@ -89,7 +89,7 @@ def test_what_made_way_while_another_worker_still_read_is_read_again() -> None:
     cache = HostCache(Reading(), 0)
     ready(cache, "a", "b")
     assert cache.get("a") is None
-    until(lambda: cache.is_ready("a"))
+    until(lambda: cache.poll("a"))
     assert cache.get("a") is not None
 
 
@@ -104,5 +104,5 @@ def test_a_thread_that_cannot_be_had_is_told_and_tried_anew(monkeypatch: pytest.
         full.setattr(threading.Thread, "start", refused)
         cache.stage("a")
         with pytest.raises(EditsError, match="cannot be read now: can't start new thread"):
-            cache.is_ready("a")
+            cache.poll("a")
     ready(cache, "a")

@@ -115,7 +115,7 @@ def test_every_token_has_the_slot_and_the_scales_of_its_request(everyone: list[R
                 row += 1
             one.computed = data.draw(st.sampled_from([one.computed + count, one.computed + count, 0]))
         assert not step.slots[row:].any()
-    assert [filler.tokens[slot] for slot in SCOPES] == [computed[slot] for slot in SCOPES]
+    assert [filler.tokens_by_slot[slot] for slot in SCOPES] == [computed[slot] for slot in SCOPES]
 
 
 def test_a_step_like_the_one_before_asks_and_sends_nothing() -> None:
@@ -214,7 +214,7 @@ def test_a_request_with_a_false_claim_is_told_of_and_has_no_slot() -> None:
 
     running = [Running((1, "v", 1.0), 2), Running("false", 2), Running(None, 2)]
     ids, step = torch.zeros(TOKENS, dtype=torch.int64), Step(TOKENS, SCOPE_ROWS, torch.device("cpu"))
-    filler = StepFiller(step, slot_of, SCOPES, slots=max(SCOPES), refused=end)
+    filler = StepFiller(step, slot_of, SCOPES, slots=max(SCOPES), end_request=end)
     for _ in range(2):
         fill(filler, running, [2, 2, 1], ids)
         assert step.slots[:6].tolist() == [1, 1, 0, 0, 0, 0]

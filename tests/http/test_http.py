@@ -52,7 +52,7 @@ async def site(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
         made = Site(server, token_file, coordinator)
         yield made
         await made.client.aclose()
-        await made.server.core.slots.settle()
+        await made.server.core.slots.wait_drained()
         while not made.is_quiet():  # noqa: ASYNC110  what is given back over a socket arrives a little later
             await asyncio.sleep(0.001)
 
@@ -225,7 +225,7 @@ async def test_a_client_that_leaves_a_stream_frees_its_slot_and_is_counted(site:
     call.leave()
     await call.task
     await until(site.is_quiet)
-    await site.server.core.slots.settle()
+    await site.server.core.slots.wait_drained()
     assert site.engine.aborted == 1
     assert version not in site.server.residents()
     assert site.count("polite", version, "aborted") == 1

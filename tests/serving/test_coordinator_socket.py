@@ -208,7 +208,7 @@ async def test_everything_that_is_asked_of_an_owner_can_be(server: Server, tmp_p
         assert (await remote.sync())["swaps"] == []
         assert (await remote.served()).variants == []
         await remote.close()
-    await server.core.slots.settle()
+    await server.core.slots.wait_drained()
 
 
 async def test_what_requests_of_experiments_came_to_is_told_and_asked(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def anyio_backend() -> str:
 async def server(tmp_path: Path) -> AsyncIterator[Server]:
     made = Server(f"memory://{tmp_path}")
     yield made
-    await made.core.slots.settle()
+    await made.core.slots.wait_drained()
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ async def test_a_withdrawn_variant_is_not_found_and_ends_with_its_last_request(s
     assert version in server.residents()
     assert server.metric("variant_info", variant="polite", version=version[:12]) == 0
     running.end()
-    await server.core.slots.settle()
+    await server.core.slots.wait_drained()
     assert list(server.residents()) == [beta]
     assert await server.ask("polite@beta") == beta
     server.store.withdraw("polite", tag="beta")
@@ -340,14 +340,14 @@ async def test_requests_end_on_the_version_they_began_with(server: Server) -> No
     server.workers.step(*(flight.lease for flight in flights), second_reader.lease)
     assert [server.residents()[version].retired for version in versions] == [True, True, False]
     flights[1].end()
-    await server.core.slots.settle()
+    await server.core.slots.wait_drained()
     assert versions[1] not in server.residents()
     flights[0].end()
-    await server.core.slots.settle()
+    await server.core.slots.wait_drained()
     server.workers.step(second_reader.lease, flights[2].lease)
     assert server.residents()[versions[0]].users == 1
     second_reader.end()
-    await server.core.slots.settle()
+    await server.core.slots.wait_drained()
     assert list(server.residents()) == [versions[2]]
     flights[2].end()
     server.check()
@@ -361,7 +361,7 @@ async def test_a_version_that_returns_while_it_drains_stays(server: Server) -> N
     server.store.rollback("polite")
     await server.sync()
     old_reader.end()
-    await server.core.slots.settle()
+    await server.core.slots.wait_drained()
     assert list(server.residents()) == first
     assert await server.ask("polite") == first[0]
     assert server.metric("installs_total", result="ok") == 2
@@ -512,7 +512,7 @@ async def test_a_swap_waits_for_a_slot_too(server: Server) -> None:
     assert await server.ask(names[0]) == new
     for flight in flights[:2]:
         flight.end()
-    await server.core.slots.settle()
+    await server.core.slots.wait_drained()
     server.check()
 
 
@@ -535,7 +535,7 @@ async def test_a_swap_does_not_wait_for_ever(server: Server) -> None:
     assert old not in server.residents()
     for flight in flights[1:]:
         flight.end()
-    await server.core.slots.settle()
+    await server.core.slots.wait_drained()
     server.check()
 
 
@@ -780,7 +780,7 @@ async def test_under_a_random_load_every_request_is_served_by_one_version_that_s
             assert not [one for one in ended if one and not isinstance(one, EditsError)]  # an install may be refused
 
     await asyncio.wait_for(asyncio.gather(operator(), crowd()), 60)
-    await server.core.slots.settle()
+    await server.core.slots.wait_drained()
     assert len(answered) > 50
     assert server.status()["base"]["in_flight"] == 0
     assert all(one.users == 0 for one in server.residents().values())
@@ -826,7 +826,7 @@ async def test_with_the_store_down_a_version_that_is_not_there_is_refused(server
     with pytest.raises(EditsError):
         await server.ask(names[3])
     assert await server.ask(names[4]) is not None
-    await server.core.slots.settle()
+    await server.core.slots.wait_drained()
     server.check()
 
 

@@ -45,7 +45,7 @@ def signed(server: Server, signer: SigningKey | None = ALICE) -> EditStore:
 
 async def follow(server: Server) -> None:
     await server.sync()
-    await server.core.slots.settle()
+    await server.core.slots.wait_drained()
 
 
 async def test_only_what_is_signed_is_followed(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def anyio_backend() -> str:
 async def server(tmp_path: Path) -> AsyncIterator[Server]:
     made = Server(f"memory://{tmp_path}", weights="polite")
     yield made
-    await made.core.slots.settle()
+    await made.core.slots.wait_drained()
 
 
 def version(name: str = "polite") -> Bundle:

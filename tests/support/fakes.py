@@ -322,26 +322,26 @@ class FakeWorker:
 
         return answered(prepare) if self._staging_ready.is_set() else {"pending": True}
 
-    def edits_put_weights(self, version: str | None, epoch: int, besides: bool) -> Answer:
+    def edits_put_weights(self, version: str | None, epoch: int, keep_running: bool) -> Answer:
         def put() -> Answer:
             if self.weights.version != version:
                 patch = None if version is None else self.weights.known(version) or self.patches.pop(version, None)
                 if version is not None and patch is None:
                     return {"absent": True}
                 self.weights.install(patch, epoch)
-                self.edited.weights_hold(version, besides=besides)
+                self.edited.weights_hold(version, keep_running=keep_running)
             return {"digest": self.weights.digest, "rank": 0}
 
         return answered(put)
 
-    def edits_install(self, slot: int, version: str, leaving: str | None) -> Answer:
+    def edits_install(self, slot: int, version: str, evicted: str | None) -> Answer:
         def install() -> Answer:
             if self.edited.held.get(slot) == version:
                 return {"digest": self.edited.digest(slot), "rank": 0, "firings": []}
             if version not in self.ready:
                 return {"absent": True}
             firings = self.edited.firings(slot)
-            if leaving is not None:
+            if evicted is not None:
                 self.edited.clear(slot)
             return {"digest": self.edited.install(slot, self.ready[version]), "rank": 0, "firings": firings}
 
@@ -560,7 +560,7 @@ class Server:
         """Publish, promote and follow; returns the versions."""
         versions = [publish(self.store, bundle, tag) for bundle in bundles]
         await self.sync()
-        await self.core.slots.settle()
+        await self.core.slots.wait_drained()
         return versions
 
     async def ask(self, model: str) -> str | None:
@@ -568,7 +568,7 @@ class Server:
         lease = await self.lease(model)
         with lease.hold():
             self.workers.step(lease)
-        await self.core.slots.settle()
+        await self.core.slots.wait_drained()
         return lease.choice.version
 
     def residents(self) -> dict[str, Resident]:

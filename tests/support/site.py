@@ -285,7 +285,7 @@ class Site:
             self.coordinator.renew,
             lease_of=lambda target: self.coordinator.lease(PluginRequest(target=target)),
             note=self.coordinator.record,
-            settle=partial(record_late, server.metrics),
+            record_late=partial(record_late, server.metrics),
         )
         Handlers(gate, models).add_to(self.app)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
@@ -294,7 +294,7 @@ class Site:
     async def ask(self, model: str | None, path: str = "/v1/completions", **options: Any) -> httpx.Response:
         body = {**({"model": model} if model is not None else {}), **options}
         answer = await self.client.post(path, json=body)
-        await self.server.core.slots.settle()
+        await self.server.core.slots.wait_drained()
         assert CURRENT_LEASE.get() is None
         return answer
 

@@ -122,7 +122,7 @@ def test_what_the_runner_makes_up_is_nobodys(edited: EditedModel) -> None:
     state.add_request(0, request("late", [1, edited.held[1], 1.0], 2))
     state.prepare_inputs(batch(("late", 2, 0)), runner_knows("late"))
     assert edited.step.slots[:2].tolist() == [1, 1]
-    edited.weights_hold("a version", besides=False)
+    edited.weights_hold("a version", keep_running=False)
     state.prepare_inputs(batch(("req_0_made_up", 8, 0)), runner_knows("late"))
     assert not edited.step.slots.any()
 
