@@ -118,7 +118,7 @@ METRICS = (
     Metric(
         "swap_seconds",
         "histogram",
-        "Time of each phase of a swap: fetch, verify, stage, wait (before the weights change), install, drain.",
+        "Time of each phase of a swap: fetch, verify, stage, wait (before the weights change), install, switch, drain.",
         ("phase",),
         PHASE,
     ),
