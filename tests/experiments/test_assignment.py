@@ -17,6 +17,7 @@ UNITS = [f"user-{number}" for number in range(50_000)]
 WEIGHTS = [(0.5, 0.5), (0.98, 0.01, 0.01), (1 / 3, 1 / 3, 1 / 3), (0.7, 0.1, 0.15, 0.05)]
 
 
+@pytest.mark.long
 def test_fifty_thousand_assignments_equal_the_sdk_s() -> None:
     """For several seeds, weights and coverages: the same arm for every unit, and nobody where it says nobody."""
     draw = random.Random(5)  # noqa: S311  coverages to try, no secret
@@ -43,6 +44,7 @@ def test_a_growing_coverage_moves_nobody(weights: tuple[float, ...], narrow: flo
     assert before in (None, after)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_arms_get_their_shares(weights: tuple[float, ...]) -> None:
     """Chi-square below the value that one shuffle of ten thousand exceeds; and another seed shuffles independently."""

@@ -181,6 +181,7 @@ def test_where_nobody_varies_nothing_is_said_unless_the_arms_are_opposite() -> N
     assert found.low > 0
 
 
+@pytest.mark.long
 def test_equal_arms_seldom_differ_however_often_one_looks() -> None:
     """Positive control: the interval for one look, at the same looks, finds a difference in many experiments."""
 
@@ -193,6 +194,7 @@ def test_equal_arms_seldom_differ_however_often_one_looks() -> None:
         assert misses(runs, peeked) > 0.15
 
 
+@pytest.mark.long
 def test_units_that_keep_asking_do_not_raise_false_alarms() -> None:
     """Positive controls: the peeked interval, and requests taken for units, which are far too certain."""
     runs = [list(staying(seed)) for seed in range(RUNS)]
@@ -229,6 +231,7 @@ def test_a_small_arm_without_rare_errors_is_not_certain_of_having_none() -> None
     assert misses(runs, by_own_variance) > 0.15
 
 
+@pytest.mark.long
 def test_a_planted_effect_is_inside_at_every_look_and_is_found() -> None:
     def shifted(rng: np.random.Generator, treated: np.ndarray) -> np.ndarray:
         return rng.normal(size=len(treated)) + 0.2 * treated

@@ -99,6 +99,7 @@ def verdicts(report: Report) -> dict[str, str]:
     return {line.metric: line.verdict for line in report.lines if line.arm == "milder"}
 
 
+@pytest.mark.long
 def test_a_planted_effect_is_found_and_the_rest_is_not(tmp_path: Path) -> None:
     """Through files as a server writes them: answers are liked more, and fail more; they take as long as ever."""
     log = ExposureLog(tmp_path, 1 << 16)
@@ -111,6 +112,7 @@ def test_a_planted_effect_is_found_and_the_rest_is_not(tmp_path: Path) -> None:
     assert all(each["thumbs"] != WORSE and each["error"] != BETTER for each in seen)
 
 
+@pytest.mark.long
 def test_units_stay_in_their_arms_and_come_in_the_declared_shares() -> None:
     records = [record for record in Week(4, units=2000, an_hour=60).requests() if isinstance(record, Exposure)]
     arms: dict[str, set[str]] = {}

@@ -91,6 +91,7 @@ def inputs() -> Tensor:
     return torch.randn(TOKENS, WIDTHS.hidden)
 
 
+@pytest.mark.long
 @for_every_form()
 def test_every_kind_at_every_site_is_its_formula_on_every_worker(pair: Any, inputs: Tensor) -> None:
     """Two heads, two workers, one key-value head that both have; base tokens beside edited ones keep their bits."""

@@ -495,6 +495,7 @@ def naming() -> dict[Path, set[str]]:
     return {path: named_kinds(ast.parse(path.read_text())) for path in product_files()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", NAMES.values())
 def test_a_kind_is_named_in_three_files(kind: str) -> None:
     """Where it is defined, its formula and its slots. Not counted: authoring methods, which build edits of a kind, and

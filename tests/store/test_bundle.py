@@ -94,6 +94,7 @@ def test_the_version_changes_with_any_number_and_any_field() -> None:
     assert len({made.version, nudged.version, renamed.version}) == 3
 
 
+@pytest.mark.long
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers(1 - 2**53, 2**53 - 1) | st.text(),

@@ -62,6 +62,7 @@ def test_a_disk_that_fails_at_any_write_leaves_a_whole_store(
     assert list(Path(folder.url, ".staging").iterdir()) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_a_disk_without_hard_links_is_read_and_not_written(
     folder: EditStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
