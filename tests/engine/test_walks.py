@@ -14,6 +14,7 @@ import httpx
 import psutil
 import pytest
 
+from loadtests.harness.metrics import Scrape
 from tests.support.bundles import base_of, publish, random_bundle
 from tests.support.engine import Serving, serve, wait_until
 from vllm_edits.edit_store.experiments.document import Experiment
@@ -126,8 +127,13 @@ def test_a_request_goes_the_way_that_is_written_down(traced: Traced) -> None:
     answer = ask(serving)
     assert answer.headers["x-edits-version"] == serving.bundles["polite"].version
     assert answer.headers["x-edits-experiment"].startswith("walk/")
-    ran = traced.while_(lambda: ask(serving))
-    holds("A request", ran)
+    before = exposures(serving)
+
+    def ask_and_wait() -> None:
+        ask(serving)
+        wait_until(lambda: exposures(serving) > before, "the exposure, which is recorded after the answer")
+
+    holds("A request", traced.while_(ask_and_wait))
 
 
 def test_a_swap_goes_the_way_that_is_written_down(traced: Traced) -> None:
@@ -140,6 +146,10 @@ def test_a_swap_goes_the_way_that_is_written_down(traced: Traced) -> None:
     phases = {phase for row in table("A swap") for phase in re.findall(r"\*(\w+)\*", row[0])}
     assert {*swap["seconds"], "drain", "wait"} == phases, "the phases of the table are those of a swap"
     holds("A swap", ran)
+
+
+def exposures(serving: Serving) -> float:
+    return Scrape.of(serving.url).sum("vllm_edits_exposures_total")
 
 
 def drained(serving: Serving) -> bool:
