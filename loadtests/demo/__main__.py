@@ -145,7 +145,7 @@ def tell(claims: Claims, *, keep: bool, fetched: Fetched | None) -> None:
         bar.add_task("starting vLLM, compiling the model", total=None)
         server.start()
     with server:
-        line = next(line for line in server.log_text().splitlines() if "MiB reserved" in line)
+        line = next(line for line in server.log_text().splitlines() if " reserved: " in line)
         console.print(f"  [dim]{line.split('] ', 1)[-1]}[/dim]")
         sent = asyncio.run(play(server, store, made, first, claims))
         if fetched:
