@@ -249,6 +249,10 @@ class Edit(BaseModel):
         return widths.of(Site.parse(self.site).point)
 
 
+EditsWithNumbers = Sequence[tuple[Edit, Fields]]
+"""Edits in the order in which they apply, each with its numbers."""
+
+
 class ReadingEdit(Edit):
     """An edit that reads one point and adds to another of the same layer, or reads the point it changes."""
 

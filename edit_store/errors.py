@@ -26,10 +26,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 class EditsError(Exception):
     """Base of every error raised on purpose. Its text says what was expected, what was found, and what to do."""
+
+    lasting: ClassVar[bool] = False
+    """True if the same attempt would fail again, so that it is not repeated by itself."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Reason:
 class BundleRefused(EditsError):
     """A bundle breaks one or more rules. Nothing was changed."""
 
+    lasting: ClassVar[bool] = True
+
     def __init__(self, what: str, reasons: Iterable[Reason]) -> None:
         self.what = what
         self.reasons = tuple(reasons)
@@ -55,6 +61,8 @@ class BundleRefused(EditsError):
 
 class NotTrusted(BundleRefused):
     """Signatures are missing, wrong or expired. It is checked again later, because signatures may be added."""
+
+    lasting: ClassVar[bool] = False
 
 
 class InstallRefused(BundleRefused):

@@ -18,13 +18,11 @@ from typing import Any
 
 from vllm_edits.edit_store.bundle import GATE_FIRINGS
 from vllm_edits.edit_store.errors import (
-    BundleRefused,
     Conflict,
     EditsError,
     ExperimentRefused,
     FeedbackRefused,
     NotFound,
-    NotTrusted,
     Overtaken,
     ShadowRefused,
     StoreUnavailable,
@@ -141,7 +139,7 @@ class LiveExperiments:
         if ref is None or not is_digest(ref.selector) or serves in self._servable:
             return
         before = self._refused.get(serves)
-        if isinstance(before, BundleRefused) and not isinstance(before, NotTrusted):  # it will not change
+        if before is not None and before.lasting:
             return
         try:
             await self._prepare(ref.name, ref.selector)

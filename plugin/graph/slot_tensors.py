@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from vllm_edits.edit_store.edits import Array, Edit
+from vllm_edits.edit_store.edits import EditsWithNumbers
 from vllm_edits.edit_store.kinds import SCALED
 from vllm_edits.plugin.graph.firing_counters import COUNTED, FiringCounters
 from vllm_edits.plugin.graph.reservation import Capacity
@@ -18,9 +17,6 @@ from vllm_edits.plugin.graph.slot_rows import Columns, Layout, Rows
 from vllm_edits.plugin.graph.stage import Stage
 from vllm_edits.plugin.graph.step import Step
 from vllm_edits.plugin.graph.tensor_parallel import AllReduce, Shard, identity
-
-GroupEdits = Sequence[tuple[Edit, Mapping[str, Array]]]
-"""Edits of one group in one version, in order, each with its arrays."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +80,7 @@ class SlotTensors(nn.Module):
         """One of the tensors in every slot: [S, *shape]."""
         return self.rows.tensor(self.layer, self.columns[name])
 
-    def fill(self, row: Tensor, numbers: GroupEdits, scope_row: int) -> None:
+    def fill(self, row: Tensor, numbers: EditsWithNumbers, scope_row: int) -> None:
         """Write several edits at once into a row [1, bytes] of zeros. Ranks that they do not use stay zero."""
         for name, values in {**self._values(numbers), "scope_row": scope_row}.items():
             if self.has(name):
@@ -107,7 +103,7 @@ class SlotTensors(nn.Module):
         """Vectors that the edits add at full strength."""
         raise NotImplementedError
 
-    def _values(self, numbers: GroupEdits) -> dict[str, Any]:
+    def _values(self, numbers: EditsWithNumbers) -> dict[str, Any]:
         """Values of the tensors for several edits at once, in any type; those without columns are left out."""
         raise NotImplementedError
 
@@ -134,6 +130,6 @@ class SlotTensors(nn.Module):
                 self._shares[name] = shape[-1]
 
 
-def stacked(numbers: GroupEdits, field: str) -> Tensor:
+def stacked(numbers: EditsWithNumbers, field: str) -> Tensor:
     """One field of several edits, their ranks one after the other."""
     return torch.cat([torch.as_tensor(fields[field]) for _, fields in numbers])

@@ -189,10 +189,8 @@ class Reconciler:
         """Record and log why an entry is not followed. The same reason is logged only once."""
         key, said = (entry.name, entry.tag), str(error)
         before = self.refused.get(key)
-        # More signatures may come, and a store may come back; a bundle that breaks a rule stays what it is.
-        lasting = isinstance(error, BundleRefused) and not isinstance(error, NotTrusted)
-        self.refused[key] = Refusal(entry.sequence, said, lasting)
-        if before is not None and (before.sequence, before.error) == (entry.sequence, said) and not lasting:
+        self.refused[key] = Refusal(entry.sequence, said, error.lasting)
+        if before is not None and (before.sequence, before.error) == (entry.sequence, said) and not error.lasting:
             return
         self.last_error = said
         reasons = error.reasons if isinstance(error, BundleRefused) else (Reason("error", said),)

@@ -19,12 +19,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Literal, get_args
+from typing import Literal
 
 from vllm_edits.plugin.metrics import Metrics
 
 Phase = Literal["fetch", "verify", "stage", "wait", "install", "switch", "drain"]
-PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 @dataclass

@@ -20,11 +20,11 @@ from torch import Tensor
 from vllm_edits.edit_store.architectures import Architecture
 from vllm_edits.edit_store.bundle import Manifest
 from vllm_edits.edit_store.byte_sizes import sized
-from vllm_edits.edit_store.edits import Edit, Tensors, order_at_site
+from vllm_edits.edit_store.edits import Edit, EditsWithNumbers, Tensors, order_at_site
 from vllm_edits.edit_store.errors import InstallRefused, Reason, UnsupportedHost
 from vllm_edits.edit_store.sites import Site
 from vllm_edits.plugin.graph.tensor_parallel import Shard
-from vllm_edits.plugin.weights.weight_form import EditsWithNumbers, formless, patched, touched
+from vllm_edits.plugin.weights.weight_form import formless, patched, touched
 
 
 @dataclass

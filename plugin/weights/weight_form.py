@@ -14,7 +14,7 @@ projection's input or output have no such form; nor has a constant where the pro
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -23,13 +23,10 @@ import torch
 from torch import Tensor
 
 from vllm_edits.edit_store.architectures import Architecture
-from vllm_edits.edit_store.edits import Edit
+from vllm_edits.edit_store.edits import Edit, EditsWithNumbers
 from vllm_edits.edit_store.errors import Reason
 from vllm_edits.edit_store.linear import AffineMap
 from vllm_edits.edit_store.sites import Site
-
-EditsWithNumbers = Sequence[tuple[Edit, Mapping[str, Any]]]
-"""Edits of one site in the order in which they apply, each with its arrays."""
 
 
 @dataclass(frozen=True)

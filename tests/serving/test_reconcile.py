@@ -182,28 +182,29 @@ UNRESERVED = LowRank(site="layers.0.mlp.out", reads="layers.0.mlp.h", rank=1)
 
 
 @pytest.mark.parametrize(
-    ("bad", "overrides", "code", "said"),
+    ("bad", "overrides", "code", "said", "phase"),
     [
-        (lambda: version_of("polite", OTHER_MODEL), {}, "base_model", "built for other"),
-        (lambda: version_of("polite", edit=UNRESERVED), {}, "capacity", "edits.reserve"),
-        (lambda: version_of("polite"), {"edits_stage": refuse}, "not_finite", "holds NaN"),
-        (lambda: version_of("polite"), {"edits_staged": refuse}, "not_finite", "holds NaN"),
-        (lambda: version_of("polite"), {"edits_install": refuse}, "not_finite", "holds NaN"),
-        (lambda: version_of("polite"), {"edits_install": refuse_afterwards}, "error", "CUDA error"),
-        (lambda: version_of("polite"), {"edits_install": lie}, "error", "workers disagree"),
+        (lambda: version_of("polite", OTHER_MODEL), {}, "base_model", "built for other", "verify"),
+        (lambda: version_of("polite", edit=UNRESERVED), {}, "capacity", "edits.reserve", "verify"),
+        (lambda: version_of("polite"), {"edits_stage": refuse}, "not_finite", "holds NaN", "stage"),
+        (lambda: version_of("polite"), {"edits_staged": refuse}, "not_finite", "holds NaN", "stage"),
+        (lambda: version_of("polite"), {"edits_install": refuse}, "not_finite", "holds NaN", "install"),
+        (lambda: version_of("polite"), {"edits_install": refuse_afterwards}, "error", "CUDA error", "install"),
+        (lambda: version_of("polite"), {"edits_install": lie}, "error", "workers disagree", "install"),
         pytest.param(
             lambda: version_of("polite"),
             {"edits_install": die},
             "error",
             "did not answer",
+            "install",
         ),
     ],
     ids=["base", "capacity", "stage", "staged", "install", "half-installed", "disagree", "raise"],
 )
 async def test_a_failed_swap_keeps_the_old_version_serving(
-    server: Server, bad: Callable[[], Bundle], overrides: dict[str, Any], code: str, said: str
+    server: Server, bad: Callable[[], Bundle], overrides: dict[str, Any], code: str, *, said: str, phase: str
 ) -> None:
-    """The reason is in the status and a metric, other variants are followed, and a mended version swaps in."""
+    """Reason and phase are in the status, the reason in a metric; others are followed, a mended version swaps in."""
     good, other, refused = version_of("polite"), version_of("zealous"), bad()
     await server.promote(good)
     in_flight = await start(server, "polite")
@@ -218,6 +219,7 @@ async def test_a_failed_swap_keeps_the_old_version_serving(
     status = server.status()
     assert said in status["last_error"]
     assert said in status["last_swap"]["error"]
+    assert status["last_swap"]["failed_in"] == phase
     assert said in status["variants"][0]["refused"]
     assert [row["sequence"] for row in status["refused"]] == [2]
     assert status["variants"][0]["version"] == good.version

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_edits.edit_store.edits import EditsWithNumbers
 from vllm_edits.edit_store.kinds.gate import Gate
 from vllm_edits.plugin.graph.kinds import register
 from vllm_edits.plugin.graph.slot_products import EXPRESSIONS, SlotProducts
 from vllm_edits.plugin.graph.slot_rows import Layout
-from vllm_edits.plugin.graph.slot_tensors import GroupEdits, Shape, SlotTensors, stacked
+from vllm_edits.plugin.graph.slot_tensors import Shape, SlotTensors, stacked
 from vllm_edits.plugin.graph.tensor_parallel import AllReduce, identity
 
 ACTIVATION_CODES = {"relu": 0, "jump_relu": 1, "step": 2, "silu": 3, "sigmoid": 4}
@@ -48,7 +49,7 @@ class GateSlots(SlotTensors):
         self._note(fired, token_scale)
         return added
 
-    def _values(self, numbers: GroupEdits) -> dict[str, Any]:
+    def _values(self, numbers: EditsWithNumbers) -> dict[str, Any]:
         gates = [(edit, fields) for edit, fields in numbers if isinstance(edit, Gate)]
         neurons = [edit for edit, _ in gates for _ in range(edit.rank)]
         values: dict[str, Any] = {

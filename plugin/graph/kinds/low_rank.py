@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
+from vllm_edits.edit_store.edits import EditsWithNumbers
 from vllm_edits.edit_store.kinds.low_rank import LowRank
 from vllm_edits.plugin.graph.kinds import register
 from vllm_edits.plugin.graph.slot_products import EXPRESSIONS, SlotProducts
 from vllm_edits.plugin.graph.slot_rows import Layout
-from vllm_edits.plugin.graph.slot_tensors import GroupEdits, Shape, SlotTensors, stacked
+from vllm_edits.plugin.graph.slot_tensors import Shape, SlotTensors, stacked
 from vllm_edits.plugin.graph.tensor_parallel import AllReduce, identity
 
 
@@ -27,7 +28,7 @@ class LowRankSlots(SlotTensors):
     def _added(self, x: Tensor, slots: Tensor, token_scale: Tensor | None) -> Tensor:
         return low_rank(x, slots, read=self.tensor("read"), write=self.tensor("write"), **self._sums())
 
-    def _values(self, numbers: GroupEdits) -> dict[str, Any]:
+    def _values(self, numbers: EditsWithNumbers) -> dict[str, Any]:
         return {field: stacked(numbers, field) for field in ("read", "write")}
 
 

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_edits.edit_store.edits import EditsWithNumbers
 from vllm_edits.edit_store.kinds.offset import Offset
 from vllm_edits.plugin.graph.carried import Carried
 from vllm_edits.plugin.graph.kinds import register
 from vllm_edits.plugin.graph.slot_rows import Layout
-from vllm_edits.plugin.graph.slot_tensors import GroupEdits, Shape, SlotTensors
+from vllm_edits.plugin.graph.slot_tensors import Shape, SlotTensors
 from vllm_edits.plugin.graph.stage import Stage
 from vllm_edits.plugin.graph.step import Step
 from vllm_edits.plugin.graph.tensor_parallel import AllReduce, identity
@@ -53,7 +54,7 @@ class OffsetSlots(SlotTensors):
         asked, token_scale = self.tensor("renorm")[slots].unsqueeze(-1) != 0, self.token_scale(step, slots)
         return asked if token_scale is None else asked & (token_scale != 0)
 
-    def _values(self, numbers: GroupEdits) -> dict[str, Any]:
+    def _values(self, numbers: EditsWithNumbers) -> dict[str, Any]:
         return {
             "vector": sum(torch.as_tensor(fields["vector"]) for _, fields in numbers),
             "renorm": any(isinstance(edit, Offset) and edit.renorm for edit, _ in numbers),

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_edits.edit_store.edits import EditsWithNumbers
 from vllm_edits.edit_store.kinds.scale import Scale
 from vllm_edits.plugin.graph.carried import Carried
 from vllm_edits.plugin.graph.kinds import register
 from vllm_edits.plugin.graph.slot_rows import Layout
-from vllm_edits.plugin.graph.slot_tensors import GroupEdits, Shape, SlotTensors
+from vllm_edits.plugin.graph.slot_tensors import Shape, SlotTensors
 from vllm_edits.plugin.graph.stage import Stage
 from vllm_edits.plugin.graph.step import Step
 
@@ -39,7 +40,7 @@ class ScaleSlots(SlotTensors):
     def _added(self, x: Tensor, slots: Tensor, token_scale: Tensor | None) -> Tensor:
         return scale(x, self.tensor("change"), slots)
 
-    def _values(self, numbers: GroupEdits) -> dict[str, Any]:
+    def _values(self, numbers: EditsWithNumbers) -> dict[str, Any]:
         factor = torch.ones(self._shape.writes.whole, dtype=torch.float64)
         for _, fields in numbers:
             each = torch.as_tensor(fields["factor"], dtype=torch.float64)

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_edits.edit_store.edits import EditsWithNumbers
 from vllm_edits.edit_store.kinds.subspace_filter import SubspaceFilter
 from vllm_edits.plugin.graph.kinds import register
 from vllm_edits.plugin.graph.slot_products import EXPRESSIONS, SlotProducts
 from vllm_edits.plugin.graph.slot_rows import Layout
-from vllm_edits.plugin.graph.slot_tensors import GroupEdits, Shape, SlotTensors
+from vllm_edits.plugin.graph.slot_tensors import Shape, SlotTensors
 from vllm_edits.plugin.graph.tensor_parallel import AllReduce, identity
 
 
@@ -39,7 +40,7 @@ class SubspaceFilterSlots(SlotTensors):
             added = added + pull(x, self.tensor("drop"), self.tensor("constant"), slots)
         return added
 
-    def _values(self, numbers: GroupEdits) -> dict[str, Any]:
+    def _values(self, numbers: EditsWithNumbers) -> dict[str, Any]:
         filters = [(edit, fields) for edit, fields in numbers if isinstance(edit, SubspaceFilter)]
         folded = SubspaceFilter.linear(filters, self._shape.writes.whole)
         drop = 1 - folded.factor[0]

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from tests.support.toy_kind.store import Clamp
+from vllm_edits.edit_store.edits import EditsWithNumbers
 from vllm_edits.plugin.graph.kinds import register
 from vllm_edits.plugin.graph.slot_rows import Layout
-from vllm_edits.plugin.graph.slot_tensors import GroupEdits, Shape, SlotTensors
+from vllm_edits.plugin.graph.slot_tensors import Shape, SlotTensors
 
 
 class ClampSlots(SlotTensors):
@@ -24,7 +25,7 @@ class ClampSlots(SlotTensors):
         bound = self.tensor("bound")[slots].unsqueeze(-1)
         return torch.where(bound > 0, x.clamp(-bound, bound) - x, 0.0)
 
-    def _values(self, numbers: GroupEdits) -> dict[str, Any]:
+    def _values(self, numbers: EditsWithNumbers) -> dict[str, Any]:
         return {"bound": min(float(fields["bound"][0]) for _, fields in numbers)}
 
 
