@@ -41,6 +41,8 @@ PER_TOKEN: Edges = (
 )  # fmt: skip
 PHASE: Edges = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
+GROWTH: Edges = (0.01, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -121,6 +123,20 @@ METRICS = (
         "Time of each phase of a swap: fetch, verify, stage, wait (before the weights change), install, switch, drain.",
         ("phase",),
         PHASE,
+    ),
+    Metric("reserved_bytes", "gauge", "Device memory of all slots in one worker."),
+    Metric("growths", "counter", "Growths of the reservation, by result: ok, error.", ("result",)),
+    Metric(
+        "growth_phase",
+        "gauge",
+        "1 for the phase of a growth that runs: planned, compiling, waiting, switching.",
+        ("phase",),
+    ),
+    Metric("growth_seconds", "histogram", "Time of each phase of a growth of the reservation.", ("phase",), GROWTH),
+    Metric(
+        "growth_longest_pause_seconds",
+        "gauge",
+        "Longest time that the last growth kept a worker from computing a step.",
     ),
     Metric("store_head_age_seconds", "gauge", "Seconds since the server last read the store's heads."),
     Metric("store_errors", "counter", "Failed reads of the store's heads."),
@@ -245,6 +261,11 @@ class Metrics:
     installs: Counter
     swaps: Counter
     swap_seconds: Histogram
+    reserved_bytes: Gauge
+    growths: Counter
+    growth_phase: Gauge
+    growth_seconds: Histogram
+    growth_longest_pause_seconds: Gauge
     store_head_age_seconds: Gauge
     store_errors: Counter
     signature_policy: Gauge

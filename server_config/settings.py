@@ -6,7 +6,7 @@ and they are part of the key of vLLM's compile cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError
@@ -20,6 +20,7 @@ from vllm_edits.edit_store.refs import DEFAULT_TAG, is_bundle_name, is_name, is_
 from vllm_edits.edit_store.trust import Enforcement
 
 KEY = "edits"
+Grow = Literal["auto", "ask", "never"]
 
 
 def _one_of(known: Callable[[], Sequence[str]]) -> PlainValidator:
@@ -104,6 +105,16 @@ class EditSettings(BaseModel):
         le=64,
         description="Largest number of scopes in one version. Default: the largest number in a version promoted at "
         "start.",
+    )
+    grow: Grow = Field(
+        default="auto",
+        description="What happens to a promoted version that does not fit: `auto` makes the reservation grow while the "
+        "server runs, `ask` only on `vllm-edits reserve grow`, `never` refuses it.",
+    )
+    grow_bytes: int | None = Field(
+        default=None,
+        ge=1 << 20,
+        description="Device memory that all slots may take after a growth, in each worker. Default: what is free.",
     )
     default_tag: Annotated[str, AfterValidator(_tag)] = Field(
         default=DEFAULT_TAG, description="Tag that a variant name without a tag refers to."
@@ -195,6 +206,15 @@ def read_settings(additional_config: object) -> EditSettings:
         return EditSettings.model_validate(additional_config[KEY])
     except ValidationError as error:
         raise SettingsError("\n".join(["invalid settings:", *map(_explain, error.errors())])) from None
+
+
+def read_entries(entries: Iterable[Mapping[str, Any]]) -> list[Reserve]:
+    """Read entries of the setting `reserve`. SettingsError lists every unknown or invalid value."""
+    try:
+        return [Reserve.model_validate(entry) for entry in entries]
+    except ValidationError as error:
+        problems = [{**problem, "loc": ("reserve", *problem["loc"])} for problem in error.errors()]
+        raise SettingsError("\n".join(["invalid entries:", *map(_explain, problems)])) from None
 
 
 def _explain(problem: Any) -> str:

@@ -84,7 +84,7 @@ def _edited(layers: int, kinds: Sequence[str], rank: int) -> tuple[nn.Module, Te
             EditedModel(
                 site_modules(model, ARCHITECTURE, widths), Reservation.for_versions([asked]),
                 slots=SLOTS, max_tokens=MOST_TOKENS, dtype=DTYPE, device=META,
-            )  # fmt: skip
+            ).attach()  # fmt: skip
         angles = torch.empty(TOKENS, 1, widths.head_dim // 2, dtype=DTYPE)
         return model, torch.empty(TOKENS, widths.hidden, dtype=DTYPE), angles, torch.empty_like(angles)
 

@@ -69,6 +69,8 @@ def show_status(found: dict[str, Any]) -> None:
         ended = swap["error"] or phases or "nothing to install"
         version = (swap["to_version"] or "none")[:12]
         plain(f"last swap {swap['variant']}@{swap['tag']} to {version} at {swap['at']}: {ended}")
+    if (growth := found["reservation"]["last"]) and found["reservation"]["growing"]:
+        plain(f"the reservation grows for {', '.join(growth['wanted_by'])}, phase {growth['phase']}")
     for refused in found["refused"]:
         plain(f"refused {refused['name']}@{refused['tag']}: {refused['error']}")
     for broken in found["broken_histories"]:

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from vllm_edits.edit_store.bundle import Manifest
 from vllm_edits.edit_store.edits import Edit, Tensors
-from vllm_edits.edit_store.errors import InstallRefused, UnsupportedHost
+from vllm_edits.edit_store.errors import InstallRefused
 from vllm_edits.edit_store.kinds import KINDS
 from vllm_edits.edit_store.scope import Scope
 from vllm_edits.edit_store.sites import Site
 from vllm_edits.plugin.claim import Claim, FalseClaim
 from vllm_edits.plugin.graph.carried import Carried
 from vllm_edits.plugin.graph.device_rows import DeviceRows
-from vllm_edits.plugin.graph.edited_modules import LogitsEdits, ModuleEdits, edited_class, edited_logits
+from vllm_edits.plugin.graph.edited_modules import EditedModules, LogitsEdits
 from vllm_edits.plugin.graph.firing_counters import FiringCounters
 from vllm_edits.plugin.graph.kinds import SLOT_TENSORS
 from vllm_edits.plugin.graph.reservation import EditGroup, Reservation, edit_groups, scopes_of
@@ -53,8 +53,8 @@ class SiteModule:
     """this worker's part of the site's vector"""
     argument: tuple[str, int]
     """name and place of the module's input among its forward's arguments"""
-    leave_partial: Callable[[], None]
-    """makes the module no longer add up the workers' parts"""
+    add_up: Callable[[Any, bool], None]
+    """tells the module, or a copy of it, whether it adds up the workers' parts"""
     is_layer: bool = False
 
 
@@ -99,9 +99,12 @@ class EditedModel:
         """over_workers: adds up, in the graph, the parts of a sum of all workers among which the model is divided.
         products: how tokens are multiplied with the vectors of their slots where an edit has several.
         end_request: called with a request whose claim is false; returns True if that request alone will end.
+
+        The model is not changed until `attach`.
         """
         self.worker = worker
         self.reservation = reservation
+        self.edits_logits = reservation.edits_logits
         self.slots = slots
         self.dtype = dtype
         self.step = Step(max_tokens, 1 + reservation.scopes, device)
@@ -113,7 +116,8 @@ class EditedModel:
         self._filler = StepFiller(self.step, self.slot_of, self._scopes, slots=slots, end_request=end_request)
         self._output: Tensor | None = None
         self._at_logits: LogitsEdits | None = None
-        most = max_tokens if reservation.edits_logits else 0
+        self._around = EditedModules()
+        most = max_tokens if self.edits_logits else 0
         self._last_rows = DeviceRows(torch.zeros(most, dtype=torch.int64, device=device), 0)
         """the rows of requests' last tokens"""
         self._carried: dict[int | None, Carried] = {}
@@ -121,14 +125,11 @@ class EditedModel:
         self._over_workers = over_workers
         read_elsewhere = reservation.read_elsewhere()
         edits_of_site = {
-            site: self._attach_edits(site, site_modules[site])
-            for site in sorted({*reservation.sites(), *read_elsewhere})
+            site: self._edits_at(site, site_modules[site]) for site in sorted({*reservation.sites(), *read_elsewhere})
         }
         # With tensor parallel, some groups join the all-reduce of their module: their edits are put before it.
         joining = {group for group in reservation.capacities if _joins_sum(group, reservation, site_modules)}
-        within = {
-            site: self._attach_edits_before_sum(site, site_modules[site]) for site in {group.site for group in joining}
-        }
+        within = {site: self._edits_before_sum(site, site_modules[site]) for site in {group.site for group in joining}}
         self._edited_sites = {
             **{str(site): (site, site_edits) for site, site_edits in edits_of_site.items()},
             **{f"{site} before the sum over workers": (site, site_edits) for site, site_edits in within.items()},
@@ -171,37 +172,38 @@ class EditedModel:
             edits_of_site[max(group.site for group in counted)].count_with(firings)
         return firings
 
-    def _attach_edits(self, site: Site, site_module: SiteModule) -> SiteEdits:
-        """Put a site's edits around its module. The first call for a module exchanges its class."""
-        module: Any = site_module.module
+    def _edits_at(self, site: Site, site_module: SiteModule) -> SiteEdits:
+        """The edits of a site, around its module."""
         carried = self._carried.setdefault(site.layer, Carried())
         if site.point == "logits":
             site_edits = SiteEdits(Step(1, 1, self.step.slots.device), site_module.shard.width, carried)
-            module.edits = self._at_logits = LogitsEdits(site_edits, self.step, self._logit_rows, *site_module.argument)
-            module.__class__ = edited_logits(module.__class__)
+            self._at_logits = LogitsEdits(site_edits, self.step, self._logit_rows, *site_module.argument)
+            self._around.logits(site_module.module, self._at_logits)
             return site_edits
         site_edits = SiteEdits(self.step, site_module.shard.width, carried, site_module.shard.sum(self._over_workers))
-        if "forward" in vars(module):
-            raise UnsupportedHost(
-                f"the module behind {site} has a forward of its own, which edits would not be part of"
-            )
-        if not isinstance(getattr(module, "edits", None), ModuleEdits):
-            module.edits = ModuleEdits(*site_module.argument)
-            module.__class__ = edited_class(module.__class__, stream=site_module.is_layer)
+        edits = self._around.of(site_module.module, str(site), site_module.argument, stream=site_module.is_layer)
         if site_module.side == "input":
-            module.edits.before = site_edits
+            edits.before = site_edits
         else:
-            module.edits.after.append(site_edits)
-            module.edits.starts.append(site_module.start)
+            edits.after.append(site_edits)
+            edits.starts.append(site_module.start)
         return site_edits
 
-    def _attach_edits_before_sum(self, site: Site, site_module: SiteModule) -> SiteEdits:
-        """Put edits around this worker's part of a module's output, and add up all parts behind them."""
-        module: Any = site_module.module
+    def _edits_before_sum(self, site: Site, site_module: SiteModule) -> SiteEdits:
+        """The edits of this worker's part of a module's output; all parts are added up behind them."""
         site_edits = SiteEdits(self.step, site_module.shard.width, self._carried[site.layer])
-        site_module.leave_partial()
-        module.edits.within, module.edits.sum = site_edits, self._over_workers
+        edits = self._around.of(site_module.module, str(site), site_module.argument, stream=site_module.is_layer)
+        edits.within, edits.sum = site_edits, self._over_workers
+        self._around.partial[site_module.module] = site_module.add_up
         return site_edits
+
+    def attach(self, instead_of: Mapping[nn.Module, nn.Module] | None = None) -> None:
+        """Put the edits around the modules of the model, or around copies of them: `instead_of` has them by module."""
+        self._around.attach(instead_of or {})
+
+    def detach(self) -> None:
+        """Make the modules of the model what they were."""
+        self._around.detach()
 
     @property
     def bytes_reserved(self) -> int:
@@ -273,6 +275,49 @@ class EditedModel:
              {edit: int(counts[firings][slot, columns].sum()) for edit, firings, columns in self._counted[slot]})
             for slot in counting
         ]  # fmt: skip
+
+    # -- growth --------------------------------------------------------------------------------------------------------
+
+    def carry(self, slot: int, prepared: Prepared, old: EditedModel) -> None:
+        """Write a version that is in the same slot of `old`, prepared for this reservation.
+
+        RuntimeError if a number would not be the same, bit for bit.
+        """
+        self.install(slot, prepared)
+        if old.held.get(slot) == prepared.version:  # else its slot was cleared meanwhile
+            self._require_same(slot, old)
+
+    def go_on_from(self, old: EditedModel) -> None:
+        """Take the place of `old`: go on with its counts and its weights, and clear slots that it does not hold."""
+        for slot in [slot for slot, version in self.held.items() if old.held.get(slot) != version]:
+            self.clear(slot)
+        for slot in self.held:
+            self._copy_counts(slot, old)
+        self.in_weights, self._output = old.in_weights, old._output
+        self._filler.forget()
+
+    def plain_copies(self, root: nn.Module) -> dict[nn.Module, nn.Module]:
+        """Copies of a module and all modules in it, by original: without edits, with the same parameters."""
+        return self._around.plain_copies(root)
+
+    def _require_same(self, slot: int, old: EditedModel) -> None:
+        """RuntimeError unless a slot has all numbers that it has in `old`, and zeros where an edit has more ranks."""
+        for group, tensors in old._slot_tensors.items():
+            for name, columns in tensors.columns.items():
+                mine = self._slot_tensors[group].columns[name]
+                before = torch.atleast_1d(columns.of(old._rows.view(columns.dtype))[slot])
+                after = torch.atleast_1d(mine.of(self._rows.view(mine.dtype))[slot])
+                if not _same_bits(after[: len(before)], before) or after[len(before) :].any():
+                    raise RuntimeError(
+                        f"slot {slot} does not keep its numbers: {name} of {group.kind} at {group.site} differs"
+                    )
+
+    def _copy_counts(self, slot: int, old: EditedModel) -> None:
+        """Go on counting a slot's tokens and firings from the figures of `old`."""
+        self._filler.tokens_by_slot[slot] = old._filler.tokens_by_slot[slot]
+        before = {label: firings.counts[slot, columns] for label, firings, columns in old._counted.get(slot, ())}
+        for label, firings, columns in self._counted.get(slot, ()):
+            firings.counts[slot, columns] = before[label]
 
     # -- proof ---------------------------------------------------------------------------------------------------------
 
@@ -367,6 +412,10 @@ def _joins_sum(group: EditGroup, reservation: Reservation, site_modules: Mapping
     stage = KINDS[group.kind].order.stage
     here = (each for each in reservation.capacities if each.site == each.reads == group.site)
     return all(KINDS[each.kind].order.stage > stage for each in here)
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
 def _digest(version: str, row: Tensor) -> str:

@@ -3,19 +3,27 @@
 A module stays the same object with the same parameters; only its class becomes a subclass whose forward applies the
 edits around the original one (as torch's own parametrization does). So weight names, isinstance checks and the
 reloading of weights work as before. Slot tensors are in a child module named `edits` and never change their address.
+
+A worker may have the edits of two reservations at once: those that serve, and those that take their place when the
+reservation grows. Only one of them is attached.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.plugin.graph.site_edits import SiteEdits
 from vllm_edits.plugin.graph.step import Step
 from vllm_edits.plugin.graph.tensor_parallel import AllReduce, identity
+
+_EDITS = "edits"
+"""the name of the edits among a module's children"""
 
 
 class ModuleEdits(nn.Module):
@@ -112,3 +120,69 @@ def edited_class(cls: type[Any], *, stream: bool) -> type[nn.Module]:
 
     Edited.__name__ = Edited.__qualname__ = f"Edited{cls.__name__}"
     return Edited
+
+
+class EditedModules:
+    """The edits around all modules of a model: attached together, and detached together."""
+
+    def __init__(self) -> None:
+        self.partial: dict[nn.Module, Callable[[Any, bool], None]] = {}
+        """modules that do not add up the workers' parts while edits are attached, each with what tells it so"""
+        self._edits: dict[nn.Module, tuple[ModuleEdits | LogitsEdits, Callable[[Any], type[nn.Module]]]] = {}
+        """edits around each module, and the function from its class to the class with edits"""
+        self._plain: dict[nn.Module, type[nn.Module]] = {}
+        """the class of each module without edits, while they are attached"""
+
+    def of(self, module: nn.Module, site: str, argument: tuple[str, int], *, stream: bool) -> ModuleEdits:
+        """The edits around the module of a site; `stream`: it is a decoder layer."""
+        if module not in self._edits:
+            if "forward" in vars(module):
+                raise UnsupportedHost(
+                    f"the module behind {site} has a forward of its own, which edits would not be part of"
+                )
+            self._edits[module] = ModuleEdits(*argument), functools.partial(edited_class, stream=stream)
+        edits: Any = self._edits[module][0]
+        found: ModuleEdits = edits
+        return found
+
+    def logits(self, module: nn.Module, edits: LogitsEdits) -> None:
+        """Put edits around the module that computes logits."""
+        self._edits[module] = edits, edited_logits
+
+    def attach(self, instead_of: Mapping[nn.Module, nn.Module]) -> None:
+        """Exchange the modules' classes. instead_of: copies of modules that get the edits in their place."""
+        for original, (edits, with_edits) in self._edits.items():
+            module: Any = instead_of.get(original, original)
+            self._plain[module] = module.__class__
+            module.edits, module.__class__ = edits, with_edits(module.__class__)
+        for original, add_up in self.partial.items():
+            add_up(instead_of.get(original, original), False)
+
+    def plain_copies(self, root: nn.Module) -> dict[nn.Module, nn.Module]:
+        """Copies of a module and all modules in it, by original: without edits, with the same parameters."""
+        copies: dict[nn.Module, nn.Module] = {}
+
+        def copied(module: Any) -> nn.Module:
+            if module not in copies:
+                other: Any = copy.copy(module)
+                copies[module], plain = other, self._plain.get(module)
+                other.__class__ = plain or module.__class__
+                vars(other)["_modules"] = {
+                    name: child if child is None else copied(child) for name, child in vars(module)["_modules"].items()
+                    if plain is None or name != _EDITS
+                }  # fmt: skip
+            return copies[module]
+
+        copied(root)
+        for module, add_up in self.partial.items():
+            add_up(copies[module], True)
+        return copies
+
+    def detach(self) -> None:
+        """Make the modules what they were."""
+        for module, plain in self._plain.items():
+            module.__class__ = plain
+            delattr(module, _EDITS)
+        self._plain.clear()
+        for module, add_up in self.partial.items():
+            add_up(module, True)

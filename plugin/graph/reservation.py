@@ -123,6 +123,13 @@ class Reservation:
                 capacities[group] = capacities.get(group, Capacity()) | capacity
         return cls(capacities, scopes)
 
+    def __or__(self, other: Reservation) -> Reservation:
+        """The smallest reservation that holds both."""
+        capacities = dict(self.capacities)
+        for group, capacity in other.capacities.items():
+            capacities[group] = capacities.get(group, Capacity()) | capacity
+        return Reservation(capacities, max(self.scopes, other.scopes))
+
     @property
     def edits_logits(self) -> bool:
         """True if the logits can be edited, which are computed after the model and for some tokens only."""

@@ -10,19 +10,17 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, HTTPException, Query, Request
+from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 
-from vllm_edits.edit_store.errors import AmbiguousVersion, BundleRefused, CannotSign, Conflict, EditsError, NotFound
+from vllm_edits.edit_store.errors import EditsError
 from vllm_edits.plugin import headers
-from vllm_edits.plugin.http import admin_token, experiment_routes
+from vllm_edits.plugin.http import admin_token, experiment_routes, reservation_routes
 from vllm_edits.plugin.http.api_key import ApiKeys
 from vllm_edits.plugin.http.middleware import OURS
-from vllm_edits.plugin.serving.coordinator import Coordinator, NotFollowed, TagChange
-
-_STATUS = {
-    CannotSign: 403, NotFound: 404, AmbiguousVersion: 409, Conflict: 409, BundleRefused: 422, NotFollowed: 422,
-}  # fmt: skip
+from vllm_edits.plugin.http.statuses import status_of
+from vllm_edits.plugin.serving.coordinator import Coordinator, TagChange
 
 
 class Promotion(BaseModel):
@@ -74,10 +72,11 @@ def router(
     async def changed(request: Request, change: TagChange) -> Any:
         actor = f"http:{request.client.host if request.client else 'unknown'}"
         try:
-            return await coordinator().change(replace(change, actor=actor))
+            answer = await coordinator().change(replace(change, actor=actor))
         except EditsError as error:
-            status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 503)
-            raise HTTPException(status, detail=str(error)) from error
+            raise HTTPException(status_of(error), detail=str(error)) from error
+        awaits = answer["swap"] is not None and answer["swap"]["awaits_capacity"]
+        return JSONResponse(answer, status_code=202 if awaits else 200)
 
     @changes.put("/{name}", summary="Promote a version: append to the store, then follow it")
     async def promote(name: str, body: Promotion, request: Request) -> Any:
@@ -91,6 +90,7 @@ def router(
     async def withdraw(name: str, request: Request, tag: TagQuery = None, reason: ReasonQuery = "") -> Any:
         return await changed(request, TagChange("withdraw", name, tag, reason=reason))
 
+    reservation_routes.add_to(routes, changes, coordinator)
     routes.include_router(changes)
     return routes
 

@@ -23,6 +23,7 @@ from vllm_edits.plugin.graph.reservation import Reservation, SlotBytes
 from vllm_edits.plugin.metrics import Metrics
 from vllm_edits.plugin.request import Request
 from vllm_edits.plugin.serving.admission import Admission
+from vllm_edits.plugin.serving.growth import Growth
 from vllm_edits.plugin.serving.lease import Lease
 from vllm_edits.plugin.serving.reconcile import Reconciler
 from vllm_edits.plugin.serving.slots import Slots
@@ -31,6 +32,7 @@ from vllm_edits.plugin.serving.variants import Choice
 from vllm_edits.plugin.serving.versions import KnownVersions, Versions
 from vllm_edits.plugin.serving.weights_mode import Running, WeightsMode
 from vllm_edits.plugin.serving.workers import Workers, ask
+from vllm_edits.server_config.settings import Grow
 
 
 class NotFollowed(EditsError):
@@ -48,6 +50,15 @@ class TagChange:
     """version to promote: its digest, or the first digits"""
     reason: str = ""
     actor: str = ""
+
+
+@dataclass(frozen=True)
+class CapacityWish:
+    """What an operator wants to be reserved: for versions (name, name@tag or name@version), and by explicit entries."""
+
+    versions: Sequence[str] = ()
+    reserve: Sequence[Mapping[str, Any]] = ()
+    scopes: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,6 +95,12 @@ class Coordinator(Protocol):
     async def change(self, change: TagChange) -> Mapping[str, Any]:
         """Append a change to the store and follow it at once. Returns the entry and the swap."""
 
+    async def grow(self, wish: CapacityWish) -> Mapping[str, Any]:
+        """Begin to make capacity for what an operator wants. Returns the state of the reservation.
+
+        NotFound, BundleRefused or SettingsError if it is not valid; InstallRefused if the server may not grow.
+        """
+
     def record(self, record: Record) -> None:
         """Record that a request of an experiment, or a shadowed request, has ended."""
 
@@ -102,6 +119,8 @@ class Extras:
     exposures: ExposureLog | None = None
     feedback_tokens: FeedbackTokens | None = None
     resolver: Resolver | None = None
+    grow: Grow = "never"
+    grow_bytes: int | None = None
 
 
 class LocalCoordinator:
@@ -119,7 +138,11 @@ class LocalCoordinator:
             resolver=extras.resolver,
         )  # fmt: skip
         self.slots = Slots(slots, workers, metrics, info=known.__getitem__, fired=self.experiments.fired)
-        self.versions = Versions(reader, known, self.slots, base=base, reservation=reservation, slot_bytes=slot_bytes)
+        self.growth = Growth(
+            reservation, workers, self.slots, metrics, slot_bytes=slot_bytes, grow=extras.grow,
+            limit_bytes=extras.grow_bytes, grown=self._follow_again,
+        )  # fmt: skip
+        self.versions = Versions(reader, known, self.slots, self.growth, base=base)
         self.weights = WeightsMode(
             extras.weights_key, partial(ask, workers), running=extras.weights_running,
             patience_seconds=extras.weights_patience_seconds, inside=self._inside,
@@ -133,6 +156,10 @@ class LocalCoordinator:
             lambda: self.reconciler.table, versions=self.versions, slots=self.slots, experiments=self.experiments,
             weights=self.weights, metrics=metrics,
         )  # fmt: skip
+
+    async def _follow_again(self) -> None:
+        """Follow the promotions that waited for a growth of the reservation."""
+        await self.reconciler.sync()
 
     def _inside(self) -> int:
         """The number of requests in flight."""
@@ -156,12 +183,22 @@ class LocalCoordinator:
         return Served(list(table.served()), table.in_weights is None, tuple(sorted(self.experiments.names - known)))
 
     async def status(self) -> Mapping[str, Any]:
-        return status(self.reconciler, self.admission, self.slots, self.experiments, self.weights)
+        return status(
+            self.reconciler, self.admission, self.slots, experiments=self.experiments, weights=self.weights,
+            growth=self.growth,
+        )  # fmt: skip
 
     async def sync(self) -> Mapping[str, Any]:
         swaps = await self.reconciler.sync(retry_refused=True, wait_for_weights=True)
         await self.slots.read_firings()
         return {"swaps": [asdict(swap) for swap in swaps], "last_error": self.reconciler.last_error}
+
+    async def grow(self, wish: CapacityWish) -> Mapping[str, Any]:
+        needed = self.versions.capacity(wish.reserve, wish.scopes)
+        for ref in wish.versions:
+            needed = needed | await self.versions.needs(ref, self.reconciler.table.default_tag)
+        self.growth.start(", ".join([*wish.versions, *(["explicit entries"] if wish.reserve else [])]), needed)
+        return self.growth.status()
 
     def record(self, record: Record) -> None:
         self.experiments.record(record)
@@ -174,7 +211,7 @@ class LocalCoordinator:
         key = entry.name, entry.tag
         swaps = await self.reconciler.sync(retry_refused=True, wait_for_weights=key == self.weights.key)
         swap = next((swap for swap in swaps if (swap.variant, swap.tag) == key), None)
-        if swap is not None and swap.error:
+        if swap is not None and swap.error and not swap.awaits_capacity:
             raise NotFollowed(
                 f"the {change.operation} was written to the store, but this server did not follow it: {swap.error}"
             )

@@ -33,7 +33,7 @@ from vllm_edits.edit_store.private_folder import private_folder
 from vllm_edits.plugin.experiments.records import Record
 from vllm_edits.plugin.request import Request
 from vllm_edits.plugin.serving import coordinator as coordinating
-from vllm_edits.plugin.serving.coordinator import Coordinator, Served, TagChange
+from vllm_edits.plugin.serving.coordinator import CapacityWish, Coordinator, Served, TagChange
 from vllm_edits.plugin.serving.lease import Lease
 from vllm_edits.plugin.serving.variants import Choice
 from vllm_edits.plugin.serving.workers import Workers
@@ -158,6 +158,8 @@ class _Process:
             return asdict(await self._coordinator.served())
         if call == "change":
             return await self._coordinator.change(TagChange(**message["change"]))
+        if call == "grow":
+            return await self._coordinator.grow(CapacityWish(**message["wish"]))
         if call == "feedback":
             return await self._coordinator.feedback(message["request"], message["metric"], message["value"])
         return await (self._coordinator.status() if call == "status" else self._coordinator.sync())
@@ -243,6 +245,10 @@ class RemoteCoordinator:
 
     async def change(self, change: TagChange) -> Mapping[str, Any]:
         found: Mapping[str, Any] = await self._ask("change", change=asdict(change))
+        return found
+
+    async def grow(self, wish: CapacityWish) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = await self._ask("grow", wish=asdict(wish))
         return found
 
     async def feedback(self, request: str, metric: str, value: float) -> Mapping[str, Any]:

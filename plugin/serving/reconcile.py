@@ -22,6 +22,7 @@ from vllm_edits.edit_store.storage.store import TagEntry, TagKey
 from vllm_edits.edit_store.trust import Enforcement
 from vllm_edits.plugin.experiments.live_experiments import LiveExperiments
 from vllm_edits.plugin.metrics import OTHER, UNKNOWN, Metrics
+from vllm_edits.plugin.serving.growth import AwaitsCapacity
 from vllm_edits.plugin.serving.slots import Slots
 from vllm_edits.plugin.serving.swap import Swap
 from vllm_edits.plugin.serving.variants import BASE, VariantTable
@@ -174,7 +175,7 @@ class Reconciler:
             if isinstance(error, NotTrusted) and key not in self.followed:  # at start: nothing is served for this tag
                 await self._follow_last_trusted(entry)
             self.last_swap = swap
-            swap.error = str(error)
+            swap.error, swap.awaits_capacity = str(error), isinstance(error, AwaitsCapacity)
             self._refuse(entry, swap, error)
             return swap
         self.refused.pop(key, None)
@@ -191,6 +192,9 @@ class Reconciler:
         before = self.refused.get(key)
         self.refused[key] = Refusal(entry.sequence, said, error.lasting)
         if before is not None and (before.sequence, before.error) == (entry.sequence, said) and not error.lasting:
+            return
+        if swap.awaits_capacity:
+            logger.info("swap waits variant=%s@%s serving=%s: %s", *key, (self._serving(entry) or "nothing")[:12], said)
             return
         self.last_error = said
         reasons = error.reasons if isinstance(error, BundleRefused) else (Reason("error", said),)

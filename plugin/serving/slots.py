@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,6 +89,16 @@ class Slots:
             reading.add_done_callback(lambda task: self._has_read(version, task))
         # A cancelled caller does not stop it for the others.
         await asyncio.shield(reading)
+
+    def forget_ready(self) -> None:
+        """Note that no version is ready in the workers' memory any more: the slots have other tensors."""
+        self._ready.clear()
+
+    @asynccontextmanager
+    async def no_installs(self) -> AsyncIterator[None]:
+        """Keep every install waiting in the block, and wait for one that runs."""
+        async with self._installing:
+            yield
 
     def _has_read(self, version: str, task: asyncio.Task[None]) -> None:
         del self._reading[version]

@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm_edits.plugin.experiments.live_experiments import LiveExperiments
 from vllm_edits.plugin.serving.admission import Admission
+from vllm_edits.plugin.serving.growth import Growth
 from vllm_edits.plugin.serving.reconcile import Reconciler
 from vllm_edits.plugin.serving.slots import Slots
 from vllm_edits.plugin.serving.variants import BASE
@@ -15,8 +16,9 @@ from vllm_edits.plugin.serving.weights_mode import WeightsMode
 
 
 def status(
-    reconciler: Reconciler, admission: Admission, slots: Slots, experiments: LiveExperiments, weights: WeightsMode
-) -> Mapping[str, Any]:
+    reconciler: Reconciler, admission: Admission, slots: Slots, *, experiments: LiveExperiments, weights: WeightsMode,
+    growth: Growth,
+) -> Mapping[str, Any]:  # fmt: skip
     """The state of one server."""
     table, residency = reconciler.table, slots.residency
     return {
@@ -64,6 +66,7 @@ def status(
             ],
             "waiting": slots.waiting(),
         },
+        "reservation": growth.status(),
         "last_swap": asdict(reconciler.last_swap) if reconciler.last_swap else None,
         "last_error": reconciler.last_error,
         "store": {"url": reconciler.reader.url, "head_age_seconds": reconciler.head_age()},

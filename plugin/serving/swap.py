@@ -42,6 +42,8 @@ class Swap:
     error: str = ""
     failed_in: Phase | None = None
     """the phase that failed, or None if the error came before the first phase"""
+    awaits_capacity: bool = False
+    """True if the reservation is growing for the version: the swap is attempted again when it has grown"""
 
     @contextmanager
     def phase(self, name: Phase, metrics: Metrics) -> Iterator[None]:

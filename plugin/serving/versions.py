@@ -8,20 +8,24 @@ only versions that it has checked.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from vllm_edits.edit_store import verify
+from vllm_edits.edit_store.architectures import supported
 from vllm_edits.edit_store.base_ref import BaseModelRef
-from vllm_edits.edit_store.errors import InstallRefused, NotTrusted, Reason
+from vllm_edits.edit_store.errors import NotTrusted, Reason
 from vllm_edits.edit_store.reading.reader import Reader
 from vllm_edits.edit_store.storage.store import TagEntry
 from vllm_edits.edit_store.trust import Enforcement
-from vllm_edits.plugin.graph.reservation import Reservation, SlotBytes
+from vllm_edits.plugin.graph.reservation import Reservation
+from vllm_edits.plugin.serving.growth import Growth
 from vllm_edits.plugin.serving.slots import Slots
 from vllm_edits.plugin.serving.swap import Phase
 from vllm_edits.plugin.short_turns import in_thread
 from vllm_edits.plugin.version_info import NO_INFO, VersionInfo
+from vllm_edits.server_config.settings import read_entries
 
 logger = logging.getLogger("vllm.edits")
 
@@ -55,34 +59,45 @@ class Versions:
     """Fetches, verifies and stages versions."""
 
     def __init__(
-        self, reader: Reader, known: KnownVersions, slots: Slots, *, base: BaseModelRef, reservation: Reservation,
-        slot_bytes: SlotBytes,
-    ) -> None:  # fmt: skip
+        self, reader: Reader, known: KnownVersions, slots: Slots, growth: Growth, *, base: BaseModelRef
+    ) -> None:
         self.reader = reader
         self.known = known
         self._slots = slots
+        self._growth = growth
         self._base = base
-        self._reservation = reservation
-        self._slot_bytes = slot_bytes
 
     async def check(self, version: str, timed: Timed = _untimed, *, per_request: bool = False) -> None:
         """Fetch and verify a version. BundleRefused lists every reason. Clients see nothing of it.
 
-        per_request: InstallRefused if the reservation is too small for it.
+        per_request: it needs a slot. AwaitsCapacity if the reservation grows for it; InstallRefused if it cannot.
         """
         with timed("fetch"):
             bundle = await in_thread(self.reader.bundle, version)
         with timed("verify"):
             await in_thread(verify.check, bundle, self._base)
             self.known.add(version, VersionInfo.of(bundle.manifest))
-            if per_request and (missing := self._reservation.missing(bundle.manifest, self._slot_bytes)):
-                raise InstallRefused(f"version {version[:12]} of {bundle.manifest.name!r}", missing)
+            if per_request:
+                self._growth.require(version, bundle.manifest)
 
     async def prepare(self, version: str, timed: Timed = _untimed) -> None:
         """Do all phases before the install: fetch, verify and stage, so that every worker has it ready for a slot."""
         await self.check(version, timed, per_request=True)
         with timed("stage"):
             await self._slots.stage(version)
+
+    async def needs(self, ref: str, default_tag: str) -> Reservation:
+        """The capacity that a version of the store needs. BundleRefused if it is not valid for this model."""
+        if "@" not in ref:
+            ref = f"{ref}@{default_tag}"
+        version = await in_thread(self.reader.resolve, ref)
+        await self.check(version)
+        return Reservation.for_versions([await in_thread(self.reader.manifest, version)])
+
+    def capacity(self, entries: Iterable[Mapping[str, Any]], scopes: int) -> Reservation:
+        """The capacity of entries, as in the setting `reserve`. SettingsError if one is not valid for this model."""
+        reserve = read_entries(entries)
+        return Reservation.from_settings(reserve, supported(self._base.architecture), self._base.widths, scopes)
 
     async def info(self, name: str, version: str) -> VersionInfo:
         """The facts about a version, read before the first request for it. NotTrusted if its author is not trusted."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -45,7 +44,7 @@ def _site_module(model: nn.Module, architecture: Architecture, widths: Widths, s
     if worker.size > 1:
         _require_divided_so(module, at, shard, site)
     argument = _input_of(module, site, named=is_layer or site.point == "logits")
-    return SiteModule(module, at.side, at.start, shard, argument, partial(_leave_partial, module), is_layer)
+    return SiteModule(module, at.side, at.start, shard, argument, _add_up, is_layer)
 
 
 def _input_of(module: Any, site: Site, *, named: bool) -> tuple[str, int]:
@@ -70,8 +69,8 @@ def _arguments(module_class: type[Any]) -> tuple[str, ...]:
     return () if takes_any else tuple(name for name in parameters if name != "self")
 
 
-def _leave_partial(module: Any) -> None:
-    module.reduce_results = False
+def _add_up(module: Any, adds: bool) -> None:
+    module.reduce_results = adds
 
 
 def _require_divided_so(module: Any, at: ModuleSide, shard: Shard, site: Site) -> None:

@@ -80,6 +80,15 @@ def free_for_slots(vllm_config: Any, model: nn.Module, device: torch.device) -> 
     )
 
 
+def free_for_growth(device: torch.device) -> int:
+    """The memory that is free for further slots while the engine serves: what nothing has taken, and on a GPU what
+    torch has taken and does not use."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
+
+
 def _cache_of_one_request(vllm_config: Any, model: nn.Module) -> int:
     """Bytes of KV cache for a request of the greatest length, or 0 if vLLM chooses the length itself."""
     if vllm_config.model_config.original_max_model_len == -1:

@@ -220,6 +220,8 @@ async def start(
             exposures=ExposureLog(_path(settings.exposure_folder), settings.exposure_bytes),
             feedback_tokens=FeedbackTokens.of(_path(settings.feedback_key_file)),
             resolver=Resolver.of(settings.arm_resolver),
+            grow=settings.grow,
+            grow_bytes=settings.grow_bytes,
         ),
     )
     await coordinator.reconciler.sync(wait_for_weights=True)

@@ -6,9 +6,7 @@ vLLM does not start with an unknown load format. So without this plugin, the bas
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import logging
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -18,39 +16,30 @@ from vllm.config.load import LoadConfig
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
-    tensor_model_parallel_all_reduce,
 )
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from vllm_edits.edit_store import verify
 from vllm_edits.edit_store.architectures import supported
-from vllm_edits.edit_store.base_ref import BaseModelRef
-from vllm_edits.edit_store.bundle import Manifest
-from vllm_edits.edit_store.edits import Tensors
 from vllm_edits.edit_store.errors import UnsupportedHost
-from vllm_edits.plugin.graph.cpu_products import products_for
-from vllm_edits.plugin.graph.edited_model import EditedModel
-from vllm_edits.plugin.graph.host_cache import HostCache, R
-from vllm_edits.plugin.graph.slot_bytes import slot_bytes
-from vllm_edits.plugin.graph.slot_products import EXPRESSIONS
+from vllm_edits.plugin.graph.host_cache import HostCache
 from vllm_edits.plugin.graph.tensor_parallel import Rank
-from vllm_edits.plugin.open_store import open_reader
-from vllm_edits.plugin.plan import Plan, reservations
+from vllm_edits.plugin.plan import reservations
 from vllm_edits.plugin.vllm_host import base_files, compat, front_ends
 from vllm_edits.plugin.vllm_host.architectures import site_modules
+from vllm_edits.plugin.vllm_host.building import Building
+from vllm_edits.plugin.vllm_host.compiled import FirstCall
 from vllm_edits.plugin.vllm_host.device import check_compiler, check_device, free_for_slots
 from vllm_edits.plugin.vllm_host.ending import EndsRequests
-from vllm_edits.plugin.vllm_host.loaded import LoadedEdits
+from vllm_edits.plugin.vllm_host.loaded import LoadedEdits, reading
 from vllm_edits.plugin.vllm_host.nan_guard import guard_against_nan
 from vllm_edits.plugin.vllm_host.proof import require_effective
 from vllm_edits.plugin.vllm_host.runner_v2 import use_edits_model_state
 from vllm_edits.plugin.vllm_host.weights import keeping_loaded, patchable
 from vllm_edits.plugin.vllm_host.worker import EditsWorker
-from vllm_edits.plugin.weights import weights_reservation
 from vllm_edits.plugin.weights.checkpoint import Checkpoint
-from vllm_edits.server_config.settings import KEY, EditSettings, read_settings
+from vllm_edits.server_config.settings import EditSettings, read_settings
 
 logger = logging.getLogger("vllm.edits")
 
@@ -111,51 +100,23 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
         sites = site_modules(model, base.architecture, base.widths, tensor_parallel)
         weights = patchable(model, sites, in_weights, kept, Checkpoint(folder, architecture, base.widths))
         device = next(model.parameters()).device
-        plan = Plan.of(reservation, slot_bytes(base.widths, model_config.dtype, tensor_parallel.size))
-        free = free_for_slots(vllm_config, model, device)
-        plan.require(settings.slots, free.size, free.beside)
-        products = products_for(device, model_config.dtype) if reservation.several_ranks else EXPRESSIONS
-        # The compiled graph depends on the reservation and the products, so both must be in the compile cache's key.
-        additional: dict[str, Any] = vllm_config.additional_config
-        additional[KEY] = {
-            **additional[KEY],
-            "reserve": reservation.to_settings(),
-            "scopes": reservation.scopes,
-            **({"weights_reserve": weights_reservation.to_settings(in_weights)} if in_weights else {}),
-        }
-        additional["edits_products"] = products.name
-        additional["edits_plugin_version"] = importlib.metadata.version("vllm-edits")
         ending = EndsRequests(vllm_config)
-        edited = EditedModel(
-            sites,
-            reservation,
-            slots=settings.slots,
-            max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
-            dtype=model_config.dtype,
-            device=device,
-            worker=tensor_parallel,
-            over_workers=tensor_model_parallel_all_reduce,
-            products=products,
-            end_request=ending.end,
-        )
+        building = Building(
+            vllm_config, settings, base, sites=sites, device=device, rank=tensor_parallel, in_weights=in_weights,
+            ending=ending,
+        )  # fmt: skip
+        free = free_for_slots(vllm_config, model, device)
+        building.plan(reservation).require(settings.slots, free.size, free.beside)
+        vllm_config.additional_config.update(building.additional(reservation))
+        edited = building.make(reservation)
+        edited.attach()
         guard_against_nan(model)
         require_effective(model, edited, vllm_config, device)
         EditsWorker.extend(resolve_obj_by_qualname(vllm_config.parallel_config.worker_cls))
         model.loaded_edits = LoadedEdits(
-            edited, base, _ready(edited.prepare, base, settings, settings.host_cache_bytes),
-            weights, _ready(weights.prepare, base, settings, 0), ending,
+            edited, base, settings,
+            HostCache(reading(edited.prepare, base, settings), settings.host_cache_bytes), weights,
+            HostCache(reading(weights.prepare, base, settings), 0), ending, building, FirstCall.of(model),
         )  # fmt: skip
         use_edits_model_state(model, model.loaded_edits)
         return model
-
-
-def _ready(
-    prepare: Callable[[str, Manifest, Tensors], R], base: BaseModelRef, settings: EditSettings, limit_bytes: int
-) -> HostCache[R]:
-    """A cache of versions that are read from the store, checked and prepared."""
-
-    def read(version: str) -> R:
-        bundle = open_reader(settings).bundle(version)
-        return prepare(version, bundle.manifest, verify.check(bundle, base))
-
-    return HostCache(read, limit_bytes)

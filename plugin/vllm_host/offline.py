@@ -52,6 +52,7 @@ class Variants:
 
     async def _sync(self) -> None:
         await self.coordinator.reconciler.sync(retry_refused=True, wait_for_weights=True)
+        await self.coordinator.growth.wait()  # which then follows what waited for it
         await self.coordinator.slots.wait_drained()
 
     def generate(

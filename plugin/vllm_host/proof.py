@@ -25,7 +25,8 @@ def require_effective(model: Any, edited: EditedModel, vllm_config: Any, device:
     context = set_forward_context(None, vllm_config, skip_compiled=True)
     with edited.watched() as reached, torch.inference_mode(), context:
         try:
-            hidden = model(input_ids=tokens, positions=positions, intermediate_tensors=None, inputs_embeds=None)
+            # Not the call with its hooks, which are for the steps of the engine.
+            hidden = model.forward(input_ids=tokens, positions=positions, intermediate_tensors=None, inputs_embeds=None)
         except AttributeError as error:  # an edit reads a site that was not computed before it
             raise UnsupportedHost(
                 f"this vLLM does not compute a site that edits read: {error}. Use another version of vLLM"

@@ -13,14 +13,17 @@ from torch import nn
 
 from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.plugin.claim import CLAIM
-from vllm_edits.plugin.graph.edited_model import EditedModel
 from vllm_edits.plugin.graph.step_filler import Extents, StepBatch
 from vllm_edits.plugin.vllm_host import prompts
 from vllm_edits.plugin.vllm_host.compat import need
+from vllm_edits.plugin.vllm_host.loaded import LoadedEdits
 
 
-def attach(runner: Any, edited: EditedModel) -> None:
-    """Fill `edited`'s token slots before every forward pass of `runner`'s model. Attaching twice is harmless."""
+def attach(runner: Any, loaded: LoadedEdits) -> None:
+    """Fill the token slots of the edits that serve before every forward pass of `runner`'s model.
+
+    Attaching twice is harmless.
+    """
     batch = need(runner, "input_batch")
     need(batch, "req_ids")
     need(batch, "num_reqs")
@@ -52,11 +55,10 @@ def attach(runner: Any, edited: EditedModel) -> None:
                 input_ids=runner.input_ids.gpu,
             )
 
-        edited.set_step(StepBatch(requests, _claim, prompts.embedded, extents))
+        loaded.edited.set_step(StepBatch(requests, _claim, prompts.embedded, extents))
 
     model.register_forward_pre_hook(prepare_step)
-    if edited.reservation.edits_logits:
-        model.register_forward_hook(lambda _module, _args, output: edited.note_output(output))
+    model.register_forward_hook(lambda _module, _args, output: loaded.edited.note_output(output))
 
 
 def _claim(request: Any) -> Any:

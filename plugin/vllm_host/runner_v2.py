@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.plugin.claim import CLAIM
 from vllm_edits.plugin.graph.step_filler import Extents, StepBatch
 from vllm_edits.plugin.vllm_host import prompts
@@ -53,15 +52,8 @@ def with_token_slots(base: Any, loaded: LoadedEdits) -> type:
             super().__init__(*args, **kwargs)
             self._requests: dict[str, _Request] = {}
             loaded.runner = "V2"
-            self._edits_logits = loaded.edited.reservation.edits_logits
-            if self._edits_logits:
-                if loaded.edited.worker.size > 1:
-                    raise UnsupportedHost(
-                        "edits at logits are not proven exact on vLLM's V2 runner with tensor parallel, because "
-                        "workers may divide the requests. Start with VLLM_USE_V2_MODEL_RUNNER=0 or "
-                        "--tensor-parallel-size 1, or reserve nothing at logits"
-                    )
-                self.model.register_forward_hook(lambda _module, _args, output: loaded.edited.note_output(output))
+            loaded.require_logits(loaded.edited.reservation)
+            self.model.register_forward_hook(lambda _module, _args, output: loaded.edited.note_output(output))
 
         def add_request(self, req_index: int, new_req_data: Any) -> None:
             super().add_request(req_index, new_req_data)
@@ -91,8 +83,7 @@ def with_token_slots(base: Any, loaded: LoadedEdits) -> type:
                     input_ids=input_batch.input_ids,
                 )
 
-            if self._edits_logits:
-                loaded.edited.note_output(None)  # a full CUDA graph is replayed without calling the model
+            loaded.edited.note_output(None)  # a full CUDA graph is replayed without calling the model
             loaded.edited.set_step(StepBatch(requests, attrgetter("claim"), attrgetter("embedded"), extents))
             return super().prepare_inputs(input_batch, req_states)
 

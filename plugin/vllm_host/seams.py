@@ -65,6 +65,7 @@ _ENDING = "ending one request whose claim is false, instead of the engine"
 _FILES = "telling which base model is served"
 _FORMAT = "the load format"
 _FRONT_ENDS = "refusing front ends that attach no plugin"
+_GROWTH = "a reservation that grows while the server runs"
 _HTTP = "the HTTP side"
 _LOGITS = "edits at logits"
 _MANY_ENGINES = "data parallel"
@@ -295,8 +296,41 @@ _SCHEDULING = (
     *_of(_ENGINE, "EngineCoreOutputs", _ENDING, "outputs"),
 )  # fmt: skip
 
+_COMPILING = (
+    Seam("compilation/decorators.py", "_support_torch_compile", _GROWTH,
+         holds=("aot_compiled_fn", "save_aot_compiled_function", "was_aot_compile_fn_loaded_from_disk",
+                "do_not_compile", "torch_aot_compile"), absent="of what vLLM does not compile ahead of time"),
+    Seam("compilation/decorators.py", "_model_hash_key", _GROWTH, ("fn",)),
+    Seam("compilation/decorators.py", "_verify_source_unchanged", _GROWTH, ("source_info", "vllm_config")),
+    Seam("compilation/decorators.py", "maybe_use_cudagraph_partition_wrapper", _GROWTH, ("vllm_config",)),
+    Seam("compilation/caching.py", "aot_compile_hash_factors", _GROWTH, ("vllm_config",)),
+    Seam("compilation/caching.py", "VllmSerializableFunction.finalize_loading", _GROWTH, ("vllm_config",),
+         absent="of code that inductor alone compiled"),
+    Seam("compilation/wrapper.py", "TorchCompileWithNoGuardsWrapper.__init__", _GROWTH,
+         ("compile_prefix", "is_encoder")),
+    *_of("compilation/wrapper.py", "TorchCompileWithNoGuardsWrapper", _GROWTH, "_compile_prefix", "_is_encoder",
+         "vllm_config"),
+    Seam("config/vllm.py", "set_current_vllm_config", _GROWTH, ("vllm_config",)),
+    *_of("config/compilation.py", "CompilationConfig", _GROWTH, "cudagraph_mode", "cache_dir", "local_cache_dir",
+         "dynamic_shapes_config"),
+    *_of("config/compilation.py", "DynamicShapesConfig", _GROWTH, "evaluate_guards"),
+    *_of("config/compilation.py", "CUDAGraphMode", _GROWTH, "NONE"),
+    *_of(_PARALLEL, "ParallelConfig", _GROWTH, "rank"),
+    Seam("envs.py", "environment_variables", _GROWTH, holds=("VLLM_CACHE_ROOT",)),
+    Seam("distributed/parallel_state.py", "get_tp_group", _GROWTH),
+    *_of("distributed/parallel_state.py", "GroupCoordinator", _GROWTH, "cpu_group"),
+    *_of("v1/worker/worker_base.py", "WorkerBase", _GROWTH, "vllm_config"),
+    Seam("v1/worker/gpu_model_runner.py", "GPUModelRunner.capture_model", _GROWTH),
+    Seam("v1/worker/gpu/model_runner.py", "GPUModelRunner.capture_model", _GROWTH),
+    Seam("v1/worker/gpu_model_runner.py", "GPUModelRunner.preserve_serving_state", _GROWTH, absent="on V2"),
+    Seam("v1/worker/gpu/model_runner.py", "GPUModelRunner.cudagraph_manager", _GROWTH, absent="on V1"),
+    Seam("v1/worker/gpu/model_runner.py", "GPUModelRunner.speculator", _GROWTH, absent="on V1"),
+    Seam("v1/worker/gpu/cudagraph_utils.py", "CudaGraphManager.release_graphs", _GROWTH,
+         absent="of other parts of a speculator"),
+)  # fmt: skip
+
 SEAMS: tuple[Seam, ...] = (
-    *_FRONT_END, *_ENGINE_CLIENT, *_REQUESTS, *_CONFIGS, *_LOADING, *_LAYERS, *_RUNNERS, *_SCHEDULING,
+    *_FRONT_END, *_ENGINE_CLIENT, *_REQUESTS, *_CONFIGS, *_LOADING, *_LAYERS, *_RUNNERS, *_SCHEDULING, *_COMPILING,
 )  # fmt: skip
 
 _ROWS = Counter(seam.name for seam in SEAMS)

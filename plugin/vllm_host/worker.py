@@ -1,4 +1,4 @@
-"""The methods of a worker that the API process calls by name: attach, stage, install, clear, and others.
+"""The methods of a worker that the API process calls by name: attach, stage, install, clear, grow, and others.
 
 vLLM runs them between two steps of the engine, so each must be short. Reading and checking a version takes longer, so
 it runs in the background (host_cache.py). Every answer is plain data. A refusal is an answer too, so it does not end
@@ -10,9 +10,13 @@ from __future__ import annotations
 import traceback
 from typing import Any
 
+from vllm_edits.edit_store.architectures import supported
 from vllm_edits.edit_store.errors import BundleRefused, EditsError
+from vllm_edits.plugin.graph.reservation import Reservation
 from vllm_edits.plugin.vllm_host import runner_v1
+from vllm_edits.plugin.vllm_host.growth import Growth
 from vllm_edits.plugin.vllm_host.loaded import LoadedEdits, edits_of
+from vllm_edits.server_config.settings import Reserve
 
 WorkerAnswer = dict[str, Any]
 
@@ -37,7 +41,7 @@ class EditsWorker:
         loaded, runner = self._edits(), self.model_runner  # type: ignore[attr-defined]
         loaded.ending.attached()
         if loaded.runner == "V1":
-            runner_v1.attach(runner, loaded.edited)
+            runner_v1.attach(runner, loaded)
         return {
             "base": loaded.base.model_dump(mode="json"),
             "reserve": loaded.edited.reservation.to_settings(),
@@ -54,6 +58,53 @@ class EditsWorker:
                 "epoch": loaded.weights.epoch,
             },
         }
+
+    def edits_grow(self, reserve: list[dict[str, Any]], scopes: int, limit_bytes: int | None) -> WorkerAnswer:
+        """Begin to make a larger reservation, given as settings. Answers nothing, or a refusal, without a change."""
+
+        def grow() -> WorkerAnswer:
+            loaded = self._edits()
+            base, entries = loaded.base, [Reserve(**item) for item in reserve]
+            reservation = Reservation.from_settings(entries, supported(base.architecture), base.widths, scopes)
+            if loaded.growth is not None:
+                loaded.growth.undo()
+            loaded.growth = Growth(loaded, self, reservation, limit_bytes)
+            return {}
+
+        return _answer(grow)
+
+    def edits_grow_poll(self) -> WorkerAnswer:
+        """Go on with the growth. Answers its phase, and the longest time that it stood between two steps."""
+        return _answer(lambda: {"phase": self._growth().poll(), "pause": self._growth().longest_pause})
+
+    def edits_grow_switch(self) -> WorkerAnswer:
+        """Let the larger reservation serve. {'absent': True}, without a change, if not all versions are carried."""
+
+        def switch() -> WorkerAnswer:
+            growth = self._growth()
+            switched = growth.switch()
+            return {"pause": growth.longest_pause} if switched else {"absent": True}
+
+        return _answer(switch)
+
+    def edits_grow_end(self, keep: bool) -> WorkerAnswer:
+        """End the growth: keep what it made, or bring back what was there before. A repeated call does nothing."""
+
+        def end() -> WorkerAnswer:
+            loaded = self._edits()
+            growth, loaded.growth = loaded.growth, None
+            if growth is None:
+                return {"pause": 0.0, "bytes": loaded.edited.bytes_reserved}
+            growth.finish() if keep else growth.undo()
+            return {"pause": growth.longest_pause, "bytes": loaded.edited.bytes_reserved}
+
+        return _answer(end)
+
+    def _growth(self) -> Growth:
+        growth: Growth | None = self._edits().growth
+        if growth is None:
+            raise EditsError("no larger reservation is being made")
+        return growth
 
     def edits_stage(self, version: str) -> WorkerAnswer:
         """Start to read, check and convert a version in the background."""

@@ -1,4 +1,4 @@
-"""Run by test_growth.py in a process of its own: swap after swap, and what each leaves behind, told as JSON."""
+"""Run by test_leaks.py in a process of its own: swap after swap, and what each leaves behind, told as JSON."""
 
 from __future__ import annotations
 

@@ -13,7 +13,18 @@ from typing import Any
 import pytest
 
 from tests.support.bundles import publish
-from tests.support.fakes import BASE, SLOTS, Answer, Server, as_told, version_of
+from tests.support.fakes import (
+    BASE,
+    SLOTS,
+    Answer,
+    Server,
+    as_told,
+    die,
+    lie,
+    refuse,
+    refuse_afterwards,
+    version_of,
+)
 from tests.support.reconciling import soon, start
 from vllm_edits.edit_store import Bundle, Gate, LowRank
 from vllm_edits.edit_store.errors import EditsError, NotFound, StoreUnavailable
@@ -157,24 +168,6 @@ async def test_a_variant_named_like_the_base_is_refused(server: Server) -> None:
 
 
 # -- failed swaps ------------------------------------------------------------------------------------------------------
-
-
-def refuse(number: int, act: Callable[[], Answer]) -> Answer:
-    """Worker 1 says no, with a reason, before it does anything; worker 0 does as it is told."""
-    return {"error": "no", "reasons": [["not_finite", "tensor x holds NaN"]]} if number else act()
-
-
-def refuse_afterwards(number: int, act: Callable[[], Answer]) -> Answer:
-    """Worker 1 does it, and then falls over."""
-    return (act(), {"error": "CUDA error"})[1] if number else act()
-
-
-def lie(number: int, act: Callable[[], Answer]) -> Answer:
-    return {**act(), "digest": f"digest of worker {number}"}
-
-
-def die(_number: int, _act: Callable[[], Answer]) -> Answer:
-    raise RuntimeError("the engine did not answer")
 
 
 OTHER_MODEL = BASE.model_copy(update={"name": "other", "files": {"model.safetensors": "b" * 64}})

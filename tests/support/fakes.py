@@ -35,12 +35,12 @@ from vllm_edits.edit_store import (
 from vllm_edits.edit_store.architectures import supported
 from vllm_edits.edit_store.backends import Backend, Item
 from vllm_edits.edit_store.edits import Array, ReadingEdit, order_at_site
-from vllm_edits.edit_store.errors import BundleRefused, EditsError, StoreUnavailable
+from vllm_edits.edit_store.errors import BundleRefused, EditsError, InstallRefused, Reason, StoreUnavailable
 from vllm_edits.edit_store.reading.cache import NodeCache
 from vllm_edits.edit_store.reading.reader import Reader
 from vllm_edits.edit_store.signing import SigningKey
 from vllm_edits.edit_store.trust import Trust
-from vllm_edits.plugin.graph.edited_model import EditedModel, Prepared
+from vllm_edits.plugin.graph.edited_model import EditedModel, Prepared, SiteModule
 from vllm_edits.plugin.graph.reservation import Capacity, EditGroup, Reservation
 from vllm_edits.plugin.graph.slot_products import EXPRESSIONS, SlotProducts
 from vllm_edits.plugin.graph.step_filler import Extents, StepBatch
@@ -57,6 +57,7 @@ from vllm_edits.plugin.vllm_host.architectures import site_modules
 from vllm_edits.plugin.weights import weights_reservation
 from vllm_edits.plugin.weights.patched_weights import Patch, PatchedWeights, ProjectionPart, Whole
 from vllm_edits.plugin.weights.plain_weight import PlainWeight
+from vllm_edits.server_config.settings import Reserve
 
 WIDTHS = Widths(layers=3, hidden=8, mlp=16, heads=2, kv_heads=1, head_dim=4, vocab=24)
 BASE = BaseModelRef(name="tiny", architecture="LlamaForCausalLM", widths=WIDTHS, files={"model.safetensors": "a" * 64})
@@ -234,13 +235,19 @@ def edits_by_formula(pairs: Sequence[tuple[Any, Mapping[str, Array]]]) -> At:
 def edited_model(
     model: TinyModel, reservation: Reservation, *, slots: int, dtype: torch.dtype = torch.float32,
     worker: Rank = ONLY_RANK, over_workers: AllReduce = identity, products: SlotProducts = EXPRESSIONS,
+    sites: Mapping[Site, SiteModule] | None = None,
 ) -> EditedModel:  # fmt: skip
-    """The real thing on a tiny model, or on one worker's part of it."""
-    sites = site_modules(model, BASE.architecture, WIDTHS, worker)
-    return EditedModel(
+    """The real thing on a tiny model, or on one worker's part of it. sites: of a model with edits; these are not put
+    around its modules then."""
+    attached = sites is None
+    sites = site_modules(model, BASE.architecture, WIDTHS, worker) if sites is None else sites
+    edited = EditedModel(
         sites, reservation, slots=slots, max_tokens=MAX_TOKENS, dtype=dtype, device=torch.device("cpu"),
         worker=worker, over_workers=over_workers, products=products,
     )  # fmt: skip
+    if attached:
+        edited.attach()
+    return edited
 
 
 def plain_weights(model: TinyModel, worker: Rank = ONLY_RANK, whole: Whole | None = None) -> PatchedWeights:
@@ -290,7 +297,11 @@ class FakeWorker:
 
     def __init__(self, store: EditStore, reservation: Reservation, slots: int, staging_ready: asyncio.Event) -> None:
         self.model = TinyModel()
+        self._sites = site_modules(self.model, BASE.architecture, WIDTHS)
         self.edited = edited_model(self.model, reservation, slots=slots)
+        self.grown: EditedModel | None = None
+        self.before: EditedModel | None = None
+        self._slots = slots
         self._store = store
         self._staging_ready = staging_ready
         self.ready: dict[str, Prepared] = {}
@@ -347,6 +358,60 @@ class FakeWorker:
 
         return answered(install)
 
+    def edits_grow(self, reserve: list[dict[str, Any]], scopes: int, limit_bytes: int | None) -> Answer:
+        def grow() -> Answer:
+            entries = [Reserve(**item) for item in reserve]
+            reservation = Reservation.from_settings(entries, supported(BASE.architecture), WIDTHS, scopes)
+            self.grown = edited_model(self.model, reservation, slots=self._slots, sites=self._sites)
+            if limit_bytes is not None and self.grown.bytes_reserved > limit_bytes:
+                raise InstallRefused("a larger reservation", [Reason("memory", f"{limit_bytes} bytes are allowed")])
+            return {}
+
+        return answered(grow)
+
+    def edits_grow_poll(self) -> Answer:
+        def poll() -> Answer:
+            assert self.grown is not None
+            for slot, version in self.edited.held.items():
+                if self.grown.held.get(slot) != version:
+                    if slot in self.grown.held:
+                        self.grown.clear(slot)
+                    bundle = self._store.bundle(version)
+                    prepared = self.grown.prepare(version, bundle.manifest, check(bundle, BASE))
+                    self.grown.carry(slot, prepared, self.edited)
+                    return {"phase": "carrying", "pause": 0.001}
+            return {"phase": "ready", "pause": 0.001}
+
+        return answered(poll)
+
+    def edits_grow_switch(self) -> Answer:
+        def switch() -> Answer:
+            assert self.grown is not None
+            if self.before is None:
+                if self.edited.held.items() - self.grown.held.items():
+                    return {"absent": True}
+                self._exchange(self.edited, self.grown)
+                self.before, self.ready = self.edited, {}
+                self.edited = self.grown
+            return {"pause": 0.002}
+
+        return answered(switch)
+
+    def _exchange(self, old: EditedModel, new: EditedModel) -> None:
+        new.go_on_from(old)
+        old.detach()
+        new.attach()
+
+    def edits_grow_end(self, keep: bool) -> Answer:
+        def end() -> Answer:
+            if not keep and self.before is not None:
+                self._exchange(self.edited, self.before)
+                self.edited, self.ready = self.before, {}
+            self.before = self.grown = None
+            return {"pause": 0.001}
+
+        return answered(end)
+
     def edits_fence(self) -> Answer:
         return {}
 
@@ -376,6 +441,24 @@ def answered(act: Callable[[], Answer]) -> Answer:
 
 def as_told(_number: int, act: Callable[[], Answer]) -> Answer:
     return act()
+
+
+def refuse(number: int, act: Callable[[], Answer]) -> Answer:
+    """Worker 1 says no, with a reason, before it does anything; worker 0 does as it is told."""
+    return {"error": "no", "reasons": [["not_finite", "tensor x holds NaN"]]} if number else act()
+
+
+def refuse_afterwards(number: int, act: Callable[[], Answer]) -> Answer:
+    """Worker 1 does it, and then falls over."""
+    return (act(), {"error": "CUDA error"})[1] if number else act()
+
+
+def lie(number: int, act: Callable[[], Answer]) -> Answer:
+    return {**act(), "digest": f"digest of worker {number}"}
+
+
+def die(_number: int, _act: Callable[[], Answer]) -> Answer:
+    raise RuntimeError("the engine did not answer")
 
 
 class FakeWorkers:
@@ -546,7 +629,8 @@ class Server:
     def status(self) -> Mapping[str, Any]:
         """What the server says of itself."""
         core = self.core
-        return status(core.reconciler, core.admission, core.slots, core.experiments, core.weights)
+        return status(core.reconciler, core.admission, core.slots, experiments=core.experiments, weights=core.weights,
+                      growth=core.growth)  # fmt: skip
 
     def refusal(self, model: str) -> str:
         """Why a variant is not served."""

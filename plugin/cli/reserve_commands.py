@@ -1,0 +1,138 @@
+"""The commands `reserve show` and `reserve grow`: what a running server has reserved, and growth before a promotion."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+
+from vllm_edits.edit_store.cli import JsonOption, app, as_script, explained, plain
+from vllm_edits.edit_store.errors import EditsError
+from vllm_edits.plugin import headers
+from vllm_edits.plugin.cli_client import DEFAULT_URL, ApiKeyOption, UrlOption, authorization, no_answer
+
+_POLL_SECONDS = 0.5
+_PATH = "/v1/edits/reservation"
+
+reserve = typer.Typer(help="Show and grow what a running server has reserved for edits.", no_args_is_help=True)
+app.add_typer(reserve, name="reserve")
+
+
+@reserve.command()
+@explained
+def show(url: UrlOption = DEFAULT_URL, api_key: ApiKeyOption = "", as_json: JsonOption = False) -> None:
+    """Show the reservation of a server, its device memory, and the last growth.
+
+    \b
+    Example:
+      vllm-edits reserve show --url http://127.0.0.1:8000
+    """
+    found = _answer("GET", url, authorization(api_key))
+    if as_json:
+        as_script(found)
+    else:
+        _show(found)
+
+
+@reserve.command()
+@explained
+def grow(
+    versions: Annotated[
+        list[str] | None, typer.Argument(help="Versions to make capacity for: name, name@tag or name@version.")
+    ] = None,
+    *,
+    entry: Annotated[
+        list[str] | None,
+        typer.Option("--entry", help='Entry to reserve, as JSON: \'{"kind":"offset","site":"layers.*.resid"}\'.'),
+    ] = None,
+    scopes: Annotated[int, typer.Option(min=0, max=64, help="Largest number of scopes in one version.")] = 0,
+    wait: Annotated[bool, typer.Option(help="Wait until the growth has ended.")] = True,
+    url: UrlOption = DEFAULT_URL,
+    api_key: ApiKeyOption = "",
+    token_file: Annotated[
+        Path | None, typer.Option("--admin-token-file", help="File with the server's admin token.", exists=True)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make capacity on a running server for versions, or for explicit entries.
+
+    The server keeps serving meanwhile. Use this ahead of a promotion, at a
+    quiet hour: the server compiles the model once more, which takes a minute
+    or more of one core.
+
+    \b
+    Examples:
+      vllm-edits reserve grow polite@staging --admin-token-file token
+      vllm-edits reserve grow --entry '{"kind":"offset","site":"layers.*.resid"}' --admin-token-file token
+    """
+    body = {"versions": versions or [], "reserve": list(map(_entry, entry or [])), "scopes": scopes}
+    if not body["versions"] and not body["reserve"]:
+        raise EditsError("nothing to make capacity for: name a version, or give an entry with --entry")
+    token = {} if token_file is None else {headers.ADMIN_TOKEN: token_file.read_text().strip()}
+    found = _answer("POST", url, {**authorization(api_key), **token}, body)
+    before = (found["last"] or {}).get("at") if not found["growing"] else None
+    if wait:
+        for phase in _phases(url, authorization(api_key)):
+            if not as_json:
+                plain(phase)
+        found = _answer("GET", url, authorization(api_key))
+    if as_json:
+        as_script(found)
+    else:
+        _show(found)
+    last = found["last"]
+    if last is not None and last["error"] and last["at"] != before:
+        raise EditsError(f"the reservation did not grow: {last['error']}")
+
+
+def _entry(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise EditsError(f"--entry: expected JSON, found {text!r}") from None
+
+
+def _phases(url: str, sent: dict[str, str]) -> Iterator[str]:
+    """A line for each phase of a growth that runs."""
+    told = ""
+    while (found := _answer("GET", url, sent))["growing"]:
+        phase = found["last"]["phase"] if found["last"] else "planned"
+        if phase != told:
+            told = phase
+            yield f"{phase} …"
+        time.sleep(_POLL_SECONDS)
+
+
+def _answer(method: str, url: str, sent: dict[str, str], body: Any = None) -> dict[str, Any]:
+    try:
+        answer = httpx.request(method, f"{url}{_PATH}", headers=sent, json=body, timeout=60)
+    except httpx.HTTPError as error:
+        raise no_answer(url, error) from None
+    if not answer.is_success:
+        raise EditsError(f"{url}{_PATH} answered {answer.status_code}: {_detail(answer)}")
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def _detail(answer: httpx.Response) -> str:
+    try:
+        return str(answer.json()["detail"])
+    except (ValueError, KeyError, TypeError):
+        return answer.text[:200]
+
+
+def _show(found: dict[str, Any]) -> None:
+    plain(f"reserved: {found['holds']}; {found['scopes']} scopes; {found['size']} for all slots; grow: {found['grow']}")
+    last = found["last"]
+    if last is None:
+        plain("it has not grown since the server started")
+        return
+    phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in last["seconds"].items())
+    ended = f"failed in phase {last['phase']}: {last['error']}" if last["error"] else last["phase"]
+    plain(f"last growth at {last['at']} for {', '.join(last['wanted_by'])}: {ended} ({phases}; longest pause "
+          f"{last['longest_pause_seconds'] * 1000:.0f} ms)")  # fmt: skip

@@ -1,0 +1,67 @@
+"""Makes the edited model of a worker for a reservation: at its start, and again when the reservation grows."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from vllm.distributed import tensor_model_parallel_all_reduce
+
+from vllm_edits.edit_store.base_ref import BaseModelRef
+from vllm_edits.edit_store.sites import Site
+from vllm_edits.plugin.graph.cpu_products import products_for
+from vllm_edits.plugin.graph.edited_model import EditedModel, SiteModule
+from vllm_edits.plugin.graph.reservation import Reservation
+from vllm_edits.plugin.graph.slot_bytes import slot_bytes
+from vllm_edits.plugin.graph.slot_products import EXPRESSIONS, SlotProducts
+from vllm_edits.plugin.graph.tensor_parallel import Rank
+from vllm_edits.plugin.plan import Plan
+from vllm_edits.plugin.vllm_host.ending import EndsRequests
+from vllm_edits.plugin.weights import weights_reservation
+from vllm_edits.plugin.weights.weights_reservation import WeightsReservation
+from vllm_edits.server_config.settings import KEY, EditSettings
+
+
+class Building:
+    """What all edited models of one loaded model have in common, whatever is reserved."""
+
+    def __init__(
+        self, config: Any, settings: EditSettings, base: BaseModelRef, *, sites: Mapping[Site, SiteModule],
+        device: torch.device, rank: Rank, in_weights: WeightsReservation, ending: EndsRequests,
+    ) -> None:  # fmt: skip
+        """config: vLLM's config, whose additional config is what the operator gave."""
+        self.device = device
+        self._settings = settings
+        self._given = dict(config.additional_config)
+        self._dtype = config.model_config.dtype
+        self._max_tokens = config.scheduler_config.max_num_batched_tokens
+        self._sites = sites
+        self._rank = rank
+        self._in_weights = in_weights
+        self._end_request: Callable[..., bool] = ending.end
+        self._slot_bytes = slot_bytes(base.widths, self._dtype, rank.size)
+
+    def make(self, reservation: Reservation) -> EditedModel:
+        """An edited model with this reservation, not attached to the modules."""
+        return EditedModel(
+            self._sites, reservation, slots=self._settings.slots, max_tokens=self._max_tokens, dtype=self._dtype,
+            device=self.device, worker=self._rank, over_workers=tensor_model_parallel_all_reduce,
+            products=self._products(reservation), end_request=self._end_request,
+        )  # fmt: skip
+
+    def plan(self, reservation: Reservation) -> Plan:
+        """The device memory of a reservation."""
+        return Plan.of(reservation, self._slot_bytes)
+
+    def additional(self, reservation: Reservation) -> dict[str, Any]:
+        """vLLM's additional config with all that the compiled code depends on, so that it is in its cache's key."""
+        own = {**self._given[KEY], "reserve": reservation.to_settings(), "scopes": reservation.scopes}
+        if self._in_weights:
+            own["weights_reserve"] = weights_reservation.to_settings(self._in_weights)
+        products, version = self._products(reservation).name, importlib.metadata.version("vllm-edits")
+        return {**self._given, KEY: own, "edits_products": products, "edits_plugin_version": version}
+
+    def _products(self, reservation: Reservation) -> SlotProducts:
+        return products_for(self.device, self._dtype) if reservation.several_ranks else EXPRESSIONS

@@ -1,0 +1,273 @@
+"""The compiled code of a model: where vLLM keeps it, how it is loaded, and how code for other edits is made beside it.
+
+vLLM compiles the decorated part of a model ahead of time, once, and keeps the code as `aot_compiled_fn` of that module
+and in a file. The code reads parameters and slot tensors through the module when it is called. So it is exchanged by
+one assignment, and the same module can have code for other edits.
+
+Compiling takes a minute of Python. So a growing worker does it elsewhere. On a CPU that is a forked child of lower
+priority: it has the model and its weights without a copy, attaches the new edits for itself, compiles, and writes the
+file. It computes nothing, because the threads of a forked process cannot. After CUDA is in use, a process cannot be
+forked. There a thread compiles a copy of the module tree, which shares all parameters.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import hashlib
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from vllm import envs
+from vllm.compilation import decorators
+from vllm.compilation.caching import aot_compile_hash_factors
+from vllm.compilation.decorators import maybe_use_cudagraph_partition_wrapper
+from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
+from vllm.config import set_current_vllm_config
+
+from vllm_edits.edit_store.errors import EditsError
+from vllm_edits.plugin.short_turns import short_turns
+from vllm_edits.plugin.vllm_host.seams import optional
+
+COMPILE_SECONDS = 3600.0
+"""time limit for compiling"""
+_NICENESS = 10
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
+_TOLD_BYTES = 4000
+"""of a child's error, the last ones"""
+
+
+@dataclass
+class FirstCall:
+    """The arguments of a model's first forward: their types and shapes, for which vLLM compiles."""
+
+    arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> FirstCall:
+        """Note the first call of a model."""
+        call = cls()
+
+        def note(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            call.arguments = tuple(map(_shape_of, args)), {name: _shape_of(each) for name, each in kwargs.items()}
+            hook.remove()
+
+        hook = model.register_forward_pre_hook(note, with_kwargs=True)
+        return call
+
+    def made(self, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments like those of the first call, with any content."""
+        if self.arguments is None:
+            raise EditsError("the model was never called, so it is unknown what to compile it for")
+        args, kwargs = self.arguments
+        return tuple(_made(each, device) for each in args), {name: _made(each, device) for name, each in kwargs.items()}
+
+
+def _shape_of(argument: Any) -> Any:
+    return argument.to("meta") if isinstance(argument, Tensor) else argument
+
+
+def _made(argument: Any, device: torch.device) -> Any:
+    return torch.zeros_like(argument, device=device) if isinstance(argument, Tensor) else argument
+
+
+def compiled_module(model: nn.Module) -> Any:
+    """The module of a model that vLLM compiles; None if it compiles nothing.
+
+    EditsError if the code is not compiled ahead of time, because such code cannot be exchanged.
+    """
+    found: list[Any] = [module for module in model.modules() if isinstance(module, TorchCompileWithNoGuardsWrapper)
+                        and not module.do_not_compile]  # fmt: skip
+    if not found:
+        return None
+    if len(found) > 1 or optional(found[0], "aot_compiled_fn") is None:
+        raise EditsError(
+            f"vLLM has compiled {len(found)} parts of this model, and not ahead of time, so its code cannot be "
+            "exchanged. Start with VLLM_USE_AOT_COMPILE=1, or with --enforce-eager"
+        )
+    return found[0]
+
+
+def with_additional(config: Any, additional: Mapping[str, Any]) -> Any:
+    """A copy of vLLM's config with another additional config, for code with another key in vLLM's compile cache."""
+    other = copy.copy(config)
+    other.additional_config = dict(additional)
+    other.compilation_config = copy.copy(config.compilation_config)
+    other.compilation_config.cache_dir = other.compilation_config.local_cache_dir = ""
+    return other
+
+
+def code_file(module: Any, config: Any) -> Path:
+    """The file in which vLLM keeps a compiled module, for this config."""
+    factors = [*aot_compile_hash_factors(config), decorators._model_hash_key(module.forward)]  # noqa: SLF001
+    key = hashlib.sha256(str(factors).encode()).hexdigest()
+    parallel = config.parallel_config
+    rank = f"rank_{parallel.rank}_{parallel.data_parallel_index}"
+    return Path(envs.VLLM_CACHE_ROOT) / "torch_compile_cache" / "torch_aot_compile" / key / rank / "model"
+
+
+def load(module: Any, config: Any) -> Callable[..., Any]:
+    """Load compiled code from vLLM's cache. Any exception means that the file cannot be used."""
+    file = code_file(module, config)
+    with set_current_vllm_config(config), file.open("rb") as stream:
+        code: Any = torch.compiler.load_compiled_function(stream, f_globals=module.forward.__globals__)
+    decorators._verify_source_unchanged(code.source_info(), config)  # noqa: SLF001
+    if not config.compilation_config.dynamic_shapes_config.evaluate_guards:
+        code.disable_guard_check()
+    serialized = code._artifacts.compiled_fn  # noqa: SLF001
+    finalize = optional(serialized, "VllmSerializableFunction.finalize_loading")  # not where inductor alone compiles
+    if finalize is not None:
+        with maybe_use_cudagraph_partition_wrapper(config):
+            finalize(config)
+    found: Callable[..., Any] = code
+    return found
+
+
+# -- compiling ---------------------------------------------------------------------------------------------------------
+
+
+class _Saved(BaseException):
+    """Ends the call of a module after its code was compiled and saved, before it computes anything."""
+
+
+def compile_and_save(model: nn.Module, module: Any, config: Any, call: FirstCall, device: torch.device) -> None:
+    """Compile a module of a model for this config, and save the code. Nothing is computed."""
+    args, kwargs = call.made(device)
+    module.vllm_config, module.compilation_config = config, config.compilation_config
+    module.aot_compiled_fn, module.was_aot_compile_fn_loaded_from_disk = None, False
+    code_file(module, config).unlink(missing_ok=True)
+
+    def save_and_end() -> NoReturn:
+        type(module).save_aot_compiled_function(module)
+        raise _Saved
+
+    module.save_aot_compiled_function = save_and_end
+    with set_current_vllm_config(config), torch.inference_mode():
+        TorchCompileWithNoGuardsWrapper.__init__(module, module._compile_prefix, module._is_encoder)  # noqa: SLF001
+        with suppress(_Saved):
+            model.forward(*args, **kwargs)
+    if not code_file(module, config).is_file():
+        raise EditsError("vLLM compiled the model, but could not save the code. See the log above")
+
+
+class Compiling:
+    """The compilation of code, in another place than the thread that serves."""
+
+    def done(self) -> bool:
+        """True if the code is saved. EditsError if it could not be compiled, or took too long."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """End it, if it runs."""
+        raise NotImplementedError
+
+
+class InChild(Compiling):
+    """Compiles in a forked child. It is made in the thread that serves, so that no step runs while it is forked."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._since = time.monotonic()
+        self._told = tempfile.TemporaryFile()  # noqa: SIM115  closed in `_end`
+        self._status: int | None = None
+        parent = os.getpid()
+        self._child = os.fork()
+        if self._child == 0:
+            self._run(work, parent)
+
+    def _run(self, work: Callable[[], None], parent: int) -> NoReturn:
+        status = 1
+        try:
+            _become_background(parent)
+            work()
+            status = 0
+        except BaseException:  # noqa: BLE001  the parent tells it
+            os.write(self._told.fileno(), traceback.format_exc().encode()[-_TOLD_BYTES:])
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def done(self) -> bool:
+        if self._status is None:
+            child, status = os.waitpid(self._child, os.WNOHANG)
+            if not child:
+                if time.monotonic() - self._since > COMPILE_SECONDS:
+                    self.stop()
+                    raise EditsError(f"the code was not compiled within {COMPILE_SECONDS:g} s")
+                return False
+            self._status = status
+        if self._status == 0:
+            self._told.close()
+            return True
+        raise EditsError(f"the code could not be compiled: {self._reason()}")
+
+    def _reason(self) -> str:
+        if self._told.closed:
+            return "it was ended"
+        self._told.seek(0)
+        told = self._told.read().decode(errors="replace").strip()
+        self._told.close()
+        ended = os.waitstatus_to_exitcode(self._status or 0)
+        return told or f"the compiling process was ended by signal {-ended}" if ended < 0 else told or "no reason"
+
+    def stop(self) -> None:
+        if self._status is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._child, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(self._child, signal.SIGKILL)  # where it is not yet the leader of a group
+            self._status = os.waitpid(self._child, 0)[1]
+        self._told.close()
+
+
+def _become_background(parent: int) -> None:
+    """Make a forked child end with its parent, give way to it, and use any core."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setsid()  # the compilers that it starts are ended together with it
+    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    os.nice(_NICENESS)
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))  # the engine's thread is bound to one core
+
+
+@dataclass
+class InThread(Compiling):
+    """Compiles in a thread, where no child can be forked."""
+
+    work: Callable[[], None]
+    _failure: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            with short_turns():
+                self.work()
+        except BaseException:  # noqa: BLE001  told when it is asked for
+            self._failure.append(traceback.format_exc()[-_TOLD_BYTES:])
+
+    def done(self) -> bool:
+        if self._thread.is_alive():
+            return False
+        if self._failure:
+            raise EditsError(f"the code could not be compiled: {self._failure[0]}")
+        return True
+
+    def stop(self) -> None:
+        """Do nothing: a thread cannot be ended. What it compiles is not used."""
