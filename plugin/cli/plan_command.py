@@ -44,6 +44,7 @@ def plan(
     Examples:
       vllm-edits plan ./model --store ./store
       vllm-edits plan ./model --store ./store --set slots=32 --memory 8GiB
+      vllm-edits plan ./model --store ./store --set reserve=standard
     """
     from vllm_edits.plugin import plan as planning  # brings torch
     from vllm_edits.plugin.graph.slot_bytes import slot_bytes
@@ -87,10 +88,15 @@ def plan(
                    "weights": {"projections": len(patched), "bytes": patch}})  # fmt: skip
         return
     columns = {"kind": "kind", "point": "at", "reads": "reads", "rank": "rank", "features": "with", "sites": "layers"}
-    show([{**row, "size": sized(row["bytes"])} for row in rows], {**columns, "size": "bytes per slot"}, False)
+    if rows:
+        show([{**row, "size": sized(row["bytes"])} for row in rows], {**columns, "size": "bytes per slot"}, False)
+    else:
+        plain(
+            "nothing is reserved. With --set reserve=standard a server holds what nearly every published method needs"
+        )
     plain(f"one slot: {sized(found.slot)}; {settings.slots} slots and the base model's slot: "
           f"{sized(found.total(settings.slots))}")  # fmt: skip
-    if memory_bytes is not None:
+    if memory_bytes is not None and rows:
         plain(f"{fits} slots fit into {sized(memory_bytes)}")
     if patched:
         plain(f"{settings.weights} in the weights: {len(patched)} projections, up to {sized(patch)}; the same host "

@@ -100,10 +100,18 @@ def test_versions_for_another_model_reserve_nothing(checkpoint: Path, tmp_path: 
     publish(
         store, random_bundle("polite", base_of(checkpoint).model_copy(update={"files": {"x.safetensors": "a" * 64}}), 1)
     )
-    capacities = planned(checkpoint, store, "--json")["groups"]
-    assert {(row["kind"], row["point"]) for row in capacities} >= {("offset", "resid"), ("low_rank", "mlp.out")}, (
-        "the usual"
-    )
+    told = planned(checkpoint, store, "--json")
+    assert (told["groups"], told["bytes"]) == ([], 0)
+    said = planned(checkpoint, store, "--memory", "1GiB")
+    assert "nothing is reserved. With --set reserve=standard" in said
+    assert "fit into" not in said, "any number does"
+
+
+def test_an_unknown_profile_is_refused_with_the_nearest(checkpoint: Path, tmp_path: Path) -> None:
+    store = EditStore(str(tmp_path / "store"), create=True)
+    ran = CliRunner().invoke(app, ["plan", str(checkpoint), "--store", store.url, "--set", "reserve=standrad"])
+    assert ran.exit_code == 1
+    assert "edits.reserve.0: unknown profile 'standrad'. Did you mean 'standard'?" in ran.stderr
 
 
 @pytest.mark.parametrize(("asked", "meant"), [("auto", "bfloat16"), ("half", "float16"), ("float32", "float32")])
