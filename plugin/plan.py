@@ -22,7 +22,8 @@ from vllm_edits.plugin.open_store import open_reader
 from vllm_edits.plugin.weights import weights_reservation
 from vllm_edits.plugin.weights.weights_reservation import WeightsReservation
 from vllm_edits.server_config import profiles
-from vllm_edits.server_config.settings import EditSettings
+from vllm_edits.server_config.profile_costs import profile_costs
+from vllm_edits.server_config.settings import PROFILES, EditSettings
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,22 @@ def rows(plan: Plan, reservation: Reservation) -> list[dict[str, Any]]:
         }
         for (kind, point, reads, capacity, _), edit_groups in found.items()
     ]  # fmt: skip
+
+
+def profile_rows(
+    settings: EditSettings, base: BaseModelRef, found: Promoted, slot_bytes: SlotBytes
+) -> list[dict[str, Any]]:
+    """Rows of a table: each profile with its memory beside these promoted versions, and its measured costs at rest."""
+    in_use = max(settings.profiles, key=PROFILES.index, default=None)
+    rows = []
+    for profile in PROFILES:
+        plan = Plan.of(reserve(settings.model_copy(update={"reserve": (profile,)}), base, found), slot_bytes)
+        measured = [cost.model_dump(mode="json", exclude={"profile"}) for cost in profile_costs(profile)]
+        rows.append({
+            "profile": profile, "in_use": profile == in_use, "bytes_per_slot": plan.slot,
+            "bytes": plan.total(settings.slots), "measured": measured,
+        })  # fmt: skip
+    return rows
 
 
 def dtype_of(model: Path, asked: str) -> torch.dtype:

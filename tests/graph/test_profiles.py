@@ -25,9 +25,9 @@ from vllm_edits.edit_store.sites import Site
 from vllm_edits.plugin import plan as planning
 from vllm_edits.plugin.graph.reservation import Capacity, EditGroup, Reservation, needs
 from vllm_edits.plugin.graph.slot_bytes import slot_bytes
-from vllm_edits.plugin.plan import Plan, Promoted
+from vllm_edits.plugin.plan import Plan, Promoted, profile_rows
 from vllm_edits.server_config.profiles import SCOPES, STANDARD, entries
-from vllm_edits.server_config.settings import PROFILES, EditSettings, Reserve, read_settings
+from vllm_edits.server_config.settings import PROFILES, EditSettings, Profile, Reserve, read_settings
 
 LATE, EARLY = Scope(segment="generated"), Scope(segment="prompt")
 ENTRY = {"kind": "offset", "site": "final"}
@@ -334,3 +334,31 @@ def test_a_version_that_grew_fits_into_headroom() -> None:
     one, two = (LowRank(site="layers.1.mlp.out", reads="layers.1.mlp.h", rank=rank) for rank in (2, 4))
     assert holds(reserved("promoted", [one], reserve_headroom=2), two)
     assert not holds(reserved("promoted", [one]), two)
+
+
+# -- the table of `vllm-edits plan` ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reserve", "used"),
+    [
+        ("promoted", "promoted"),
+        ("standard", "standard"),
+        (["promoted", "all", ENTRY], "all"),
+        ([ENTRY], None),
+        ([], None),
+    ],
+)
+def test_each_profile_is_told_with_its_memory_and_the_one_in_use(reserve: Any, used: Profile | None) -> None:
+    """Entries do not change what the profiles take."""
+    settings = read_settings({"edits": {"store": "/none", "reserve": reserve, "slots": 5}})
+    version: Any = Version(METHODS["LEACE"])
+    capacity_bytes = slot_bytes(WIDTHS, torch.bfloat16)
+    told = profile_rows(settings, BASE, Promoted([version]), capacity_bytes)
+    assert [row["profile"] for row in told] == list(PROFILES)
+    assert [row["profile"] for row in told if row["in_use"]] == ([used] if used else [])
+    for row in told:
+        plan = Plan.of(reserved(row["profile"], version.edits), capacity_bytes)
+        assert (row["bytes_per_slot"], row["bytes"]) == (plan.slot, plan.total(5))
+    sizes = [row["bytes_per_slot"] for row in told]
+    assert 0 < sizes[0] < sizes[1] < sizes[2]

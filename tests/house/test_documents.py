@@ -18,6 +18,7 @@ from vllm_edits.edit_store.sites import POINTS
 from vllm_edits.plugin.http.routes import router
 from vllm_edits.plugin.metrics import FIRST_TOKEN, METRICS, PER_TOKEN, PREFIX, REQUEST
 from vllm_edits.server_config import EditSettings, read_settings
+from vllm_edits.server_config.profile_costs import LEAST, read_costs
 from vllm_edits.server_config.profiles import SCOPES, STANDARD, entries
 from vllm_edits.server_config.settings import PROFILES
 
@@ -69,6 +70,28 @@ def test_the_table_of_the_standard_profile_is_its_entries() -> None:
         rank = str(entry.rank) if "rank" in KINDS[entry.kind].model_fields else ""
         declared.append([f"`{entry.kind}`", f"`{point}`", reads, rank, " ".join(entry.features), methods])
     assert rows("server_config/README.md", "### The profile `standard`") == declared
+
+
+def test_the_table_of_costs_at_rest_is_what_was_measured() -> None:
+    """Every measurement that ships, with its record, and no other. The page has the rule and its result."""
+    declared = [
+        [f"`{cost.profile}`", cost.device, cost.shape, cost.reserved, speed(cost.decode), speed(cost.prefill),
+         f"[{cost.date}](../loadtests/results/{cost.record})"]
+        for cost in read_costs()
+    ]  # fmt: skip
+    heading = "### What a profile costs at rest"
+    assert rows("server_config/README.md", heading) == declared
+    said = " ".join((ROOT / "server_config/README.md").read_text().split(heading)[1].split("\n## ")[0].split())
+    assert f"keeps {LEAST} of vLLM alone" in said
+    (default,) = EditSettings(store="/none").profiles
+    assert f"the default is `{default}`" in said
+    measured = {cost.profile for cost in read_costs()}
+    missing = [f"`{name}`" for name in PROFILES if name not in measured]
+    assert not missing or f"{' and '.join(missing)} {'were' if len(missing) > 1 else 'was'} not" in said
+
+
+def speed(ratio: float | None) -> str:
+    return "not measured" if ratio is None else f"{ratio:.3f}"
 
 
 def test_the_metrics_table_is_the_metrics() -> None:
