@@ -81,8 +81,6 @@ class Edit(BaseModel):
     """Reason not to serve it per request, as the end of a sentence about an edit; empty where there is none."""
     features: ClassVar[tuple[str, ...]] = ()
     """Names of what some of its edits need, beside a rank, and a server must reserve."""
-    usually_reserved: ClassVar[bool] = False
-    """True if a server without settings and without promoted versions reserves its `usual` edits."""
     adds_constant: ClassVar[bool] = False
     """True if it may need a bias where it is put into a weight."""
     integers: ClassVar[tuple[str, ...]] = ()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,9 +21,9 @@ from vllm_edits.plugin.graph.reservation import EditGroup, Reservation, SlotByte
 from vllm_edits.plugin.open_store import open_reader
 from vllm_edits.plugin.weights import weights_reservation
 from vllm_edits.plugin.weights.weights_reservation import WeightsReservation
-from vllm_edits.server_config.settings import EditSettings
-
-logger = logging.getLogger("vllm.edits")
+from vllm_edits.server_config import profiles
+from vllm_edits.server_config.profile_costs import profile_costs
+from vllm_edits.server_config.settings import PROFILES, EditSettings
 
 
 @dataclass(frozen=True)
@@ -55,26 +54,19 @@ def weights_key(settings: EditSettings) -> tuple[str, str] | None:
 
 
 def reserve(settings: EditSettings, base: BaseModelRef, found: Promoted | None = None) -> Reservation:
-    """Reservation by the settings, else by the versions that the store promotes now, else the usual one.
+    """Reservation by the settings: their entries and profiles, and with a profile also all that the store promotes now.
 
-    A server that serves a variant from its weights, and has no other, reserves nothing, which costs nothing.
     found: the result of `promoted`, if the caller has read it already
     """
     architecture = supported(base.architecture)
-    if settings.reserve is not None:
-        return Reservation.from_settings(settings.reserve, architecture, base.widths, settings.scopes or 0)
-    versions = (promoted(settings, base) if found is None else found).per_request
-    if versions or settings.weights is not None:
-        made = Reservation.for_versions(versions)
-        return made if settings.scopes is None else replace(made, scopes=settings.scopes)
-    usual = Reservation.usual(architecture, base.widths)
-    logger.warning(
-        "store %s promotes nothing for this model: %s are reserved at every layer, which costs a little on "
-        "every step. Promote first, or set edits.reserve",
-        settings.store,
-        usual,
-    )
-    return usual
+    made = Reservation.from_settings(settings.entries, architecture, base.widths)
+    if settings.profiles:
+        versions = (promoted(settings, base) if found is None else found).per_request
+        made |= Reservation.for_versions(versions).with_headroom(settings.reserve_headroom, base.widths)
+    for profile in settings.profiles:
+        entries, scopes = profiles.entries(profile), profiles.SCOPES[profile]
+        made |= Reservation.from_settings(entries, architecture, base.widths, scopes, skip_unmatched=True)
+    return made if settings.scopes is None else replace(made, scopes=settings.scopes)
 
 
 def reserve_weights(settings: EditSettings, base: BaseModelRef, found: Promoted | None = None) -> WeightsReservation:
@@ -91,7 +83,7 @@ def reserve_weights(settings: EditSettings, base: BaseModelRef, found: Promoted 
 
 def reservations(settings: EditSettings, base: BaseModelRef) -> tuple[Reservation, WeightsReservation]:
     """Both reservations, with one reading of the store, or none if the settings decide both."""
-    told = settings.reserve is not None and (settings.weights is None or settings.weights_reserve is not None)
+    told = not settings.profiles and (settings.weights is None or settings.weights_reserve is not None)
     found = None if told else promoted(settings, base)
     return reserve(settings, base, found), reserve_weights(settings, base, found)
 
@@ -149,6 +141,22 @@ def rows(plan: Plan, reservation: Reservation) -> list[dict[str, Any]]:
         }
         for (kind, point, reads, capacity, _), edit_groups in found.items()
     ]  # fmt: skip
+
+
+def profile_rows(
+    settings: EditSettings, base: BaseModelRef, found: Promoted, slot_bytes: SlotBytes
+) -> list[dict[str, Any]]:
+    """Rows of a table: each profile with its memory beside these promoted versions, and its measured costs at rest."""
+    in_use = max(settings.profiles, key=PROFILES.index, default=None)
+    rows = []
+    for profile in PROFILES:
+        plan = Plan.of(reserve(settings.model_copy(update={"reserve": (profile,)}), base, found), slot_bytes)
+        measured = [cost.model_dump(mode="json", exclude={"profile"}) for cost in profile_costs(profile)]
+        rows.append({
+            "profile": profile, "in_use": profile == in_use, "bytes_per_slot": plan.slot,
+            "bytes": plan.total(settings.slots), "measured": measured,
+        })  # fmt: skip
+    return rows
 
 
 def dtype_of(model: Path, asked: str) -> torch.dtype:

@@ -7,10 +7,10 @@ and they are part of the key of vLLM's compile cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError
-from pydantic_core import PydanticKnownError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from vllm_edits.edit_store.edits import MAX_RANK
 from vllm_edits.edit_store.errors import SettingsError, nearest
@@ -21,6 +21,11 @@ from vllm_edits.edit_store.trust import Enforcement
 
 KEY = "edits"
 Grow = Literal["auto", "ask", "never"]
+Profile = Literal["promoted", "standard", "all"]
+"""Name of a reservation. Their contents are in profiles.py."""
+PROFILES: tuple[Profile, ...] = get_args(Profile)
+"""From the smallest to the largest."""
+_NO_PROFILE = "no_profile"
 
 
 def _one_of(known: Callable[[], Sequence[str]]) -> PlainValidator:
@@ -53,6 +58,26 @@ class Reserve(BaseModel):
         default=(),
         description="Further features of edits at the site. The error for a refused version names missing ones.",
     )
+
+
+def _reserve_item(value: object) -> object:
+    if not isinstance(value, str):
+        return Reserve.model_validate(value)
+    if value not in PROFILES:
+        raise PydanticCustomError(
+            _NO_PROFILE,
+            "unknown profile {found}.{nearest} Profiles: {known}. Give several profiles, or entries, as a list",
+            {"found": repr(value), "nearest": nearest(value, PROFILES), "known": ", ".join(PROFILES)},
+        )
+    return value
+
+
+def _listed(value: object) -> object:
+    """One name is a list of one name, and null is the default."""
+    return ("promoted",) if value is None else (value,) if isinstance(value, str) else value
+
+
+ReserveItem = Annotated[Profile | Reserve, PlainValidator(_reserve_item)]
 
 
 class ReserveWeight(BaseModel):
@@ -95,16 +120,23 @@ class EditSettings(BaseModel):
         le=4096,
         description="Number of versions on the device at once. Other versions are paged in on demand.",
     )
-    reserve: tuple[Reserve, ...] | None = Field(
-        default=None,
-        description="Kinds, sites and ranks to reserve memory for. Default: what the versions promoted at start need.",
+    reserve: Annotated[tuple[ReserveItem, ...], BeforeValidator(_listed)] = Field(
+        default=("promoted",),
+        description="Memory to reserve: a profile (`promoted`, `standard` or `all`), or a list of profiles and of "
+        "entries with kind, site and rank.",
+    )
+    reserve_headroom: float = Field(
+        default=1.0,
+        ge=1,
+        le=16,
+        description="Factor by which reserved ranks exceed what the versions promoted at start need.",
     )
     scopes: int | None = Field(
         default=None,
         ge=0,
         le=64,
         description="Largest number of scopes in one version. Default: the largest number in a version promoted at "
-        "start.",
+        "start, or in a profile in `reserve`; 0 if `reserve` has entries only.",
     )
     grow: Grow = Field(
         default="auto",
@@ -194,6 +226,16 @@ class EditSettings(BaseModel):
         default=60.0, ge=0, le=3600, description="Seconds that a change of the weights waits for requests to finish."
     )
 
+    @property
+    def profiles(self) -> tuple[Profile, ...]:
+        """Profiles that `reserve` names. With one, what is promoted is reserved too."""
+        return tuple(item for item in self.reserve if not isinstance(item, Reserve))
+
+    @property
+    def entries(self) -> tuple[Reserve, ...]:
+        """Entries of `reserve`. Without a profile beside them, exactly these are reserved."""
+        return tuple(item for item in self.reserve if isinstance(item, Reserve))
+
 
 def read_settings(additional_config: object) -> EditSettings:
     """Read the settings in vLLM's additional config. SettingsError lists every unknown or invalid setting."""
@@ -219,6 +261,8 @@ def read_entries(entries: Iterable[Mapping[str, Any]]) -> list[Reserve]:
 
 def _explain(problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == _NO_PROFILE:
+        return f"  - {KEY}.{where}: {problem['msg']}"
     if problem["type"] != "extra_forbidden":
         return f"  - {KEY}.{where}: {problem['msg']}, found {problem.get('input')!r}"
     kinds: dict[str, type[BaseModel]] = {"reserve": Reserve, "weights_reserve": ReserveWeight}

@@ -27,7 +27,6 @@ class LowRank(ReadingEdit):
 
     points: ClassVar[tuple[str, ...]] = POINTS
     order: ClassVar[Order] = Order(30)
-    usually_reserved: ClassVar[bool] = True
 
     kind: Literal["low_rank"] = "low_rank"
     rank: int = Field(gt=0, le=MAX_RANK)

@@ -24,7 +24,6 @@ class Offset(Edit):
     points: ClassVar[tuple[str, ...]] = POINTS
     order: ClassVar[Order] = Order(50)
     features: ClassVar[tuple[str, ...]] = ("renorm",)
-    usually_reserved: ClassVar[bool] = True
     adds_constant: ClassVar[bool] = True
 
     kind: Literal["offset"] = "offset"

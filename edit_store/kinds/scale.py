@@ -31,7 +31,6 @@ class Scale(Edit):
     order: ClassVar[Order] = Order(20)
     in_turn: ClassVar[bool] = True
     transforms: ClassVar[bool] = True
-    usually_reserved: ClassVar[bool] = True
 
     kind: Literal["scale"] = "scale"
     per: Literal["head", "channel"] = "head"

@@ -34,7 +34,6 @@ class SubspaceFilter(Edit):
     in_turn: ClassVar[bool] = True
     transforms: ClassVar[bool] = True
     features: ClassVar[tuple[str, ...]] = ("onto", "dual")
-    usually_reserved: ClassVar[bool] = True
     adds_constant: ClassVar[bool] = True
 
     kind: Literal["subspace_filter"] = "subspace_filter"

@@ -33,6 +33,8 @@ from loadtests.harness.model import MODEL_FOLDER, ensure_model
 from loadtests.harness.record import about, cores_for, gpu, native_dtype, write
 from loadtests.harness.server import ServerFailed
 from vllm_edits.edit_store.base_model import CONFIG_FILE
+from vllm_edits.edit_store.errors import nearest
+from vllm_edits.server_config.settings import PROFILES
 
 WORK = Path(".cache/bench")  # always the same paths: the store's is part of the compile cache's key
 BUSY = 0.5  # one-minute load above which something else is running
@@ -56,6 +58,15 @@ def _parts(asked: list[str] | None) -> list[str]:
     if unknown := [part for part in asked or () if part not in PARTS]:
         raise typer.BadParameter(f"{unknown[0]!r} is no part; there are {', '.join(PARTS)}")
     return asked or USUAL
+
+
+def _profiles(asked: list[str] | None) -> list[str]:
+    """Profiles of which the part profiles measures the cost. A word that names none is refused with what there is."""
+    if unknown := [profile for profile in asked or () if profile not in PROFILES]:
+        raise typer.BadParameter(
+            f"{unknown[0]!r} is no profile.{nearest(unknown[0], PROFILES)} There are {', '.join(PROFILES)}"
+        )
+    return asked or ["standard"]
 
 
 def _model(asked: str) -> str:
@@ -110,6 +121,17 @@ def main(
             show_default="1, 4 and 16, and all kinds",
         ),
     ] = None,
+    reserve: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--reserve",
+            help=f"Reservation profile for the part profiles: {', '.join(PROFILES)}. Can be repeated; each takes two "
+            "engines.",
+            show_default="standard",
+            callback=_profiles,
+            autocompletion=lambda: list(PROFILES),
+        ),
+    ] = None,
     all_kinds: Annotated[
         bool, typer.Option("--all-kinds", help="With --rank: the part distinct also measures versions of all kinds.")
     ] = False,
@@ -159,6 +181,9 @@ def main(
 
     [bold]idle.[/bold] The plugin with no edited request, at batch 1, 8 and 64.
 
+    [bold]profiles.[/bold] The plugin with a reservation profile (--reserve),
+    nothing promoted and no edited request, at batch 1, 8 and 64.
+
     [bold]distinct.[/bold] 64 requests (or the largest --batch) on up to as many
     versions, of ranks 1, 4 and 16.
 
@@ -190,6 +215,7 @@ def main(
     \b
     Examples:
       python -m loadtests.bench --only idle --only swaps
+      python -m loadtests.bench --only profiles --reserve standard
       python -m loadtests.bench --quick
     """
     signal.signal(signal.SIGTERM, _stopped)
@@ -214,7 +240,7 @@ def main(
             run = Run(
                 inputs, dtype or native_dtype(), cores_for(threads), sorted(batches or BATCHES[bool(gpu())]), progress,
                 rounds=rounds, swaps=swaps, quick=quick, ranks=ranks or (), all_kinds=all_kinds or not ranks, once=once,
-                seconds=seconds,
+                reserve=[each for each in PROFILES if each in (reserve or ())], seconds=seconds,
             )  # fmt: skip
             for part in parts or USUAL:
                 measured = PARTS[part](run)

@@ -10,6 +10,7 @@ from typing import Any
 from rich.progress import Progress
 
 from loadtests.bench.inputs import Inputs
+from vllm_edits.server_config.settings import Profile
 
 
 class NotMeasured(Exception):
@@ -37,6 +38,8 @@ class Run:
     """whether they are told apart of versions of all kinds too"""
     once: bool = False
     """no second engines that show the noise"""
+    reserve: Sequence[Profile] = ("standard",)
+    """profiles whose cost at rest is measured"""
     seconds: float = inf
     """after so many in a part its rounds end, once there are enough to tell the noise"""
 

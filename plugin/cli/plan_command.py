@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,7 +13,7 @@ from vllm_edits.edit_store.byte_sizes import bytes_of, sized
 from vllm_edits.edit_store.cli import JsonOption, StoreOption, app, as_script, counted, explained, plain, show
 from vllm_edits.edit_store.errors import SettingsError
 from vllm_edits.plugin.cli.setting_option import SettingOption, assigned
-from vllm_edits.server_config.settings import KEY, read_settings
+from vllm_edits.server_config.settings import KEY, EditSettings, read_settings
 
 
 @app.command()
@@ -38,12 +38,14 @@ def plan(
 
     Use it before `serve`, to choose `slots` and `reserve`. It reads the
     checkpoint and the store, and does not load the model. It also lists
-    promoted versions that the server would refuse.
+    promoted versions that the server would refuse, and what each profile for
+    `reserve` would take.
 
     \b
     Examples:
       vllm-edits plan ./model --store ./store
       vllm-edits plan ./model --store ./store --set slots=32 --memory 8GiB
+      vllm-edits plan ./model --store ./store --set reserve=standard
     """
     from vllm_edits.plugin import plan as planning  # brings torch
     from vllm_edits.plugin.graph.slot_bytes import slot_bytes
@@ -81,19 +83,52 @@ def plan(
     if promoted.in_weights and (missing := formless(promoted.in_weights.edits, supported(base.architecture))):
         refused[promoted.in_weights.name] = [reason.message for reason in missing]
     fits = None if memory_bytes is None else found.most(memory_bytes)
+    profiles = planning.profile_rows(settings, base, promoted, capacity_bytes)
     if as_json:
         as_script({"groups": rows, "bytes_per_slot": found.slot, "slots": settings.slots,
-                   "bytes": found.total(settings.slots), "fit": fits, "refused": refused,
+                   "bytes": found.total(settings.slots), "fit": fits, "refused": refused, "profiles": profiles,
                    "weights": {"projections": len(patched), "bytes": patch}})  # fmt: skip
         return
     columns = {"kind": "kind", "point": "at", "reads": "reads", "rank": "rank", "features": "with", "sites": "layers"}
-    show([{**row, "size": sized(row["bytes"])} for row in rows], {**columns, "size": "bytes per slot"}, False)
+    if rows:
+        show([{**row, "size": sized(row["bytes"])} for row in rows], {**columns, "size": "bytes per slot"}, False)
+    else:
+        plain(
+            "nothing is reserved. With --set reserve=standard a server holds what nearly every published method needs"
+        )
     plain(f"one slot: {sized(found.slot)}; {settings.slots} slots and the base model's slot: "
           f"{sized(found.total(settings.slots))}")  # fmt: skip
-    if memory_bytes is not None:
+    if memory_bytes is not None and rows:
         plain(f"{fits} slots fit into {sized(memory_bytes)}")
     if patched:
         plain(f"{settings.weights} in the weights: {len(patched)} projections, up to {sized(patch)}; the same host "
               "memory for each prepared version, and on a CPU once more")  # fmt: skip
     for name, reasons in refused.items():
         plain(f"{name} would be refused: {'; '.join(reasons)}")
+    _show_profiles(profiles, settings)
+
+
+def _show_profiles(profiles: list[dict[str, Any]], settings: EditSettings) -> None:
+    """A row for each profile, then a line for each measurement. Speeds are relative to vLLM alone."""
+    plain("\nprofiles for reserve; with the base model's slot; decode and prefill at rest, where vLLM alone is 1:")
+    in_use = "and entries" if settings.entries else "yes"
+    lines = [
+        {
+            "profile": row["profile"], "in_use": in_use if row["in_use"] else "", "slot": sized(row["bytes_per_slot"]),
+            "all": sized(row["bytes"]), "decode": _range(row["measured"], "decode"),
+            "prefill": _range(row["measured"], "prefill"),
+        }
+        for row in profiles
+    ]  # fmt: skip
+    columns = {"profile": "profile", "in_use": "in use", "slot": "one slot", "all": f"{settings.slots} slots"}
+    show(lines, {**columns, "decode": "decode", "prefill": "prefill"}, False)
+    for row in profiles:
+        for cost in row["measured"]:
+            plain(f"{row['profile']} on {cost['device']}, {cost['shape']}, {cost['reserved']}: "
+                  f"decode {_range([cost], 'decode')}, prefill {_range([cost], 'prefill')}")  # fmt: skip
+
+
+def _range(measured: list[dict[str, Any]], phase: str) -> str:
+    """The lowest and the highest measured speed."""
+    speeds = sorted({f"{cost[phase]:.3f}" for cost in measured if cost[phase] is not None})
+    return "–".join(dict.fromkeys([speeds[0], speeds[-1]])) if speeds else "not measured"

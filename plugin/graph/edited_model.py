@@ -305,8 +305,8 @@ class EditedModel:
         for group, tensors in old._slot_tensors.items():
             for name, columns in tensors.columns.items():
                 mine = self._slot_tensors[group].columns[name]
-                before = torch.atleast_1d(columns.of(old._rows.view(columns.dtype))[slot])
-                after = torch.atleast_1d(mine.of(self._rows.view(mine.dtype))[slot])
+                before = _as_ranks(columns.of(old._rows.view(columns.dtype))[slot])
+                after = _as_ranks(mine.of(self._rows.view(mine.dtype))[slot])
                 if not _same_bits(after[: len(before)], before) or after[len(before) :].any():
                     raise RuntimeError(
                         f"slot {slot} does not keep its numbers: {name} of {group.kind} at {group.site} differs"
@@ -412,6 +412,11 @@ def _joins_sum(group: EditGroup, reservation: Reservation, site_modules: Mapping
     stage = KINDS[group.kind].order.stage
     here = (each for each in reservation.capacities if each.site == each.reads == group.site)
     return all(KINDS[each.kind].order.stage > stage for each in here)
+
+
+def _as_ranks(numbers: Tensor) -> Tensor:
+    """A slot tensor of one slot as rows, one for each rank; a single number is one row."""
+    return numbers if numbers.ndim else numbers.unsqueeze(0)
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

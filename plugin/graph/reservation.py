@@ -7,15 +7,16 @@ to raise. Capacity that is not reserved costs nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import groupby
+from math import ceil
 from typing import Any, Protocol
 
 from vllm_edits.edit_store.architectures import Architecture
 from vllm_edits.edit_store.bundle import Strength
 from vllm_edits.edit_store.byte_sizes import sized
-from vllm_edits.edit_store.edits import Edit
+from vllm_edits.edit_store.edits import MAX_RANK, Edit
 from vllm_edits.edit_store.errors import Reason, SettingsError
 from vllm_edits.edit_store.kinds import KINDS, SCALED
 from vllm_edits.edit_store.scope import Scope, distinct
@@ -123,13 +124,6 @@ class Reservation:
                 capacities[group] = capacities.get(group, Capacity()) | capacity
         return cls(capacities, scopes)
 
-    def __or__(self, other: Reservation) -> Reservation:
-        """The smallest reservation that holds both."""
-        capacities = dict(self.capacities)
-        for group, capacity in other.capacities.items():
-            capacities[group] = capacities.get(group, Capacity()) | capacity
-        return Reservation(capacities, max(self.scopes, other.scopes))
-
     @property
     def edits_logits(self) -> bool:
         """True if the logits can be edited, which are computed after the model and for some tokens only."""
@@ -140,22 +134,36 @@ class Reservation:
         """True if an edit may have a rank above one."""
         return any(capacity.rank > 1 for capacity in self.capacities.values())
 
-    @classmethod
-    def usual(cls, architecture: Architecture, widths: Widths) -> Reservation:
-        """Reservation for a server that starts with an empty store: rank one of the usual edits, at every layer."""
-        kinds = [kind for kind in KINDS.values() if kind.usually_reserved]
-        edits = [kind.usual(layer) for layer in range(widths.layers) for kind in kinds]
-        groups = [group for edit in edits for group in edit_groups([edit])]
-        return cls({
-            group: Capacity() for group in groups
-            if all(architecture.hidden(site.point) is None for site in (group.site, group.reads))
-        })  # fmt: skip
+    def __or__(self, other: Reservation) -> Reservation:
+        """The smallest reservation that holds both."""
+        capacities = dict(self.capacities)
+        for group, capacity in other.capacities.items():
+            capacities[group] = capacities.get(group, Capacity()) | capacity
+        return Reservation(capacities, max(self.scopes, other.scopes))
+
+    def with_headroom(self, factor: float, widths: Widths) -> Reservation:
+        """The same with ranks `factor` times as large, rounded up.
+
+        No rank grows above MAX_RANK, nor above the width of what is read or written, where more would add nothing.
+        """
+        return replace(
+            self, capacities={group: _grown(group, have, factor, widths) for group, have in self.capacities.items()}
+        )
 
     @classmethod
     def from_settings(
-        cls, reserve: Iterable[Reserve], architecture: Architecture, widths: Widths, scopes: int = 0
+        cls,
+        reserve: Iterable[Reserve],
+        architecture: Architecture,
+        widths: Widths,
+        scopes: int = 0,
+        *,
+        skip_unmatched: bool = False,
     ) -> Reservation:
-        """Expand patterns over a model's sites. SettingsError when a pattern fits no site of its kind."""
+        """Expand patterns over a model's sites. SettingsError when a pattern fits no site of its kind.
+
+        skip_unmatched: leave such a pattern out instead
+        """
         capacities: dict[EditGroup, Capacity] = {}
         unmatched = []
         for item in reserve:
@@ -174,7 +182,7 @@ class Reservation:
             for site, reads in found:
                 group = EditGroup(site, item.kind, reads, item.index)
                 capacities[group] = capacities.get(group, Capacity()) | Capacity(item.rank, frozenset(item.features))
-        if unmatched:
+        if unmatched and not skip_unmatched:
             raise SettingsError("\n".join(unmatched))
         return cls(capacities, scopes)
 
@@ -242,6 +250,15 @@ def _source(item: Reserve, site: Site, architecture: Architecture) -> Site | Non
     """Source of the reserved edits: by default their module's input; None if `item.reads` cannot be read there."""
     able = KINDS[item.kind].sources(site, architecture.reads(site.point))
     return next((reads for reads in able if item.reads in (None, reads.point)), None)
+
+
+def _grown(group: EditGroup, have: Capacity, factor: float, widths: Widths) -> Capacity:
+    """The capacity with headroom. Kinds without ranks have none: such a group holds any number of edits already."""
+    if "rank" not in KINDS[group.kind].model_fields:
+        return have
+    most = min(MAX_RANK, *(widths.of(site.point) for site in (group.site, group.reads)))
+    wanted = ceil(round(have.rank * factor, 6))  # 10 * 1.1 is 11, not 11.000000000000002
+    return replace(have, rank=max(have.rank, min(wanted, most)))
 
 
 def _more(group: EditGroup, have: Capacity | None, need: Capacity, slot_bytes: SlotBytes) -> int:

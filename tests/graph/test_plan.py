@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from vllm_edits.plugin.cli.commands import app
 from vllm_edits.plugin.graph.reservation import Reservation
 from vllm_edits.plugin.graph.slot_bytes import slot_bytes
 from vllm_edits.plugin.plan import Plan, dtype_of
+from vllm_edits.server_config.profile_costs import ProfileCost, profile_costs
 
 
 @for_every_form()
@@ -100,10 +102,68 @@ def test_versions_for_another_model_reserve_nothing(checkpoint: Path, tmp_path: 
     publish(
         store, random_bundle("polite", base_of(checkpoint).model_copy(update={"files": {"x.safetensors": "a" * 64}}), 1)
     )
-    capacities = planned(checkpoint, store, "--json")["groups"]
-    assert {(row["kind"], row["point"]) for row in capacities} >= {("offset", "resid"), ("low_rank", "mlp.out")}, (
-        "the usual"
-    )
+    told = planned(checkpoint, store, "--json")
+    assert (told["groups"], told["bytes"]) == ([], 0)
+    said = planned(checkpoint, store, "--memory", "1GiB")
+    assert "nothing is reserved. With --set reserve=standard" in said
+    assert "fit into" not in said, "any number does"
+
+
+def test_planning_shows_each_profile_and_what_it_costs_at_rest(checkpoint: Path, tmp_path: Path) -> None:
+    """In one table after the reservation, the one in use marked; a profile without figures says so."""
+    store = EditStore(str(tmp_path / "store"), create=True)
+    bundle = random_bundle("polite", base_of(checkpoint), seed=1)
+    publish(store, bundle)
+    options = ("--set", "slots=8", "--dtype", "float32")
+    told = planned(checkpoint, store, *options, "--set", "reserve=standard", "--json")
+    rows = {row["profile"]: row for row in told["profiles"]}
+    assert list(rows) == ["promoted", "standard", "all"]
+    assert [name for name, row in rows.items() if row["in_use"]] == ["standard"]
+    assert (rows["standard"]["bytes_per_slot"], rows["standard"]["bytes"]) == (told["bytes_per_slot"], told["bytes"])
+    plan = Plan.of(Reservation.for_versions([bundle.manifest]), slot_bytes(bundle.manifest.base.widths, torch.float32))
+    assert rows["promoted"]["bytes"] == plan.total(8)
+    assert told["refused"] == {}
+    for name, row in rows.items():
+        costs = [cost.model_dump(mode="json", exclude={"profile"}) for cost in profile_costs(name)]
+        assert row["measured"] == costs
+    said = planned(checkpoint, store, *options, "--set", "reserve=standard")
+    table = said[said.index("profiles for reserve") :]
+    assert re.search(r"^ *standard +yes ", table, re.MULTILINE)
+    assert not re.search(r"^ *(promoted|all) +yes ", table, re.MULTILINE)
+    mixed = json.dumps(["all", {"kind": "offset", "site": "final"}])
+    assert re.search(r"^ *all +and entries ", planned(checkpoint, store, "--set", f"reserve={mixed}"), re.MULTILINE)
+    entries = json.dumps([{"kind": "offset", "site": "final"}])
+    assert " yes" not in planned(checkpoint, store, "--set", f"reserve={entries}")
+
+
+def test_a_speed_that_was_not_measured_is_told_so(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a profile without any record, and of a record that has decoding only. Several records are a range."""
+    store = EditStore(str(tmp_path / "store"), create=True)
+    about = {"device": "abacus", "shape": "tiny", "reserved": "all of it", "date": "2026-11-28", "record": "r.json"}
+    found = (("standard", 0.98765, None), ("all", 0.5, 0.75), ("all", 1.25, 0.75))
+    costs = [
+        ProfileCost.model_validate({"profile": profile, "decode": decode, "prefill": prefill, **about})
+        for profile, decode, prefill in found
+    ]
+    monkeypatch.setattr("vllm_edits.server_config.profile_costs.read_costs", lambda: tuple(costs))
+    said = planned(checkpoint, store)
+    for line in (
+        r" promoted .* bytes +not measured +not measured",
+        r" standard .* 0\.988 +not measured",
+        r" all .* 0\.500–1\.250 +0\.750",
+        r"standard on abacus, tiny, all of it: decode 0\.988, prefill not measured",
+        r"all on abacus, tiny, all of it: decode 0\.500, prefill 0\.750",
+    ):
+        assert re.search(rf"^(?:{line}) *$", said, re.MULTILINE), (line, said)
+
+
+def test_an_unknown_profile_is_refused_with_the_nearest(checkpoint: Path, tmp_path: Path) -> None:
+    store = EditStore(str(tmp_path / "store"), create=True)
+    ran = CliRunner().invoke(app, ["plan", str(checkpoint), "--store", store.url, "--set", "reserve=standrad"])
+    assert ran.exit_code == 1
+    assert "edits.reserve.0: unknown profile 'standrad'. Did you mean 'standard'?" in ran.stderr
 
 
 @pytest.mark.parametrize(("asked", "meant"), [("auto", "bfloat16"), ("half", "float16"), ("float32", "float32")])

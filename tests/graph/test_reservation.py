@@ -147,20 +147,35 @@ def test_patterns_that_fit_nothing_are_refused_all_at_once() -> None:
     assert "low_rank at '*'" not in str(refusal.value)
 
 
-def test_an_empty_store_reserves_what_most_methods_use() -> None:
-    usual = Reservation.usual(LLAMA, WIDTHS)
-    assert usual.missing(Version([Scale(site="layers.0.attn.z"), Offset(site="layers.2.resid"), EDITS[0]]))[
-        0
-    ].message.startswith("low_rank of rank 2 at layers.1.mlp.out reading layers.1.mlp.h: rank 1 is reserved")
-    assert len(usual.capacities) == 4 * WIDTHS.layers
-    experts = Reservation.usual(ARCHITECTURES["Qwen3MoeForCausalLM"], WIDTHS)
-    assert len(experts.capacities) == 3 * WIDTHS.layers, "what is read lies inside the experts"
-
-
 capacities = st.dictionaries(
     st.sampled_from(sorted({group for _, (edit, _) in every_edit(BASE) for group in edit_groups([edit])})),
     st.builds(Capacity, st.integers(1, 8), st.frozensets(st.sampled_from(["dual", "onto", "renorm", "normalise"]))),
 )
+
+
+reservations = st.builds(Reservation, capacities, st.integers(0, 4))
+
+
+@cheaply
+@given(reservations, reservations)
+def test_the_union_of_two_reservations_is_the_smallest_that_holds_both(one: Reservation, other: Reservation) -> None:
+    both = one | other
+    assert both.capacities.keys() == one.capacities.keys() | other.capacities.keys()
+    assert both.scopes == max(one.scopes, other.scopes)
+    for group, found in both.capacities.items():
+        parts = [each.capacities[group] for each in (one, other) if group in each.capacities]
+        assert found.rank == max(part.rank for part in parts)
+        assert found.features == frozenset().union(*(part.features for part in parts))
+    assert both == other | one == both | one
+    assert one | Reservation({}) == one
+
+
+def test_a_union_changes_neither_of_its_parts() -> None:
+    one, other = reserved_for(EDITS), reserved_for([Offset(site="final")])
+    before = dict(one.capacities)
+    assert len((one | other).capacities) == len(before) + 1
+    assert one.capacities == before
+    assert not one.missing(Version(EDITS))
 
 
 @cheaply

@@ -24,7 +24,7 @@ from vllm_edits.plugin.headers import OF_ANSWERS, OF_REQUESTS
 from vllm_edits.plugin.http.routes import router
 from vllm_edits.plugin.metrics import METRICS, PREFIX
 from vllm_edits.plugin.request import STRENGTH_ARGUMENT
-from vllm_edits.server_config.settings import KEY, EditSettings, Reserve, ReserveWeight
+from vllm_edits.server_config.settings import KEY, PROFILES, EditSettings, Reserve, ReserveWeight
 
 KEPT = Path(__file__).with_suffix(".txt")
 PROJECT: dict[str, Any] = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
@@ -75,6 +75,7 @@ def settings() -> Iterator[str]:
         (f"{KEY}.weights_reserve[]", ReserveWeight),
     ):
         yield from (f"setting {prefix}.{name}" for name in model.model_fields)
+    yield from (f"profile of setting {KEY}.reserve {name}" for name in PROFILES)
 
 
 def metrics() -> Iterator[str]:

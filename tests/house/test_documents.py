@@ -18,6 +18,9 @@ from vllm_edits.edit_store.sites import POINTS
 from vllm_edits.plugin.http.routes import router
 from vllm_edits.plugin.metrics import FIRST_TOKEN, METRICS, PER_TOKEN, PREFIX, REQUEST
 from vllm_edits.server_config import EditSettings, read_settings
+from vllm_edits.server_config.profile_costs import LEAST, read_costs
+from vllm_edits.server_config.profiles import SCOPES, STANDARD, entries
+from vllm_edits.server_config.settings import PROFILES
 
 ROOT = Path(__file__).parents[2]
 FRONT_PAGE_BYTES = 12 << 10
@@ -43,9 +46,52 @@ def test_the_settings_table_is_the_settings() -> None:
     }
     declared = {}
     for name, field in EditSettings.model_fields.items():
-        default = "required" if field.is_required() else "none" if field.default is None else str(field.default)
-        declared[name] = ("what the store promotes" if name == "reserve" else default, field.description)
+        told_default = ", ".join(field.default) if isinstance(field.default, tuple) else str(field.default)
+        default = "required" if field.is_required() else "none" if field.default is None else told_default
+        declared[name] = (default, field.description)
     assert told == declared
+
+
+def test_the_profiles_table_is_the_profiles() -> None:
+    """Their names, smallest first, their scopes, and the largest rank."""
+    told = rows("server_config/README.md", "## Profiles")
+    scopes = {name: str(number or "theirs") for name, number in SCOPES.items()}
+    assert [(row[0], row[2]) for row in told] == [(f"`{name}`", scopes[name]) for name in PROFILES]
+    (rank,) = {entry.rank for entry in entries("all") if "rank" in KINDS[entry.kind].model_fields}
+    assert f"rank {rank}" in told[-1][1]
+
+
+def test_the_table_of_the_standard_profile_is_its_entries() -> None:
+    """Every entry, in order, with the methods that need it."""
+    declared = []
+    for entry, methods in STANDARD:
+        point = entry.site.removeprefix("layers.*.")
+        reads = "" if entry.reads in (None, point) else f"`{entry.reads}`"
+        rank = str(entry.rank) if "rank" in KINDS[entry.kind].model_fields else ""
+        declared.append([f"`{entry.kind}`", f"`{point}`", reads, rank, " ".join(entry.features), methods])
+    assert rows("server_config/README.md", "### The profile `standard`") == declared
+
+
+def test_the_table_of_costs_at_rest_is_what_was_measured() -> None:
+    """Every measurement that ships, with its record, and no other. The page has the rule and its result."""
+    declared = [
+        [f"`{cost.profile}`", cost.device, cost.shape, cost.reserved, speed(cost.decode), speed(cost.prefill),
+         f"[{cost.date}](../loadtests/results/{cost.record})"]
+        for cost in read_costs()
+    ]  # fmt: skip
+    heading = "### What a profile costs at rest"
+    assert rows("server_config/README.md", heading) == declared
+    said = " ".join((ROOT / "server_config/README.md").read_text().split(heading)[1].split("\n## ")[0].split())
+    assert f"keeps {LEAST} of vLLM alone" in said
+    (default,) = EditSettings(store="/none").profiles
+    assert f"the default is `{default}`" in said
+    measured = {cost.profile for cost in read_costs()}
+    missing = [f"`{name}`" for name in PROFILES if name not in measured]
+    assert not missing or f"{' and '.join(missing)} {'were' if len(missing) > 1 else 'was'} not" in said
+
+
+def speed(ratio: float | None) -> str:
+    return "not measured" if ratio is None else f"{ratio:.3f}"
 
 
 def test_the_metrics_table_is_the_metrics() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.support.fakes import cheaply
 from vllm_edits.edit_store import EditStore
 from vllm_edits.edit_store.errors import EditsError, SettingsError
 from vllm_edits.edit_store.signing import SigningKey
+from vllm_edits.plugin.cli.setting_option import assigned
 from vllm_edits.plugin.open_store import open_reader
 from vllm_edits.server_config.settings import EditSettings, Reserve, read_settings
 
@@ -37,7 +39,7 @@ def test_good_settings_are_read_with_their_defaults() -> None:
         admin_token_file=None,
         inner_load_format="auto",
     )
-    assert (read().slots, read().reserve, read().admin_token_file) == (16, None, None)
+    assert (read().slots, read().reserve, read().admin_token_file) == (16, ("promoted",), None)
 
 
 def test_every_setting_has_a_line_of_help() -> None:
@@ -60,13 +62,52 @@ def test_an_unknown_setting_is_refused_with_the_nearest_known(setting: str, know
 
 
 def test_an_unknown_setting_like_no_other_is_refused_with_all_known() -> None:
-    with pytest.raises(SettingsError, match=r"Known: store, slots, reserve, scopes, default_tag, poll_seconds"):
+    with pytest.raises(
+        SettingsError, match=r"Known: store, slots, reserve, reserve_headroom, scopes, default_tag, poll_seconds"
+    ):
         read(zzz=1)
 
 
 def test_an_unknown_field_of_a_reservation_names_the_fields_of_a_reservation() -> None:
     with pytest.raises(SettingsError, match=r"edits\.reserve\.0\.ranks: unknown setting\. Did you mean 'rank'"):
         read(reserve=[{**RESERVE, "ranks": 2}])
+
+
+def test_one_profile_is_a_list_of_one() -> None:
+    assert read(reserve="standard") == read(reserve=["standard"])
+    assert read(reserve=None) == read(reserve="promoted") == read()
+    mixed = read(reserve=["standard", RESERVE, "promoted"])
+    assert (mixed.profiles, mixed.entries) == (("standard", "promoted"), (Reserve.model_validate(RESERVE),))
+    assert (read(reserve=[RESERVE]).profiles, read(reserve=[]).entries) == ((), ())
+
+
+def test_an_unknown_profile_is_refused_with_the_nearest_and_all_that_there_are() -> None:
+    """With all other problems of the list at once."""
+    with pytest.raises(SettingsError) as refusal:
+        read(reserve=["standart", "zzz", "all", {**RESERVE, "ranks": 2}, {**RESERVE, "rank": 0}])
+    known = "Profiles: promoted, standard, all. Give several profiles, or entries, as a list"
+    assert str(refusal.value).splitlines()[1:] == [
+        f"  - edits.reserve.0: unknown profile 'standart'. Did you mean 'standard'? {known}",
+        f"  - edits.reserve.1: unknown profile 'zzz'. {known}",
+        "  - edits.reserve.3.ranks: unknown setting. Did you mean 'rank' or 'reads'?",
+        "  - edits.reserve.4.rank: Input should be greater than or equal to 1, found 0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("reserve=standard", ("standard",)),
+        ('reserve="all"', ("all",)),
+        ("reserve=null", ("promoted",)),
+        (f'reserve=["standard", {json.dumps(RESERVE)}]', ("standard", Reserve.model_validate(RESERVE))),
+    ],
+)
+def test_profiles_on_the_command_line(option: str, expected: tuple[Any, ...]) -> None:
+    """`--set` reads JSON, and what is none as text."""
+    assert read_settings({"edits": assigned("/srv/store", [option])}).reserve == expected
+    with pytest.raises(SettingsError, match=r"unknown profile 'promoted,standard'\. Did you mean .*as a list"):
+        read_settings({"edits": assigned("/srv/store", ["reserve=promoted,standard"])})
 
 
 def test_all_problems_come_at_once() -> None:
@@ -84,7 +125,21 @@ def test_all_problems_come_at_once() -> None:
         ("poll_seconds", [0.05, 2, 3600], [0.04, 0, -1, 3601, math.inf, math.nan, "soon", None]),
         ("store", ["/srv/store", "memory://x"], ["", None, 7]),
         ("default_tag", ["prod", "beta-2"], ["", "Prod", "../x", "a/b", "prod\n", None]),
-        ("reserve", [None, [], [RESERVE]], [RESERVE, "all", [{**RESERVE, "rank": 0}], [{**RESERVE, "rank": 513}]]),
+        (
+            "reserve",
+            [None, [], [RESERVE], "all", ["standard"], ["promoted", RESERVE, "standard"]],
+            [
+                RESERVE,
+                "",
+                "low_rank",
+                ["all", None],
+                [["all"]],
+                7,
+                [{**RESERVE, "rank": 0}],
+                [{**RESERVE, "rank": 513}],
+            ],
+        ),
+        ("reserve_headroom", [1, 1.5, 16], [0.99, 0, -1, 16.01, math.inf, math.nan, "much", None]),
         ("admin_token_file", [None, "/run/token"], [7, True]),
     ],
 )

@@ -17,6 +17,7 @@ from loadtests.bench.run import Measured, NotMeasured, Run
 from loadtests.bench.sides import Engine
 from loadtests.harness.record import gpu
 from vllm_edits.edit_store.kinds import served_per_request
+from vllm_edits.server_config.settings import Profile
 
 MAX_MODEL_LEN = 2048
 LARGEST_BLOCK = {False: 128, True: 64}
@@ -40,10 +41,11 @@ class Engines:
     """is told what takes long before the engines start"""
     also: Mapping[str, Any]
     """arguments of every engine besides"""
+    reserve: Sequence[Profile] = ("standard",)
 
     @classmethod
     def of(cls, run: Run, say: Callable[[str], None], also: Mapping[str, Any] = MappingProxyType({})) -> Self:
-        return cls(run.inputs, run.dtype, run.cores, run.batches, run.ranks, run.all_kinds, say, also)
+        return cls(run.inputs, run.dtype, run.cores, run.batches, run.ranks, run.all_kinds, say, also, run.reserve)
 
     def plain(self) -> dict[str, Side]:
         """vLLM without the plugin, twice: how far apart the two are is the noise."""
@@ -63,6 +65,14 @@ class Engines:
         settings = {"store": str(store), "slots": variants, "cache_folder": str(inputs.node)}
         extra = {"load_format": "edits", "additional_config": {"edits": settings}}
         return self._engine(inputs, label, extra, plugins="edits"), names
+
+    def reserving(self, profile: Profile, label: str) -> Side:
+        """vLLM with the plugin and a reservation profile, on a store that promotes nothing."""
+        store = self.inputs.store_of("empty-store", [])
+        settings = {"store": str(store), "slots": 16, "cache_folder": str(self.inputs.node), "reserve": profile}
+        extra = {"load_format": "edits", "additional_config": {"edits": settings}}
+        engine = self._engine(self.inputs, label, extra, plugins="edits")
+        return Side(f"profile {profile} reserved, nothing promoted, no edited request", engine, [None])
 
     def in_weights(self, inputs: Inputs) -> Side:
         """vLLM with the plugin and the edits in its weights: one variant, and nothing set apart for others."""
@@ -170,6 +180,17 @@ def idle(engines: Engines) -> Trial:
     return Trial("Plugin on, no edited request, by batch size", sides, phases, comparisons)
 
 
+def profiles(engines: Engines) -> Trial:
+    """What it costs to leave the plugin on with a reservation profile and nothing promoted, so no edited request."""
+    phases = [phase for requests in engines.batches for phase in batch(requests)]
+    sides, comparisons = engines.plain(), against("plain again", ["plain"], phases, None, None)
+    for profile in engines.reserve:
+        for side in (profile, f"{profile} again"):
+            sides[side] = engines.reserving(profile, side.replace(" ", "_"))
+            comparisons += against(side, PLAIN, phases, IDLE, IDLE)
+    return Trial("Reservation profiles, no edited request, by batch size", sides, phases, comparisons)
+
+
 def distinct(engines: Engines) -> Trial:
     """The largest batch on K distinct versions, for ranks 1, 4 and 16 at every layer, and for all kinds; or for what
     was asked for. Beside each, where engines take turns step by step, what reading alone costs."""
@@ -236,7 +257,8 @@ def weights(engines: Engines) -> Trial:
 
 
 EXPERIMENTS: Mapping[str, Callable[[Engines], Trial]] = {
-    "demo": demo, "kinds": kinds, "idle": idle, "distinct": distinct, "alternatives": alternatives, "weights": weights,
+    "demo": demo, "kinds": kinds, "idle": idle, "profiles": profiles, "distinct": distinct,
+    "alternatives": alternatives, "weights": weights,
 }  # fmt: skip
 """By the name that --only takes."""
 
