@@ -18,14 +18,10 @@ from typing import Any, Self
 import httpx
 import psutil
 
-from loadtests.harness.record import gpu
-
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
-    # vLLM 0.32 cannot load its own ahead-of-time artefact back on CPU and compiles twice; its other caches work.
-    **({} if gpu() else {"VLLM_USE_AOT_COMPILE": "0"}),
     "TOKENIZERS_PARALLELISM": "false",
     # Where workers spin on every core, nobody else may run for five seconds, after which a server drops a connection
     # that it believes to be idle, even if the next request is in it already.

@@ -71,6 +71,10 @@ class Rows(nn.Module):
             for dtype in {columns.dtype for columns in held}:
                 self.register_buffer(_name(layer, dtype), rows[:, begin:stop].view(dtype), persistent=False)
 
+    def release(self) -> None:
+        """Give back the memory. No tensor can be had afterwards."""
+        self._buffers.clear()
+
     def tensor(self, layer: int | None, columns: Columns) -> Tensor:
         """One of the tensors, in every slot: [S, *shape]."""
         return columns.of(getattr(self, _name(layer, columns.dtype)), self._begins[layer])

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import hashlib
+import logging
 import os
 import signal
 import sys
@@ -22,7 +23,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,10 +42,13 @@ from vllm_edits.edit_store.errors import EditsError
 from vllm_edits.plugin.short_turns import short_turns
 from vllm_edits.plugin.vllm_host.seams import optional
 
+logger = logging.getLogger("vllm.edits")
+
 COMPILE_SECONDS = 3600.0
 """time limit for compiling"""
-_NICENESS = 10
+_NICENESS = 5
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
+_BINDING = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PROC_BIND", "OMP_PLACES")
 _TOLD_BYTES = 4000
 """of a child's error, the last ones"""
 
@@ -56,13 +60,15 @@ class FirstCall:
     arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
     @classmethod
-    def of(cls, model: nn.Module) -> FirstCall:
-        """Note the first call of a model."""
+    def of(cls, model: nn.Module, config: Any) -> FirstCall:
+        """Note the first call of a model, and give the model its compiled code of an earlier start before it."""
         call = cls()
 
         def note(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             call.arguments = tuple(map(_shape_of, args)), {name: _shape_of(each) for name, each in kwargs.items()}
             hook.remove()
+            if config.device_config.device_type == "cpu":
+                load_at_start(model, config)
 
         hook = model.register_forward_pre_hook(note, with_kwargs=True)
         return call
@@ -88,8 +94,7 @@ def compiled_module(model: nn.Module) -> Any:
 
     EditsError if the code is not compiled ahead of time, because such code cannot be exchanged.
     """
-    found: list[Any] = [module for module in model.modules() if isinstance(module, TorchCompileWithNoGuardsWrapper)
-                        and not module.do_not_compile]  # fmt: skip
+    found = _compiled_modules(model)
     if not found:
         return None
     if len(found) > 1 or optional(found[0], "aot_compiled_fn") is None:
@@ -98,6 +103,11 @@ def compiled_module(model: nn.Module) -> Any:
             "exchanged. Start with VLLM_USE_AOT_COMPILE=1, or with --enforce-eager"
         )
     return found[0]
+
+
+def _compiled_modules(model: nn.Module) -> list[Any]:
+    every: Iterable[Any] = model.modules()
+    return [each for each in every if isinstance(each, TorchCompileWithNoGuardsWrapper) and not each.do_not_compile]
 
 
 def with_additional(config: Any, additional: Mapping[str, Any]) -> Any:
@@ -133,6 +143,21 @@ def load(module: Any, config: Any) -> Callable[..., Any]:
             finalize(config)
     found: Callable[..., Any] = code
     return found
+
+
+def load_at_start(model: nn.Module, config: Any) -> None:
+    """Give a model its code of an earlier start with the same config, if there is any.
+
+    On a CPU vLLM saves the code, but cannot load it: it compiles again at every start.
+    """
+    for module in _compiled_modules(model):
+        if code_file(module, config).is_file() and not envs.VLLM_DISABLE_COMPILE_CACHE:
+            try:
+                module.aot_compiled_fn = load(module, config)
+            except Exception:
+                logger.warning("the compiled code of an earlier start cannot be used", exc_info=True)
+            else:
+                logger.info("the model uses the compiled code of an earlier start")
 
 
 # -- compiling ---------------------------------------------------------------------------------------------------------
@@ -242,6 +267,8 @@ def _become_background(parent: int) -> None:
         os._exit(1)
     os.nice(_NICENESS)
     os.sched_setaffinity(0, range(os.cpu_count() or 1))  # the engine's thread is bound to one core
+    for name in _BINDING:  # else the OpenMP library that vLLM preloads would bind the compiler to that core too
+        os.environ.pop(name, None)
 
 
 @dataclass

@@ -13,7 +13,6 @@ two votes, so all switch at the same step, or none does. Until `finish`, `undo` 
 
 from __future__ import annotations
 
-import gc
 import logging
 import threading
 import time
@@ -242,6 +241,8 @@ class Growth:
             self._config.additional_config = self._grown_config.additional_config
             if self._module is not None:
                 self._module.vllm_config = self._grown_config
+            if self._switched is not None:
+                self._switched[0].release()
             self._switched = None
             self._end()
 
@@ -251,11 +252,12 @@ class Growth:
             if self._compiling is not None:
                 self._compiling.stop()
             self._restore()
+            if self._built is not None:
+                self._built[0].release()
             self._end()
 
     def _end(self) -> None:
         self._built = self._code = self._compiling = None
-        gc.collect()
         if self._loaded.building.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -116,7 +116,7 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
         model.loaded_edits = LoadedEdits(
             edited, base, settings,
             HostCache(reading(edited.prepare, base, settings), settings.host_cache_bytes), weights,
-            HostCache(reading(weights.prepare, base, settings), 0), ending, building, FirstCall.of(model),
+            HostCache(reading(weights.prepare, base, settings), 0), ending, building, FirstCall.of(model, vllm_config),
         )  # fmt: skip
         use_edits_model_state(model, model.loaded_edits)
         return model
