@@ -187,6 +187,11 @@ def compile_and_save(model: nn.Module, module: Any, config: Any, call: FirstCall
         raise EditsError("vLLM compiled the model, but could not save the code. See the log above")
 
 
+def can_fork(device: torch.device) -> bool:
+    """True if a child of this process can compile: CUDA cannot be used in a forked process."""
+    return device.type != "cuda"
+
+
 class Compiling:
     """The compilation of code, in another place than the thread that serves."""
 

@@ -122,7 +122,7 @@ class Growth:
     def _compile(self) -> None:
         (new, _), device = self._made(), self._loaded.building.device
         call, config = self._loaded.first_call, self._grown_config
-        if device.type == "cuda":  # cannot be used in a forked child
+        if not compiled.can_fork(device):
             copies = self._loaded.edited.plain_copies(self._model)
             new.attach(copies)
             model, module = copies[self._model], copies[self._module]
