@@ -121,6 +121,7 @@ class Extras:
     resolver: Resolver | None = None
     grow: Grow = "never"
     grow_bytes: int | None = None
+    headroom: float = 1.0
 
 
 class LocalCoordinator:
@@ -140,7 +141,7 @@ class LocalCoordinator:
         self.slots = Slots(slots, workers, metrics, info=known.__getitem__, fired=self.experiments.fired)
         self.growth = Growth(
             reservation, workers, self.slots, metrics, slot_bytes=slot_bytes, grow=extras.grow,
-            limit_bytes=extras.grow_bytes, grown=self._follow_again,
+            headroom=extras.headroom, limit_bytes=extras.grow_bytes, grown=self._follow_again,
         )  # fmt: skip
         self.versions = Versions(reader, known, self.slots, self.growth, base=base)
         self.weights = WeightsMode(

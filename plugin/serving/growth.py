@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from vllm_edits.edit_store.bundle import Manifest
 from vllm_edits.edit_store.byte_sizes import sized
-from vllm_edits.edit_store.errors import EditsError, InstallRefused, Reason
+from vllm_edits.edit_store.errors import BundleRefused, EditsError, InstallRefused, Reason
 from vllm_edits.plugin.graph.reservation import Reservation, SlotBytes
 from vllm_edits.plugin.metrics import Metrics
 from vllm_edits.plugin.serving.slots import Slots
@@ -64,9 +64,9 @@ class Growth:
 
     def __init__(
         self, reservation: Reservation, workers: Workers, slots: Slots, metrics: Metrics, *, slot_bytes: SlotBytes,
-        grow: Grow, limit_bytes: int | None, grown: Callable[[], Awaitable[Any]],
+        grow: Grow, headroom: float, limit_bytes: int | None, grown: Callable[[], Awaitable[Any]],
     ) -> None:  # fmt: skip
-        """grown: called after each growth, to follow promotions that waited for it."""
+        """headroom: factor on ranks. grown: called after each growth, to follow promotions that waited for it."""
         self.reservation = reservation
         self.policy = grow
         self.last: GrowthRun | None = None
@@ -74,6 +74,7 @@ class Growth:
         self._slots = slots
         self._metrics = metrics
         self._slot_bytes = slot_bytes
+        self._headroom = headroom
         self._limit_bytes = limit_bytes
         self._grown = grown
         self._wanted: dict[str, Reservation] = {}
@@ -97,7 +98,7 @@ class Growth:
             raise InstallRefused(what, [*missing, *self._advice(manifest.name, missing)])
         if (failure := self._failed.pop(what, None)) is not None:
             raise failure
-        self._want({what: Reservation.for_versions([manifest])})
+        self._want({what: self.needs(manifest)})
         raise AwaitsCapacity(
             f"{what} does not fit into what is reserved, and the reservation is growing for it; what was served before "
             "keeps serving"
@@ -108,6 +109,10 @@ class Growth:
             command = f"vllm-edits reserve grow {name} --url URL"
             instead = f"Run `{command}`, or" if self.policy == "ask" else f"To grow on `{command}`, set it to ask; or"
             yield Reason("grow", f"edits.grow is {self.policy}. {instead} set edits.grow to auto, and restart")
+
+    def needs(self, manifest: Manifest) -> Reservation:
+        """The capacity to grow by for a version, with the operator's headroom on ranks."""
+        return Reservation.for_versions([manifest]).with_headroom(self._headroom, manifest.base.widths)
 
     def start(self, what: str, needed: Reservation) -> None:
         """Begin to grow, as an operator asks. Nothing happens if it fits already. InstallRefused with `never`."""
@@ -152,8 +157,9 @@ class Growth:
             await self._grow(run, target)
         except Exception as error:  # noqa: BLE001  told to each that wanted it
             run.error = str(error)
-            reason = Reason("growth", f"in phase {run.phase}: {error}")
-            self._failed.update((what, InstallRefused(what, [reason])) for what in wanted)
+            found = error.reasons if isinstance(error, BundleRefused) else (Reason("growth", str(error)),)
+            reasons = [Reason(reason.code, f"in phase {run.phase}: {reason.message}") for reason in found]
+            self._failed.update((what, InstallRefused(what, reasons)) for what in wanted)
             self._metrics.growths.labels("error").inc()
             logger.error("the reservation did not grow, phase=%s; all versions keep serving: %s", run.phase, error)  # noqa: TRY400
             await self._end(run, keep=False)

@@ -92,7 +92,7 @@ class Versions:
             ref = f"{ref}@{default_tag}"
         version = await in_thread(self.reader.resolve, ref)
         await self.check(version)
-        return Reservation.for_versions([await in_thread(self.reader.manifest, version)])
+        return self._growth.needs(await in_thread(self.reader.manifest, version))
 
     def capacity(self, entries: Iterable[Mapping[str, Any]], scopes: int) -> Reservation:
         """The capacity of entries, as in the setting `reserve`. SettingsError if one is not valid for this model."""

@@ -222,6 +222,7 @@ async def start(
             resolver=Resolver.of(settings.arm_resolver),
             grow=settings.grow,
             grow_bytes=settings.grow_bytes,
+            headroom=settings.reserve_headroom,
         ),
     )
     await coordinator.reconciler.sync(wait_for_weights=True)

@@ -17,7 +17,7 @@ from tests.engine.offline_growth import GROWTHS
 pytestmark = pytest.mark.vllm
 
 FAILURES = {
-    "memory": ("planned", "100 B are allowed by edits.grow_bytes"),
+    "memory": ("planned", "100 bytes are allowed by edits.grow_bytes"),
     "compile error": ("compiling", "broken on purpose"),
     "killed compiler": ("compiling", "ended by signal 9"),
     "load error": ("compiling", "broken on purpose"),

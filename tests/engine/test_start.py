@@ -18,7 +18,7 @@ from loadtests.harness.client import complete
 from loadtests.harness.server import ENVIRONMENT, Server, ServerFailed
 from tests.proofs.parity import random_numbers
 from tests.support.bundles import base_of, bundle_of, publish, random_bundle
-from tests.support.engine import USUAL_OR_AS_ON_A_GPU
+from tests.support.engine import USUAL_OR_AS_ON_A_GPU, kind_bundle, wait_until
 from tests.support.tiny_models import make_tiny
 from vllm_edits.edit_store import EditStore, Scale
 from vllm_edits.plugin.graph.reservation import Reservation
@@ -86,32 +86,45 @@ def _without_compilers(folder: Path) -> Path:
 def test_a_warm_compile_cache_keeps_edits_in_and_a_plain_start_is_plain(
     tiny_model: Path, tmp_path: Path, how: Mapping[str, str]
 ) -> None:
-    """One cache folder, three starts: cold with edits, without the plugin, and warm with edits.
+    """One cache folder, four starts: cold with edits, without the plugin, warm with edits, and warm after a growth.
 
-    The graph that was compiled with edits is never used without them, nor the other way round.
+    The graph that was compiled with edits is never used without them, nor the other way round. What the third server
+    compiles for a version that it had no capacity for, the fourth finds.
     """
     store = EditStore(str(tmp_path / "store"), create=True)
-    version = publish(store, random_bundle("loud", base_of(tiny_model), seed=1))
+    base = base_of(tiny_model)
+    versions = {"loud": publish(store, random_bundle("loud", base, seed=1))}
+    grown = kind_bundle("gate", base, 1.0)
     cache = {**how, "VLLM_CACHE_ROOT": str(tmp_path / "cache")}
-    answers: dict[str, list[str]] = {"base": [], "loud": []}
-    for number, plain in enumerate((False, True, False)):
+    answers: dict[str, list[str]] = {"base": [], "loud": [], "gate": []}
+
+    def ask(name: str) -> None:
+        answer = complete(server.url, name, PROMPT, 8, ignore_eos=True)
+        if name in versions:
+            assert answer["headers"]["x-edits-version"] == versions[name]
+        answers[name].append(answer["choices"][0]["text"])
+
+    for number, plain in enumerate((False, True, False, False)):
         log = tmp_path / f"start-{number}.log"
         if plain:
             server = Server.plain(tiny_model, log, *FLAGS, environment=cache)
         else:
             server = Server.with_edits(tiny_model, tmp_path / "store", log, *FLAGS, environment=cache)
         with server:
-            answers["base"].append(complete(server.url, "base", PROMPT, 8, ignore_eos=True)["choices"][0]["text"])
+            ask("base")
             if not plain:
-                answer = complete(server.url, "loud", PROMPT, 8, ignore_eos=True)
-                assert answer["headers"]["x-edits-version"] == version
-                answers["loud"].append(answer["choices"][0]["text"])
-        loaded = "Directly load AOT compilation" in server.log_text()
-        ahead_of_time = server.environment.get("VLLM_USE_AOT_COMPILE") != "0"
-        assert loaded == (number == 2 and ahead_of_time), "what is kept is found again, and by nobody else"
-    assert len(set(answers["base"])) == 1
-    assert len(set(answers["loud"])) == 1
-    assert answers["base"][0] != answers["loud"][0]
+                ask("loud")
+            if number == 2:
+                versions["gate"] = publish(store, grown)
+                wait_until(lambda: "swap committed variant=gate" in log.read_text(), "the gate is served", 600)  # noqa: B023
+            if number >= 2:
+                ask("gate")
+        told = ("Directly load AOT compilation", "uses the compiled code of an earlier start")
+        loaded = any(line in server.log_text() for line in told)
+        assert loaded == (number >= 2), "what is kept is found again, and by no other start"
+    for texts in answers.values():
+        assert len(set(texts)) == 1
+    assert len({texts[0] for texts in answers.values()}) == len(answers)
 
 
 @dataclass(frozen=True)

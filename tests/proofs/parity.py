@@ -42,8 +42,8 @@ TOLD = 100
 ENVIRONMENT = {
     "VLLM_PLUGINS": "edits", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR",
-    # By itself Triton multiplies float32 as TF32, which has ten bits. On a CPU as loadtests.harness.server.
-    **({"TRITON_F32_DEFAULT": "ieee"} if gpu() else {"VLLM_USE_AOT_COMPILE": "0"}),
+    # By itself Triton multiplies float32 as TF32, which has ten bits.
+    **({"TRITON_F32_DEFAULT": "ieee"} if gpu() else {}),
 }  # fmt: skip
 """Of the process that serves."""
 BESIDE_OTHERS = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 1 << 30}

@@ -186,6 +186,15 @@ async def test_an_operator_can_grow_ahead_of_a_promotion(tmp_path: Path) -> None
         await server.core.grow(CapacityWish(["nothing"]))
 
 
+async def test_a_growth_has_the_headroom_of_the_settings(tmp_path: Path) -> None:
+    server = server_with(tmp_path, "auto", headroom=2.0)
+    await server.promote(version_of("polite", edit=LOW_RANK))
+    await grown(server)
+    ranks = {group.kind: capacity.rank for group, capacity in server.core.growth.reservation.capacities.items()}
+    assert ranks["low_rank"] == 2 * LOW_RANK.rank
+    assert await server.ask("polite")
+
+
 async def test_never_means_never(tmp_path: Path) -> None:
     server = server_with(tmp_path, "never")
     with pytest.raises(BundleRefused, match=r"edits\.grow is never"):
