@@ -249,11 +249,11 @@ class EditedModel:
 
     def clear(self, slot: int) -> None:
         """Make a slot's edits the identity again."""
+        self.held.pop(slot, None)  # first: a growth may compare the slot's numbers now, in another thread
         self._rows[slot].zero_()
         for firings in self._firings:
             firings.counts[slot] = 0
         self._filler.tokens_by_slot[slot] = 0
-        self.held.pop(slot, None)
         self._scopes.pop(slot, None)
         self._counted.pop(slot, None)
         self._filler.forget()

@@ -52,13 +52,13 @@ class Growth:
         self.phase: Phase = "building"
         self.longest_pause = 0.0
         """the longest time in seconds that this growth stood between two steps"""
-        self._loaded, self._worker, self._runner = loaded, worker, worker.model_runner
-        self._model: Any = self._runner.get_model()
-        self._config = worker.vllm_config
+        self._loaded, self._worker = loaded, worker
+        self._model: Any = worker.model_runner.get_model()
+        self._module = compiled.compiled_module(self._model)
+        self._config = worker.vllm_config if self._module is None else self._module.vllm_config
         compat.check_reservation(self._config, loaded.base, reservation)
         loaded.require_logits(reservation)
         self._require_memory(reservation, limit_bytes)
-        self._module = compiled.compiled_module(self._model)
         self._grown_config = compiled.with_additional(self._config, loaded.building.additional(reservation))
         self._built: tuple[EditedModel, Callable[[str], Prepared]] | None = None
         """the new edited model, and the function that reads a version and prepares it for this model"""
@@ -147,8 +147,8 @@ class Growth:
 
     def _stale(self) -> dict[int, str]:
         """The versions in slots that are not yet in the new ones."""
-        new, _ = self._made()
-        return {slot: version for slot, version in self._loaded.edited.held.items() if new.held.get(slot) != version}
+        (new, _), held = self._made(), dict(self._loaded.edited.held)
+        return {slot: version for slot, version in held.items() if new.held.get(slot) != version}
 
     def _carry(self) -> None:
         (new, read), old = self._made(), self._loaded.edited
@@ -156,8 +156,12 @@ class Growth:
             prepared = read(version)
             if slot in new.held:
                 new.clear(slot)
-            if old.held.get(slot) == version:
+            try:
                 new.carry(slot, prepared, old)
+            except RuntimeError:
+                if old.held.get(slot) == version:
+                    raise
+                new.clear(slot)  # the old slot was cleared meanwhile
 
     def _made(self) -> tuple[EditedModel, Callable[[str], Prepared]]:
         if self._built is None:
@@ -238,7 +242,7 @@ class Growth:
     def finish(self) -> None:
         """Give back what served before, when all engines have switched."""
         with self._between_steps():
-            self._config.additional_config = self._grown_config.additional_config
+            self._config.additional_config.update(self._grown_config.additional_config)
             if self._module is not None:
                 self._module.vllm_config = self._grown_config
             if self._switched is not None:
