@@ -33,9 +33,10 @@ from vllm_edits.server_config.settings import Grow
 
 logger = logging.getLogger("vllm.edits")
 
-GROWTH_POLL_SECONDS = 1.0
-"""seconds between two questions to workers that compile; vLLM's workers spin for a while after each call"""
-CARRY_POLL_SECONDS = 0.01
+POLL_SECONDS = 0.01
+MOST_POLL_SECONDS, POLL_SHARE = 5.0, 0.1
+"""Workers that compile are asked seldom, after a tenth of the time that has passed: vLLM's workers spin on their core
+for a second after each call, and the compiler would have to share it."""
 
 Phase = Literal["planned", "compiling", "waiting", "switching"]
 PHASES: tuple[Phase, ...] = ("planned", "compiling", "waiting", "switching")
@@ -177,8 +178,9 @@ class Growth:
         with self._phase(run, "planned"):
             await ask(self._workers, "edits_grow", target.to_settings(), target.scopes, self._limit_bytes)
         with self._phase(run, "compiling"):
-            while not {"carrying", "ready"}.issuperset(phases := await self._poll(run)):  # noqa: ASYNC110  as in workers.py
-                await asyncio.sleep(GROWTH_POLL_SECONDS if "compiling" in phases else CARRY_POLL_SECONDS)
+            start = time.monotonic()
+            while not {"carrying", "ready"}.issuperset(await self._poll(run)):  # noqa: ASYNC110  as in workers.py
+                await asyncio.sleep(min(MOST_POLL_SECONDS, POLL_SECONDS + POLL_SHARE * (time.monotonic() - start)))
         with self._phase(run, "waiting"):
             await self._carried(run)
         async with self._slots.no_installs():
@@ -194,7 +196,7 @@ class Growth:
     async def _carried(self, run: GrowthRun) -> None:
         """Wait until every worker has all versions in the new slots."""
         while set(await self._poll(run)) != {"ready"}:  # noqa: ASYNC110
-            await asyncio.sleep(CARRY_POLL_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
 
     async def _poll(self, run: GrowthRun) -> list[str]:
         return [answer["phase"] for answer in await self._asked(run, "edits_grow_poll")]
