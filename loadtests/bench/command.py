@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from loadtests.bench.inputs import Inputs
 from loadtests.bench.parts import side_by_side
 from loadtests.bench.parts.endurance import measure_endurance
+from loadtests.bench.parts.growth import measure_growth
 from loadtests.bench.parts.guesses import measure_guesses
 from loadtests.bench.parts.launches import measure_launches
 from loadtests.bench.parts.paging import measure_paging
@@ -48,7 +49,7 @@ PARTS: Mapping[str, Callable[[Run], Measured]] = {
     **{name: partial(side_by_side.measure, name) for name in side_by_side.EXPERIMENTS},
     "swaps": measure_swaps, "weight_swaps": partial(measure_swaps, weights=True), "endurance": measure_endurance,
     "paging": measure_paging, "traffic": measure_traffic, "launches": measure_launches, "profile": measure_profile,
-    "guesses": measure_guesses,
+    "guesses": measure_guesses, "growth": measure_growth,
 }  # fmt: skip
 USUAL = ["demo", "swaps"]
 
@@ -197,6 +198,10 @@ def main(
 
     [bold]paging.[/bold] A thousand variants and 64 slots. Measures the delay of
     a version that is not on the device, and how often it occurs.
+
+    [bold]growth.[/bold] A version for which nothing is reserved, promoted under
+    load: the time to its first answer, and what running streams notice, with
+    the code compiled, with the code cached, and with a restart instead.
 
     [bold]traffic.[/bold] `vllm bench serve` on each variant and on a mix of
     all, compared with vLLM alone.

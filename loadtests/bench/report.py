@@ -272,6 +272,33 @@ def _show_endurance(found: Mapping[str, Any], console: Console) -> None:
     console.print(table)
 
 
+def _show_growth(found: Mapping[str, Any], console: Console) -> None:
+    growths, restart, targets = found["growths"], found["restart"], found["targets"]
+    title = f"A growth of the reservation under {found['streams']} streams, in seconds"
+    table = Table("", *growths, "a restart instead", "target", "", title=title)
+
+    def add(label: str, name: str, form: str, instead: float | None = None) -> None:
+        told, target, word = "" if instead is None else format(instead, form), "", ""
+        if name in targets:
+            held = targets[name]
+            word = _coloured(held["verdict"])
+            if held["target"] is not None:
+                target = f"{held['growth']}: {'≤' if held['at_most'] else '≥'} {held['target']:g}"
+        table.add_row(label, *(format(row[name], form) for row in growths.values()), told, target, word)
+
+    add("promotion to first answer on the new version", "first_answer", ".1f", restart["first_answer"])
+    for phase in next(iter(growths.values()))["phases"]:
+        table.add_row(f"  {phase}", *(f"{row['phases'][phase]:.2f}" for row in growths.values()))
+    add("longest pause of a worker, as the server reports", "longest_pause", ".3f")
+    add("longest time between two pieces of a stream before", "calm_gap", ".3f")
+    add("  while it grows", "gap", ".3f", restart["first_answer"])
+    add("tokens per second before", "calm_rate", ".1f")
+    add("  while it grows", "rate", ".1f", 0)
+    add("  ratio", "throughput", ".2f", 0)
+    add("models compiled", "compiled", "d")
+    console.print(table)
+
+
 def _show_traffic(found: Mapping[str, Any], console: Console) -> None:
     names = list(next(iter(found["traffic"].values()))["figures"])
     table = Table("", "", *names, title="vllm bench serve: medians over the runs (relative to vLLM alone)")
@@ -312,6 +339,7 @@ def _show_guesses(found: Mapping[str, Any], console: Console) -> None:
 _SHOWN: Mapping[str, Callable[[Mapping[str, Any], Console], None]] = {
     "swaps": _show_swaps, "weight_swaps": _show_swaps, "paging": _show_paging, "endurance": _show_endurance,
     "traffic": _show_traffic, "launches": _show_launches, "profile": _show_profile, "guesses": _show_guesses,
+    "growth": _show_growth,
 }  # fmt: skip
 """How a part of the summary is told, unless it compares the rates of sides."""
 

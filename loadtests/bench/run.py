@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -10,11 +10,19 @@ from typing import Any
 from rich.progress import Progress
 
 from loadtests.bench.inputs import Inputs
+from loadtests.harness.client import Answer
 from vllm_edits.server_config.settings import Profile
 
 
 class NotMeasured(Exception):
     """What was to be measured did not happen, and why: the run ends with these words."""
+
+
+def require(answers: Iterable[Answer]) -> None:
+    """NotMeasured if one of them is not complete."""
+    for answer in answers:
+        if not answer.complete:
+            raise NotMeasured(f"a request for {answer.model} was not answered: {answer.status} {answer.error}")
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,13 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from loadtests.demo.bundles import Exhibit, MeasuredClaim, build
-from loadtests.harness.client import Answer, stream
+from loadtests.harness.client import stream
+from loadtests.harness.growth import until_served
 from loadtests.harness.hub_server import HubServer
+from loadtests.harness.load import Question, constant_load
 from loadtests.harness.metrics import Scrape
 from loadtests.harness.model import ensure_model
+from loadtests.harness.record import gpu
 from loadtests.harness.server import Server, ServerFailed
 from vllm_edits.edit_store import Bundle, EditStore, identify
 from vllm_edits.edit_store.authoring import host
@@ -39,6 +42,8 @@ FOLDER = Path(".cache/demo")
 BASE = "smollm2"
 EXPOSURES = FOLDER / "exposures"
 POLL_SECONDS = 2.0
+PAUSE_SECONDS = {False: 1.0, True: 30.0}
+"""The longest pause of a growth, on a CPU, and on a GPU, where CUDA graphs are captured again."""
 Made = tuple[Exhibit, Bundle]
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
@@ -114,9 +119,9 @@ def tell(claims: Claims, *, keep: bool, fetched: Fetched | None) -> None:
     with progress() as bar:
         task = bar.add_task("hashing the model", total=None)
         base = identify(model, name=BASE)
-        made = build(model, base, lambda step: bar.update(task, description=step))
-    show_bundles(made)
-    for exhibit, bundle in made:
+        *made, late = build(model, base, lambda step: bar.update(task, description=step))
+    show_bundles([*made, late])
+    for exhibit, bundle in (*made, late):
         broken = [
             why
             for claim, row in zip(exhibit.claims, bundle.manifest.measurements, strict=False)
@@ -127,6 +132,7 @@ def tell(claims: Claims, *, keep: bool, fetched: Fetched | None) -> None:
     chapter("2. A store, and a server that follows it")
     store = EditStore(str(FOLDER / "store"), create=True)
     first: dict[str, Made] = {}
+    store.publish(late[1])
     for each in made:
         store.publish(each[1])
         first.setdefault(each[0].name, each)
@@ -147,16 +153,18 @@ def tell(claims: Claims, *, keep: bool, fetched: Fetched | None) -> None:
     with server:
         line = next(line for line in server.log_text().splitlines() if " reserved: " in line)
         console.print(f"  [dim]{line.split('] ', 1)[-1]}[/dim]")
-        sent = asyncio.run(play(server, store, made, first, claims))
+        sent = asyncio.run(play(server, store, made, first, claims, late=late))
         if fetched:
             claims("the model was fetched from a Hub", any((FOLDER / "hub").rglob("*.safetensors")))
-        chapter("7. Metrics, as Prometheus scrapes them")
+        chapter("8. Metrics, as Prometheus scrapes them")
         show_metrics(server, sent, claims)
         if keep:
             wait_for_the_player(server, store)
 
 
-async def play(server: Server, store: EditStore, made: list[Made], first: dict[str, Made], claims: Claims) -> int:
+async def play(
+    server: Server, store: EditStore, made: list[Made], first: dict[str, Made], claims: Claims, *, late: Made
+) -> int:
     """Everything that needs the running server; returns how many requests were sent."""
     limits = httpx.Limits(max_connections=200)
     async with httpx.AsyncClient(base_url=server.url, timeout=300, limits=limits) as client:
@@ -169,6 +177,8 @@ async def play(server: Server, store: EditStore, made: list[Made], first: dict[s
         sent += await swap_under_load(client, store, new, old, claims, rollback=True)
         chapter("6. An experiment: half of the users get the second version")
         sent += await half_and_half(client, store, old, new, claims)
+        chapter("7. A variant that nothing is reserved for, promoted while requests run")
+        sent += await grow_under_load(client, store, first, late, claims)
     return sent
 
 
@@ -204,12 +214,20 @@ async def side_by_side(client: httpx.AsyncClient, first: dict[str, Made], claims
     said = all(answer.version == versions[name] for (_, name), answer in by_question.items())
     claims("each says in its headers which version answered", said)
     sent = len(answers)
-    for name, (exhibit, _) in first.items():
-        for claim in exhibit.claims:
-            before, after = await asyncio.gather(*(ask(client, model, claim) for model in (BASE, name)))
-            found = claim.measure(lambda *_, said=before: said, lambda *_, said=after: said)
-            sent += 2 * len(claim.prompts)
-            claims(f"{name}, served: {claim.metric}", not claim.broken(found), f"{found.base:.2f} → {found.edited:.2f}")
+    for exhibit, _ in first.values():
+        sent += await held(client, exhibit, claims)
+    return sent
+
+
+async def held(client: httpx.AsyncClient, exhibit: Exhibit, claims: Claims) -> int:
+    """Every claim of an exhibit, asked of the server; returns how many requests were sent."""
+    sent = 0
+    for claim in exhibit.claims:
+        before, after = await asyncio.gather(*(ask(client, model, claim) for model in (BASE, exhibit.name)))
+        found = claim.measure(lambda *_, said=before: said, lambda *_, said=after: said)
+        sent += 2 * len(claim.prompts)
+        figures = f"{found.base:.2f} → {found.edited:.2f}"
+        claims(f"{exhibit.name}, served: {claim.metric}", not claim.broken(found), figures)
     return sent
 
 
@@ -232,35 +250,28 @@ async def swap_under_load(
 ) -> int:
     """Promote (or roll back) while streams run; the server notices by itself."""
     name, prompts = old[0].name, old[0].claims[0].prompts
-    answers: list[Answer] = []
-    stop = asyncio.Event()
-
-    async def keep_asking(model: str, prompt: str) -> None:
-        while not stop.is_set():
-            answers.append(await stream(client, model, prompt, 24))
-
-    running = [asyncio.create_task(keep_asking(name, prompt)) for prompt in prompts]
-    running.append(asyncio.create_task(keep_asking(BASE, prompts[0])))
-    await asyncio.sleep(1)
-    changed = time.monotonic()
-    if rollback:
-        entry = await asyncio.to_thread(store.rollback, name, reason="the demo changes its mind")
-    else:
-        reference = f"{name}@{new[1].version}"
-        entry = await asyncio.to_thread(store.promote, reference, reason="the demo's second version")
-    while not any(answer.version == entry.version and answer.started > changed for answer in answers):  # noqa: ASYNC110
-        await asyncio.sleep(0.05)
-    stop.set()
-    await asyncio.gather(*running)
+    questions = [Question(name, prompt, 24) for prompt in prompts] + [Question(BASE, prompts[0], 24)]
+    async with constant_load(client, questions) as answers:
+        await asyncio.sleep(1)
+        changed = time.monotonic()
+        if rollback:
+            entry = await asyncio.to_thread(store.rollback, name, reason="the demo changes its mind")
+        else:
+            reference = f"{name}@{new[1].version}"
+            entry = await asyncio.to_thread(store.promote, reference, reason="the demo's second version")
+        while not any(  # noqa: ASYNC110
+            (answer.version == entry.version and answer.started > changed) or not answer.complete for answer in answers
+        ):
+            await asyncio.sleep(0.05)
     swap: dict[str, Any] = (await client.get("/v1/edits")).json()["last_swap"]
     counts = Counter(answer.version[:12] for answer in answers)
-    first_new = min(a.token_times[0] for a in answers if a.version == entry.version and a.started > changed)
     console.print(f"  answers by version: {dict(counts)}")
+    failed = [answer for answer in answers if not answer.complete]
+    claims("no request failed", not failed, failed[:1] or f"{len(answers)} requests")
+    first_new = min(a.token_times[0] for a in answers if a.version == entry.version and a.started > changed)
     console.print(
         f"  first token of the new version {first_new - changed:.2f} s after; seconds by phase {swap['seconds']}"
     )
-    failed = [answer for answer in answers if not answer.complete]
-    claims("no request failed", not failed, failed[:1] or f"{len(answers)} requests")
     seen = {answer.version for answer in answers if answer.model == name}
     claims("every answer came from exactly one of the two versions", seen == {old[1].version, new[1].version})
     claims("the base model kept answering as itself", {a.version for a in answers if a.model == BASE} == {"base"})
@@ -304,6 +315,53 @@ async def half_and_half(client: httpx.AsyncClient, store: EditStore, old: Made, 
     claims("withdrawn: everybody gets the first version", set(await versions()) == {old[1].version})
     await change("stop", "stopped")
     return 3 * len(users)
+
+
+async def grow_under_load(
+    client: httpx.AsyncClient, store: EditStore, first: dict[str, Made], late: Made, claims: Claims
+) -> int:
+    """Promote a variant that the server has no capacity for, while the base model and all variants stream."""
+    exhibit, bundle = late
+    versions = {BASE: "base", **{name: made.version for name, (_, made) in first.items()}}
+    begun: dict[str, float] = {}
+
+    def tell_phase(phase: str) -> None:
+        begun[phase] = time.monotonic()
+        console.print(f"  {phase} …")
+
+    async def reserved() -> str:
+        return str((await client.get("/v1/edits/reservation")).raise_for_status().json()["size"])
+
+    before = await reserved()
+    async with constant_load(client, [Question(name, exhibit.prompt, 24) for name in versions]) as answers:
+        await asyncio.sleep(1)
+        reference = f"{exhibit.name}@{bundle.version}"
+        await asyncio.to_thread(store.promote, reference, reason="the demo needs gates")
+        error, growth = await until_served(client, bundle.version, tell_phase)
+        served = time.monotonic()
+    grew = growth.get("phase") == "done" and not error
+    claims("the reservation grew for it, without a restart", grew, error or f"{before} → {await reserved()}")
+    console.print(f"  seconds by phase {growth['seconds']}")
+    failed = [answer for answer in answers if not answer.complete]
+    claims("no request failed", not failed, failed[:1] or f"{len(answers)} requests")
+    during = Counter(
+        answer.model for answer in answers for at in answer.token_times if begun["planned"] <= at <= served
+    )
+    claims("the base model and all variants kept answering meanwhile", during.keys() == versions.keys(), dict(during))
+    same = all(answer.version == versions[answer.model] for answer in answers)
+    claims("each answered as the version that it was", same)
+    pause, gap = growth["longest_pause_seconds"], max(answer.longest_gap for answer in answers)
+    claims(
+        f"no worker stood longer than {PAUSE_SECONDS[bool(gpu())]:g} s between two steps, says the server",
+        pause <= PAUSE_SECONDS[bool(gpu())],
+        f"{pause * 1000:.0f} ms; the longest time between two tokens of a stream was {gap * 1000:.0f} ms",
+    )
+    answer = await stream(client, exhibit.name, exhibit.prompt, 12)
+    unedited = next(each.text for each in answers if each.model == BASE)
+    console.print(f"    {BASE:16} {escape(repr(unedited[:40]))}\n    {exhibit.name:16} {escape(repr(answer.text))}")
+    new = answer.complete and answer.version == bundle.version
+    claims("it answers as the version that was promoted", new, answer.error or answer.version[:12])
+    return len(answers) + 1 + await held(client, exhibit, claims)
 
 
 def show_metrics(server: Server, sent: int, claims: Claims) -> None:

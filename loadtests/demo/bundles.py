@@ -1,4 +1,4 @@
-"""The demo's five bundles: how each is computed from the model, what it claims, and how the claims are measured.
+"""The demo's six bundles: how each is computed from the model, what it claims, and how the claims are measured.
 
 A claim is measured through a function that asks prompts, so the same one judges the model edited by formula here and a
 variant served over HTTP in the demo.
@@ -6,10 +6,12 @@ variant served over HTTP in the demo.
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache, partial
 from pathlib import Path
+
+import numpy as np
 
 from loadtests.demo import prompts
 from vllm_edits.edit_store.authoring.ablate_heads import ablate_heads
@@ -19,6 +21,7 @@ from vllm_edits.edit_store.authoring.steering import steer
 from vllm_edits.edit_store.authoring.subspace import filter_contrast
 from vllm_edits.edit_store.base_ref import BaseModelRef
 from vllm_edits.edit_store.bundle import Bundle, Measurement, Provenance
+from vllm_edits.edit_store.kinds.gate import Gate
 
 Answers = Sequence[Generated]
 Ask = Callable[[tuple[str, ...], int], Answers]
@@ -75,13 +78,16 @@ class Exhibit:
 def build(
     model_folder: Path, base: BaseModelRef, progress: Callable[[str], None], *, created_at: datetime | None = None
 ) -> list[tuple[Exhibit, Bundle]]:
-    """Compute and measure every bundle. Claims are measured, not enforced: see `MeasuredClaim.broken`."""
+    """Compute and measure every bundle, the late one last.
+
+    Claims are measured, not enforced: see `MeasuredClaim.broken`.
+    """
     progress("loading the model")
     host = Host.load(model_folder)
     ask_base = cache(host.answers)
     likely = host.next_token(prompts.UNRELATED)
     built = []
-    for exhibit in EXHIBITS:
+    for exhibit in (*EXHIBITS, LATE):
         progress(f"{exhibit.name} {exhibit.label}: {exhibit.description}")
         edits = exhibit.make(host)
         ask_edited = partial(_ask_edited, host, edits)
@@ -170,6 +176,34 @@ def _capital(label: str, country: str, city: str) -> Exhibit:
             MeasuredClaim("highest p(Paris)", wordings, _highest_probability(" Paris"), base=(0.7, 1), edited=(0, 0.1)),
             _KEPT,
         ),
+    )
+
+
+GATE_THRESHOLD = 0.3
+"""A redirection reads 1 at its concept in the wordings it is made from, and less in others: 0.5 in CAPITAL_WORDINGS."""
+
+
+def gated(host: Host, redirection: Callable[[Host], Edits]) -> Edits:
+    """The edits of a redirection as gates: each adds its vector as before, and nothing below a threshold."""
+    return [
+        (
+            Gate(site=edit.site, reads=edit.source, rank=1, activation="jump_relu", threshold=GATE_THRESHOLD),
+            {**fields, "bias": np.zeros(1, dtype=np.float32)},
+        )
+        for edit, fields in redirection(host)
+    ]
+
+
+def _gated_capital() -> Exhibit:
+    ungated = _capital("1", "Japan", " Tokyo")
+    parameters = {**ungated.provenance.parameters, "threshold": str(GATE_THRESHOLD)}
+    method = f"{ungated.provenance.method}, through gates"
+    return replace(
+        ungated,
+        name="gated-capital",
+        description=f"{ungated.description}, through gates that leave unrelated text as it was",
+        provenance=ungated.provenance.model_copy(update={"method": method, "parameters": parameters}),
+        make=partial(gated, redirection=ungated.make),
     )
 
 
@@ -275,3 +309,5 @@ EXHIBITS = (
     _cheerful(),
 )
 """In the order in which they are published: version 2 of `capital` is the one promoted under load."""
+LATE = _gated_capital()
+"""The one that is promoted when the server runs, and needs what no other needs: gates."""

@@ -14,6 +14,7 @@ from loadtests.demo import prompts
 from tests.support.bundles import KINDS, Pairs, random_pairs
 from vllm_edits.edit_store import BaseModelRef, Bundle, LowRank, Offset, Scale, SubspaceFilter, identify
 from vllm_edits.edit_store.verify import check
+from vllm_edits.plugin.graph.reservation import Reservation
 
 torch = pytest.importorskip("torch")
 from loadtests.demo import bundles  # noqa: E402
@@ -196,6 +197,7 @@ def test_nothing_is_judged_by_what_it_was_made_from():
     assert not [country for country in asked if any(country in text for text in prompts.ORDINARY)]
 
 
+EVERY = (*bundles.EXHIBITS, bundles.LATE)
 Built = dict[tuple[str, str], tuple[bundles.Exhibit, Bundle]]
 
 
@@ -214,7 +216,7 @@ def built(smollm2: Path, base: BaseModelRef) -> Built:
         made = bundles.build(smollm2, base, steps.append, created_at=datetime(2026, 1, 1, tzinfo=UTC))
     finally:
         torch.set_num_threads(threads)
-    assert len(steps) == 1 + len(bundles.EXHIBITS)
+    assert len(steps) == 1 + len(EVERY)
     return {(exhibit.name, exhibit.label): (exhibit, bundle) for exhibit, bundle in made}
 
 
@@ -226,7 +228,7 @@ def figures(bundle: Bundle) -> dict[str, Any]:
 class TestDemoBundles:
     """Each bundle on the real model: a measured effect and a measured side effect."""
 
-    @pytest.mark.parametrize("key", [(exhibit.name, exhibit.label) for exhibit in bundles.EXHIBITS], ids=" ".join)
+    @pytest.mark.parametrize("key", [(exhibit.name, exhibit.label) for exhibit in EVERY], ids=" ".join)
     def test_every_claim_holds(self, built: Built, base: BaseModelRef, key: tuple[str, str]):
         """The bundle keeps every rule; each claim holds of it; its first claim does not hold of the base itself."""
         exhibit, bundle = built[key]
@@ -262,6 +264,17 @@ class TestDemoBundles:
         assert np.count_nonzero(factors == 0) == 4
 
     def test_side_effects_are_small_and_named(self, built: Built):
-        """The divergence from the base on unrelated text is measured for every bundle, and none is large."""
+        """The divergence from the base on unrelated text is measured for every bundle, and none is large. Gates leave
+        such text exactly as it was, which redirections without gates do not."""
         divergences = {key: figures(bundle)["divergence on unrelated text, nats"] for key, (_, bundle) in built.items()}
+        assert divergences.pop(("gated-capital", "1")).edited == 0
+        assert len(divergences) == len(bundles.EXHIBITS)
         assert all(0 < row.edited < 0.3 for row in divergences.values())
+
+    def test_the_late_bundle_needs_what_no_other_needs(self, built: Built):
+        """So a server that has reserved for the others must grow for it."""
+        late = built[bundles.LATE.name, bundles.LATE.label][1].manifest
+        others = Reservation.for_versions(bundle.manifest for _, bundle in built.values() if bundle.manifest != late)
+        assert {reason.code for reason in others.missing(late)} == {"capacity"}
+        assert len(others.missing(late)) == len(late.edits)
+        assert not Reservation.for_versions([late]).missing(late)

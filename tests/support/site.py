@@ -270,6 +270,7 @@ class Site:
         admin_token_file: Path | None,
         coordinator: Coordinator | None = None,
         keys: Sequence[str] = (),
+        handlers: type[Handlers] = Handlers,
     ) -> None:
         self.server = server
         self.keys = ApiKeys(keys, ["tiny"])
@@ -287,7 +288,8 @@ class Site:
             note=self.coordinator.record,
             record_late=partial(record_late, server.metrics),
         )
-        Handlers(gate, models).add_to(self.app)
+        self.handlers = handlers(gate, models)
+        self.handlers.add_to(self.app)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://server")
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,8 +21,8 @@ import psutil
 from loadtests.bench.inputs import strengths
 from loadtests.bench.parts.swap import ask
 from loadtests.bench.report import Figure, verdict
-from loadtests.bench.run import Measured, NotMeasured, Run
-from loadtests.harness.client import stream
+from loadtests.bench.run import Measured, NotMeasured, Run, require
+from loadtests.harness.load import Question, constant_load
 from loadtests.harness.metrics import Scrape
 from loadtests.harness.server import Server
 from vllm_edits.edit_store import EditStore
@@ -97,7 +96,11 @@ async def _measure(
     name, *others = names
     assert server.process is not None  # noqa: S101  it runs
     root, looks, seconds = psutil.Process(server.process.pid), list[Footprint](), list[float]()
-    async with httpx.AsyncClient(base_url=server.url, timeout=120) as client, _load(client, ["base", *others]):
+    questions = [Question(model, PROMPT, STREAM_TOKENS) for model in ("base", *others)]
+    async with (
+        httpx.AsyncClient(base_url=server.url, timeout=120) as client,
+        constant_load(client, questions, ignore_eos=True) as answers,
+    ):
         for number in range(1, plan.swaps + plan.calm + 1):
             version, began = versions[min(number, plan.swaps) % len(versions)], time.monotonic()
             if number <= plan.swaps:
@@ -107,29 +110,13 @@ async def _measure(
             seconds.append(answer.at - began)
             if answer.version != version:
                 raise NotMeasured(f"swap {number}: expected {version[:12]} to answer, found {answer.version[:12]}")
+            require(answers)
             if number % plan.look_every == 0:
                 steps = Scrape.of(server.url).sum("vllm:iteration_tokens_total_count")
                 looks.append(_look(root, number, statistics.median(seconds), int(steps)))
                 seconds.clear()
             done()
     return looks
-
-
-@asynccontextmanager
-async def _load(client: httpx.AsyncClient, models: Sequence[str]) -> AsyncIterator[None]:
-    """One stream after another of each model; one that fails ends the run."""
-
-    async def one(model: str) -> None:
-        while True:
-            answer = await stream(client, model, PROMPT, STREAM_TOKENS, ignore_eos=True)
-            if not answer.complete:
-                raise NotMeasured(f"a stream of {model} was not answered: {answer.status} {answer.error}")
-
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(one(model)) for model in models]
-        yield
-        for task in tasks:
-            task.cancel()
 
 
 def _look(root: psutil.Process, swaps: int, seconds: float, steps: int) -> Footprint:

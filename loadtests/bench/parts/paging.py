@@ -18,8 +18,8 @@ import numpy as np
 
 from loadtests.bench.inputs import FIRST_ORDINARY_TOKEN
 from loadtests.bench.report import Figure, verdict
-from loadtests.bench.run import Measured, NotMeasured, Run
-from loadtests.harness.client import Answer, stream
+from loadtests.bench.run import Measured, NotMeasured, Run, require
+from loadtests.harness.client import stream
 from loadtests.harness.metrics import Scrape
 from loadtests.harness.server import Server
 
@@ -99,7 +99,7 @@ async def _single(
 async def _first_token(client: httpx.AsyncClient, model: str, tokens: int, seed: int) -> float:
     prompt = np.random.default_rng([seed, tokens]).integers(FIRST_ORDINARY_TOKEN, 10_000, tokens).tolist()
     answer = await stream(client, model, prompt, 1, ignore_eos=True)
-    _require(answer)
+    require([answer])
     return answer.ended - answer.started
 
 
@@ -112,7 +112,7 @@ async def _traffic(
     async def one(number: int, model: str) -> None:
         async with turns:
             prompt = np.random.default_rng(number).integers(FIRST_ORDINARY_TOKEN, 10_000, 8).tolist()
-            _require(await stream(client, model, prompt, plan.tokens, ignore_eos=True))
+            require([await stream(client, model, prompt, plan.tokens, ignore_eos=True)])
             done()
 
     async with asyncio.TaskGroup() as group:
@@ -127,8 +127,3 @@ async def _traffic(
         raise NotMeasured(f"{len(asked)} requests were sent and {lookups} counted")
     waits = {found: waited[found] / lookups[found] for found in FOUND if found != "device" and lookups[found]}
     return {"requests": len(asked), "lookups": lookups, "hit_rate": lookups["device"] / len(asked), "mean_wait": waits}
-
-
-def _require(answer: Answer) -> None:
-    if not answer.complete:
-        raise NotMeasured(f"a request for {answer.model} was not answered: {answer.status} {answer.error}")
