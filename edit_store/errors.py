@@ -66,7 +66,7 @@ class NotTrusted(BundleRefused):
 
 
 class InstallRefused(BundleRefused):
-    """A version cannot be held by this server as it was started. The old version keeps serving."""
+    """A version cannot be held by this server as it is now. The old version keeps serving."""
 
 
 class ExperimentRefused(BundleRefused):

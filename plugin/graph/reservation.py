@@ -1,7 +1,7 @@
-"""The capacity of a server: the kinds of edit, their sites, and their largest ranks. Fixed at its start; pure.
+"""The capacity of a server: the kinds of edit, their sites, and their largest ranks. Pure.
 
-A compiled graph reads preallocated tensors. So a version that needs more than is reserved is refused, with the setting
-to raise. Capacity that is not reserved costs nothing.
+A compiled graph reads preallocated tensors. So a version that needs more than is reserved does not fit: the reservation
+grows for it (serving/growth.py), or it is refused with the entry to add. Capacity that is not reserved costs nothing.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ class Reservation:
         ]
         if (scopes := len(scopes_of(version))) > self.scopes:
             found = f"{scopes} scopes, {self.scopes} are reserved"
-            reasons.append(Reason("capacity", f"{found}. Set edits.scopes to {scopes} and restart"))
+            reasons.append(Reason("capacity", f"{found}. Set edits.scopes to {scopes}"))
         for group, need in needs(version).items():
             have = self.capacities.get(group)
             if have is not None and have.holds(need):
@@ -210,8 +210,7 @@ class Reservation:
                 Reason(
                     "capacity",
                     f"{_called(group, need)}: {_found(have)}. Add {wish.model_dump_json(exclude_defaults=True)} to "
-                    f"edits.reserve{memory} and restart, or restart with edits.reserve unset, which "
-                    "reserves for all that is promoted",
+                    f"edits.reserve{memory}",
                 )
             )
         return reasons

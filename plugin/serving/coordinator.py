@@ -54,7 +54,7 @@ class TagChange:
 
 @dataclass(frozen=True)
 class CapacityWish:
-    """What an operator wants to be reserved: for versions (name, name@tag or name@version), and by explicit entries."""
+    """The capacity that an operator wants: for versions (name, name@tag or name@version), and by explicit entries."""
 
     versions: Sequence[str] = ()
     reserve: Sequence[Mapping[str, Any]] = ()

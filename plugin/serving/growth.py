@@ -96,7 +96,7 @@ class Growth:
         what = f"version {version[:12]} of {manifest.name!r}"
         may_grow = self.policy == "auto" and all(reason.code == "capacity" for reason in missing)
         if not may_grow:
-            raise InstallRefused(what, [*missing, *self._advice(manifest.name, missing)])
+            raise InstallRefused(what, [*missing, *self._advice(f"{manifest.name}@{version[:12]}", missing)])
         if (failure := self._failed.pop(what, None)) is not None:
             raise failure
         self._want({what: self.needs(manifest)})
@@ -105,9 +105,9 @@ class Growth:
             "keeps serving"
         )
 
-    def _advice(self, name: str, missing: list[Reason]) -> Iterator[Reason]:
-        if any(reason.code == "capacity" for reason in missing):
-            command = f"vllm-edits reserve grow {name} --url URL"
+    def _advice(self, ref: str, missing: list[Reason]) -> Iterator[Reason]:
+        if self.policy != "auto" and any(reason.code == "capacity" for reason in missing):
+            command = f"vllm-edits reserve grow {ref} --url URL"
             instead = f"Run `{command}`, or" if self.policy == "ask" else f"To grow on `{command}`, set it to ask; or"
             yield Reason("grow", f"edits.grow is {self.policy}. {instead} set edits.grow to auto, and restart")
 

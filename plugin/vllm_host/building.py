@@ -25,7 +25,7 @@ from vllm_edits.server_config.settings import KEY, EditSettings
 
 
 class Building:
-    """What all edited models of one loaded model have in common, whatever is reserved."""
+    """The parts that all edited models of one loaded model have in common, whatever is reserved."""
 
     def __init__(
         self, config: Any, settings: EditSettings, base: BaseModelRef, *, sites: Mapping[Site, SiteModule],

@@ -65,7 +65,7 @@ class Growth:
         self._code: Callable[..., Any] | None = None
         self._compiling: compiled.Compiling | None = None
         self._switched: tuple[EditedModel, HostCache[Prepared], Any] | None = None
-        """what served before the switch: the edits, their cache, and the compiled code"""
+        """the state before the switch: the edits, their cache, and the compiled code"""
         self._background = _Background(partial(self._build, reservation))
 
     def _require_memory(self, reservation: Reservation, limit_bytes: int | None) -> None:

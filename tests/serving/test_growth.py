@@ -6,11 +6,12 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.support.bundles import publish
-from tests.support.fakes import Answer, Server, die, refuse, refuse_afterwards, version_of
-from vllm_edits.edit_store import Gate, LowRank, Offset, Scope
+from tests.support.fakes import BASE, WIDTHS, Answer, Server, die, refuse, refuse_afterwards, version_of
+from vllm_edits.edit_store import Bundle, Gate, LowRank, Offset, Provenance, Scope, WeightDelta
 from vllm_edits.edit_store.errors import BundleRefused, NotFound, SettingsError
 from vllm_edits.plugin.serving.coordinator import CapacityWish, TagChange
 
@@ -156,13 +157,26 @@ async def test_without_leave_it_is_refused_with_what_to_do(tmp_path: Path, grow:
     server = server_with(tmp_path, grow)
     (old,) = await server.promote(version_of("polite"))
     calls = len(server.workers.calls)
-    await server.promote(version_of("polite", edit=LOW_RANK))
+    (new,) = await server.promote(version_of("polite", edit=LOW_RANK))
     said = server.refusal("polite")
     assert f"edits.grow is {grow}" in said
-    assert "vllm-edits reserve grow polite" in said
+    assert f"vllm-edits reserve grow polite@{new[:12]} --url URL" in said
     assert "edits.reserve" in said
     assert len(server.workers.calls) == calls
     assert await server.ask("polite") == old
+    assert not server.status()["reservation"]["growing"]
+
+
+async def test_no_growth_begins_for_a_version_that_it_would_not_help(server: Server) -> None:
+    """An edit that is served from the weights only is refused, and the advice is not to set what is set."""
+    delta = WeightDelta(site="layers.1.mlp.out", reads="layers.1.mlp.h")
+    await server.promote(version_of("polite", edit=delta))
+    assert "which is not done per request" in server.refusal("polite")
+    both = [(edit, {field: np.zeros(shape) for field, shape in edit.shapes(WIDTHS).items()}) for edit in (delta, FIRST)]
+    publish(server.store, Bundle.create("both", BASE, both, Provenance(tool="tests", method="zero")))
+    await server.sync()
+    assert "edits.reserve" in server.refusal("both")
+    assert "edits.grow" not in server.refusal("polite") + server.refusal("both")
     assert not server.status()["reservation"]["growing"]
 
 
