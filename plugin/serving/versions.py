@@ -1,7 +1,7 @@
 """Brings versions from the store to the workers: fetches, verifies, checks the reservation, and stages them.
 
 It runs in the API process that owns the slots. A bundle is verified twice. Here, so that an invalid bundle is refused
-with all reasons before any worker is asked. And in every worker (loader.py), which reads the store itself and installs
+with all reasons before any worker is asked. And in every worker (loaded.py), which reads the store itself and installs
 only versions that it has checked.
 """
 
@@ -90,9 +90,10 @@ class Versions:
         """The capacity that a version of the store needs. BundleRefused if it is not valid for this model."""
         if "@" not in ref:
             ref = f"{ref}@{default_tag}"
-        version = await in_thread(self.reader.resolve, ref)
-        await self.check(version)
-        return self._growth.needs(await in_thread(self.reader.manifest, version))
+        # Not by `check`: a version that no promoter and no author has signed must not become a known one.
+        bundle = await in_thread(self.reader.bundle, await in_thread(self.reader.resolve, ref))
+        await in_thread(verify.check, bundle, self._base)
+        return self._growth.needs(bundle.manifest)
 
     def capacity(self, entries: Iterable[Mapping[str, Any]], scopes: int) -> Reservation:
         """The capacity of entries, as in the setting `reserve`. SettingsError if one is not valid for this model."""

@@ -18,6 +18,7 @@ from vllm_edits.edit_store.experiments.experiment_log import Experiments
 from vllm_edits.edit_store.experiments.state import ExperimentChange
 from vllm_edits.edit_store.trust import Trust
 from vllm_edits.plugin.experiments.guardrails import Withdraw
+from vllm_edits.plugin.serving.coordinator import CapacityWish
 
 pytestmark = pytest.mark.anyio
 BOTH = (Role.AUTHOR, Role.PROMOTER)
@@ -77,6 +78,17 @@ async def test_a_version_that_a_client_names_must_be_signed_by_an_author(tmp_pat
     lenient = Server(server.store.url, trust=trust(Enforcement.WARN))
     await follow(lenient)
     assert await lenient.ask(f"polite@{bad}") == bad
+
+
+async def test_capacity_for_a_version_is_no_trust_in_it(tmp_path: Path) -> None:
+    """An operator grows for a version that nobody has signed: it fits, and clients still cannot name it."""
+    server = Server(f"memory://{tmp_path}", trust=trust(), grow="ask")
+    publish(signed(server), version_of("polite"))
+    await follow(server)
+    unsigned = signed(server, None).publish(version_of("polite"))
+    assert not (await server.core.grow(CapacityWish([f"polite@{unsigned}"])))["growing"]
+    with pytest.raises(NotTrusted, match=r"expected 1 author signature\(s\), found none"):
+        await server.ask(f"polite@{unsigned}")
 
 
 async def test_a_second_promoter_lets_a_promotion_through(tmp_path: Path) -> None:
