@@ -105,11 +105,14 @@ class LiveExperiments:
         if serving and not self._log.keeps:
             self._tell("experiments run, but their exposures are not logged. Set edits.exposure_folder")
 
-    async def make_ready(self) -> None:
-        """Prepare the version of every arm. Until then, or if that fails, the control serves the arm's units."""
+    async def make_ready(self, *, retry_refused: bool = False) -> None:
+        """Prepare the version of every arm. Until then, or if that fails, the control serves the arm's units.
+
+        retry_refused: also try versions that were refused
+        """
         for standing in list(self.standings.values()):
             for arm in standing.document.arms if standing.serving else ():
-                await self._make_ready(arm.serves)
+                await self._make_ready(arm.serves, retry_refused=retry_refused)
 
     def _as_held(self, standing: Standing) -> Standing:
         """The state with the ramp held, if this server holds it and the store does not say so yet."""
@@ -133,13 +136,13 @@ class LiveExperiments:
         weights = {arm.name: arm.weight for arm in document.arms}
         return Guardrails(weights, document.guardrails, now - ago, now, standing.withdrawn)
 
-    async def _make_ready(self, serves: str) -> None:
+    async def _make_ready(self, serves: str, *, retry_refused: bool) -> None:
         """Prepare the version of an arm. A version that the arm names by tag is followed as any tag."""
         ref = None if serves == BASE else Ref.parse(serves)
         if ref is None or not is_digest(ref.selector) or serves in self._servable:
             return
         before = self._refused.get(serves)
-        if before is not None and before.lasting:
+        if before is not None and before.lasting and not retry_refused:
             return
         try:
             await self._prepare(ref.name, ref.selector)

@@ -141,7 +141,7 @@ class LocalCoordinator:
         self.slots = Slots(slots, workers, metrics, info=known.__getitem__, fired=self.experiments.fired)
         self.growth = Growth(
             reservation, workers, self.slots, metrics, slot_bytes=slot_bytes, grow=extras.grow,
-            headroom=extras.headroom, limit_bytes=extras.grow_bytes, grown=self._follow_again,
+            headroom=extras.headroom, limit_bytes=extras.grow_bytes, ended=self._follow_again,
         )  # fmt: skip
         self.versions = Versions(reader, known, self.slots, self.growth, base=base)
         self.weights = WeightsMode(
@@ -158,9 +158,9 @@ class LocalCoordinator:
             weights=self.weights, metrics=metrics,
         )  # fmt: skip
 
-    async def _follow_again(self) -> None:
-        """Follow the promotions that waited for a growth of the reservation."""
-        await self.reconciler.sync()
+    async def _follow_again(self, *, grown: bool) -> None:
+        """Follow the promotions that waited for a growth. If the reservation has grown, refused ones may fit too."""
+        await self.reconciler.sync(retry_refused=grown)
 
     def _inside(self) -> int:
         """The number of requests in flight."""

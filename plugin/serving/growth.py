@@ -16,11 +16,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from vllm_edits.edit_store.bundle import Manifest
 from vllm_edits.edit_store.byte_sizes import sized
@@ -40,6 +40,13 @@ for a second after each call, and the compiler would have to share it."""
 
 Phase = Literal["planned", "compiling", "waiting", "switching"]
 PHASES: tuple[Phase, ...] = ("planned", "compiling", "waiting", "switching")
+
+
+class Ended(Protocol):
+    """Called when no growth runs any more."""
+
+    async def __call__(self, *, grown: bool) -> None:
+        """grown: the reservation is larger than before."""
 
 
 class AwaitsCapacity(EditsError):
@@ -65,9 +72,9 @@ class Growth:
 
     def __init__(
         self, reservation: Reservation, workers: Workers, slots: Slots, metrics: Metrics, *, slot_bytes: SlotBytes,
-        grow: Grow, headroom: float, limit_bytes: int | None, grown: Callable[[], Awaitable[Any]],
+        grow: Grow, headroom: float, limit_bytes: int | None, ended: Ended,
     ) -> None:  # fmt: skip
-        """headroom: factor on ranks. grown: called after each growth, to follow promotions that waited for it."""
+        """headroom: factor on ranks. ended: called after growths, to follow promotions that waited for them."""
         self.reservation = reservation
         self.policy = grow
         self.last: GrowthRun | None = None
@@ -77,7 +84,7 @@ class Growth:
         self._slot_bytes = slot_bytes
         self._headroom = headroom
         self._limit_bytes = limit_bytes
-        self._grown = grown
+        self._ended = ended
         self._wanted: dict[str, Reservation] = {}
         self._failed: dict[str, EditsError] = {}
         self._running: asyncio.Task[None] | None = None
@@ -136,6 +143,7 @@ class Growth:
     # -- growing -------------------------------------------------------------------------------------------------------
 
     async def _run(self) -> None:
+        before = self.reservation
         try:
             while self._wanted:
                 wanted, self._wanted = self._wanted, {}
@@ -144,7 +152,7 @@ class Growth:
                         await self._try({what: needed})
         finally:
             self._running = None
-        await self._grown()
+        await self._ended(grown=self.reservation != before)
 
     async def _try(self, wanted: Mapping[str, Reservation]) -> bool:
         """Grow for several reservations at once. False if it fails; then nothing has changed."""

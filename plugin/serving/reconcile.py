@@ -95,6 +95,7 @@ class Reconciler:
     async def sync(self, *, retry_refused: bool = False, wait_for_weights: bool = False) -> list[Swap]:
         """Read the store's heads once and follow every tag that moved. Returns the attempted swaps.
 
+        retry_refused: also try promotions and arms that were refused.
         wait_for_weights: also wait for a change of the engine's weights, which else runs in the background.
         """
         swaps = await self._look_once(retry_refused=retry_refused)
@@ -125,7 +126,7 @@ class Reconciler:
                     self._start_weights_swap(entry)
                 else:
                     swaps.append(await self._follow_tag(entry))
-            await self._experiments.make_ready()
+            await self._experiments.make_ready(retry_refused=retry_refused)
             self._tell_served()
             return swaps
 

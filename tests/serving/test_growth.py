@@ -13,6 +13,9 @@ from tests.support.bundles import publish
 from tests.support.fakes import BASE, WIDTHS, Answer, Server, die, refuse, refuse_afterwards, version_of
 from vllm_edits.edit_store import Bundle, Gate, LowRank, Offset, Provenance, Scope, WeightDelta
 from vllm_edits.edit_store.errors import BundleRefused, NotFound, SettingsError
+from vllm_edits.edit_store.experiments.document import Experiment
+from vllm_edits.edit_store.experiments.experiment_log import Experiments
+from vllm_edits.edit_store.experiments.state import ExperimentChange
 from vllm_edits.plugin.serving.coordinator import CapacityWish, TagChange
 
 pytestmark = pytest.mark.anyio
@@ -207,6 +210,28 @@ async def test_a_growth_has_the_headroom_of_the_settings(tmp_path: Path) -> None
     ranks = {group.kind: capacity.rank for group, capacity in server.core.growth.reservation.capacities.items()}
     assert ranks["low_rank"] == 2 * LOW_RANK.rank
     assert await server.ask("polite")
+
+
+async def test_what_was_refused_before_is_served_after_an_operator_has_grown_for_it(tmp_path: Path) -> None:
+    """Also the version of an arm. Without a growth, it is not tried again by itself."""
+    server = server_with(tmp_path, "ask")
+    (version,) = await server.promote(version_of("polite", edit=LOW_RANK))
+    treatment = server.store.publish(version_of("arm", edit=FIRST))
+    arms = [{"name": "control", "serves": "base"}, {"name": "treated", "serves": f"arm@{treatment}"}]
+    log = Experiments(server.store)
+    log.create(Experiment.parse({"name": "trial", "model": "arm", "arms": [{**arm, "weight": 0.5} for arm in arms]}))
+    log.change(ExperimentChange(experiment="trial", operation="start"))
+    await server.sync()
+    calls = len(server.workers.calls)
+    await server.sync()
+    assert len(server.workers.calls) == calls
+    assert "edits.grow is ask" in server.refusal("polite")
+    assert "edits.grow is ask" in server.status()["experiments"][0]["arms"][1]["by_control"]
+    await server.core.grow(CapacityWish(["polite", f"arm@{treatment}"]))
+    assert (await grown(server))["error"] == ""
+    assert await server.ask("polite") == version
+    assert server.status()["experiments"][0]["arms"][1]["by_control"] == ""
+    server.check()
 
 
 async def test_never_means_never(tmp_path: Path) -> None:
