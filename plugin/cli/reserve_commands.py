@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
 import typer
 
 from vllm_edits.edit_store.cli import JsonOption, app, as_script, explained, plain
 from vllm_edits.edit_store.errors import EditsError
 from vllm_edits.plugin import headers
-from vllm_edits.plugin.cli_client import DEFAULT_URL, ApiKeyOption, UrlOption, authorization, no_answer
+from vllm_edits.plugin.cli_client import DEFAULT_URL, ApiKeyOption, UrlOption, answered, authorization
+from vllm_edits.plugin.http import admin_token
 
 _POLL_SECONDS = 0.5
 _PATH = "/v1/edits/reservation"
@@ -32,7 +32,7 @@ def show(url: UrlOption = DEFAULT_URL, api_key: ApiKeyOption = "", as_json: Json
     Example:
       vllm-edits reserve show --url http://127.0.0.1:8000
     """
-    found = _answer("GET", url, authorization(api_key))
+    found = answered("GET", f"{url}{_PATH}", authorization(api_key))
     if as_json:
         as_script(found)
     else:
@@ -55,7 +55,8 @@ def grow(
     url: UrlOption = DEFAULT_URL,
     api_key: ApiKeyOption = "",
     token_file: Annotated[
-        Path | None, typer.Option("--admin-token-file", help="File with the server's admin token.", exists=True)
+        Path | None,
+        typer.Option("--admin-token-file", help="File with the server's admin token.", exists=True, dir_okay=False),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -71,36 +72,46 @@ def grow(
       vllm-edits reserve grow --entry '{"kind":"offset","site":"layers.*.resid"}' --admin-token-file token
     """
     body = {"versions": versions or [], "reserve": list(map(_entry, entry or [])), "scopes": scopes}
-    if not body["versions"] and not body["reserve"]:
-        raise EditsError("nothing to make capacity for: name a version, or give an entry with --entry")
-    token = {} if token_file is None else {headers.ADMIN_TOKEN: token_file.read_text().strip()}
-    found = _answer("POST", url, {**authorization(api_key), **token}, body)
-    before = (found["last"] or {}).get("at") if not found["growing"] else None
-    if wait:
-        for phase in _phases(url, authorization(api_key)):
+    if not any(body.values()):
+        raise EditsError("nothing to make capacity for: name a version, or give --entry or --scopes")
+    address, sent = f"{url}{_PATH}", authorization(api_key)
+    token = {} if token_file is None else {headers.ADMIN_TOKEN: admin_token.read(str(token_file))}
+    try:
+        found = answered("POST", address, {**sent, **token}, body)
+    except EditsError as error:
+        if token_file is not None or headers.ADMIN_TOKEN not in str(error):
+            raise
+        raise EditsError(f"{error}. Give the file with the token as --admin-token-file") from None
+    wanted = found["wanted"]
+    if wait and found["growing"]:
+        for phase in _phases(address, sent):
             if not as_json:
                 plain(phase)
-        found = _answer("GET", url, authorization(api_key))
+        found = answered("GET", address, sent)
+    elif not found["growing"] and not as_json:
+        plain("it fits into what is reserved already")
     if as_json:
         as_script(found)
     else:
         _show(found)
-    last = found["last"]
-    if last is not None and last["error"] and last["at"] != before:
-        raise EditsError(f"the reservation did not grow: {last['error']}")
+    if wanted in found["failed"]:
+        raise EditsError(f"the reservation did not grow: {found['failed'][wanted]}")
 
 
 def _entry(text: str) -> Any:
     try:
-        return json.loads(text)
+        found = json.loads(text)
     except ValueError:
-        raise EditsError(f"--entry: expected JSON, found {text!r}") from None
+        found = None
+    if not isinstance(found, dict):
+        raise EditsError(f"--entry: expected a JSON object, found {text!r}")
+    return found
 
 
-def _phases(url: str, sent: dict[str, str]) -> Iterator[str]:
+def _phases(address: str, sent: dict[str, str]) -> Iterator[str]:
     """A line for each phase of a growth that runs."""
     told = ""
-    while (found := _answer("GET", url, sent))["growing"]:
+    while (found := answered("GET", address, sent))["growing"]:
         phase = found["last"]["phase"] if found["last"] else "planned"
         if phase != told:
             told = phase
@@ -108,31 +119,15 @@ def _phases(url: str, sent: dict[str, str]) -> Iterator[str]:
         time.sleep(_POLL_SECONDS)
 
 
-def _answer(method: str, url: str, sent: dict[str, str], body: Any = None) -> dict[str, Any]:
-    try:
-        answer = httpx.request(method, f"{url}{_PATH}", headers=sent, json=body, timeout=60)
-    except httpx.HTTPError as error:
-        raise no_answer(url, error) from None
-    if not answer.is_success:
-        raise EditsError(f"{url}{_PATH} answered {answer.status_code}: {_detail(answer)}")
-    found: dict[str, Any] = answer.json()
-    return found
-
-
-def _detail(answer: httpx.Response) -> str:
-    try:
-        return str(answer.json()["detail"])
-    except (ValueError, KeyError, TypeError):
-        return answer.text[:200]
-
-
 def _show(found: dict[str, Any]) -> None:
     plain(f"reserved: {found['holds']}; {found['scopes']} scopes; {found['size']} for all slots; grow: {found['grow']}")
     last = found["last"]
-    if last is None:
+    if last is not None:
+        phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in last["seconds"].items())
+        ended = f"failed in phase {last['phase']}: {last['error']}" if last["error"] else last["phase"]
+        plain(f"last growth at {last['at']} for {', '.join(last['wanted_by'])}: {ended} ({phases}; longest pause "
+              f"{last['longest_pause_seconds'] * 1000:.0f} ms)")  # fmt: skip
+    elif not found["growing"]:
         plain("it has not grown since the server started")
-        return
-    phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in last["seconds"].items())
-    ended = f"failed in phase {last['phase']}: {last['error']}" if last["error"] else last["phase"]
-    plain(f"last growth at {last['at']} for {', '.join(last['wanted_by'])}: {ended} ({phases}; longest pause "
-          f"{last['longest_pause_seconds'] * 1000:.0f} ms)")  # fmt: skip
+    if found["waiting"]:
+        plain(f"waiting to grow for {', '.join(found['waiting'])}")

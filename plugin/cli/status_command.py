@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import httpx
-
 from vllm_edits.edit_store.cli import JsonOption, app, as_script, explained, plain, show
-from vllm_edits.edit_store.errors import EditsError
-from vllm_edits.plugin.cli_client import DEFAULT_URL, ApiKeyOption, UrlOption, authorization, no_answer
+from vllm_edits.plugin.cli_client import DEFAULT_URL, ApiKeyOption, UrlOption, answered, authorization
 
 
 @app.command()
@@ -25,13 +22,7 @@ def status(
     Example:
       vllm-edits status --url http://127.0.0.1:8000
     """
-    try:
-        answer = httpx.get(f"{url}/v1/edits", headers=authorization(api_key), timeout=10)
-    except httpx.HTTPError as error:
-        raise no_answer(url, error) from None
-    if answer.status_code != httpx.codes.OK:
-        raise EditsError(f"{url}/v1/edits answered {answer.status_code}: {answer.text[:200]}")
-    found: dict[str, Any] = answer.json()
+    found = answered("GET", f"{url}/v1/edits", authorization(api_key), seconds=10)
     if as_json:
         as_script(found)
         return

@@ -16,7 +16,7 @@ def check(file: str | None) -> None:
     """SettingsError if a file is set, but contains no token."""
     if file is not None:
         try:
-            _token(file)
+            read(file)
         except TokenUnreadable as error:
             raise SettingsError(f"edits.admin_token_file: {error}") from error
 
@@ -26,11 +26,11 @@ def matches(file: str, sent: str) -> bool:
 
     sent: the header's value, decoded as Latin-1, as Starlette does
     """
-    return hmac.compare_digest(sent.encode("latin-1"), _token(file))
+    return hmac.compare_digest(sent.encode("latin-1"), read(file))
 
 
-def _token(file: str) -> bytes:
-    """The bytes of the file's only line, without surrounding spaces and line ends."""
+def read(file: str) -> bytes:
+    """The bytes of the file's only line, without surrounding spaces and line ends. TokenUnreadable if there is none."""
     try:
         token = Path(file).read_bytes().removeprefix(b"\xef\xbb\xbf").strip()
     except OSError as error:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, HTTPException
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from vllm_edits.edit_store.errors import EditsError
@@ -30,9 +31,10 @@ def add_to(routes: APIRouter, changes: APIRouter, coordinator: Callable[[], Coor
     async def reservation() -> Any:
         return (await coordinator().status())["reservation"]
 
-    @changes.post("/reservation", status_code=202, summary="Grow for versions or entries, while the server serves")
+    @changes.post("/reservation", summary="Grow for versions or entries, while the server serves; 200 if they fit")
     async def grow(body: GrowthBody) -> Any:
         try:
-            return await coordinator().grow(CapacityWish(body.versions, body.reserve, body.scopes))
+            answer = await coordinator().grow(CapacityWish(body.versions, body.reserve, body.scopes))
         except EditsError as error:
             raise HTTPException(status_of(error), detail=str(error)) from error
+        return JSONResponse(answer, status_code=202 if answer["growing"] else 200)

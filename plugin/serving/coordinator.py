@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 from vllm_edits.edit_store.base_ref import BaseModelRef
-from vllm_edits.edit_store.errors import AmbiguousVersion, EditsError, NotFound, NotServed
+from vllm_edits.edit_store.errors import AmbiguousVersion, EditsError, NotFound, NotServed, SettingsError
 from vllm_edits.edit_store.experiments.experiment_log import Experiments
 from vllm_edits.edit_store.experiments.state import ExperimentChange
 from vllm_edits.edit_store.reading.reader import Reader
@@ -96,7 +96,8 @@ class Coordinator(Protocol):
         """Append a change to the store and follow it at once. Returns the entry and the swap."""
 
     async def grow(self, wish: CapacityWish) -> Mapping[str, Any]:
-        """Begin to make capacity for what an operator wants. Returns the state of the reservation.
+        """Begin to make capacity for what an operator wants. Returns the state of the reservation, and as `wanted` the
+        name under which a failure would be in `failed`.
 
         NotFound, BundleRefused or SettingsError if it is not valid; InstallRefused if the server may not grow.
         """
@@ -195,11 +196,15 @@ class LocalCoordinator:
         return {"swaps": [asdict(swap) for swap in swaps], "last_error": self.reconciler.last_error}
 
     async def grow(self, wish: CapacityWish) -> Mapping[str, Any]:
+        told = [*wish.versions, *(["explicit entries"] if wish.reserve else [])]
+        told += [f"{wish.scopes} scopes"] if wish.scopes else []
+        if not told:
+            raise SettingsError("nothing to make capacity for: expected versions, entries in reserve, or scopes")
         needed = self.versions.capacity(wish.reserve, wish.scopes)
         for ref in wish.versions:
             needed = needed | await self.versions.needs(ref, self.reconciler.table.default_tag)
-        self.growth.start(", ".join([*wish.versions, *(["explicit entries"] if wish.reserve else [])]), needed)
-        return self.growth.status()
+        self.growth.start(wanted := ", ".join(told), needed)
+        return {**self.growth.status(), "wanted": wanted}
 
     def record(self, record: Record) -> None:
         self.experiments.record(record)

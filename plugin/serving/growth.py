@@ -61,7 +61,7 @@ class GrowthRun:
     at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
     phase: Phase | Literal["done"] = "planned"
     seconds: dict[Phase, float] = field(default_factory=dict)
-    """by phase; of the present one, its seconds so far"""
+    """by phase that has ended"""
     longest_pause_seconds: float = 0.0
     """the longest time that a worker stood between two steps"""
     error: str = ""
@@ -159,6 +159,8 @@ class Growth:
         target = self.reservation
         for needed in wanted.values():
             target = target | needed
+        for what in wanted:
+            self._failed.pop(what, None)  # of all together, before each by itself
         if target == self.reservation:
             return True
         run = self.last = GrowthRun(list(wanted))
@@ -173,6 +175,10 @@ class Growth:
             logger.error("the reservation did not grow, phase=%s; all versions keep serving: %s", run.phase, error)  # noqa: TRY400
             await self._end(run, keep=False)
             return False
+        finally:
+            for phase, seconds in run.seconds.items():
+                self._metrics.growth_seconds.labels(phase).observe(seconds)
+            self._metrics.growth_longest_pause_seconds.set(run.longest_pause_seconds)
         run.phase = "done"
         self._metrics.growths.labels("ok").inc()
         self._tell()
@@ -231,8 +237,6 @@ class Growth:
         finally:
             run.seconds[phase] = round(before + time.monotonic() - start, 3)
             self._metrics.growth_phase.labels(phase).set(0)
-            self._metrics.growth_seconds.labels(phase).observe(time.monotonic() - start)
-            self._metrics.growth_longest_pause_seconds.set(run.longest_pause_seconds)
 
     def _tell(self) -> None:
         self._metrics.reserved_bytes.set(self.slot_size * (self._slots.residency.slots + 1))
@@ -253,5 +257,6 @@ class Growth:
             "scopes": self.reservation.scopes,
             "growing": self._running is not None,
             "waiting": sorted(self._wanted),
+            "failed": {what: str(error) for what, error in sorted(self._failed.items())},
             "last": None if self.last is None else vars(self.last) | {"seconds": dict(self.last.seconds)},
         }

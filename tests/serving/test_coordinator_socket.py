@@ -22,6 +22,7 @@ from vllm_edits.edit_store.errors import (
     NotServed,
     Reason,
     RequestRefused,
+    SettingsError,
     UnsupportedHost,
 )
 from vllm_edits.edit_store.scope import Scope
@@ -29,7 +30,7 @@ from vllm_edits.plugin.experiments.records import Exposure, Record, Said, Shadow
 from vllm_edits.plugin.experiments.routing import Assignment
 from vllm_edits.plugin.request import Request
 from vllm_edits.plugin.serving import coordinator_socket
-from vllm_edits.plugin.serving.coordinator import Coordinator, NotFollowed, Served, TagChange
+from vllm_edits.plugin.serving.coordinator import CapacityWish, Coordinator, NotFollowed, Served, TagChange
 from vllm_edits.plugin.serving.coordinator_socket import (
     CoordinatorServer,
     FencedWorkers,
@@ -79,7 +80,7 @@ async def processes(path: Path, coordinator: Coordinator) -> AsyncIterator[Proce
 
 @pytest.fixture
 async def server(tmp_path: Path) -> Server:
-    return Server(f"memory://{tmp_path}")
+    return Server(f"memory://{tmp_path}", grow="ask")
 
 
 class Says:
@@ -116,6 +117,9 @@ class Says:
 
     async def change(self, change: TagChange) -> Any:
         return await self._said(change)
+
+    async def grow(self, wish: CapacityWish) -> Any:
+        return await self._said(wish)
 
     def record(self, record: Record) -> None:
         self.asked.append(record)
@@ -163,6 +167,7 @@ async def test_a_lease_arrives_as_it_was_given_and_is_given_back_once(choice: Ch
     [
         NotFound("no such model"),
         NotServed("it is refused"),
+        SettingsError("no such kind"),
         RequestRefused("too strong"),
         NotFollowed("the old version serves"),
         BundleRefused("version a", [Reason("digest", "is another"), Reason("scope", "is none")]),
@@ -174,7 +179,10 @@ async def test_a_lease_arrives_as_it_was_given_and_is_given_back_once(choice: Ch
 async def test_a_refusal_is_the_same_in_every_process(error: EditsError, tmp_path: Path) -> None:
     async with processes(tmp_path, Says(error)) as made:
         remote = await made.another()
-        for ask in (remote.lease(Request("x")), remote.status(), remote.change(TagChange("withdraw", "polite"))):
+        for ask in (
+            remote.lease(Request("x")), remote.status(), remote.change(TagChange("withdraw", "polite")),
+            remote.grow(CapacityWish(["polite"])),
+        ):  # fmt: skip
             with pytest.raises(EditsError) as told:
                 await ask
             assert type(told.value) is type(error)
@@ -205,6 +213,7 @@ async def test_everything_that_is_asked_of_an_owner_can_be(server: Server, tmp_p
         assert changed["swap"]["from_version"] == first
         await remote.change(TagChange("rollback", "polite"))
         await remote.change(TagChange("withdraw", "polite"))
+        assert (await remote.grow(CapacityWish([f"polite@{first}"])))["wanted"] == f"polite@{first}"
         assert (await remote.sync())["swaps"] == []
         assert (await remote.served()).variants == []
         await remote.close()
@@ -229,6 +238,18 @@ async def test_what_requests_of_experiments_came_to_is_told_and_asked(tmp_path: 
         remote.record(pair)
         assert await remote.feedback("h", "thumbs", 1.0) == {"counted": True}
         assert says.asked == [exposure, pair, ("h", "thumbs", 1.0)]
+        await remote.close()
+
+
+async def test_a_wish_for_capacity_arrives_as_it_was_made(tmp_path: Path) -> None:
+    wish = CapacityWish(["polite@a", "kind"], [{"kind": "offset", "site": "layers.*.resid", "features": ["dual"]}], 3)
+    async with processes(tmp_path, says := Says({"growing": True})) as made:
+        remote = await made.another()
+        for each in (wish, CapacityWish()):
+            assert await remote.grow(each) == {"growing": True}
+        assert [CapacityWish(list(a.versions), list(a.reserve), a.scopes) for (a,) in says.asked] == [
+            wish, CapacityWish([], []),
+        ]  # fmt: skip
         await remote.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from vllm_edits.edit_store.errors import BundleRefused, NotFound, SettingsError
 from vllm_edits.edit_store.experiments.document import Experiment
 from vllm_edits.edit_store.experiments.experiment_log import Experiments
 from vllm_edits.edit_store.experiments.state import ExperimentChange
+from vllm_edits.plugin.cli.status_command import show_status
 from vllm_edits.plugin.serving.coordinator import CapacityWish, TagChange
+from vllm_edits.plugin.serving.growth import PHASES
 
 pytestmark = pytest.mark.anyio
 
@@ -68,6 +71,9 @@ async def test_a_version_that_does_not_fit_is_served_when_the_reservation_has_gr
     assert last["longest_pause_seconds"] == pytest.approx(0.002)
     assert last["wanted_by"] == [f"version {new[:12]} of 'polite'"]
     assert server.metric("growths_total", result="ok") == 1
+    assert {server.metric("growth_seconds_count", phase=phase) for phase in last["seconds"]} == {1}
+    assert server.metric("growth_seconds_sum", phase="waiting") == last["seconds"]["waiting"]
+    assert server.metric("growth_longest_pause_seconds") == last["longest_pause_seconds"]
     assert server.metric("reserved_bytes") > bytes_before
     assert server.metric("swaps_total", result="error") == server.metric("swaps_total", result="refused") == 0
     assert server.status()["refused"] == []
@@ -104,6 +110,29 @@ async def test_rollbacks_withdrawals_and_other_swaps_do_not_wait(server: Server)
     assert (await grown(server))["error"] == ""
     assert await server.ask("grown")
     server.check()
+
+
+async def test_the_operator_sees_a_growth_that_runs(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    """In `vllm-edits status`, and its phase in a metric. The version that waits is told with its reason."""
+
+    def shown() -> str:
+        show_status(server.status())
+        return capsys.readouterr().out
+
+    server.workers.overrides["edits_grow_poll"] = still_compiling
+    (version,) = await server.promote(version_of("polite", edit=LOW_RANK))
+    await asyncio.sleep(0.05)
+    told = shown()
+    assert f"the reservation grows for version {version[:12]} of 'polite', phase compiling" in told
+    assert "refused polite@prod: " in told
+    assert "is growing for it" in told
+    phases = {phase: server.metric("growth_phase", phase=phase) for phase in PHASES}
+    assert phases == {"planned": 0, "compiling": 1, "waiting": 0, "switching": 0}
+    server.workers.overrides = {}
+    assert (await grown(server))["error"] == ""
+    assert "the reservation grows" not in shown()
+    assert "refused" not in shown()
+    assert {server.metric("growth_phase", phase=phase) for phase in PHASES} == {0}
 
 
 @pytest.mark.parametrize("broken", [refuse, refuse_afterwards, die])

@@ -63,7 +63,7 @@ def test_an_unknown_setting_is_refused_with_the_nearest_known(setting: str, know
 
 def test_an_unknown_setting_like_no_other_is_refused_with_all_known() -> None:
     with pytest.raises(
-        SettingsError, match=r"Known: store, slots, reserve, reserve_headroom, scopes, default_tag, poll_seconds"
+        SettingsError, match=r"Known: store, slots, reserve, reserve_headroom, scopes, grow, grow_bytes, default_tag"
     ):
         read(zzz=1)
 

@@ -22,7 +22,14 @@ from typing import Any, NoReturn
 
 NOTES, SOCKET, LINE, ONLY_READ = "DOCUMENT_NOTES", "DOCUMENT_SOCKET", "DOCUMENT_LINE", "DOCUMENT_ONLY_READ"
 """Variables: the file for notes, the socket of the process above, the line of a block, and whether nothing is run."""
-ELSEWHERE = (("status",), ("experiment", "replay"), ("hub", "push"), ("hub", "pull"))
+ELSEWHERE = (
+    ("status",),
+    ("reserve", "show"),
+    ("reserve", "grow"),
+    ("experiment", "replay"),
+    ("hub", "push"),
+    ("hub", "pull"),
+)
 """Commands of `vllm-edits` that ask a server or the Hub: their words are parsed, and that is all."""
 STARTS_VLLM = (("serve",), ("run-batch",))
 _LOST, _LOOK_SECONDS = 70, 5
