@@ -18,12 +18,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from loadtests.harness.client import complete
-from tests.engine.test_exactness import NOISE_FLOOR, VISIBLE, apart, ask, reference, served
 from tests.proofs.parity import cores_apart, every_edit
 from tests.support.bundles import bundle_of, publish, random_bundle
 from tests.support.engine import SLOW_ON_TWO, Serving, kind_bundle, serve, wait_until
 from tests.support.gpu_ways import IN_PIECES
-from tests.support.log_probs import pairs_of
+from tests.support.log_probs import NOISE_FLOOR, VISIBLE, apart, ask, pairs_of, reference, served
 from vllm_edits.edit_store import Bundle
 from vllm_edits.edit_store.authoring.host import edited
 
