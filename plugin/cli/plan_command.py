@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,9 +12,9 @@ from vllm_edits.edit_store.architectures import supported
 from vllm_edits.edit_store.base_model import identify, weight_files
 from vllm_edits.edit_store.byte_sizes import bytes_of, sized
 from vllm_edits.edit_store.cli import JsonOption, StoreOption, app, as_script, counted, explained, plain, show
-from vllm_edits.edit_store.errors import SettingsError
+from vllm_edits.edit_store.errors import Reason, SettingsError
 from vllm_edits.plugin.cli.setting_option import SettingOption, assigned
-from vllm_edits.server_config.settings import KEY, EditSettings, read_settings
+from vllm_edits.server_config.settings import KEY, EditSettings, Grow, read_settings
 
 
 @app.command()
@@ -38,8 +39,8 @@ def plan(
 
     Use it before `serve`, to choose `slots` and `reserve`. It reads the
     checkpoint and the store, and does not load the model. It also lists
-    promoted versions that the server would refuse, and what each profile for
-    `reserve` would take.
+    promoted versions that the server would grow for or refuse, and what each
+    profile for `reserve` would take.
 
     \b
     Examples:
@@ -72,22 +73,19 @@ def plan(
     capacity_bytes = slot_bytes(base.widths, kind, workers)
     found = planning.Plan.of(reservation, capacity_bytes)
     rows = planning.rows(found, reservation)
-    refused = {
-        manifest.name: [reason.message for reason in missing]
-        for manifest in promoted.per_request
-        if (missing := reservation.missing(manifest, capacity_bytes))
-    }
+    missing = {manifest.name: reservation.missing(manifest, capacity_bytes) for manifest in promoted.per_request}
+    grows, refused = _misfits(missing, settings.grow)
     patched = planning.reserve_weights(settings, base, promoted)
     mine = base.widths.per_worker(workers)
     patch = weights_reservation.bytes_kept(patched, supported(base.architecture), mine, kind.itemsize)
-    if promoted.in_weights and (missing := formless(promoted.in_weights.edits, supported(base.architecture))):
-        refused[promoted.in_weights.name] = [reason.message for reason in missing]
+    if promoted.in_weights and (reasons := formless(promoted.in_weights.edits, supported(base.architecture))):
+        refused[promoted.in_weights.name] = [reason.message for reason in reasons]
     fits = None if memory_bytes is None else found.most(memory_bytes)
     profiles = planning.profile_rows(settings, base, promoted, capacity_bytes)
     if as_json:
         as_script({"groups": rows, "bytes_per_slot": found.slot, "slots": settings.slots,
-                   "bytes": found.total(settings.slots), "fit": fits, "refused": refused, "profiles": profiles,
-                   "weights": {"projections": len(patched), "bytes": patch}})  # fmt: skip
+                   "bytes": found.total(settings.slots), "fit": fits, "grows": grows, "refused": refused,
+                   "profiles": profiles, "weights": {"projections": len(patched), "bytes": patch}})  # fmt: skip
         return
     columns = {"kind": "kind", "point": "at", "reads": "reads", "rank": "rank", "features": "with", "sites": "layers"}
     if rows:
@@ -103,9 +101,21 @@ def plan(
     if patched:
         plain(f"{settings.weights} in the weights: {len(patched)} projections, up to {sized(patch)}; the same host "
               "memory for each prepared version, and on a CPU once more")  # fmt: skip
-    for name, reasons in refused.items():
-        plain(f"{name} would be refused: {'; '.join(reasons)}")
+    for outcome, names in (("make the reservation grow after the start", grows), ("be refused", refused)):
+        for name, messages in names.items():
+            plain(f"{name} would {outcome}: {'; '.join(messages)}")
     _show_profiles(profiles, settings)
+
+
+def _misfits(missing: Mapping[str, list[Reason]], grow: Grow) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """The versions that do not fit, with their reasons: those that a server grows for, and those that it refuses."""
+    grows: dict[str, list[str]] = {}
+    refused: dict[str, list[str]] = {}
+    for name, reasons in missing.items():
+        may_grow = grow == "auto" and all(reason.code == "capacity" for reason in reasons)
+        if reasons:
+            (grows if may_grow else refused)[name] = [reason.message for reason in reasons]
+    return grows, refused
 
 
 def _show_profiles(profiles: list[dict[str, Any]], settings: EditSettings) -> None:

@@ -71,14 +71,21 @@ def test_planning_on_the_command_line(checkpoint: Path, tmp_path: Path) -> None:
     assert (told["bytes_per_slot"], told["bytes"]) == (plan.slot, plan.total(8))
     assert plan.total(told["fit"]) <= 1 << 20 < plan.total(told["fit"] + 1)
     assert sum(row["bytes"] for row in told["groups"]) == plan.slot
-    assert told["refused"] == {}
+    assert told["grows"] == told["refused"] == {}
     each = planned(checkpoint, store, "--dtype", "float32", "--tensor-parallel-size", "2", "--json")
     divided = Plan.of(
         Reservation.for_versions([bundle.manifest]), slot_bytes(bundle.manifest.base.widths, torch.float32, 2)
     )
     assert each["bytes_per_slot"] == divided.slot < plan.slot
     small = json.dumps([{"kind": "offset", "site": "final"}])
-    assert "polite would be refused" in planned(checkpoint, store, "--set", f"reserve={small}")
+    said = planned(checkpoint, store, "--set", f"reserve={small}")
+    assert "polite would make the reservation grow after the start: " in said
+    assert "would be refused" not in said
+    for policy in ("ask", "never"):
+        said = planned(checkpoint, store, "--set", f"reserve={small}", "--set", f"grow={policy}")
+        assert "polite would be refused: " in said
+        assert "grow after" not in said
+    assert list(planned(checkpoint, store, "--set", f"reserve={small}", "--json")["grows"]) == ["polite"]
     half = planned(checkpoint, store, "--json")
     assert half["bytes_per_slot"] < plan.slot, "vLLM makes a float32 checkpoint half as wide unless told otherwise"
 
@@ -122,7 +129,7 @@ def test_planning_shows_each_profile_and_what_it_costs_at_rest(checkpoint: Path,
     assert (rows["standard"]["bytes_per_slot"], rows["standard"]["bytes"]) == (told["bytes_per_slot"], told["bytes"])
     plan = Plan.of(Reservation.for_versions([bundle.manifest]), slot_bytes(bundle.manifest.base.widths, torch.float32))
     assert rows["promoted"]["bytes"] == plan.total(8)
-    assert told["refused"] == {}
+    assert told["grows"] == told["refused"] == {}
     for name, row in rows.items():
         costs = [cost.model_dump(mode="json", exclude={"profile"}) for cost in profile_costs(name)]
         assert row["measured"] == costs
