@@ -129,7 +129,8 @@ class EditSettings(BaseModel):
         default=1.0,
         ge=1,
         le=16,
-        description="Factor by which reserved ranks exceed what the versions promoted at start need.",
+        description="Factor by which reserved ranks exceed what promoted versions need, at the start and after a "
+        "growth.",
     )
     scopes: int | None = Field(
         default=None,

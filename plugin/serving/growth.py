@@ -8,7 +8,7 @@ It runs in the API process that owns the slots, in a task of its own, so that no
     switching  every worker exchanges its edits and its code between two steps
 
 A failure in any phase leaves the old reservation serving, in every worker of every engine. The version that needed the
-capacity is then refused, until it is promoted again or the store is read on demand.
+capacity is then refused, until it is promoted again, the store is read on demand, or the reservation grows for another.
 """
 
 from __future__ import annotations
