@@ -38,7 +38,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     text = io.StringIO()
     monkeypatch.setattr(demo, "console", Console(width=160, file=text))
     monkeypatch.setattr(demo, "BASE", "tiny")
-    monkeypatch.setattr("vllm_edits.plugin.serving.growth.GROWTH_POLL_SECONDS", 0.1)
+    monkeypatch.setattr("vllm_edits.plugin.serving.growth.MOST_POLL_SECONDS", 0.1)
     return text
 
 

@@ -137,7 +137,7 @@ def anyio_backend() -> str:
 @pytest.fixture
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loadtests.bench.parts.growth.BASE", "tiny")
-    monkeypatch.setattr("vllm_edits.plugin.serving.growth.GROWTH_POLL_SECONDS", 0.1)
+    monkeypatch.setattr("vllm_edits.plugin.serving.growth.MOST_POLL_SECONDS", 0.1)
 
 
 @pytest.mark.anyio
