@@ -165,7 +165,7 @@ async def test_a_server_is_measured_while_it_grows(tmp_path: Path) -> None:
             await Promotion(server.store, fits, tmp_path, phases.append).under_load(url, plan)
     assert phases == ["planned", "compiling", "waiting", "switching"]
     assert list(found.phases) == phases
-    assert found.first_answer > found.phases["compiling"] > 0.2
+    assert found.first_answer > found.phases["compiling"] > 0
     assert min(found.calm_gap, found.gap, found.calm_rate, found.throughput) > 0
     assert found.compiled == 1
     assert refused.group_contains(NotMeasured, match="fitted without a growth")

@@ -77,7 +77,7 @@ def small_server(
         flags += ("--data-parallel-size", "2", "--api-server-count", "2")
         environment = {"VLLM_CPU_OMP_THREADS_BIND": cores_apart(2)}
     folder = tmp_path_factory.mktemp("small")
-    settings = {"slots": 2, "admin_token_file": token_file}
+    settings = {"slots": 2, "admin_token_file": token_file, "grow": "ask"}
     serving = serve(tiny_model, folder, bundles, *flags, settings=settings, environment=environment)
     serving.engines = 2 if two else 1
     yield serving
