@@ -55,8 +55,7 @@ def grow(
     url: UrlOption = DEFAULT_URL,
     api_key: ApiKeyOption = "",
     token_file: Annotated[
-        Path | None,
-        typer.Option("--admin-token-file", help="File with the server's admin token.", exists=True, dir_okay=False),
+        Path | None, typer.Option("--admin-token-file", help="File with the server's admin token.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -231,7 +231,10 @@ def test_without_the_admin_token_nothing_grows(running: Running, tmp_path: Path)
     wrong, none, there = tmp_path / "wrong", tmp_path / "none", ["--admin-token-file", str(running.token)]
     wrong.write_bytes("schlüssel\n".encode())
     none.write_text("\n")
-    for path, said in ((wrong, "missing or wrong admin token"), (none, f"{none} is empty")):
+    for path, said in (
+        (wrong, "missing or wrong admin token"), (none, f"{none} is empty"), (tmp_path, "cannot be read"),
+        (tmp_path / "absent", f"{tmp_path / 'absent'} cannot be read: No such file or directory"),
+    ):  # fmt: skip
         ran = running.run("reserve", "grow", "--entry", ENTRY, "--admin-token-file", str(path), token=False)
         assert ran.exit_code == 1
         assert said in ran.stderr
