@@ -121,7 +121,8 @@ async def test_the_operator_sees_a_growth_that_runs(server: Server, capsys: pyte
 
     server.workers.overrides["edits_grow_poll"] = still_compiling
     (version,) = await server.promote(version_of("polite", edit=LOW_RANK))
-    await asyncio.sleep(0.05)
+    while server.metric("growth_phase", phase="compiling") != 1:  # noqa: ASYNC110  a phase has no event
+        await asyncio.sleep(0.001)
     told = shown()
     assert f"the reservation grows for version {version[:12]} of 'polite', phase compiling" in told
     assert "refused polite@prod: " in told
