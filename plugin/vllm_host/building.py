@@ -34,7 +34,7 @@ class Building:
         """config: vLLM's config, whose additional config is what the operator gave."""
         self.device = device
         self._settings = settings
-        self._given = dict(config.additional_config)
+        self._given: dict[str, Any] = dict(config.additional_config)
         self._dtype = config.model_config.dtype
         self._max_tokens = config.scheduler_config.max_num_batched_tokens
         self._sites = sites
@@ -57,7 +57,7 @@ class Building:
 
     def additional(self, reservation: Reservation) -> dict[str, Any]:
         """vLLM's additional config with all that the compiled code depends on, so that it is in its cache's key."""
-        own = {**self._given[KEY], "reserve": reservation.to_settings(), "scopes": reservation.scopes}
+        own: dict[str, Any] = {**self._given[KEY], "reserve": reservation.to_settings(), "scopes": reservation.scopes}
         if self._in_weights:
             own["weights_reserve"] = weights_reservation.to_settings(self._in_weights)
         products, version = self._products(reservation).name, importlib.metadata.version("vllm-edits")

@@ -27,14 +27,18 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.aot_compile import AOTCompiledFunction
 from vllm import envs
-from vllm.compilation import decorators
 from vllm.compilation.caching import aot_compile_hash_factors
-from vllm.compilation.decorators import maybe_use_cudagraph_partition_wrapper
+from vllm.compilation.decorators import (
+    _model_hash_key,
+    _verify_source_unchanged,
+    maybe_use_cudagraph_partition_wrapper,
+)
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import set_current_vllm_config
 
@@ -57,15 +61,15 @@ _TOLD_BYTES = 4000
 class FirstCall:
     """The arguments of a model's first forward: their types and shapes, for which vLLM compiles."""
 
-    arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    shapes: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
-    @classmethod
-    def of(cls, model: nn.Module, config: Any) -> FirstCall:
+    @staticmethod
+    def of(model: nn.Module, config: Any) -> FirstCall:
         """Note the first call of a model, and give the model its compiled code of an earlier start before it."""
-        call = cls()
+        call = FirstCall()
 
         def note(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            call.arguments = tuple(map(_shape_of, args)), {name: _shape_of(each) for name, each in kwargs.items()}
+            call.note(args, kwargs)
             hook.remove()
             if config.device_config.device_type == "cpu":
                 load_at_start(model, config)
@@ -73,11 +77,15 @@ class FirstCall:
         hook = model.register_forward_pre_hook(note, with_kwargs=True)
         return call
 
+    def note(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the types and shapes of arguments."""
+        self.shapes = tuple(map(_shape_of, args)), {name: _shape_of(each) for name, each in kwargs.items()}
+
     def made(self, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments like those of the first call, with any content."""
-        if self.arguments is None:
+        if self.shapes is None:
             raise EditsError("the model was never called, so it is unknown what to compile it for")
-        args, kwargs = self.arguments
+        args, kwargs = self.shapes
         return tuple(_made(each, device) for each in args), {name: _made(each, device) for name, each in kwargs.items()}
 
 
@@ -121,7 +129,7 @@ def with_additional(config: Any, additional: Mapping[str, Any]) -> Any:
 
 def code_file(module: Any, config: Any) -> Path:
     """The file in which vLLM keeps a compiled module, for this config."""
-    factors = [*aot_compile_hash_factors(config), decorators._model_hash_key(module.forward)]  # noqa: SLF001
+    factors = [*aot_compile_hash_factors(config), _model_hash_key(module.forward)]
     key = hashlib.sha256(str(factors).encode()).hexdigest()
     parallel = config.parallel_config
     rank = f"rank_{parallel.rank}_{parallel.data_parallel_index}"
@@ -132,8 +140,9 @@ def load(module: Any, config: Any) -> Callable[..., Any]:
     """Load compiled code from vLLM's cache. Any exception means that the file cannot be used."""
     file = code_file(module, config)
     with set_current_vllm_config(config), file.open("rb") as stream:
-        code: Any = torch.compiler.load_compiled_function(stream, f_globals=module.forward.__globals__)
-    decorators._verify_source_unchanged(code.source_info(), config)  # noqa: SLF001
+        loaded = torch.compiler.load_compiled_function(stream, f_globals=module.forward.__globals__)
+    code = cast(AOTCompiledFunction, loaded)
+    _verify_source_unchanged(code.source_info(), config)
     if not config.compilation_config.dynamic_shapes_config.evaluate_guards:
         code.disable_guard_check()
     serialized = code._artifacts.compiled_fn  # noqa: SLF001

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -31,14 +32,24 @@ from vllm_edits.plugin.graph.host_cache import HostCache
 from vllm_edits.plugin.graph.reservation import Reservation
 from vllm_edits.plugin.short_turns import short_turns
 from vllm_edits.plugin.vllm_host import compat, compiled
-from vllm_edits.plugin.vllm_host.cuda_graphs import capture_again
+from vllm_edits.plugin.vllm_host.cuda_graphs import capture_again, require_capture_again
 from vllm_edits.plugin.vllm_host.device import free_for_growth
 from vllm_edits.plugin.vllm_host.loaded import LoadedEdits, reading
 from vllm_edits.plugin.vllm_host.proof import require_effective
+from vllm_edits.plugin.vllm_host.runner_v2 import require_logits
 
 logger = logging.getLogger("vllm.edits")
 
 Phase = Literal["building", "compiling", "loading", "carrying", "ready"]
+
+
+@dataclass(frozen=True)
+class _Served:
+    """What serves: the edits, the cache of versions prepared for them, and the compiled code."""
+
+    edited: EditedModel
+    ready: HostCache[Prepared]
+    code: Callable[..., Any] | None
 
 
 class Growth:
@@ -57,15 +68,16 @@ class Growth:
         self._module = compiled.compiled_module(self._model)
         self._config = worker.vllm_config if self._module is None else self._module.vllm_config
         compat.check_reservation(self._config, loaded.base, reservation)
-        loaded.require_logits(reservation)
+        require_logits(loaded, reservation)
+        require_capture_again(worker)
         self._require_memory(reservation, limit_bytes)
         self._grown_config = compiled.with_additional(self._config, loaded.building.additional(reservation))
         self._built: tuple[EditedModel, Callable[[str], Prepared]] | None = None
         """the new edited model, and the function that reads a version and prepares it for this model"""
         self._code: Callable[..., Any] | None = None
         self._compiling: compiled.Compiling | None = None
-        self._switched: tuple[EditedModel, HostCache[Prepared], Any] | None = None
-        """the state before the switch: the edits, their cache, and the compiled code"""
+        self._before: _Served | None = None
+        """what served before the switch"""
         self._background = _Background(partial(self._build, reservation))
 
     def _require_memory(self, reservation: Reservation, limit_bytes: int | None) -> None:
@@ -208,7 +220,7 @@ class Growth:
     def _exchange(self) -> None:
         loaded, (new, read) = self._loaded, self._made()
         old = loaded.edited
-        self._switched = old, loaded.ready, None if self._module is None else self._module.aot_compiled_fn
+        self._before = _Served(old, loaded.ready, None if self._module is None else self._module.aot_compiled_fn)
         new.go_on_from(old)
         old.detach()
         new.attach()
@@ -223,18 +235,19 @@ class Growth:
 
     def _restore(self) -> None:
         """Let the old edits serve again."""
-        if self._switched is None:
+        before = self._before
+        if before is None:
             return
         loaded, (new, _) = self._loaded, self._made()
-        old, ready, code = self._switched
+        old = before.edited
         new.detach()
         old.detach()
         old.attach()
-        loaded.edited, loaded.ready = old, ready
+        loaded.edited, loaded.ready = old, before.ready
         if self._module is not None:
-            self._module.aot_compiled_fn = code
+            self._module.aot_compiled_fn = before.code
         old.go_on_from(new)
-        self._switched = None
+        self._before = None
         capture_again(self._worker)
 
     # -- after the switch ----------------------------------------------------------------------------------------------
@@ -245,9 +258,9 @@ class Growth:
             self._config.additional_config.update(self._grown_config.additional_config)
             if self._module is not None:
                 self._module.vllm_config = self._grown_config
-            if self._switched is not None:
-                self._switched[0].release()
-            self._switched = None
+            if self._before is not None:
+                self._before.edited.release()
+            self._before = None
             self._end()
 
     def undo(self) -> None:

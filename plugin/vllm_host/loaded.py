@@ -13,7 +13,6 @@ from vllm_edits.edit_store.edits import Tensors
 from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.plugin.graph.edited_model import EditedModel, Prepared
 from vllm_edits.plugin.graph.host_cache import HostCache, Ready
-from vllm_edits.plugin.graph.reservation import Reservation
 from vllm_edits.plugin.open_store import open_reader
 from vllm_edits.plugin.vllm_host.building import Building
 from vllm_edits.plugin.vllm_host.compiled import FirstCall
@@ -42,15 +41,6 @@ class LoadedEdits:
     """The model runner that fills the token slots. The V2 runner's state sets it when it is built."""
     growth: Any = None
     """the growth of the reservation that is under way (growth.py)"""
-
-    def require_logits(self, reservation: Reservation) -> None:
-        """UnsupportedHost if the runner cannot edit logits, and they are reserved."""
-        if self.runner == "V2" and reservation.edits_logits and self.edited.worker.size > 1:
-            raise UnsupportedHost(
-                "edits at logits are not proven exact on vLLM's V2 runner with tensor parallel, because workers may "
-                "divide the requests. Start with VLLM_USE_V2_MODEL_RUNNER=0 or --tensor-parallel-size 1, or reserve "
-                "nothing at logits"
-            )
 
 
 def reading(

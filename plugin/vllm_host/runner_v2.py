@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_edits.edit_store.errors import UnsupportedHost
 from vllm_edits.plugin.claim import CLAIM
+from vllm_edits.plugin.graph.reservation import Reservation
 from vllm_edits.plugin.graph.step_filler import Extents, StepBatch
 from vllm_edits.plugin.vllm_host import prompts
 from vllm_edits.plugin.vllm_host.loaded import LoadedEdits
@@ -42,6 +44,16 @@ def use_edits_model_state(model: Any, loaded: LoadedEdits) -> None:
     model.get_model_state_cls = lambda: state_class
 
 
+def require_logits(loaded: LoadedEdits, reservation: Reservation) -> None:
+    """UnsupportedHost if the runner cannot edit logits, and they are reserved."""
+    if loaded.runner == "V2" and reservation.edits_logits and loaded.edited.worker.size > 1:
+        raise UnsupportedHost(
+            "edits at logits are not proven exact on vLLM's V2 runner with tensor parallel, because workers may divide "
+            "the requests. Start with VLLM_USE_V2_MODEL_RUNNER=0 or --tensor-parallel-size 1, or reserve nothing at "
+            "logits"
+        )
+
+
 def with_token_slots(base: Any, loaded: LoadedEdits) -> type:
     """A subclass of a V2 ModelState that fills the token slots of `loaded`."""
 
@@ -52,7 +64,7 @@ def with_token_slots(base: Any, loaded: LoadedEdits) -> type:
             super().__init__(*args, **kwargs)
             self._requests: dict[str, _Request] = {}
             loaded.runner = "V2"
-            loaded.require_logits(loaded.edited.reservation)
+            require_logits(loaded, loaded.edited.reservation)
             self.model.register_forward_hook(lambda _module, _args, output: loaded.edited.note_output(output))
 
         def add_request(self, req_index: int, new_req_data: Any) -> None:

@@ -32,7 +32,7 @@ class ModelState:
     """As much of vLLM's as the seam touches; what it was told is kept."""
 
     def __init__(self, told: list[str], model: Any = None) -> None:
-        self.told, self.model = told, model
+        self.told, self.model = told, torch.nn.Module() if model is None else model
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         self.told.append(f"add {new_req_data.req_id} at {req_index}")
