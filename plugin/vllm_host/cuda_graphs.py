@@ -51,7 +51,7 @@ def _manager(runner: Any) -> Any:
 
 
 def _managers(runner: Any) -> Iterator[Any]:
-    """What holds captured graphs on V2: of the model, and of a model that guesses for it."""
+    """Managers of captured graphs on V2: of the model, and of a model that guesses for it."""
     yield _manager(runner)
     speculator = optional(runner, "GPUModelRunner.speculator")
     yield from () if speculator is None else vars(speculator).values()

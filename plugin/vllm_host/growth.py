@@ -45,7 +45,7 @@ Phase = Literal["building", "compiling", "loading", "carrying", "ready"]
 
 @dataclass(frozen=True)
 class _Served:
-    """What serves: the edits, the cache of versions prepared for them, and the compiled code."""
+    """The parts that serve: the edits, the cache of versions prepared for them, and the compiled code."""
 
     edited: EditedModel
     ready: HostCache[Prepared]
@@ -77,7 +77,7 @@ class Growth:
         self._code: Callable[..., Any] | None = None
         self._compiling: compiled.Compiling | None = None
         self._before: _Served | None = None
-        """what served before the switch"""
+        """the parts that served before the switch"""
         self._background = _Background(partial(self._build, reservation))
 
     def _require_memory(self, reservation: Reservation, limit_bytes: int | None) -> None:
