@@ -356,7 +356,7 @@ class EditedModel:
 
     def note_output(self, hidden: Any) -> None:
         """Note the model's output in this step; None if it is not known (some logits are computed from parts of it)."""
-        self._output = hidden if isinstance(hidden, Tensor) else None
+        self._output = hidden if self.edits_logits and isinstance(hidden, Tensor) else None
 
     def _logit_rows(self, hidden: Tensor) -> Tensor | None:
         """Tokens of the step that the rows of `hidden` belong to; None if no edit applies to any of them."""

@@ -185,8 +185,11 @@ class Growth:
     def switch(self) -> bool:
         """Let the new reservation serve. False, without a change, if a version in a slot is not carried yet.
 
-        EditsError if it fails on any worker; then the old state serves on all.
+        EditsError if it fails on any worker; then the old state serves on all. A repeated call does nothing: it is
+        called on all engines again if one of them was not ready.
         """
+        if self._before is not None:
+            return True
         with self._between_steps():
             new, _ = self._made()
             if self.phase != "ready" or self._stale():

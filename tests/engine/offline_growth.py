@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from tests.engine.offline_swaps import look
 from tests.proofs.parity import random_numbers
@@ -27,16 +28,6 @@ GROWTHS = 20
 
 def broken(*_args: Any) -> None:
     raise RuntimeError("broken on purpose")
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 @contextmanager
@@ -108,32 +99,36 @@ class Engine:
     def fail(self, *, eager: bool) -> None:
         """Let a growth fail at every phase."""
         self.promoted("new", Scale(site="layers.2.attn.z"))
-        with replaced(self.variants.coordinator.growth, "_limit_bytes", 100):
+        with patch.object(self.variants.coordinator.growth, "_limit_bytes", 100):
             self.attempt("memory")
         if not eager:
-            with replaced(compiled, "compile_and_save", broken):
+            with patch.object(compiled, "compile_and_save", broken):
                 self.attempt("compile error")
             with killed_compiler(lambda: self.loaded.growth):
                 self.attempt("killed compiler")
-            with replaced(compiled, "load", broken):
+            with patch.object(compiled, "load", broken):
                 self.attempt("load error")
-        with replaced(self.loaded.building, "make", broken):
+        with patch.object(self.loaded.building, "make", broken):
             self.attempt("build error")
-        with replaced(growth.Growth, "_carry", broken):
+        with patch.object(growth.Growth, "_carry", broken):
             self.attempt("carry error")
-        with replaced(growth, "require_effective", broken):
+        with patch.object(growth, "require_effective", broken):
             self.attempt("switch error")
 
         def break_when_grown(_worker: Any) -> None:
             if len(self.loaded.edited.reservation.capacities) > 1:
                 broken()
 
-        with replaced(growth, "capture_again", break_when_grown):
+        with patch.object(growth, "capture_again", break_when_grown):
             self.attempt("capture error")
 
     def grow_in_thread(self) -> None:
-        """Compile in a thread, as on a GPU."""
-        with replaced(compiled, "can_fork", lambda _device: False):
+        """Compile in a thread, as on a GPU; the switch is asked for twice, as when another engine was not ready."""
+        switch = growth.Growth.switch
+        with (
+            patch.object(compiled, "can_fork", lambda _device: False),
+            patch.object(growth.Growth, "switch", lambda growing: switch(growing) and switch(growing)),
+        ):
             self.promoted("in-thread", Scale(site="layers.0.q.out"))
             self.variants.sync()
         told = {name: self.says(name) != self.before[0] for name in ("in-thread", "new")}
