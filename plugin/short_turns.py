@@ -10,6 +10,7 @@ import asyncio
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
@@ -49,6 +50,26 @@ def short_turns() -> Iterator[None]:
         yield
     finally:
         _TURNS.lengthen()
+
+
+def in_daemon(work: Callable[[], _T]) -> Future[_T]:
+    """Run `work` in a daemon thread with a short switch interval; returns its future result.
+
+    A daemon, so that a store which does not answer keeps no process from ending. RuntimeError if none can be started.
+    """
+    future: Future[_T] = Future()
+
+    def do() -> None:
+        try:
+            with short_turns():
+                result = work()
+        except BaseException as error:  # noqa: BLE001  raised when a caller asks for the result
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    threading.Thread(target=do, daemon=True).start()
+    return future
 
 
 async def in_thread(work: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:

@@ -14,6 +14,7 @@ from vllm_edits.edit_store.byte_sizes import bytes_of, sized
 from vllm_edits.edit_store.cli import JsonOption, StoreOption, app, as_script, counted, explained, plain, show
 from vllm_edits.edit_store.errors import Reason, SettingsError
 from vllm_edits.plugin.cli.setting_option import SettingOption, assigned
+from vllm_edits.plugin.graph.reservation import is_growable
 from vllm_edits.server_config.settings import KEY, EditSettings, Grow, read_settings
 
 
@@ -112,7 +113,7 @@ def _misfits(missing: Mapping[str, list[Reason]], grow: Grow) -> tuple[dict[str,
     grows: dict[str, list[str]] = {}
     refused: dict[str, list[str]] = {}
     for name, reasons in missing.items():
-        may_grow = grow == "auto" and all(reason.code == "capacity" for reason in reasons)
+        may_grow = grow == "auto" and is_growable(reasons)
         if reasons:
             (grows if may_grow else refused)[name] = [reason.message for reason in reasons]
     return grows, refused

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from vllm_edits.edit_store.errors import EditsError
-from vllm_edits.plugin.short_turns import short_turns
+from vllm_edits.plugin.short_turns import in_daemon
 
 
 class Ready(Protocol):
@@ -39,20 +39,10 @@ class HostCache(Generic[R]):
         """Begin to read a version, unless it is ready or being read."""
         if version in self._versions:
             return
-        future = self._versions[version] = Future()
-
-        def read() -> None:
-            try:
-                with short_turns():
-                    ready = self._prepare(version)
-                future.set_result(ready)
-            except BaseException as error:  # noqa: BLE001  raised when a caller asks if it is ready
-                future.set_exception(error)
-
         try:
-            # A daemon: a store that does not answer must not keep a worker from ending.
-            threading.Thread(target=read, daemon=True).start()
+            self._versions[version] = in_daemon(partial(self._prepare, version))
         except RuntimeError as error:  # no thread can be started: the error of the reading, which is tried again
+            future = self._versions[version] = Future()
             future.set_exception(EditsError(f"version {version[:12]} cannot be read now: {error}"))
 
     def poll(self, version: str) -> bool:

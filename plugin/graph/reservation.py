@@ -106,6 +106,11 @@ def scopes_of(version: Version) -> tuple[Scope, ...]:
     return distinct(edit.scope for edit in version.edits)
 
 
+def is_growable(missing: Iterable[Reason]) -> bool:
+    """True if a version that does not fit for these reasons would fit into a larger reservation."""
+    return all(reason.code == "capacity" for reason in missing)
+
+
 @dataclass(frozen=True)
 class Reservation:
     """Capacity by group, and how many scopes one version may have besides everything."""

@@ -25,8 +25,9 @@ from typing import Any, Literal, Protocol
 from vllm_edits.edit_store.bundle import Manifest
 from vllm_edits.edit_store.byte_sizes import sized
 from vllm_edits.edit_store.errors import BundleRefused, EditsError, InstallRefused, Reason
-from vllm_edits.plugin.graph.reservation import Reservation, SlotBytes
+from vllm_edits.plugin.graph.reservation import Reservation, SlotBytes, is_growable
 from vllm_edits.plugin.metrics import Metrics
+from vllm_edits.plugin.plan import Plan
 from vllm_edits.plugin.serving.slots import Slots
 from vllm_edits.plugin.serving.workers import Workers, ask
 from vllm_edits.server_config.settings import Grow
@@ -101,7 +102,7 @@ class Growth:
         if not missing:
             return
         what = f"version {version[:12]} of {manifest.name!r}"
-        may_grow = self.policy == "auto" and all(reason.code == "capacity" for reason in missing)
+        may_grow = self.policy == "auto" and is_growable(missing)
         if not may_grow:
             raise InstallRefused(what, [*missing, *self._advice(f"{manifest.name}@{version[:12]}", missing)])
         if (failure := self._failed.pop(what, None)) is not None:
@@ -239,20 +240,19 @@ class Growth:
             self._metrics.growth_phase.labels(phase).set(0)
 
     def _tell(self) -> None:
-        self._metrics.reserved_bytes.set(self.slot_size * (self._slots.residency.slots + 1))
+        self._metrics.reserved_bytes.set(self._bytes())
 
-    @property
-    def slot_size(self) -> int:
-        """Bytes of one slot."""
-        return sum(self._slot_bytes(group, capacity) for group, capacity in self.reservation.capacities.items())
+    def _bytes(self) -> int:
+        """Device memory of all slots in one worker."""
+        return Plan.of(self.reservation, self._slot_bytes).total(self._slots.residency.slots)
 
     def status(self) -> Mapping[str, Any]:
         """The reservation and the last growth, as plain data."""
-        slots = self._slots.residency.slots + 1
+        reserved = self._bytes()
         return {
             "grow": self.policy,
-            "bytes": self.slot_size * slots,
-            "size": sized(self.slot_size * slots),
+            "bytes": reserved,
+            "size": sized(reserved),
             "holds": str(self.reservation),
             "scopes": self.reservation.scopes,
             "growing": self._running is not None,

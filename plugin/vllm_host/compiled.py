@@ -20,12 +20,11 @@ import os
 import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -43,7 +42,7 @@ from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import set_current_vllm_config
 
 from vllm_edits.edit_store.errors import EditsError
-from vllm_edits.plugin.short_turns import short_turns
+from vllm_edits.plugin.short_turns import in_daemon
 from vllm_edits.plugin.vllm_host.seams import optional
 
 logger = logging.getLogger("vllm.edits")
@@ -218,7 +217,7 @@ class InChild(Compiling):
 
     def __init__(self, work: Callable[[], None]) -> None:
         self._since = time.monotonic()
-        self._told = tempfile.TemporaryFile()  # noqa: SIM115  closed in `_end`
+        self._told = tempfile.TemporaryFile()  # noqa: SIM115  closed when it has ended
         self._status: int | None = None
         parent = os.getpid()
         self._child = os.fork()
@@ -253,13 +252,11 @@ class InChild(Compiling):
         raise EditsError(f"the code could not be compiled: {self._reason()}")
 
     def _reason(self) -> str:
-        if self._told.closed:
-            return "it was ended"
         self._told.seek(0)
         told = self._told.read().decode(errors="replace").strip()
         self._told.close()
         ended = os.waitstatus_to_exitcode(self._status or 0)
-        return told or f"the compiling process was ended by signal {-ended}" if ended < 0 else told or "no reason"
+        return told or (f"the compiling process was ended by signal {-ended}" if ended < 0 else "no reason")
 
     def stop(self) -> None:
         if self._status is None:
@@ -285,29 +282,18 @@ def _become_background(parent: int) -> None:
         os.environ.pop(name, None)
 
 
-@dataclass
 class InThread(Compiling):
     """Compiles in a thread, where no child can be forked."""
 
-    work: Callable[[], None]
-    _failure: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            with short_turns():
-                self.work()
-        except BaseException:  # noqa: BLE001  told when it is asked for
-            self._failure.append(traceback.format_exc()[-_TOLD_BYTES:])
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = in_daemon(work)
 
     def done(self) -> bool:
-        if self._thread.is_alive():
+        if not self._work.done():
             return False
-        if self._failure:
-            raise EditsError(f"the code could not be compiled: {self._failure[0]}")
+        if (error := self._work.exception()) is not None:
+            told = "".join(traceback.format_exception(error))[-_TOLD_BYTES:]
+            raise EditsError(f"the code could not be compiled: {told}")
         return True
 
     def stop(self) -> None:

@@ -14,7 +14,6 @@ two votes, so all switch at the same step, or none does. Until `finish`, `undo` 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from vllm_edits.edit_store.errors import EditsError, InstallRefused, Reason
 from vllm_edits.plugin.graph.edited_model import EditedModel, Prepared
 from vllm_edits.plugin.graph.host_cache import HostCache
 from vllm_edits.plugin.graph.reservation import Reservation
-from vllm_edits.plugin.short_turns import short_turns
+from vllm_edits.plugin.short_turns import in_daemon
 from vllm_edits.plugin.vllm_host import compat, compiled
 from vllm_edits.plugin.vllm_host.cuda_graphs import capture_again, require_capture_again
 from vllm_edits.plugin.vllm_host.device import free_for_growth
@@ -78,7 +77,7 @@ class Growth:
         self._compiling: compiled.Compiling | None = None
         self._before: _Served | None = None
         """the parts that served before the switch"""
-        self._background = _Background(partial(self._build, reservation))
+        self._background = in_daemon(partial(self._build, reservation))
 
     def _require_memory(self, reservation: Reservation, limit_bytes: int | None) -> None:
         slots, building = self._loaded.edited.slots, self._loaded.building
@@ -107,6 +106,7 @@ class Growth:
                 if self._compiling is not None and self._compiling.done():
                     self._begin("loading", self._load)
             elif self._background.done():
+                self._background.result()
                 self._next()
         return self.phase
 
@@ -129,7 +129,7 @@ class Growth:
                 self._begin("carrying", self._carry)
 
     def _begin(self, phase: Phase, work: Callable[[], None]) -> None:
-        self.phase, self._background = phase, _Background(work)
+        self.phase, self._background = phase, in_daemon(work)
 
     def _compile(self) -> None:
         (new, _), device = self._made(), self._loaded.building.device
@@ -288,27 +288,3 @@ class Growth:
             yield
         finally:
             self.longest_pause = max(self.longest_pause, time.perf_counter() - start)
-
-
-class _Background:
-    """Work in a thread. A daemon: a store that does not answer must not keep a worker from ending."""
-
-    def __init__(self, work: Callable[[], None]) -> None:
-        self._work, self._failure = work, list[BaseException]()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            with short_turns():
-                self._work()
-        except BaseException as error:  # noqa: BLE001  raised when a caller asks
-            self._failure.append(error)
-
-    def done(self) -> bool:
-        """True if it is done. Raises its error."""
-        if self._thread.is_alive():
-            return False
-        if self._failure:
-            raise self._failure[0]
-        return True
