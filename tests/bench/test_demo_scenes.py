@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -17,13 +16,12 @@ from rich.console import Console
 from loadtests.demo import __main__ as demo
 from loadtests.demo.bundles import Answers, Exhibit, MeasuredClaim
 from tests.support.bundles import publish
-from tests.support.fakes import BASE, Answer, Server, refuse, version_of
-from tests.support.listening import compiles_for, listening
+from tests.support.fakes import BASE, Server, refuse, version_of
+from tests.support.listening import Poll, compiles_under_load, counted, listening
 from vllm_edits.edit_store import Bundle, Gate, Provenance
 
 pytestmark = [pytest.mark.anyio, pytest.mark.long]
 
-Poll = Callable[[int, Callable[[], Answer]], Answer]
 GATE = Gate(site="layers.0.mlp.out", reads="layers.0.mlp.h", rank=1, activation="jump_relu", threshold=0.3)
 
 
@@ -65,20 +63,14 @@ async def followed(server: Server) -> AsyncIterator[httpx.AsyncClient]:
     await server.core.slots.wait_drained()
 
 
-def counted(server: Server) -> float:
-    """All requests that a server has counted."""
-    samples = (sample for metric in server.registry.collect() for sample in metric.samples)
-    return sum(sample.value for sample in samples if sample.name == "vllm_edits_requests_total")
-
-
-async def played(path: Path, poll: Poll) -> tuple[Server, Bundle, int]:
+async def played(path: Path, answers: Callable[[Server], Poll]) -> tuple[Server, Bundle, int]:
     """The growth on a server that serves `polite`, and whose workers answer polls of the growth in this way."""
     server, polite, gated = (
         Server(f"memory://{path}", grow="auto"),
         version_of("polite"),
         version_of("gated", BASE, GATE),
     )
-    server.workers.overrides["edits_grow_poll"] = poll
+    server.workers.overrides["edits_grow_poll"] = answers(server)
     publish(server.store, polite)
     server.store.publish(gated)
     async with followed(server) as client:
@@ -89,7 +81,7 @@ async def played(path: Path, poll: Poll) -> tuple[Server, Bundle, int]:
 
 async def test_the_scene_tells_its_phases_and_every_claim_holds(tmp_path: Path, told: io.StringIO) -> None:
     """It returns as many requests as the server has counted."""
-    server, gated, sent = await played(tmp_path, compiles_for(3))
+    server, gated, sent = await played(tmp_path, compiling_as(told))
     text = told.getvalue()
     places = [text.index(f"{phase} …") for phase in ("planned", "compiling", "waiting", "switching")]
     assert places == sorted(places)
@@ -98,27 +90,29 @@ async def test_the_scene_tells_its_phases_and_every_claim_holds(tmp_path: Path, 
         "no worker stood longer than", "2 ms", gated.version[:12], "gated, served: says its name (0.00 → 1.00)",
     ):  # fmt: skip
         assert words in text, words
-    assert counted(server) == sent
+    assert counted(server).total() == sent
     server.check()
 
 
-def pausing(poll: Poll) -> Poll:
-    """The same answers, of workers that stood longer than on any device."""
-    return lambda number, act: {**poll(number, act), "pause": 31.0}
+def compiling_as(told: io.StringIO, pause: float = 0.0) -> Callable[[Server], Poll]:
+    """Workers that compile until the demo has said so, and the base model and `polite` were answered since."""
+
+    def answers(server: Server) -> Poll:
+        poll = compiles_under_load(server, 2, lambda: "compiling …" in told.getvalue())
+        return lambda number, act: (answer := poll(number, act)) | {"pause": max(pause, answer["pause"])}
+
+    return answers
 
 
 @pytest.mark.parametrize(
-    ("poll", "claim"),
-    [
-        (refuse, "the reservation grew for it, without a restart"),
-        (pausing(compiles_for(3)), "no worker stood longer than"),
-    ],
+    ("failing", "claim"),
+    [(True, "the reservation grew for it, without a restart"), (False, "no worker stood longer than")],
 )
 async def test_a_growth_that_fails_or_pauses_for_long_ends_the_demo(
-    tmp_path: Path, told: io.StringIO, poll: Any, claim: str
+    tmp_path: Path, told: io.StringIO, failing: bool, claim: str
 ) -> None:
     with pytest.raises(demo.StatementFails, match=claim):
-        await played(tmp_path, poll)
+        await played(tmp_path, (lambda _: refuse) if failing else compiling_as(told, pause=31.0))
     assert "planned …" in told.getvalue()
 
 
@@ -132,5 +126,5 @@ async def test_a_promotion_and_a_rollback_are_followed_under_load(tmp_path: Path
         sent = await scene((shown, old), (shown, new), demo.Claims())
         sent += await scene((shown, new), (shown, old), demo.Claims(), rollback=True)
     assert told.getvalue().count("every answer came from exactly one of the two versions") == 2
-    assert counted(server) == sent
+    assert counted(server).total() == sent
     server.check()

@@ -25,7 +25,7 @@ from loadtests.bench.plot import draw
 from loadtests.bench.report import show
 from loadtests.bench.run import NotMeasured
 from tests.support.fakes import Server, version_of
-from tests.support.listening import compiles_for, listening
+from tests.support.listening import compiles_under_load, listening
 from vllm_edits.edit_store import LowRank
 
 LAST = {
@@ -146,7 +146,10 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_a_server_is_measured_while_it_grows(tmp_path: Path) -> None:
     """Everything but vLLM is real: store, HTTP, streams, metrics. A version that fits already is no measurement."""
     server, phases = Server(f"memory://{tmp_path}", grow="auto"), list[str]()
-    code, compiles = tmp_path / "torch_compile_cache/torch_aot_compile/key/rank_0_0/model", compiles_for(3)
+    code, compiles = (
+        tmp_path / "torch_compile_cache/torch_aot_compile/key/rank_0_0/model",
+        compiles_under_load(server, 1),
+    )
 
     def compiled(number: int, act: Any) -> Any:
         code.parent.mkdir(parents=True, exist_ok=True)

@@ -122,6 +122,7 @@ def chosen(shape: str, out: Path) -> Iterator[Place]:
         Step("exact in the weights", ["tests.gpu.exact", "bfloat16", "--weights"], 200),
         served("server", 240),
         served("server, in the weights", 240),
+        served("server, growing", 300),
         story("V1, piecewise graphs", {"arguments": PIECEWISE, "environment": V1}, 200),
     ]
     yield Place(correct, beside=True)

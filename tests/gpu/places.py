@@ -46,14 +46,26 @@ PLACES: Mapping[str, str] = {
     "vllm_host/device.py:check_compiler": "a GPU's compiler is not asked for",
     "vllm_host/device.py:free_for_slots": "device memory that the model, the KV cache and vLLM's share leave",
     "vllm_host/device.py:_cache_of_one_request": "the same",
+    "vllm_host/device.py:free_for_growth": "what nothing has taken, and what torch has taken and does not use",
+    "vllm_host/compiled.py:can_fork": "a process that uses CUDA is not forked, so a thread compiles",
+    "vllm_host/compiled.py:InThread.__init__": "the same",
+    "vllm_host/compiled.py:InThread.done": "the same",
+    "vllm_host/compiled.py:InThread.stop": "the same",
+    "vllm_host/cuda_graphs.py:require_capture_again": "graphs keep the addresses of slot tensors",
+    "vllm_host/cuda_graphs.py:capture_again": "the same",
+    "vllm_host/cuda_graphs.py:_used": "the same",
+    "vllm_host/cuda_graphs.py:_manager": "V2 has a manager of graphs",
+    "vllm_host/cuda_graphs.py:_managers": "and another for a model that guesses",
+    "vllm_host/growth.py:Growth._end": "the former slots are given back to the device",
     "vllm_host/loader.py:EditsModelLoader.load_model": "the device is checked, then its memory",
     "vllm_host/runner_v1.py:attach": "V1 with full CUDA graphs replays without calling the model: refused",
     "vllm_host/runner_v2.py:use_edits_model_state": "the V2 runner, which GPUs use, is given a model state",
+    "vllm_host/runner_v2.py:require_logits": "edits at logits, where workers may divide requests: refused",
     "vllm_host/runner_v2.py:with_token_slots": "that follows requests",
     "vllm_host/weights.py:_live": "a GPU's weight is its parameter",
 }
 """By file and name in `plugin/`: why a GPU matters there; what `found` finds, and what no name betrays."""
-WHOLE = ("vllm_host/runner_v2.py", "weights/plain_weight.py", "vllm_host/device.py")
+WHOLE = ("vllm_host/runner_v2.py", "vllm_host/cuda_graphs.py", "weights/plain_weight.py", "vllm_host/device.py")
 
 _REASONS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "a CPU's": {
@@ -64,6 +76,7 @@ _REASONS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "vllm_host/device.py:check_device": ("return",),
         "vllm_host/device.py:check_compiler": ("raise UnsupportedHost(",),
         "vllm_host/device.py:free_for_slots": ("return Free(int(psutil.virtual_memory().available))",),
+        "vllm_host/device.py:free_for_growth": ("return int(psutil.virtual_memory().available)",),
         "vllm_host/runner_v2.py:use_edits_model_state": ("return",),
         "vllm_host/weights.py:_live": (
             "held = _captured(module)", "if _HANDLER in held:", "return PackedWeight(held[_HANDLER], loaded, bias)",
@@ -109,7 +122,16 @@ _REASONS: Mapping[str, Mapping[str, Sequence[str]]] = {
             "state_class = with_token_slots(model.get_model_state_cls(), loaded)",
         ),
     },
-    "`tests/vllm_host/test_runner_v2.py`": {"vllm_host/runner_v2.py:with_token_slots": ("raise UnsupportedHost(",)},
+    "`tests/vllm_host/test_runner_v2.py`": {"vllm_host/runner_v2.py:require_logits": ("raise UnsupportedHost(",)},
+    "a growth that fails: `tests/vllm_host/test_compiled.py`": {
+        "vllm_host/compiled.py:InThread.done": (
+            'told = "".join(traceback.format_exception(error))[-_TOLD_BYTES:]',
+            'raise EditsError(f"the code could not be compiled: {told}")',
+        ),
+    },
+    "an older vLLM: `tests/vllm_host/test_cuda_graphs.py`": {
+        "vllm_host/cuda_graphs.py:require_capture_again": ("raise UnsupportedHost(",),
+    },
 }  # fmt: skip
 UNREACHED: Mapping[str, str] = {
     f"{place}: {line}": why for why, places in _REASONS.items() for place, lines in places.items() for line in lines

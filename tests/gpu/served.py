@@ -1,5 +1,5 @@
 """One server's life on a GPU, over HTTP: streams on more variants than slots while versions are swapped and rolled
-back; then a variant in the weights, exchanged under load and taken out.
+back; a variant in the weights, exchanged under load and taken out; and a reservation that grows under load.
 
     python -m tests.gpu.served WAY        where there is a GPU, or the driver that computes nothing
 
@@ -22,6 +22,7 @@ import httpx
 
 from loadtests.bench.inputs import edits_everywhere, weakened
 from loadtests.harness.client import Answer, complete, stream
+from loadtests.harness.growth import until_served
 from loadtests.harness.metrics import Scrape
 from loadtests.harness.model import MODEL_FOLDER, made_whole
 from loadtests.harness.server import Server
@@ -170,11 +171,45 @@ def in_weights(folder: Path, way: Mapping[str, Any]) -> dict[str, Any]:
     return {"answers": sum(served.values()), "failed": len(failed), "versions": len(served)}
 
 
+def growing(folder: Path, way: Mapping[str, Any]) -> dict[str, Any]:
+    """A version that there is no capacity for, promoted under load, and after it one that fits."""
+    base, store = identify(model()), EditStore(str(folder / "store"), create=True)
+    versions = [store.publish(variant("late", base, strength)) for strength in (0.5, 1.0)]
+    growth: dict[str, Any] = {}
+
+    async def grow(url: str) -> None:
+        await asyncio.to_thread(store.promote, f"late@{versions[0]}")
+        async with httpx.AsyncClient(base_url=url, timeout=300) as client:
+            await client.post("/v1/edits/sync")
+            seen = await until_served(client, versions[0], lambda phase: print(phase, flush=True))
+        require(not seen.error, f"the growth: {seen.error}")
+        growth.update(seen.last)
+
+    settings = {"slots": SLOTS, "poll_seconds": 3600, "cache_folder": str(folder / "node")}
+    flags, environment = [*FLAGS, *way.get("flags", ())], way.get("environment", {})
+    with Server.with_edits(
+        model(), store.url, folder / "server.log", *flags, settings=settings, environment=environment
+    ) as server:
+        answers = asyncio.run(under_load(server.url, ["base"] * 3, lambda: grow(server.url)))
+        late = complete(server.url, "late", "One", 3)
+        error = asyncio.run(moved(server.url, partial(store.promote, f"late@{versions[1]}")))
+        require(not error, f"a swap after the growth: {error}")
+        complete(server.url, "late", "One", 3)
+    failed = [answer for answer in answers if not answer.complete]
+    require(answers and not failed, f"{len(failed)} of {len(answers)} answers failed: {failed[:2]}")
+    require({answer.version for answer in answers} == {"base"}, "an answer of no version")
+    require(late["headers"]["x-edits-version"] == versions[0], f"answered by {late['headers']['x-edits-version']}")
+    return {
+        "answers": len(answers), "seconds": growth["seconds"], "worker's pause": growth["longest_pause_seconds"],
+        "longest gap of a stream": max(answer.longest_gap for answer in answers),
+    }  # fmt: skip
+
+
 def main() -> None:
     """The command."""
     way = json.loads(sys.argv[1]) if len(sys.argv) > 1 else {}
     worked = []
-    for what, part in (("server", per_request), ("server, in the weights", in_weights)):
+    for what, part in (("server", per_request), ("server, in the weights", in_weights), ("server, growing", growing)):
         if what not in way.get("parts", [what]):
             continue
         with tempfile.TemporaryDirectory() as folder:

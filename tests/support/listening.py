@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,6 +18,9 @@ from tests.support.fakes import Answer, Server
 from tests.support.site import Completion, Handlers, Site
 
 STEP_SECONDS = 0.001
+
+Poll = Callable[[int, Callable[[], Answer]], Answer]
+"""what a worker answers to a poll of its growth, by its number and what it would do"""
 
 
 class Completions(Handlers):
@@ -71,12 +75,30 @@ async def listening(server: Server) -> AsyncIterator[str]:
         stepping.cancel()
 
 
-def compiles_for(polls: int) -> Callable[[int, Callable[[], Answer]], Answer]:
-    """An answer of workers to `edits_grow_poll`: they compile until each was asked so many times."""
-    asked = dict[int, int]()
+def counted(server: Server) -> Counter[str]:
+    """Requests that a server has counted, by variant."""
+    samples = (sample for metric in server.registry.collect() for sample in metric.samples)
+    found = Counter[str]()
+    for sample in samples:
+        if sample.name == "vllm_edits_requests_total":
+            found[sample.labels["variant"]] += int(sample.value)
+    return found
 
-    def answer(number: int, act: Callable[[], Answer]) -> Answer:
-        asked[number] = asked.get(number, 0) + 1
-        return {"phase": "compiling", "pause": 0.0} if asked[number] <= polls else act()
+
+def compiles_under_load(server: Server, variants: int, seen: Callable[[], bool] = lambda: True) -> Poll:
+    """Answers of workers to `edits_grow_poll`: they compile until clients were answered meanwhile, however slow it is.
+
+    That is when each of so many variants, or base model, has ended two requests since `seen` was true for the first
+    time: at least the second one began after it.
+    """
+    before: list[Counter[str]] = []
+
+    def answer(_number: int, act: Callable[[], Answer]) -> Answer:
+        now = counted(server)
+        if not before and seen():
+            before.append(now)
+        ended = now - before[0] if before else Counter[str]()
+        waits = sum(each >= 2 for each in ended.values()) < variants
+        return {"phase": "compiling", "pause": 0.0} if waits else act()
 
     return answer
