@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vllm_edits.edit_store.architectures import supported
+from vllm_edits.edit_store.architectures import Architecture, supported
 from vllm_edits.edit_store.base_model import CONFIG_FILE
 from vllm_edits.edit_store.base_ref import BaseModelRef
 from vllm_edits.edit_store.bundle import Manifest
 from vllm_edits.edit_store.byte_sizes import sized
 from vllm_edits.edit_store.errors import SettingsError
 from vllm_edits.edit_store.refs import Ref
+from vllm_edits.edit_store.sites import Widths
 from vllm_edits.plugin.graph.reservation import EditGroup, Reservation, SlotBytes
 from vllm_edits.plugin.open_store import open_reader
 from vllm_edits.plugin.weights import weights_reservation
 from vllm_edits.plugin.weights.weights_reservation import WeightsReservation
 from vllm_edits.server_config import profiles
 from vllm_edits.server_config.profile_costs import profile_costs
-from vllm_edits.server_config.settings import PROFILES, EditSettings
+from vllm_edits.server_config.settings import PROFILES, EditSettings, Profile, Reserve
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,21 @@ def reserve(settings: EditSettings, base: BaseModelRef, found: Promoted | None =
     found: the result of `promoted`, if the caller has read it already
     """
     architecture = supported(base.architecture)
-    made = Reservation.from_settings(settings.entries, architecture, base.widths)
+    made = of_items(settings.reserve, architecture, base.widths)
     if settings.profiles:
         versions = (promoted(settings, base) if found is None else found).per_request
         made |= Reservation.for_versions(versions).with_headroom(settings.reserve_headroom, base.widths)
-    for profile in settings.profiles:
-        entries, scopes = profiles.entries(profile), profiles.SCOPES[profile]
-        made |= Reservation.from_settings(entries, architecture, base.widths, scopes, skip_unmatched=True)
     return made if settings.scopes is None else replace(made, scopes=settings.scopes)
+
+
+def of_items(items: Iterable[Profile | Reserve], architecture: Architecture, widths: Widths) -> Reservation:
+    """Reservation by profiles and entries, without what is promoted. SettingsError if an entry fits no site."""
+    items = list(items)
+    made = Reservation.from_settings([each for each in items if isinstance(each, Reserve)], architecture, widths)
+    for profile in (each for each in items if not isinstance(each, Reserve)):
+        entries, scopes = profiles.entries(profile), profiles.SCOPES[profile]
+        made |= Reservation.from_settings(entries, architecture, widths, scopes, skip_unmatched=True)
+    return made
 
 
 def reserve_weights(settings: EditSettings, base: BaseModelRef, found: Promoted | None = None) -> WeightsReservation:

@@ -9,7 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from vllm_edits.edit_store.edits import MAX_RANK
@@ -78,6 +87,7 @@ def _listed(value: object) -> object:
 
 
 ReserveItem = Annotated[Profile | Reserve, PlainValidator(_reserve_item)]
+_RESERVE = TypeAdapter(list[ReserveItem])
 
 
 class ReserveWeight(BaseModel):
@@ -251,13 +261,13 @@ def read_settings(additional_config: object) -> EditSettings:
         raise SettingsError("\n".join(["invalid settings:", *map(_explain, error.errors())])) from None
 
 
-def read_entries(entries: Iterable[Mapping[str, Any]]) -> list[Reserve]:
-    """Read entries of the setting `reserve`. SettingsError lists every unknown or invalid value."""
+def read_reserve(items: Iterable[object]) -> list[Profile | Reserve]:
+    """Read profiles and entries of the setting `reserve`. SettingsError lists every unknown or invalid value."""
     try:
-        return [Reserve.model_validate(entry) for entry in entries]
+        return _RESERVE.validate_python(list(items))
     except ValidationError as error:
         problems = [{**problem, "loc": ("reserve", *problem["loc"])} for problem in error.errors()]
-        raise SettingsError("\n".join(["invalid entries:", *map(_explain, problems)])) from None
+        raise SettingsError("\n".join(["invalid reservation:", *map(_explain, problems)])) from None
 
 
 def _explain(problem: Any) -> str:

@@ -15,6 +15,7 @@ from vllm_edits.edit_store.errors import EditsError
 from vllm_edits.plugin import headers
 from vllm_edits.plugin.cli_client import DEFAULT_URL, ApiKeyOption, UrlOption, answered, authorization
 from vllm_edits.plugin.http import admin_token
+from vllm_edits.server_config.settings import PROFILES
 
 _POLL_SECONDS = 0.5
 _PATH = "/v1/edits/reservation"
@@ -46,9 +47,13 @@ def grow(
         list[str] | None, typer.Argument(help="Versions to make capacity for: name, name@tag or name@version.")
     ] = None,
     *,
-    entry: Annotated[
+    items: Annotated[
         list[str] | None,
-        typer.Option("--entry", help='Entry to reserve, as JSON: \'{"kind":"offset","site":"layers.*.resid"}\'.'),
+        typer.Option(
+            "--reserve",
+            help="Profile (standard, all), or an entry as JSON, as in the setting reserve: "
+            '\'{"kind":"offset","site":"layers.*.resid"}\'. May be given again.',
+        ),
     ] = None,
     scopes: Annotated[int, typer.Option(min=0, max=64, help="Largest number of scopes in one version.")] = 0,
     wait: Annotated[bool, typer.Option(help="Wait until the growth has ended.")] = True,
@@ -59,7 +64,7 @@ def grow(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make capacity on a running server for versions, or for explicit entries.
+    """Make capacity on a running server for versions, profiles or entries.
 
     The server keeps serving meanwhile. Use this ahead of a promotion, at a
     quiet hour: the server compiles the model once more, which takes a minute
@@ -68,11 +73,12 @@ def grow(
     \b
     Examples:
       vllm-edits reserve grow polite@staging --admin-token-file token
-      vllm-edits reserve grow --entry '{"kind":"offset","site":"layers.*.resid"}' --admin-token-file token
+      vllm-edits reserve grow --reserve standard --admin-token-file token
+      vllm-edits reserve grow --reserve '{"kind":"offset","site":"layers.*.resid"}' --admin-token-file token
     """
-    body = {"versions": versions or [], "reserve": list(map(_entry, entry or [])), "scopes": scopes}
+    body = {"versions": versions or [], "reserve": list(map(_item, items or [])), "scopes": scopes}
     if not any(body.values()):
-        raise EditsError("nothing to make capacity for: name a version, or give --entry or --scopes")
+        raise EditsError("nothing to make capacity for: name a version, or give --reserve or --scopes")
     address, sent = f"{url}{_PATH}", authorization(api_key)
     token = {} if token_file is None else {headers.ADMIN_TOKEN: admin_token.read(str(token_file))}
     try:
@@ -97,13 +103,16 @@ def grow(
         raise EditsError(f"the reservation did not grow: {found['failed'][wanted]}")
 
 
-def _entry(text: str) -> Any:
+def _item(text: str) -> Any:
+    """A profile's name, or an entry."""
+    if text in PROFILES:
+        return text
     try:
         found = json.loads(text)
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise EditsError(f"--entry: expected a JSON object, found {text!r}")
+        raise EditsError(f"--reserve: expected a profile ({', '.join(PROFILES)}) or a JSON object, found {text!r}")
     return found
 
 

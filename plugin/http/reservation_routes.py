@@ -20,7 +20,9 @@ class GrowthBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     versions: list[str] = Field(default=[], description="versions to make capacity for: name, name@tag or name@version")
-    reserve: list[dict[str, Any]] = Field(default=[], description="entries as in the setting `reserve`")
+    reserve: list[str | dict[str, Any]] = Field(
+        default=[], description="profiles (standard, all) and entries, as in the setting `reserve`"
+    )
     scopes: int = Field(default=0, ge=0, le=64, description="largest number of scopes in one version")
 
 

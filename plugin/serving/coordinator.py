@@ -54,10 +54,11 @@ class TagChange:
 
 @dataclass(frozen=True)
 class CapacityWish:
-    """The capacity that an operator wants: for versions (name, name@tag or name@version), and by explicit entries."""
+    """The capacity that an operator wants: for versions (name, name@tag or name@version), and as in `edits.reserve`."""
 
     versions: Sequence[str] = ()
-    reserve: Sequence[Mapping[str, Any]] = ()
+    reserve: Sequence[str | Mapping[str, Any]] = ()
+    """profiles and entries"""
     scopes: int = 0
 
 
@@ -196,10 +197,13 @@ class LocalCoordinator:
         return {"swaps": [asdict(swap) for swap in swaps], "last_error": self.reconciler.last_error}
 
     async def grow(self, wish: CapacityWish) -> Mapping[str, Any]:
-        told = [*wish.versions, *(["explicit entries"] if wish.reserve else [])]
+        profiles = [item for item in wish.reserve if isinstance(item, str)]
+        told = [*wish.versions, *profiles, *(["explicit entries"] if len(profiles) < len(wish.reserve) else [])]
         told += [f"{wish.scopes} scopes"] if wish.scopes else []
         if not told:
-            raise SettingsError("nothing to make capacity for: expected versions, entries in reserve, or scopes")
+            raise SettingsError(
+                "nothing to make capacity for: expected versions, profiles or entries in reserve, or scopes"
+            )
         needed = self.versions.capacity(wish.reserve, wish.scopes)
         for ref in wish.versions:
             needed = needed | await self.versions.needs(ref, self.reconciler.table.default_tag)

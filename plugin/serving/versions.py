@@ -8,24 +8,24 @@ only versions that it has checked.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 from vllm_edits.edit_store import verify
 from vllm_edits.edit_store.architectures import supported
 from vllm_edits.edit_store.base_ref import BaseModelRef
-from vllm_edits.edit_store.errors import NotTrusted, Reason
+from vllm_edits.edit_store.errors import NotTrusted, Reason, SettingsError
 from vllm_edits.edit_store.reading.reader import Reader
 from vllm_edits.edit_store.storage.store import TagEntry
 from vllm_edits.edit_store.trust import Enforcement
 from vllm_edits.plugin.graph.reservation import Reservation
+from vllm_edits.plugin.plan import of_items
 from vllm_edits.plugin.serving.growth import Growth
 from vllm_edits.plugin.serving.slots import Slots
 from vllm_edits.plugin.serving.swap import Phase
 from vllm_edits.plugin.short_turns import in_thread
 from vllm_edits.plugin.version_info import NO_INFO, VersionInfo
-from vllm_edits.server_config.settings import read_entries
+from vllm_edits.server_config.settings import read_reserve
 
 logger = logging.getLogger("vllm.edits")
 
@@ -95,10 +95,14 @@ class Versions:
         await in_thread(verify.check, bundle, self._base)
         return self._growth.needs(bundle.manifest)
 
-    def capacity(self, entries: Iterable[Mapping[str, Any]], scopes: int) -> Reservation:
-        """The capacity of entries, as in the setting `reserve`. SettingsError if one is not valid for this model."""
-        reserve = read_entries(entries)
-        return Reservation.from_settings(reserve, supported(self._base.architecture), self._base.widths, scopes)
+    def capacity(self, reserve: Iterable[object], scopes: int) -> Reservation:
+        """The capacity of profiles and entries, as in the setting `reserve`. SettingsError if one is not valid for this
+        model, or if it is `promoted`: which versions those are is not known here."""
+        items = read_reserve(reserve)
+        if "promoted" in items:
+            raise SettingsError("the profile promoted holds no entries. Name the versions to make capacity for")
+        made = of_items(items, supported(self._base.architecture), self._base.widths)
+        return made | Reservation({}, scopes)
 
     async def info(self, name: str, version: str) -> VersionInfo:
         """The facts about a version, read before the first request for it. NotTrusted if its author is not trusted."""

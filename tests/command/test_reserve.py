@@ -114,7 +114,7 @@ def test_a_reservation_is_shown_before_and_after_it_has_grown(running: Running) 
     small = running.shown()
     assert (small["grow"], small["last"], small["growing"], small["failed"]) == ("ask", None, False, {})
     version = running.server.store.publish(version_of("polite", edit=WIDE))
-    ran = running.run("reserve", "grow", f"polite@{version[:12]}", "--entry", ENTRY, "--scopes", "3")
+    ran = running.run("reserve", "grow", f"polite@{version[:12]}", "--reserve", ENTRY, "--scopes", "3")
     assert ran.exit_code == 0, ran.stderr
     after = running.run("reserve", "show").stdout
     assert "low_rank at 1 site(s) up to rank 2; offset at 3 site(s)" in after
@@ -123,14 +123,14 @@ def test_a_reservation_is_shown_before_and_after_it_has_grown(running: Running) 
     large = running.shown()
     assert large["bytes"] > small["bytes"]
     assert (large["scopes"], large["last"]["error"], large["last"]["phase"]) == (3, "", "done")
-    again = running.run("reserve", "grow", f"polite@{version}", "--entry", ENTRY, "--scopes", "3")
+    again = running.run("reserve", "grow", f"polite@{version}", "--reserve", ENTRY, "--scopes", "3")
     assert (again.exit_code, again.stdout.startswith("it fits into what is reserved already\nreserved: ")) == (0, True)
     assert running.shown()["last"]["at"] == large["last"]["at"], "no further growth"
 
 
 @pytest.mark.usefixtures("compiling")
 def test_waiting_tells_each_phase_and_not_waiting_returns_at_once(running: Running) -> None:
-    ran = running.run("reserve", "grow", "--entry", ENTRY, "--no-wait")
+    ran = running.run("reserve", "grow", "--reserve", ENTRY, "--no-wait")
     assert ran.exit_code == 0, ran.stderr
     assert "waiting to grow for explicit entries" in ran.stdout
     scripted = running.run("reserve", "grow", "--scopes", "2", "--no-wait", "--json")
@@ -151,7 +151,7 @@ def test_waiting_tells_each_phase_and_not_waiting_returns_at_once(running: Runni
 def test_a_growth_that_fails_is_told_with_its_reason(running: Running, script: bool) -> None:
     before = running.shown()
     running.server.workers.overrides["edits_grow"] = refuse
-    ran = running.run("reserve", "grow", "--entry", ENTRY, *(["--json"] if script else []))
+    ran = running.run("reserve", "grow", "--reserve", ENTRY, *(["--json"] if script else []))
     assert ran.exit_code == 1
     assert "vllm-edits: the reservation did not grow: explicit entries is refused" in ran.stderr
     assert "in phase planned: tensor x holds NaN [not_finite]" in ran.stderr
@@ -165,7 +165,7 @@ def test_a_growth_that_fails_is_told_with_its_reason(running: Running, script: b
     # The old failure is not told of a later growth, waited for or not, nor of capacity that is there.
     running.server.workers.overrides = {}
     held = running.server.store.publish(version_of("polite"))
-    for words in (("--scopes", "2", "--no-wait"), (f"polite@{held}",), ("--entry", ENTRY)):
+    for words in (("--scopes", "2", "--no-wait"), (f"polite@{held}",), ("--reserve", ENTRY)):
         later = running.run("reserve", "grow", *words)
         assert (later.exit_code, later.stderr) == (0, "")
     assert running.shown()["failed"] == {}
@@ -178,7 +178,7 @@ def test_of_two_growths_only_the_one_that_failed_is_an_error(running: Running, f
     assert running.run("reserve", "grow", "--scopes", "2", "--no-wait").exit_code == 0
     running.server.core.growth._limit_bytes = running.server.workers.workers[0].edited.bytes_reserved + 2000
     big = [f'{{"kind":"low_rank","site":"layers.*.{at}","rank":8}}' for at in ("mlp.out", "attn.out")]
-    grows = {"3 scopes": ["--scopes", "3"], "explicit entries": ["--entry", big[0], "--entry", big[1]]}
+    grows = {"3 scopes": ["--scopes", "3"], "explicit entries": ["--reserve", big[0], "--reserve", big[1]]}
     assert running.run("reserve", "grow", *grows.pop(first), "--no-wait").exit_code == 0
     ((second, words),) = grows.items()
     waited = running.run("reserve", "grow", *words)
@@ -188,16 +188,19 @@ def test_of_two_growths_only_the_one_that_failed_is_an_error(running: Running, f
     assert (list(found["failed"]), found["scopes"], found["last"]["wanted_by"]) == (["explicit entries"], 3, [second])
 
 
-@pytest.mark.parametrize("text", ["{", "5", "[]", "offset", ""])
-def test_an_entry_that_is_no_json_object_is_refused_before_the_server_is_asked(text: str) -> None:
-    ran = CliRunner().invoke(app, ["reserve", "grow", "--entry", text, "--url", "http://127.0.0.1:9"])
-    assert (ran.exit_code, ran.stderr) == (1, f"vllm-edits: --entry: expected a JSON object, found {text!r}\n")
+@pytest.mark.parametrize("text", ["{", "5", "[]", "offset", "", "Standard"])
+def test_what_is_neither_a_profile_nor_a_json_object_is_refused_before_the_server_is_asked(text: str) -> None:
+    ran = CliRunner().invoke(app, ["reserve", "grow", "--reserve", text, "--url", "http://127.0.0.1:9"])
+    assert (ran.exit_code, ran.stderr) == (
+        1,
+        f"vllm-edits: --reserve: expected a profile (promoted, standard, all) or a JSON object, found {text!r}\n",
+    )
 
 
 def test_nothing_to_grow_for_is_refused_before_the_server_is_asked() -> None:
     ran = CliRunner().invoke(app, ["reserve", "grow", "--url", "http://127.0.0.1:9"])
     assert ran.exit_code == 1
-    assert "nothing to make capacity for: name a version, or give --entry or --scopes" in ran.stderr
+    assert "nothing to make capacity for: name a version, or give --reserve or --scopes" in ran.stderr
 
 
 @either_form
@@ -206,9 +209,14 @@ def test_nothing_to_grow_for_is_refused_before_the_server_is_asked() -> None:
     [
         (["polit"], 404, "polit"),
         (["polite@ffffff"], 404, "no version ffffff"),
-        (["--entry", '{"kind":"offset","site":"layers.9.resid"}'], 422, "fits no site"),
-        (["--entry", '{"kind":"offset","sight":"resid"}'], 422, "edits.reserve.sight: unknown setting. Did you mean"),
-        (["--entry", '{"site":"layers.1.resid"}'], 422, "edits.reserve.kind: Field required"),
+        (["--reserve", '{"kind":"offset","site":"layers.9.resid"}'], 422, "fits no site"),
+        (
+            ["--reserve", '{"kind":"offset","sight":"resid"}'],
+            422,
+            "edits.reserve.0.sight: unknown setting",
+        ),
+        (["--reserve", '{"site":"layers.1.resid"}'], 422, "edits.reserve.0.kind: Field required"),
+        (["--reserve", "promoted"], 422, "Name the versions to make capacity for"),
     ],
 )
 def test_the_reason_of_a_refusal_is_told(running: Running, words: list[str], status: int, said: str) -> None:
@@ -224,7 +232,7 @@ def test_the_reason_of_a_refusal_is_told(running: Running, words: list[str], sta
 
 @either_form
 def test_without_the_admin_token_nothing_grows(running: Running, tmp_path: Path) -> None:
-    ran = running.run("reserve", "grow", "--entry", ENTRY, token=False)
+    ran = running.run("reserve", "grow", "--reserve", ENTRY, token=False)
     assert ran.exit_code == 1
     assert "answered 401: missing or wrong admin token" in ran.stderr
     assert ran.stderr.endswith("Give the file with the token as --admin-token-file\n")
@@ -235,23 +243,23 @@ def test_without_the_admin_token_nothing_grows(running: Running, tmp_path: Path)
         (wrong, "missing or wrong admin token"), (none, f"{none} is empty"), (tmp_path, "cannot be read"),
         (tmp_path / "absent", f"{tmp_path / 'absent'} cannot be read: No such file or directory"),
     ):  # fmt: skip
-        ran = running.run("reserve", "grow", "--entry", ENTRY, "--admin-token-file", str(path), token=False)
+        ran = running.run("reserve", "grow", "--reserve", ENTRY, "--admin-token-file", str(path), token=False)
         assert ran.exit_code == 1
         assert said in ran.stderr
         assert "--admin-token-file" not in ran.stderr
     assert running.shown()["last"] is None
-    assert running.run("reserve", "grow", "--entry", ENTRY, *there, token=False).exit_code == 0, "positive control"
+    assert running.run("reserve", "grow", "--reserve", ENTRY, *there, token=False).exit_code == 0, "positive control"
 
 
 def test_a_server_that_may_not_grow_says_how_to_allow_it(running: Running) -> None:
     running.server.core.growth.policy = "never"
-    ran = running.run("reserve", "grow", "--entry", ENTRY)
+    ran = running.run("reserve", "grow", "--reserve", ENTRY)
     assert ran.exit_code == 1
     assert "answered 422: explicit entries is refused" in ran.stderr
     assert "edits.grow is never. Set it to ask or auto, and restart" in ran.stderr
 
 
-@pytest.mark.parametrize("words", [["reserve", "show"], ["reserve", "grow", "--entry", ENTRY], ["status"]])
+@pytest.mark.parametrize("words", [["reserve", "show"], ["reserve", "grow", "--reserve", ENTRY], ["status"]])
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "127.0.0.1", "http://[", "http://127.0.0.1:port"])
 def test_a_server_that_does_not_answer_is_told_with_its_address(words: list[str], url: str) -> None:
     ran = CliRunner().invoke(app, [*words, "--url", url])
@@ -260,7 +268,7 @@ def test_a_server_that_does_not_answer_is_told_with_its_address(words: list[str]
     assert ran.stderr.endswith("Check that the server runs, or name its address with --url\n")
 
 
-@pytest.mark.parametrize("words", [["reserve", "show"], ["reserve", "grow", "--entry", ENTRY], ["status"]])
+@pytest.mark.parametrize("words", [["reserve", "show"], ["reserve", "grow", "--reserve", ENTRY], ["status"]])
 def test_another_kind_of_server_is_told_from_ours(words: list[str], tmp_path: Path) -> None:
     """It has no such page, or answers with a page for people."""
     other = FastAPI()

@@ -31,6 +31,7 @@ def anyio_backend() -> str:
 
 LOW_RANK = LowRank(site="layers.0.mlp.out", reads="layers.0.mlp.h", rank=2)
 FIRST = Offset(site="layers.2.resid", scope=Scope(first=3))
+ENTRY = {"kind": "offset", "site": "layers.*.resid"}
 BYTES = {"edits_grow": "planned", "edits_grow_poll": "compiling", "edits_grow_switch": "switching"}
 
 
@@ -216,7 +217,7 @@ async def test_no_growth_begins_for_a_version_that_it_would_not_help(server: Ser
 async def test_an_operator_can_grow_ahead_of_a_promotion(tmp_path: Path) -> None:
     server = server_with(tmp_path, "ask")
     version = server.store.publish(version_of("polite", edit=LOW_RANK))
-    answer = await server.core.grow(CapacityWish([f"polite@{version}"], [{"kind": "offset", "site": "layers.*.resid"}]))
+    answer = await server.core.grow(CapacityWish([f"polite@{version}"], [ENTRY]))
     assert answer["growing"]
     last = await grown(server)
     assert last["error"] == ""
@@ -231,6 +232,22 @@ async def test_an_operator_can_grow_ahead_of_a_promotion(tmp_path: Path) -> None
         await server.core.grow(CapacityWish(reserve=[{"kind": "offset", "sight": "layers.1.resid"}]))
     with pytest.raises(NotFound):
         await server.core.grow(CapacityWish(["nothing"]))
+
+
+async def test_an_operator_can_grow_by_a_profile(tmp_path: Path) -> None:
+    """Entries of it that fit no site of the model are left out."""
+    server = server_with(tmp_path, "ask")
+    assert (await server.core.grow(CapacityWish(reserve=["standard", ENTRY], scopes=7)))["growing"]
+    last = await grown(server)
+    assert (last["error"], last["wanted_by"]) == ("", ["standard, explicit entries, 7 scopes"])
+    reservation = server.core.growth.reservation
+    assert {"scale", "low_rank", "subspace_filter", "offset", "gate"} == {g.kind for g in reservation.capacities}
+    assert reservation.scopes == 7
+    assert not (await server.core.grow(CapacityWish(reserve=["standard"])))["growing"], "it fits already"
+    with pytest.raises(SettingsError, match="Name the versions"):
+        await server.core.grow(CapacityWish(reserve=["promoted"]))
+    with pytest.raises(SettingsError, match="unknown profile 'standart'"):
+        await server.core.grow(CapacityWish(reserve=["standart", {"kind": "offset"}]))
 
 
 async def test_a_growth_has_the_headroom_of_the_settings(tmp_path: Path) -> None:
@@ -267,7 +284,7 @@ async def test_what_was_refused_before_is_served_after_an_operator_has_grown_for
 async def test_never_means_never(tmp_path: Path) -> None:
     server = server_with(tmp_path, "never")
     with pytest.raises(BundleRefused, match=r"edits\.grow is never"):
-        await server.core.grow(CapacityWish(reserve=[{"kind": "offset", "site": "layers.*.resid"}]))
+        await server.core.grow(CapacityWish(reserve=[ENTRY]))
 
 
 async def test_a_promotion_over_http_says_that_it_waits(server: Server) -> None:
