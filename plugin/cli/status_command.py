@@ -63,7 +63,8 @@ def show_status(found: dict[str, Any]) -> None:
     if (growth := found["reservation"]["last"]) and found["reservation"]["growing"]:
         plain(f"the reservation grows for {', '.join(growth['wanted_by'])}, phase {growth['phase']}")
     for refused in found["refused"]:
-        plain(f"refused {refused['name']}@{refused['tag']}: {refused['error']}")
+        outcome = "waits" if refused["awaits_capacity"] else "refused"
+        plain(f"{outcome} {refused['name']}@{refused['tag']}: {refused['error']}")
     for broken in found["broken_histories"]:
         plain(f"broken history of {broken['name']}@{broken['tag']}: {broken['error']}")
 

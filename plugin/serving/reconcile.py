@@ -44,6 +44,8 @@ class Refusal:
     sequence: int
     error: str
     lasting: bool
+    awaits_capacity: bool
+    """True if it is served when the reservation has grown for it"""
 
 
 class Reconciler:
@@ -191,7 +193,7 @@ class Reconciler:
         """Record and log why an entry is not followed. The same reason is logged only once."""
         key, said = (entry.name, entry.tag), str(error)
         before = self.refused.get(key)
-        self.refused[key] = Refusal(entry.sequence, said, error.lasting)
+        self.refused[key] = Refusal(entry.sequence, said, error.lasting, swap.awaits_capacity)
         if before is not None and (before.sequence, before.error) == (entry.sequence, said) and not error.lasting:
             return
         if swap.awaits_capacity:

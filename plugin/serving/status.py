@@ -38,7 +38,13 @@ def status(
             for tag, version in sorted(tags.items())
         ],
         "refused": [
-            {"name": name, "tag": tag, "sequence": refusal.sequence, "error": refusal.error}
+            {
+                "name": name,
+                "tag": tag,
+                "sequence": refusal.sequence,
+                "error": refusal.error,
+                "awaits_capacity": refusal.awaits_capacity,
+            }
             for (name, tag), refusal in sorted(reconciler.refused.items())
         ],
         "experiments": experiments.status(),

@@ -63,15 +63,13 @@ class FirstCall:
     shapes: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
     @staticmethod
-    def of(model: nn.Module, config: Any) -> FirstCall:
-        """Note the first call of a model, and give the model its compiled code of an earlier start before it."""
+    def of(model: nn.Module) -> FirstCall:
+        """The first call of a model, noted when it comes."""
         call = FirstCall()
 
         def note(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             call.note(args, kwargs)
             hook.remove()
-            if config.device_config.device_type == "cpu":
-                load_at_start(model, config)
 
         hook = model.register_forward_pre_hook(note, with_kwargs=True)
         return call
@@ -153,11 +151,21 @@ def load(module: Any, config: Any) -> Callable[..., Any]:
     return found
 
 
-def load_at_start(model: nn.Module, config: Any) -> None:
-    """Give a model its code of an earlier start with the same config, if there is any.
+def load_before_first_call(model: nn.Module, config: Any) -> None:
+    """Give a model its code of an earlier start with the same config, if there is any, when it is called.
 
-    On a CPU vLLM saves the code, but cannot load it: it compiles again at every start.
+    Only on a CPU: there vLLM saves the code, but cannot load it, and would compile again at every start.
     """
+
+    def load_all(_model: nn.Module, _args: tuple[Any, ...]) -> None:
+        hook.remove()
+        _load_all(model, config)
+
+    if config.device_config.device_type == "cpu":
+        hook = model.register_forward_pre_hook(load_all)
+
+
+def _load_all(model: nn.Module, config: Any) -> None:
     for module in _compiled_modules(model):
         if code_file(module, config).is_file() and not envs.VLLM_DISABLE_COMPILE_CACHE:
             try:

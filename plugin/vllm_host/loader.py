@@ -29,7 +29,7 @@ from vllm_edits.plugin.plan import reservations
 from vllm_edits.plugin.vllm_host import base_files, compat, front_ends
 from vllm_edits.plugin.vllm_host.architectures import site_modules
 from vllm_edits.plugin.vllm_host.building import Building
-from vllm_edits.plugin.vllm_host.compiled import FirstCall
+from vllm_edits.plugin.vllm_host.compiled import FirstCall, load_before_first_call
 from vllm_edits.plugin.vllm_host.device import check_compiler, check_device, free_for_slots
 from vllm_edits.plugin.vllm_host.ending import EndsRequests
 from vllm_edits.plugin.vllm_host.loaded import LoadedEdits, reading
@@ -116,7 +116,8 @@ class EditsModelLoader(BaseModelLoader):  # type: ignore[misc]
         model.loaded_edits = LoadedEdits(
             edited, base, settings,
             HostCache(reading(edited.prepare, base, settings), settings.host_cache_bytes), weights,
-            HostCache(reading(weights.prepare, base, settings), 0), ending, building, FirstCall.of(model, vllm_config),
+            HostCache(reading(weights.prepare, base, settings), 0), ending, building, FirstCall.of(model),
         )  # fmt: skip
         use_edits_model_state(model, model.loaded_edits)
+        load_before_first_call(model, vllm_config)
         return model

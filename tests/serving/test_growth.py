@@ -126,14 +126,15 @@ async def test_the_operator_sees_a_growth_that_runs(server: Server, capsys: pyte
         await asyncio.sleep(0.001)
     told = shown()
     assert f"the reservation grows for version {version[:12]} of 'polite', phase compiling" in told
-    assert "refused polite@prod: " in told
+    assert "waits polite@prod: " in told
+    assert [row["awaits_capacity"] for row in server.status()["refused"]] == [True]
     assert "is growing for it" in told
     phases = {phase: server.metric("growth_phase", phase=phase) for phase in PHASES}
     assert phases == {"planned": 0, "compiling": 1, "waiting": 0, "switching": 0}
     server.workers.overrides = {}
     assert (await grown(server))["error"] == ""
     assert "the reservation grows" not in shown()
-    assert "refused" not in shown()
+    assert "polite@prod: " not in shown()
     assert {server.metric("growth_phase", phase=phase) for phase in PHASES} == {0}
 
 
