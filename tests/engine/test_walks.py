@@ -1,4 +1,4 @@
-"""A real request and a real swap go the ways that plugin/README.md describes, through no other module."""
+"""A real request, swap and growth go the ways that plugin/README.md describes, through no other module."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ import psutil
 import pytest
 
 from loadtests.harness.metrics import Scrape
-from tests.support.bundles import base_of, publish, random_bundle
+from tests.proofs.parity import random_numbers
+from tests.support.bundles import base_of, bundle_of, publish, random_bundle
 from tests.support.engine import Serving, serve, wait_until
+from vllm_edits.edit_store import LowRank
 from vllm_edits.edit_store.experiments.document import Experiment
 from vllm_edits.edit_store.experiments.experiment_log import Experiments
 from vllm_edits.edit_store.experiments.state import ExperimentChange
@@ -26,6 +28,7 @@ pytestmark = pytest.mark.vllm
 README = Path(__file__).parents[2] / "plugin" / "README.md"
 WALK = Path(__file__).parents[1] / "support" / "walk"
 MOST_MODULES, MOST_FORMS = 14, 6
+GROW_SECONDS = 600.0
 EVERY_SECOND = {"periodic.py", "experiments/guardrails.py"}
 """What runs beside, whatever is asked: guardrails are measured."""
 
@@ -146,6 +149,25 @@ def test_a_swap_goes_the_way_that_is_written_down(traced: Traced) -> None:
     phases = {phase for row in table("A swap") for phase in re.findall(r"\*(\w+)\*", row[0])}
     assert {*swap["seconds"], "drain", "wait"} == phases, "the phases of the table are those of a swap"
     holds("A swap", ran)
+
+
+@pytest.mark.slow
+def test_a_growth_goes_the_way_that_is_written_down(traced: Traced) -> None:
+    """The child that compiles is not followed: it runs beside, and calls what its worker calls."""
+    serving = traced.serving
+    late = LowRank(site="layers.0.attn.out", reads="layers.0.attn.z", rank=4)
+    publish(serving.store, bundle_of("late", serving.base, [(late, random_numbers(late, serving.base, seed=3))]))
+
+    def grow() -> None:
+        serving.sync()
+        wait_until(lambda: "swap committed variant=late" in serving.server.log_text(), "the growth", GROW_SECONDS)
+
+    ran = traced.while_(grow)
+    last = serving.status()["reservation"]["last"]
+    assert (last["phase"], last["error"]) == ("done", "")
+    phases = {phase for row in table("A growth") for phase in re.findall(r"\*(\w+)\*", row[0])}
+    assert {*last["seconds"]} == phases, "the phases of the table are those of a growth"
+    holds("A growth", ran)
 
 
 def exposures(serving: Serving) -> float:
