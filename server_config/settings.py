@@ -1,7 +1,6 @@
 """Declares every setting of the server: name, type, default and help. A test compares README.md's table with it.
 
-Settings are passed as `--additional-config '{"edits": {...}}'`. So every process of the engine sees the same settings,
-and they are part of the key of vLLM's compile cache.
+Settings are passed as `--additional-config '{"edits": {...}}'`. So every process of the engine sees the same settings.
 """
 
 from __future__ import annotations
@@ -248,6 +247,28 @@ class EditSettings(BaseModel):
         return tuple(item for item in self.reserve if isinstance(item, Reserve))
 
 
+NOT_COMPILED = frozenset((
+    "store", "reserve_headroom", "grow", "grow_bytes", "default_tag", "poll_seconds", "admin_token_file", "trust_file",
+    "signatures", "signing_key_file", "cache_folder", "cache_bytes", "host_cache_bytes", "exposure_folder",
+    "exposure_bytes", "feedback_key_file", "arm_resolver", "any_vllm", "weights", "weights_running",
+    "weights_patience_seconds",
+))  # fmt: skip
+"""Settings that compiled code does not depend on. One that is not named here is part of the compile cache's key."""
+
+
+class CompiledSettings(dict[str, Any]):
+    """The settings that compiled code depends on, in place of all settings in vLLM's additional config.
+
+    vLLM's compile cache has the additional config in its key. So a server that starts with another store, token or poll
+    interval finds the code of an earlier start.
+    """
+
+    def __init__(self, given: Mapping[str, Any], **more: Any) -> None:
+        """given: all settings, which `read_settings` reads. more: settings that take the place of those given."""
+        self.given: Mapping[str, Any] = given.given if isinstance(given, CompiledSettings) else given
+        super().__init__({name: value for name, value in self.given.items() if name not in NOT_COMPILED} | more)
+
+
 def read_settings(additional_config: object) -> EditSettings:
     """Read the settings in vLLM's additional config. SettingsError lists every unknown or invalid setting."""
     if not isinstance(additional_config, Mapping) or not isinstance(additional_config.get(KEY), Mapping):
@@ -255,8 +276,9 @@ def read_settings(additional_config: object) -> EditSettings:
             f"expected settings under {KEY!r} in --additional-config, found {additional_config!r}. "
             """Start with: --additional-config '{"edits": {"store": "/path/to/store"}}'"""
         )
+    given = additional_config[KEY]
     try:
-        return EditSettings.model_validate(additional_config[KEY])
+        return EditSettings.model_validate(given.given if isinstance(given, CompiledSettings) else given)
     except ValidationError as error:
         raise SettingsError("\n".join(["invalid settings:", *map(_explain, error.errors())])) from None
 

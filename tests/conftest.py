@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Generator, Iterator
@@ -10,9 +11,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from loadtests.harness.model import ensure_model
+from loadtests.harness.model import ensure_model, made_whole
+from tests.support import tiny_models
 from tests.support.lanes import Lane
-from tests.support.tiny_models import make_tiny_llama
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 settings.register_profile("no-clock", deadline=None)  # how long an example takes says more of the machine than of us
@@ -63,6 +64,14 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A four-layer Llama with random weights and SmolLM2's tokenizer: it compiles in seconds."""
-    return make_tiny_llama(tmp_path_factory.mktemp("tiny-model"), smollm2)
+def tiny_model(smollm2: Path) -> Path:
+    """A four-layer Llama with random weights and SmolLM2's tokenizer: it compiles in seconds.
+
+    It stays where it is, because its path is in the key of vLLM's compile cache, which all tests and runs share.
+    """
+    code = hashlib.sha256(Path(tiny_models.__file__).read_bytes()).hexdigest()[:12]
+    folder = Path(f".cache/tests/tiny-llama-{code}").resolve()
+    if not folder.is_dir():
+        with made_whole(folder) as made:
+            tiny_models.make_tiny_llama(made, smollm2)
+    return folder

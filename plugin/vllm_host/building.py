@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import hashlib
 from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +23,20 @@ from vllm_edits.plugin.plan import Plan
 from vllm_edits.plugin.vllm_host.ending import EndsRequests
 from vllm_edits.plugin.weights import weights_reservation
 from vllm_edits.plugin.weights.weights_reservation import WeightsReservation
-from vllm_edits.server_config.settings import KEY, EditSettings
+from vllm_edits.server_config.settings import KEY, CompiledSettings, EditSettings
+
+_PACKAGE = Path(__file__).parents[2]
+_COMPILED_FROM = ("plugin/graph", "plugin/weights", "plugin/vllm_host", "edit_store/kinds")
+
+
+@cache
+def _sources() -> str:
+    """Digest of the code that decides what is compiled for a reservation."""
+    digest = hashlib.sha256()
+    for folder in _COMPILED_FROM:
+        for path in sorted((_PACKAGE / folder).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 class Building:
@@ -56,12 +71,16 @@ class Building:
         return Plan.of(reservation, self._slot_bytes)
 
     def additional(self, reservation: Reservation) -> dict[str, Any]:
-        """vLLM's additional config with all that the compiled code depends on, so that it is in its cache's key."""
-        own: dict[str, Any] = {**self._given[KEY], "reserve": reservation.to_settings(), "scopes": reservation.scopes}
-        if self._in_weights:
-            own["weights_reserve"] = weights_reservation.to_settings(self._in_weights)
-        products, version = self._products(reservation).name, importlib.metadata.version("vllm-edits")
-        return {**self._given, KEY: own, "edits_products": products, "edits_plugin_version": version}
+        """vLLM's additional config with all that the compiled code depends on, and no more: its cache's key has it.
+
+        vLLM looks itself whether a source file that was compiled has changed, but not whether another one has.
+        """
+        own = CompiledSettings(
+            self._given[KEY], reserve=reservation.to_settings(), scopes=reservation.scopes,
+            weights_reserve=weights_reservation.to_settings(self._in_weights),
+        )  # fmt: skip
+        products = self._products(reservation).name
+        return {**self._given, KEY: own, "edits_products": products, "edits_sources": _sources()}
 
     def _products(self, reservation: Reservation) -> SlotProducts:
         return products_for(self.device, self._dtype) if reservation.several_ranks else EXPRESSIONS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from contextlib import suppress
@@ -19,13 +20,28 @@ from vllm_edits.edit_store.errors import EditsError, SettingsError
 from vllm_edits.edit_store.signing import SigningKey
 from vllm_edits.plugin.cli.setting_option import assigned
 from vllm_edits.plugin.open_store import open_reader
-from vllm_edits.server_config.settings import EditSettings, Reserve, read_settings
+from vllm_edits.server_config.settings import NOT_COMPILED, CompiledSettings, EditSettings, Reserve, read_settings
 
 RESERVE = {"kind": "low_rank", "site": "layers.*.mlp.out", "rank": 4}
 
 
 def read(**values: Any) -> EditSettings:
     return read_settings({"edits": {"store": "/srv/store", **values}})
+
+
+def test_compiled_code_is_kept_by_the_settings_that_it_depends_on() -> None:
+    """vLLM's key of it is JSON of what stands in the additional config. Read as settings, it is still all of them."""
+    given = {"store": "/srv/store", "slots": 4, "poll_seconds": 9.0, "reserve": "standard"}
+    shown = CompiledSettings(given, scopes=2, reserve=[RESERVE])
+    assert json.loads(json.dumps({"edits": shown})) == {"edits": {"slots": 4, "reserve": [RESERVE], "scopes": 2}}
+    for each in (shown, copy.deepcopy(shown), CompiledSettings(shown, scopes=3)):
+        assert read_settings({"edits": each}) == read(slots=4, poll_seconds=9.0, reserve="standard")
+
+
+def test_every_setting_is_said_to_be_compiled_or_not() -> None:
+    compiled = {"slots", "reserve", "scopes", "weights_reserve", "inner_load_format"}
+    assert EditSettings.model_fields.keys() == compiled | NOT_COMPILED
+    assert not compiled & NOT_COMPILED
 
 
 def test_good_settings_are_read_with_their_defaults() -> None:
