@@ -129,6 +129,9 @@ _REASONS: Mapping[str, Mapping[str, Sequence[str]]] = {
             'raise EditsError(f"the code could not be compiled: {told}")',
         ),
     },
+    "a server without graphs does not grow here: `tests/vllm_host/test_cuda_graphs.py`": {
+        "vllm_host/cuda_graphs.py:capture_again": ("return",),
+    },
     "an older vLLM: `tests/vllm_host/test_cuda_graphs.py`": {
         "vllm_host/cuda_graphs.py:require_capture_again": ("raise UnsupportedHost(",),
     },
