@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from vllm.distributed import tensor_model_parallel_all_reduce
 
+from vllm_edits.edit_store.architectures import supported
 from vllm_edits.edit_store.base_ref import BaseModelRef
 from vllm_edits.edit_store.sites import Site
 from vllm_edits.plugin.graph.cpu_products import products_for
@@ -26,7 +27,8 @@ from vllm_edits.plugin.weights.weights_reservation import WeightsReservation
 from vllm_edits.server_config.settings import KEY, CompiledSettings, EditSettings
 
 _PACKAGE = Path(__file__).parents[2]
-_COMPILED_FROM = ("plugin/graph", "plugin/weights", "plugin/vllm_host", "edit_store/kinds")
+_COMPILED_FROM = ("plugin/graph", "plugin/weights", "plugin/vllm_host", "edit_store")
+"""edit_store says which module an edit at a site is around"""
 
 
 @cache
@@ -50,6 +52,7 @@ class Building:
         self.device = device
         self._settings = settings
         self._given: dict[str, Any] = dict(config.additional_config)
+        self._architecture = repr(supported(base.architecture))
         self._dtype = config.model_config.dtype
         self._max_tokens = config.scheduler_config.max_num_batched_tokens
         self._sites = sites
@@ -73,14 +76,17 @@ class Building:
     def additional(self, reservation: Reservation) -> dict[str, Any]:
         """vLLM's additional config with all that the compiled code depends on, and no more: its cache's key has it.
 
-        vLLM looks itself whether a source file that was compiled has changed, but not whether another one has.
+        vLLM looks itself whether a source file that was compiled has changed, but not whether another one has. The
+        architecture may have been registered from outside.
         """
         own = CompiledSettings(
             self._given[KEY], reserve=reservation.to_settings(), scopes=reservation.scopes,
             weights_reserve=weights_reservation.to_settings(self._in_weights),
         )  # fmt: skip
-        products = self._products(reservation).name
-        return {**self._given, KEY: own, "edits_products": products, "edits_sources": _sources()}
+        return {
+            **self._given, KEY: own, "edits_products": self._products(reservation).name,
+            "edits_architecture": self._architecture, "edits_sources": _sources(),
+        }  # fmt: skip
 
     def _products(self, reservation: Reservation) -> SlotProducts:
         return products_for(self.device, self._dtype) if reservation.several_ranks else EXPRESSIONS
