@@ -146,10 +146,8 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_a_server_is_measured_while_it_grows(tmp_path: Path) -> None:
     """Everything but vLLM is real: store, HTTP, streams, metrics. A version that fits already is no measurement."""
     server, phases = Server(f"memory://{tmp_path}", grow="auto"), list[str]()
-    code, compiles = (
-        tmp_path / "torch_compile_cache/torch_aot_compile/key/rank_0_0/model",
-        compiles_under_load(server, 1),
-    )
+    code = tmp_path / "torch_compile_cache/torch_aot_compile/key/rank_0_0/model"
+    compiles = compiles_under_load(server, 1)
 
     def compiled(number: int, act: Any) -> Any:
         code.parent.mkdir(parents=True, exist_ok=True)

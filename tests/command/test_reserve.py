@@ -26,6 +26,7 @@ from vllm_edits.plugin.cli import reserve_commands
 from vllm_edits.plugin.cli.commands import app
 
 ENTRY = '{"kind":"offset","site":"layers.*.resid"}'
+SIGHT = '{"kind":"offset","sight":"resid"}'
 VLLMS_ERRORS = "vLLM's errors"
 either_form = pytest.mark.parametrize("running", ["FastAPI's errors", VLLMS_ERRORS], indirect=True)
 WIDE = LowRank(site="layers.0.mlp.out", reads="layers.0.mlp.h", rank=2)
@@ -210,11 +211,7 @@ def test_nothing_to_grow_for_is_refused_before_the_server_is_asked() -> None:
         (["polit"], 404, "polit"),
         (["polite@ffffff"], 404, "no version ffffff"),
         (["--reserve", '{"kind":"offset","site":"layers.9.resid"}'], 422, "fits no site"),
-        (
-            ["--reserve", '{"kind":"offset","sight":"resid"}'],
-            422,
-            "edits.reserve.0.sight: unknown setting",
-        ),
+        (["--reserve", SIGHT], 422, "edits.reserve.0.sight: unknown setting. Did you mean 'site'?"),
         (["--reserve", '{"site":"layers.1.resid"}'], 422, "edits.reserve.0.kind: Field required"),
         (["--reserve", "promoted"], 422, "Name the versions to make capacity for"),
     ],

@@ -72,6 +72,21 @@ def linear(name: str, base: BaseModelRef, seed: int) -> Bundle:
     return Bundle.create(name, base, [(edit, random_numbers(edit, base, seed)) for edit in edits], MADE)
 
 
+def edited_server(folder: Path, store: EditStore, way: Mapping[str, Any], **settings: Any) -> Server:
+    """A server on this store that reads it only when it is asked to."""
+    settings |= {"poll_seconds": 3600, "cache_folder": str(folder / "node")}
+    return Server.with_edits(
+        model(), store.url, folder / "server.log", *FLAGS, *way.get("flags", ()), settings=settings,
+        environment=way.get("environment", {}),
+    )  # fmt: skip
+
+
+def require_complete(answers: Sequence[Answer]) -> None:
+    """Wrong if an answer failed, or if there is none."""
+    failed = [answer for answer in answers if not answer.complete]
+    require(answers and not failed, f"{len(failed)} of {len(answers)} answers failed: {failed[:2]}")
+
+
 async def under_load(url: str, names: Sequence[str], act: Callable[[], Awaitable[None]]) -> list[Answer]:
     """The answers to clients that never stop asking, while something else is done; some leave in the middle."""
     answers, done = list[Answer](), asyncio.Event()
@@ -116,24 +131,21 @@ def per_request(folder: Path, way: Mapping[str, Any]) -> dict[str, Any]:
                 error = await moved(url, change)
                 require(not error, f"a swap of {name}: {error}")
 
-    settings = {"slots": SLOTS, "poll_seconds": 3600, "cache_folder": str(folder / "node")}
-    flags, environment = [*FLAGS, *way.get("flags", ())], way.get("environment", {})
-    log = folder / "server.log"
-    with Server.with_edits(model(), store.url, log, *flags, settings=settings, environment=environment) as server:
+    with edited_server(folder, store, way, slots=SLOTS) as server:
         complete(server.url, names[0], "One", 3, headers={"x-edits-strength": "0.5"})
         answers = asyncio.run(under_load(server.url, [*names, "base", *names], lambda: swap(server.url)))
         metrics = Scrape.of(server.url)
         status = httpx.get(f"{server.url}/v1/edits", timeout=60).raise_for_status().json()
         told = next(line for line in server.log_text().splitlines() if "runner V" in line)
-    failed = [answer for answer in answers if not answer.complete]
-    require(answers and not failed, f"{len(failed)} of {len(answers)} answers failed: {failed[:2]}")
+    require_complete(answers)
     versions = {each for both in published.values() for each in both} | {"base"}
     require({answer.version for answer in answers} <= versions, "an answer of no version")
     require(status["last_swap"] and not status["last_swap"]["error"], f"the last swap: {status['last_swap']}")
     lookups = metrics.by("vllm_edits_version_lookups_total", "found")
     require(sum(lookups.values()) > lookups["device",], f"nothing was paged: {lookups}")
     return {
-        "runner": told[told.index("runner V") + 7 :][:2], "answers": len(answers), "failed": len(failed),
+        "runner": told[told.index("runner V") + 7 :][:2], "answers": len(answers),
+        "failed": sum(not answer.complete for answer in answers),
         "by variant": dict(Counter(answer.variant for answer in answers)), "swaps": SWAPS,
         "versions found": {found: times for (found,), times in lookups.items()},
         "gate tokens": metrics.sum("vllm_edits_gate_tokens_total"),
@@ -156,10 +168,7 @@ def in_weights(folder: Path, way: Mapping[str, Any]) -> dict[str, Any]:
             error = await moved(url, change)
             require(not error, f"the exchange: {error}")
 
-    settings = {"weights": "polite", "poll_seconds": 3600, "cache_folder": str(folder / "node")}
-    flags, environment = [*FLAGS, *way.get("flags", ())], way.get("environment", {})
-    log = folder / "server.log"
-    with Server.with_edits(model(), store.url, log, *flags, settings=settings, environment=environment) as server:
+    with edited_server(folder, store, way, weights="polite") as server:
         answers = asyncio.run(under_load(server.url, ["polite"] * 3, lambda: exchange(server.url)))
         held = httpx.get(f"{server.url}/v1/edits", timeout=60).raise_for_status().json()["weights"]
         complete(server.url, "base", "One", 3)
@@ -185,18 +194,13 @@ def growing(folder: Path, way: Mapping[str, Any]) -> dict[str, Any]:
         require(not seen.error, f"the growth: {seen.error}")
         growth.update(seen.last)
 
-    settings = {"slots": SLOTS, "poll_seconds": 3600, "cache_folder": str(folder / "node")}
-    flags, environment = [*FLAGS, *way.get("flags", ())], way.get("environment", {})
-    with Server.with_edits(
-        model(), store.url, folder / "server.log", *flags, settings=settings, environment=environment
-    ) as server:
+    with edited_server(folder, store, way, slots=SLOTS) as server:
         answers = asyncio.run(under_load(server.url, ["base"] * 3, lambda: grow(server.url)))
         late = complete(server.url, "late", "One", 3)
         error = asyncio.run(moved(server.url, partial(store.promote, f"late@{versions[1]}")))
         require(not error, f"a swap after the growth: {error}")
         complete(server.url, "late", "One", 3)
-    failed = [answer for answer in answers if not answer.complete]
-    require(answers and not failed, f"{len(failed)} of {len(answers)} answers failed: {failed[:2]}")
+    require_complete(answers)
     require({answer.version for answer in answers} == {"base"}, "an answer of no version")
     require(late["headers"]["x-edits-version"] == versions[0], f"answered by {late['headers']['x-edits-version']}")
     return {
