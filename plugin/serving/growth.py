@@ -39,6 +39,9 @@ MOST_POLL_SECONDS, POLL_SHARE = 5.0, 0.1
 """Workers that compile are asked seldom, after a tenth of the time that has passed: vLLM's workers spin on their core
 for a second after each call, and the compiler would have to share it."""
 
+JOIN_SECONDS = 0.2
+"""Before each growth: versions that one poll of the store finds grow together, and the model is compiled once."""
+
 Phase = Literal["planned", "compiling", "waiting", "switching"]
 PHASES: tuple[Phase, ...] = ("planned", "compiling", "waiting", "switching")
 
@@ -147,6 +150,7 @@ class Growth:
         before = self.reservation
         try:
             while self._wanted:
+                await asyncio.sleep(JOIN_SECONDS)
                 wanted, self._wanted = self._wanted, {}
                 if not await self._try(wanted) and len(wanted) > 1:  # one of them may be to blame
                     for what, needed in wanted.items():
