@@ -292,6 +292,7 @@ def _show_growth(found: Mapping[str, Any], console: Console) -> None:
     add("longest pause of a worker, as the server reports", "longest_pause", ".3f")
     add("longest time between two pieces of a stream before", "calm_gap", ".3f")
     add("  while it grows", "gap", ".3f", restart["first_answer"])
+    add("  which began after the promotion", "gap_at", ".1f")
     add("tokens per second before", "calm_rate", ".1f")
     add("  while it grows", "rate", ".1f", 0)
     add("  ratio", "throughput", ".2f", 0)

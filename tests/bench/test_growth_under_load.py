@@ -48,6 +48,7 @@ def test_gaps_are_of_one_stream_and_belong_to_before_or_during_the_growth() -> N
     found = timing([[9.0, 10.5, 19.5, 21.0], [19.9, 20.0], [40.0, 43.0], [60.0, 81.0], [82.0, 99.0]])
     assert found.calm_gap == 9.0
     assert found.gap == 21.0, "it began before the answer, and ended shortly after it"
+    assert found.gap_at == 40.0
     assert timing([[10.5, 11.0], [40.0, 43.0], [82.0, 99.0]]).gap == 3.0
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
@@ -91,6 +92,8 @@ class GrowthTiming:
     """longest time between two pieces of one stream before the promotion"""
     gap: float
     """the same from the promotion until shortly after the first answer"""
+    gap_at: float
+    """when that began, after the promotion"""
     calm_rate: float
     """throughput of the load before the promotion"""
     rate: float
@@ -105,11 +108,15 @@ class GrowthTiming:
     ) -> Self:  # fmt: skip
         """token_times: of each stream. counts: when the load had settled, before the promotion, and at the answer."""
         settled, promoted, served = counts
+        gap, began = max(
+            (later - earlier, earlier) for times in token_times for earlier, later in pairwise(times)
+            if promoted.at <= later <= ended
+        )  # fmt: skip
         return cls(
             first_answer=answered - promoted.at, phases=dict(last["seconds"]),
             longest_pause=last["longest_pause_seconds"],
             calm_gap=max(gaps_within(token_times, settled.at, promoted.at)),
-            gap=max(gaps_within(token_times, promoted.at, ended)),
+            gap=gap, gap_at=began - promoted.at,
             calm_rate=settled.rate(promoted), rate=promoted.rate(served), compiled=compiled,
         )  # fmt: skip
 
