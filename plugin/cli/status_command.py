@@ -60,13 +60,21 @@ def show_status(found: dict[str, Any]) -> None:
         ended = swap["error"] or phases or "nothing to install"
         version = (swap["to_version"] or "none")[:12]
         plain(f"last swap {swap['variant']}@{swap['tag']} to {version} at {swap['at']}: {ended}")
-    if (growth := found["reservation"]["last"]) and found["reservation"]["growing"]:
-        plain(f"the reservation grows for {', '.join(growth['wanted_by'])}, phase {growth['phase']}")
+    if found["reservation"]["growing"]:
+        _tell_growth(found["reservation"])
     for refused in found["refused"]:
         outcome = "waits" if refused["awaits_capacity"] else "refused"
         plain(f"{outcome} {refused['name']}@{refused['tag']}: {refused['error']}")
     for broken in found["broken_histories"]:
         plain(f"broken history of {broken['name']}@{broken['tag']}: {broken['error']}")
+
+
+def _tell_growth(reservation: dict[str, Any]) -> None:
+    growth, waiting = reservation["last"], ", ".join(reservation["waiting"])
+    if growth and growth["phase"] != "done" and not growth["error"]:
+        plain(f"the reservation grows for {', '.join(growth['wanted_by'])}, phase {growth['phase']}")
+    elif waiting:
+        plain(f"the reservation is about to grow for {waiting}")
 
 
 def _place(row: dict[str, Any]) -> str:

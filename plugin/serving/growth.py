@@ -40,7 +40,7 @@ MOST_POLL_SECONDS, POLL_SHARE = 5.0, 0.1
 for a second after each call, and the compiler would have to share it."""
 
 JOIN_SECONDS = 0.2
-"""Before each growth: versions that one poll of the store finds grow together, and the model is compiled once."""
+"""Before a growth for a version: all that one poll of the store finds grow together, and the model is compiled once."""
 
 Phase = Literal["planned", "compiling", "waiting", "switching"]
 PHASES: tuple[Phase, ...] = ("planned", "compiling", "waiting", "switching")
@@ -110,7 +110,7 @@ class Growth:
             raise InstallRefused(what, [*missing, *self._advice(f"{manifest.name}@{version[:12]}", missing)])
         if (failure := self._failed.pop(what, None)) is not None:
             raise failure
-        self._want({what: self.needs(manifest)})
+        self._want({what: self.needs(manifest)}, after=JOIN_SECONDS)
         raise AwaitsCapacity(
             f"{what} does not fit into what is reserved, and the reservation is growing for it; what was served before "
             "keeps serving"
@@ -139,18 +139,18 @@ class Growth:
         while self._running is not None:
             await asyncio.shield(self._running)
 
-    def _want(self, wanted: Mapping[str, Reservation]) -> None:
+    def _want(self, wanted: Mapping[str, Reservation], *, after: float = 0.0) -> None:
         self._wanted.update(wanted)
         if self._running is None:
-            self._running = asyncio.get_running_loop().create_task(self._run())
+            self._running = asyncio.get_running_loop().create_task(self._run(after))
 
     # -- growing -------------------------------------------------------------------------------------------------------
 
-    async def _run(self) -> None:
+    async def _run(self, after: float) -> None:
         before = self.reservation
         try:
+            await asyncio.sleep(after)
             while self._wanted:
-                await asyncio.sleep(JOIN_SECONDS)
                 wanted, self._wanted = self._wanted, {}
                 if not await self._try(wanted) and len(wanted) > 1:  # one of them may be to blame
                     for what, needed in wanted.items():

@@ -113,6 +113,20 @@ async def test_rollbacks_withdrawals_and_other_swaps_do_not_wait(server: Server)
     server.check()
 
 
+async def test_a_growth_that_is_about_to_begin_is_told_too(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    """For a moment it waits for other versions of the same poll; the growth before it is not told again."""
+    for version in (version_of("polite", edit=LOW_RANK), version_of("first", edit=FIRST)):
+        (published,) = await server.promote(version)
+        show_status(server.status())
+        told = capsys.readouterr().out
+        name = version.manifest.name
+        assert f"the reservation is about to grow for version {published[:12]} of '{name}'" in told
+        assert "the reservation grows for" not in told
+        await grown(server)
+        show_status(server.status())
+        assert "grow for" not in capsys.readouterr().out
+
+
 async def test_the_operator_sees_a_growth_that_runs(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     """In `vllm-edits status`, and its phase in a metric. The version that waits is told with its reason."""
 
