@@ -99,6 +99,10 @@ class Provenance(FrozenRecord):
     parameters: dict[str, str] = Field(default_factory=dict)
 
 
+LATER_FIELDS = ("privileged", "cumulative_edits")
+"""Of a manifest: not written when they have their defaults, so that the version of older bundles stays what it is."""
+
+
 class Manifest(FrozenRecord):
     """The complete description of a bundle, without its numbers."""
 
@@ -116,6 +120,10 @@ class Manifest(FrozenRecord):
     parts: tuple[Part, ...] = ()
     """the bundles of a composition, in the order of its edits; empty for any other bundle"""
     measurements: tuple[Measurement, ...] = ()
+    privileged: bool = False
+    """True if it takes safety away, so that trust policies refuse it unless they say otherwise"""
+    cumulative_edits: int = Field(default=0, ge=0)
+    """concepts, facts or behaviours that it changes, those of the bundles below it included; 0: not counted"""
 
     @property
     def gate_firings(self) -> float | None:
@@ -124,7 +132,11 @@ class Manifest(FrozenRecord):
 
     def to_bytes(self) -> bytes:
         """The canonical bytes whose digest is the version."""
-        return canonical_json(self.model_dump(mode="json"))
+        fields = self.model_dump(mode="json")
+        for name in LATER_FIELDS:
+            if fields[name] == type(self).model_fields[name].default:
+                del fields[name]
+        return canonical_json(fields)
 
     @classmethod
     def from_bytes(cls, data: bytes, what: str = "manifest") -> Manifest:
@@ -190,6 +202,8 @@ class Bundle:
         strength: Strength | None = None,
         parts: tuple[Part, ...] = (),
         measurements: Iterable[Measurement] = (),
+        privileged: bool = False,
+        cumulative_edits: int = 0,
         created_at: datetime | None = None,
     ) -> Bundle:
         """Make a bundle from edits and their arrays by field name. It is not checked here: see `verify.check`."""
@@ -217,6 +231,8 @@ class Bundle:
             provenance=provenance,
             parts=parts,
             measurements=tuple(measurements),
+            privileged=privileged,
+            cumulative_edits=cumulative_edits,
         )
         return cls(manifest, tensor_bytes)
 

@@ -58,6 +58,8 @@ def compose(bundles: Sequence[Bundle]) -> Bundle:
         name, first.base, pairs, Provenance(tool="vllm-edits compose", method="composition"),
         description=" + ".join(filter(None, (bundle.manifest.description for bundle in bundles))),
         strength=strength, parts=parts,
+        privileged=any(bundle.manifest.privileged for bundle in bundles),
+        cumulative_edits=sum(bundle.manifest.cumulative_edits for bundle in bundles),
         created_at=max(bundle.manifest.created_at for bundle in bundles),
     )  # fmt: skip
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import AwareDatetime, Field
 
+from vllm_edits.edit_store.bundle import Manifest
 from vllm_edits.edit_store.errors import EditsError, Reason, SettingsError
 from vllm_edits.edit_store.record import FrozenRecord
 from vllm_edits.edit_store.signing import Role, Signature, public_key
@@ -51,6 +52,7 @@ class TrustPolicy(FrozenRecord):
     schema_version: Literal[1] = 1
     authors_needed: int = Field(default=1, ge=1, description="signatures a version needs")
     promoters_needed: int = Field(default=1, ge=1, description="signatures a promotion needs")
+    privileged: bool = Field(default=False, description="whether versions that take safety away are accepted")
     keys: tuple[TrustedKey, ...] = ()
 
     @classmethod
@@ -74,8 +76,9 @@ class TrustPolicy(FrozenRecord):
         return policy
 
     def save(self, path: Path) -> None:
-        """Write the file in a form for people."""
-        path.write_text(self.model_dump_json(indent=2, exclude_none=True) + "\n")
+        """Write the file in a form for people. `privileged` is left out where it is false, as in older files."""
+        left_out = set() if self.privileged else {"privileged"}
+        path.write_text(self.model_dump_json(indent=2, exclude_none=True, exclude=left_out) + "\n")
 
     def needed(self, role: Role) -> int:
         """The number of signatures of different keys that this role needs."""
@@ -109,6 +112,13 @@ class TrustPolicy(FrozenRecord):
             for role, count in holders.items()
             if self.keys and count < self.needed(role)
         ]
+
+    def privileges(self, manifest: Manifest, what: str) -> list[Reason]:
+        """The reason why a version that takes safety away is not accepted, even if it is signed. Empty if it is."""
+        if not manifest.privileged or self.privileged:
+            return []
+        told = "it is privileged: it takes safety away, and this trust file does not allow that"
+        return [Reason("privileged", f"{what}: {told} (vllm-edits trust privileged FILE allow)")]
 
     def check(
         self, role: Role, digest: str, what: str, signatures: Sequence[Signature], *, at: datetime | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +33,14 @@ trust = typer.Typer(
     help="Edit a trust file: the keys whose signatures servers accept, and how many signatures are needed.",
 )
 app.add_typer(trust, name="trust")
+
+
+class Accepted(StrEnum):
+    """Treatment of privileged versions."""
+
+    ALLOW = "allow"
+    REFUSE = "refuse"
+
 
 FileArgument = Annotated[Path, typer.Argument(help="The trust file.")]
 
@@ -188,6 +197,26 @@ def threshold(
     _replace(file, policy.model_copy(update={field: needed}), as_json)
 
 
+@trust.command()
+@explained
+def privileged(
+    file: FileArgument,
+    accepted: Annotated[Accepted, typer.Argument(help="allow, or refuse.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Allow or refuse privileged versions: those that take safety away.
+
+    Their authors have marked them, as `build` does with such methods. Without
+    this command they are refused.
+
+    \b
+    Example:
+      vllm-edits trust privileged trust.json allow
+    """
+    policy = TrustPolicy.load(file, unfinished=True)
+    _replace(file, policy.model_copy(update={"privileged": accepted is Accepted.ALLOW}), as_json)
+
+
 @trust.command(name="list")
 @explained
 def list_keys(file: FileArgument, as_json: JsonOption = False) -> None:
@@ -209,6 +238,7 @@ def list_keys(file: FileArgument, as_json: JsonOption = False) -> None:
     show(rows, {"name": "who", "digits": "key", "roles": "roles", "from": "from", "until": "until"}, as_json)
     if not as_json:
         plain(f"needed: {policy.authors_needed} author(s), {policy.promoters_needed} promoter(s)")
+        plain(f"privileged versions: {'allowed' if policy.privileged else 'refused'}")
 
 
 @trust.command()
@@ -232,6 +262,7 @@ def check(
     policy, target, ref = TrustPolicy.load(file), opened(store), Ref.parse(reference)
     version = target.resolve(reference)
     reasons = policy.check(Role.AUTHOR, version, f"version {version[:12]}", target.signatures(version))
+    reasons += policy.privileges(target.manifest(version), f"version {version[:12]}")
     head = None if ref.is_version else target.head(ref.name, ref.selector)
     if head is not None:
         reasons += policy.check(

@@ -62,7 +62,11 @@ class Reader:
         """Reasons not to trust the author of a version. Empty if signatures are not checked."""
         if self.trust.enforcement is Enforcement.OFF:
             return []
-        return self._unsigned(Role.AUTHOR, version, f"version {version[:12]} of {name}")
+        what = f"version {version[:12]} of {name}"
+        return [
+            *self._unsigned(Role.AUTHOR, version, what),
+            *self.trust.policy.privileges(self.manifest(version), what),
+        ]
 
     def _unsigned(self, role: Role, digest: str, what: str) -> list[Reason]:
         """Signatures over the object with this digest that the trust file needs, but the store does not have."""

@@ -11,7 +11,7 @@ import pytest
 from tests.support.bundles import publish
 from tests.support.fakes import Server, version_of
 from tests.support.site import TOKEN, Site
-from vllm_edits.edit_store import EditStore, Enforcement, Role, SigningKey, TrustedKey, TrustPolicy
+from vllm_edits.edit_store import Bundle, EditStore, Enforcement, Role, SigningKey, TrustedKey, TrustPolicy
 from vllm_edits.edit_store.errors import NotFound, NotTrusted, SettingsError
 from vllm_edits.edit_store.experiments.document import Experiment, Guardrail
 from vllm_edits.edit_store.experiments.experiment_log import Experiments
@@ -78,6 +78,22 @@ async def test_a_version_that_a_client_names_must_be_signed_by_an_author(tmp_pat
     lenient = Server(server.store.url, trust=trust(Enforcement.WARN))
     await follow(lenient)
     assert await lenient.ask(f"polite@{bad}") == bad
+
+
+async def test_what_takes_safety_away_is_refused_although_it_is_signed(tmp_path: Path) -> None:
+    """Unless the trust file allows it. The version before it keeps serving."""
+    server = Server(f"memory://{tmp_path}", trust=trust())
+    good, bold = publish(signed(server), version_of("polite")), version_of("polite")
+    marked = Bundle(bold.manifest.model_copy(update={"privileged": True}), bold.tensor_bytes)
+    version = publish(signed(server), marked)
+    await follow(server)
+    assert await server.ask("polite") == good
+    assert "vllm-edits trust privileged FILE allow" in server.refusal("polite")
+    assert server.metric("bundles_rejected_total", reason="privileged") == 1
+    policy = trust().policy.model_copy(update={"privileged": True})
+    allowing = Server(server.store.url, trust=Trust(policy, Enforcement.REQUIRE))
+    await follow(allowing)
+    assert await allowing.ask("polite") == version
 
 
 async def test_capacity_for_a_version_is_no_trust_in_it(tmp_path: Path) -> None:
