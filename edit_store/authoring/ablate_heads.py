@@ -9,6 +9,7 @@ next-token distribution; here only the answer counts, so heads that merely chang
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import add
 
 import numpy as np
 
@@ -36,7 +37,7 @@ def attribute(host: Host, prompts: Sequence[str], answers: Sequence[str], layers
     whole = host.likelihood(prompts, answers).mean()
     costs = np.zeros((len(layers), host.widths.heads), dtype=np.float32)
     for row, layer in enumerate(layers):
-        with host.replaying(prompts, answers, below=layer):
+        with host.replaying(list(map(add, prompts, answers)), below=layer):
             for head in range(host.widths.heads):
                 factor = np.ones(host.widths.heads, dtype=np.float32)
                 factor[head] = 0

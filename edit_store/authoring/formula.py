@@ -150,6 +150,18 @@ def hook(model: Any, site: Site, change: Callable[[Tensor], Tensor | None]) -> A
     return around(modules[at.path], changed)
 
 
+def weight_of(model: Any, site: Site) -> Tensor:
+    """The rows [width, in] of the projection whose output is at a site. ValueError for any other site."""
+    architecture, widths = architecture_of(model), widths_of(model.config.to_dict())
+    modules = dict(model.get_submodule(architecture.layer_path(site.layer or 0)).named_modules())
+    at = architecture.side_of(site.point, widths, modules.__contains__)
+    weight = getattr(modules[at.path], "weight", None)
+    if at.side != "output" or weight is None or weight.ndim != 2:
+        raise ValueError(f"{site} is not the output of a projection")
+    rows: Tensor = weight.T if architecture.transposed else weight
+    return rows if at.start is None else rows[at.start : at.start + widths.of(site.point)]
+
+
 def _before(module: nn.Module, changed: Callable[[Tensor], Tensor]) -> Any:
     def change_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if "hidden_states" in kwargs:

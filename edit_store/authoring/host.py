@@ -18,10 +18,12 @@ from vllm_edits.edit_store.base_model import widths_of
 from vllm_edits.edit_store.edits import Array, Edit
 from vllm_edits.edit_store.sites import Site, Widths
 
-__all__ = ["Edits", "Generated", "Host", "edited"]
+__all__ = ["EditWithNumbers", "Edits", "Generated", "Host", "edited"]
 
-Edits = list[tuple[Edit, dict[str, Array]]]
-"""Result of every authoring method: edits, each with its tensors by field name."""
+EditWithNumbers = tuple[Edit, dict[str, Array]]
+"""An edit with its tensors by field name."""
+Edits = list[EditWithNumbers]
+"""Result of every authoring method."""
 
 BATCH = 32  # texts in one forward pass; more is no faster on a few cores
 
@@ -42,10 +44,17 @@ class Host:
     tokenizer: Any
 
     @classmethod
-    def load(cls, folder: Path) -> Host:
+    def load(cls, folder: Path, *, device: str = "cpu") -> Host:
         """Read a checkpoint folder; nothing is fetched."""
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-        return cls(model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(folder, local_files_only=True))
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return cls(model.eval().requires_grad_(False).to(device), tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the model is on. Results stay there."""
+        device: torch.device = self.model.device
+        return device
 
     @property
     def widths(self) -> Widths:
@@ -58,14 +67,23 @@ class Host:
         seen: dict[str, list[Tensor]] = {site: [] for site in sites}
         layers = [layer for layer in (Site.parse(site).layer for site in seen) if layer is not None]
         kept = own_layers(self.model)[: max(layers) + 1 if layers else None]
-        for batch in _batches(texts):
-            ids, lengths = self._tokens(batch)
+        for batch in batches(texts):
+            ids, lengths = self.tokens(batch)
             with _recording(self.model, seen) as recorded, _layers(self.model, kept):
                 # The head is most of a small model's work, and few sites lie behind it.
                 (self.model if "logits" in seen else decoder_of(self.model))(ids, use_cache=False)
             for site, rows in seen.items():
                 rows += [row[:length] for row, length in zip(recorded[site], lengths, strict=True)]
         return seen
+
+    def at_words(self, texts: Sequence[str], words: Sequence[str], sites: Iterable[str]) -> dict[str, Tensor]:
+        """Vectors at each site `[texts, width]`, at the last token of each word in its text, where it is last said."""
+        places = [last_token_of(self.tokenizer, *each) for each in zip(texts, words, strict=True)]
+        found = self.activations(texts, sites)
+        return {
+            site: torch.stack([row[place] for row, place in zip(rows, places, strict=True)])
+            for site, rows in found.items()
+        }
 
     def mean_activation(self, texts: Sequence[str], site: str) -> Tensor:
         """Mean over all tokens `[width]` but the first of each text: an attention sink, alike in all texts."""
@@ -75,21 +93,27 @@ class Host:
     def next_token(self, texts: Sequence[str]) -> Tensor:
         """Log-probabilities of the token after each text, `[texts, vocabulary]`."""
         rows = []
-        for batch in _batches(texts):
-            ids, lengths = self._tokens(batch)
+        for batch in batches(texts):
+            ids, lengths = self.tokens(batch)
             last = lengths - 1
             kept = torch.unique(last)
             logits = self.model(ids, use_cache=False, logits_to_keep=kept).logits
-            rows.append(logits[torch.arange(len(ids)), torch.searchsorted(kept, last)].log_softmax(-1))
+            rows.append(
+                logits[torch.arange(len(ids), device=self.device), torch.searchsorted(kept, last)].log_softmax(-1)
+            )
         return torch.cat(rows)
+
+    def last_states(self, texts: Sequence[str]) -> Tensor:
+        """The vector behind the last norm at the last token of each text, `[texts, hidden]`."""
+        return torch.stack([rows[-1] for rows in self.activations(texts, ["final"])["final"]])
 
     @torch.inference_mode()
     def likelihood(self, prompts: Sequence[str], answers: Sequence[str]) -> Tensor:
         """Mean log-probability per token of each answer after its prompt, `[prompts]`. An answer brings its space."""
-        ids, ends = self._tokens(list(map(add, prompts, answers)))
-        _, starts = self._tokens(prompts)
+        ids, ends = self.tokens(list(map(add, prompts, answers)))
+        _, starts = self.tokens(prompts)
         first = int(starts.min()) - 1
-        place = torch.arange(first, ids.shape[1] - 1)
+        place = torch.arange(first, ids.shape[1] - 1, device=self.device)
         logits = self.model(ids, use_cache=False, logits_to_keep=place).logits
         predicts = (place >= starts[:, None] - 1) & (place < ends[:, None] - 1)
         logprobs = logits[predicts].log_softmax(-1)
@@ -97,12 +121,15 @@ class Host:
         return torch.stack([answer.mean() for answer in found.split((ends - starts).tolist())])
 
     @contextmanager
-    def replaying(self, prompts: Sequence[str], answers: Sequence[str], *, below: int) -> Iterator[None]:
-        """Compute the layers `below` once for these answers; inside, `likelihood` reuses their result."""
+    def replaying(self, texts: Sequence[str], *, below: int) -> Iterator[None]:
+        """Compute the layers `below` once for these texts; inside, whatever reads just them reuses the result.
+
+        The texts go through the model at once, so there are at most BATCH of them.
+        """
         if below == 0:
             yield
             return
-        ids, _ = self._tokens(list(map(add, prompts, answers)))
+        ids, _ = self.tokens(texts)
         site = f"layers.{below - 1}.resid"
         layers = own_layers(self.model)
         with torch.inference_mode(), _recording(self.model, [site]) as recorded, _layers(self.model, layers[:below]):
@@ -114,8 +141,8 @@ class Host:
     def answers(self, prompts: Sequence[str], tokens: int) -> list[Generated]:
         """Greedy continuation of each prompt by `tokens` tokens."""
         answers = []
-        for batch in _batches(prompts):
-            inputs = self.tokenizer(list(batch), return_tensors="pt", padding=True, padding_side="left")
+        for batch in batches(prompts):
+            inputs = self.tokenizer(list(batch), return_tensors="pt", padding=True, padding_side="left").to(self.device)
             made = self.model.generate(
                 **inputs, max_new_tokens=tokens, do_sample=False, return_dict_in_generate=True, output_logits=True
             )
@@ -127,10 +154,18 @@ class Host:
                 answers.append(Generated(text, dict(zip(words, probabilities.tolist(), strict=True))))
         return answers
 
-    def _tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids `[texts, longest]`, padded on the right where causal attention never looks, and their lengths."""
         ids = [torch.tensor(self.tokenizer(text)["input_ids"]) for text in texts]
-        return nn.utils.rnn.pad_sequence(ids, batch_first=True), torch.tensor([len(row) for row in ids])
+        lengths = torch.tensor([len(row) for row in ids], device=self.device)
+        return nn.utils.rnn.pad_sequence(ids, batch_first=True).to(self.device), lengths
+
+
+def last_token_of(tokenizer: Any, text: str, word: str) -> int:
+    """Place of the last token of a word in a text, where the text says it last. ValueError if it does not say it."""
+    end = text.rindex(word) + len(word)
+    spans = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    return max(place for place, (start, stop) in enumerate(spans) if start < end and stop > start)
 
 
 @contextmanager
@@ -170,6 +205,7 @@ def _layers(model: Any, layers: nn.ModuleList) -> Iterator[None]:
         setattr(decoder, name, own)
 
 
-def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+def batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """The texts in parts that go through the model at once."""
     for start in range(0, len(texts), BATCH):
         yield texts[start : start + BATCH]

@@ -76,14 +76,14 @@ def publish(
       vllm-edits publish ./polite --store ./store
       vllm-edits publish ./polite --store ./store --tag prod --reason "first version"
     """
-    row = _published(opened(store, key), Bundle.load(folder), tag, reason)
+    row = published(opened(store, key), Bundle.load(folder), tag, reason)
     if as_json:
         as_script([row])
     else:
-        _tell_published(row)
+        tell_published(row)
 
 
-def _published(target: EditStore, bundle: Bundle, tag: str | None, reason: str) -> dict[str, str]:
+def published(target: EditStore, bundle: Bundle, tag: str | None, reason: str) -> dict[str, str]:
     """Publish a bundle, and promote it if a tag is named."""
     name, version = bundle.manifest.name, target.publish(bundle)
     if tag is not None:
@@ -91,7 +91,8 @@ def _published(target: EditStore, bundle: Bundle, tag: str | None, reason: str) 
     return {"name": name, "version": version, "promoted": tag or ""}
 
 
-def _tell_published(row: dict[str, str]) -> None:
+def tell_published(row: dict[str, str]) -> None:
+    """Print what was published, for people."""
     promoted = f", promoted as {row['promoted']}" if row["promoted"] else ""
     plain(f"published {row['name']}@{row['version'][:12]}{promoted}")
 
@@ -136,11 +137,11 @@ def compose(
             f"{bundle.manifest.name} was not published, because some edits do not simply add up:\n{told}\n"
             "To publish it anyway, add --allow-conflicts"
         )
-    row = _published(target, bundle, tag, reason)
+    row = published(target, bundle, tag, reason)
     if as_json:
         as_script([{**row, "conflicts": [asdict(each) for each in found]}])
         return
-    _tell_published(row)
+    tell_published(row)
     for line in composing.named(found):
         plain(f"  {line}")
 

@@ -16,6 +16,7 @@ from typer.main import get_command
 
 import vllm_edits
 from vllm_edits import edit_store
+from vllm_edits.edit_store.cli import build
 from vllm_edits.edit_store.kinds import KINDS
 from vllm_edits.edit_store.sites import POINTS
 from vllm_edits.plugin.cli.commands import app
@@ -54,7 +55,8 @@ def python() -> Iterator[str]:
 def commands() -> Iterator[str]:
     """Every command with its arguments and flags, and the variables of the environment that stand for flags."""
     variables = set()
-    pending = [(["vllm-edits"], get_command(app))]
+    methods = (["vllm-edits", "build"], get_command(build.application()))
+    pending = [(["vllm-edits"], get_command(app)), methods]
     while pending:
         words, command = pending.pop()
         if inner := getattr(command, "commands", None):

@@ -53,6 +53,8 @@ from vllm_edits.edit_store.architectures import ARCHITECTURES, supported
 from vllm_edits.edit_store.authoring import formulas
 from vllm_edits.edit_store.authoring.formula import edited, hook
 from vllm_edits.edit_store.authoring.formulas import FORMULAS
+from vllm_edits.edit_store.authoring.method import METHODS
+from vllm_edits.edit_store.authoring.methods import find
 from vllm_edits.edit_store.cli import app
 from vllm_edits.edit_store.compare import compare
 from vllm_edits.edit_store.compose import compose, conflicts
@@ -500,6 +502,7 @@ def test_a_kind_is_named_in_three_files(kind: str) -> None:
     reservation profiles, which name what such methods need, and what the package exports by name."""
     exported, profiles = ROOT / "edit_store/__init__.py", ROOT / "server_config/profiles.py"
     exempt = [exported, profiles, *(ROOT / "edit_store/authoring").glob("*.py")]
+    exempt += (ROOT / "edit_store/authoring/methods").glob("*.py")
     found = {str(path.relative_to(ROOT)) for path, kinds in naming().items() if kind in kinds and path not in exempt}
     served = [] if KINDS[kind].only_in_weights else ["plugin/graph/kinds"]
     assert found == {f"{folder}/{kind}.py" for folder in ("edit_store/kinds", "edit_store/authoring/formulas", *served)}
@@ -513,12 +516,15 @@ def test_an_architecture_is_named_in_one_file(name: str) -> None:
 
 
 def test_an_authoring_method_is_one_file_that_nothing_names() -> None:
-    shared = {"__init__", "formula", "host"}
-    methods = {path.stem for path in (ROOT / "edit_store/authoring").glob("*.py")} - shared
-    assert methods == {"ablate_heads", "redirect", "steering", "subspace"}
+    """It registers itself, and only the demo asks for some by name."""
+    methods = {path.stem for path in (ROOT / "edit_store/authoring/methods").glob("*.py")} - {"__init__"}
+    find()
+    assert {name.replace("-", "_") for name in METHODS} == methods
     for path in product_files():
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vllm_edits.edit_store.authoring"):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+                "vllm_edits.edit_store.authoring.methods"
+            ):
                 assert not methods & {(node.module or "").rpartition(".")[2], *(each.name for each in node.names)}, path
 
 

@@ -32,6 +32,8 @@ ELSEWHERE = (
 )
 """Commands of `vllm-edits` that ask a server or the Hub: their words are parsed, and that is all."""
 STARTS_VLLM = (("serve",), ("run-batch",))
+BUILD = ("build",)
+"""Its methods want a trained model: their words are parsed, and that is all. What lists and explains them is run."""
 _LOST, _LOOK_SECONDS = 70, 5
 
 
@@ -150,6 +152,13 @@ def run(words: list[str]) -> None:
             note(["vllm", *(told[1] if isinstance(told[0], str) else told[0])[1:]])
         raise SystemExit(0)
 
+    if kind == BUILD:
+        from vllm_edits.edit_store.cli import build
+
+        methods: Any = get_command(build.application())
+        for method in methods.commands.values():
+            method.callback = leave_out
+        build.application = lambda: methods
     if kind in ELSEWHERE:
         of(group, kind).callback = leave_out
     if kind in STARTS_VLLM:

@@ -1,0 +1,62 @@
+"""Common parts of the searches for attention heads: prompts, masks, edits, and the list of the heads found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from vllm_edits.edit_store.authoring.chat import asked
+from vllm_edits.edit_store.authoring.data import Row, Table, Text
+from vllm_edits.edit_store.authoring.heads import Head, Mask, masked, protect_list
+from vllm_edits.edit_store.authoring.host import Edits
+from vllm_edits.edit_store.authoring.method import Inputs, Layers, Method, Work, layer_problems
+from vllm_edits.edit_store.errors import Reason
+
+PROTECT_FILE = "protect.json"
+
+
+class Prompt(Row):
+    """A prompt of the behaviour that the heads are searched for."""
+
+    prompt: Text
+
+
+class HeadSearch(Method):
+    """Base of the searches for heads."""
+
+    tables: ClassVar[Mapping[str, Table]] = {"prompts": Table(Prompt, "prompts of one behaviour", least=2)}
+    kinds: ClassVar[tuple[str, ...]] = ("scale", "low_rank")
+
+    layers: Layers | None = Field(None, description="Layers whose heads are searched. Default: all.")
+    mask: Mask = Field("queries", description="How a head is masked.")
+    factor: float = Field(1e-5, description="What queries or output are scaled by.")
+    chat: bool = Field(True, description="Put prompts into the model's chat template.")
+
+    def problems(self, inputs: Inputs) -> Iterator[Reason]:
+        yield from layer_problems(self._layers(inputs), inputs)
+
+    def _layers(self, inputs: Inputs) -> tuple[int, ...]:
+        return tuple(range(inputs.base.widths.layers)) if self.layers is None else self.layers
+
+    def _prompts(self, inputs: Inputs) -> list[str]:
+        return [asked(inputs.tokenizer, row.prompt) if self.chat else row.prompt for row in inputs.data["prompts"]]
+
+    def _masked_tokens(self, inputs: Inputs) -> int:
+        """Tokens that pass through the model when every head is masked once."""
+        heads = len(self._layers(inputs)) * inputs.base.widths.heads
+        return heads * sum(map(len, inputs.tokens(self._prompts(inputs))))
+
+    def _edits(self, work: Work, scores: Mapping[Head, float]) -> Edits:
+        """The edits that mask these heads; the same heads as a list of what others must not touch."""
+        listed = protect_list(scores.items(), work.inputs.base, self.called())
+        work.notes[PROTECT_FILE] = (json.dumps(listed, indent=1) + "\n").encode()
+        return masked(scores, self.mask, self.factor, work.inputs.base)
+
+
+def divergence(base: Tensor, other: Tensor) -> Tensor:
+    """KL(base | other) of log-probabilities [prompts, vocabulary], in nats."""
+    return (base.exp() * (base - other)).sum(-1)

@@ -1,0 +1,151 @@
+"""An authoring method: options with defaults from its source, the data it wants, its cost, and how it makes edits.
+
+A method is one module in `methods/`, which is found without a list: a subclass of `Method`, and `build.register` of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator, PlainSerializer
+
+from vllm_edits.edit_store.authoring.data import Data, Table
+from vllm_edits.edit_store.authoring.host import Edits, Host
+from vllm_edits.edit_store.authoring.statistics import Statistics
+from vllm_edits.edit_store.base_ref import BaseModelRef
+from vllm_edits.edit_store.bundle import Measurement
+from vllm_edits.edit_store.errors import Reason
+from vllm_edits.edit_store.progress import StepDone
+from vllm_edits.edit_store.record import FrozenRecord
+from vllm_edits.edit_store.registry import Registry
+
+
+def _parse_layers(given: object) -> object:
+    """Layers as a list, or as in `4-6,9`."""
+    if not isinstance(given, str):
+        return given
+    found: list[int] = []
+    for part in given.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ValueError(f"expected layers such as 4-6 or 3,5,8, found {given!r}")
+        found += range(int(first), int(last or first) + 1)
+    return tuple(found)
+
+
+def _show_layers(layers: Sequence[int] | None) -> str | None:
+    return None if layers is None else ",".join(map(str, layers))
+
+
+Layers = Annotated[tuple[int, ...], BeforeValidator(_parse_layers), PlainSerializer(_show_layers)]
+"""Numbers of layers, from 0, in the order in which a method edits them. As text: `4-6,9`."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that is known before the model is loaded."""
+
+    data: Data
+    base: BaseModelRef
+    tokenizer: Any
+
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of each text."""
+        return [list(map(int, ids)) for ids in self.tokenizer(list(texts))["input_ids"]]
+
+    def layers(self, given: Sequence[int] | None, first: float, last: float) -> tuple[int, ...]:
+        """The given layers, or those between two depths, from 0 at the first layer to 1 behind the last."""
+        count = self.base.widths.layers
+        return tuple(given) if given is not None else tuple(range(round(first * count), round(last * count) + 1))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of a build, as far as it is known before."""
+
+    forward_tokens: int
+    """tokens that pass through the model"""
+    backward_tokens: int = 0
+    """of them, those that gradients are computed for"""
+    statistics_bytes: int = 0
+    """of matrices that are kept while it runs"""
+
+
+@dataclass
+class Work:
+    """Everything that a method works with."""
+
+    inputs: Inputs
+    host: Host
+    statistics: Statistics
+    seed: int
+    step: StepDone
+    measurements: list[Measurement] = field(default_factory=list)
+    """figures of the method, for the manifest"""
+    notes: dict[str, bytes] = field(default_factory=dict)
+    """more files that it writes beside the bundle, by name"""
+
+    @property
+    def data(self) -> Data:
+        return self.inputs.data
+
+    @property
+    def layers_in_all(self) -> int:
+        return self.inputs.base.widths.layers
+
+
+class Method(FrozenRecord):
+    """A method of making edits. The fields of a subclass are its options; its docstring is its help."""
+
+    source: ClassVar[str]
+    """the paper"""
+    kinds: ClassVar[tuple[str, ...]]
+    """of edits that it makes"""
+    tables: ClassVar[Mapping[str, Table]]
+    """the data that it wants"""
+    takes: ClassVar[str]
+    """its cost, in a few words"""
+    privileged: ClassVar[bool] = False
+    """True if its edits take safety away"""
+
+    @classmethod
+    def called(cls) -> str:
+        """Name in commands: that of its module."""
+        return cls.__module__.rpartition(".")[2].replace("_", "-")
+
+    @classmethod
+    def summary(cls) -> str:
+        """First sentence of its help."""
+        return (cls.__doc__ or "").split("\n")[0].strip()
+
+    def changes(self, inputs: Inputs) -> int:
+        """The number of concepts, facts or behaviours that it changes."""
+        return 1
+
+    def problems(self, inputs: Inputs) -> Iterator[Reason]:
+        """Every reason why it cannot work, told before the model is loaded."""
+        yield from ()
+
+    def cost(self, inputs: Inputs) -> Cost:
+        """The cost on these inputs."""
+        raise NotImplementedError
+
+    def make(self, work: Work) -> Edits:
+        """The edits."""
+        raise NotImplementedError
+
+
+def layer_problems(layers: Sequence[int], inputs: Inputs) -> Iterator[Reason]:
+    """Layers that the model does not have, none at all, or one twice."""
+    count = inputs.base.widths.layers
+    absent = [layer for layer in layers if layer >= count]
+    if absent or not layers:
+        yield Reason("layers", f"expected layers from 0 to {count - 1}, found {_show_layers(layers) or 'none'}")
+    if len(set(layers)) < len(layers):
+        yield Reason("layers", f"expected every layer once, found {_show_layers(layers)}")
+
+
+METHODS: Registry[type[Method]] = Registry("method", key=lambda method: method.called())
+"""By the name in commands. `methods.find` imports those that this package brings."""

@@ -1,0 +1,139 @@
+"""The vector which, added at one place of the residual stream, makes a model say something else: by gradient steps.
+
+    delta* = argmin  -mean log p(answer | prompt; x + delta)  +  kl KL(p || p_delta)  +  decay |delta| / |x|^2
+             with |delta| <= clamp |x|
+
+x      [hidden]  stream at the place in the first prompt
+p, p_delta       next token at the place in a neutral text, without and with delta
+
+ROME (arXiv 2202.05262), MEMIT (arXiv 2210.07229), AlphaEdit (arXiv 2410.02355) and ROCR in its mode `reject` find what
+they write like this, with Adam.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_edits.edit_store.authoring.formula import hook
+from vllm_edits.edit_store.authoring.host import Host, last_token_of
+from vllm_edits.edit_store.sites import Site
+
+ENOUGH = 0.05
+"""loss at which the steps end, as in the sources"""
+
+
+@dataclass(frozen=True)
+class Saying:
+    """Prompts that all say a word, and how the model shall go on behind each."""
+
+    prompts: Sequence[str]
+    word: str
+    answer: str
+    neutral: str = "{} is a"
+    """a text about the word, which shall go on as before"""
+
+
+@dataclass(frozen=True)
+class Search:
+    """Parameters of the search."""
+
+    steps: int
+    rate: float
+    kl: float
+    decay: float
+    clamp: float
+
+    def value_vector(self, host: Host, site: str, saying: Saying) -> Tensor:
+        """delta* [hidden], added at the last token of the word."""
+        spoken, drift = _Spoken.of(host, saying), _Drift.of(host, saying)
+        start = host.at_words(saying.prompts[:1], [saying.word], [site])[site][0]
+        length = float(start.norm())
+        delta = torch.zeros_like(start, requires_grad=True)
+        optimizer = torch.optim.Adam([delta], lr=self.rate)
+        for number in range(self.steps):
+            optimizer.zero_grad()
+            with _added(host, site, spoken.places, delta):
+                missing = spoken.missing(host)
+            with _added(host, site, drift.place, delta):
+                moved = drift.moved(host)
+            loss = missing + self.kl * moved + self.decay * delta.norm() / length**2
+            if float(loss.detach()) < ENOUGH or number == self.steps - 1:
+                break
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():
+                delta *= min(1.0, self.clamp * length / float(delta.norm()))
+        return delta.detach()
+
+
+@dataclass(frozen=True)
+class _Spoken:
+    """The prompts with the answer behind them, and where what is."""
+
+    ids: Tensor
+    told: Tensor
+    """[prompts, tokens - 1], whether the next token is of the answer"""
+    places: Tensor
+
+    @classmethod
+    def of(cls, host: Host, saying: Saying) -> _Spoken:
+        ids, ends = host.tokens([f"{prompt}{saying.answer}" for prompt in saying.prompts])
+        _, starts = host.tokens(saying.prompts)
+        column = torch.arange(ids.shape[1] - 1, device=ids.device)
+        places = [last_token_of(host.tokenizer, prompt, saying.word) for prompt in saying.prompts]
+        told = (column >= starts[:, None] - 1) & (column < ends[:, None] - 1)
+        return cls(ids, told, torch.tensor(places, device=ids.device))
+
+    def missing(self, host: Host) -> Tensor:
+        """Mean negative log-probability of the answer, per token and prompt."""
+        likely = host.model(self.ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+        chosen = likely.gather(2, self.ids[:, 1:, None])[:, :, 0]
+        missing: Tensor = -((chosen * self.told).sum(1) / self.told.sum(1)).mean()
+        return missing
+
+
+@dataclass(frozen=True)
+class _Drift:
+    """The neutral text, and what the model says behind the word without an edit."""
+
+    ids: Tensor
+    place: Tensor
+    before: Tensor
+
+    @classmethod
+    def of(cls, host: Host, saying: Saying) -> _Drift:
+        text = saying.neutral.format(saying.word)
+        ids, _ = host.tokens([text])
+        place = torch.tensor([last_token_of(host.tokenizer, text, saying.word)], device=ids.device)
+        with torch.no_grad():
+            return cls(ids, place, _next(host, ids, place))
+
+    def moved(self, host: Host) -> Tensor:
+        """KL(before | now) of the next token behind the word, in nats."""
+        return (self.before.exp() * (self.before - _next(host, self.ids, self.place))).sum()
+
+
+def _next(host: Host, ids: Tensor, place: Tensor) -> Tensor:
+    """Log-probabilities of the token behind a place, [vocabulary]."""
+    logits: Tensor = host.model(ids, use_cache=False).logits[0, int(place[0])]
+    return logits.log_softmax(-1)
+
+
+@contextmanager
+def _added(host: Host, site: str, places: Tensor, delta: Tensor) -> Iterator[None]:
+    """Add delta at one place of each text."""
+
+    def change(value: Tensor) -> Tensor:
+        at = torch.nn.functional.one_hot(places.to(value.device), value.shape[1]).to(value)
+        return value + at[:, :, None] * delta
+
+    handle = hook(host.model, Site.parse(site), change)
+    try:
+        yield
+    finally:
+        handle.remove()
