@@ -56,17 +56,23 @@ class Reader:
         if self.trust.enforcement is Enforcement.OFF:
             return []
         what = f"{entry.name}@{entry.tag} entry {entry.sequence}"
-        return [*self._unsigned(Role.PROMOTER, entry.digest, what), *self.untrusted_author(entry.name, entry.version)]
+        unsigned = [
+            *self._unsigned(Role.PROMOTER, entry.digest, what),
+            *self._unsigned(Role.AUTHOR, entry.version, _called(entry.name, entry.version)),
+        ]
+        return unsigned or self._privileges(entry.name, entry.version)
 
     def untrusted_author(self, name: str, version: str) -> list[Reason]:
         """Reasons not to trust the author of a version. Empty if signatures are not checked."""
         if self.trust.enforcement is Enforcement.OFF:
             return []
-        what = f"version {version[:12]} of {name}"
-        return [
-            *self._unsigned(Role.AUTHOR, version, what),
-            *self.trust.policy.privileges(self.manifest(version), what),
-        ]
+        return self._unsigned(Role.AUTHOR, version, _called(name, version)) or self._privileges(name, version)
+
+    def _privileges(self, name: str, version: str) -> list[Reason]:
+        """The reason why a signed version is not accepted. What is not signed is not read: it need not be there."""
+        if self.trust.policy.privileged:
+            return []
+        return self.trust.policy.privileges(self.manifest(version), _called(name, version))
 
     def _unsigned(self, role: Role, digest: str, what: str) -> list[Reason]:
         """Signatures over the object with this digest that the trust file needs, but the store does not have."""
@@ -84,3 +90,7 @@ class Reader:
             return entry
         history = self._store.history(entry.name, entry.tag)[: entry.sequence]
         return next((each for each in reversed(history) if not self.untrusted(each)), None)
+
+
+def _called(name: str, version: str) -> str:
+    return f"version {version[:12]} of {name}"

@@ -16,6 +16,7 @@ from vllm_edits.edit_store.errors import NotFound, NotTrusted, SettingsError
 from vllm_edits.edit_store.experiments.document import Experiment, Guardrail
 from vllm_edits.edit_store.experiments.experiment_log import Experiments
 from vllm_edits.edit_store.experiments.state import ExperimentChange
+from vllm_edits.edit_store.storage.store import manifest_key
 from vllm_edits.edit_store.trust import Trust
 from vllm_edits.plugin.experiments.guardrails import Withdraw
 from vllm_edits.plugin.serving.coordinator import CapacityWish
@@ -94,6 +95,21 @@ async def test_what_takes_safety_away_is_refused_although_it_is_signed(tmp_path:
     allowing = Server(server.store.url, trust=Trust(policy, Enforcement.REQUIRE))
     await follow(allowing)
     assert await allowing.ask("polite") == version
+
+
+async def test_an_unsigned_entry_for_a_version_that_is_not_there_takes_nothing_away(tmp_path: Path) -> None:
+    """Not from a server that runs, and not from one that starts: both serve the last entry that is trusted."""
+    server = Server(f"memory://{tmp_path}", trust=trust())
+    good = publish(signed(server), version_of("polite"))
+    await follow(server)
+    vandal = signed(server, None)
+    gone = vandal.publish(version_of("polite"))
+    vandal.promote(f"polite@{gone}")
+    vandal.backend.delete(manifest_key(gone))
+    for each in (server, Server(server.store.url, trust=trust())):
+        await follow(each)
+        assert await each.ask("polite") == good
+        assert "expected 1 promoter signature(s), found none" in each.refusal("polite")
 
 
 async def test_capacity_for_a_version_is_no_trust_in_it(tmp_path: Path) -> None:
