@@ -120,32 +120,32 @@ class Draft:
             work = Work(self.inputs, host, statistics, ask.seed, step)
             with edited(host.model, below):
                 edits = ask.method.make(work)
-        recipe = self._recipe()
+        digests = self.inputs.data.digests()
+        recipe = self._recipe(digests)
         alone = Bundle.create(
-            recipe.name, base, edits, self._provenance(), description=ask.description, label=ask.label,
+            recipe.name, base, edits, self._provenance(digests), description=ask.description, label=ask.label,
             strength=ask.strength, measurements=work.measurements, privileged=ask.method.privileged,
             cumulative_edits=ask.method.changes(self.inputs), created_at=recipe.created_at,
         )  # fmt: skip
         verify.check(alone, base)
         return Built(compose([*ask.on, alone]) if ask.on else alone, alone, recipe, work.notes)
 
-    def _recipe(self) -> Recipe:
-        ask, data = self.ask, self.inputs.data
-        digests = data.digests()
+    def _recipe(self, digests: Mapping[str, str]) -> Recipe:
+        ask, files = self.ask, self.inputs.data.files
         return Recipe(
             method=ask.method.called(), name=ask.name or ask.method.called(), description=ask.description,
             label=ask.label, strength=ask.strength, privileged=ask.privileged,
             created_at=ask.created_at or datetime.now(UTC).replace(microsecond=0), model=str(ask.model),
             base=dict(self.inputs.base.files),
-            data={table: Source(file=str(path), rows=digests[table]) for table, path in data.files.items()},
+            data={table: Source(file=str(path), rows=digests[table]) for table, path in files.items()},
             on=ask.on_ref, store=ask.store, options=ask.method.model_dump(mode="json"), seed=ask.seed,
             device=ask.device, threads=ask.threads, packages={name: version_of(name) for name in PACKAGES},
         )  # fmt: skip
 
-    def _provenance(self) -> Provenance:
+    def _provenance(self, digests: Mapping[str, str]) -> Provenance:
         ask = self.ask
         options = {name: "" if value is None else str(value) for name, value in ask.method.model_dump().items()}
-        rows = {f"data.{table}": digest for table, digest in self.inputs.data.digests().items()}
+        rows = {f"data.{table}": digest for table, digest in digests.items()}
         on = {"on": " + ".join(f"{each.manifest.name}@{each.version}" for each in ask.on)} if ask.on else {}
         return Provenance(
             tool="vllm-edits build", method=f"{ask.method.called()}: {ask.method.summary()}",

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 from pydantic import Field
-from torch import Tensor
 
 from vllm_edits.edit_store.authoring.chat import asked
 from vllm_edits.edit_store.authoring.data import Row, Table, Text
@@ -48,15 +47,10 @@ class HeadSearch(Method):
     def _masked_tokens(self, inputs: Inputs) -> int:
         """Tokens that pass through the model when every head is masked once."""
         heads = len(self._layers(inputs)) * inputs.base.widths.heads
-        return heads * sum(map(len, inputs.tokens(self._prompts(inputs))))
+        return heads * inputs.count(self._prompts(inputs))
 
     def _edits(self, work: Work, scores: Mapping[Head, float]) -> Edits:
         """The edits that mask these heads; the same heads as a list of what others must not touch."""
         listed = protect_list(scores.items(), work.inputs.base, self.called())
         work.notes[PROTECT_FILE] = (json.dumps(listed, indent=1) + "\n").encode()
         return masked(scores, self.mask, self.factor, work.inputs.base)
-
-
-def divergence(base: Tensor, other: Tensor) -> Tensor:
-    """KL(base | other) of log-probabilities [prompts, vocabulary], in nats."""
-    return (base.exp() * (base - other)).sum(-1)

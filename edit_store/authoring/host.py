@@ -205,6 +205,11 @@ def _layers(model: Any, layers: nn.ModuleList) -> Iterator[None]:
         setattr(decoder, name, own)
 
 
+def divergence(base: Tensor, other: Tensor) -> Tensor:
+    """KL(base | other) of log-probabilities [..., vocabulary], in nats."""
+    return (base.exp() * (base - other)).sum(-1)
+
+
 def batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
     """The texts in parts that go through the model at once."""
     for start in range(0, len(texts), BATCH):

@@ -55,6 +55,10 @@ class Inputs:
         """The token ids of each text."""
         return [list(map(int, ids)) for ids in self.tokenizer(list(texts))["input_ids"]]
 
+    def count(self, texts: Sequence[str]) -> int:
+        """The number of tokens of all texts."""
+        return sum(map(len, self.tokens(texts))) if texts else 0
+
     def layers(self, given: Sequence[int] | None, first: float, last: float) -> tuple[int, ...]:
         """The given layers, or those between two depths, from 0 at the first layer to 1 behind the last."""
         count = self.base.widths.layers
@@ -90,10 +94,6 @@ class Work:
     @property
     def data(self) -> Data:
         return self.inputs.data
-
-    @property
-    def layers_in_all(self) -> int:
-        return self.inputs.base.widths.layers
 
 
 class Method(FrozenRecord):

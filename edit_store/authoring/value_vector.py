@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vllm_edits.edit_store.authoring.formula import hook
-from vllm_edits.edit_store.authoring.host import Host, last_token_of
+from vllm_edits.edit_store.authoring.host import Host, divergence, last_token_of
 from vllm_edits.edit_store.sites import Site
 
 ENOUGH = 0.05
@@ -115,7 +115,7 @@ class _Drift:
 
     def moved(self, host: Host) -> Tensor:
         """KL(before | now) of the next token behind the word, in nats."""
-        return (self.before.exp() * (self.before - _next(host, self.ids, self.place))).sum()
+        return divergence(self.before, _next(host, self.ids, self.place))
 
 
 def _next(host: Host, ids: Tensor, place: Tensor) -> Tensor:

@@ -154,7 +154,15 @@ def summarise_rates(
 
 def gaps_within(token_times: Sequence[Sequence[float]], begin: float, end: float) -> list[float]:
     """Every time between two tokens of one stream that ended in [begin, end]."""
-    return [later - earlier for times in token_times for earlier, later in pairwise(times) if begin <= later <= end]
+    return [gap for gap, _ in gaps_with_begins(token_times, begin, end)]
+
+
+def gaps_with_begins(token_times: Sequence[Sequence[float]], begin: float, end: float) -> list[tuple[float, float]]:
+    """The same, each with the moment at which it began."""
+    return [
+        (later - earlier, earlier) for times in token_times for earlier, later in pairwise(times)
+        if begin <= later <= end
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)

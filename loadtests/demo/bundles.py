@@ -15,7 +15,7 @@ import numpy as np
 
 from loadtests.demo import prompts
 from vllm_edits.edit_store.authoring.ablate_heads import ablate_heads
-from vllm_edits.edit_store.authoring.host import Edits, Generated, Host, edited
+from vllm_edits.edit_store.authoring.host import Edits, Generated, Host, divergence, edited
 from vllm_edits.edit_store.authoring.redirect import redirect
 from vllm_edits.edit_store.authoring.steering import steer
 from vllm_edits.edit_store.authoring.subspace import filter_contrast
@@ -92,7 +92,7 @@ def build(
         edits = exhibit.make(host)
         ask_edited = partial(_ask_edited, host, edits)
         with edited(host.model, edits):
-            unlike = float((likely.exp() * (likely - host.next_token(prompts.UNRELATED))).sum(-1).mean())
+            unlike = float(divergence(likely, host.next_token(prompts.UNRELATED)).mean())
         bundle = Bundle.create(
             exhibit.name,
             base,

@@ -12,9 +12,9 @@ import torch
 
 from vllm_edits.edit_store import BaseModelRef, identify
 from vllm_edits.edit_store.authoring.build import pairs_of
-from vllm_edits.edit_store.authoring.head_search import PROTECT_FILE, divergence
+from vllm_edits.edit_store.authoring.head_search import PROTECT_FILE
 from vllm_edits.edit_store.authoring.heads import Mask, masked, without
-from vllm_edits.edit_store.authoring.host import Host
+from vllm_edits.edit_store.authoring.host import Host, divergence
 from vllm_edits.edit_store.authoring.methods import sahara, ships
 from vllm_edits.edit_store.authoring.methods.sahara import FRAME, angle
 

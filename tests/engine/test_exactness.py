@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from loadtests.harness.client import stream
 from tests.support.engine import Serving, kind_bundle
-from tests.support.log_probs import NOISE_FLOOR, VISIBLE, apart, ask, pairs_of, reference, served
+from tests.support.log_probs import NOISE_FLOOR, VISIBLE, apart, ask, reference, served
+from vllm_edits.edit_store.authoring.build import pairs_of
 from vllm_edits.edit_store.authoring.host import edited
 
 pytestmark = pytest.mark.vllm

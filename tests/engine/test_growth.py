@@ -22,8 +22,9 @@ from tests.proofs.parity import cores_apart, every_edit
 from tests.support.bundles import bundle_of, publish, random_bundle
 from tests.support.engine import SLOW_ON_TWO, Serving, kind_bundle, serve, wait_until
 from tests.support.gpu_ways import IN_PIECES
-from tests.support.log_probs import NOISE_FLOOR, VISIBLE, apart, ask, pairs_of, reference, served
+from tests.support.log_probs import NOISE_FLOOR, VISIBLE, apart, ask, reference, served
 from vllm_edits.edit_store import Bundle
+from vllm_edits.edit_store.authoring.build import pairs_of
 from vllm_edits.edit_store.authoring.host import edited
 
 pytestmark = pytest.mark.vllm

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from loadtests.harness.client import complete
 from tests.support.bundles import base_of, bundle_of
 from tests.support.engine import USUAL_OR_AS_ON_A_GPU, Serving, serve
-from tests.support.log_probs import pairs_of
 from tests.support.scoped import SCOPES, numbered, scoped
 from vllm_edits.edit_store import Offset, Scope
+from vllm_edits.edit_store.authoring.build import pairs_of
 from vllm_edits.edit_store.authoring.formula import FormulaRequest, edited
 
 pytestmark = pytest.mark.vllm

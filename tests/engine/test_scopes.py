@@ -61,7 +61,7 @@ def ask(serving: Serving, model: str, prompt: str | list[int], **options: Any) -
 
 
 def pairs_of(serving: Serving, name: str) -> Edits:
-    from tests.support.log_probs import pairs_of as read
+    from vllm_edits.edit_store.authoring.build import pairs_of as read
 
     return read(serving.bundles[name])
 

@@ -8,21 +8,11 @@ import torch
 
 from loadtests.harness.client import complete
 from tests.support.engine import Serving
-from vllm_edits.edit_store import Bundle, check
 
 TOKENS = 6
 TOP = 5
 VISIBLE = 0.05  # a log-probability changed by this much is changed by an edit, not by rounding
 NOISE_FLOOR = {"float32": 1e-4, "bfloat16": 0.05}
-
-
-def pairs_of(bundle: Bundle) -> list[Any]:
-    tensors = check(bundle)
-    widths = bundle.manifest.base.widths
-    return [
-        (edit, {field: array.copy() for field, array in edit.numbers(tensors, widths).items()})
-        for edit in bundle.manifest.edits
-    ]
 
 
 def ask(serving: Serving, model: str, prompt: str, **options: Any) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class Leace(Method):
             yield Reason("labels", f"expected two labels or more, found {', '.join(counts) or 'none'}")
         for label in sorted({row.label for row in inputs.data["held_out"]} - set(counts)):
             yield Reason("labels", f"held_out has the label {label!r}, which texts does not have")
-        texts, width = [row.text for row in inputs.data["texts"]], inputs.base.widths.hidden
+        texts, width = inputs.data.texts("texts"), inputs.base.widths.hidden
         samples = len(texts) if self.tokens == "last" else sum(len(ids) - 1 for ids in inputs.tokens(texts))
         if samples <= width:
             yield Reason(
@@ -74,8 +74,7 @@ class Leace(Method):
 
     def cost(self, inputs: Inputs) -> Cost:
         layers, width = len(self._layers(inputs)), inputs.base.widths.hidden
-        texts, held = (sum(map(len, inputs.tokens([row.text for row in rows]))) if rows else 0
-                       for rows in (inputs.data["texts"], inputs.data["held_out"]))  # fmt: skip
+        texts, held = (inputs.count(inputs.data.texts(table)) for table in ("texts", "held_out"))
         return Cost(texts * layers + 2 * (texts + held) * bool(held), statistics_bytes=width**2 * 4)
 
     def make(self, work: Work) -> Edits:

@@ -50,7 +50,8 @@ class Judged(Row):
 class ModelSurgery(Method):
     """Shift a behaviour through a few rows of the gate projections, along the direction of a linear probe.
 
-    The undesired behaviour becomes rarer; with a negative alpha, more frequent.
+    Meant to make the undesired behaviour rarer, and with a negative alpha more frequent. The build measures on held-out
+    texts what it does to this model.
     """
 
     source: ClassVar[str] = "arXiv 2407.08770"
@@ -74,8 +75,7 @@ class ModelSurgery(Method):
                 yield Reason("labels", f"{table}: expected texts with undesired true and false, found one of both")
 
     def cost(self, inputs: Inputs) -> Cost:
-        texts, held = (sum(map(len, inputs.tokens([row.text for row in inputs.data[table]] or ["a"])))
-                       for table in ("texts", "held_out"))  # fmt: skip
+        texts, held = (inputs.count(inputs.data.texts(table)) for table in ("texts", "held_out"))
         return Cost(texts + 3 * held)
 
     def make(self, work: Work) -> Edits:

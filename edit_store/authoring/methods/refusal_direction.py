@@ -30,8 +30,7 @@ from vllm_edits.edit_store.authoring.build import register
 from vllm_edits.edit_store.authoring.chat import asked
 from vllm_edits.edit_store.authoring.data import Row, Table, Text
 from vllm_edits.edit_store.authoring.formula import own_layers
-from vllm_edits.edit_store.authoring.head_search import divergence
-from vllm_edits.edit_store.authoring.host import Edits, Host, edited
+from vllm_edits.edit_store.authoring.host import Edits, Host, divergence, edited
 from vllm_edits.edit_store.authoring.method import Cost, Inputs, Layers, Method, Work, layer_problems
 from vllm_edits.edit_store.bundle import Measurement
 from vllm_edits.edit_store.errors import BundleRefused, Reason
@@ -90,7 +89,7 @@ class RefusalDirection(Method):
 
     def cost(self, inputs: Inputs) -> Cost:
         both = [row for table in ("harmful", "harmless") for row in inputs.data[table]]
-        tokens = sum(map(len, inputs.tokens([asked(inputs.tokenizer, row.prompt) for row in both])))
+        tokens = inputs.count([asked(inputs.tokenizer, row.prompt) for row in both])
         tried = len(self._layers(inputs)) * self._positions(inputs)
         return Cost(round(tokens * (1 + 3 * self.held * tried)))
 

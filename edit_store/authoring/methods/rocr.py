@@ -24,6 +24,7 @@ depth."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 import torch
@@ -112,7 +113,7 @@ class Rocr(Method):
     def problems(self, inputs: Inputs) -> Iterator[Reason]:
         layers = self._layers(inputs)
         yield from layer_problems(layers, inputs)
-        if list(layers) != list(range(layers[0], layers[0] + len(layers))):
+        if any(later != layer + 1 for layer, later in pairwise(layers)):
             yield Reason("layers", f"expected layers one after the other, found {', '.join(map(str, layers))}")
         names = [row.concept for row in inputs.data["concepts"]]
         if len(set(names)) < len(names):
@@ -122,7 +123,7 @@ class Rocr(Method):
                 yield Reason(
                     "alike", f"{row.concept!r} and {row.target!r} are the same tokens, so nothing would change"
                 )
-        seen, width = sum(map(len, inputs.tokens(inputs.data.texts("text")))), inputs.base.widths.mlp
+        seen, width = inputs.count(inputs.data.texts("text")), inputs.base.widths.mlp
         if seen < width:
             yield Reason(
                 "too_few_samples", f"the text has {seen} tokens, and the down projection reads {width} numbers: with "
@@ -132,11 +133,11 @@ class Rocr(Method):
 
     def cost(self, inputs: Inputs) -> Cost:
         data, layers = inputs.data, len(self._layers(inputs))
-        text = sum(map(len, inputs.tokens(data.texts("text"))))
+        text = inputs.count(data.texts("text"))
         prompts = [each for row in data["concepts"] for each in self._prompts(inputs, row.concept)]
-        asked = sum(map(len, inputs.tokens(prompts)))
-        learned = asked * self.steps if self.mode == "reject" else 0
-        return Cost(text + asked * (1 + 2 * layers) + learned, learned, 2 * layers * inputs.base.widths.mlp**2 * 4)
+        once = inputs.count(prompts)
+        learned = once * self.steps if self.mode == "reject" else 0
+        return Cost(text + once * (1 + 2 * layers) + learned, learned, 2 * layers * inputs.base.widths.mlp**2 * 4)
 
     def make(self, work: Work) -> Edits:
         layers, data = self._layers(work.inputs), work.data

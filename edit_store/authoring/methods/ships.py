@@ -13,9 +13,9 @@ from typing import ClassVar
 from pydantic import Field
 
 from vllm_edits.edit_store.authoring.build import register
-from vllm_edits.edit_store.authoring.head_search import HeadSearch, divergence
+from vllm_edits.edit_store.authoring.head_search import HeadSearch
 from vllm_edits.edit_store.authoring.heads import without
-from vllm_edits.edit_store.authoring.host import Edits, batches
+from vllm_edits.edit_store.authoring.host import Edits, batches, divergence
 from vllm_edits.edit_store.authoring.method import Cost, Inputs, Work
 from vllm_edits.edit_store.bundle import Measurement
 

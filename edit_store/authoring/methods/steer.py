@@ -77,7 +77,7 @@ class Steer(Method):
 
     def _count(self, inputs: Inputs, rows: Sequence[Pair]) -> int:
         texts = [*self._texts(inputs, rows, "positive"), *self._texts(inputs, rows, "negative")]
-        return sum(map(len, inputs.tokens(texts))) if texts else 0
+        return inputs.count(texts)
 
     def make(self, work: Work) -> Edits:
         inputs, pairs = work.inputs, work.data["pairs"]

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
@@ -22,7 +21,7 @@ from typing import Any, Self
 import httpx
 
 from loadtests.bench.parts.swap import ask
-from loadtests.bench.report import Figure, gaps_within, verdict
+from loadtests.bench.report import Figure, gaps_with_begins, gaps_within, verdict
 from loadtests.bench.run import Measured, NotMeasured, Run, require
 from loadtests.harness.growth import until_served
 from loadtests.harness.load import Question, constant_load
@@ -108,10 +107,7 @@ class GrowthTiming:
     ) -> Self:  # fmt: skip
         """token_times: of each stream. counts: when the load had settled, before the promotion, and at the answer."""
         settled, promoted, served = counts
-        gap, began = max(
-            (later - earlier, earlier) for times in token_times for earlier, later in pairwise(times)
-            if promoted.at <= later <= ended
-        )  # fmt: skip
+        gap, began = max(gaps_with_begins(token_times, promoted.at, ended))
         return cls(
             first_answer=answered - promoted.at, phases=dict(last["seconds"]),
             longest_pause=last["longest_pause_seconds"],
