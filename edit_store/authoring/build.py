@@ -29,8 +29,9 @@ from vllm_edits.edit_store.authoring.statistics import Statistics
 from vllm_edits.edit_store.base_model import identify
 from vllm_edits.edit_store.bundle import Bundle, Provenance, Strength
 from vllm_edits.edit_store.compose import compose
-from vllm_edits.edit_store.errors import BundleRefused, EditsError, Reason
+from vllm_edits.edit_store.errors import BundleRefused, EditsError, Reason, UnsupportedHost
 from vllm_edits.edit_store.progress import BytesDone, StepDone
+from vllm_edits.edit_store.refs import is_name
 
 PACKAGES = ("vllm-edits", "torch", "transformers", "numpy")
 """Packages with their versions in a recipe."""
@@ -68,6 +69,7 @@ class Ask:
     on: tuple[Bundle, ...] = ()
     """bundles that the edits build on, in order"""
     on_ref: str = ""
+    """the variant of `on`, as name@version"""
     store: str = ""
     created_at: datetime | None = None
     cache: Path | None = None
@@ -161,9 +163,8 @@ def prepare(ask: Ask, progress: BytesDone | None = None) -> Draft:
     data = tables.read(ask.method.tables, ask.files)
     base = identify(ask.model, progress=progress)
     supported(base.architecture)
-    tokenizer = AutoTokenizer.from_pretrained(ask.model, local_files_only=True)
-    inputs = Inputs(data, base, tokenizer)
-    reasons = list(ask.method.problems(inputs))
+    inputs = Inputs(data, base, _tokenizer(ask.model))
+    reasons = [*ask.method.problems(inputs), *_problems(ask)]
     if ask.method.privileged and not ask.privileged:
         reasons.append(Reason("privileged", _PRIVILEGED.format(ask.method.called())))
     for bundle in ask.on:
@@ -171,6 +172,25 @@ def prepare(ask: Ask, progress: BytesDone | None = None) -> Draft:
     if reasons:
         raise BundleRefused(f"the build of {ask.name or ask.method.called()!r}", reasons)
     return Draft(ask, inputs)
+
+
+def _problems(ask: Ask) -> Iterator[Reason]:
+    """A name or a device that would end the build after it has computed everything, or as it begins."""
+    if ask.name and not is_name(ask.name):
+        yield Reason("name", f"expected a name of small letters, digits and . _ - between them, found {ask.name!r}")
+    try:
+        there = torch.device(ask.device).type != "cuda" or torch.cuda.is_available()
+    except RuntimeError:
+        there = False
+    if not there:
+        yield Reason("device", f"expected a device that torch has here, such as cpu, found {ask.device!r}")
+
+
+def _tokenizer(model: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(model, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UnsupportedHost(f"expected a tokenizer in {model} that transformers can load, found: {error}") from None
 
 
 def options_of(method: type[M], options: Mapping[str, Any]) -> M:

@@ -29,6 +29,7 @@ from vllm_edits.edit_store.cli.common import (
 )
 from vllm_edits.edit_store.errors import EditsError
 from vllm_edits.edit_store.progress import StepDone
+from vllm_edits.edit_store.refs import is_name
 
 if TYPE_CHECKING:
     from vllm_edits.edit_store.authoring.build import Built, Draft
@@ -162,12 +163,12 @@ def _command(method: type[Method]) -> Callable[..., None]:
         from vllm_edits.edit_store.authoring.build import Ask, options_of, prepare
 
         chosen = options_of(method, {each: value for each, value in options.items() if value is not None})
-        _checked_place(out, publish, dry_run)
-        below = _below(on, store or publish)
+        _check_targets(out, publish, tag, key, dry_run=dry_run)
+        below, on_ref = _below(on, store or publish)
         ask = Ask(
             chosen, model, tuple(data or ()), name=name, description=description, label=label,
             strength=None if strength is None else _bounds(strength), privileged=privileged, seed=seed,
-            device=device, on=below, on_ref=on or "", store=store or publish or "",
+            device=device, on=below, on_ref=on_ref, store=store or publish or "",
         )  # fmt: skip
         with _hashing() as hashed:
             draft = prepare(ask, hashed)
@@ -216,8 +217,9 @@ def recipe(
     found = Recipe.load(file)
     if found.method not in METHODS:
         raise EditsError(f"{file} is a recipe of {found.method!r}, and no such method is installed here")
-    _checked_place(out, publish, dry_run)
-    draft = again(found, METHODS[found.method], _below(found.on or None, found.store or None))
+    _check_targets(out, publish, tag, key, dry_run=dry_run)
+    below, _ = _below(found.on or None, found.store or None)
+    draft = again(found, METHODS[found.method], below)
     _finish(draft, out, publish, tag, key, dry_run=dry_run, as_json=as_json)
 
 
@@ -232,24 +234,32 @@ def _bounds(given: str) -> Strength:
         raise EditsError(f"--strength {given}: expected two numbers as LEAST:MOST, for example -1:2") from None
 
 
-def _checked_place(out: Path | None, publish: str | None, dry_run: bool) -> None:
+def _check_targets(
+    out: Path | None, publish: str | None, tag: str | None, key: Path | None, *, dry_run: bool
+) -> None:  # fmt: skip
+    """EditsError for places that could not take the bundle, before hours are spent on it."""
+    if publish is not None:
+        opened(publish, key)
+    elif tag is not None:
+        raise EditsError(f"--tag {tag}: expected --publish STORE, which has the tag")
+    if tag is not None and not is_name(tag):
+        raise EditsError(f"--tag {tag!r}: expected small letters and digits, with . _ - between them")
     if out is None and publish is None and not dry_run:
         raise EditsError("expected --out FOLDER, --publish STORE, or both: else the bundle would be lost")
     if out is not None and out.exists() and any(out.iterdir()):
         raise EditsError(f"{out} has files already. Name a new folder, or remove them")
 
 
-def _below(on: str | None, store: str | None) -> tuple[Bundle, ...]:
-    """The bundles that the edits build on: one, or the parts of a composition."""
+def _below(on: str | None, store: str | None) -> tuple[tuple[Bundle, ...], str]:
+    """The bundles that the edits build on (one, or the parts of a composition), and the variant as name@version."""
     if on is None:
-        return ()
+        return (), ""
     if store is None:
         raise EditsError(f"--on {on}: expected --store STORE, which has it")
     target = opened(store)
     bundle = target.bundle(target.resolve(on))
-    if not bundle.manifest.parts:
-        return (bundle,)
-    return tuple(target.bundle(target.resolve(f"{part.name}@{part.version}")) for part in bundle.manifest.parts)
+    parts = [target.bundle(part.version) for part in bundle.manifest.parts]
+    return tuple(parts or [bundle]), f"{bundle.manifest.name}@{bundle.version}"
 
 
 @contextmanager

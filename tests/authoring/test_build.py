@@ -105,6 +105,15 @@ class TestCommand:
             assert done.exit_code == 1
             assert [done.output.count(f"[{code}]") for code in codes] == [codes.count(code) for code in codes]
         assert store.names() == []
+        assert (
+            "expected --publish STORE" in vllm_edits("rocr", tiny_model, *files, "--out", "o", "--tag", "prod").output
+        )
+        for words, code in {("--name", "Big Cities"): "name", ("--device", "abacus"): "device"}.items():
+            assert f"[{code}]" in vllm_edits("rocr", tiny_model, *files, "--publish", store.url, *words).output
+        absent = tmp_path / "no-store"
+        assert "no edit store at" in vllm_edits("rocr", tiny_model, *files, "--publish", absent).output
+        wrong_tag = vllm_edits("rocr", tiny_model, *files, "--publish", store.url, "--tag", "A b")
+        assert (wrong_tag.exit_code, "--tag 'A b': expected" in wrong_tag.output) == (1, True)
         assert "would be lost" in vllm_edits("rocr", tiny_model, *files).output
         assert "has files already" in vllm_edits("rocr", tiny_model, *files, "--out", tmp_path).output
 
@@ -126,6 +135,9 @@ class TestCommand:
         assert (alone.manifest.name, both.manifest.name) == ("rivers", "cities+rivers")
         assert Bundle.load(tmp_path / "out") == both
         assert Bundle.load(tmp_path / "out" / "rivers") == alone
+        assert Recipe.load(tmp_path / "out" / RECIPE_FILE).on == f"cities@{store.resolve('cities@staging')}"
+        moved = vllm_edits("rocr", tiny_model, rivers, files[1], "--name", "cities", "--tag", "staging", *common)
+        assert moved.exit_code == 0, moved.output
         assert vllm_edits(tmp_path / "out" / RECIPE_FILE, "--out", tmp_path / "again").exit_code == 0
         assert Bundle.load(tmp_path / "again") == both
         apart = vllm_edits(*words[:-2], "--out", tmp_path / "apart")

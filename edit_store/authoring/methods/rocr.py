@@ -25,15 +25,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, StringConstraints, field_validator
 from torch import Tensor
 
 from vllm_edits.edit_store.authoring.build import register
 from vllm_edits.edit_store.authoring.chat import asked
-from vllm_edits.edit_store.authoring.data import Row, Table, Text, TextRow
+from vllm_edits.edit_store.authoring.data import Row, Table, TextRow
 from vllm_edits.edit_store.authoring.host import Edits, edited
 from vllm_edits.edit_store.authoring.method import Cost, Inputs, Layers, Method, Work, layer_problems
 from vllm_edits.edit_store.authoring.statistics import Moments
@@ -44,11 +44,15 @@ from vllm_edits.edit_store.kinds.low_rank import LowRank
 CONCEPT = "{}"
 
 
+Word = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
+"""A column with a word, as texts say it: spaces around it are left out."""
+
+
 class Concept(Row):
     """A concept, and the one that the model shall take it for."""
 
-    concept: Text
-    target: Text = "Donald Trump"
+    concept: Word
+    target: Word = "Donald Trump"
 
 
 class Template(Row):
