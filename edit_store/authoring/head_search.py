@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ from pydantic import Field
 
 from vllm_edits.edit_store.authoring.chat import asked
 from vllm_edits.edit_store.authoring.data import Row, Table, Text
-from vllm_edits.edit_store.authoring.heads import Head, Mask, masked, protect_list
+from vllm_edits.edit_store.authoring.heads import Head, Mask, listed, masked
 from vllm_edits.edit_store.authoring.host import Edits
 from vllm_edits.edit_store.authoring.method import Inputs, Layers, Method, Work, layer_problems
 from vllm_edits.edit_store.errors import Reason
@@ -51,6 +50,5 @@ class HeadSearch(Method):
 
     def _edits(self, work: Work, scores: Mapping[Head, float]) -> Edits:
         """The edits that mask these heads; the same heads as a list of what others must not touch."""
-        listed = protect_list(scores.items(), work.inputs.base, self.called())
-        work.notes[PROTECT_FILE] = (json.dumps(listed, indent=1) + "\n").encode()
+        work.notes[PROTECT_FILE] = listed(scores, work.inputs.base, self.called())
         return masked(scores, self.mask, self.factor, work.inputs.base)

@@ -7,8 +7,9 @@ mean      z[h] <- mean over all heads of z
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
@@ -60,9 +61,8 @@ def without(host: Host, heads: Iterable[Head], mask: Mask, factor: float, base: 
         yield
 
 
-def protect_list(scores: Iterable[tuple[Head, float]], base: BaseModelRef, source: str) -> dict[str, object]:
-    """Heads that other edits must not touch, with the score that each was found by, as plain data for a file."""
-    return {
-        "schema_version": 1, "base": dict(base.files), "source": source,
-        "heads": [{"layer": layer, "head": head, "score": round(score, 6)} for (layer, head), score in scores],
-    }  # fmt: skip
+def listed(scores: Mapping[Head, float], base: BaseModelRef, source: str) -> bytes:
+    """A file with a list of heads, and the score that each was found by. Other edits can be kept off them."""
+    heads = [{"layer": layer, "head": head, "score": round(score, 6)} for (layer, head), score in scores.items()]
+    content = {"schema_version": 1, "base": dict(base.files), "source": source, "heads": heads}
+    return (json.dumps(content, indent=1) + "\n").encode()

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from operator import add
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ EditWithNumbers = tuple[Edit, dict[str, Array]]
 Edits = list[EditWithNumbers]
 """Result of every authoring method."""
 
+T = TypeVar("T")
 BATCH = 32  # texts in one forward pass; more is no faster on a few cores
 
 
@@ -61,14 +62,18 @@ class Host:
         """The sizes that decide the shapes of edits."""
         return widths_of(self.model.config.to_dict())
 
-    @torch.inference_mode()
     def activations(self, texts: Sequence[str], sites: Iterable[str]) -> dict[str, list[Tensor]]:
         """Vectors at each site, for each text `[tokens, width]`. Layers above the last site are not computed."""
+        return self.activations_of([self.tokenizer(text)["input_ids"] for text in texts], sites)
+
+    @torch.inference_mode()
+    def activations_of(self, ids_of: Sequence[Sequence[int]], sites: Iterable[str]) -> dict[str, list[Tensor]]:
+        """Vectors at each site, for each sequence of token ids `[tokens, width]`."""
         seen: dict[str, list[Tensor]] = {site: [] for site in sites}
         layers = [layer for layer in (Site.parse(site).layer for site in seen) if layer is not None]
         kept = own_layers(self.model)[: max(layers) + 1 if layers else None]
-        for batch in batches(texts):
-            ids, lengths = self.tokens(batch)
+        for batch in batches(ids_of):
+            ids, lengths = self._padded(batch)
             with _recording(self.model, seen) as recorded, _layers(self.model, kept):
                 # The head is most of a small model's work, and few sites lie behind it.
                 (self.model if "logits" in seen else decoder_of(self.model))(ids, use_cache=False)
@@ -84,10 +89,6 @@ class Host:
             site: torch.stack([row[place] for row, place in zip(rows, places, strict=True)])
             for site, rows in found.items()
         }
-
-    def mean_activation(self, texts: Sequence[str], site: str) -> Tensor:
-        """Mean over all tokens `[width]` but the first of each text: an attention sink, alike in all texts."""
-        return torch.cat([rows[1:] for rows in self.activations(texts, [site])[site]]).mean(0)
 
     @torch.inference_mode()
     def next_token(self, texts: Sequence[str]) -> Tensor:
@@ -108,8 +109,15 @@ class Host:
         return torch.stack([rows[-1] for rows in self.activations(texts, ["final"])["final"]])
 
     @torch.inference_mode()
-    def likelihood(self, prompts: Sequence[str], answers: Sequence[str]) -> Tensor:
-        """Mean log-probability per token of each answer after its prompt, `[prompts]`. An answer brings its space."""
+    def likelihood(self, prompts: Sequence[str], answers: Sequence[str], *, mean: bool = True) -> Tensor:
+        """Log-probability of each answer after its prompt, `[prompts]`: mean per token, or the sum.
+
+        An answer brings its space.
+        """
+        parts = zip(batches(prompts), batches(answers), strict=True)
+        return torch.cat([self._likelihood(*part, mean=mean) for part in parts])
+
+    def _likelihood(self, prompts: Sequence[str], answers: Sequence[str], *, mean: bool) -> Tensor:
         ids, ends = self.tokens(list(map(add, prompts, answers)))
         _, starts = self.tokens(prompts)
         first = int(starts.min()) - 1
@@ -118,7 +126,8 @@ class Host:
         predicts = (place >= starts[:, None] - 1) & (place < ends[:, None] - 1)
         logprobs = logits[predicts].log_softmax(-1)
         found = logprobs.gather(1, ids[:, first + 1 :][predicts][:, None])[:, 0]
-        return torch.stack([answer.mean() for answer in found.split((ends - starts).tolist())])
+        parts = found.split((ends - starts).tolist())
+        return torch.stack([part.mean() if mean else part.sum() for part in parts])
 
     @contextmanager
     def replaying(self, texts: Sequence[str], *, below: int) -> Iterator[None]:
@@ -134,7 +143,7 @@ class Host:
         layers = own_layers(self.model)
         with torch.inference_mode(), _recording(self.model, [site]) as recorded, _layers(self.model, layers[:below]):
             decoder_of(self.model)(ids, use_cache=False)
-        with _layers(self.model, nn.ModuleList([_Replay(recorded[site])] * below + list(layers[below:]))):
+        with replayed(self, recorded[site], below=below):
             yield
 
     @torch.inference_mode()
@@ -156,9 +165,12 @@ class Host:
 
     def tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids `[texts, longest]`, padded on the right where causal attention never looks, and their lengths."""
-        ids = [torch.tensor(self.tokenizer(text)["input_ids"]) for text in texts]
-        lengths = torch.tensor([len(row) for row in ids], device=self.device)
-        return nn.utils.rnn.pad_sequence(ids, batch_first=True).to(self.device), lengths
+        return self._padded([self.tokenizer(text)["input_ids"] for text in texts])
+
+    def _padded(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        rows = [torch.tensor(row) for row in ids]
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device), lengths
 
 
 def last_token_of(tokenizer: Any, text: str, word: str) -> int:
@@ -194,6 +206,14 @@ class _Replay(nn.Module):
 
 
 @contextmanager
+def replayed(host: Host, states: Tensor, *, below: int) -> Iterator[None]:
+    """Inside, the layers `below` return states [texts, tokens, hidden] that they returned before."""
+    layers = own_layers(host.model)
+    with _layers(host.model, nn.ModuleList([_Replay(states)] * below + list(layers[below:]))):
+        yield
+
+
+@contextmanager
 def _layers(model: Any, layers: nn.ModuleList) -> Iterator[None]:
     """Exchange the model's decoder layers for these inside a with statement."""
     decoder, name = decoder_of(model), architecture_of(model).layers
@@ -210,7 +230,7 @@ def divergence(base: Tensor, other: Tensor) -> Tensor:
     return (base.exp() * (base - other)).sum(-1)
 
 
-def batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+def batches(texts: Sequence[T], size: int = BATCH) -> Iterator[Sequence[T]]:
     """The texts in parts that go through the model at once."""
-    for start in range(0, len(texts), BATCH):
-        yield texts[start : start + BATCH]
+    for start in range(0, len(texts), size):
+        yield texts[start : start + size]

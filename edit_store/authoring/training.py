@@ -1,0 +1,192 @@
+"""Training of the numbers of edits by gradient steps, with the model itself frozen.
+
+    loss = mean over lessons of  -log p(answer | prompt) / tokens     + penalty
+    loss = mean over pairs of    -log sigmoid(beta (gain(answer) - gain(rejected)))     for preferences (DPO)
+
+gain(text) = log p(text | prompt) of the edited model less that of the base model, summed over the tokens
+
+The edits are in the model by their own formulas, which the served engine is compared with: the numbers that are trained
+are those that a bundle has, and nothing is converted. Whatever lies below the first edited layer is computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vllm_edits.edit_store.authoring.host import Edits, Host, batches, edited, replayed
+from vllm_edits.edit_store.authoring.method import Work
+from vllm_edits.edit_store.edits import Edit
+
+Trained = Sequence[tuple[Edit, Mapping[str, Tensor]]]
+"""Edits with numbers that gradients flow through."""
+KEPT_BYTES = 1 << 30
+"""Size of the states below the first edited layer up to which they are kept."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A prompt with the answer behind it, as token ids."""
+
+    ids: tuple[int, ...]
+    prompt: int
+    """tokens of the prompt"""
+
+
+def lesson(tokenizer: Any, prompt: str, answer: str, *, end: bool = False) -> Lesson:
+    """A lesson from texts, with the end of the text behind the answer if `end`. The answer brings its own space."""
+    ids = [*tokenizer(prompt + answer)["input_ids"], *([tokenizer.eos_token_id] if end else [])]
+    return Lesson(tuple(map(int, ids)), len(tokenizer(prompt)["input_ids"]))
+
+
+class Lessons:
+    """Lessons that a model is trained with; their states below the edits are computed once."""
+
+    def __init__(self, host: Host, lessons: Sequence[Lesson], *, below: int = 0) -> None:
+        """below: the first layer that is edited."""
+        self._host = host
+        self._lessons = lessons
+        tokens = sum(len(each.ids) for each in lessons)
+        self._below = below if tokens * host.widths.hidden * 4 <= KEPT_BYTES else 0
+        self._states: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._lessons)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all lessons."""
+        return sum(len(each.ids) for each in self._lessons)
+
+    def likelihood(self, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Log-probability of each chosen answer, summed over its tokens `[chosen]`, and the number of these."""
+        lessons = [self._lessons[number] for number in chosen]
+        ids = _padded([torch.tensor(each.ids) for each in lessons]).to(self._host.device)
+        column = torch.arange(ids.shape[1] - 1)
+        told = torch.stack([(column >= each.prompt - 1) & (column < len(each.ids) - 1) for each in lessons])
+        first = min(each.prompt for each in lessons) - 1
+        place = torch.arange(first, ids.shape[1] - 1, device=self._host.device)
+        with self._replayed(chosen, lessons):
+            logits = self._host.model(ids, use_cache=False, logits_to_keep=place).logits
+        told = told[:, first:].to(logits.device)
+        wanted = ids[:, first + 1 :][told]
+        found = -nn.functional.cross_entropy(logits[told], wanted, reduction="none")
+        counts = told.sum(1)
+        summed = torch.zeros(len(lessons), device=logits.device).index_add(0, told.nonzero()[:, 0], found)
+        return summed, counts
+
+    def loss(self, chosen: Sequence[int]) -> Tensor:
+        """Mean negative log-probability per token of the chosen answers."""
+        summed, counts = self.likelihood(chosen)
+        return -(summed / counts).mean()
+
+    @contextmanager
+    def _replayed(self, chosen: Sequence[int], lessons: Sequence[Lesson]) -> Iterator[None]:
+        if self._below == 0:
+            yield
+            return
+        new = [number for number in dict.fromkeys(chosen) if number not in self._states]
+        if new:
+            site = f"layers.{self._below - 1}.resid"
+            rows = self._host.activations_of([self._lessons[number].ids for number in new], [site])[site]
+            self._states |= dict(zip(new, (row.clone() for row in rows), strict=True))
+        states = _padded([self._states[number] for number in chosen])
+        with replayed(self._host, states, below=self._below):
+            yield
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """Pairs of lessons, an answer and a rejected one (direct preference optimisation, arXiv 2305.18290)."""
+
+    answers: Lessons
+    rejected: Lessons
+    beta: float
+    base: list[Tensor] = field(default_factory=list)
+    """difference of the two log-probabilities in the base model, by pair"""
+
+    @classmethod
+    def of(cls, answers: Lessons, rejected: Lessons, beta: float, batch: int) -> Preferences:
+        """Call it with nothing trained yet, since it reads the base model."""
+        pairs = cls(answers, rejected, beta)
+        with torch.no_grad():
+            for some in batches(range(len(answers)), batch):
+                pairs.base.extend(pairs._difference(some))
+        return pairs
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    def loss(self, chosen: Sequence[int]) -> Tensor:
+        """Mean loss of the chosen pairs."""
+        gained = self._difference(chosen) - torch.stack([self.base[number] for number in chosen])
+        return -nn.functional.logsigmoid(self.beta * gained).mean()
+
+    def _difference(self, chosen: Sequence[int]) -> Tensor:
+        return self.answers.likelihood(chosen)[0] - self.rejected.likelihood(chosen)[0]
+
+
+@dataclass(frozen=True)
+class Course:
+    """Length and pace of a training, with Adam over shuffled batches."""
+
+    epochs: int
+    batch: int
+    rate: float
+    decay: float = 0.0
+    """decoupled weight decay, per step and rate"""
+    enough: float = 0.0
+    """mean loss of an epoch at which the training ends; a batch below it takes no step"""
+
+    def steps(self, lessons: int) -> int:
+        """The most steps that it takes."""
+        return self.epochs * -(-lessons // self.batch)
+
+    def train(
+        self, work: Work, material: Lessons | Preferences, parameters: Sequence[Tensor], edits: Callable[[], Trained],
+        *, name: str = "training", penalty: Callable[[], Tensor] | None = None,
+        after_step: Callable[[int], None] | None = None,
+    ) -> list[float]:  # fmt: skip
+        """Train parameters, which `edits` makes into edits at every step. Returns the mean loss of each epoch.
+
+        penalty: added to the loss. after_step: called with the number of steps that were taken.
+        """
+        optimizer = torch.optim.AdamW(parameters, lr=self.rate, weight_decay=self.decay)
+        random = torch.Generator().manual_seed(work.seed)
+        losses, step, steps = list[float](), 0, self.steps(len(material))
+        for _ in range(self.epochs):
+            total = 0.0
+            for some in batches(torch.randperm(len(material), generator=random).tolist(), self.batch):
+                work.step(name, step, steps)
+                optimizer.zero_grad()
+                with edited(work.host.model, edits()):
+                    loss = material.loss(some)
+                total += float(loss.detach()) * len(some)
+                if float(loss.detach()) >= self.enough:
+                    whole: Any = loss if penalty is None else loss + penalty()
+                    whole.backward()
+                    optimizer.step()
+                step += 1
+                if after_step is not None:
+                    after_step(step)
+            losses.append(total / len(material))
+            if losses[-1] < self.enough:
+                break
+        work.step(name, steps, steps)
+        return losses
+
+
+def finished(edits: Trained) -> Edits:
+    """Trained edits as those of a bundle."""
+    return [(edit, {name: tensor.detach().cpu().numpy().copy() for name, tensor in numbers.items()})
+            for edit, numbers in edits]  # fmt: skip
+
+
+def _padded(rows: Sequence[Tensor]) -> Tensor:
+    """Rows of different length as one tensor, filled up behind, where causal attention never looks."""
+    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
