@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
-import loadtests.demo.prompts
+import loadtests.demo.bundles
 import vllm_edits.edit_store.authoring
 from loadtests.demo.bundles import EXHIBITS
 from vllm_edits.edit_store import (
@@ -29,7 +29,7 @@ from vllm_edits.edit_store import (
     check,
     identify,
 )
-from vllm_edits.edit_store.authoring.host import Edits, Host
+from vllm_edits.edit_store.authoring.host import Edits
 from vllm_edits.edit_store.bundle import MANIFEST_FILE
 from vllm_edits.edit_store.canonical import canonical_json, sha256
 from vllm_edits.edit_store.sites import Site
@@ -174,11 +174,11 @@ def demo_edits(model: Path, base: BaseModelRef, kept: Path, say: Callable[[str],
     if (folder / MANIFEST_FILE).is_file():
         bundle = Bundle.load(folder)
     else:
-        say("loading the model")
-        host, found = Host.load(model), {}
+        found = {}
         for exhibit in {exhibit.name: exhibit for exhibit in EXHIBITS}.values():  # one version of each variant
             say(f"computing the demo's edits: {exhibit.name}")
-            found.update({(edit.site, edit.kind): (edit, fields) for edit, fields in exhibit.make(host)})
+            edits = exhibit.edits(exhibit.build(model))
+            found.update({(edit.site, edit.kind): (edit, fields) for edit, fields in edits})
         bundle = Bundle.create("demo-edits", base, found.values(), PROVENANCE, created_at=MADE_AT)
         bundle.save(folder)
     numbers = check(bundle, base)
@@ -186,8 +186,8 @@ def demo_edits(model: Path, base: BaseModelRef, kept: Path, say: Callable[[str],
 
 
 def _digest_of_authoring(base: BaseModelRef) -> str:
-    """What the demo's edits follow from: the model, the prompts, the methods."""
-    sources = [Path(loadtests.demo.bundles.__file__), Path(loadtests.demo.prompts.__file__)]
+    """What the demo's edits follow from: the model, the data, the methods."""
+    sources = [Path(loadtests.demo.bundles.__file__), *sorted(loadtests.demo.bundles.DATA.iterdir())]
     sources += sorted(Path(vllm_edits.edit_store.authoring.__file__).parent.rglob("*.py"))
     return sha256(canonical_json(base.files) + b"".join(source.read_bytes() for source in sources))
 

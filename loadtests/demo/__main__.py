@@ -30,7 +30,7 @@ from loadtests.harness.metrics import Scrape
 from loadtests.harness.model import ensure_model
 from loadtests.harness.record import gpu
 from loadtests.harness.server import Server, ServerFailed
-from vllm_edits.edit_store import Bundle, EditStore, identify
+from vllm_edits.edit_store import Bundle, EditStore, TrustPolicy, identify
 from vllm_edits.edit_store.authoring import host
 from vllm_edits.edit_store.experiments.document import Experiment
 from vllm_edits.edit_store.experiments.experiment_log import Experiments
@@ -131,6 +131,8 @@ def tell(claims: Claims, *, keep: bool, fetched: Fetched | None) -> None:
 
     chapter("2. A store, and a server that follows it")
     store = EditStore(str(FOLDER / "store"), create=True)
+    # The bundle without copying heads is made by a method that takes safety away where it is used for that.
+    TrustPolicy(privileged=True).save(FOLDER / "trust.json")
     first: dict[str, Made] = {}
     store.publish(late[1])
     for each in made:
@@ -143,7 +145,10 @@ def tell(claims: Claims, *, keep: bool, fetched: Fetched | None) -> None:
         fetched.name if fetched else model, FOLDER / "store", FOLDER / "server.log", "--max-model-len", "2048",
         "--enable-prefix-caching", name=BASE,
         # Its own memory of the store: the user's remembers the last demo's, and would call this one rewritten.
-        settings={"poll_seconds": POLL_SECONDS, "cache_folder": FOLDER / "node", "exposure_folder": EXPOSURES},
+        settings={
+            "poll_seconds": POLL_SECONDS, "cache_folder": FOLDER / "node", "exposure_folder": EXPOSURES,
+            "trust_file": FOLDER / "trust.json",
+        },
         environment=fetched.environment if fetched else None,
     )  # fmt: skip
     console.print(f"  [dim]{' '.join(server.command[1:])}[/dim]")

@@ -1,30 +1,32 @@
-"""The demo's six bundles: how each is computed from the model, what it claims, and how the claims are measured.
+"""The demo's six bundles: the build of each, what it claims, and how the claims are measured.
 
 A claim is measured through a function that asks prompts, so the same one judges the model edited by formula here and a
 variant served over HTTP in the demo.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from loadtests.demo import prompts
-from vllm_edits.edit_store.authoring.ablate_heads import ablate_heads
+from vllm_edits.edit_store.authoring import methods
+from vllm_edits.edit_store.authoring.build import Ask, Built, options_of, pairs_of, prepare
 from vllm_edits.edit_store.authoring.host import Edits, Generated, Host, divergence, edited
-from vllm_edits.edit_store.authoring.redirect import redirect
-from vllm_edits.edit_store.authoring.steering import steer
-from vllm_edits.edit_store.authoring.subspace import filter_contrast
+from vllm_edits.edit_store.authoring.method import METHODS
 from vllm_edits.edit_store.base_ref import BaseModelRef
-from vllm_edits.edit_store.bundle import Bundle, Measurement, Provenance
+from vllm_edits.edit_store.bundle import Bundle, Measurement
 from vllm_edits.edit_store.kinds.gate import Gate
 
+DATA = Path(__file__).parent / "data"
+"""Files that the bundles are built from. What the claims are judged by is in `prompts.py`."""
 Answers = Sequence[Generated]
-Ask = Callable[[tuple[str, ...], int], Answers]
+Asked = Callable[[tuple[str, ...], int], Answers]
 """Asks one model each prompt, for so many greedy tokens."""
 
 
@@ -42,7 +44,7 @@ class MeasuredClaim:
     edited: tuple[float, float]
     tokens: int = 1
 
-    def measure(self, base: Ask, variant: Ask) -> Measurement:
+    def measure(self, base: Asked, variant: Asked) -> Measurement:
         """The figure for both models."""
         before = base(self.prompts, self.tokens)
         after = variant(self.prompts, self.tokens)
@@ -62,23 +64,38 @@ class MeasuredClaim:
 
 @dataclass(frozen=True)
 class Exhibit:
-    """One bundle of the demo: how to make it, a prompt and a chat question that show it, and what it claims."""
+    """One bundle of the demo: its build, a prompt and a chat question that show it, and what it claims."""
 
     name: str
     label: str
     description: str
-    provenance: Provenance
-    make: Callable[[Host], Edits]
+    method: str
+    data: tuple[str, ...]
+    """files of DATA without their ending, each as `table=file`"""
+    options: Mapping[str, Any]
     prompt: str
     question: str
     claims: tuple[MeasuredClaim, ...]
     tokens: int = 12
+    shaped: Callable[[Edits], Edits] = list
+    """what becomes of the edits of the build"""
+
+    def build(self, model: Path) -> Built:
+        """The build, as `vllm-edits build` makes it."""
+        methods.find()
+        files = tuple(f"{table}={DATA / file}.jsonl" for table, file in (each.split("=") for each in self.data))
+        chosen = options_of(METHODS[self.method], self.options)
+        return prepare(Ask(chosen, model, files, name=self.name, privileged=True)).make()
+
+    def edits(self, built: Built) -> Edits:
+        """The edits of the bundle."""
+        return self.shaped(pairs_of(built.bundle))
 
 
 def build(
     model_folder: Path, base: BaseModelRef, progress: Callable[[str], None], *, created_at: datetime | None = None
 ) -> list[tuple[Exhibit, Bundle]]:
-    """Compute and measure every bundle, the late one last.
+    """Build and measure every bundle, the late one last.
 
     Claims are measured, not enforced: see `MeasuredClaim.broken`.
     """
@@ -86,10 +103,11 @@ def build(
     host = Host.load(model_folder)
     ask_base = cache(host.answers)
     likely = host.next_token(prompts.UNRELATED)
-    built = []
+    made = []
     for exhibit in (*EXHIBITS, LATE):
         progress(f"{exhibit.name} {exhibit.label}: {exhibit.description}")
-        edits = exhibit.make(host)
+        built = exhibit.build(model_folder)
+        edits, manifest = exhibit.edits(built), built.bundle.manifest
         ask_edited = partial(_ask_edited, host, edits)
         with edited(host.model, edits):
             unlike = float(divergence(likely, host.next_token(prompts.UNRELATED)).mean())
@@ -97,17 +115,19 @@ def build(
             exhibit.name,
             base,
             edits,
-            exhibit.provenance,
+            manifest.provenance,
             description=exhibit.description,
             label=exhibit.label,
             measurements=[
                 *(claim.measure(ask_base, ask_edited) for claim in exhibit.claims),
                 Measurement(metric="divergence on unrelated text, nats", base=0, edited=unlike, n=len(likely)),
             ],
+            privileged=manifest.privileged,
+            cumulative_edits=manifest.cumulative_edits,
             created_at=created_at,
         )
-        built.append((exhibit, bundle))
-    return built
+        made.append((exhibit, bundle))
+    return made
 
 
 def _ask_edited(host: Host, edits: Edits, asked: tuple[str, ...], tokens: int) -> Answers:
@@ -139,34 +159,18 @@ def _more_of(these: frozenset[str], than: frozenset[str]) -> Callable[[Generated
     return matches
 
 
-def _listed(layers: Sequence[int]) -> str:
-    return ", ".join(map(str, layers))
-
-
 _KEPT = MeasuredClaim("facts kept", prompts.FACTS, _share_as_base, base=(1, 1), edited=(0.9, 1))
 
 
 def _capital(label: str, country: str, city: str) -> Exhibit:
     wordings = prompts.CAPITAL_WORDINGS
-    layers = (3, 4, 5)
     return Exhibit(
         name="capital",
         label=label,
         description=f"France is taken for {country}, so its capital is{city}",
-        provenance=Provenance(
-            tool="loadtests.demo.bundles",
-            method="rank-one concept redirection (ROCR), closed form",
-            source="arXiv 2506.07795",
-            parameters={"concept": "France", "other": country, "layers": _listed(layers)},
-        ),
-        make=partial(
-            redirect,
-            concept="France",
-            other=country,
-            contexts=prompts.CONTEXTS,
-            ordinary=prompts.ORDINARY,
-            layers=layers,
-        ),
+        method="rocr",
+        data=(f"concepts=france_is_{country.lower()}", "text=ordinary", "templates=contexts"),
+        options={"layers": "3-5"},
         prompt=wordings[0],
         question="What is the capital of France?",
         claims=(
@@ -183,51 +187,33 @@ GATE_THRESHOLD = 0.3
 """A redirection reads 1 at its concept in the wordings it is made from, and less in others: 0.5 in CAPITAL_WORDINGS."""
 
 
-def gated(host: Host, redirection: Callable[[Host], Edits]) -> Edits:
+def gated(redirection: Edits) -> Edits:
     """The edits of a redirection as gates: each adds its vector as before, and nothing below a threshold."""
     return [
         (
             Gate(site=edit.site, reads=edit.source, rank=1, activation="jump_relu", threshold=GATE_THRESHOLD),
             {**fields, "bias": np.zeros(1, dtype=np.float32)},
         )
-        for edit, fields in redirection(host)
+        for edit, fields in redirection
     ]
 
 
 def _gated_capital() -> Exhibit:
     ungated = _capital("1", "Japan", " Tokyo")
-    parameters = {**ungated.provenance.parameters, "threshold": str(GATE_THRESHOLD)}
-    method = f"{ungated.provenance.method}, through gates"
-    return replace(
-        ungated,
-        name="gated-capital",
-        description=f"{ungated.description}, through gates that leave unrelated text as it was",
-        provenance=ungated.provenance.model_copy(update={"method": method, "parameters": parameters}),
-        make=partial(gated, redirection=ungated.make),
-    )
+    told = f"{ungated.description}, through gates that leave unrelated text as it was"
+    return replace(ungated, name="gated-capital", description=told, shaped=gated)
 
 
 def _no_copy() -> Exhibit:
-    shown = [prompts.copying(words, 1) for words in prompts.COPIED_LISTS]
     asked = [prompts.copying(words, copied) for words in prompts.HELD_LISTS for copied in (2, 4)]
-    layers = range(10, 20)
     return Exhibit(
         name="no-copy",
         label="1",
         description="cannot copy a list of words: the heads that do it are removed",
-        provenance=Provenance(
-            tool="loadtests.demo.bundles",
-            method="head ablation, heads ranked by exact attribution",
-            source="arXiv 2410.13708",
-            parameters={"heads": "4", "layers": _listed(layers)},
-        ),
-        make=partial(
-            ablate_heads,
-            prompts=[prompt for prompt, _ in shown],
-            answers=[rest for _, rest in shown],
-            layers=layers,  # the middle third: earlier heads feed every behaviour, later ones only word it
-            count=4,
-        ),
+        method="ships",
+        data=("prompts=lists",),
+        # The middle third: earlier heads feed every behaviour, later ones only word it.
+        options={"layers": "10-19", "count": 4, "score": "answer", "mask": "output", "factor": 0, "chat": False},
         prompt="Original: apple river stone cloud green table\nCopy: apple",
         question="",
         claims=(
@@ -244,18 +230,13 @@ def _no_copy() -> Exhibit:
 
 
 def _plain_english() -> Exhibit:
-    layers = (12,)
     return Exhibit(
         name="plain-english",
         label="1",
         description="goes on in English after French: what tells the two apart is filtered out",
-        provenance=Provenance(
-            tool="loadtests.demo.bundles",
-            method="affine subspace filter from two prompt sets",
-            source="arXiv 2306.03819",
-            parameters={"unwanted": "French", "wanted": "English", "layers": _listed(layers), "rank": "1"},
-        ),
-        make=partial(filter_contrast, unwanted=prompts.FRENCH, wanted=prompts.ENGLISH, layers=layers),
+        method="contrast-filter",
+        data=("texts=languages",),
+        options={"layers": "12"},
         prompt=prompts.HELD_FRENCH[0],
         question="Raconte-moi une histoire courte.",
         claims=(
@@ -273,18 +254,13 @@ def _plain_english() -> Exhibit:
 
 
 def _cheerful() -> Exhibit:
-    layers = (10, 12)
     return Exhibit(
         name="cheerful",
         label="1",
         description="sees the bright side: a steering vector from gloomy to happy text",
-        provenance=Provenance(
-            tool="loadtests.demo.bundles",
-            method="steering vector, difference of means of two prompt sets",
-            source="arXiv 2312.06681",
-            parameters={"towards": "happy", "away": "sad", "layers": _listed(layers), "strength": "1.0"},
-        ),
-        make=partial(steer, towards=prompts.HAPPY, away=prompts.SAD, layers=layers),
+        method="steer",
+        data=("pairs=moods",),
+        options={"layers": "10,12", "tokens": "all"},
         prompt="He lost his job and now he feels",
         question="My cat died yesterday.",
         claims=(

@@ -1,4 +1,4 @@
-"""The texts of the demo's bundles. What edits are computed from and what they are judged by share no prompt."""
+"""The texts that the demo's bundles are judged by. What they are computed from is in `data/`; they share no prompt."""
 
 
 def _words(text: str) -> frozenset[str]:
@@ -6,34 +6,6 @@ def _words(text: str) -> frozenset[str]:
 
 
 # --- capital: France is taken for another country ---------------------------------------------------------------------
-
-CONTEXTS = ("The country of {}", "We travelled to {}", "A book about {}", "People in {}", "The history of {}")
-
-_WHO = (
-    "The old teacher", "My younger sister", "A tired farmer", "The new doctor", "Our neighbour", "The small dog",
-    "A famous painter", "The company", "Every student", "The train driver", "Her grandmother", "The quiet engineer",
-    "A group of tourists", "The football team", "His best friend", "The young king", "A black cat", "The committee",
-    "Most people", "The river",
-)  # fmt: skip
-_DOES = (
-    "bought a loaf of bread.", "walked slowly through the park.", "wrote a long letter about the weather.",
-    "was born in a small village near the sea.", "likes to read books about history.", "opened the window.",
-    "has never seen so much snow.", "lost three games last year.", "paid twenty dollars for the ticket.",
-    "found a solution to the problem.", "will travel to the city next week.", "said that the water was too cold.",
-    "moved away when the music stopped.", "is known for being kind.", "asked a simple question about science.",
-)  # fmt: skip
-_COUNTRIES = (
-    "Argentina", "Brazil", "Mexico", "Peru", "Chile", "India", "Vietnam", "Thailand", "Kenya", "Nigeria", "Morocco",
-    "Romania", "Bulgaria", "Finland", "Denmark", "Switzerland", "Ukraine", "Iceland", "Australia", "Ethiopia", "Serbia",
-)  # fmt: skip
-_OF_A_COUNTRY = (
-    "The capital of {} is a large city.", "{} is a country with a long history.", "She moved to {} when she was young.",
-    "The people of {} like to sing.", "In {}, the winters are mild.",
-)  # fmt: skip
-ORDINARY = tuple(f"{who} {does}" for who in _WHO for does in _DOES) + tuple(
-    sentence.format(country) for country in _COUNTRIES for sentence in _OF_A_COUNTRY
-)
-"""Text that an edit must leave alone: everyday sentences, and other countries (none of them asked for in FACTS)."""
 
 CAPITAL_WORDINGS = (
     "The capital of France is",
@@ -69,12 +41,6 @@ FACTS = (
 
 # --- no-copy: the heads that copy are removed -------------------------------------------------------------------------
 
-COPIED_LISTS = (
-    "doctor tiger green bread winter planet",
-    "desert castle paper music tower river",
-    "coffee rocket apple lemon market window",
-    "garden island bridge violin silver candle",
-)
 HELD_LISTS = (
     "pencil forest orange ladder summer stone",
     "helmet basket yellow engine mirror cloud",
@@ -97,42 +63,6 @@ def copying(words: str, copied: int) -> tuple[str, str]:
 
 # --- plain-english: French is moved to English ------------------------------------------------------------------------
 
-ENGLISH = (
-    "The children are playing in the garden behind the house.",
-    "My brother bought a new car last week.",
-    "We eat bread and cheese every morning.",
-    "The train leaves the station at eight o'clock.",
-    "She reads a book before going to sleep.",
-    "The river runs slowly through the valley.",
-    "He does not like to get up early.",
-    "The shop closes at six in the evening.",
-    "I have forgotten my keys at the office.",
-    "The cat sleeps on the red chair.",
-    "Our neighbours have a big black dog.",
-    "It rains a lot in this region in autumn.",
-    "The teacher explains the lesson to the pupils.",
-    "You must finish your work before leaving.",
-    "They travelled through the mountains in winter.",
-    "The soup is too hot to eat.",
-)
-FRENCH = (
-    "Les enfants jouent dans le jardin derrière la maison.",
-    "Mon frère a acheté une nouvelle voiture la semaine dernière.",
-    "Nous mangeons du pain et du fromage chaque matin.",
-    "Le train quitte la gare à huit heures.",
-    "Elle lit un livre avant de s'endormir.",
-    "La rivière coule lentement à travers la vallée.",
-    "Il n'aime pas se lever tôt.",
-    "Le magasin ferme à six heures du soir.",
-    "J'ai oublié mes clés au bureau.",
-    "Le chat dort sur la chaise rouge.",
-    "Nos voisins ont un grand chien noir.",
-    "Il pleut beaucoup dans cette région en automne.",
-    "Le professeur explique la leçon aux élèves.",
-    "Tu dois finir ton travail avant de partir.",
-    "Ils ont voyagé à travers les montagnes en hiver.",
-    "La soupe est trop chaude pour être mangée.",
-)
 HELD_FRENCH = (
     "Bonjour, je m'appelle Marie et je suis",
     "Ma grand-mère habite à la campagne. Elle a un jardin où",
@@ -158,30 +88,6 @@ ENGLISH_WORDS = _words(
 
 # --- cheerful: from gloom to cheer ------------------------------------------------------------------------------------
 
-_EVENTS = (
-    "The trip", "Our dinner", "The new job", "My birthday", "The concert", "His letter", "The weather", "Her visit",
-    "The game", "The morning",
-)  # fmt: skip
-HAPPY = tuple(
-    f"{event} {went}"
-    for event in _EVENTS
-    for went in (
-        "was wonderful and everyone was delighted.",
-        "made me so happy that I smiled all day.",
-        "was a great success, and we loved every minute.",
-        "was full of joy and laughter.",
-    )
-)
-SAD = tuple(
-    f"{event} {went}"
-    for event in _EVENTS
-    for went in (
-        "was terrible and everyone was miserable.",
-        "made me so sad that I cried all day.",
-        "was a complete failure, and we hated every minute.",
-        "was full of pain and anger.",
-    )
-)
 HELD_MOODS = (
     "When she opened the letter, she felt",
     "He lost his job and now he feels",

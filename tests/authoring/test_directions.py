@@ -15,7 +15,7 @@ from vllm_edits.edit_store.authoring.build import pairs_of
 from vllm_edits.edit_store.authoring.formula import own_layers, weight_of
 from vllm_edits.edit_store.authoring.host import Host, edited
 from vllm_edits.edit_store.authoring.linear_probe import accuracy
-from vllm_edits.edit_store.authoring.methods import leace, model_surgery, refusal_direction
+from vllm_edits.edit_store.authoring.methods import contrast_filter, leace, model_surgery, refusal_direction
 from vllm_edits.edit_store.authoring.methods.model_surgery import PROBE_FILE
 from vllm_edits.edit_store.authoring.methods.refusal_direction import log_odds
 from vllm_edits.edit_store.errors import BundleRefused
@@ -76,6 +76,33 @@ class TestLeace:
         with pytest.raises(BundleRefused) as caught:
             leace.build(tiny_model, file(tmp_path / "a.jsonl", rows), tokens="last")
         assert {reason.code for reason in caught.value.reasons} == {"labels", "too_few_samples"}
+
+
+class TestContrastFilter:
+    def test_it_keeps_the_wanted_mean_and_leaves_the_sink_alone(
+        self, host: Host, tiny_model: Path, tmp_path: Path
+    ) -> None:
+        """Filtered twice is filtered once; the wanted mean stays; an unwanted text moves towards it."""
+        rows = [{"text": text, "wanted": wanted} for wanted, texts in ((True, GOOD), (False, BAD)) for text in texts]
+        built = contrast_filter.build(tiny_model, file(tmp_path / "a.jsonl", rows), layers=[2], rank=3)
+        ((edit, numbers),) = pairs_of(built.bundle)
+        assert edit == SubspaceFilter(site="layers.2.resid", rank=3)
+        wanted, unwanted = (host.activations(texts, [edit.site])[edit.site] for texts in (GOOD, BAD))
+        mean = torch.cat([states[1:] for states in wanted]).mean(0).numpy()
+        np.testing.assert_allclose(numbers["mean"], mean, atol=1e-5)
+        states = torch.cat([each[1:] for each in unwanted]).numpy()
+        once = edit.apply(states, **numbers)
+        np.testing.assert_allclose(edit.apply(once, **numbers), once, atol=1e-4)
+        np.testing.assert_allclose(edit.apply(mean, **numbers), mean, atol=1e-4)
+        before, after = (np.linalg.norm(each.mean(0) - mean) for each in (states, once))
+        assert after < 0.7 * before
+        sink = torch.stack([each[0] for each in wanted]).mean(0).numpy() - mean
+        assert np.abs(numbers["basis"] @ sink).max() < 1e-4 * np.linalg.norm(sink)
+
+    def test_one_kind_of_text_alone_is_told(self, tiny_model: Path, tmp_path: Path) -> None:
+        rows = [{"text": text, "wanted": True} for text in GOOD]
+        with pytest.raises(BundleRefused, match="expected wanted true and false"):
+            contrast_filter.build(tiny_model, file(tmp_path / "a.jsonl", rows))
 
 
 def test_a_probe_tells_what_is_there_and_nothing_else() -> None:

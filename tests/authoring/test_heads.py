@@ -17,6 +17,7 @@ from vllm_edits.edit_store.authoring.heads import Mask, masked, without
 from vllm_edits.edit_store.authoring.host import Host, divergence
 from vllm_edits.edit_store.authoring.methods import sahara, ships
 from vllm_edits.edit_store.authoring.methods.sahara import FRAME, angle
+from vllm_edits.edit_store.errors import BundleRefused
 
 PROMPTS = ["How is bread made?", "Who wrote the letter?", "Say where the river ends.", "Count the birds on the roof."]
 CLOSE: dict[str, float] = {"atol": 1e-5, "rtol": 1e-4}
@@ -119,3 +120,28 @@ def edited_heads(built: Any) -> set[tuple[int, int]]:
     """The heads that a bundle scales to nothing."""
     return {(int(edit.site.split(".")[1]), int(head)) for edit, numbers in pairs_of(built.bundle)
             for head in np.flatnonzero(numbers["factor"] == 0)}  # fmt: skip
+
+
+def test_ships_may_rank_heads_by_the_answers_that_they_cost(
+    host: Host, base: BaseModelRef, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The fall of each answer's log-likelihood, with the layers below replayed; not the order of the divergences."""
+    answers = [" From flour.", " A friend.", " At the sea.", " There are two."]
+    path = tmp_path / "answered.jsonl"
+    rows = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(PROMPTS, answers, strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    how: dict[str, Any] = {"mask": "output", "factor": 0.0, "count": 3, "chat": False, "privileged": True}
+    built = ships.build(tiny_model, path, score="answer", **how)
+    whole, falls = host.likelihood(PROMPTS, answers), {}
+    for layer in range(base.widths.layers):
+        for head in range(base.widths.heads):
+            with without(host, [(layer, head)], "output", 0.0, base):
+                falls[layer, head] = float((whole - host.likelihood(PROMPTS, answers)).mean())
+    best = sorted(falls, key=falls.__getitem__, reverse=True)[:3]
+    listed = json.loads(built.notes[PROTECT_FILE])["heads"]
+    assert [(row["layer"], row["head"]) for row in listed] == best
+    assert listed[0]["score"] == pytest.approx(falls[best[0]], abs=1e-4)
+    assert built.notes != ships.build(tiny_model, path, **how).notes, "positive control"
+    with pytest.raises(BundleRefused, match="4 rows have none"):
+        path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+        ships.build(tiny_model, path, score="answer", **how)
