@@ -21,6 +21,14 @@ def asked(tokenizer: Any, question: str, *, begins: str = "") -> str:
     return text + begins
 
 
+def said(tokenizer: Any, prompt: str, answer: str, *, chat: bool) -> tuple[str, str]:
+    """A prompt and its answer as the model sees them, with a space between them where neither text brings one."""
+    if chat:
+        return asked(tokenizer, prompt), answer
+    apart = "" if prompt[-1].isspace() or answer[0].isspace() else " "
+    return prompt, apart + answer
+
+
 def beginning(tokenizer: Any) -> str:
     """Beginning of a text without a prompt, so that its first token is predicted too.
 

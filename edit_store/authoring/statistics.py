@@ -54,6 +54,13 @@ class Moments:
         return self.second - torch.outer(self.mean, self.mean)
 
 
+def unused_directions(moments: Moments, threshold: float) -> Tensor:
+    """Orthonormal columns U `[width, n]` in which the second moment is below the threshold; P = U U^T."""
+    energy, directions = torch.linalg.eigh(moments.second)
+    unused: Tensor = directions[:, energy < threshold]
+    return unused.contiguous()
+
+
 class Statistics:
     """Statistics of one model with one set of edits already in place, kept in a folder."""
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from vllm_edits.edit_store.authoring.chat import asked
+from vllm_edits.edit_store.authoring.chat import said
 from vllm_edits.edit_store.authoring.data import Row, Table, Text
 from vllm_edits.edit_store.authoring.host import Edits, edited
 from vllm_edits.edit_store.authoring.method import Cost, Inputs, Method, Work
@@ -77,11 +77,8 @@ class Taught(Method):
             yield "".join(self.said(inputs.tokenizer, row.prompt, row.answer))
 
     def said(self, tokenizer: Any, prompt: str, answer: str) -> tuple[str, str]:
-        """A prompt and its answer as the model sees them: with a space between them if neither brings one."""
-        if self.chat:
-            return asked(tokenizer, prompt), answer
-        apart = "" if prompt[-1].isspace() or answer[0].isspace() else " "
-        return prompt, apart + answer
+        """A prompt and its answer as the model sees them."""
+        return said(tokenizer, prompt, answer, chat=self.chat)
 
     @property
     def course(self) -> Course:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 import typer
 
 from vllm_edits.edit_store.byte_sizes import sized
-from vllm_edits.edit_store.cli.bundles import published, tell_published
+from vllm_edits.edit_store.cli.bundles import ProtectOption, published, tell_published
 from vllm_edits.edit_store.cli.common import (
     STORE_VARIABLE,
     JsonOption,
@@ -27,8 +27,9 @@ from vllm_edits.edit_store.cli.common import (
     plain,
     show,
 )
-from vllm_edits.edit_store.errors import EditsError
+from vllm_edits.edit_store.errors import BundleRefused, EditsError
 from vllm_edits.edit_store.progress import StepDone
+from vllm_edits.edit_store.protect import Protect
 from vllm_edits.edit_store.refs import is_name
 
 if TYPE_CHECKING:
@@ -155,6 +156,7 @@ def _command(method: type[Method]) -> Callable[..., None]:
         store: FromStoreOption = None,
         publish: PublishOption = None,
         tag: TagOption = None,
+        protect: ProtectOption = None,
         key: KeyOption = None,
         dry_run: DryOption = False,
         as_json: JsonOption = False,
@@ -164,6 +166,7 @@ def _command(method: type[Method]) -> Callable[..., None]:
 
         chosen = options_of(method, {each: value for each, value in options.items() if value is not None})
         _check_targets(out, publish, tag, key, dry_run=dry_run)
+        protected = _protected(protect, publish)
         below, on_ref = _below(on, store or publish)
         ask = Ask(
             chosen, model, tuple(data or ()), name=name, description=description, label=label,
@@ -172,7 +175,7 @@ def _command(method: type[Method]) -> Callable[..., None]:
         )  # fmt: skip
         with _hashing() as hashed:
             draft = prepare(ask, hashed)
-        _finish(draft, out, publish, tag, key, dry_run=dry_run, as_json=as_json)
+        _finish(draft, out, publish, tag, key, protected=protected, dry_run=dry_run, as_json=as_json)
 
     hints = get_type_hints(inspect.unwrap(run), include_extras=True)
     shared = [each.replace(annotation=hints[each.name]) for each in inspect.signature(run).parameters.values()][:-1]
@@ -201,6 +204,7 @@ def recipe(
     out: OutOption = None,
     publish: PublishOption = None,
     tag: TagOption = None,
+    protect: ProtectOption = None,
     key: KeyOption = None,
     dry_run: DryOption = False,
     as_json: JsonOption = False,
@@ -218,9 +222,10 @@ def recipe(
     if found.method not in METHODS:
         raise EditsError(f"{file} is a recipe of {found.method!r}, and no such method is installed here")
     _check_targets(out, publish, tag, key, dry_run=dry_run)
+    protected = _protected(protect, publish)
     below, _ = _below(found.on or None, found.store or None)
     draft = again(found, METHODS[found.method], below)
-    _finish(draft, out, publish, tag, key, dry_run=dry_run, as_json=as_json)
+    _finish(draft, out, publish, tag, key, protected=protected, dry_run=dry_run, as_json=as_json)
 
 
 def _bounds(given: str) -> Strength:
@@ -250,6 +255,13 @@ def _check_targets(
         raise EditsError(f"{out} has files already. Name a new folder, or remove them")
 
 
+def _protected(file: Path | None, publish: str | None) -> Protect | None:
+    """The list of heads that what is published must not touch."""
+    if file is not None and publish is None:
+        raise EditsError(f"--protect {file}: expected --publish STORE, which the bundle is kept out of")
+    return None if file is None else Protect.load(file)
+
+
 def _below(on: str | None, store: str | None) -> tuple[tuple[Bundle, ...], str]:
     """The bundles that the edits build on (one, or the parts of a composition), and the variant as name@version."""
     if on is None:
@@ -275,9 +287,11 @@ def _steps() -> Iterator[StepDone]:
 
 
 def _finish(
-    draft: Draft, out: Path | None, publish: str | None, tag: str | None, key: Path | None, *, dry_run: bool,
-    as_json: bool,
+    draft: Draft, out: Path | None, publish: str | None, tag: str | None, key: Path | None, *,
+    protected: Protect | None, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
+    if protected is not None and (reasons := protected.misfits(draft.inputs.base)):
+        raise BundleRefused("the list of --protect", reasons)
     cost = draft.cost
     if dry_run:
         facts = {
@@ -297,6 +311,8 @@ def _finish(
         built = draft.make(step)
     if out is not None:
         built.save(out)
+    if protected is not None:
+        protected.check(built.bundle)
     rows = _publish(built, publish, tag, key)
     if as_json:
         as_script({**_facts(built, out), "published": rows})

@@ -29,8 +29,14 @@ from vllm_edits.edit_store.cli.common import (
 from vllm_edits.edit_store.compare import compare
 from vllm_edits.edit_store.errors import EditsError
 from vllm_edits.edit_store.inspection import EditSummary, sites_of, summarise
+from vllm_edits.edit_store.protect import Protect
 from vllm_edits.edit_store.refs import Ref
 from vllm_edits.edit_store.storage.store import EditStore
+
+ProtectOption = Annotated[
+    Path | None,
+    typer.Option("--protect", help="Refuse edits that touch an attention head of this list, a build's protect.json."),
+]
 
 
 @app.command()
@@ -63,20 +69,26 @@ def publish(
     store: StoreOption,
     tag: Annotated[str | None, typer.Option("--tag", help="Also promote the new version under this tag.")] = None,
     reason: ReasonOption = "",
+    protect: ProtectOption = None,
     key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check a bundle and add it to the store as a new version.
 
     Servers do not serve a version before it is promoted. With --tag, the
-    version is promoted at once.
+    version is promoted at once. With --protect, a bundle that touches one of
+    the listed attention heads is refused.
 
     \b
     Examples:
       vllm-edits publish ./polite --store ./store
       vllm-edits publish ./polite --store ./store --tag prod --reason "first version"
+      vllm-edits publish ./polite --store ./store --protect ./safety/protect.json
     """
-    row = published(opened(store, key), Bundle.load(folder), tag, reason)
+    bundle = Bundle.load(folder)
+    if protect is not None:
+        Protect.load(protect).check(bundle)
+    row = published(opened(store, key), bundle, tag, reason)
     if as_json:
         as_script([row])
     else:
@@ -177,8 +189,8 @@ def list_versions(
 @app.command(name="show")
 @explained
 def show_version(reference: ReferenceArgument, store: StoreOption, as_json: JsonOption = False) -> None:
-    """Show one version: its base model, its author's measurements, its tags and
-    its signatures.
+    """Show one version: its base model, its author's measurements, its tags,
+    its signatures, and whether it takes safety away.
 
     Use `inspect` for the edits in the version.
 
@@ -204,6 +216,9 @@ def show_version(reference: ReferenceArgument, store: StoreOption, as_json: Json
         "version": version, "label": manifest.label, "description": manifest.description,
         "base model": f"{base.name} ({base.architecture}), {len(base.files)} files by digest",
         "edits": f"{len(manifest.edits)}: " + ", ".join(sorted({edit.kind for edit in manifest.edits})),
+        "changes": f"{manifest.cumulative_edits} concepts, facts or behaviours"
+        if manifest.cumulative_edits else "not counted",
+        "privileged": "yes: it takes safety away" if manifest.privileged else "no",
         "tensors": f"{sized(manifest.tensors.size)}, sha256 {manifest.tensors.sha256[:12]}",
         "made": f"{manifest.created_at:%Y-%m-%d %H:%M} by {origin.tool}: {origin.method}",
         "published": f"{record.at:%Y-%m-%d %H:%M} by {record.actor}",

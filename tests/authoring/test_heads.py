@@ -142,6 +142,6 @@ def test_ships_may_rank_heads_by_the_answers_that_they_cost(
     assert [(row["layer"], row["head"]) for row in listed] == best
     assert listed[0]["score"] == pytest.approx(falls[best[0]], abs=1e-4)
     assert built.notes != ships.build(tiny_model, path, **how).notes, "positive control"
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     with pytest.raises(BundleRefused, match="4 rows have none"):
-        path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
         ships.build(tiny_model, path, score="answer", **how)

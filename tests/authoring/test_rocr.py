@@ -12,8 +12,8 @@ from vllm_edits.edit_store.authoring.build import pairs_of
 from vllm_edits.edit_store.authoring.chat import asked
 from vllm_edits.edit_store.authoring.host import Host, edited
 from vllm_edits.edit_store.authoring.methods import rocr
-from vllm_edits.edit_store.authoring.methods.rocr import BEGINS, TEMPLATES, read_vector, unused_directions
-from vllm_edits.edit_store.authoring.statistics import Moments
+from vllm_edits.edit_store.authoring.methods.rocr import BEGINS, TEMPLATES, read_vector
+from vllm_edits.edit_store.authoring.statistics import Moments, unused_directions
 from vllm_edits.edit_store.errors import BundleRefused
 
 KEY = torch.linspace(-1, 1, 40)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vllm_edits.edit_store.authoring.build import register
 from vllm_edits.edit_store.authoring.data import Row, Table, Text
-from vllm_edits.edit_store.authoring.host import Edits, Host
+from vllm_edits.edit_store.authoring.host import Edits
 from vllm_edits.edit_store.authoring.method import Cost, Inputs, Layers, Method, Work, layer_problems
 from vllm_edits.edit_store.errors import Reason
 from vllm_edits.edit_store.kinds.subspace_filter import SubspaceFilter

@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vllm_edits.edit_store.authoring.build import register
-from vllm_edits.edit_store.authoring.chat import asked
+from vllm_edits.edit_store.authoring.chat import said
 from vllm_edits.edit_store.authoring.data import Row, Table, Text
 from vllm_edits.edit_store.authoring.heads import Head, listed
 from vllm_edits.edit_store.authoring.host import Edits, Host, edited
@@ -123,11 +123,9 @@ class Iti(Method):
         return [prompt + answer for prompt, answer in zip(*self._said(inputs, rows), strict=True)]
 
     def _said(self, inputs: Inputs, rows: Sequence[Answer]) -> tuple[list[str], list[str]]:
-        """Prompts and answers, with a space between them where neither brings one."""
-        if self.chat:
-            return [asked(inputs.tokenizer, row.prompt) for row in rows], [row.answer for row in rows]
-        apart = ["" if row.prompt[-1].isspace() or row.answer[0].isspace() else " " for row in rows]
-        return [row.prompt for row in rows], [f"{a}{row.answer}" for a, row in zip(apart, rows, strict=True)]
+        """Prompts and answers as the model sees them."""
+        pairs = [said(inputs.tokenizer, row.prompt, row.answer, chat=self.chat) for row in rows]
+        return [prompt for prompt, _ in pairs], [answer for _, answer in pairs]
 
     def _vectors(self, work: Work, rows: Sequence[Answer], layers: Sequence[int]) -> dict[Head, Tensor]:
         """Each head's output [answers, head_dim] at the last token."""

@@ -156,7 +156,7 @@ class RTuning(Method):
 
 
 def right_answers(host: Host, rows: Sequence[Question]) -> list[bool]:
-    """Whether the greedy answer of the model contains the right one, by question."""
+    """True where the greedy answer of the model contains the right one, by question."""
     answers = host.answers([ASKED.format(row.question) for row in rows], _TOKENS)
     return [row.answer in _first_sentence(given.text) for row, given in zip(rows, answers, strict=True)]
 

@@ -146,7 +146,7 @@ class RandomLabels(Method):
 
 
 def told_right(work: Work, rows: Sequence[Choice]) -> Tensor:
-    """Whether the right answer is likelier per token than the wrong one, [questions]."""
+    """True where the right answer is likelier per token than the wrong one, [questions]."""
     prompts = [row.prompt for row in rows]
     right, wrong = (work.host.likelihood(prompts, [f" {getattr(row, column)}" for row in rows])
                     for column in ("right", "wrong"))  # fmt: skip

@@ -36,7 +36,7 @@ from vllm_edits.edit_store.authoring.chat import asked
 from vllm_edits.edit_store.authoring.data import Row, Table, TextRow
 from vllm_edits.edit_store.authoring.host import Edits, edited
 from vllm_edits.edit_store.authoring.method import Cost, Inputs, Layers, Method, Work, layer_problems
-from vllm_edits.edit_store.authoring.statistics import Moments
+from vllm_edits.edit_store.authoring.statistics import unused_directions
 from vllm_edits.edit_store.authoring.value_vector import Saying, Search
 from vllm_edits.edit_store.errors import BundleRefused, Reason
 from vllm_edits.edit_store.kinds.low_rank import LowRank
@@ -195,13 +195,6 @@ class Rocr(Method):
             return scaled
         search = Search(self.steps, self.rate, self.kl, self.decay, self.clamp)
         return state + search.value_vector(work.host, site, Saying(prompts, row.concept, f" {self.refusal}"))
-
-
-def unused_directions(moments: Moments, threshold: float) -> Tensor:
-    """Orthonormal columns U `[width, n]` in which the second moment is below the threshold; P = U U^T."""
-    energy, directions = torch.linalg.eigh(moments.second)
-    unused: Tensor = directions[:, energy < threshold]
-    return unused.contiguous()
 
 
 def read_vector(key: Tensor, unused: Tensor, before: Sequence[Tensor] = (), ridge: float = 1.0) -> Tensor:
