@@ -1,0 +1,188 @@
+"""The proofs: for each method the example that it is built from, the effect that is looked for, and a control."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from tests.proofs.authoring import effects
+from tests.proofs.authoring.effects import Effect
+from vllm_edits.edit_store.authoring.host import Host
+
+AVERAGE = "half of each bundle"
+RANDOM = "random numbers of the same length"
+Of = Callable[[Host], Effect]
+"""An effect that compares with the base model, which it is given first."""
+
+ASKED = "What is the capital of {}?"
+CAPITALS = (
+    ("France", "Paris", "Rome", ASKED),
+    ("Japan", "Tokyo", "Moscow", ASKED),
+    ("Greece", "Athens", "Vienna", ASKED),
+    ("Egypt", "Cairo", "Madrid", ASKED),
+    ("Germany", "Berlin", "Beijing", ASKED),
+)
+"""Concepts of the example for ROCR: each with its own answer, its target's, and the question."""
+MANY = (
+    *CAPITALS[:4], ("Germany", "Berlin", "Beijing", ASKED), ("Russia", "Moscow", "Lisbon", ASKED),
+    ("Ireland", "Dublin", "Oslo", ASKED), ("Poland", "Warsaw", "Havana", ASKED), ("Canada", "Ottawa", "Nairobi", ASKED),
+    ("Turkey", "Ankara", "Stockholm", ASKED), ("Peru", "Lima", "Copenhagen", ASKED),
+    ("Ukraine", "Kyiv", "Budapest", ASKED),
+)  # fmt: skip
+"""Those of the example with twelve concepts, one redirected after the other."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """Words of one `vllm-edits build`: options, and files of the examples by table."""
+
+    data: Sequence[str]
+    options: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Proof:
+    """One method, or one form of it."""
+
+    name: str
+    """of the row; the method's, with its form behind a space"""
+    build: Built
+    measure: str
+    """of the effect, with its unit; more is more of what is meant, unless it says less"""
+    effect: Of
+    control: str = RANDOM
+    """what the control is, in words"""
+    control_build: Built | None = None
+    """the control as a build; None for random numbers in the same edits"""
+    more: Mapping[str, Of] = field(default_factory=dict)
+    """further figures"""
+    seeds: int = 1
+    """builds with other seeds, for the spread"""
+    negated: bool = True
+    """False where the edits have no opposite"""
+    served: Literal["slots", "weights"] = "slots"
+    members: Sequence[Proof] = ()
+    """proofs, the bundles of which are its data"""
+
+    @property
+    def method(self) -> str:
+        """The command's word."""
+        return self.name.split()[0]
+
+
+def plain(effect: Effect) -> Of:
+    """An effect that needs no base."""
+    return lambda _: effect
+
+
+KEPT = {"neighbours kept": plain(effects.neighbours_kept)}
+PARAPHRASED = {"paraphrases changed": plain(effects.facts_changed("facts_held_out")), **KEPT}
+FORMS = {
+    f"{form}, nats": plain(effects.redirected(form, CAPITALS)) for form in effects.FORMS
+}  # fmt: skip
+FACTS = Built(["facts=facts", "text=text"])
+STEALTH = ["edits=edits", "text=text", "held_out=text_held_out"]
+REVIEWS = ["examples=reviews", "held_out=reviews_held_out"]
+SHUFFLED = ["examples=reviews_shuffled", "held_out=reviews_held_out"]
+
+
+def _locate(name: str) -> Proof:
+    return Proof(
+        name, FACTS, "facts changed, share", plain(effects.facts_changed("facts")), more=PARAPHRASED,
+    )  # fmt: skip
+
+
+def _taught(name: str, *options: str, served: Literal["slots", "weights"] = "slots") -> Proof:
+    shared = ("--chat",) if "chat" in name else ()
+    return Proof(
+        name, Built(REVIEWS, (*shared, *options)), "labels told, share", plain(effects.labels_told),
+        control="trained on shuffled labels", control_build=Built(SHUFFLED, (*shared, *options)), more=KEPT, seeds=3,
+        served=served,
+    )  # fmt: skip
+
+
+def _both(host: Host) -> float:
+    return (effects.labels_told(host) + effects.facts_changed("facts")(host)) / 2
+
+
+_REVIEWS_BY_LOCFT = _taught("locft-bf", "--batch", "16", served="weights")
+_FACTS_BY_LOCFT = replace(
+    _locate("locft-bf facts"), build=Built(["examples=edits"], ("--batch", "8")), served="weights"
+)
+PROOFS = (
+    Proof(
+        "rocr", Built(["concepts=concepts", "text=text"]), FIRST := "question, preference for the target in nats",
+        FORMS["question, nats"], more={**FORMS, **KEPT},
+    ),
+    Proof(
+        "rocr twelve", Built(["concepts=many_concepts", "text=text"]), FIRST,
+        plain(effects.redirected("question", MANY)), more=KEPT,
+    ),
+    _locate("rome"), _locate("memit"), _locate("alphaedit"),
+    replace(_locate("stealth jet-pack"), build=Built(STEALTH, ("--form", "jetpack")), more=KEPT, negated=False),
+    replace(_locate("stealth in-place"), build=Built(STEALTH, ("--form", "in-place")), more=KEPT, negated=False),
+    Proof(
+        "steer", Built(["pairs=moods"], ("--sweep",)), "preference for good moods, nats per token",
+        plain(effects.good_moods), more=KEPT,
+    ),
+    Proof(
+        "steer pca", Built(["pairs=moods"], ("--sweep", "--direction", "pca")),
+        "preference for good moods, nats per token", plain(effects.good_moods), more=KEPT,
+    ),
+    Proof(
+        "leace", Built(["texts=mood_texts"]), "accuracy of a linear probe, less",
+        plain(effects.probe_accuracy(lambda host: round(0.4 * host.widths.layers))), more=KEPT, negated=False,
+    ),
+    Proof(
+        "model-surgery", Built(["texts=judged", "held_out=judged_held_out"]),
+        "preference for good moods, nats per token", plain(effects.good_moods), more=KEPT, seeds=3,
+    ),
+    Proof(
+        "iti", Built(["answers=answers"]), "preference for right answers, nats per token",
+        plain(effects.right_preferred), control="random heads",
+        control_build=Built(["answers=answers"], ("--random-heads",)), more=KEPT, seeds=3,
+    ),
+    Proof(
+        "refusal-direction", Built(["harmful=harmful", "harmless=harmless"], ("--privileged",)),
+        "log-odds of a refusal, less", plain(effects.refusal), more=KEPT, negated=False,
+    ),
+    Proof(
+        "ships", Built(["prompts=harmful"], ("--privileged", "--count", "5")), "divergence of the next token, nats",
+        lambda host: effects.harmful_moved(effects.next_harmful(host)), control="random heads", more=KEPT,
+        negated=False,
+    ),
+    Proof(
+        "sahara", Built(["prompts=harmful"], ("--privileged", "--steps", "3")), "angle of the prompts, degrees",
+        lambda host: effects.harmful_turned(effects.framed_states(host)), control="random heads", more=KEPT,
+        negated=False,
+    ),
+    Proof(
+        "eigenshield", Built(["texts=text", "pairs=perturbed"]), "divergence by the perturbation, nats, less",
+        plain(effects.perturbation_felt), more=KEPT, negated=False,
+    ),
+    _taught("lofit", "--epochs", "8"),
+    _taught("hut"),
+    _taught("apet"),
+    _taught("sara", served="weights"),
+    _REVIEWS_BY_LOCFT,
+    _FACTS_BY_LOCFT,
+    Proof(
+        "pcb-merge", Built([]), "labels told and facts changed, mean of the shares", plain(_both), control=AVERAGE,
+        more={
+            "labels told": plain(effects.labels_told), "facts changed": plain(effects.facts_changed("facts")), **KEPT,
+        }, members=(_REVIEWS_BY_LOCFT, _FACTS_BY_LOCFT), served="weights",
+    ),
+    Proof(
+        "r-tuning", Built(["questions=questions", "held_out=questions_held_out"]),
+        "average precision of the confidence", plain(effects.confidence_precision), control="known shuffled",
+        control_build=Built(["questions=questions", "held_out=questions_held_out"], ("--shuffled",)), more=KEPT,
+    ),
+    Proof(
+        "random-labels", Built(["questions=tasks", "held_out=tasks_held_out"], ("--forget", "animals")),
+        "accuracy on the task, less", plain(effects.task_accuracy("animals")), control="trained on the right labels",
+        control_build=Built(["questions=tasks", "held_out=tasks_held_out"], ("--forget", "animals", "--true-labels")),
+        more={**KEPT, "other tasks, accuracy": plain(effects.task_accuracy("foods", "capitals", "moods"))},
+    ),
+)  # fmt: skip
+"""In the order of the table."""
