@@ -120,7 +120,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_no_other(wheel: Path) -> 
     }
     found = {name for name in contents(wheel) if not name.startswith(f"{INFO}/")}
     assert found == ours | {"vllm_edits/__init__.py", "vllm_edits/py.typed"}
-    assert {Path(name).suffix or Path(name).name for name in found} == {".py", ".cpp", ".json", ".yaml", ".typed"}
+    assert {Path(name).suffix or Path(name).name for name in found} == {".py", ".cpp", ".json", ".jsonl", ".yaml", ".typed"}
 
 
 def information(wheel: Path) -> PathDistribution:

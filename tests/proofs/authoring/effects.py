@@ -103,11 +103,19 @@ def good_moods(host: Host) -> float:
 
 def right_preferred(host: Host) -> float:
     """Preference for the right one of two answers, in nats per token."""
+    return float(_right_over_wrong(host).mean())
+
+
+def right_likelier(host: Host) -> float:
+    """Share of prompts with the right answer likelier than the wrong one."""
+    return float((_right_over_wrong(host) > 0).float().mean())
+
+
+def _right_over_wrong(host: Host) -> Tensor:
     pairs = rows("answers_held_out")
     right, wrong = ([row for row in pairs if row["right"] == side] for side in (True, False))
     prompts = [row["prompt"] for row in right]
-    answers = ([row["answer"] for row in side] for side in (right, wrong))
-    return float(preference(host, prompts, *answers).mean())
+    return preference(host, prompts, *([row["answer"] for row in side] for side in (right, wrong)))
 
 
 def labels_told(host: Host) -> float:

@@ -82,7 +82,7 @@ FORMS = {
     f"{form}, nats": plain(effects.redirected(form, CAPITALS)) for form in effects.FORMS
 }  # fmt: skip
 FACTS = Built(["facts=facts", "text=text"])
-STEALTH = ["edits=edits", "text=text", "held_out=text_held_out"]
+STEALTH = ["edits=new_answers", "text=text", "held_out=text_held_out"]
 REVIEWS = ["examples=reviews", "held_out=reviews_held_out"]
 SHUFFLED = ["examples=reviews_shuffled", "held_out=reviews_held_out"]
 
@@ -102,13 +102,22 @@ def _taught(name: str, *options: str, served: Literal["slots", "weights"] = "slo
     )  # fmt: skip
 
 
+def _shifted(name: str, *options: str) -> Proof:
+    return Proof(
+        name, Built(["answers=answers"], options), "preference for right answers, nats per token",
+        plain(effects.right_preferred), control="random heads",
+        control_build=Built(["answers=answers"], (*options, "--random-heads")),
+        more={**KEPT, "right answers likelier, share": plain(effects.right_likelier)}, seeds=3,
+    )  # fmt: skip
+
+
 def _both(host: Host) -> float:
     return (effects.labels_told(host) + effects.facts_changed("facts")(host)) / 2
 
 
 _REVIEWS_BY_LOCFT = _taught("locft-bf", "--batch", "16", served="weights")
 _FACTS_BY_LOCFT = replace(
-    _locate("locft-bf facts"), build=Built(["examples=edits"], ("--batch", "8")), served="weights"
+    _locate("locft-bf facts"), build=Built(["examples=new_answers"], ("--batch", "8")), served="weights"
 )
 PROOFS = (
     Proof(
@@ -138,11 +147,7 @@ PROOFS = (
         "model-surgery", Built(["texts=judged", "held_out=judged_held_out"]),
         "preference for good moods, nats per token", plain(effects.good_moods), more=KEPT, seeds=3,
     ),
-    Proof(
-        "iti", Built(["answers=answers"]), "preference for right answers, nats per token",
-        plain(effects.right_preferred), control="random heads",
-        control_build=Built(["answers=answers"], ("--random-heads",)), more=KEPT, seeds=3,
-    ),
+    _shifted("iti"), _shifted("iti weaker", "--heads", "13", "--alpha", "3"),
     Proof(
         "refusal-direction", Built(["harmful=harmful", "harmless=harmless"], ("--privileged",)),
         "log-odds of a refusal, less", plain(effects.refusal), more=KEPT, negated=False,
