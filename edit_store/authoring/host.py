@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_edits.edit_store.authoring.formula import architecture_of, decoder_of, edited, hook, own_layers
 from vllm_edits.edit_store.base_model import widths_of
 from vllm_edits.edit_store.edits import Array, Edit
-from vllm_edits.edit_store.sites import Site, Widths
+from vllm_edits.edit_store.sites import LAST, Site, Widths
 
 __all__ = ["EditWithNumbers", "Edits", "Generated", "Host", "edited"]
 
@@ -70,8 +70,9 @@ class Host:
     def activations_of(self, ids_of: Sequence[Sequence[int]], sites: Iterable[str]) -> dict[str, list[Tensor]]:
         """Vectors at each site, for each sequence of token ids `[tokens, width]`."""
         seen: dict[str, list[Tensor]] = {site: [] for site in sites}
-        layers = [layer for layer in (Site.parse(site).layer for site in seen) if layer is not None]
-        kept = own_layers(self.model)[: max(layers) + 1 if layers else None]
+        places = [Site.parse(site) for site in seen]
+        behind = any(place.point in LAST for place in places)
+        kept = own_layers(self.model)[: None if behind else max(place.layer or 0 for place in places) + 1]
         for batch in batches(ids_of):
             ids, lengths = self._padded(batch)
             with _recording(self.model, seen) as recorded, _layers(self.model, kept):

@@ -95,6 +95,13 @@ class TestHost:
             host.likelihood(TEXTS[2:], answers[2:])[0], host.likelihood(TEXTS, answers)[2], **CLOSE
         )
 
+    def test_no_site_depends_on_the_others_that_are_read(self, host: Host):
+        """Layers above the last site are left out, but not where something behind them is read too."""
+        sites = ["embed.out", "layers.1.resid", "layers.3.resid", "final", "logits"]
+        together = host.activations(TEXTS, sites)
+        for site in sites:
+            torch.testing.assert_close(host.activations(TEXTS, [site])[site], together[site], **CLOSE)
+
     def test_likelihood_is_what_next_token_says(self, host: Host):
         """For an answer of one token they are the same number."""
         token = host.tokenizer(" river")["input_ids"]
