@@ -20,7 +20,7 @@ export PYTHON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test-fast test test-all test-gpu test-gpu-all rehearse-gpu pack-gpu parity check bench bench-store bench-gpu bench-gpu-all soak gpu lock clean
+.PHONY: help setup demo test-fast test test-all test-gpu test-gpu-all rehearse-gpu pack-gpu parity methods check bench bench-store bench-gpu bench-gpu-all soak gpu lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ test-all: $(READY) $(GEMMA) ## run all tests
 
 parity: $(READY) $(GEMMA) ## compare every kind at every site with transformers, and write tests/proofs/PARITY.md (ARGS=<architecture>)
 	$(BIN)/python -m tests.proofs.parity --eager $(if $(ARGS),$(ARGS),$(MODEL) $(GEMMA) --write tests/proofs/PARITY.md)
+
+methods: $(READY) $(GEMMA) ## build and measure every authoring method, and write its page (ARGS="--only rocr")
+	$(BIN)/python -m tests.proofs.authoring --write $(ARGS)
 
 # A GPU is seldom lent for long: the first call tells the most in nine minutes, the second measures in five.
 test-gpu: gpu $(READY) ## nine minutes on an NVIDIA GPU: check that it starts and is exact, measure its speed on K versions
