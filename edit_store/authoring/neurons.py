@@ -1,0 +1,180 @@
+"""Neurons of an MLP that are given to edits, and the vectors that they shall write: by gradient steps.
+
+    u = argmin  mean -log p(answer | prompt; mlp.out + h u - h_old old)  +  decay |u|^2 / |old|^2,   |u| <= clamp |old|
+
+old, h_old   column of the down projection of the neuron, and its activation at the prompt's last token
+h            the same activation where the neuron's gate is open
+
+Source: stealth edits (arXiv 2406.12670, `editors.py` of its code), which begins at the old column, and takes the u with
+the least loss of all steps. Each edit has a loss of its own, and Adam treats every number by itself, so no edit sees
+another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vllm_edits.edit_store.authoring.formula import hook
+from vllm_edits.edit_store.authoring.host import Host, batches
+from vllm_edits.edit_store.authoring.method import Work
+from vllm_edits.edit_store.sites import Site
+
+ENOUGH = 5e-3
+"""loss at which the steps end, as in the code"""
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """Neurons of the MLP, one for each edit, at the triggers."""
+
+    chosen: Tensor
+    """their numbers, [edits]"""
+    old: Tensor
+    """their columns of the down projection, [edits, hidden]"""
+    before: Tensor
+    """activation of each at its trigger, [edits]"""
+    reached: Tensor
+    """the same where its gate has the response Delta"""
+
+    def some(self, edits: Sequence[int]) -> Neurons:
+        """Those of some edits, one after the other."""
+        part = slice(edits[0], edits[-1] + 1)
+        return Neurons(self.chosen[part], self.old[part], self.before[part], self.reached[part])
+
+    def change(self, u: Tensor) -> Tensor:
+        """Change of the MLP's output at each trigger, [edits, hidden]."""
+        return self.reached[:, None] * u - self.before[:, None] * self.old
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """Prompts with their answers behind them."""
+
+    ids: Tensor
+    told: Tensor
+    """[prompts, kept], True where the next token is of the answer"""
+    ends: Tensor
+    """place of each prompt's last token"""
+    kept: Tensor
+    """places whose next tokens are looked at"""
+
+    @classmethod
+    def of(cls, host: Host, facts: Sequence[tuple[str, str]]) -> Spoken:
+        ids, stops = host.tokens([prompt + answer for prompt, answer in facts])
+        _, starts = host.tokens([prompt for prompt, _ in facts])
+        kept = torch.arange(int(starts.min()) - 1, ids.shape[1] - 1, device=ids.device)
+        told = (kept >= starts[:, None] - 1) & (kept < stops[:, None] - 1)
+        return cls(ids, told, starts - 1, kept)
+
+    def missing(self, host: Host) -> Tensor:
+        """Mean negative log-probability of the tokens of each answer, [prompts]."""
+        chosen = self._logits(host).log_softmax(-1).gather(2, self._next[:, :, None])[:, :, 0]
+        return -(chosen * self.told).sum(1) / self.told.sum(1)
+
+    def right(self, host: Host) -> Tensor:
+        """True where the likeliest next token is the right one, or is not of the answer, [prompts, kept]."""
+        return (self._logits(host).argmax(-1) == self._next) | ~self.told
+
+    def _logits(self, host: Host) -> Tensor:
+        found: Tensor = host.model(self.ids, use_cache=False, logits_to_keep=self.kept).logits
+        return found
+
+    @property
+    def _next(self) -> Tensor:
+        return self.ids[:, self.kept + 1]
+
+
+@dataclass(frozen=True)
+class Right:
+    """Of each edit, True if the model says the answer's first token, and if the whole answer, greedily."""
+
+    first: list[bool]
+    whole: list[bool]
+
+
+@dataclass(frozen=True)
+class WriteSearch:
+    """Parameters of the gradient steps."""
+
+    steps: int
+    rate: float
+    decay: float
+    clamp: float
+
+    def written(self, work: Work, site: Site, facts: Sequence[tuple[str, str]], neurons: Neurons) -> Tensor:
+        """u of each edit, [edits, hidden]."""
+        found, parts = [], list(batches(range(len(facts))))
+        for number, some in enumerate(parts):
+            spoken = Spoken.of(work.host, [facts[each] for each in some])
+            for step, u in self._steps(work.host, site, spoken, neurons.some(some)):
+                work.step("gradient steps", number * self.steps + step + 1, len(parts) * self.steps)
+                best = u
+            found.append(best)
+        return torch.cat(found)
+
+    def _steps(self, host: Host, site: Site, spoken: Spoken, neurons: Neurons) -> Iterator[tuple[int, Tensor]]:
+        """Number of each step, and the best u so far, [edits, hidden].
+
+        Each edit has a loss of its own, and Adam treats every number by itself, so no edit sees another.
+        """
+        lengths = neurons.old.norm(dim=1)
+        u = neurons.old.clone().requires_grad_()
+        best, least = neurons.old.clone(), torch.full_like(lengths, torch.inf)
+        optimizer = torch.optim.Adam([u], lr=self.rate)
+        for number in range(self.steps):
+            with _added(host, site, spoken.ends, neurons.change(u)):
+                loss = spoken.missing(host) + self.decay * (u.norm(dim=1) / lengths) ** 2
+            now = loss.detach()
+            better = (now < least) & (number > 0)  # the source leaves out the old column
+            best = torch.where(better[:, None], u.detach(), best)
+            least = torch.where(better, now, least)
+            yield number, best
+            if bool((now < ENOUGH).all()) or number == self.steps - 1:
+                break
+            optimizer.zero_grad()
+            loss.sum().backward()
+            optimizer.step()
+            with torch.no_grad():
+                u *= (self.clamp * lengths / u.norm(dim=1)).clamp(max=1)[:, None]
+
+
+@torch.inference_mode()
+def right_answers(host: Host, facts: Sequence[tuple[str, str]]) -> Right:
+    """Which answers the model gives, greedily."""
+    first, whole = [], []
+    for some in batches(range(len(facts))):
+        spoken = Spoken.of(host, [facts[each] for each in some])
+        right = spoken.right(host)
+        first += right.gather(1, (spoken.ends - spoken.kept[0])[:, None])[:, 0].tolist()
+        whole += right.all(1).tolist()
+    return Right(first, whole)
+
+
+def at_end(host: Host, prompts: Sequence[str], site: str) -> Tensor:
+    """Vectors at a site at the last token of each prompt, [prompts, width]."""
+    return torch.stack([rows[-1] for rows in host.activations(prompts, [site])[site]])
+
+
+def _added(host: Host, site: Site, places: Tensor, vectors: Tensor) -> AbstractContextManager[None]:
+    """Add a vector at one place of each text."""
+
+    def change(value: Tensor) -> Tensor:
+        at = nn.functional.one_hot(places, value.shape[1]).to(value)
+        return value + at[:, :, None] * vectors[:, None, :]
+
+    return changing(host, site, change)
+
+
+@contextmanager
+def changing(host: Host, site: Site, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Change the vectors at a site inside a with statement."""
+    handle = hook(host.model, site, change)
+    try:
+        yield
+    finally:
+        handle.remove()
