@@ -1,13 +1,13 @@
-"""The vector which, added at one place of the residual stream, makes a model say something else: by gradient steps.
+"""The vector which, added at one place of a site, makes a model say something else: by gradient steps.
 
     delta* = argmin  -mean log p(answer | prompt; x + delta)  +  kl KL(p || p_delta)  +  decay |delta| / |x|^2
              with |delta| <= clamp |x|
 
-x      [hidden]  stream at the place in the first prompt
+x      [hidden]  vector at the place in the first prompt
 p, p_delta       next token at the place in a neutral text, without and with delta
 
 ROME (arXiv 2202.05262), MEMIT (arXiv 2210.07229), AlphaEdit (arXiv 2410.02355) and ROCR in its mode `reject` find what
-they write like this, with Adam.
+they write like this, with Adam. The layers below the place are computed once.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vllm_edits.edit_store.authoring.formula import hook
-from vllm_edits.edit_store.authoring.host import Host, divergence, last_token_of
+from vllm_edits.edit_store.authoring.host import Host, divergence, last_token_of, replayed
 from vllm_edits.edit_store.sites import Site
 
 ENOUGH = 0.05
@@ -50,7 +50,8 @@ class Search:
 
     def value_vector(self, host: Host, site: str, saying: Saying) -> Tensor:
         """delta* [hidden], added at the last token of the word."""
-        spoken, drift = _Spoken.of(host, saying), _Drift.of(host, saying)
+        below = Site.parse(site).layer or 0
+        spoken, drift = _Spoken.of(host, saying, below), _Drift.of(host, saying, below)
         start = host.at_words(saying.prompts[:1], [saying.word], [site])[site][0]
         length = float(start.norm())
         delta = torch.zeros_like(start, requires_grad=True)
@@ -72,27 +73,55 @@ class Search:
 
 
 @dataclass(frozen=True)
+class _Texts:
+    """Texts that go through the model at every step."""
+
+    ids: Tensor
+    below: int
+    states: Tensor
+    """[texts, tokens, hidden], behind the layers `below`; empty if there are none"""
+
+    @classmethod
+    def of(cls, host: Host, texts: Sequence[str], below: int) -> _Texts:
+        ids, _ = host.tokens(texts)
+        if below == 0:
+            return cls(ids, below, torch.empty(0))
+        site = f"layers.{below - 1}.resid"
+        rows = [row.clone() for row in host.activations(texts, [site])[site]]
+        return cls(ids, below, nn.utils.rnn.pad_sequence(rows, batch_first=True))
+
+    def likely(self, host: Host, places: Tensor) -> Tensor:
+        """Log-probabilities of the tokens behind these places, [texts, places, vocabulary]."""
+        with replayed(host, self.states, below=self.below):
+            logits: Tensor = host.model(self.ids, use_cache=False, logits_to_keep=places).logits
+        return logits.log_softmax(-1)
+
+
+@dataclass(frozen=True)
 class _Spoken:
     """The prompts with the answer behind them, and where what is."""
 
-    ids: Tensor
+    texts: _Texts
+    columns: Tensor
+    """places from the first that an answer follows on"""
     told: Tensor
-    """[prompts, tokens - 1], whether the next token is of the answer"""
+    """[prompts, columns], True where the next token is of the answer"""
     places: Tensor
 
     @classmethod
-    def of(cls, host: Host, saying: Saying) -> _Spoken:
-        ids, ends = host.tokens([f"{prompt}{saying.answer}" for prompt in saying.prompts])
+    def of(cls, host: Host, saying: Saying, below: int) -> _Spoken:
+        whole = [f"{prompt}{saying.answer}" for prompt in saying.prompts]
+        _, ends = host.tokens(whole)
         _, starts = host.tokens(saying.prompts)
-        column = torch.arange(ids.shape[1] - 1, device=ids.device)
+        columns = torch.arange(int(starts.min()) - 1, int(ends.max()) - 1, device=ends.device)
         places = [last_token_of(host.tokenizer, prompt, saying.word) for prompt in saying.prompts]
-        told = (column >= starts[:, None] - 1) & (column < ends[:, None] - 1)
-        return cls(ids, told, torch.tensor(places, device=ids.device))
+        told = (columns >= starts[:, None] - 1) & (columns < ends[:, None] - 1)
+        return cls(_Texts.of(host, whole, below), columns, told, torch.tensor(places, device=ends.device))
 
     def missing(self, host: Host) -> Tensor:
         """Mean negative log-probability of the answer, per token and prompt."""
-        likely = host.model(self.ids, use_cache=False).logits[:, :-1].log_softmax(-1)
-        chosen = likely.gather(2, self.ids[:, 1:, None])[:, :, 0]
+        likely = self.texts.likely(host, self.columns)
+        chosen = likely.gather(2, self.texts.ids[:, self.columns + 1, None])[:, :, 0]
         missing: Tensor = -((chosen * self.told).sum(1) / self.told.sum(1)).mean()
         return missing
 
@@ -101,27 +130,21 @@ class _Spoken:
 class _Drift:
     """The neutral text, and what the model says behind the word without an edit."""
 
-    ids: Tensor
+    texts: _Texts
     place: Tensor
     before: Tensor
 
     @classmethod
-    def of(cls, host: Host, saying: Saying) -> _Drift:
+    def of(cls, host: Host, saying: Saying, below: int) -> _Drift:
         text = saying.neutral.format(saying.word)
-        ids, _ = host.tokens([text])
-        place = torch.tensor([last_token_of(host.tokenizer, text, saying.word)], device=ids.device)
+        texts = _Texts.of(host, [text], below)
+        place = torch.tensor([last_token_of(host.tokenizer, text, saying.word)], device=texts.ids.device)
         with torch.no_grad():
-            return cls(ids, place, _next(host, ids, place))
+            return cls(texts, place, texts.likely(host, place)[0, 0])
 
     def moved(self, host: Host) -> Tensor:
         """KL(before | now) of the next token behind the word, in nats."""
-        return divergence(self.before, _next(host, self.ids, self.place))
-
-
-def _next(host: Host, ids: Tensor, place: Tensor) -> Tensor:
-    """Log-probabilities of the token behind a place, [vocabulary]."""
-    logits: Tensor = host.model(ids, use_cache=False).logits[0, int(place[0])]
-    return logits.log_softmax(-1)
+        return divergence(self.before, self.texts.likely(host, self.place)[0, 0])
 
 
 @contextmanager
