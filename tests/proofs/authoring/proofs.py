@@ -169,7 +169,7 @@ PROOFS = (
     _taught("lofit", "--epochs", "8"),
     _taught("hut"),
     _taught("apet"),
-    _taught("sara", served="weights"),
+    _taught("sara", "--epochs", "8", "--layers", "20-29", served="weights"),
     _REVIEWS_BY_LOCFT,
     _FACTS_BY_LOCFT,
     Proof(
