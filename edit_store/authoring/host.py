@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from operator import add
 from pathlib import Path
@@ -193,6 +193,26 @@ def _recording(model: Any, sites: Iterable[str]) -> Iterator[dict[str, Tensor]]:
 
             hooks.callback(hook(model, Site.parse(site), record).remove)
         yield recorded
+
+
+@contextmanager
+def changing(host: Host, site: Site, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Change the vectors at a site inside a with statement."""
+    handle = hook(host.model, site, change)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def added(host: Host, site: Site, places: Tensor, vectors: Tensor) -> AbstractContextManager[None]:
+    """Add vectors, one [width] or one for each text [texts, width], at one place of each text."""
+
+    def change(value: Tensor) -> Tensor:
+        at = nn.functional.one_hot(places.to(value.device), value.shape[1]).to(value)
+        return value + at[:, :, None] * vectors.view(-1, 1, value.shape[-1])
+
+    return changing(host, site, change)
 
 
 class _Replay(nn.Module):

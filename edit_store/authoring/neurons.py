@@ -12,15 +12,14 @@ another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vllm_edits.edit_store.authoring.formula import hook
-from vllm_edits.edit_store.authoring.host import Host, batches
+from vllm_edits.edit_store.authoring.host import Host, added, batches
+from vllm_edits.edit_store.authoring.lessons import Lessons, lesson
 from vllm_edits.edit_store.authoring.method import Work
 from vllm_edits.edit_store.sites import Site
 
@@ -52,44 +51,6 @@ class Neurons:
 
 
 @dataclass(frozen=True)
-class Spoken:
-    """Prompts with their answers behind them."""
-
-    ids: Tensor
-    told: Tensor
-    """[prompts, kept], True where the next token is of the answer"""
-    ends: Tensor
-    """place of each prompt's last token"""
-    kept: Tensor
-    """places whose next tokens are looked at"""
-
-    @classmethod
-    def of(cls, host: Host, facts: Sequence[tuple[str, str]]) -> Spoken:
-        ids, stops = host.tokens([prompt + answer for prompt, answer in facts])
-        _, starts = host.tokens([prompt for prompt, _ in facts])
-        kept = torch.arange(int(starts.min()) - 1, ids.shape[1] - 1, device=ids.device)
-        told = (kept >= starts[:, None] - 1) & (kept < stops[:, None] - 1)
-        return cls(ids, told, starts - 1, kept)
-
-    def missing(self, host: Host) -> Tensor:
-        """Mean negative log-probability of the tokens of each answer, [prompts]."""
-        chosen = self._logits(host).log_softmax(-1).gather(2, self._next[:, :, None])[:, :, 0]
-        return -(chosen * self.told).sum(1) / self.told.sum(1)
-
-    def right(self, host: Host) -> Tensor:
-        """True where the likeliest next token is the right one, or is not of the answer, [prompts, kept]."""
-        return (self._logits(host).argmax(-1) == self._next) | ~self.told
-
-    def _logits(self, host: Host) -> Tensor:
-        found: Tensor = host.model(self.ids, use_cache=False, logits_to_keep=self.kept).logits
-        return found
-
-    @property
-    def _next(self) -> Tensor:
-        return self.ids[:, self.kept + 1]
-
-
-@dataclass(frozen=True)
 class Right:
     """Of each edit, True if the model says the answer's first token, and if the whole answer, greedily."""
 
@@ -110,25 +71,28 @@ class WriteSearch:
         """u of each edit, [edits, hidden]."""
         found, parts = [], list(batches(range(len(facts))))
         for number, some in enumerate(parts):
-            spoken = Spoken.of(work.host, [facts[each] for each in some])
-            for step, u in self._steps(work.host, site, spoken, neurons.some(some)):
+            for step, u in self._steps(work.host, site, [facts[each] for each in some], neurons.some(some)):
                 work.step("gradient steps", number * self.steps + step + 1, len(parts) * self.steps)
                 best = u
             found.append(best)
         return torch.cat(found)
 
-    def _steps(self, host: Host, site: Site, spoken: Spoken, neurons: Neurons) -> Iterator[tuple[int, Tensor]]:
+    def _steps(
+        self, host: Host, site: Site, facts: Sequence[tuple[str, str]], neurons: Neurons
+    ) -> Iterator[tuple[int, Tensor]]:
         """Number of each step, and the best u so far, [edits, hidden].
 
         Each edit has a loss of its own, and Adam treats every number by itself, so no edit sees another.
         """
+        lessons, every = _lessons(host, facts, below=site.layer or 0), range(len(facts))
+        ends = torch.tensor([len(host.tokenizer(prompt)["input_ids"]) - 1 for prompt, _ in facts])
         lengths = neurons.old.norm(dim=1)
         u = neurons.old.clone().requires_grad_()
         best, least = neurons.old.clone(), torch.full_like(lengths, torch.inf)
         optimizer = torch.optim.Adam([u], lr=self.rate)
         for number in range(self.steps):
-            with _added(host, site, spoken.ends, neurons.change(u)):
-                loss = spoken.missing(host) + self.decay * (u.norm(dim=1) / lengths) ** 2
+            with added(host, site, ends, neurons.change(u)):
+                loss = lessons.losses(every) + self.decay * (u.norm(dim=1) / lengths) ** 2
             now = loss.detach()
             better = (now < least) & (number > 0)  # the source leaves out the old column
             best = torch.where(better[:, None], u.detach(), best)
@@ -145,36 +109,19 @@ class WriteSearch:
 
 @torch.inference_mode()
 def right_answers(host: Host, facts: Sequence[tuple[str, str]]) -> Right:
-    """Which answers the model gives, greedily."""
+    """Success of each answer, greedily."""
     first, whole = [], []
     for some in batches(range(len(facts))):
-        spoken = Spoken.of(host, [facts[each] for each in some])
-        right = spoken.right(host)
-        first += right.gather(1, (spoken.ends - spoken.kept[0])[:, None])[:, 0].tolist()
-        whole += right.all(1).tolist()
+        right = _lessons(host, [facts[each] for each in some]).right(range(len(some)))
+        first += [tokens[0] for tokens in right]
+        whole += [all(tokens) for tokens in right]
     return Right(first, whole)
+
+
+def _lessons(host: Host, facts: Sequence[tuple[str, str]], below: int = 0) -> Lessons:
+    return Lessons(host, [lesson(host.tokenizer, prompt, answer) for prompt, answer in facts], below=below)
 
 
 def at_end(host: Host, prompts: Sequence[str], site: str) -> Tensor:
     """Vectors at a site at the last token of each prompt, [prompts, width]."""
     return torch.stack([rows[-1] for rows in host.activations(prompts, [site])[site]])
-
-
-def _added(host: Host, site: Site, places: Tensor, vectors: Tensor) -> AbstractContextManager[None]:
-    """Add a vector at one place of each text."""
-
-    def change(value: Tensor) -> Tensor:
-        at = nn.functional.one_hot(places, value.shape[1]).to(value)
-        return value + at[:, :, None] * vectors[:, None, :]
-
-    return changing(host, site, change)
-
-
-@contextmanager
-def changing(host: Host, site: Site, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Change the vectors at a site inside a with statement."""
-    handle = hook(host.model, site, change)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -10,8 +10,9 @@ from pydantic import Field
 from vllm_edits.edit_store.authoring.chat import said
 from vllm_edits.edit_store.authoring.data import Row, Table, Text
 from vllm_edits.edit_store.authoring.host import Edits, edited
+from vllm_edits.edit_store.authoring.lessons import Lesson, Lessons, lesson
 from vllm_edits.edit_store.authoring.method import Cost, Inputs, Method, Work
-from vllm_edits.edit_store.authoring.training import Course, Lesson, Lessons, lesson
+from vllm_edits.edit_store.authoring.training import Course
 from vllm_edits.edit_store.bundle import Measurement
 from vllm_edits.edit_store.errors import Reason
 

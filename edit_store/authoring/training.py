@@ -6,98 +6,25 @@
 gain(text) = log p(text | prompt) of the edited model less that of the base model, summed over the tokens
 
 The edits are in the model by their own formulas, which the served engine is compared with: the numbers that are trained
-are those that a bundle has, and nothing is converted. Whatever lies below the first edited layer is computed once.
+are those that a bundle has, and nothing is converted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vllm_edits.edit_store.authoring.host import Edits, Host, batches, edited, replayed
+from vllm_edits.edit_store.authoring.host import Edits, batches, edited
+from vllm_edits.edit_store.authoring.lessons import Lessons
 from vllm_edits.edit_store.authoring.method import Work
 from vllm_edits.edit_store.edits import Edit
 
 Trained = Sequence[tuple[Edit, Mapping[str, Tensor]]]
 """Edits with numbers that gradients flow through."""
-KEPT_BYTES = 1 << 30
-"""Size of the states below the first edited layer up to which they are kept."""
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """A prompt with the answer behind it, as token ids."""
-
-    ids: tuple[int, ...]
-    prompt: int
-    """tokens of the prompt"""
-
-
-def lesson(tokenizer: Any, prompt: str, answer: str, *, end: bool = False) -> Lesson:
-    """A lesson from texts, with the end of the text behind the answer if `end`. The answer brings its own space."""
-    ids = [*tokenizer(prompt + answer)["input_ids"], *([tokenizer.eos_token_id] if end else [])]
-    return Lesson(tuple(map(int, ids)), len(tokenizer(prompt)["input_ids"]))
-
-
-class Lessons:
-    """Lessons that a model is trained with; their states below the edits are computed once."""
-
-    def __init__(self, host: Host, lessons: Sequence[Lesson], *, below: int = 0) -> None:
-        """below: the first layer that is edited."""
-        self._host = host
-        self._lessons = lessons
-        tokens = sum(len(each.ids) for each in lessons)
-        self._below = below if tokens * host.widths.hidden * 4 <= KEPT_BYTES else 0
-        self._states: dict[int, Tensor] = {}
-
-    def __len__(self) -> int:
-        return len(self._lessons)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all lessons."""
-        return sum(len(each.ids) for each in self._lessons)
-
-    def likelihood(self, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Log-probability of each chosen answer, summed over its tokens `[chosen]`, and the number of these."""
-        lessons = [self._lessons[number] for number in chosen]
-        ids = _padded([torch.tensor(each.ids) for each in lessons]).to(self._host.device)
-        column = torch.arange(ids.shape[1] - 1)
-        told = torch.stack([(column >= each.prompt - 1) & (column < len(each.ids) - 1) for each in lessons])
-        first = min(each.prompt for each in lessons) - 1
-        place = torch.arange(first, ids.shape[1] - 1, device=self._host.device)
-        with self._replayed(chosen, lessons):
-            logits = self._host.model(ids, use_cache=False, logits_to_keep=place).logits
-        told = told[:, first:].to(logits.device)
-        wanted = ids[:, first + 1 :][told]
-        found = -nn.functional.cross_entropy(logits[told], wanted, reduction="none")
-        counts = told.sum(1)
-        summed = torch.zeros(len(lessons), device=logits.device).index_add(0, told.nonzero()[:, 0], found)
-        return summed, counts
-
-    def loss(self, chosen: Sequence[int]) -> Tensor:
-        """Mean negative log-probability per token of the chosen answers."""
-        summed, counts = self.likelihood(chosen)
-        return -(summed / counts).mean()
-
-    @contextmanager
-    def _replayed(self, chosen: Sequence[int], lessons: Sequence[Lesson]) -> Iterator[None]:
-        if self._below == 0:
-            yield
-            return
-        new = [number for number in dict.fromkeys(chosen) if number not in self._states]
-        if new:
-            site = f"layers.{self._below - 1}.resid"
-            rows = self._host.activations_of([self._lessons[number].ids for number in new], [site])[site]
-            self._states |= dict(zip(new, (row.clone() for row in rows), strict=True))
-        states = _padded([self._states[number] for number in chosen])
-        with replayed(self._host, states, below=self._below):
-            yield
 
 
 @dataclass(frozen=True)
@@ -185,8 +112,3 @@ def finished(edits: Trained) -> Edits:
     """Trained edits as those of a bundle."""
     return [(edit, {name: tensor.detach().cpu().numpy().copy() for name, tensor in numbers.items()})
             for edit, numbers in edits]  # fmt: skip
-
-
-def _padded(rows: Sequence[Tensor]) -> Tensor:
-    """Rows of different length as one tensor, filled up behind, where causal attention never looks."""
-    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True)

@@ -12,15 +12,14 @@ they write like this, with Adam. The layers below the place are computed once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vllm_edits.edit_store.authoring.formula import hook
-from vllm_edits.edit_store.authoring.host import Host, divergence, last_token_of, replayed
+from vllm_edits.edit_store.authoring.host import Host, added, divergence, last_token_of, replayed
+from vllm_edits.edit_store.authoring.lessons import Lessons, lesson
 from vllm_edits.edit_store.sites import Site
 
 ENOUGH = 0.05
@@ -51,16 +50,18 @@ class Search:
     def value_vector(self, host: Host, site: str, saying: Saying) -> Tensor:
         """delta* [hidden], added at the last token of the word."""
         below = Site.parse(site).layer or 0
-        spoken, drift = _Spoken.of(host, saying, below), _Drift.of(host, saying, below)
+        spoken = [lesson(host.tokenizer, prompt, saying.answer) for prompt in saying.prompts]
+        lessons, drift = Lessons(host, spoken, below=below), _Drift.of(host, saying, below)
+        places = torch.tensor([last_token_of(host.tokenizer, prompt, saying.word) for prompt in saying.prompts])
         start = host.at_words(saying.prompts[:1], [saying.word], [site])[site][0]
         length = float(start.norm())
         delta = torch.zeros_like(start, requires_grad=True)
         optimizer = torch.optim.Adam([delta], lr=self.rate)
         for number in range(self.steps):
             optimizer.zero_grad()
-            with _added(host, site, spoken.places, delta):
-                missing = spoken.missing(host)
-            with _added(host, site, drift.place, delta):
+            with added(host, Site.parse(site), places, delta):
+                missing = lessons.loss(range(len(lessons)))
+            with added(host, Site.parse(site), drift.place, delta):
                 moved = drift.moved(host)
             loss = missing + self.kl * moved + self.decay * delta.norm() / length**2
             if float(loss.detach()) < ENOUGH or number == self.steps - 1:
@@ -73,90 +74,31 @@ class Search:
 
 
 @dataclass(frozen=True)
-class _Texts:
-    """Texts that go through the model at every step."""
+class _Drift:
+    """The neutral text, and what the model says behind the word without an edit."""
 
     ids: Tensor
     below: int
     states: Tensor
-    """[texts, tokens, hidden], behind the layers `below`; empty if there are none"""
-
-    @classmethod
-    def of(cls, host: Host, texts: Sequence[str], below: int) -> _Texts:
-        ids, _ = host.tokens(texts)
-        if below == 0:
-            return cls(ids, below, torch.empty(0))
-        site = f"layers.{below - 1}.resid"
-        rows = [row.clone() for row in host.activations(texts, [site])[site]]
-        return cls(ids, below, nn.utils.rnn.pad_sequence(rows, batch_first=True))
-
-    def likely(self, host: Host, places: Tensor) -> Tensor:
-        """Log-probabilities of the tokens behind these places, [texts, places, vocabulary]."""
-        with replayed(host, self.states, below=self.below):
-            logits: Tensor = host.model(self.ids, use_cache=False, logits_to_keep=places).logits
-        return logits.log_softmax(-1)
-
-
-@dataclass(frozen=True)
-class _Spoken:
-    """The prompts with the answer behind them, and where what is."""
-
-    texts: _Texts
-    columns: Tensor
-    """places from the first that an answer follows on"""
-    told: Tensor
-    """[prompts, columns], True where the next token is of the answer"""
-    places: Tensor
-
-    @classmethod
-    def of(cls, host: Host, saying: Saying, below: int) -> _Spoken:
-        whole = [f"{prompt}{saying.answer}" for prompt in saying.prompts]
-        _, ends = host.tokens(whole)
-        _, starts = host.tokens(saying.prompts)
-        columns = torch.arange(int(starts.min()) - 1, int(ends.max()) - 1, device=ends.device)
-        places = [last_token_of(host.tokenizer, prompt, saying.word) for prompt in saying.prompts]
-        told = (columns >= starts[:, None] - 1) & (columns < ends[:, None] - 1)
-        return cls(_Texts.of(host, whole, below), columns, told, torch.tensor(places, device=ends.device))
-
-    def missing(self, host: Host) -> Tensor:
-        """Mean negative log-probability of the answer, per token and prompt."""
-        likely = self.texts.likely(host, self.columns)
-        chosen = likely.gather(2, self.texts.ids[:, self.columns + 1, None])[:, :, 0]
-        missing: Tensor = -((chosen * self.told).sum(1) / self.told.sum(1)).mean()
-        return missing
-
-
-@dataclass(frozen=True)
-class _Drift:
-    """The neutral text, and what the model says behind the word without an edit."""
-
-    texts: _Texts
+    """[1, tokens, hidden], behind the layers `below`; empty if there are none"""
     place: Tensor
     before: Tensor
 
     @classmethod
     def of(cls, host: Host, saying: Saying, below: int) -> _Drift:
         text = saying.neutral.format(saying.word)
-        texts = _Texts.of(host, [text], below)
-        place = torch.tensor([last_token_of(host.tokenizer, text, saying.word)], device=texts.ids.device)
+        (ids, _), site = host.tokens([text]), f"layers.{below - 1}.resid"
+        states = host.activations([text], [site])[site][0].clone()[None] if below else torch.empty(0)
+        place = torch.tensor([last_token_of(host.tokenizer, text, saying.word)], device=ids.device)
+        found = cls(ids, below, states, place, torch.empty(0))
         with torch.no_grad():
-            return cls(texts, place, texts.likely(host, place)[0, 0])
+            return replace(found, before=found._next(host))
 
     def moved(self, host: Host) -> Tensor:
         """KL(before | now) of the next token behind the word, in nats."""
-        return divergence(self.before, self.texts.likely(host, self.place)[0, 0])
+        return divergence(self.before, self._next(host))
 
-
-@contextmanager
-def _added(host: Host, site: str, places: Tensor, delta: Tensor) -> Iterator[None]:
-    """Add delta at one place of each text."""
-
-    def change(value: Tensor) -> Tensor:
-        at = torch.nn.functional.one_hot(places.to(value.device), value.shape[1]).to(value)
-        return value + at[:, :, None] * delta
-
-    handle = hook(host.model, Site.parse(site), change)
-    try:
-        yield
-    finally:
-        handle.remove()
+    def _next(self, host: Host) -> Tensor:
+        with replayed(host, self.states, below=self.below):
+            logits: Tensor = host.model(self.ids, use_cache=False, logits_to_keep=self.place).logits
+        return logits[0, 0].log_softmax(-1)

@@ -16,11 +16,12 @@ from vllm_edits.edit_store.authoring.build import pairs_of
 from vllm_edits.edit_store.authoring.data import Data
 from vllm_edits.edit_store.authoring.formula import weight_of
 from vllm_edits.edit_store.authoring.host import Host, edited
+from vllm_edits.edit_store.authoring.lessons import Lessons, lesson
 from vllm_edits.edit_store.authoring.method import Inputs, Work
 from vllm_edits.edit_store.authoring.methods import apet, hut, locft_bf, lofit, sara
 from vllm_edits.edit_store.authoring.methods.lofit import HEADS_FILE
 from vllm_edits.edit_store.authoring.statistics import Statistics
-from vllm_edits.edit_store.authoring.training import Course, Lessons, Preferences, lesson
+from vllm_edits.edit_store.authoring.training import Course, Preferences
 from vllm_edits.edit_store.errors import BundleRefused
 from vllm_edits.edit_store.sites import Site
 

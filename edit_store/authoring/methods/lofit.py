@@ -23,9 +23,10 @@ from vllm_edits.edit_store.authoring.build import register
 from vllm_edits.edit_store.authoring.data import Table
 from vllm_edits.edit_store.authoring.heads import Head, listed
 from vllm_edits.edit_store.authoring.host import Edits
+from vllm_edits.edit_store.authoring.lessons import Lessons
 from vllm_edits.edit_store.authoring.method import Inputs, Layers, Work, layer_problems
 from vllm_edits.edit_store.authoring.taught import Example, Taught
-from vllm_edits.edit_store.authoring.training import Course, Lessons, Preferences, finished
+from vllm_edits.edit_store.authoring.training import Course, Preferences, finished
 from vllm_edits.edit_store.errors import Reason
 from vllm_edits.edit_store.kinds.offset import Offset
 from vllm_edits.edit_store.kinds.scale import Scale

@@ -27,8 +27,9 @@ from vllm_edits.edit_store.authoring.adapter import Adapter, projection_problems
 from vllm_edits.edit_store.authoring.build import register
 from vllm_edits.edit_store.authoring.data import Row, Table, Text
 from vllm_edits.edit_store.authoring.host import Edits, Host, edited
+from vllm_edits.edit_store.authoring.lessons import Lesson, Lessons, lesson
 from vllm_edits.edit_store.authoring.method import Cost, Inputs, Layers, Method, Work, layer_problems
-from vllm_edits.edit_store.authoring.training import Course, Lesson, Lessons, finished, lesson
+from vllm_edits.edit_store.authoring.training import Course, finished
 from vllm_edits.edit_store.bundle import Measurement
 from vllm_edits.edit_store.errors import BundleRefused, Reason
 

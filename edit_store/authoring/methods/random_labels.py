@@ -26,9 +26,10 @@ from vllm_edits.edit_store.authoring.adapter import Adapter, projection_problems
 from vllm_edits.edit_store.authoring.build import register
 from vllm_edits.edit_store.authoring.data import Row, Table, Text
 from vllm_edits.edit_store.authoring.host import Edits, edited
+from vllm_edits.edit_store.authoring.lessons import Lessons, lesson
 from vllm_edits.edit_store.authoring.linear_probe import accuracy
 from vllm_edits.edit_store.authoring.method import Cost, Inputs, Layers, Method, Work, layer_problems
-from vllm_edits.edit_store.authoring.training import Course, Lessons, finished, lesson
+from vllm_edits.edit_store.authoring.training import Course, finished
 from vllm_edits.edit_store.bundle import Measurement
 from vllm_edits.edit_store.errors import Reason
 

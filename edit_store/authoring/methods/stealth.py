@@ -1,4 +1,4 @@
-"""Stealth edits: one exact prompt gets another answer, by a gate that opens at nothing else (arXiv 2406.12670).
+"""Stealth edits: one exact prompt gets another answer, by a gate that ordinary text hardly opens (arXiv 2406.12670).
 
 At one layer with x = mlp.in [hidden], and t_j the feature of edit j at the last token of its prompt:
 
@@ -26,7 +26,8 @@ only; the code also edits such models in place, with a bias.
 The trigger is the exact prompt, with the chat template and the token for the beginning of a text where there are such.
 Another template, or any text before it, is another trigger. Text that goes on behind the prompt opens the gate at the
 prompt's last token. Prompts that differ in little may be within theta all the same, most of all in a chat template,
-which ends alike behind all of them: the table `others` measures that, and a smaller theta tells them apart.
+which ends alike behind all of them: the table `others` measures that, and a smaller theta tells them apart. A gate in
+place is less selective than its bound, since its bias is folded in for the text and not for prompts like the trigger.
 """
 
 from __future__ import annotations
@@ -54,9 +55,9 @@ from vllm_edits.edit_store.authoring.gate_figures import (
     highest_responses,
     likelihood_of,
 )
-from vllm_edits.edit_store.authoring.host import Edits, Host, edited
+from vllm_edits.edit_store.authoring.host import Edits, Host, changing, edited
 from vllm_edits.edit_store.authoring.method import Cost, Inputs, Method, Work, layer_problems
-from vllm_edits.edit_store.authoring.neurons import Neurons, WriteSearch, at_end, changing, right_answers
+from vllm_edits.edit_store.authoring.neurons import Neurons, WriteSearch, at_end, right_answers
 from vllm_edits.edit_store.authoring.norms import norm_before
 from vllm_edits.edit_store.authoring.selectivity import Gates, Sphere, folded_rows
 from vllm_edits.edit_store.authoring.statistics import Moments
@@ -88,7 +89,7 @@ class Question(Row):
 
 
 class Stealth(Method):
-    """Give exact prompts other answers: a gate opens at the last token of a prompt, and at nothing else.
+    """Give exact prompts other answers, by gates that open at their last token and hardly at ordinary text.
 
     The build tells how often a gate can open at ordinary text, and measures how often it does on held-out text and at
     other prompts. The same question in other words is not edited.
