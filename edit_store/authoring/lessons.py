@@ -36,7 +36,7 @@ def lesson(tokenizer: Any, prompt: str, answer: str, *, end: bool = False) -> Le
 
 @dataclass(frozen=True)
 class _Said:
-    """What a model says at every token of some answers, one behind the other."""
+    """Logits of a model at every token of some answers, one behind the other."""
 
     logits: Tensor
     """[tokens, vocabulary]"""

@@ -120,7 +120,8 @@ def test_the_wheel_holds_every_file_of_the_package_and_no_other(wheel: Path) -> 
     }
     found = {name for name in contents(wheel) if not name.startswith(f"{INFO}/")}
     assert found == ours | {"vllm_edits/__init__.py", "vllm_edits/py.typed"}
-    assert {Path(name).suffix or Path(name).name for name in found} == {".py", ".cpp", ".json", ".jsonl", ".yaml", ".typed"}
+    kinds = {".py", ".cpp", ".json", ".jsonl", ".yaml", ".typed"}
+    assert {Path(name).suffix or Path(name).name for name in found} == kinds
 
 
 def information(wheel: Path) -> PathDistribution:

@@ -58,6 +58,17 @@ def neighbours_kept(host: Host) -> float:
     return sum(given.text.startswith(row["answer"]) for given, row in zip(said, others, strict=True)) / len(others)
 
 
+def answers_given(name: str) -> Effect:
+    """Share of prompts that the model answers greedily as the file says."""
+    wanted = rows(name)
+
+    def share(host: Host) -> float:
+        said = host.answers([row["prompt"] for row in wanted], 6)
+        return sum(given.text.startswith(row["answer"]) for given, row in zip(said, wanted, strict=True)) / len(wanted)
+
+    return share
+
+
 FORMS = ("question", "fill-in", "choice", "sub-token")
 """Forms of a probe in ORT: a question, a gap, a choice of four, and a question whose letters stand apart."""
 

@@ -82,7 +82,7 @@ FORMS = {
     f"{form}, nats": plain(effects.redirected(form, CAPITALS)) for form in effects.FORMS
 }  # fmt: skip
 FACTS = Built(["facts=facts", "text=text"])
-STEALTH = ["edits=new_answers", "text=text", "held_out=text_held_out"]
+STEALTH = ["edits=exact_prompts", "text=text", "held_out=text_held_out"]
 REVIEWS = ["examples=reviews", "held_out=reviews_held_out"]
 SHUFFLED = ["examples=reviews_shuffled", "held_out=reviews_held_out"]
 
@@ -99,6 +99,14 @@ def _taught(name: str, *options: str, served: Literal["slots", "weights"] = "slo
         name, Built(REVIEWS, (*shared, *options)), "labels told, share", plain(effects.labels_told),
         control="trained on shuffled labels", control_build=Built(SHUFFLED, (*shared, *options)), more=KEPT, seeds=3,
         served=served,
+    )  # fmt: skip
+
+
+def _stealthy(name: str, form: str) -> Proof:
+    return Proof(
+        name, Built(STEALTH, ("--form", form)), "answers given greedily, share",
+        plain(effects.answers_given("exact_prompts")),
+        more=KEPT, negated=False,
     )  # fmt: skip
 
 
@@ -129,8 +137,7 @@ PROOFS = (
         plain(effects.redirected("question", MANY)), more=KEPT,
     ),
     _locate("rome"), _locate("memit"), _locate("alphaedit"),
-    replace(_locate("stealth jet-pack"), build=Built(STEALTH, ("--form", "jetpack")), more=KEPT, negated=False),
-    replace(_locate("stealth in-place"), build=Built(STEALTH, ("--form", "in-place")), more=KEPT, negated=False),
+    _stealthy("stealth jet-pack", "jetpack"), _stealthy("stealth in-place", "in-place"),
     Proof(
         "steer", Built(["pairs=moods"], ("--sweep",)), "preference for good moods, nats per token",
         plain(effects.good_moods), more=KEPT,
