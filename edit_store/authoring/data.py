@@ -27,6 +27,10 @@ Text = Annotated[str, StringConstraints(min_length=1, pattern=r"\S")]
 """A column with text in it: not empty, not only spaces."""
 
 
+Word = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
+"""A column with a word, as texts say it: spaces around it are left out."""
+
+
 class Row(FrozenRecord):
     """A row of a table. Its fields are the columns."""
 

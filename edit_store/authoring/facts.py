@@ -23,10 +23,11 @@ from pydantic import AfterValidator, Field, StringConstraints, model_validator
 from torch import Tensor
 
 from vllm_edits.edit_store.architectures import supported
-from vllm_edits.edit_store.authoring.data import Row, Table, Text, TextRow
+from vllm_edits.edit_store.authoring.data import Row, Table, Text, TextRow, Word
 from vllm_edits.edit_store.authoring.formula import weight_of
 from vllm_edits.edit_store.authoring.host import Edits, Host, batches, divergence, edited, last_token_of
 from vllm_edits.edit_store.authoring.method import Cost, Inputs, Method, Work, layer_problems
+from vllm_edits.edit_store.authoring.spread import stream_gain, stream_problems
 from vllm_edits.edit_store.authoring.statistics import Moments
 from vllm_edits.edit_store.authoring.value_vector import Saying, Search
 from vllm_edits.edit_store.bundle import Measurement
@@ -51,7 +52,6 @@ def _ends_in_a_word(prompt: str) -> str:
     return prompt
 
 
-Word = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 Begun = Annotated[Text, AfterValidator(_ends_in_a_word)]
 """A prompt. One space is put between it and its answer."""
 ReadsAndWrites = Mapping[str, Sequence[tuple[Tensor, Tensor]]]
@@ -248,19 +248,14 @@ class SpreadEditor(FactEditor):
         layers = self._layers(inputs)
         if list(layers) != sorted(layers):
             yield Reason("layers", f"expected layers in rising order, found {', '.join(map(str, layers))}")
-        if supported(inputs.base.architecture).post_norms is not None:
-            yield Reason(
-                "site", f"{self.called()} writes a change of the residual stream at mlp.out, and in "
-                f"{inputs.base.architecture} a norm is between them. Use rome, which needs no such thing",
-            )  # fmt: skip
+        yield from stream_problems(self.called(), inputs)
 
     def make(self, work: Work) -> Edits:
         layers, host = self._layers(work.inputs), work.host
         sites, last = [f"layers.{layer}.mlp.h" for layer in layers], f"layers.{layers[-1]}.resid"
         moments = work.statistics.moments(sites, work.data.texts("text"))
         solve = self._solver(moments)
-        # Granite scales what a layer adds to the stream.
-        gain = float(getattr(host.model.config, "residual_multiplier", 1.0))
+        gain = stream_gain(host)
         found: dict[str, list[tuple[Tensor, Tensor]]] = {site: [] for site in sites}
         before: dict[str, list[Tensor]] = {site: [] for site in sites}
         facts, done = self._in_contexts(work), 0

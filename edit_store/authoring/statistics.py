@@ -77,7 +77,7 @@ class Statistics:
     def moments(self, sites: Sequence[str], texts: Sequence[str]) -> dict[str, Moments]:
         """Moments over every token of the texts, by site. What is on disk is not computed again."""
         paths = {site: self._path(site, texts) for site in sites}
-        kept = {site: _load(path) for site, path in paths.items()}
+        kept = {site: _load(path, self._host.device) for site, path in paths.items()}
         done = {site: number for site, (number, _) in kept.items()}
         moments = {site: found for site, (_, found) in kept.items()}
         saved = time.monotonic()
@@ -103,7 +103,7 @@ class Statistics:
 
     def known(self, sites: Sequence[str], texts: Sequence[str]) -> bool:
         """True if all of it is on disk."""
-        return all(_load(self._path(site, texts))[0] == len(texts) for site in sites)
+        return all(_load(self._path(site, texts), self._host.device)[0] == len(texts) for site in sites)
 
     def _path(self, site: str, texts: Sequence[str]) -> Path:
         files = dict(sorted(self._base.files.items()))
@@ -114,12 +114,12 @@ class Statistics:
         return self._folder / f"{sha256(canonical_json(of))[:32]}.safetensors"
 
 
-def _load(path: Path) -> tuple[int, Moments | None]:
+def _load(path: Path, device: torch.device) -> tuple[int, Moments | None]:
     """The number of texts that are in it, and the sums. A file that is damaged counts as none."""
     try:
         with safe_open(path, framework="pt") as file:
             done, count = (int(file.metadata()[name]) for name in ("texts", "tokens"))
-            return done, Moments(count, file.get_tensor("total"), file.get_tensor("products"))
+            return done, Moments(count, *(file.get_tensor(name).to(device) for name in ("total", "products")))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return 0, None
 

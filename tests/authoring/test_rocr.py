@@ -8,11 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.tiny_models import make_tiny
+from vllm_edits.edit_store import identify
 from vllm_edits.edit_store.authoring.build import pairs_of
 from vllm_edits.edit_store.authoring.chat import asked
+from vllm_edits.edit_store.authoring.data import Data
 from vllm_edits.edit_store.authoring.host import Host, edited
+from vllm_edits.edit_store.authoring.method import Inputs
 from vllm_edits.edit_store.authoring.methods import rocr
-from vllm_edits.edit_store.authoring.methods.rocr import BEGINS, TEMPLATES, read_vector
+from vllm_edits.edit_store.authoring.methods.rocr import BEGINS, TEMPLATES, Concept, read_vector
+from vllm_edits.edit_store.authoring.spread import stream_problems
 from vllm_edits.edit_store.authoring.statistics import Moments, unused_directions
 from vllm_edits.edit_store.errors import BundleRefused
 
@@ -86,3 +91,13 @@ def test_text_that_uses_every_direction_is_told(tiny_model: Path, tmp_path: Path
                             for each in range(40)))  # fmt: skip
     with pytest.raises(BundleRefused, match=r"(?s)uses every direction at layers\.1\.mlp\.h.*Raise nullspace"):
         rocr.build(tiny_model, concepts, text, layers=[1], nullspace=1e-12, cache=tmp_path / "statistics")
+
+
+def test_a_norm_between_the_mlp_and_the_stream_is_told(tmp_path: Path) -> None:
+    """The change would not arrive as it is written; of the same data a model without such a norm has no complaint."""
+    rows = {"concepts": (Concept(concept="Paris", target="Rome"),), "text": (), "templates": TEMPLATES}
+    codes = []
+    for architecture in ("Gemma2ForCausalLM", "LlamaForCausalLM"):
+        base = identify(make_tiny(architecture, tmp_path / architecture))
+        codes.append([reason.code for reason in stream_problems("rocr", Inputs(Data(rows), base, None))])
+    assert codes == [["site"], []]

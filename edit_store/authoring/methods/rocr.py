@@ -25,27 +25,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, StringConstraints, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from vllm_edits.edit_store.authoring.build import register
 from vllm_edits.edit_store.authoring.chat import asked
-from vllm_edits.edit_store.authoring.data import Row, Table, TextRow
+from vllm_edits.edit_store.authoring.data import Row, Table, TextRow, Word
 from vllm_edits.edit_store.authoring.host import Edits, edited
 from vllm_edits.edit_store.authoring.method import Cost, Inputs, Layers, Method, Work, layer_problems
+from vllm_edits.edit_store.authoring.spread import stream_gain, stream_problems
 from vllm_edits.edit_store.authoring.statistics import unused_directions
 from vllm_edits.edit_store.authoring.value_vector import Saying, Search
 from vllm_edits.edit_store.errors import BundleRefused, Reason
 from vllm_edits.edit_store.kinds.low_rank import LowRank
 
 CONCEPT = "{}"
-
-
-Word = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
-"""A column with a word, as texts say it: spaces around it are left out."""
 
 
 class Concept(Row):
@@ -119,6 +116,7 @@ class Rocr(Method):
         yield from layer_problems(layers, inputs)
         if any(later != layer + 1 for layer, later in pairwise(layers)):
             yield Reason("layers", f"expected layers one after the other, found {', '.join(map(str, layers))}")
+        yield from stream_problems(self.called(), inputs)
         names = [row.concept for row in inputs.data["concepts"]]
         if len(set(names)) < len(names):
             yield Reason("twice", "expected every concept once: the later redirection would read the earlier one")
@@ -156,7 +154,7 @@ class Rocr(Method):
             )])  # fmt: skip
         keys: dict[str, list[Tensor]] = {site: [] for site in reads}
         found: dict[str, list[tuple[Tensor, Tensor]]] = {site: [] for site in reads}
-        concepts = data["concepts"]
+        concepts, gain = data["concepts"], stream_gain(work.host)
         last = f"layers.{layers[-1]}.resid"
         for number, row in enumerate(concepts):
             work.step("concepts", number, len(concepts))
@@ -168,7 +166,7 @@ class Rocr(Method):
                     here = work.host.at_words(prompts, [row.concept] * len(prompts), [site, last])
                 key, state = here[site].mean(0), here[last].mean(0)
                 read = read_vector(key, unused[site], keys[site], self.ridge)
-                found[site].append((read, (goal - state) / (len(layers) - done)))
+                found[site].append((read, (goal - state) / ((len(layers) - done) * gain)))
             with edited(work.host.model, _edits(layers, found)):  # the source keeps the keys of the edited model
                 after = work.host.at_words(prompts, [row.concept] * len(prompts), reads)
             for site in reads:

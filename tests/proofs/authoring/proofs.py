@@ -79,17 +79,19 @@ def plain(effect: Effect) -> Of:
 KEPT = {"neighbours kept": plain(effects.neighbours_kept)}
 PARAPHRASED = {"paraphrases changed": plain(effects.facts_changed("facts_held_out")), **KEPT}
 FORMS = {
-    f"{form}, nats": plain(effects.redirected(form, CAPITALS)) for form in effects.FORMS
+    form: plain(effects.redirected(form, CAPITALS)) for form in effects.FORMS
 }  # fmt: skip
-FACTS = Built(["facts=facts", "text=text"])
+STRONGER = ("--rate", "0.5", "--clamp", "4", "--decay", "0.001")
+"""As in EasyEdit's files for Llama and Qwen."""
 STEALTH = ["edits=exact_prompts", "text=text", "held_out=text_held_out"]
 REVIEWS = ["examples=reviews", "held_out=reviews_held_out"]
 SHUFFLED = ["examples=reviews_shuffled", "held_out=reviews_held_out"]
 
 
-def _locate(name: str) -> Proof:
+def _locate(name: str, *options: str) -> Proof:
     return Proof(
-        name, FACTS, "facts changed, share", plain(effects.facts_changed("facts")), more=PARAPHRASED,
+        name, Built(["facts=facts", "text=text"], options), "facts changed, share",
+        plain(effects.facts_changed("facts")), more=PARAPHRASED,
     )  # fmt: skip
 
 
@@ -130,13 +132,14 @@ _FACTS_BY_LOCFT = replace(
 PROOFS = (
     Proof(
         "rocr", Built(["concepts=concepts", "text=text"]), FIRST := "question, preference for the target in nats",
-        FORMS["question, nats"], more={**FORMS, **KEPT},
+        FORMS["question"], more={form: of for form, of in FORMS.items() if form != "question"} | KEPT,
     ),
     Proof(
         "rocr twelve", Built(["concepts=many_concepts", "text=text"]), FIRST,
         plain(effects.redirected("question", MANY)), more=KEPT,
     ),
-    _locate("rome"), _locate("memit"), _locate("alphaedit"),
+    _locate("rome"), _locate("memit"), _locate("memit stronger", *STRONGER), _locate("alphaedit"),
+    _locate("alphaedit stronger", *STRONGER, "--ridge", "1"),
     _stealthy("stealth jet-pack", "jetpack"), _stealthy("stealth in-place", "in-place"),
     Proof(
         "steer", Built(["pairs=moods"], ("--sweep",)), "preference for good moods, nats per token",

@@ -13,8 +13,9 @@ RECORDS = Path(__file__).parent
 PAGE = Path("edit_store/authoring/README.md")
 BEGIN, END = "<!-- table of the proofs: begin -->", "<!-- table of the proofs: end -->"
 HEAD = (
-    "| method | measure | base | edited | negated | control | side effects: KL, perplexity | served, difference "
-    "| time, memory, size |\n|---|---|---|---|---|---|---|---|---|\n"
+    "| method | measure | base | edited | negated | control | further figures, base → edited "
+    "| side effects: KL, perplexity | served, difference | time, memory, size |\n"
+    "|---|---|---|---|---|---|---|---|---|---|\n"
 )
 
 
@@ -41,19 +42,17 @@ def write(models: Mapping[str, str]) -> None:
 def _rows(figures: Mapping[str, Any]) -> Iterator[str]:
     for name, of in figures.items():
         if "refused" in of:
-            yield f"| {name} | not built: {of['refused']} | | | | | | | |\n"
+            yield f"| {name} | not built: {of['refused']} | | | | | | | | |\n"
             continue
         served = "" if of["served"] is None else f"{of['served']:.1e}"
         negated = "" if of["negated"] is None else number(of["negated"])
         side = f"{of['side_effects']['kl']:.3f}, {of['side_effects']['perplexity']:.2f}"
         cost = f"{of['seconds']:.0f} s, {of['memory_gib']:.1f} GiB, {of['megabytes']:.2g} MB"
         control = f"{ranged(of['control'])} ({of['control_is']})"
-        measure = "; ".join(
-            [of["measure"], *(f"{each}: {number(a)} → {number(b)}" for each, (a, b) in of["more"].items())]
-        )
+        more = "; ".join(f"{each} {number(a)} → {number(b)}" for each, (a, b) in of["more"].items())
         yield (
-            f"| {name} | {measure} | {number(of['base'])} | {ranged(of['edited'])} | {negated} | {control} | {side} | "
-            f"{served} | {cost} |\n"
+            f"| {name} | {of['measure']} | {number(of['base'])} | {ranged(of['edited'])} | {negated} | {control} "
+            f"| {more} | {side} | {served} | {cost} |\n"
         )
 
 
