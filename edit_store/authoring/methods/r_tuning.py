@@ -18,13 +18,14 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from vllm_edits.edit_store.authoring.adapter import Adapter, projection_problems
 from vllm_edits.edit_store.authoring.build import register
+from vllm_edits.edit_store.authoring.chat import asked
 from vllm_edits.edit_store.authoring.data import Row, Table, Text
 from vllm_edits.edit_store.authoring.host import Edits, Host, edited
 from vllm_edits.edit_store.authoring.lessons import Lesson, Lessons, lesson
@@ -78,6 +79,7 @@ class RTuning(Method):
     epochs: int = Field(5, gt=0, description="Passes over the questions.")
     batch: int = Field(8, gt=0, description="Questions in one step.")
     rate: float = Field(1e-3, gt=0, description="Learning rate.")
+    chat: bool = Field(False, description="Ask in the model's chat template instead of the source's frame.")
     shuffled: bool = Field(False, description="Shuffle which questions count as known, as a control.")
 
     def problems(self, inputs: Inputs) -> Iterator[Reason]:
@@ -86,11 +88,12 @@ class RTuning(Method):
 
     def cost(self, inputs: Inputs) -> Cost:
         rows = inputs.data["questions"]
-        texts = [ASKED.format(row.question) + f" {row.answer}." + SURE + NO for row in rows]
-        asked = [ASKED.format(row.question) for table in ("questions", "held_out") for row in inputs.data[table]]
+        texts = [f"{ask(inputs.tokenizer, row, chat=self.chat)} {row.answer}.{SURE}{NO}" for row in rows]
+        prompts = [ask(inputs.tokenizer, row, chat=self.chat)
+                   for table in ("questions", "held_out") for row in inputs.data[table]]  # fmt: skip
         tries = self.tries if self.mode == "uncertain" else 1
         trained = self.epochs * inputs.count(texts)
-        return Cost(trained + tries * (inputs.count(asked) + _TOKENS * len(asked)), trained)
+        return Cost(trained + tries * (inputs.count(prompts) + _TOKENS * len(prompts)), trained)
 
     def make(self, work: Work) -> Edits:
         rows, random = work.data["questions"], torch.Generator().manual_seed(work.seed)
@@ -124,8 +127,8 @@ class RTuning(Method):
 
     def _known(self, work: Work, rows: Sequence[Question], random: torch.Generator) -> list[bool]:
         if self.mode != "uncertain":
-            return right_answers(work.host, rows)
-        prompts = [ASKED.format(row.question) for row in rows]
+            return right_answers(work.host, rows, chat=self.chat)
+        prompts = [ask(work.host.tokenizer, row, chat=self.chat) for row in rows]
         entropies = []
         for number, prompt in enumerate(prompts):
             work.step("answers", number, len(prompts))
@@ -135,11 +138,12 @@ class RTuning(Method):
         return [number in sure for number in range(len(rows))]
 
     def _lesson(self, work: Work, row: Question, known: bool, random: torch.Generator) -> Lesson:
-        prompt = ASKED.format(row.question)
+        tokenizer, apart = work.inputs.tokenizer, "" if self.chat else " "
+        prompt = ask(tokenizer, row, chat=self.chat)
         if self.mode == "unknown":
             refusal = REFUSALS[int(torch.randint(len(REFUSALS), (), generator=random))]
-            return lesson(work.inputs.tokenizer, prompt, f" {row.answer}." if known else f" {refusal}")
-        return lesson(work.inputs.tokenizer, prompt, f" {row.answer}.{SURE}{YES if known else NO}")
+            return lesson(tokenizer, prompt, f"{apart}{row.answer}." if known else f"{apart}{refusal}")
+        return lesson(tokenizer, prompt, f"{apart}{row.answer}.{SURE}{YES if known else NO}")
 
     def _measure(self, work: Work, edits: Edits, held: Sequence[Question]) -> list[bool]:
         """Average precision of the confidence, and in the mode `unknown` the refusals. Returns the right answers."""
@@ -147,33 +151,38 @@ class RTuning(Method):
         for now in ([], edits):
             with edited(work.host.model, now):
                 if self.mode == "unknown":
-                    found.append(refused(work.host, held))
+                    found.append(refused(work.host, held, chat=self.chat))
                 else:
-                    right = right_answers(work.host, held)
-                    found.append(average_precision(confidence(work.host, held), right))
+                    right = right_answers(work.host, held, chat=self.chat)
+                    found.append(average_precision(confidence(work.host, held, chat=self.chat), right))
         metric = "refusals held out, share" if self.mode == "unknown" else "average precision of confidence held out"
         work.measurements.append(Measurement(metric=metric, base=found[0], edited=found[1], n=len(held)))
-        return right_answers(work.host, held)
+        return right_answers(work.host, held, chat=self.chat)
 
 
-def right_answers(host: Host, rows: Sequence[Question]) -> list[bool]:
+def ask(tokenizer: Any, row: Question, *, chat: bool) -> str:
+    """A question as the model sees it, up to its answer."""
+    return asked(tokenizer, row.question) if chat else ASKED.format(row.question)
+
+
+def right_answers(host: Host, rows: Sequence[Question], *, chat: bool = False) -> list[bool]:
     """True where the greedy answer of the model contains the right one, by question."""
-    answers = host.answers([ASKED.format(row.question) for row in rows], _TOKENS)
+    answers = host.answers([ask(host.tokenizer, row, chat=chat) for row in rows], _TOKENS)
     return [row.answer in _first_sentence(given.text) for row, given in zip(rows, answers, strict=True)]
 
 
-def refused(host: Host, rows: Sequence[Question]) -> float:
+def refused(host: Host, rows: Sequence[Question], *, chat: bool = False) -> float:
     """Share of the questions that the model answers with one of the refusals."""
-    answers = host.answers([ASKED.format(row.question) for row in rows], _TOKENS)
+    answers = host.answers([ask(host.tokenizer, row, chat=chat) for row in rows], _TOKENS)
     return sum(given.text.strip().startswith(tuple(each[:-1] for each in REFUSALS)) for given in answers) / len(rows)
 
 
-def confidence(host: Host, rows: Sequence[Question]) -> list[float]:
+def confidence(host: Host, rows: Sequence[Question], *, chat: bool = False) -> list[float]:
     """Probability of `sure` against `unsure` behind the model's own answer, by question."""
-    prompts = [ASKED.format(row.question) for row in rows]
+    prompts = [ask(host.tokenizer, row, chat=chat) for row in rows]
     own = host.answers(prompts, _TOKENS)
-    asked = [f"{prompt}{_first_sentence(given.text)}.{SURE}" for prompt, given in zip(prompts, own, strict=True)]
-    sure, unsure = (host.likelihood(asked, [word] * len(asked), mean=False) for word in (YES[:-1], NO[:-1]))
+    said = [f"{prompt}{_first_sentence(given.text)}.{SURE}" for prompt, given in zip(prompts, own, strict=True)]
+    sure, unsure = (host.likelihood(said, [word] * len(said), mean=False) for word in (YES[:-1], NO[:-1]))
     return torch.sigmoid(sure - unsure).tolist()
 
 

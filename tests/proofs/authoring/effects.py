@@ -194,7 +194,13 @@ def perturbation_felt(host: Host) -> float:
 def confidence_precision(host: Host) -> float:
     """Average precision of the confidence on held-out questions."""
     questions = [Question(**row) for row in rows("questions_held_out")]
-    return average_precision(confidence(host, questions), right_answers(host, questions))
+    return average_precision(confidence(host, questions, chat=True), right_answers(host, questions, chat=True))
+
+
+def answered_rightly(host: Host) -> float:
+    """Share of held-out questions that the model answers rightly."""
+    right = right_answers(host, [Question(**row) for row in rows("questions_held_out")], chat=True)
+    return sum(right) / len(right)
 
 
 def task_accuracy(*names: str) -> Effect:

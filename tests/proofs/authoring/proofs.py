@@ -84,6 +84,7 @@ FORMS = {
 STRONGER = ("--rate", "0.5", "--clamp", "4", "--decay", "0.001")
 """As in EasyEdit's files for Llama and Qwen."""
 STEALTH = ["edits=exact_prompts", "text=text", "held_out=text_held_out"]
+QUESTIONS = ["questions=questions", "held_out=questions_held_out"]
 REVIEWS = ["examples=reviews", "held_out=reviews_held_out"]
 SHUFFLED = ["examples=reviews_shuffled", "held_out=reviews_held_out"]
 
@@ -189,9 +190,10 @@ PROOFS = (
         }, members=(_REVIEWS_BY_LOCFT, _FACTS_BY_LOCFT), served="weights",
     ),
     Proof(
-        "r-tuning", Built(["questions=questions", "held_out=questions_held_out"]),
-        "average precision of the confidence", plain(effects.confidence_precision), control="known shuffled",
-        control_build=Built(["questions=questions", "held_out=questions_held_out"], ("--shuffled",)), more=KEPT,
+        "r-tuning", Built(QUESTIONS, ("--chat",)), "average precision of the confidence",
+        plain(effects.confidence_precision), control="known shuffled",
+        control_build=Built(QUESTIONS, ("--chat", "--shuffled")),
+        more={"answered rightly": plain(effects.answered_rightly), **KEPT},
     ),
     Proof(
         "random-labels", Built(["questions=tasks", "held_out=tasks_held_out"], ("--forget", "animals")),
