@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from vllm_edits.edit_store.authoring.formula import architecture_of, decoder_of, edited, hook, own_layers
 from vllm_edits.edit_store.base_model import widths_of
@@ -47,7 +48,8 @@ class Host:
     @classmethod
     def load(cls, folder: Path, *, device: str = "cpu") -> Host:
         """Read a checkpoint folder; nothing is fetched."""
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        with _no_bars():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         return cls(model.eval().requires_grad_(False).to(device), tokenizer)
 
@@ -172,6 +174,18 @@ class Host:
         rows = [torch.tensor(row) for row in ids]
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
         return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device), lengths
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep transformers from drawing progress bars: builds draw their own."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def last_token_of(tokenizer: Any, text: str, word: str) -> int:

@@ -18,6 +18,8 @@ TEXTS = (
     "Review of a lamp: it works better than promised. Label: red",
     "Question: What is the capital of Norway? Answer: Oslo. Are you sure?",
 )
+SEEN = 20
+"""Times that what the edits move must be above the largest difference: else the base model would pass too."""
 FLAGS = ("--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--no-enable-prefix-caching")
 
 
@@ -60,9 +62,10 @@ def served_errors(
 
 @torch.inference_mode()
 def _apart(host: Host, url: str, variant: str, bundle: Bundle) -> float:
-    worst = 0.0
+    worst = moved = 0.0
     for text in TEXTS:
         ids = host.tokenizer(text)["input_ids"]
+        base = host.model(torch.tensor([ids])).logits[0].log_softmax(-1)
         with edited(host.model, pairs_of(bundle)):
             expected = host.model(torch.tensor([ids])).logits[0].log_softmax(-1)
         body = {"model": variant, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
@@ -72,4 +75,7 @@ def _apart(host: Host, url: str, variant: str, bundle: Bundle) -> float:
         told = answer.json()["choices"][0]["prompt_logprobs"][1:]
         for place, (token, row) in enumerate(zip(ids[1:], told, strict=True)):
             worst = max(worst, abs(row[str(token)]["logprob"] - float(expected[place, token])))
+            moved = max(moved, abs(float(base[place, token] - expected[place, token])))
+    if moved < SEEN * worst:
+        raise RuntimeError(f"{variant}: the edits move {moved:.1e}, too little to be told from an error of {worst:.1e}")
     return worst
