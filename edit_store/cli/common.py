@@ -117,7 +117,10 @@ def show(rows: list[dict[str, Any]], columns: dict[str, str], as_json: bool) -> 
         as_script(rows)
         return
     # Text, not str: brackets and colons in an author's text are neither markup nor emoji.
-    table = Table(*(Column(Text(visible(heading))) for heading in columns.values()), box=None, header_style="bold")
+    # The first column names the row: it is not broken. In the others nothing is cut off.
+    headings = [Column(Text(visible(heading)), no_wrap=not place, overflow="fold")
+                for place, heading in enumerate(columns.values())]  # fmt: skip
+    table = Table(*headings, box=None, header_style="bold")
     for row in rows:
         table.add_row(*(Text(visible(str(row[field]))) for field in columns))
     _output.print(table)
