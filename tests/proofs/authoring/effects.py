@@ -73,17 +73,17 @@ FORMS = ("question", "fill-in", "choice", "sub-token")
 """Forms of a probe in ORT: a question, a gap, a choice of four, and a question whose letters stand apart."""
 
 
-def redirected(form: str, concepts: Sequence[tuple[str, str, str, str]]) -> Effect:
+def redirected(form: str, concepts: Sequence[tuple[str, str, str]]) -> Effect:
     """Preference for the target's answer over the concept's own, in nats per token, in one form of probe.
 
-    concepts: each a concept, its own answer, its target's answer, and the question with {} for the concept.
+    concepts: each a country, its own capital, and its target's.
     """
     options = ["Paris", "Rome", "Tokyo", "Moscow", "Athens", "Vienna", "Cairo", "Madrid", "Berlin", "Beijing"]
 
     def mean(host: Host) -> float:
         prompts = []
-        for concept, own, target, question in concepts:
-            text = question.replace("{}", concept)
+        for concept, own, target in concepts:
+            text = f"What is the capital of {concept}?"
             shown = [own, target, *[each for each in options if each not in (own, target)][:2]]
             prompts.append({
                 "question": f"Question: {text}\nAnswer:",

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tests.proofs.authoring.effects import EXAMPLES, Neutral
-from tests.proofs.authoring.proofs import RANDOM, Built, Proof
+from tests.proofs.authoring.proofs import Built, Proof
 from vllm_edits.edit_store import Bundle
 from vllm_edits.edit_store.authoring.build import pairs_of
 from vllm_edits.edit_store.authoring.host import Edits, EditWithNumbers, Host, edited
@@ -128,7 +128,7 @@ class Bench:
 
 
 def randomised(edits: Edits, seed: int) -> Edits:
-    """The same edits with random numbers: vectors of the same length, other heads, another subspace."""
+    """The same edits with random numbers: vectors of the same length, other heads of the same layers, another subspace."""
     random = np.random.default_rng(seed)
     factors = [numbers["factor"] for edit, numbers in edits if edit.kind == "scale"]
     drawn = iter(np.array_split(random.permutation(np.concatenate(factors)), len(factors)) if factors else [])
@@ -169,6 +169,3 @@ def _run(words: Sequence[str]) -> tuple[float, float]:
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
     """Mean, least and largest."""
     return mean(values), min(values), max(values)
-
-
-__all__ = ["RANDOM", "Bench", "Figures", "NotBuilt", "randomised", "spread"]

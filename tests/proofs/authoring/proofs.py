@@ -12,23 +12,19 @@ from vllm_edits.edit_store.authoring.host import Host
 
 AVERAGE = "half of each bundle"
 RANDOM = "random numbers of the same length"
+SAME_LAYERS = "random heads of the same layers"
 Of = Callable[[Host], Effect]
 """An effect that compares with the base model, which it is given first."""
 
-ASKED = "What is the capital of {}?"
 CAPITALS = (
-    ("France", "Paris", "Rome", ASKED),
-    ("Japan", "Tokyo", "Moscow", ASKED),
-    ("Greece", "Athens", "Vienna", ASKED),
-    ("Egypt", "Cairo", "Madrid", ASKED),
-    ("Germany", "Berlin", "Beijing", ASKED),
-)
-"""Concepts of the example for ROCR: each with its own answer, its target's, and the question."""
+    ("France", "Paris", "Rome"), ("Japan", "Tokyo", "Moscow"), ("Greece", "Athens", "Vienna"),
+    ("Egypt", "Cairo", "Madrid"), ("Germany", "Berlin", "Beijing"),
+)  # fmt: skip
+"""Concepts of the example for ROCR: each with its own capital, and its target's."""
 MANY = (
-    *CAPITALS[:4], ("Germany", "Berlin", "Beijing", ASKED), ("Russia", "Moscow", "Lisbon", ASKED),
-    ("Ireland", "Dublin", "Oslo", ASKED), ("Poland", "Warsaw", "Havana", ASKED), ("Canada", "Ottawa", "Nairobi", ASKED),
-    ("Turkey", "Ankara", "Stockholm", ASKED), ("Peru", "Lima", "Copenhagen", ASKED),
-    ("Ukraine", "Kyiv", "Budapest", ASKED),
+    *CAPITALS, ("Russia", "Moscow", "Lisbon"), ("Ireland", "Dublin", "Oslo"), ("Poland", "Warsaw", "Havana"),
+    ("Canada", "Ottawa", "Nairobi"), ("Turkey", "Ankara", "Stockholm"), ("Peru", "Lima", "Copenhagen"),
+    ("Ukraine", "Kyiv", "Budapest"),
 )  # fmt: skip
 """Those of the example with twelve concepts, one redirected after the other."""
 
@@ -97,10 +93,9 @@ def _locate(name: str, *options: str) -> Proof:
 
 
 def _taught(name: str, *options: str, served: Literal["slots", "weights"] = "slots") -> Proof:
-    shared = ("--chat",) if "chat" in name else ()
     return Proof(
-        name, Built(REVIEWS, (*shared, *options)), "labels told, share", plain(effects.labels_told),
-        control="trained on shuffled labels", control_build=Built(SHUFFLED, (*shared, *options)), more=KEPT, seeds=3,
+        name, Built(REVIEWS, options), "labels told, share", plain(effects.labels_told),
+        control="trained on shuffled labels", control_build=Built(SHUFFLED, options), more=KEPT, seeds=3,
         served=served,
     )  # fmt: skip
 
@@ -165,12 +160,12 @@ PROOFS = (
     ),
     Proof(
         "ships", Built(["prompts=harmful"], ("--privileged", "--count", "5")), "divergence of the next token, nats",
-        lambda host: effects.harmful_moved(effects.next_harmful(host)), control="random heads", more=KEPT,
+        lambda host: effects.harmful_moved(effects.next_harmful(host)), control=SAME_LAYERS, more=KEPT,
         negated=False,
     ),
     Proof(
         "sahara", Built(["prompts=harmful"], ("--privileged", "--steps", "3")), "angle of the prompts, degrees",
-        lambda host: effects.harmful_turned(effects.framed_states(host)), control="random heads", more=KEPT,
+        lambda host: effects.harmful_turned(effects.framed_states(host)), control=SAME_LAYERS, more=KEPT,
         negated=False,
     ),
     Proof(
