@@ -393,16 +393,13 @@ def _figures(work: Work) -> dict[str, tuple[float, int]]:
     return found
 
 
+@torch.inference_mode()
 def spoken(host: Host, prompts: Sequence[str], answers: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Mean log-probability per token of each answer, and True where the model's greedy answer begins with it."""
-    likely, greedy = [], []
+    likely, greedy = list[Tensor](), list[bool]()
     for pairs in batches(list(zip(prompts, answers, strict=True))):
-        texts = [f"{prompt} {answer}" for prompt, answer in pairs]
-        rows = host.activations(texts, ["logits"])["logits"]
-        for text, (prompt, _), logits in zip(texts, pairs, rows, strict=True):
-            start = len(host.tokenizer(prompt)["input_ids"])
-            wanted = torch.tensor(host.tokenizer(text)["input_ids"][start:], device=logits.device)
-            told = logits[start - 1 : -1].log_softmax(-1)
-            likely.append(told.gather(1, wanted[:, None]).mean())
-            greedy.append((told.argmax(-1) == wanted).all())
-    return torch.stack(likely), torch.stack(greedy)
+        whole = [host.tokenizer(f"{prompt} {answer}")["input_ids"] for prompt, answer in pairs]
+        said = host.said(whole, [len(host.tokenizer(prompt)["input_ids"]) for prompt, _ in pairs])
+        likely.append(said.means())
+        greedy += map(all, said.right())
+    return torch.cat(likely), torch.tensor(greedy)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_edits.edit_store.authoring.host import Host
+from vllm_edits.edit_store.authoring.host import Host, batches
 from vllm_edits.edit_store.authoring.method import Work
 from vllm_edits.edit_store.authoring.neurons import Right
 from vllm_edits.edit_store.authoring.selectivity import (
@@ -99,13 +99,10 @@ def highest_responses(host: Host, gates: Gates, reads: str, prompts: Sequence[st
 @torch.inference_mode()
 def likelihood_of(host: Host, texts: Sequence[str]) -> float:
     """Mean log-probability of the tokens behind the first of each text; few texts at once, since logits are wide."""
-    total, count = 0.0, 0
-    for first in range(0, len(texts), _LIKELIHOOD_BATCH):
-        ids, lengths = host.tokens(texts[first : first + _LIKELIHOOD_BATCH])
-        likely = host.model(ids, use_cache=False).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[:, :, 0]
-        told = torch.arange(1, ids.shape[1], device=ids.device) < lengths[:, None]
-        total, count = total + float(likely[told].sum()), count + int(told.sum())
-    return total / max(count, 1)
+    ids = [host.tokenizer(text)["input_ids"] for text in texts]
+    parts = [host.said(some, [1] * len(some)) for some in batches(ids, _LIKELIHOOD_BATCH)]
+    count = sum(int(part.counts.sum()) for part in parts)
+    return sum(float(part.sums().sum()) for part in parts) / max(count, 1)
 
 
 def dimension_of(work: Work, sphere: Sphere, reads: str, *, theta: float, sample: int) -> Dimension:

@@ -39,6 +39,34 @@ class Generated:
 
 
 @dataclass(frozen=True)
+class Said:
+    """Logits of a model at every token of some answers, one answer behind the other."""
+
+    logits: Tensor
+    """[tokens, vocabulary]"""
+    wanted: Tensor
+    """the token that the answer has there, [tokens]"""
+    counts: Tensor
+    """tokens of each answer"""
+
+    def sums(self) -> Tensor:
+        """Log-probability of each answer, [answers]."""
+        found = -nn.functional.cross_entropy(self.logits, self.wanted, reduction="none")
+        row = torch.repeat_interleave(torch.arange(len(self.counts), device=found.device), self.counts)
+        return torch.zeros(len(self.counts), device=found.device).index_add(0, row, found)
+
+    def means(self) -> Tensor:
+        """The same per token."""
+        return self.sums() / self.counts
+
+    def right(self) -> list[list[bool]]:
+        """For each answer, True at every token that is the likeliest one there."""
+        found = (self.logits.argmax(-1) == self.wanted).tolist()
+        ends = self.counts.cumsum(0).tolist()
+        return [found[end - count : end] for end, count in zip(ends, self.counts.tolist(), strict=True)]
+
+
+@dataclass(frozen=True)
 class Host:
     """A base model in float32 with its tokenizer. Inside `edited`, every method sees the edited model."""
 
@@ -121,16 +149,18 @@ class Host:
         return torch.cat([self._likelihood(*part, mean=mean) for part in parts])
 
     def _likelihood(self, prompts: Sequence[str], answers: Sequence[str], *, mean: bool) -> Tensor:
-        ids, ends = self.tokens(list(map(add, prompts, answers)))
-        _, starts = self.tokens(prompts)
-        first = int(starts.min()) - 1
-        place = torch.arange(first, ids.shape[1] - 1, device=self.device)
+        whole = [self.tokenizer(text)["input_ids"] for text in map(add, prompts, answers)]
+        said = self.said(whole, [len(self.tokenizer(prompt)["input_ids"]) for prompt in prompts])
+        return said.means() if mean else said.sums()
+
+    def said(self, ids_of: Sequence[Sequence[int]], prompts: Sequence[int]) -> Said:
+        """The model's word on sequences of token ids behind their first tokens, so many as `prompts` says of each."""
+        ids, lengths = self._padded(ids_of)
+        starts = torch.tensor(prompts, device=self.device)
+        place = torch.arange(min(prompts) - 1, ids.shape[1] - 1, device=self.device)
         logits = self.model(ids, use_cache=False, logits_to_keep=place).logits
-        predicts = (place >= starts[:, None] - 1) & (place < ends[:, None] - 1)
-        logprobs = logits[predicts].log_softmax(-1)
-        found = logprobs.gather(1, ids[:, first + 1 :][predicts][:, None])[:, 0]
-        parts = found.split((ends - starts).tolist())
-        return torch.stack([part.mean() if mean else part.sum() for part in parts])
+        told = (place >= starts[:, None] - 1) & (place < lengths[:, None] - 1)
+        return Said(logits[told], ids[:, place + 1][told], lengths - starts)
 
     @contextmanager
     def replaying(self, texts: Sequence[str], *, below: int) -> Iterator[None]:

@@ -92,7 +92,7 @@ class WriteSearch:
         optimizer = torch.optim.Adam([u], lr=self.rate)
         for number in range(self.steps):
             with added(host, site, ends, neurons.change(u)):
-                loss = lessons.losses(every) + self.decay * (u.norm(dim=1) / lengths) ** 2
+                loss = -lessons.said(every).means() + self.decay * (u.norm(dim=1) / lengths) ** 2
             now = loss.detach()
             better = (now < least) & (number > 0)  # the source leaves out the old column
             best = torch.where(better[:, None], u.detach(), best)
@@ -112,7 +112,7 @@ def right_answers(host: Host, facts: Sequence[tuple[str, str]]) -> Right:
     """Success of each answer, greedily."""
     first, whole = [], []
     for some in batches(range(len(facts))):
-        right = _lessons(host, [facts[each] for each in some]).right(range(len(some)))
+        right = _lessons(host, [facts[each] for each in some]).said(range(len(some))).right()
         first += [tokens[0] for tokens in right]
         whole += [all(tokens) for tokens in right]
     return Right(first, whole)

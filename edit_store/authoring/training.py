@@ -12,7 +12,7 @@ are those that a bundle has, and nothing is converted.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,28 +34,27 @@ class Preferences:
     answers: Lessons
     rejected: Lessons
     beta: float
-    base: list[Tensor] = field(default_factory=list)
-    """difference of the two log-probabilities in the base model, by pair"""
+    base: Tensor
+    """difference of the two log-probabilities in the base model, [pairs]"""
 
     @classmethod
     def of(cls, answers: Lessons, rejected: Lessons, beta: float, batch: int) -> Preferences:
         """Call it with nothing trained yet, since it reads the base model."""
-        pairs = cls(answers, rejected, beta)
         with torch.no_grad():
-            for some in batches(range(len(answers)), batch):
-                pairs.base.extend(pairs._difference(some))
-        return pairs
+            parts = [_difference(answers, rejected, some) for some in batches(range(len(answers)), batch)]
+        return cls(answers, rejected, beta, torch.cat(parts))
 
     def __len__(self) -> int:
         return len(self.answers)
 
     def loss(self, chosen: Sequence[int]) -> Tensor:
         """Mean loss of the chosen pairs."""
-        gained = self._difference(chosen) - torch.stack([self.base[number] for number in chosen])
+        gained = _difference(self.answers, self.rejected, chosen) - self.base[list(chosen)]
         return -nn.functional.logsigmoid(self.beta * gained).mean()
 
-    def _difference(self, chosen: Sequence[int]) -> Tensor:
-        return self.answers.likelihood(chosen)[0] - self.rejected.likelihood(chosen)[0]
+
+def _difference(answers: Lessons, rejected: Lessons, chosen: Sequence[int]) -> Tensor:
+    return answers.said(chosen).sums() - rejected.said(chosen).sums()
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ class Bench:
 
 
 def randomised(edits: Edits, seed: int) -> Edits:
-    """The same edits with random numbers: vectors of the same length, other heads of the same layers, another subspace."""
+    """The same edits with random numbers: vectors as long, other heads of the same layers, another subspace."""
     random = np.random.default_rng(seed)
     factors = [numbers["factor"] for edit, numbers in edits if edit.kind == "scale"]
     drawn = iter(np.array_split(random.permutation(np.concatenate(factors)), len(factors)) if factors else [])
