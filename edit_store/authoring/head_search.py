@@ -38,7 +38,7 @@ class HeadSearch(Method):
         yield from layer_problems(self._layers(inputs), inputs)
 
     def _layers(self, inputs: Inputs) -> tuple[int, ...]:
-        return tuple(range(inputs.base.widths.layers)) if self.layers is None else self.layers
+        return inputs.layers_from(self.layers, 0)
 
     def _prompts(self, inputs: Inputs) -> list[str]:
         return [asked(inputs.tokenizer, row.prompt) if self.chat else row.prompt for row in inputs.data["prompts"]]

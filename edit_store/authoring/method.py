@@ -5,14 +5,14 @@ A method is one module in `methods/`, which is found without a list: a subclass 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, PlainSerializer
 
 from vllm_edits.edit_store.authoring.data import Data, Table
-from vllm_edits.edit_store.authoring.host import Edits, Host
+from vllm_edits.edit_store.authoring.host import Edits, Host, edited
 from vllm_edits.edit_store.authoring.statistics import Statistics
 from vllm_edits.edit_store.base_ref import BaseModelRef
 from vllm_edits.edit_store.bundle import Measurement
@@ -59,6 +59,11 @@ class Inputs:
         """The number of tokens of all texts."""
         return sum(map(len, self.tokens(texts))) if texts else 0
 
+    def layers_from(self, given: Sequence[int] | None, depth: float) -> tuple[int, ...]:
+        """The given layers, or all from a depth on, from 0 at the first layer to 1 behind the last."""
+        count = self.base.widths.layers
+        return tuple(given) if given is not None else tuple(range(int(depth * count), count))
+
     def layers(self, given: Sequence[int] | None, first: float, last: float) -> tuple[int, ...]:
         """The given layers, or those between two depths, from 0 at the first layer to 1 behind the last."""
         count = self.base.widths.layers
@@ -94,6 +99,13 @@ class Work:
     @property
     def data(self) -> Data:
         return self.inputs.data
+
+    def measure(self, metric: str, edits: Edits, figure: Callable[[], float], n: int) -> None:
+        """Take a figure without the edits and with them, for the manifest. n: the rows that it is of."""
+        base = figure()
+        with edited(self.host.model, edits):
+            now = figure()
+        self.measurements.append(Measurement(metric=metric, base=base, edited=now, n=n))
 
 
 class Method(FrozenRecord):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from pydantic import Field
 
 from vllm_edits.edit_store.authoring.chat import said
 from vllm_edits.edit_store.authoring.data import Row, Table, Text
-from vllm_edits.edit_store.authoring.host import Edits, edited
+from vllm_edits.edit_store.authoring.host import Edits
 from vllm_edits.edit_store.authoring.lessons import Lesson, Lessons, lesson
 from vllm_edits.edit_store.authoring.method import Cost, Inputs, Method, Work
 from vllm_edits.edit_store.authoring.training import Course
-from vllm_edits.edit_store.bundle import Measurement
 from vllm_edits.edit_store.errors import Reason
 
 
@@ -98,11 +98,8 @@ class Taught(Method):
         """Log-likelihood of the answers without the edits and with them, for the manifest."""
         for table, name in (("examples", "learned answers"), ("held_out", "answers held out")):
             if rows := work.data[table]:
-                base = self.likely(work, rows)
-                with edited(work.host.model, edits):
-                    now = self.likely(work, rows)
                 metric = f"{name}, log-likelihood per token in nats"
-                work.measurements.append(Measurement(metric=metric, base=base, edited=now, n=len(rows)))
+                work.measure(metric, edits, partial(self.likely, work, rows), len(rows))
 
     def likely(self, work: Work, rows: Sequence[Example]) -> float:
         """Mean log-likelihood per token of the answers."""

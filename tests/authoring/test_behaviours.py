@@ -20,9 +20,10 @@ from vllm_edits.edit_store.authoring.methods.r_tuning import (
     KNOWN_FILE,
     REFUSALS,
     Question,
+    answered,
     average_precision,
     entropy,
-    right_answers,
+    right,
     sampled,
 )
 from vllm_edits.edit_store.authoring.methods.random_labels import REPORT_FILE
@@ -122,7 +123,7 @@ class TestRTuning:
         if mode == "uncertain":
             return
         rows = [Question(**row) for row in questions]
-        assert right_answers(host, rows) == [bool(number % 2) for number in range(10)]
+        assert right(rows, answered(host, rows, chat=False)) == [bool(number % 2) for number in range(10)]
         prompts = [f"{ASKED.format(row.question)} {row.answer}.{r_tuning.SURE}" for row in rows]
 
         def sureness() -> list[float]:

@@ -69,7 +69,7 @@ class Apet(Taught):
         return done
 
     def _layers(self, inputs: Inputs) -> tuple[int, ...]:
-        return tuple(range(inputs.base.widths.layers)) if self.layers is None else self.layers
+        return inputs.layers_from(self.layers, 0)
 
     def _candidates(self, inputs: Inputs) -> Sequence[tuple[type[Edit], Site]]:
         """Vectors that may be chosen. Points with a bias have no scale, which would change the bias too."""

@@ -85,8 +85,7 @@ class Hut(Taught):
         return done
 
     def _layers(self, inputs: Inputs) -> tuple[int, ...]:
-        count = inputs.base.widths.layers
-        return tuple(range(count // 2, count)) if self.layers is None else self.layers
+        return inputs.layers_from(self.layers, 0.5)
 
     def _begun(self, size: int, random: torch.Generator) -> Tensor:
         """[size, rank]: ones, and behind the first column nearly zeros."""

@@ -25,10 +25,9 @@ from vllm_edits.edit_store.authoring.build import register
 from vllm_edits.edit_store.authoring.chat import said
 from vllm_edits.edit_store.authoring.data import Row, Table, Text
 from vllm_edits.edit_store.authoring.heads import Head, listed
-from vllm_edits.edit_store.authoring.host import Edits, Host, edited
+from vllm_edits.edit_store.authoring.host import Edits, Host
 from vllm_edits.edit_store.authoring.linear_probe import accuracy, fit
 from vllm_edits.edit_store.authoring.method import Cost, Inputs, Layers, Method, Work, layer_problems
-from vllm_edits.edit_store.bundle import Measurement
 from vllm_edits.edit_store.errors import Reason
 from vllm_edits.edit_store.kinds.offset import Offset
 from vllm_edits.edit_store.scope import Scope
@@ -113,11 +112,12 @@ class Iti(Method):
         ]
         work.notes[HEADS_FILE] = listed({head: scores[head] for head in chosen}, work.inputs.base, self.called())
         if held := work.data["held_out"]:
-            self._measure(work, edits, held)
+            metric = "preference for right answers held out, nats per token"
+            work.measure(metric, edits, lambda: self._preference(work, held), len(held))
         return edits
 
     def _layers(self, inputs: Inputs) -> tuple[int, ...]:
-        return tuple(range(inputs.base.widths.layers)) if self.layers is None else self.layers
+        return inputs.layers_from(self.layers, 0)
 
     def _texts(self, inputs: Inputs, rows: Sequence[Answer]) -> list[str]:
         return [prompt + answer for prompt, answer in zip(*self._said(inputs, rows), strict=True)]
@@ -165,13 +165,6 @@ class Iti(Method):
         theta = direction / direction.norm().clamp_min(1e-12)
         shift: Tensor = self.alpha * (vectors @ theta).std() * theta
         return shift
-
-    def _measure(self, work: Work, edits: Edits, held: Sequence[Answer]) -> None:
-        base = self._preference(work, held)
-        with edited(work.host.model, edits):
-            shifted = self._preference(work, held)
-        metric = "preference for right answers held out, nats per token"
-        work.measurements.append(Measurement(metric=metric, base=base, edited=shifted, n=len(held)))
 
     def _preference(self, work: Work, rows: Sequence[Answer]) -> float:
         """Log-likelihood of the right answers less that of the wrong ones."""

@@ -26,7 +26,6 @@ from vllm_edits.edit_store.authoring.data import Row, Table, Text
 from vllm_edits.edit_store.authoring.host import Edits, Host, edited
 from vllm_edits.edit_store.authoring.linear_probe import accuracy
 from vllm_edits.edit_store.authoring.method import Cost, Inputs, Layers, Method, Work, layer_problems
-from vllm_edits.edit_store.bundle import Measurement
 from vllm_edits.edit_store.edits import Array
 from vllm_edits.edit_store.errors import BundleRefused, Reason
 from vllm_edits.edit_store.kinds.subspace_filter import SubspaceFilter
@@ -107,14 +106,12 @@ class Leace(Method):
     def _measure(self, work: Work, edits: Edits, held: Sequence[Labelled]) -> None:
         """Accuracy of a linear probe behind the last edited layer, on texts that it was not fitted to."""
         site = edits[-1][0].site
-        found = []
-        for with_edits in ([], edits):
-            with edited(work.host.model, with_edits):
-                train, test = (self._vectors(work.host, rows, site) for rows in (work.data["texts"], held))
-            found.append(accuracy(train, test))
-        work.measurements.append(
-            Measurement(metric="linear probe held out, accuracy", base=found[0], edited=found[1], n=len(held))
-        )
+
+        def told() -> float:
+            train, test = (self._vectors(work.host, rows, site) for rows in (work.data["texts"], held))
+            return accuracy(train, test)
+
+        work.measure("linear probe held out, accuracy", edits, told, len(held))
 
 
 def _fitted(vectors: Tensor, labels: Tensor, site: str) -> dict[str, Array]:

@@ -105,7 +105,7 @@ class Lofit(Taught):
         return edits
 
     def _layers(self, inputs: Inputs) -> tuple[int, ...]:
-        return tuple(range(inputs.base.widths.layers)) if self.layers is None else self.layers
+        return inputs.layers_from(self.layers, 0)
 
     def _passes(self, inputs: Inputs) -> int:
         pairs = any(row.rejected for row in inputs.data["examples"])

@@ -28,9 +28,8 @@ from vllm_edits.edit_store.authoring.build import register
 from vllm_edits.edit_store.authoring.chat import beginning
 from vllm_edits.edit_store.authoring.data import Row, Table, Text
 from vllm_edits.edit_store.authoring.formula import own_layers, weight_of
-from vllm_edits.edit_store.authoring.host import Edits, Host, edited
+from vllm_edits.edit_store.authoring.host import Edits, Host
 from vllm_edits.edit_store.authoring.method import Cost, Inputs, Method, Work
-from vllm_edits.edit_store.bundle import Measurement
 from vllm_edits.edit_store.errors import Reason
 from vllm_edits.edit_store.kinds.low_rank import LowRank
 from vllm_edits.edit_store.sites import Site
@@ -86,12 +85,8 @@ class ModelSurgery(Method):
         told = probe(vectors["held"]).argmax(1) == torch.tensor([row.undesired for row in held])
         v = probe.weight[1].detach()
         edits = self._edits(work.host, v)
-        base = preference(work, held)
-        with edited(work.host.model, edits):
-            shifted = preference(work, held)
-        work.measurements.append(Measurement(
-            metric="preference for desired texts held out, nats per token", base=base, edited=shifted, n=len(held)
-        ))  # fmt: skip
+        metric = "preference for desired texts held out, nats per token"
+        work.measure(metric, edits, lambda: preference(work, held), len(held))
         facts = {"accuracy": float(told.float().mean()), "length": float(v.norm()), "texts": len(held)}
         work.notes[PROBE_FILE] = (json.dumps(facts, indent=1) + "\n").encode()
         return edits

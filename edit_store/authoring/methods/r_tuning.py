@@ -27,11 +27,10 @@ from vllm_edits.edit_store.authoring.adapter import Adapter, projection_problems
 from vllm_edits.edit_store.authoring.build import register
 from vllm_edits.edit_store.authoring.chat import asked
 from vllm_edits.edit_store.authoring.data import Row, Table, Text
-from vllm_edits.edit_store.authoring.host import Edits, Host, edited
+from vllm_edits.edit_store.authoring.host import Edits, Host
 from vllm_edits.edit_store.authoring.lessons import Lesson, Lessons, lesson
 from vllm_edits.edit_store.authoring.method import Cost, Inputs, Layers, Method, Work, layer_problems
 from vllm_edits.edit_store.authoring.training import Course, finished
-from vllm_edits.edit_store.bundle import Measurement
 from vllm_edits.edit_store.errors import BundleRefused, Reason
 
 KNOWN_FILE = "known.json"
@@ -116,18 +115,17 @@ class RTuning(Method):
         edits = finished(adapter.edits())
         counts = {"questions": [sum(known), len(known)]}
         if held := work.data["held_out"]:
-            right = self._measure(work, edits, held)
-            counts["held_out"] = [sum(right), len(right)]
+            self._measure(work, edits, held)
+            counts["held_out"] = [sum(right(held, answered(work.host, held, chat=self.chat))), len(held)]
         work.notes[KNOWN_FILE] = (json.dumps(counts) + "\n").encode()
         return edits
 
     def _layers(self, inputs: Inputs) -> tuple[int, ...]:
-        count = inputs.base.widths.layers
-        return tuple(range(count // 2, count)) if self.layers is None else self.layers
+        return inputs.layers_from(self.layers, 0.5)
 
     def _known(self, work: Work, rows: Sequence[Question], random: torch.Generator) -> list[bool]:
         if self.mode != "uncertain":
-            return right_answers(work.host, rows, chat=self.chat)
+            return right(rows, answered(work.host, rows, chat=self.chat))
         prompts = [ask(work.host.tokenizer, row, chat=self.chat) for row in rows]
         entropies = []
         for number, prompt in enumerate(prompts):
@@ -145,19 +143,12 @@ class RTuning(Method):
             return lesson(tokenizer, prompt, f"{apart}{row.answer}." if known else f"{apart}{refusal}")
         return lesson(tokenizer, prompt, f"{apart}{row.answer}.{SURE}{YES if known else NO}")
 
-    def _measure(self, work: Work, edits: Edits, held: Sequence[Question]) -> list[bool]:
-        """Average precision of the confidence, and in the mode `unknown` the refusals. Returns the right answers."""
-        found = []
-        for now in ([], edits):
-            with edited(work.host.model, now):
-                if self.mode == "unknown":
-                    found.append(refused(work.host, held, chat=self.chat))
-                else:
-                    right = right_answers(work.host, held, chat=self.chat)
-                    found.append(average_precision(confidence(work.host, held, chat=self.chat), right))
-        metric = "refusals held out, share" if self.mode == "unknown" else "average precision of confidence held out"
-        work.measurements.append(Measurement(metric=metric, base=found[0], edited=found[1], n=len(held)))
-        return right_answers(work.host, held, chat=self.chat)
+    def _measure(self, work: Work, edits: Edits, held: Sequence[Question]) -> None:
+        """Average precision of the confidence, or in the mode `unknown` the refusals."""
+        unknown = self.mode == "unknown"
+        metric = "refusals held out, share" if unknown else "average precision of confidence held out"
+        figure = refused if unknown else precision
+        work.measure(metric, edits, lambda: figure(work.host, held, chat=self.chat), len(held))
 
 
 def ask(tokenizer: Any, row: Question, *, chat: bool) -> str:
@@ -165,23 +156,32 @@ def ask(tokenizer: Any, row: Question, *, chat: bool) -> str:
     return asked(tokenizer, row.question) if chat else ASKED.format(row.question)
 
 
-def right_answers(host: Host, rows: Sequence[Question], *, chat: bool = False) -> list[bool]:
-    """True where the greedy answer of the model contains the right one, by question."""
+def answered(host: Host, rows: Sequence[Question], *, chat: bool) -> list[str]:
+    """Greedy answer of the model up to its first full stop, by question."""
     answers = host.answers([ask(host.tokenizer, row, chat=chat) for row in rows], _TOKENS)
-    return [row.answer in _first_sentence(given.text) for row, given in zip(rows, answers, strict=True)]
+    return [_first_sentence(given.text) for given in answers]
 
 
-def refused(host: Host, rows: Sequence[Question], *, chat: bool = False) -> float:
+def right(rows: Sequence[Question], answers: Sequence[str]) -> list[bool]:
+    """True where an answer contains the right one, by question."""
+    return [row.answer in answer for row, answer in zip(rows, answers, strict=True)]
+
+
+def refused(host: Host, rows: Sequence[Question], *, chat: bool) -> float:
     """Share of the questions that the model answers with one of the refusals."""
-    answers = host.answers([ask(host.tokenizer, row, chat=chat) for row in rows], _TOKENS)
-    return sum(given.text.strip().startswith(tuple(each[:-1] for each in REFUSALS)) for given in answers) / len(rows)
+    begins = tuple(each[:-1] for each in REFUSALS)
+    return sum(answer.strip().startswith(begins) for answer in answered(host, rows, chat=chat)) / len(rows)
 
 
-def confidence(host: Host, rows: Sequence[Question], *, chat: bool = False) -> list[float]:
-    """Probability of `sure` against `unsure` behind the model's own answer, by question."""
-    prompts = [ask(host.tokenizer, row, chat=chat) for row in rows]
-    own = host.answers(prompts, _TOKENS)
-    said = [f"{prompt}{_first_sentence(given.text)}.{SURE}" for prompt, given in zip(prompts, own, strict=True)]
+def precision(host: Host, rows: Sequence[Question], *, chat: bool) -> float:
+    """Average precision of the confidence in its own answers."""
+    answers = answered(host, rows, chat=chat)
+    return average_precision(confidence(host, rows, answers, chat=chat), right(rows, answers))
+
+
+def confidence(host: Host, rows: Sequence[Question], answers: Sequence[str], *, chat: bool) -> list[float]:
+    """Probability of `sure` against `unsure` behind an answer, by question."""
+    said = [f"{ask(host.tokenizer, row, chat=chat)}{answer}.{SURE}" for row, answer in zip(rows, answers, strict=True)]
     sure, unsure = (host.likelihood(said, [word] * len(said), mean=False) for word in (YES[:-1], NO[:-1]))
     return torch.sigmoid(sure - unsure).tolist()
 

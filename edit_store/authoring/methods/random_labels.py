@@ -116,8 +116,7 @@ class RandomLabels(Method):
         return edits
 
     def _layers(self, inputs: Inputs) -> tuple[int, ...]:
-        count = inputs.base.widths.layers
-        return tuple(range(count // 2, count)) if self.layers is None else self.layers
+        return inputs.layers_from(self.layers, 0.5)
 
     def _task(self, inputs: Inputs) -> str:
         return self.forget or str(inputs.data["questions"][0].task)

@@ -99,8 +99,7 @@ class Sara(Taught):
         return done
 
     def _layers(self, inputs: Inputs) -> tuple[int, ...]:
-        count = inputs.base.widths.layers
-        return tuple(range(count // 2, count)) if self.layers is None else self.layers
+        return inputs.layers_from(self.layers, 0.5)
 
     def _mask(self, weight: Tensor, random: torch.Generator) -> Tensor:
         mask = weight.abs() < self.threshold

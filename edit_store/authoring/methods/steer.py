@@ -28,7 +28,6 @@ from vllm_edits.edit_store.authoring.chat import asked, beginning
 from vllm_edits.edit_store.authoring.data import Row, Table, Text
 from vllm_edits.edit_store.authoring.host import Edits, EditWithNumbers, Host, edited
 from vllm_edits.edit_store.authoring.method import Cost, Inputs, Layers, Method, Work, layer_problems
-from vllm_edits.edit_store.bundle import Measurement
 from vllm_edits.edit_store.errors import Reason
 from vllm_edits.edit_store.kinds.offset import Offset
 from vllm_edits.edit_store.scope import Scope
@@ -91,12 +90,8 @@ class Steer(Method):
         if self.sweep:
             edits = [self._best(work, edits)]
         if held := work.data["held_out"]:
-            base = self._preference(work, held)
-            with edited(work.host.model, edits):
-                steered = self._preference(work, held)
-            work.measurements.append(
-                Measurement(metric="preference held out, nats per token", base=base, edited=steered, n=len(held))
-            )
+            metric = "preference held out, nats per token"
+            work.measure(metric, edits, lambda: self._preference(work, held), len(held))
         return edits
 
     def _layers(self, inputs: Inputs) -> tuple[int, ...]:

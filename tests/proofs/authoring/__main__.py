@@ -26,8 +26,6 @@ from tests.proofs.authoring.proofs import PROOFS, Proof
 from tests.proofs.authoring.serving import served_errors
 from tests.support.gemma import FOLDER as GEMMA
 
-TITLES = {"smollm2-135m-instruct": "SmolLM2-135M-Instruct", "gemma-3-270m": "Gemma-3-270M"}
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.proofs.authoring", description=__doc__)
@@ -42,7 +40,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             measure(model.resolve(), wanted, Path(args.keep or folder) / model.name, serve=not args.no_server)
     if args.write:
-        table.write(TITLES)
+        table.PAGE.write_text(table.written(table.PAGE.read_text(encoding="utf-8"), table.TITLES), encoding="utf-8")
 
 
 def measure(model: Path, proofs: list[Proof], folder: Path, *, serve: bool) -> None:

@@ -15,7 +15,7 @@ import vllm_edits.edit_store.authoring
 from vllm_edits.edit_store.authoring.chat import asked
 from vllm_edits.edit_store.authoring.host import Host, batches, divergence
 from vllm_edits.edit_store.authoring.linear_probe import accuracy
-from vllm_edits.edit_store.authoring.methods.r_tuning import Question, average_precision, confidence, right_answers
+from vllm_edits.edit_store.authoring.methods.r_tuning import Question, answered, precision, right
 from vllm_edits.edit_store.authoring.methods.refusal_direction import log_odds
 from vllm_edits.edit_store.authoring.methods.sahara import FRAME, angle
 
@@ -193,14 +193,13 @@ def perturbation_felt(host: Host) -> float:
 
 def confidence_precision(host: Host) -> float:
     """Average precision of the confidence on held-out questions."""
-    questions = [Question(**row) for row in rows("questions_held_out")]
-    return average_precision(confidence(host, questions, chat=True), right_answers(host, questions, chat=True))
+    return precision(host, [Question(**row) for row in rows("questions_held_out")], chat=True)
 
 
 def answered_rightly(host: Host) -> float:
     """Share of held-out questions that the model answers rightly."""
-    right = right_answers(host, [Question(**row) for row in rows("questions_held_out")], chat=True)
-    return sum(right) / len(right)
+    questions = [Question(**row) for row in rows("questions_held_out")]
+    return sum(right(questions, answered(host, questions, chat=True))) / len(questions)
 
 
 def task_accuracy(*names: str) -> Effect:

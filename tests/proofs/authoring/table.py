@@ -11,6 +11,7 @@ from tests.proofs.authoring.measuring import spread
 
 RECORDS = Path(__file__).parent
 PAGE = Path("edit_store/authoring/README.md")
+TITLES = {"smollm2-135m-instruct": "SmolLM2-135M-Instruct", "gemma-3-270m": "Gemma-3-270M"}
 BEGIN, END = "<!-- table of the proofs: begin -->", "<!-- table of the proofs: end -->"
 HEAD = (
     "| method | measure | base | edited | negated | control | further figures, base → edited "
@@ -30,13 +31,12 @@ def kept(model: str) -> dict[str, Any]:
     return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
-def write(models: Mapping[str, str]) -> None:
-    """Put the tables into the page, one for each model, by its title."""
+def written(page: str, models: Mapping[str, str]) -> str:
+    """A page with the tables in it, one for each model with figures, by its title."""
     parts = [f"{title}:\n\n{HEAD}{''.join(_rows(kept(model)))}" for model, title in models.items() if kept(model)]
-    page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(BEGIN)
     _, _, behind = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n\n" + "\n".join(parts) + f"\n{END}{behind}", encoding="utf-8")
+    return f"{before}{BEGIN}\n\n" + "\n".join(parts) + f"\n{END}{behind}"
 
 
 def _rows(figures: Mapping[str, Any]) -> Iterator[str]:
