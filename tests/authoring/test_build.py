@@ -236,3 +236,11 @@ class TestPrivileged:
             done = CliRunner().invoke(app, ["trust", "privileged", str(file), word])
             assert done.exit_code == 0, done.output
             assert TrustPolicy.load(file).privileged is allowed
+
+
+def test_the_list_of_methods_cuts_nothing_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In eighty columns every method's name is whole, and a longer word goes on in the next line."""
+    monkeypatch.setenv("COLUMNS", "80")
+    told = vllm_edits("--list").stdout
+    assert "…" not in told
+    assert {"contrast-filter", "refusal-direction", "model-surgery"} <= set(told.split())
