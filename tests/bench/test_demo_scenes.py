@@ -18,7 +18,7 @@ from loadtests.demo.bundles import Answers, Exhibit, MeasuredClaim
 from tests.support.bundles import publish
 from tests.support.fakes import BASE, Server, refuse, version_of
 from tests.support.listening import Poll, compiles_under_load, counted, listening
-from vllm_edits.edit_store import Bundle, Gate, Provenance
+from vllm_edits.edit_store import Bundle, Gate
 
 pytestmark = [pytest.mark.anyio, pytest.mark.long]
 
@@ -47,7 +47,7 @@ def exhibit(name: str) -> Exhibit:
         return sum(name in each.text for each in answers) / len(answers)
 
     claim = MeasuredClaim("says its name", ("a", "b"), share, base=(0, 0), edited=(1, 1))
-    return Exhibit(name, "1", "", Provenance(tool="tests", method="random"), lambda _: [], "a", "", (claim,))
+    return Exhibit(name, "1", "", method="rocr", data=(), options={}, prompt="a", question="", claims=(claim,))
 
 
 @asynccontextmanager
