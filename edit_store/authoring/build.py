@@ -23,6 +23,7 @@ from vllm_edits.edit_store import verify
 from vllm_edits.edit_store.architectures import supported
 from vllm_edits.edit_store.authoring import data as tables
 from vllm_edits.edit_store.authoring.host import Edits, Host, edited
+from vllm_edits.edit_store.authoring.kept import Kept
 from vllm_edits.edit_store.authoring.method import METHODS, Cost, Inputs, Method, Work
 from vllm_edits.edit_store.authoring.recipe import RECIPE_FILE, Recipe, Source
 from vllm_edits.edit_store.authoring.statistics import Statistics
@@ -73,7 +74,7 @@ class Ask:
     store: str = ""
     created_at: datetime | None = None
     cache: Path | None = None
-    """folder of statistics; None for that of the user"""
+    """folder of statistics and of what interrupted builds go on with; None for that of the user"""
 
 
 @dataclass(frozen=True)
@@ -119,18 +120,26 @@ class Draft:
             below: Edits = [pair for bundle in ask.on for pair in pairs_of(bundle)]
             edited_by = "+".join(bundle.version for bundle in ask.on)
             statistics = Statistics(host, base, step, edited_by=edited_by, folder=ask.cache)
-            work = Work(self.inputs, host, statistics, ask.seed, step)
+            work = Work(self.inputs, host, statistics, ask.seed, step, kept=self._kept(edited_by))
             with edited(host.model, below):
                 edits = ask.method.make(work)
         digests = self.inputs.data.digests()
         recipe = self._recipe(digests)
         alone = Bundle.create(
             recipe.name, base, edits, self._provenance(digests), description=ask.description, label=ask.label,
-            strength=ask.strength, measurements=work.measurements, privileged=ask.method.privileged,
+            strength=ask.strength, measurements=work.measurements, privileged=ask.method.takes_safety(self.inputs),
             cumulative_edits=ask.method.changes(self.inputs), created_at=recipe.created_at,
         )  # fmt: skip
         verify.check(alone, base)
+        work.kept.forget()
         return Built(compose([*ask.on, alone]) if ask.on else alone, alone, recipe, work.notes)
+
+    def _kept(self, edited_by: str) -> Kept:
+        """Results of the steps of this very build."""
+        recipe = self._recipe(self.inputs.data.digests()).model_dump(mode="json")
+        decide = {name: recipe[name] for name in ("method", "base", "options", "seed", "device", "threads", "packages")}
+        rows = {table: source["rows"] for table, source in recipe["data"].items()}
+        return Kept.of({**decide, "data": rows, "on": edited_by}, self.ask.cache)
 
     def _recipe(self, digests: Mapping[str, str]) -> Recipe:
         ask, files = self.ask, self.inputs.data.files
@@ -165,7 +174,7 @@ def prepare(ask: Ask, progress: BytesDone | None = None) -> Draft:
     supported(base.architecture)
     inputs = Inputs(data, base, _tokenizer(ask.model))
     reasons = [*ask.method.problems(inputs), *_problems(ask)]
-    if ask.method.privileged and not ask.privileged:
+    if ask.method.takes_safety(inputs) and not ask.privileged:
         reasons.append(Reason("privileged", _PRIVILEGED.format(ask.method.called())))
     for bundle in ask.on:
         reasons += verify.base_mismatch(bundle.manifest.base, base)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -260,13 +261,9 @@ class SpreadEditor(FactEditor):
         before: dict[str, list[Tensor]] = {site: [] for site in sites}
         facts, done = self._in_contexts(work), 0
         for batch in self._batches(facts):
-            values = []
+            step, done = f"facts {done + 1} to {done + len(batch)}", done + len(batch)
             with edited(host.model, edits_of(found)):
-                for each in batch:
-                    work.step("facts", done, len(facts))
-                    values.append(each.read(host, [last])[last] + self._search().value_vector(host, last, each.saying))
-                    done += 1
-            work.step("facts", done, len(facts))
+                values = list(work.each(step, batch, partial(self._value, host, last)))
             for number, site in enumerate(sites):
                 work.step("layers", number, len(sites))
                 with edited(host.model, edits_of(found)):
@@ -282,6 +279,10 @@ class SpreadEditor(FactEditor):
                         for site, key in each.read(host, sites).items():
                             before[site].append(key)
         return self._finished(work, found)
+
+    def _value(self, host: Host, site: str, fact: InContexts) -> Tensor:
+        """The stream at a subject, moved until the fact is said."""
+        return fact.read(host, [site])[site] + self._search().value_vector(host, site, fact.saying)
 
     def _solver(self, moments: Mapping[str, Moments]) -> Callable[[str, Tensor, Sequence[Tensor]], Tensor]:
         """Q^T [facts, mlp] from a site, keys [facts, mlp], and the keys of earlier batches."""

@@ -113,10 +113,11 @@ def dimension_of(work: Work, sphere: Sphere, reads: str, *, theta: float, sample
     chosen = torch.randperm(int(lengths.sum()), generator=random)[:sample].sort().values
     of = torch.repeat_interleave(torch.arange(len(texts)), lengths)[chosen]
     places = chosen - (lengths.cumsum(0) - lengths)[of] + 1
-    found = []
-    for first in range(0, len(texts), TEXTS_AT_ONCE):
-        work.step("intrinsic dimension", first, len(texts))
-        rows = work.host.activations(texts[first : first + TEXTS_AT_ONCE], [reads])[reads]
-        found += [sphere.features(row[places[of == first + number]]) for number, row in enumerate(rows)]
-    work.step("intrinsic dimension", len(texts), len(texts))
+
+    def features(numbers: Sequence[int]) -> Tensor:
+        rows = work.host.activations([texts[number] for number in numbers], [reads])[reads]
+        found = [sphere.features(row[places[of == number]]) for number, row in zip(numbers, rows, strict=True)]
+        return torch.cat(found)
+
+    found = list(work.each("intrinsic dimension", list(batches(range(len(texts)), TEXTS_AT_ONCE)), features))
     return intrinsic_dimension(torch.cat(found), theta, of)

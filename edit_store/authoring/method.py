@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BeforeValidator, PlainSerializer
+from torch import Tensor
 
 from vllm_edits.edit_store.authoring.data import Data, Table
 from vllm_edits.edit_store.authoring.host import Edits, Host, edited
+from vllm_edits.edit_store.authoring.kept import Kept
 from vllm_edits.edit_store.authoring.statistics import Statistics
 from vllm_edits.edit_store.base_ref import BaseModelRef
 from vllm_edits.edit_store.bundle import Measurement
@@ -20,6 +22,8 @@ from vllm_edits.edit_store.errors import Reason
 from vllm_edits.edit_store.progress import StepDone
 from vllm_edits.edit_store.record import FrozenRecord
 from vllm_edits.edit_store.registry import Registry
+
+T = TypeVar("T")
 
 
 def _parse_layers(given: object) -> object:
@@ -95,10 +99,27 @@ class Work:
     """figures of the method, for the manifest"""
     notes: dict[str, bytes] = field(default_factory=dict)
     """more files that it writes beside the bundle, by name"""
+    kept: Kept = field(default_factory=Kept)
+    """results that an interrupted build goes on with"""
 
     @property
     def data(self) -> Data:
         return self.inputs.data
+
+    def each(self, what: str, items: Sequence[T], compute: Callable[[T], Tensor]) -> Iterator[Tensor]:
+        """compute(item) for every item, in order, with progress shown. An interrupted build goes on behind the last.
+
+        what: the step's name, which no other step of the build has
+        compute: depends on nothing but the item, the build, and the results before
+        """
+        found = self.kept.begin(what)
+        for number, item in enumerate(items):
+            self.step(what, number, len(items))
+            if (key := str(number)) not in found:
+                found[key] = compute(item)
+                self.kept.save(what, found.copy, ended=number == len(items) - 1)
+            yield found[key].to(self.host.device)
+        self.step(what, len(items), len(items))
 
     def measure(self, metric: str, edits: Edits, figure: Callable[[], float], n: int) -> None:
         """Take a figure without the edits and with them, for the manifest. n: the rows that it is of."""
@@ -120,7 +141,7 @@ class Method(FrozenRecord):
     takes: ClassVar[str]
     """its cost, in a few words"""
     privileged: ClassVar[bool] = False
-    """True if its edits take safety away"""
+    """True if its edits always take safety away"""
 
     @classmethod
     def called(cls) -> str:
@@ -135,6 +156,10 @@ class Method(FrozenRecord):
     def changes(self, inputs: Inputs) -> int:
         """The number of concepts, facts or behaviours that it changes."""
         return 1
+
+    def takes_safety(self, inputs: Inputs) -> bool:
+        """True if the bundle takes safety away."""
+        return self.privileged
 
     def problems(self, inputs: Inputs) -> Iterator[Reason]:
         """Every reason why it cannot work, told before the model is loaded."""

@@ -69,13 +69,15 @@ class WriteSearch:
 
     def written(self, work: Work, site: Site, facts: Sequence[tuple[str, str]], neurons: Neurons) -> Tensor:
         """u of each edit, [edits, hidden]."""
-        found, parts = [], list(batches(range(len(facts))))
-        for number, some in enumerate(parts):
+
+        def best_of(some: Sequence[int]) -> Tensor:
+            best = neurons.some(some).old
             for step, u in self._steps(work.host, site, [facts[each] for each in some], neurons.some(some)):
-                work.step("gradient steps", number * self.steps + step + 1, len(parts) * self.steps)
+                work.step("gradient steps", step + 1, self.steps)
                 best = u
-            found.append(best)
-        return torch.cat(found)
+            return best
+
+        return torch.cat(list(work.each("batches of facts", list(batches(range(len(facts)))), best_of)))
 
     def _steps(
         self, host: Host, site: Site, facts: Sequence[tuple[str, str]], neurons: Neurons

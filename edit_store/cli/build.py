@@ -28,6 +28,7 @@ from vllm_edits.edit_store.cli.common import (
     show,
 )
 from vllm_edits.edit_store.errors import BundleRefused, EditsError
+from vllm_edits.edit_store.private_folder import cache_folder
 from vllm_edits.edit_store.progress import StepDone
 from vllm_edits.edit_store.protect import Protect
 from vllm_edits.edit_store.refs import is_name
@@ -311,15 +312,29 @@ def _finish(
         built = draft.make(step)
     if out is not None:
         built.save(out)
-    if protected is not None:
-        protected.check(built.bundle)
-    rows = _publish(built, publish, tag, key)
+    with _saved_if_refused(built, out):
+        if protected is not None:
+            protected.check(built.bundle)
+        rows = _publish(built, publish, tag, key)
     if as_json:
         as_script({**_facts(built, out), "published": rows})
         return
     _tell(built, out)
     for row in rows:
         tell_published(row)
+
+
+@contextmanager
+def _saved_if_refused(built: Built, out: Path | None) -> Iterator[None]:
+    """Save a bundle which is not published in the end, and say where it is: it may have taken hours."""
+    try:
+        yield
+    except BaseException:  # an interrupt loses it too
+        if out is None:
+            out = cache_folder() / "built" / f"{built.bundle.manifest.name}-{built.bundle.version[:12]}"
+            built.save(out)
+        plain(f"not published; the bundle is in {out}, and `vllm-edits publish` takes it from there", err=True)
+        raise
 
 
 def _publish(built: Built, publish: str | None, tag: str | None, key: Path | None) -> list[dict[str, str]]:

@@ -300,6 +300,17 @@ class TestBuild:
             replace(made, manifest=manifest).save(tmp_path / f"bundle-{number}")
         assert pcb_merge.build(tiny_model, file).bundle.manifest.cumulative_edits == 7
 
+    def test_a_bundle_that_takes_safety_away_marks_the_merged_one(
+        self, base: BaseModelRef, tiny_model: Path, rows: Rows, tmp_path: Path
+    ) -> None:
+        file = rows(*(delta_at(base, "mlp.out", "mlp.h", seed) for seed in range(2)))
+        assert not prepare(Ask(PcbMerge(), tiny_model, (file,))).make().bundle.manifest.privileged
+        made = Bundle.load(tmp_path / "bundle-1")
+        replace(made, manifest=made.manifest.model_copy(update={"privileged": True})).save(tmp_path / "bundle-1")
+        with pytest.raises(BundleRefused, match="Say that this is meant"):
+            prepare(Ask(PcbMerge(), tiny_model, (file,)))
+        assert prepare(Ask(PcbMerge(), tiny_model, (file,), privileged=True)).make().bundle.manifest.privileged
+
 
 class TestRefused:
     """All reasons at once, by bundle and edit, before the model is loaded."""
@@ -343,22 +354,20 @@ class TestRefused:
         experts = LowRank(site="layers.0.mlp.out", reads="layers.0.mlp.in", rank=1)
         assert "no projection gives that vector" in (no_update(experts, supported("Qwen3MoeForCausalLM")) or "")
 
-    def test_other_models_broken_and_privileged_bundles(
+    def test_other_models_and_broken_bundles(
         self, base: BaseModelRef, tiny_model: Path, rows: Rows, tmp_path: Path
     ) -> None:
-        pairs = [delta_at(base, "mlp.out", "mlp.h", seed) for seed in range(4)]
+        pairs = [delta_at(base, "mlp.out", "mlp.h", seed) for seed in range(3)]
         file = rows(*pairs)
         foreign = base.model_copy(update={"files": {"model.safetensors": "0" * 64}})
         bundle_of("bundle-0", foreign, pairs[0]).save(tmp_path / "bundle-0")
-        made = Bundle.load(tmp_path / "bundle-1")
-        replace(made, manifest=made.manifest.model_copy(update={"privileged": True})).save(tmp_path / "bundle-1")
         tensors = tmp_path / "bundle-2" / "edits.safetensors"
         tensors.write_bytes(tensors.read_bytes()[:-4])
         with pytest.raises(BundleRefused) as caught:
             prepare(Ask(PcbMerge(), tiny_model, (file,)))
         told = {reason.code: reason.message for reason in caught.value.reasons}
-        assert set(told) == {"base_model", "privileged", "digest", "tensor_file"}
-        assert [message.split(":")[0].rpartition("-")[2] for message in told.values()] == ["0", "1", "2", "2"]
+        assert set(told) == {"base_model", "digest", "tensor_file"}
+        assert [message.split(":")[0].rpartition("-")[2] for message in told.values()] == ["0", "2", "2"]
 
     def test_too_little_to_merge_and_too_much_for_a_bundle(
         self, base: BaseModelRef, tiny_model: Path, rows: Rows, monkeypatch: pytest.MonkeyPatch

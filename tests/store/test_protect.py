@@ -257,6 +257,10 @@ class TestPublish:
         assert refused.exit_code == 1
         assert "[protected_head]" in refused.stderr
         assert Bundle.load(tmp_path / "again") == Bundle.load(tmp_path / "safety")
+        refused = run("build", tmp_path / "safety" / "recipe.yaml", *listed)
+        (saved,) = (tmp_path / "cache" / "vllm-edits" / "built").iterdir()
+        assert f"the bundle is in {saved}" in refused.stderr
+        assert Bundle.load(saved) == Bundle.load(tmp_path / "safety")
         assert run(*words, 2, *listed, "--name", "other").exit_code == 0
         assert [row["name"] for row in json.loads(run("list", "--json").stdout)] == ["other"]
 

@@ -144,13 +144,15 @@ class Iti(Method):
         """Accuracy of every head's probe on the prompts that it was not trained on."""
         train, _ = _split(list(dict.fromkeys(row.prompt for row in rows)), work.seed)
         trained = torch.tensor([row.prompt in train for row in rows])
-        labels, scores = right[:, None].float(), dict[Head, float]()
-        for number, (head, of) in enumerate(vectors.items()):
-            if number % 16 == 0:
-                work.step("probes", number, len(vectors))
-            scores[head] = accuracy((of[trained], labels[trained]), (of[~trained], labels[~trained]))
-        work.step("probes", len(vectors), len(vectors))
-        return scores
+        labels = right[:, None].float()
+
+        def score(head: Head) -> Tensor:
+            of = vectors[head]
+            found = accuracy((of[trained], labels[trained]), (of[~trained], labels[~trained]))
+            return torch.tensor(found, dtype=torch.float64)
+
+        heads = list(vectors)
+        return dict(zip(heads, map(float, list(work.each("probes", heads, score))), strict=True))
 
     def _shift(self, vectors: Tensor, right: Tensor, random: torch.Generator) -> Tensor:
         """alpha sigma theta, [head_dim]."""

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -110,6 +111,12 @@ class PcbMerge(Method):
     def changes(self, inputs: Inputs) -> int:
         return sum(manifest.cumulative_edits for manifest in _manifests(inputs))
 
+    def takes_safety(self, inputs: Inputs) -> bool:
+        """True if one of the bundles does."""
+        with suppress(BundleRefused, OSError):  # a folder without a bundle is one of the problems
+            return any(manifest.privileged for manifest in _manifests(inputs))
+        return False
+
     def problems(self, inputs: Inputs) -> Iterator[Reason]:
         bundles, sound = list[Bundle](), True
         for row in inputs.data["bundles"]:
@@ -119,7 +126,7 @@ class PcbMerge(Method):
                 reasons = list(refused.reasons)
             else:
                 bundles.append(bundle)
-                reasons = [*_privileged(bundle), *refusals(bundle, inputs.base)]
+                reasons = list(refusals(bundle, inputs.base))
             yield from (Reason(reason.code, f"{row.bundle}: {reason.message}") for reason in reasons)
             sound = sound and not reasons
         if sound:
@@ -243,14 +250,6 @@ def _unchanged(row: Merged) -> Bundle:
             f"{bundle.version[:12]} now. Build again",
         )])  # fmt: skip
     return bundle
-
-
-def _privileged(bundle: Bundle) -> Iterator[Reason]:
-    if bundle.manifest.privileged:
-        yield Reason(
-            "privileged", "it takes safety away, and a merged bundle would not be marked so. Compose it with the "
-            "others instead (vllm-edits compose)",
-        )  # fmt: skip
 
 
 build = register(PcbMerge)

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from vllm_edits.edit_store.authoring.adapter import Adapter, projection_problems
 from vllm_edits.edit_store.authoring.build import register
@@ -96,7 +97,7 @@ class RTuning(Method):
 
     def make(self, work: Work) -> Edits:
         rows, random = work.data["questions"], torch.Generator().manual_seed(work.seed)
-        known = self._known(work, rows, random)
+        known = self._known(work, rows)
         if all(known) or not any(known):
             raise BundleRefused("r-tuning", [Reason(
                 "one_side", f"the model knows {sum(known)} of {len(known)} answers: expected some that it knows and "
@@ -123,14 +124,17 @@ class RTuning(Method):
     def _layers(self, inputs: Inputs) -> tuple[int, ...]:
         return inputs.layers_from(self.layers, 0.5)
 
-    def _known(self, work: Work, rows: Sequence[Question], random: torch.Generator) -> list[bool]:
+    def _known(self, work: Work, rows: Sequence[Question]) -> list[bool]:
         if self.mode != "uncertain":
             return right(rows, answered(work.host, rows, chat=self.chat))
         prompts = [ask(work.host.tokenizer, row, chat=self.chat) for row in rows]
-        entropies = []
-        for number, prompt in enumerate(prompts):
-            work.step("answers", number, len(prompts))
-            entropies.append(entropy(map(_first_sentence, sampled(work.host, prompt, self.tries, random))))
+
+        def unsure(prompt: str) -> Tensor:
+            random = torch.Generator().manual_seed(work.seed)
+            answers = map(_first_sentence, sampled(work.host, prompt, self.tries, random))
+            return torch.tensor(entropy(answers), dtype=torch.float64)
+
+        entropies = [float(each) for each in work.each("answers", prompts, unsure)]
         order = sorted(range(len(rows)), key=entropies.__getitem__)
         sure = set(order[: len(rows) // 2])
         return [number in sure for number in range(len(rows))]

@@ -99,11 +99,12 @@ class RefusalDirection(Method):
         work.step("means", 0, 1)
         directions = judge.directions(layers, positions)
         work.step("means", 1, 1)
-        found = []
-        for number, ((layer, position), direction) in enumerate(directions.items()):
-            work.step("candidates", number, len(directions))
-            found.append(judge.candidate(layer, position, direction, self.at))
-        work.step("candidates", len(directions), len(directions))
+        tried = list(directions.items())
+        scores = work.each("candidates", tried, lambda each: judge.scores(each[0][0], each[1], self.at))
+        found = [
+            Candidate(layer, position, direction, *row.tolist())
+            for ((layer, position), direction), row in zip(tried, list(scores), strict=True)
+        ]
         sound = [each for each in found if each.induce > self.induce and each.drift <= self.drift]
         if not sound:
             nearest = min(found, key=lambda each: each.bypass)
@@ -185,8 +186,8 @@ class Judge:
             for site, layer in sites.items() for position in positions
         }  # fmt: skip
 
-    def candidate(self, layer: int, position: int, direction: Tensor, at: Literal["writers", "stream"]) -> Candidate:
-        """A direction with its scores."""
+    def scores(self, layer: int, direction: Tensor, at: Literal["writers", "stream"]) -> Tensor:
+        """Bypass, induce and drift of a direction."""
         layers = len(own_layers(self.host.model))
         with edited(self.host.model, ablation(direction, at, layers, self.architecture)):
             bypass = log_odds(self.host.next_token(self.harmful), self.words)
@@ -194,7 +195,7 @@ class Judge:
         adding: Edits = [(Offset(site=f"layers.{layer}.resid"), {"vector": direction.cpu().numpy()})]
         with edited(self.host.model, adding):
             induce = log_odds(self.host.next_token(self.harmless), self.words)
-        return Candidate(layer, position, direction, bypass, induce, drift)
+        return torch.tensor([bypass, induce, drift], dtype=torch.float64)
 
 
 def _mean(states: Sequence[Tensor], position: int) -> Tensor:

@@ -156,11 +156,13 @@ class Rocr(Method):
         found: dict[str, list[tuple[Tensor, Tensor]]] = {site: [] for site in reads}
         concepts, gain = data["concepts"], stream_gain(work.host)
         last = f"layers.{layers[-1]}.resid"
-        for number, row in enumerate(concepts):
-            work.step("concepts", number, len(concepts))
-            prompts = self._prompts(work.inputs, row.concept)
+
+        def goal_of(row: Concept) -> Tensor:
             with edited(work.host.model, _edits(layers, found)):
-                goal = self._goal(work, row, last)
+                return self._goal(work, row, last)
+
+        for goal, row in zip(work.each("concepts", concepts, goal_of), concepts, strict=True):
+            prompts = self._prompts(work.inputs, row.concept)
             for done, site in enumerate(reads):
                 with edited(work.host.model, _edits(layers, found)):
                     here = work.host.at_words(prompts, [row.concept] * len(prompts), [site, last])
@@ -171,7 +173,6 @@ class Rocr(Method):
                 after = work.host.at_words(prompts, [row.concept] * len(prompts), reads)
             for site in reads:
                 keys[site].append(after[site].mean(0))
-        work.step("concepts", len(concepts), len(concepts))
         return _edits(layers, found)
 
     def _layers(self, inputs: Inputs) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vllm_edits.edit_store.authoring.build import register
-from vllm_edits.edit_store.authoring.facts import FactEditor, edits_of, whitening
+from vllm_edits.edit_store.authoring.facts import FactEditor, InContexts, edits_of, whitening
 from vllm_edits.edit_store.authoring.host import Edits, edited
 from vllm_edits.edit_store.authoring.method import Inputs, Work
 
@@ -55,13 +55,15 @@ class Rome(FactEditor):
         whiten = whitening(work.statistics.moments([reads], work.data.texts("text"))[reads], reads, self.called())
         found: dict[str, list[tuple[Tensor, Tensor]]] = {reads: []}
         facts = self._in_contexts(work)
-        for number, each in enumerate(facts):
-            work.step("facts", number, len(facts))
+
+        def vectors(fact: InContexts) -> Tensor:
             with edited(work.host.model, edits_of(found)):
-                key = each.read(work.host, [reads])[reads]
-                change = self._search().value_vector(work.host, site, each.saying)
-            found[reads].append((read_vector(key, whiten(key[None])[0]), change))
-        work.step("facts", len(facts), len(facts))
+                key = fact.read(work.host, [reads])[reads]
+                change = self._search().value_vector(work.host, site, fact.saying)
+            return torch.cat([read_vector(key, whiten(key[None])[0]), change])
+
+        for both in work.each("facts", facts, vectors):
+            found[reads].append((both[: work.inputs.base.widths.mlp], both[work.inputs.base.widths.mlp :]))
         return self._finished(work, found)
 
     def _layers(self, inputs: Inputs) -> tuple[int, ...]:

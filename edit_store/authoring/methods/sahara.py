@@ -66,12 +66,12 @@ class Sahara(HeadSearch):
 
     def _scores(self, work: Work, prompts: list[str], base: Tensor, chosen: list[Head], step: int) -> dict[Head, float]:
         """Every further head's angle, with those that are chosen masked."""
-        scores: dict[Head, float] = {}
         layers, count = self._layers(work.inputs), work.inputs.base.widths.heads
         how = self.mask, self.factor, work.inputs.base
-        for number, layer in enumerate(layers):
-            work.step("heads", step * len(layers) + number, self.steps * len(layers))
-            heads = [(layer, head) for head in range(count) if (layer, head) not in chosen]
+
+        def angles(layer: int) -> Tensor:
+            """Angle of every further head of the layer, in their order."""
+            heads = further(layer)
             states: dict[Head, list[Tensor]] = {head: [] for head in heads}
             below = [head for head in chosen if head[0] < layer]
             others = [head for head in chosen if head[0] >= layer]
@@ -80,8 +80,17 @@ class Sahara(HeadSearch):
                     for head in heads:
                         with without(work.host, [*others, head], *how):
                             states[head].append(work.host.last_states(some))
-            scores.update({head: angle(base, torch.cat(rows)) for head, rows in states.items()})
-        return scores
+            return torch.tensor([angle(base, torch.cat(rows)) for rows in states.values()], dtype=torch.float64)
+
+        def further(layer: int) -> list[Head]:
+            return [(layer, head) for head in range(count) if (layer, head) not in chosen]
+
+        found = list(work.each(f"heads, {step + 1} of {self.steps}", layers, angles))
+        return {
+            head: float(score)
+            for layer, row in zip(layers, found, strict=True)
+            for head, score in zip(further(layer), row, strict=True)
+        }  # fmt: skip
 
 
 def angle(one: Tensor, other: Tensor) -> float:

@@ -92,7 +92,8 @@ class Sara(Taught):
 
         self.course.train(
             work, lessons, [part.change for part in parts.values()], edits,
-            penalty=nuclear_norm if self.nuclear else None, after_step=redrawn,
+            penalty=nuclear_norm if self.nuclear else None, after_step=redrawn, random=random,
+            changing=[tensor for part in parts.values() for tensor in (part.weight, part.mask, part.fixed)],
         )  # fmt: skip
         done = [_sparse(layer, part.delta().detach()) for layer, part in parts.items()]
         self.measure(work, done)
@@ -120,7 +121,7 @@ class _Part:
 
     @classmethod
     def of(cls, weight: Tensor, mask: Tensor) -> _Part:
-        return cls(weight, mask, torch.zeros_like(weight).requires_grad_(), torch.zeros_like(weight))
+        return cls(weight.clone(), mask, torch.zeros_like(weight).requires_grad_(), torch.zeros_like(weight))
 
     def delta(self) -> Tensor:
         return self.fixed + self.change * self.mask
@@ -132,8 +133,9 @@ class _Part:
     @torch.no_grad()
     def redraw(self, threshold: float) -> None:
         """Fix the change so far, and go on with the entries that are still small."""
-        self.weight, self.fixed = self.weight + self.change * self.mask, self.delta().clone()
-        self.mask = self.mask & (self.weight.abs() < threshold)
+        self.weight += self.change * self.mask
+        self.fixed += self.change * self.mask
+        self.mask &= self.weight.abs() < threshold
         self.change.zero_()
 
 

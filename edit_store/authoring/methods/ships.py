@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from operator import add
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -63,17 +64,23 @@ class Ships(HeadSearch):
     def make(self, work: Work) -> Edits:
         prompts, base, layers = self._prompts(work.inputs), work.inputs.base, self._layers(work.inputs)
         answers = [row.answer for row in work.data["prompts"]]
-        scores = dict.fromkeys(((layer, head) for layer in layers for head in range(base.widths.heads)), 0.0)
-        for number, layer in enumerate(layers):
-            work.step("heads", number, len(layers))
+
+        def lost(layer: int) -> Tensor:
+            """Mean loss over the prompts, [heads]."""
+            sums = torch.zeros(base.widths.heads, dtype=torch.float64)
             for some, told in zip(batches(prompts), batches(answers), strict=True):
                 whole = self._said(work.host, some, told)
                 with work.host.replaying(self._texts(some, told), below=layer):
                     for head in range(base.widths.heads):
                         with without(work.host, [(layer, head)], self.mask, self.factor, base):
-                            lost = self._lost(whole, self._said(work.host, some, told))
-                        scores[layer, head] += float(lost.sum()) / len(prompts)
-        work.step("heads", len(layers), len(layers))
+                            sums[head] += float(self._lost(whole, self._said(work.host, some, told)).sum())
+            return sums / len(prompts)
+
+        scores = {
+            (layer, head): float(score)
+            for layer, row in zip(layers, list(work.each("heads", layers, lost)), strict=True)
+            for head, score in enumerate(row)
+        }  # fmt: skip
         best = sorted(scores, key=scores.__getitem__, reverse=True)[: self.count]
         before = work.host.next_token(prompts)
         with without(work.host, best, self.mask, self.factor, base):

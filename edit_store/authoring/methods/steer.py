@@ -123,12 +123,11 @@ class Steer(Method):
         return Offset(site=site, renorm=self.keep_norm, scope=scope), {"vector": vector.cpu().numpy()}
 
     def _best(self, work: Work, edits: Edits) -> EditWithNumbers:
-        found = []
-        for number, pair in enumerate(edits):
-            work.step("sweep", number, len(edits))
+        def preference(pair: EditWithNumbers) -> Tensor:
             with edited(work.host.model, [pair]):
-                found.append(self._preference(work, work.data["pairs"]))
-        work.step("sweep", len(edits), len(edits))
+                return torch.tensor(self._preference(work, work.data["pairs"]), dtype=torch.float64)
+
+        found = [float(each) for each in work.each("sweep", edits, preference)]
         return edits[max(range(len(edits)), key=found.__getitem__)]
 
     def _preference(self, work: Work, rows: Sequence[Pair]) -> float:
