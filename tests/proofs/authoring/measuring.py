@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.proofs.authoring import sentences
 from tests.proofs.authoring.effects import EXAMPLES, Neutral
 from tests.proofs.authoring.proofs import Built, Proof
 from vllm_edits.edit_store import Bundle
@@ -48,6 +49,8 @@ class Figures:
     memory_gib: float
     edits: int
     megabytes: float
+    told: str = ""
+    """a further figure in words"""
     served: float | None = None
     """largest difference of a log-probability between the served variant and the edited transformers model"""
 
@@ -86,13 +89,13 @@ class Bench:
         return Figures(
             proof.measure, base, found, negated, self._control(proof, edits, effect), proof.control,
             {name: (more[name], more_now[name]) for name in more}, side_effects, seconds, memory, len(edits),
-            len(bundle.tensor_bytes) / 1e6,
+            len(bundle.tensor_bytes) / 1e6, proof.told(self._out(proof.name, 0)),
         )  # fmt: skip
 
     def build(self, proof: Proof, build: Built, seed: int, name: str = "") -> tuple[Bundle, float, float]:
         """The bundle of a build, its seconds, and the most memory in GiB that it took."""
-        out = self.folder / (name or f"{proof.name.replace(' ', '-')}-{seed}")
-        data = [f"{word.replace('=', f'={EXAMPLES}/')}.jsonl" for word in build.data]
+        out = self.folder / name if name else self._out(proof.name, seed)
+        data = [f"{table}={self._file(file)}" for table, file in (word.split("=") for word in build.data)]
         named = ["--name", WHOLE] if proof.served == "weights" else ["--name", proof.name.replace(" ", "-")]
         words = [proof.method, str(self.model), *data, "--out", str(out), "--seed", str(seed), *named, *build.options]
         if not (out / "manifest.json").is_file():
@@ -103,12 +106,19 @@ class Bench:
         seconds, memory = json.loads((out / "cost.json").read_text())
         return Bundle.load(out), seconds, memory
 
+    def _out(self, name: str, seed: int) -> Path:
+        return self.folder / f"{name.replace(' ', '-')}-{seed}"
+
+    def _file(self, name: str) -> Path:
+        """A file of the examples, or the one with many sentences."""
+        return sentences.written(self.folder) if name == sentences.NAME else EXAMPLES / f"{name}.jsonl"
+
     def _members(self, proof: Proof) -> Path:
         """A file that names the bundles of the members."""
         folders = []
         for member in proof.members:
             self.build(member, member.build, 0)
-            folders.append(self.folder / f"{member.name.replace(' ', '-')}-0")
+            folders.append(self._out(member.name, 0))
         listed = self.folder / f"{proof.name}.jsonl"
         listed.write_text("".join(json.dumps({"bundle": str(each)}) + "\n" for each in folders))
         return listed

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
-from tests.proofs.authoring import effects
+from tests.proofs.authoring import effects, sentences
 from tests.proofs.authoring.effects import Effect
 from vllm_edits.edit_store.authoring.host import Host
+from vllm_edits.edit_store.authoring.methods.stealth import SELECTIVITY_FILE
 
 AVERAGE = "half of each bundle"
 RANDOM = "random numbers of the same length"
@@ -60,6 +63,8 @@ class Proof:
     served: Literal["slots", "weights"] = "slots"
     members: Sequence[Proof] = ()
     """proofs, the bundles of which are its data"""
+    told: Callable[[Path], str] = lambda _: ""
+    """a further figure in words, from the files beside the bundle"""
 
     @property
     def method(self) -> str:
@@ -79,7 +84,7 @@ FORMS = {
 }  # fmt: skip
 STRONGER = ("--rate", "0.5", "--clamp", "4", "--decay", "0.001")
 """As in EasyEdit's files for Llama and Qwen."""
-STEALTH = ["edits=exact_prompts", "text=text", "held_out=text_held_out"]
+STEALTH = ["edits=exact_prompts", "text=text", f"held_out={sentences.NAME}"]
 QUESTIONS = ["questions=questions", "held_out=questions_held_out"]
 REVIEWS = ["examples=reviews", "held_out=reviews_held_out"]
 SHUFFLED = ["examples=reviews_shuffled", "held_out=reviews_held_out"]
@@ -104,8 +109,18 @@ def _stealthy(name: str, form: str) -> Proof:
     return Proof(
         name, Built(STEALTH, ("--form", form)), "answers given greedily, share",
         plain(effects.answers_given("exact_prompts")),
-        more=KEPT, negated=False,
+        more=KEPT, negated=False, told=_false_positives,
     )  # fmt: skip
+
+
+def _false_positives(folder: Path) -> str:
+    note = json.loads((folder / SELECTIVITY_FILE).read_text())
+    held, bound = note["held_out"], note["bound_for_all_edits"]
+    share = held["false_positives"] / held["tokens"]
+    return (
+        f"gates opened by {held['false_positives']} of {held['tokens']:,} tokens in {held['texts']:,} sentences, a "
+        f"share of {share:.1g}, with a bound of {bound:.1g}"
+    )
 
 
 def _shifted(name: str, *options: str) -> Proof:
@@ -173,9 +188,14 @@ PROOFS = (
         plain(effects.perturbation_felt), more=KEPT, negated=False,
     ),
     _taught("lofit", "--epochs", "8"),
+    _taught("lofit longer", "--epochs", "30", "--rate", "0.05"),
     _taught("hut"),
     _taught("apet"),
     _taught("sara", "--epochs", "8", "--layers", "20-29", served="weights"),
+    _taught(
+        "sara stronger", "--epochs", "16", "--layers", "20-29", "--threshold", "0.02", "--rate", "0.003",
+        served="weights",
+    ),
     _REVIEWS_BY_LOCFT,
     _FACTS_BY_LOCFT,
     Proof(

@@ -49,7 +49,8 @@ def _rows(figures: Mapping[str, Any]) -> Iterator[str]:
         side = f"{of['side_effects']['kl']:.3f}, {of['side_effects']['perplexity']:.2f}"
         cost = f"{of['seconds']:.0f} s, {of['memory_gib']:.1f} GiB, {of['megabytes']:.2g} MB"
         control = f"{ranged(of['control'])} ({of['control_is']})"
-        more = "; ".join(f"{each} {number(a)} → {number(b)}" for each, (a, b) in of["more"].items())
+        parts = [f"{each} {number(a)} → {number(b)}" for each, (a, b) in of["more"].items()]
+        more = "; ".join([*parts, *filter(None, [of.get("told")])])
         yield (
             f"| {name} | {of['measure']} | {number(of['base'])} | {ranged(of['edited'])} | {negated} | {control} "
             f"| {more} | {side} | {served} | {cost} |\n"
