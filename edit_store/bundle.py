@@ -26,6 +26,7 @@ from vllm_edits.edit_store.canonical import Digest, canonical_json, sha256
 from vllm_edits.edit_store.edits import Edit, Tensors
 from vllm_edits.edit_store.errors import BundleRefused, Reason
 from vllm_edits.edit_store.kinds import AnyEdit
+from vllm_edits.edit_store.probes import MAX_PROBES, Probe
 from vllm_edits.edit_store.record import FrozenRecord
 from vllm_edits.edit_store.refs import MAX_COMPOSED, NAME
 
@@ -99,7 +100,7 @@ class Provenance(FrozenRecord):
     parameters: dict[str, str] = Field(default_factory=dict)
 
 
-LATER_FIELDS = ("privileged", "cumulative_edits")
+LATER_FIELDS = ("privileged", "cumulative_edits", "probes")
 """Of a manifest: not written when they have their defaults, so that the version of older bundles stays what it is."""
 
 
@@ -124,6 +125,8 @@ class Manifest(FrozenRecord):
     """True if it takes safety away, so that trust policies refuse it unless they say otherwise"""
     cumulative_edits: int = Field(default=0, ge=0)
     """concepts, facts or behaviours that it changes, those of the bundles below it included; 0: not counted"""
+    probes: Annotated[tuple[Probe, ...], Field(max_length=MAX_PROBES)] = ()
+    """what servers prove the version with"""
 
     @property
     def gate_firings(self) -> float | None:
@@ -134,7 +137,7 @@ class Manifest(FrozenRecord):
         """The canonical bytes whose digest is the version."""
         fields = self.model_dump(mode="json")
         for name in LATER_FIELDS:
-            if fields[name] == type(self).model_fields[name].default:
+            if getattr(self, name) == type(self).model_fields[name].default:
                 del fields[name]
         return canonical_json(fields)
 
@@ -204,6 +207,7 @@ class Bundle:
         measurements: Iterable[Measurement] = (),
         privileged: bool = False,
         cumulative_edits: int = 0,
+        probes: Iterable[Probe] = (),
         created_at: datetime | None = None,
     ) -> Bundle:
         """Make a bundle from edits and their arrays by field name. It is not checked here: see `verify.check`."""
@@ -233,8 +237,13 @@ class Bundle:
             measurements=tuple(measurements),
             privileged=privileged,
             cumulative_edits=cumulative_edits,
+            probes=tuple(probes),
         )
         return cls(manifest, tensor_bytes)
+
+    def with_probes(self, probes: Iterable[Probe]) -> Bundle:
+        """The same edits with other probes: another version."""
+        return Bundle(self.manifest.model_copy(update={"probes": tuple(probes)}), self.tensor_bytes)
 
     def save(self, folder: Path) -> None:
         """Write the two files into `folder`."""

@@ -10,7 +10,7 @@ import numpy as np
 from vllm_edits.edit_store import tensor_file
 from vllm_edits.edit_store.architectures import supported
 from vllm_edits.edit_store.base_ref import BaseModelRef
-from vllm_edits.edit_store.bundle import BlobRef, Bundle, Manifest
+from vllm_edits.edit_store.bundle import BlobRef, Bundle, Manifest, Strength
 from vllm_edits.edit_store.edits import Edit, Tensors
 from vllm_edits.edit_store.errors import BundleRefused, Reason, UnsupportedHost
 from vllm_edits.edit_store.refs import JOIN
@@ -29,6 +29,7 @@ def check(bundle: Bundle, base: BaseModelRef | None = None) -> Tensors:
     reasons += broken
     reasons += edit_rules(manifest.edits, manifest.base)
     reasons += _part_rules(manifest)
+    reasons += _probe_rules(manifest)
     if not broken:
         reasons += _tensor_rules(manifest.edits, manifest.base.widths, tensors)
     if reasons:
@@ -42,6 +43,16 @@ def _part_rules(manifest: Manifest) -> Iterator[Reason]:
         yield Reason("composition", f"a composition is named after its parts: expected {names!r}")
     if manifest.parts and (count := sum(part.edits for part in manifest.parts)) != len(manifest.edits):
         yield Reason("composition", f"{len(manifest.edits)} edits, its parts have {count}")
+
+
+def _probe_rules(manifest: Manifest) -> Iterator[Reason]:
+    vocab = manifest.base.widths.vocab
+    bounds = manifest.strength or Strength(minimum=1, maximum=1)
+    for number, probe in enumerate(manifest.probes):
+        if (token := probe.highest_token()) >= vocab:
+            yield Reason("probe", f"probe {number}: token {token}, the model has 0 to {vocab - 1}")
+        if not bounds.minimum <= probe.strength <= bounds.maximum:
+            yield Reason("probe", f"probe {number}: strength {probe.strength:g}, requests may ask for {bounds}")
 
 
 def base_mismatch(built_for: BaseModelRef, served: BaseModelRef) -> list[Reason]:

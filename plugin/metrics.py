@@ -124,6 +124,21 @@ METRICS = (
         ("phase",),
         PHASE,
     ),
+    Metric(
+        "probes",
+        "counter",
+        "Versions probed before their first request, by result: passed, weak (too little effect to tell), failed, none "
+        "(no probes).",
+        ("result",),
+    ),
+    Metric("probe_seconds", "histogram", "Time that the probes of one version took.", (), PHASE),
+    Metric(
+        "probe_share",
+        "gauge",
+        "Part of the change that the author of a version recorded which was there at the last probe; 1 if it is "
+        "applied exactly.",
+        ("variant", "version"),
+    ),
     Metric("reserved_bytes", "gauge", "Device memory of all slots in one worker."),
     Metric("growths", "counter", "Growths of the reservation, by result: ok, error.", ("result",)),
     Metric(
@@ -261,6 +276,9 @@ class Metrics:
     installs: Counter
     swaps: Counter
     swap_seconds: Histogram
+    probes: Counter
+    probe_seconds: Histogram
+    probe_share: Gauge
     reserved_bytes: Gauge
     growths: Counter
     growth_phase: Gauge

@@ -29,6 +29,7 @@ from vllm_edits.edit_store.trust import Enforcement
 
 KEY = "edits"
 Grow = Literal["auto", "ask", "never"]
+ProbePolicy = Literal["run", "require", "off"]
 Profile = Literal["promoted", "standard", "all"]
 """Name of a reservation. Their contents are in profiles.py."""
 PROFILES: tuple[Profile, ...] = get_args(Profile)
@@ -158,6 +159,11 @@ class EditSettings(BaseModel):
         ge=1 << 20,
         description="Device memory that all slots may take after a growth, in each worker. Default: what is free.",
     )
+    probes: ProbePolicy = Field(
+        default="run",
+        description="Probes of a version before its first request: `run` refuses a version that fails them, `require` "
+        "also one without any, `off` runs none.",
+    )
     default_tag: Annotated[str, AfterValidator(_tag)] = Field(
         default=DEFAULT_TAG, description="Tag that a variant name without a tag refers to."
     )
@@ -251,7 +257,7 @@ NOT_COMPILED = frozenset((
     "store", "reserve_headroom", "grow", "grow_bytes", "default_tag", "poll_seconds", "admin_token_file", "trust_file",
     "signatures", "signing_key_file", "cache_folder", "cache_bytes", "host_cache_bytes", "exposure_folder",
     "exposure_bytes", "feedback_key_file", "arm_resolver", "any_vllm", "weights", "weights_running",
-    "weights_patience_seconds",
+    "weights_patience_seconds", "probes",
 ))  # fmt: skip
 """Settings that compiled code does not depend on. One that is not named here is part of the compile cache's key."""
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ from vllm_edits.edit_store.authoring import data as tables
 from vllm_edits.edit_store.authoring.host import Edits, Host, edited
 from vllm_edits.edit_store.authoring.kept import Kept
 from vllm_edits.edit_store.authoring.method import METHODS, Cost, Inputs, Method, Work
+from vllm_edits.edit_store.authoring.probing import PROBES, probes_of
 from vllm_edits.edit_store.authoring.recipe import RECIPE_FILE, Recipe, Source
 from vllm_edits.edit_store.authoring.statistics import Statistics
 from vllm_edits.edit_store.base_model import identify
@@ -64,6 +66,8 @@ class Ask:
     """strengths that requests may ask for"""
     privileged: bool = False
     """True if the edits may take safety away"""
+    probes: int = PROBES
+    """probes of the bundle; 0 for none"""
     seed: int = 0
     device: str = "cpu"
     threads: int = field(default_factory=torch.get_num_threads)
@@ -123,16 +127,22 @@ class Draft:
             work = Work(self.inputs, host, statistics, ask.seed, step, kept=self._kept(edited_by))
             with edited(host.model, below):
                 edits = ask.method.make(work)
+            prompts = list(ask.method.probe_prompts(self.inputs)) if ask.probes else []
+            probing = partial(probes_of, host, prompts=prompts, strength=ask.strength, count=ask.probes)
+            step("probes", 0, 1)
+            alone_probes, probes = probing(edits), probing([*below, *edits]) if below else ()
+            step("probes", 1, 1)
         digests = self.inputs.data.digests()
         recipe = self._recipe(digests)
         alone = Bundle.create(
             recipe.name, base, edits, self._provenance(digests), description=ask.description, label=ask.label,
             strength=ask.strength, measurements=work.measurements, privileged=ask.method.takes_safety(self.inputs),
-            cumulative_edits=ask.method.changes(self.inputs), created_at=recipe.created_at,
+            cumulative_edits=ask.method.changes(self.inputs), probes=alone_probes, created_at=recipe.created_at,
         )  # fmt: skip
         verify.check(alone, base)
         work.kept.forget()
-        return Built(compose([*ask.on, alone]) if ask.on else alone, alone, recipe, work.notes)
+        bundle = compose([*ask.on, alone]).with_probes(probes) if ask.on else alone
+        return Built(bundle, alone, recipe, work.notes)
 
     def _kept(self, edited_by: str) -> Kept:
         """Results of the steps of this very build."""
@@ -145,7 +155,7 @@ class Draft:
         ask, files = self.ask, self.inputs.data.files
         return Recipe(
             method=ask.method.called(), name=ask.name or ask.method.called(), description=ask.description,
-            label=ask.label, strength=ask.strength, privileged=ask.privileged,
+            label=ask.label, strength=ask.strength, privileged=ask.privileged, probes=ask.probes,
             created_at=ask.created_at or datetime.now(UTC).replace(microsecond=0), model=str(ask.model),
             base=dict(self.inputs.base.files),
             data={table: Source(file=str(path), rows=digests[table]) for table, path in files.items()},
@@ -221,7 +231,7 @@ def again(recipe: Recipe, method: type[Method], on: Sequence[Bundle] = ()) -> Dr
         tuple(f"{table}={source.file}" for table, source in recipe.data.items()),
         on=tuple(on), on_ref=recipe.on,
         **{name: getattr(recipe, name) for name in ("name", "description", "label", "strength", "seed", "device",
-                                                    "threads", "created_at", "store", "privileged")},
+                                                    "threads", "created_at", "store", "privileged", "probes")},
     ))  # fmt: skip
     digests = draft.inputs.data.digests()
     differ = [f"table {table}: {source.file} has other rows" for table, source in recipe.data.items()

@@ -12,7 +12,8 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import BeforeValidator, PlainSerializer
 from torch import Tensor
 
-from vllm_edits.edit_store.authoring.data import Data, Table
+from vllm_edits.edit_store.authoring.chat import asked
+from vllm_edits.edit_store.authoring.data import Data, Table, TextRow
 from vllm_edits.edit_store.authoring.host import Edits, Host, edited
 from vllm_edits.edit_store.authoring.kept import Kept
 from vllm_edits.edit_store.authoring.statistics import Statistics
@@ -164,6 +165,14 @@ class Method(FrozenRecord):
     def problems(self, inputs: Inputs) -> Iterator[Reason]:
         """Every reason why it cannot work, told before the model is loaded."""
         yield from ()
+
+    def probe_prompts(self, inputs: Inputs) -> Iterator[str]:
+        """Prompts behind which its edits may show, for the probes of the bundle."""
+        for name, table in self.tables.items():
+            for row in () if table.apart_from or table.row is TextRow else inputs.data[name]:
+                text = getattr(row, "said", "") or getattr(row, "prompt", "") or next(iter(row.model_dump().values()))
+                chat = getattr(self, "chat", False) or getattr(row, "chat", False)
+                yield asked(inputs.tokenizer, str(text)) if chat else str(text)
 
     def cost(self, inputs: Inputs) -> Cost:
         """The cost on these inputs."""

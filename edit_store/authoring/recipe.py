@@ -8,6 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import AwareDatetime, Field, ValidationError
 
+from vllm_edits.edit_store.authoring.probing import PROBES
 from vllm_edits.edit_store.bundle import Strength
 from vllm_edits.edit_store.canonical import Digest
 from vllm_edits.edit_store.errors import BundleRefused, Reason
@@ -34,6 +35,7 @@ class Recipe(FrozenRecord):
     label: str = ""
     strength: Strength | None = None
     privileged: bool = False
+    probes: int = PROBES
     created_at: AwareDatetime
     model: str
     """folder of the base model"""

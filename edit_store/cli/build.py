@@ -133,6 +133,9 @@ StrengthOption = Annotated[
 PrivilegedOption = Annotated[
     bool, typer.Option("--privileged", help="Allow a method that takes safety away; the bundle is marked.")
 ]
+ProbesOption = Annotated[
+    int, typer.Option("--probes", min=0, max=16, help="Prompts with which servers prove the version. 0: none.")
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of all random choices.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="Device that computes, as torch calls it: cpu, cuda.")]
 
@@ -151,6 +154,7 @@ def _command(method: type[Method]) -> Callable[..., None]:
         label: Annotated[str, typer.Option("--label", help="The author's own version, for people.")] = "",
         strength: StrengthOption = None,
         privileged: PrivilegedOption = False,
+        probes: ProbesOption = 4,
         seed: SeedOption = 0,
         device: DeviceOption = "cpu",
         on: OnOption = None,
@@ -171,7 +175,7 @@ def _command(method: type[Method]) -> Callable[..., None]:
         below, on_ref = _below(on, store or publish)
         ask = Ask(
             chosen, model, tuple(data or ()), name=name, description=description, label=label,
-            strength=None if strength is None else _bounds(strength), privileged=privileged, seed=seed,
+            strength=None if strength is None else _bounds(strength), privileged=privileged, probes=probes, seed=seed,
             device=device, on=below, on_ref=on_ref, store=store or publish or "",
         )  # fmt: skip
         with _hashing() as hashed:

@@ -219,6 +219,7 @@ def show_version(reference: ReferenceArgument, store: StoreOption, as_json: Json
         "changes": f"{manifest.cumulative_edits} concepts, facts or behaviours"
         if manifest.cumulative_edits else "not counted",
         "privileged": "yes: it takes safety away" if manifest.privileged else "no",
+        "probes": f"{len(manifest.probes)}" if manifest.probes else "none: no server can prove it",
         "tensors": f"{sized(manifest.tensors.size)}, sha256 {manifest.tensors.sha256[:12]}",
         "made": f"{manifest.created_at:%Y-%m-%d %H:%M} by {origin.tool}: {origin.method}",
         "published": f"{record.at:%Y-%m-%d %H:%M} by {record.actor}",

@@ -6,6 +6,7 @@ from __future__ import annotations
 from vllm_edits.edit_store.cli import app
 from vllm_edits.plugin.cli import (
     plan_command,  # noqa: F401
+    probe_command,  # noqa: F401
     reserve_commands,  # noqa: F401
     start_commands,  # noqa: F401
     status_command,  # noqa: F401

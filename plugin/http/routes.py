@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from vllm_edits.edit_store.errors import EditsError
 from vllm_edits.plugin import headers
-from vllm_edits.plugin.http import admin_token, experiment_routes, reservation_routes
+from vllm_edits.plugin.http import admin_token, experiment_routes, probe_routes, reservation_routes
 from vllm_edits.plugin.http.api_key import ApiKeys
 from vllm_edits.plugin.http.middleware import OURS
 from vllm_edits.plugin.http.statuses import status_of
@@ -90,6 +90,7 @@ def router(
     async def withdraw(name: str, request: Request, tag: TagQuery = None, reason: ReasonQuery = "") -> Any:
         return await changed(request, TagChange("withdraw", name, tag, reason=reason))
 
+    probe_routes.add_to(changes, coordinator)
     reservation_routes.add_to(routes, changes, coordinator)
     routes.include_router(changes)
     return routes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,6 +26,7 @@ from vllm_edits.plugin.request import Request
 from vllm_edits.plugin.serving.admission import Admission
 from vllm_edits.plugin.serving.growth import Growth
 from vllm_edits.plugin.serving.lease import Lease
+from vllm_edits.plugin.serving.probing import WEIGHTS_SLOT, Continuing, Prober, ProbeRun
 from vllm_edits.plugin.serving.reconcile import Reconciler
 from vllm_edits.plugin.serving.slots import Slots
 from vllm_edits.plugin.serving.status import status
@@ -32,7 +34,9 @@ from vllm_edits.plugin.serving.variants import Choice
 from vllm_edits.plugin.serving.versions import KnownVersions, Versions
 from vllm_edits.plugin.serving.weights_mode import Running, WeightsMode
 from vllm_edits.plugin.serving.workers import Workers, ask
-from vllm_edits.server_config.settings import Grow
+from vllm_edits.server_config.settings import Grow, ProbePolicy
+
+logger = logging.getLogger("vllm.edits")
 
 
 class NotFollowed(EditsError):
@@ -103,6 +107,12 @@ class Coordinator(Protocol):
         NotFound, BundleRefused or SettingsError if it is not valid; InstallRefused if the server may not grow.
         """
 
+    async def probe(self, ref: str) -> Mapping[str, Any]:
+        """Probe a variant now, as name, name@tag or name@version. Returns the figures.
+
+        If they are out of bounds, it gets no request any more until a probe passes. NotFound and others as for a lease.
+        """
+
     def record(self, record: Record) -> None:
         """Record that a request of an experiment, or a shadowed request, has ended."""
 
@@ -121,6 +131,9 @@ class Extras:
     exposures: ExposureLog | None = None
     feedback_tokens: FeedbackTokens | None = None
     resolver: Resolver | None = None
+    probes: ProbePolicy = "run"
+    continuing: Continuing | None = None
+    """the engines that answer probes; None: no version is probed"""
     grow: Grow = "never"
     grow_bytes: int | None = None
     headroom: float = 1.0
@@ -140,16 +153,19 @@ class LocalCoordinator:
             prepare=self._prepare_arm, append=self._append_of_experiment, info=known.__getitem__,
             resolver=extras.resolver,
         )  # fmt: skip
-        self.slots = Slots(slots, workers, metrics, info=known.__getitem__, fired=self.experiments.fired)
+        self.prober = Prober(extras.continuing, metrics, policy=extras.probes)
+        self.slots = Slots(
+            slots, workers, metrics, info=known.__getitem__, fired=self.experiments.fired, prober=self.prober
+        )
         self.growth = Growth(
             reservation, workers, self.slots, metrics, slot_bytes=slot_bytes, grow=extras.grow,
             headroom=extras.headroom, limit_bytes=extras.grow_bytes, ended=self._follow_again,
         )  # fmt: skip
-        self.versions = Versions(reader, known, self.slots, self.growth, base=base)
+        self.versions = Versions(reader, known, self.slots, self.growth, self.prober, base=base)
         self.weights = WeightsMode(
             extras.weights_key, partial(ask, workers), running=extras.weights_running,
             patience_seconds=extras.weights_patience_seconds, inside=self._inside,
-            abort_all=workers.abort_all,
+            abort_all=workers.abort_all, probe=partial(self.prober.first, slot=WEIGHTS_SLOT),
         )  # fmt: skip
         self.reconciler = Reconciler(
             reader, versions=self.versions, slots=self.slots, experiments=self.experiments, weights=self.weights,
@@ -161,8 +177,36 @@ class LocalCoordinator:
         )  # fmt: skip
 
     async def _follow_again(self, *, grown: bool) -> None:
-        """Follow the promotions that waited for a growth. If the reservation has grown, refused ones may fit too."""
+        """Follow the promotions that waited for a growth. If the reservation has grown, refused ones may fit too.
+
+        Versions in slots are probed again, since other code computes them now. One that fails gets no request any more.
+        """
+        for version in self.slots.residency.residents() if grown and self.prober.policy != "off" else ():
+            try:
+                await self._probe_again(version)
+            except EditsError as error:
+                logger.warning("could not probe version %s after the growth: %s", version[:12], error)
         await self.reconciler.sync(retry_refused=grown)
+
+    async def _probe_again(self, version: str) -> ProbeRun | None:
+        """Probe a version that is in a slot; None if it has left by now."""
+        if not self.slots.residency.is_open(version):
+            return None
+        slot = self.slots.residency.acquire(version)
+        try:
+            return await self.prober.probe(version, slot)
+        finally:
+            self.slots.release(version)
+
+    async def probe(self, ref: str) -> Mapping[str, Any]:
+        self.prober.forget_failures()
+        lease = await self.lease(Request(target=ref))
+        with lease.hold():
+            version = lease.choice.version
+            if version is None:
+                raise NotFound(f"{ref!r} is the base model. Name a variant")
+            run = await self.prober.probe(version, WEIGHTS_SLOT if lease.choice.in_weights else lease.slot)
+        return {"name": lease.choice.variant, "version": version, **run.as_json()}
 
     def _inside(self) -> int:
         """The number of requests in flight."""
@@ -188,10 +232,11 @@ class LocalCoordinator:
     async def status(self) -> Mapping[str, Any]:
         return status(
             self.reconciler, self.admission, self.slots, experiments=self.experiments, weights=self.weights,
-            growth=self.growth,
+            growth=self.growth, prober=self.prober,
         )  # fmt: skip
 
     async def sync(self) -> Mapping[str, Any]:
+        self.prober.forget_failures()
         swaps = await self.reconciler.sync(retry_refused=True, wait_for_weights=True)
         await self.slots.read_firings()
         return {"swaps": [asdict(swap) for swap in swaps], "last_error": self.reconciler.last_error}

@@ -160,6 +160,8 @@ class _Process:
             return await self._coordinator.change(TagChange(**message["change"]))
         if call == "grow":
             return await self._coordinator.grow(CapacityWish(**message["wish"]))
+        if call == "probe":
+            return await self._coordinator.probe(message["ref"])
         if call == "feedback":
             return await self._coordinator.feedback(message["request"], message["metric"], message["value"])
         return await (self._coordinator.status() if call == "status" else self._coordinator.sync())
@@ -249,6 +251,10 @@ class RemoteCoordinator:
 
     async def grow(self, wish: CapacityWish) -> Mapping[str, Any]:
         found: Mapping[str, Any] = await self._ask("grow", wish=asdict(wish))
+        return found
+
+    async def probe(self, ref: str) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = await self._ask("probe", ref=ref)
         return found
 
     async def feedback(self, request: str, metric: str, value: float) -> Mapping[str, Any]:

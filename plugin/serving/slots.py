@@ -18,6 +18,7 @@ from vllm_edits.edit_store.errors import BundleRefused, EditsError
 from vllm_edits.plugin.metrics import Metrics
 from vllm_edits.plugin.periodic import repeat
 from vllm_edits.plugin.serving.firings import FiringTotals
+from vllm_edits.plugin.serving.probing import Prober
 from vllm_edits.plugin.serving.residency import Placement, Residency
 from vllm_edits.plugin.serving.workers import Workers, ask, prepare, require_agreement
 from vllm_edits.plugin.version_info import InfoOf
@@ -61,7 +62,9 @@ class Waiting:
 class Slots:
     """The slots of every worker."""
 
-    def __init__(self, count: int, workers: Workers, metrics: Metrics, *, info: InfoOf, fired: Fired) -> None:
+    def __init__(
+        self, count: int, workers: Workers, metrics: Metrics, *, info: InfoOf, fired: Fired, prober: Prober
+    ) -> None:
         self.residency = Residency(count)
         self._workers = workers
         self._metrics = metrics
@@ -70,7 +73,9 @@ class Slots:
         self._firings = FiringTotals(metrics)
         self._ready: set[str] = set()  # versions in the memory of every worker, as far as is known
         self._reading: dict[str, asyncio.Task[None]] = {}
+        self._prober = prober
         self._installing = asyncio.Lock()
+        self._probing: set[asyncio.Future[None]] = set()
         self._waiting: dict[str, Waiting] = {}  # in the order of arrival
         self._later: asyncio.TimerHandle | None = None
         self._retired_at: dict[str, float] = {}
@@ -96,8 +101,10 @@ class Slots:
 
     @asynccontextmanager
     async def no_installs(self) -> AsyncIterator[None]:
-        """Keep every install waiting in the block, and wait for one that runs."""
+        """Keep every install waiting in the block, and wait for those that run, with their probes."""
         async with self._installing:
+            while self._probing:
+                await asyncio.wait(self._probing)
             yield
 
     def _has_read(self, version: str, task: asyncio.Task[None]) -> None:
@@ -183,10 +190,13 @@ class Slots:
                 asked.set_result(self.residency.acquire(version))
 
     async def _install_for_waiting(self, plan: Placement, version: str) -> None:
-        """Install a version into its planned slot, one install at a time, and give it to waiting requests."""
+        """Install a version into its planned slot, one install at a time, probe it, and give it to waiting requests."""
+        probed = asyncio.get_running_loop().create_future()
         try:
             async with self._installing:
                 await self._install_on_workers(plan, version)
+                self._probing.add(probed)
+            await self._prober.first(version, plan.slot)
         except Exception as failure:  # noqa: BLE001  the first request gets the error; the others try again
             await self._undo(plan.slot, version)
             self._count_install(failure)
@@ -199,6 +209,8 @@ class Slots:
             self._count_install(None)
             self._hand_out(version)
         finally:
+            self._probing.discard(probed)
+            probed.set_result(None)
             if plan.evicted is not None:
                 self._firings.forget(plan.evicted)
         self._assign_slots()
@@ -233,7 +245,11 @@ class Slots:
     # -- lending -----------------------------------------------------------------------------------------------------
 
     async def acquire(self, version: str) -> int:
-        """Lend the slot of a version to one more user. Installs the version if needed; waits while no slot is free."""
+        """Lend the slot of a version to one more user. Installs the version if needed; waits while no slot is free.
+
+        InstallRefused if its last probes failed.
+        """
+        self._prober.require_sound(version)
         if self.residency.is_open(version):
             self._metrics.version_lookups.labels("device").inc()
             return self.residency.acquire(version)

@@ -9,6 +9,7 @@ from typing import Any
 from vllm_edits.plugin.experiments.live_experiments import LiveExperiments
 from vllm_edits.plugin.serving.admission import Admission
 from vllm_edits.plugin.serving.growth import Growth
+from vllm_edits.plugin.serving.probing import Prober
 from vllm_edits.plugin.serving.reconcile import Reconciler
 from vllm_edits.plugin.serving.slots import Slots
 from vllm_edits.plugin.serving.variants import BASE
@@ -17,7 +18,7 @@ from vllm_edits.plugin.serving.weights_mode import WeightsMode
 
 def status(
     reconciler: Reconciler, admission: Admission, slots: Slots, *, experiments: LiveExperiments, weights: WeightsMode,
-    growth: Growth,
+    growth: Growth, prober: Prober,
 ) -> Mapping[str, Any]:  # fmt: skip
     """The state of one server."""
     table, residency = reconciler.table, slots.residency
@@ -33,6 +34,7 @@ def status(
                 "in_weights": version == table.in_weights,
                 "in_flight": admission.in_flight[name, version],
                 "refused": reconciler.refusal(name, tag),
+                "probes": prober.told_of(version),
             }
             for name, tags in sorted(table.promoted.items())
             for tag, version in sorted(tags.items())

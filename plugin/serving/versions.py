@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from vllm_edits.edit_store import verify
 from vllm_edits.edit_store.architectures import supported
 from vllm_edits.edit_store.base_ref import BaseModelRef
+from vllm_edits.edit_store.bundle import Manifest
 from vllm_edits.edit_store.errors import NotTrusted, Reason, SettingsError
 from vllm_edits.edit_store.reading.reader import Reader
 from vllm_edits.edit_store.storage.store import TagEntry
@@ -21,6 +22,7 @@ from vllm_edits.edit_store.trust import Enforcement
 from vllm_edits.plugin.graph.reservation import Reservation
 from vllm_edits.plugin.plan import of_items
 from vllm_edits.plugin.serving.growth import Growth
+from vllm_edits.plugin.serving.probing import Prober
 from vllm_edits.plugin.serving.slots import Slots
 from vllm_edits.plugin.serving.swap import Phase
 from vllm_edits.plugin.short_turns import in_thread
@@ -59,12 +61,13 @@ class Versions:
     """Fetches, verifies and stages versions."""
 
     def __init__(
-        self, reader: Reader, known: KnownVersions, slots: Slots, growth: Growth, *, base: BaseModelRef
+        self, reader: Reader, known: KnownVersions, slots: Slots, growth: Growth, prober: Prober, *, base: BaseModelRef
     ) -> None:
         self.reader = reader
         self.known = known
         self._slots = slots
         self._growth = growth
+        self._prober = prober
         self._base = base
 
     async def check(self, version: str, timed: Timed = _untimed, *, per_request: bool = False) -> None:
@@ -76,7 +79,8 @@ class Versions:
             bundle = await in_thread(self.reader.bundle, version)
         with timed("verify"):
             await in_thread(verify.check, bundle, self._base)
-            self.known.add(version, VersionInfo.of(bundle.manifest))
+            self._know(version, bundle.manifest)
+            self._prober.require_probes(version)
             if per_request:
                 self._growth.require(version, bundle.manifest)
 
@@ -108,8 +112,12 @@ class Versions:
         """The facts about a version, read before the first request for it. NotTrusted if its author is not trusted."""
         if version not in self.known:
             await self.require_author(name, version)
-            self.known.add(version, VersionInfo.of(await in_thread(self.reader.manifest, version)))
+            self._know(version, await in_thread(self.reader.manifest, version))
         return self.known[version]
+
+    def _know(self, version: str, manifest: Manifest) -> None:
+        self.known.add(version, VersionInfo.of(manifest))
+        self._prober.know(version, manifest)
 
     # -- signatures ---------------------------------------------------------------------------------------------------
 

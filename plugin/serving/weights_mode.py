@@ -33,8 +33,11 @@ class WeightsMode:
     def __init__(
         self, key: tuple[str, str] | None, call: Call, *, running: Running, patience_seconds: float,
         inside: Callable[[], int], abort_all: Callable[[], Awaitable[None]],
+        probe: Callable[[str], Awaitable[None]],
     ) -> None:  # fmt: skip
-        """inside: the number of requests in flight; abort_all: aborts them."""
+        """inside: the number of requests in flight; abort_all: aborts them.
+        probe: probes the version that the weights hold now; an error restores what they held before.
+        """
         self.key = key
         self.version: str | None = None
         self.epoch = 0
@@ -45,6 +48,7 @@ class WeightsMode:
         self._patience = patience_seconds
         self._inside = inside
         self._abort_all = abort_all
+        self._probe = probe
         self._waited_for = 0
         self._open = asyncio.Event()
         self._open.set()
@@ -124,6 +128,8 @@ class WeightsMode:
         self.epoch += 1
         try:
             await self._all_hold(version)
+            if version is not None:
+                await self._probe(version)
         except BaseException as failure:
             self.epoch += 1
             try:

@@ -42,8 +42,10 @@ from vllm_edits.plugin.serving.coordinator_socket import (
     RemoteCoordinator,
     socket_path,
 )
+from vllm_edits.plugin.serving.probing import Continuing
 from vllm_edits.plugin.serving.workers import Workers
 from vllm_edits.plugin.vllm_host import compat
+from vllm_edits.plugin.vllm_host.continuing import EngineContinuing, can_probe
 from vllm_edits.plugin.vllm_host.engine_gate import EngineGate
 from vllm_edits.plugin.vllm_host.scheduler import forks
 from vllm_edits.plugin.vllm_host.served_models import ServedModels
@@ -59,6 +61,11 @@ class EngineWorkers:
 
     def __init__(self, engine_client: Any) -> None:
         self._engine = engine_client
+
+    @property
+    def engine(self) -> Any:
+        """The engine client."""
+        return self._engine
 
     @property
     def api_process(self) -> tuple[int, int]:
@@ -175,7 +182,8 @@ class EditsEndpoints:
             atexit.register(shutil.rmtree, path.parent, ignore_errors=True)
             server = CoordinatorServer(path)
             asked = FencedWorkers(workers, server.fence)
-        coordinator, description = await start(asked, settings, metrics, base_names)
+        continuing = EngineContinuing(workers.engine) if can_probe(workers.engine.vllm_config) else None
+        coordinator, description = await start(asked, settings, metrics, base_names, continuing)
         if count > 1:
             await server.start(coordinator)
         self._following = [
@@ -187,9 +195,19 @@ class EditsEndpoints:
 
 
 async def start(
-    workers: Workers, settings: EditSettings, metrics: Metrics, base_names: tuple[str, ...]
-) -> tuple[LocalCoordinator, str]:
-    """Attach to every worker, open the store, install promoted versions. Also returns a line for the log."""
+    workers: Workers, settings: EditSettings, metrics: Metrics, base_names: tuple[str, ...],
+    continuing: Continuing | None,
+) -> tuple[LocalCoordinator, str]:  # fmt: skip
+    """Attach to every worker, open the store, install promoted versions. Also returns a line for the log.
+
+    continuing: the engines, as far as they can answer probes
+    """
+    if continuing is None and settings.probes == "require":
+        raise UnsupportedHost(
+            "edits.probes is require, and probes compare log-probabilities. Start with --logprobs-mode raw_logprobs"
+        )
+    if continuing is None and settings.probes == "run":
+        logger.warning("no version is probed, because --logprobs-mode tells no log-probabilities")
     answers = await workers.call("edits_attach")
     for answer in answers:
         if "error" in answer:
@@ -220,6 +238,8 @@ async def start(
             exposures=ExposureLog(_path(settings.exposure_folder), settings.exposure_bytes),
             feedback_tokens=FeedbackTokens.of(_path(settings.feedback_key_file)),
             resolver=Resolver.of(settings.arm_resolver),
+            probes=settings.probes,
+            continuing=continuing,
             grow=settings.grow,
             grow_bytes=settings.grow_bytes,
             headroom=settings.reserve_headroom,

@@ -23,6 +23,7 @@ from vllm_edits.plugin.serving.coordinator import LocalCoordinator
 from vllm_edits.plugin.serving.lease import Lease
 from vllm_edits.plugin.vllm_host import compat
 from vllm_edits.plugin.vllm_host.addressing import address
+from vllm_edits.plugin.vllm_host.continuing import OfflineContinuing, can_probe
 from vllm_edits.plugin.vllm_host.frontend import start
 from vllm_edits.plugin.vllm_host.scheduler import forks
 from vllm_edits.server_config.settings import read_settings
@@ -39,7 +40,13 @@ class Variants:
         self._loop = asyncio.new_event_loop()
         self.coordinator: LocalCoordinator
         self.coordinator, self.description = self._loop.run_until_complete(
-            start(_OfflineWorkers(llm), settings, Metrics(CollectorRegistry()), ("base",))
+            start(
+                _OfflineWorkers(llm),
+                settings,
+                Metrics(CollectorRegistry()),
+                ("base",),
+                OfflineContinuing(llm) if can_probe(llm.llm_engine.vllm_config) else None,
+            )
         )
 
     def _lease(self, name: str | None, strength: float | None) -> Coroutine[Any, Any, Lease]:

@@ -75,6 +75,7 @@ _NAN = "keeping NaN from other requests"
 _OFFLINE = "variants for Python users"
 _PLUGINS = "leaving on the plugins that are on"
 _PROMPTS = "prompt lengths, and vectors in the place of tokens"
+_PROBES = "probes"
 _PROOF = "proving that edits have an effect"
 _RUNNING = "weights_running = abort"
 _SALT = "keeping variants apart in the prefix cache"
@@ -129,6 +130,7 @@ _FRONT_END = (
 
 _ENGINE_CLIENT = (
     Seam(_ASYNC, "AsyncLLM.generate", _CLAIM, ("prompt", "sampling_params", "request_id")),
+    Seam(_ASYNC, "AsyncLLM.generate", _PROBES, ("priority", "data_parallel_rank")),
     Seam(_ASYNC, "AsyncLLM.encode", _CLAIM),
     Seam(_ASYNC, "AsyncLLM.collective_rpc", _WORKERS, ("method", "args")),
     Seam(_ASYNC, "AsyncLLM.vllm_config", _HTTP),
@@ -142,6 +144,7 @@ _ENGINE_CLIENT = (
     Seam("v1/engine/core.py", "EngineCore.collective_rpc", _MANY_ENGINES, ("method", "timeout", "args", "kwargs")),
     Seam("entrypoints/llm.py", "LLM.llm_engine", _OFFLINE),
     Seam("entrypoints/llm.py", "LLM.generate", _OFFLINE, ("prompts", "sampling_params")),
+    Seam("entrypoints/llm.py", "LLM.generate", _PROBES, ("use_tqdm",)),
     Seam("entrypoints/llm.py", "LLM.collective_rpc", _OFFLINE, ("method", "args")),
     Seam("v1/engine/llm_engine.py", "LLMEngine.vllm_config", _OFFLINE),
 )  # fmt: skip
@@ -155,6 +158,7 @@ _REQUESTS = (
     *_of("logprobs.py", "Logprob", _SHADOW, "logprob"),
     *_of("sampling_params.py", "SamplingParams", _SHADOW, "logprobs", "seed", "temperature"),
     *_of("sampling_params.py", "SamplingParams", _CLAIM, "extra_args", "clone"),
+    *_of("sampling_params.py", "SamplingParams", _PROBES, "max_tokens", "ignore_eos", "detokenize"),
     *_of("sampling_params.py", "SamplingParams", _USAGE, "output_kind"),
     *_of("sampling_params.py", "RequestOutputKind", _USAGE, "DELTA"),
     *_of("inputs/llm.py", "TextPrompt", _SALT, "prompt"),
@@ -181,6 +185,8 @@ _CONFIGS = (
     *_of(_PARALLEL, "ParallelConfig", _WORKERS, "worker_cls"),
     *_of("config/scheduler.py", "SchedulerConfig", _CACHE, "scheduler_cls", "async_scheduling"),
     *_of("config/scheduler.py", "SchedulerConfig", _V2, "max_num_batched_tokens"),
+    *_of("config/scheduler.py", "SchedulerConfig", _PROBES, "policy"),
+    *_of(_MODEL, "ModelConfig", _PROBES, "max_logprobs", "logprobs_mode", "dtype"),
     *_of("config/speculative.py", "SpeculativeConfig", _UNPROVEN, "method"),
     *_of("config/speculative.py", "SpeculativeConfig", _UNPROVEN, "enable_adaptive_verification", since="0.28"),
     *_of("config/cache.py", "CacheConfig", _UNPROVEN, "kv_sharing_fast_prefill"),

@@ -79,7 +79,8 @@ def test_an_unknown_setting_is_refused_with_the_nearest_known(setting: str, know
 
 def test_an_unknown_setting_like_no_other_is_refused_with_all_known() -> None:
     with pytest.raises(
-        SettingsError, match=r"Known: store, slots, reserve, reserve_headroom, scopes, grow, grow_bytes, default_tag"
+        SettingsError,
+        match=r"Known: store, slots, reserve, reserve_headroom, scopes, grow, grow_bytes, probes, default_tag",
     ):
         read(zzz=1)
 

@@ -36,10 +36,12 @@ from vllm_edits.edit_store.architectures import supported
 from vllm_edits.edit_store.backends import Backend, Item
 from vllm_edits.edit_store.edits import Array, ReadingEdit, order_at_site
 from vllm_edits.edit_store.errors import BundleRefused, EditsError, InstallRefused, Reason, StoreUnavailable
+from vllm_edits.edit_store.probes import Probe, Trace
 from vllm_edits.edit_store.reading.cache import NodeCache
 from vllm_edits.edit_store.reading.reader import Reader
 from vllm_edits.edit_store.signing import SigningKey
 from vllm_edits.edit_store.trust import Trust
+from vllm_edits.plugin.claim import Claim
 from vllm_edits.plugin.graph.edited_model import EditedModel, Prepared, SiteModule
 from vllm_edits.plugin.graph.reservation import Capacity, EditGroup, Reservation
 from vllm_edits.plugin.graph.slot_products import EXPRESSIONS, SlotProducts
@@ -509,6 +511,48 @@ class FakeWorkers:
         return dict(first)
 
 
+class FakeEngines:
+    """`Continuing`: two engines that say what probes recorded, as far as edits are `applied` to them.
+
+    A claim must be true when it comes. While `answering` is cleared, no answer comes.
+    """
+
+    engines = 2
+    floor = 0.01
+
+    def __init__(self, workers: FakeWorkers) -> None:
+        self.applied = {0: 1.0, 1: 1.0}
+        self.answering = asyncio.Event()
+        self.answering.set()
+        self.claims: list[Claim | None] = []
+        self._workers = workers
+
+    async def continued(self, probe: Probe, claim: Claim | None, engine: int) -> Trace:
+        for worker in self._workers.workers if claim is not None else ():
+            assert worker.edited.slot_of(list(claim or ())) == claim[0]
+        self.claims.append(claim)
+        await self.answering.wait()
+        if claim is None:
+            return probe.base
+        base, edited = (np.array(each.logprobs) for each in (probe.base, probe.edited))
+        rows = base + self.applied[engine] * (edited - base)
+        return probe.edited.model_copy(update={"logprobs": tuple(map(tuple, rows.tolist()))})
+
+
+def with_probes(bundle: Bundle, *strengths: float) -> Bundle:
+    """A bundle with probes of edits that change much, at these strengths or at 1."""
+    numbers = np.random.default_rng(next(seeds))
+
+    def trace(tokens: tuple[int, ...]) -> Trace:
+        rows = numbers.uniform(-30, -20, size=(len(tokens), 6))
+        return Trace(tokens=tokens, logprobs=tuple(map(tuple, rows.tolist())), least=(-99.0,) * len(tokens))
+
+    return bundle.with_probes(
+        Probe(prompt=(1, 2, 3), strength=strength, watched=tuple(range(6)), base=trace((4, 5)), edited=trace((4, 5)))
+        for strength in strengths or (1.0, 1.0)
+    )
+
+
 class FlakyBackend:
     """A backend that can be cut off: while `down` is a prefix, keys below it cannot be reached ('' for all)."""
 
@@ -605,6 +649,7 @@ class Server:
         self.registry = CollectorRegistry()
         self.metrics = Metrics(self.registry)
         self.asked = Asked(self.workers)
+        self.engines = FakeEngines(self.workers)
         self.core = LocalCoordinator(
             Reader(self.store, trust, NodeCache(node or Path(tempfile.mkdtemp()))),
             self.asked,
@@ -615,7 +660,7 @@ class Server:
             slot_bytes=lambda _, capacity: 1024 * capacity.rank,
             slots=slots,
             default_tag="prod",
-            extras=Extras(weights_key=(weights, "prod") if weights else None, **options),
+            extras=Extras(weights_key=(weights, "prod") if weights else None, continuing=self.engines, **options),
         )
 
     async def sync(self, *, retry_refused: bool = False) -> list[Swap]:
@@ -630,7 +675,7 @@ class Server:
         """What the server says of itself."""
         core = self.core
         return status(core.reconciler, core.admission, core.slots, experiments=core.experiments, weights=core.weights,
-                      growth=core.growth)  # fmt: skip
+                      growth=core.growth, prober=core.prober)  # fmt: skip
 
     def refusal(self, model: str) -> str:
         """Why a variant is not served."""

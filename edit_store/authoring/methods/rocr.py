@@ -175,6 +175,10 @@ class Rocr(Method):
                 keys[site].append(after[site].mean(0))
         return _edits(layers, found)
 
+    def probe_prompts(self, inputs: Inputs) -> Iterator[str]:
+        for row in inputs.data["concepts"]:
+            yield from self._prompts(inputs, row.concept)[:2]
+
     def _layers(self, inputs: Inputs) -> tuple[int, ...]:
         return inputs.layers(self.layers, 4 / 32, 6 / 32)
 
