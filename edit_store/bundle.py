@@ -126,7 +126,7 @@ class Manifest(FrozenRecord):
     cumulative_edits: int = Field(default=0, ge=0)
     """concepts, facts or behaviours that it changes, those of the bundles below it included; 0: not counted"""
     probes: Annotated[tuple[Probe, ...], Field(max_length=MAX_PROBES)] = ()
-    """what servers prove the version with"""
+    """prompts by which servers tell whether they serve it as it was made"""
 
     @property
     def gate_firings(self) -> float | None:

@@ -53,7 +53,7 @@ LogProbability = Annotated[float, Field(le=0, allow_inf_nan=False)]
 
 
 class Trace(FrozenRecord):
-    """What a model says behind a prompt: `places` tokens, and what it gives the watched tokens at each place."""
+    """The continuation of a prompt by a model, with the log-probabilities of the watched tokens at each place."""
 
     tokens: Annotated[tuple[TokenId, ...], Field(min_length=1, max_length=MAX_PLACES)]
     logprobs: tuple[tuple[LogProbability, ...], ...]

@@ -47,7 +47,7 @@ class Kept:
         return cls(folder)
 
     def begin(self, name: str) -> dict[str, Tensor]:
-        """What is there of a step that begins; nothing if its file is damaged. Each step has a name of its own."""
+        """The results so far of a step that begins; none if its file is damaged. Each step has a name of its own."""
         if self._folder is None:
             return {}
         if name in self._names:

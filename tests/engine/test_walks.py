@@ -18,7 +18,10 @@ from loadtests.harness.metrics import Scrape
 from tests.proofs.parity import random_numbers
 from tests.support.bundles import base_of, bundle_of, publish, random_bundle
 from tests.support.engine import Serving, serve, wait_until
-from vllm_edits.edit_store import LowRank
+from vllm_edits.edit_store import Bundle, LowRank
+from vllm_edits.edit_store.authoring.build import pairs_of
+from vllm_edits.edit_store.authoring.host import Host
+from vllm_edits.edit_store.authoring.probing import probes_of
 from vllm_edits.edit_store.experiments.document import Experiment
 from vllm_edits.edit_store.experiments.experiment_log import Experiments
 from vllm_edits.edit_store.experiments.state import ExperimentChange
@@ -49,8 +52,10 @@ def modules(cell: str) -> list[str]:
 class Traced:
     """A server whose processes say which modules of the plugin they ran."""
 
-    def __init__(self, serving: Serving, folder: Path) -> None:
+    def __init__(self, serving: Serving, folder: Path, second: Bundle) -> None:
+        """second: a second version, with probes"""
         self.serving = serving
+        self.second = second
         self._folder = folder
 
     def while_(self, act: Callable[[], Any]) -> dict[str, list[str]]:
@@ -87,6 +92,9 @@ def traced(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     folder, notes = tmp_path_factory.mktemp("walk"), tmp_path_factory.mktemp("notes")
     path = os.pathsep.join([str(WALK), *filter(None, [os.environ.get("PYTHONPATH")])])
     bundle = random_bundle("polite", base_of(tiny_model), seed=1)
+    host = Host.load(tiny_model)
+    second = random_bundle("polite", base_of(tiny_model), seed=2)
+    second = second.with_probes(probes_of(host, pairs_of(second), ["Hello"], count=2))
     serving = serve(
         tiny_model, folder, [bundle], "--dtype", "float32", "--max-model-len", "256",
         environment={"PYTHONPATH": path, "WALK_FOLDER": str(notes)},
@@ -97,7 +105,7 @@ def traced(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     log.change(ExperimentChange(experiment="walk", operation="start"))
     serving.sync()
     try:
-        yield Traced(serving, notes)
+        yield Traced(serving, notes, second)
     finally:
         serving.server.stop()
 
@@ -151,7 +159,7 @@ def test_a_request_goes_the_way_that_is_written_down(traced: Traced) -> None:
 
 def test_a_swap_goes_the_way_that_is_written_down(traced: Traced) -> None:
     serving = traced.serving
-    second = random_bundle("polite", serving.base, seed=2)
+    second = traced.second
     publish(serving.store, second)
     ran = traced.while_(lambda: (serving.sync(), wait_until(lambda: drained(serving), "the old slot")))
     swap = serving.status()["last_swap"]
