@@ -3,6 +3,9 @@
 queries   q[h] *= factor      undifferentiated attention: with a factor near zero the head attends evenly
 output    z[h] *= factor      scaling contribution: its share of the attention's output
 mean      z[h] <- mean over all heads of z
+
+With several heads of one layer the mean is that of the outputs before any of them is replaced. The authors' code
+replaces one after the other, so that a later mean has an earlier one in it.
 """
 
 from __future__ import annotations

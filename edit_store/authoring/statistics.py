@@ -56,8 +56,8 @@ class Moments:
 
 def unused_directions(moments: Moments, threshold: float) -> Tensor:
     """Orthonormal columns U `[width, n]` in which the second moment is below the threshold; P = U U^T."""
-    energy, directions = torch.linalg.eigh(moments.second)
-    unused: Tensor = directions[:, energy < threshold]
+    energy, directions = torch.linalg.eigh(moments.second.double())
+    unused: Tensor = directions[:, energy < threshold].to(moments.second.dtype)
     return unused.contiguous()
 
 

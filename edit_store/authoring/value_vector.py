@@ -1,6 +1,6 @@
 """The vector which, added at one place of a site, makes a model say something else: by gradient steps.
 
-    delta* = argmin  -mean log p(answer | prompt; x + delta)  +  kl KL(p || p_delta)  +  decay |delta| / |x|^2
+    delta* = argmin  -mean log p(answer | prompt; x + delta)  +  kl KL(p_delta || p)  +  decay |delta| / |x|^2
              with |delta| <= clamp |x|
 
 x      [hidden]  vector at the place in the first prompt
@@ -95,8 +95,8 @@ class _Drift:
             return replace(found, before=found._next(host))
 
     def moved(self, host: Host) -> Tensor:
-        """KL(before | now) of the next token behind the word, in nats."""
-        return divergence(self.before, self._next(host))
+        """KL(now | before) of the next token behind the word, in nats, as the paper and the code of ROME have it."""
+        return divergence(self._next(host), self.before)
 
     def _next(self, host: Host) -> Tensor:
         with replayed(host, self.states, below=self.below):

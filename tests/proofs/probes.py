@@ -4,7 +4,7 @@
 
 A version of every kind at every site gets probes by transformers; one engine holds them all, each in a slot of its own,
 and probes each. Then each is probed at another strength than the recorded one: nothing of it, half of it, its opposite.
-What is applied exactly must pass, and a fault must not, where the probes are not weak. With --write the table is written.
+What is applied exactly must pass, and a fault must not, where the probes are not weak. --write writes the table.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -28,12 +29,12 @@ from tests.proofs.parity import cores_apart, every_edit, in_a_process_of_its_own
 from tests.support.bundles import bundle_of
 from tests.support.gpu_ways import ON_V2
 from tests.support.quantised import Scheme, quantise
-from tests.support.tiny_models import make_tiny
+from tests.support.tiny_models import make_tiny_llama
 from vllm_edits.edit_store import Bundle, EditStore, Strength, identify
 
 TABLE = Path(__file__).with_name("PROBES.md")
 TEXTS = (
-    "The capital of France is", "Once upon a time there was a little", "To make a cake you need", "The sun rises in the",
+    "The capital of France is", "Once upon a time there was a little", "To make a cake you need",
 )  # fmt: skip
 FAULTS = {"nothing": 0.0, "half": 0.5, "opposite": -1.0}
 """The strength at which a version is probed that was recorded at 1."""
@@ -105,7 +106,7 @@ def probed(model: Path, store: Path, versions: list[str], way: Way) -> list[dict
     residents = variants.coordinator.slots.residency.residents()
 
     async def reports(version: str) -> dict[str, Any]:
-        slot, probes = residents[version].slot, variants.coordinator.prober._manifests[version].probes  # noqa: SLF001
+        slot, probes = residents[version].slot, variants.coordinator.prober._manifests[version].probes
         base = [await engine.continued(probe, None, 0) for probe in probes]
         found = {}
         for fault, strength in {"": 1.0, **FAULTS}.items():
@@ -124,7 +125,10 @@ def probed(model: Path, store: Path, versions: list[str], way: Way) -> list[dict
 def measure(way: Way, every: int) -> dict[str, Any]:
     """The figures of one way."""
     with tempfile.TemporaryDirectory() as folder:
-        model = ensure_model() if way.trained else make_tiny("LlamaForCausalLM", Path(folder) / "tiny")
+        model = ensure_model()
+        if not way.trained:
+            make_tiny_llama(Path(folder) / "tiny", model)
+            model = Path(folder) / "tiny"
         if way.quantised is not None:
             model = quantise(model, Path(folder) / "quantised", way.quantised)
         bundles = bundles_of(model, way, every)
@@ -187,7 +191,7 @@ def main() -> None:
         print(json.dumps({name: found[name]}, indent=1))
     if args.write:
         TABLE.write_text("".join(table(found)))
-    faults = [label for of in found.values() for label in (*of["false_alarms"], *sum(of["missed"].values(), []))]
+    faults = [label for of in found.values() for label in (*of["false_alarms"], *chain(*of["missed"].values()))]
     if faults:
         sys.exit(f"{len(faults)} versions are not judged rightly")
 

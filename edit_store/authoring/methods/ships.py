@@ -5,8 +5,8 @@
 
 p: next token behind the prompt. The `count` heads with the highest scores are masked together (`heads.py` has the
 masks). As in the code: queries scaled by a small factor, ten heads, the divergence. The code scores every prompt by
-itself; here the prompts of one behaviour are averaged. The score `answer` is our own: heads that merely change the
-wording are not chosen by it.
+itself, as it is or in a frame; here the prompts of one behaviour are averaged, in the model's chat template. The score
+`answer` is our own: heads that merely change the wording are not chosen by it.
 """
 
 from __future__ import annotations
