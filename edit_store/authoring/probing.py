@@ -7,6 +7,7 @@ found; and an ordinary text behind which they change least, so that one which ap
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from vllm_edits.edit_store.bundle import Strength
 from vllm_edits.edit_store.errors import BundleRefused, Reason
 from vllm_edits.edit_store.probes import DIGITS, LISTED, Probe, Trace, effect_of
 
+T = TypeVar("T")
 PROBES = 4
 """probes of a bundle, those at other strengths aside"""
 _PLACES = 4
@@ -36,19 +38,21 @@ ORDINARY = (
 )
 """Texts that are tried beside those of the method."""
 
+Prompt = str | Sequence[int]
+"""A text, or token ids."""
 _Said = tuple[list[int], Tensor]
 """Tokens of a continuation, and the log-probabilities [places, vocabulary] at each."""
 
 
 def probes_of(
-    host: Host, edits: Edits, prompts: Sequence[str], *, strength: Strength | None = None, count: int = PROBES
+    host: Host, edits: Edits, prompts: Sequence[Prompt], *, strength: Strength | None = None, count: int = PROBES
 ) -> tuple[Probe, ...]:
     """Probes of these edits: `count` at the default strength, and one at each end of the strengths that it allows."""
     if count <= 0:
         return ()
     default = strength.default if strength else 1.0
-    own = _ids(host, _spread(list(dict.fromkeys(prompts)), _TRIED))
-    ordinary = [ids for ids in _ids(host, ORDINARY) if ids not in own]
+    ordinary = _ids(host, ORDINARY)
+    own = _spread([ids for ids in _ids(host, prompts) if ids not in ordinary], _TRIED)
     places = 2 if any(edit.scope.segment == "generated" for edit, _ in edits) else 1
     ranked = sorted(
         [(effect_of(_probe(host, edits, ids, default, places)), ids) for ids in (*own, *ordinary)],
@@ -63,14 +67,17 @@ def probes_of(
     return tuple(found)
 
 
-def _ids(host: Host, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, its last ones if it is long."""
-    return [ids[-_PROMPT:] for text in texts if (ids := list(map(int, host.tokenizer(text)["input_ids"])))]
+def _ids(host: Host, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+    """Token ids of each prompt, its last ones if it is long; each once."""
+    found = [host.tokenizer(each)["input_ids"] if isinstance(each, str) else each for each in prompts]
+    return list(dict.fromkeys(tuple(map(int, ids))[-_PROMPT:] for ids in found if ids))
 
 
-def _spread(texts: Sequence[str], count: int) -> list[str]:
-    """So many of the texts, from all parts of them."""
-    return [texts[number * len(texts) // count] for number in range(count)] if len(texts) > count else list(texts)
+def _spread(prompts: Sequence[T], count: int) -> list[T]:
+    """So many of the prompts, from all parts of them."""
+    if len(prompts) <= count:
+        return list(prompts)
+    return [prompts[number * len(prompts) // count] for number in range(count)]
 
 
 def _probe(host: Host, edits: Edits, prompt: Sequence[int], strength: float, places: int) -> Probe:

@@ -26,6 +26,7 @@ from vllm_edits.edit_store.cli.common import (
     plain,
     show,
 )
+from vllm_edits.edit_store.cli.probe_maker import made_for
 from vllm_edits.edit_store.compare import compare
 from vllm_edits.edit_store.errors import EditsError
 from vllm_edits.edit_store.inspection import EditSummary, sites_of, summarise
@@ -120,6 +121,10 @@ def compose(
     store: StoreOption,
     tag: Annotated[str | None, typer.Option("--tag", help="Also promote the new version under this tag.")] = None,
     reason: ReasonOption = "",
+    model: Annotated[
+        Path | None,
+        typer.Option("--probes", help="Folder of the base model: also make probes of the composition.", exists=True),
+    ] = None,
     allow_conflicts: Annotated[
         bool, typer.Option("--allow-conflicts", help="Publish although some edits do not simply add up.")
     ] = False,
@@ -134,11 +139,13 @@ def compose(
 
     Some pairs of edits do not simply add up: for example, one undoes part of
     the other. Such conflicts are listed, and the variant is published only with
-    --allow-conflicts.
+    --allow-conflicts. Probes of the parts say nothing of the whole; --probes
+    makes new ones.
 
     \b
-    Example:
+    Examples:
       vllm-edits compose polite safe --store ./store --tag prod
+      vllm-edits compose polite safe --store ./store --probes ./model
     """
     target = opened(store, key)
     bundle = composing.compose([target.bundle(target.resolve(reference)) for reference in references])
@@ -149,6 +156,8 @@ def compose(
             f"{bundle.manifest.name} was not published, because some edits do not simply add up:\n{told}\n"
             "To publish it anyway, add --allow-conflicts"
         )
+    if model is not None:
+        bundle = bundle.with_probes(made_for(bundle, model, store=store))
     row = published(target, bundle, tag, reason)
     if as_json:
         as_script([{**row, "conflicts": [asdict(each) for each in found]}])

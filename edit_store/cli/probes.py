@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from vllm_edits.edit_store import verify
-from vllm_edits.edit_store.base_model import identify
 from vllm_edits.edit_store.bundle import MANIFEST_FILE, Bundle
 from vllm_edits.edit_store.cli.bundles import published, tell_published
 from vllm_edits.edit_store.cli.common import (
@@ -19,13 +17,13 @@ from vllm_edits.edit_store.cli.common import (
     StoreOption,
     app,
     as_script,
-    counted,
     explained,
     opened,
     plain,
     show,
 )
-from vllm_edits.edit_store.errors import BundleRefused, EditsError
+from vllm_edits.edit_store.cli.probe_maker import made_for
+from vllm_edits.edit_store.errors import EditsError
 from vllm_edits.edit_store.probes import effect_of
 
 COLUMNS = {"probe": "probe", "strength": "strength", "tokens": "prompt tokens", "places": "places", "effect": "effect"}
@@ -56,7 +54,8 @@ def add(
 
     The base model and the edited one continue prompts in transformers, in
     float32. Servers compare before the first request. Prompts are the texts,
-    and a few ordinary ones; those are taken where the edits change most.
+    those of probes that are there (of a composition, those of its parts), and
+    a few ordinary ones; those are taken where the edits change most.
 
     \b
     Examples:
@@ -66,7 +65,7 @@ def add(
     found = _loaded(bundle, store)
     if (out is None) == (store is None):
         raise EditsError("expected --out FOLDER, or --store STORE to publish to, and not both")
-    made = found.with_probes(_made(found, model, texts, count))
+    made = found.with_probes(made_for(found, model, _texts(texts), count=count, store=store))
     if made.version == found.version:
         raise EditsError("it has these probes already")
     if out is not None:
@@ -109,21 +108,10 @@ def _loaded(bundle: str, store: str | None) -> Bundle:
     return target.bundle(target.resolve(bundle))
 
 
-def _made(bundle: Bundle, model: Path, texts: Path | None, count: int) -> Any:
-    try:
-        from vllm_edits.edit_store.authoring.build import pairs_of
-        from vllm_edits.edit_store.authoring.data import Table, TextRow, read
-        from vllm_edits.edit_store.authoring.host import Host
-        from vllm_edits.edit_store.authoring.probing import probes_of
-    except ImportError as error:
-        raise EditsError(f"{error}. Install the authoring side: pip install 'vllm-edits[authoring]'") from None
-    prompts = read({"texts": Table(TextRow, "texts")}, [texts]).texts("texts") if texts else []
-    with counted("digest of the base model", in_bytes=True) as update:
-        base = identify(model, progress=lambda done: update(advance=done))
-    if reasons := verify.base_mismatch(bundle.manifest.base, base):
-        raise BundleRefused(f"bundle {bundle.manifest.name!r} {bundle.version[:12]}", reasons)
-    edits, strength = pairs_of(bundle), bundle.manifest.strength
-    return probes_of(Host.load(model), edits, prompts, strength=strength, count=count)
+def _texts(file: Path | None) -> list[str]:
+    from vllm_edits.edit_store.authoring.data import Table, TextRow, read
+
+    return read({"texts": Table(TextRow, "texts")}, [file]).texts("texts") if file else []
 
 
 def _show(bundle: Bundle) -> None:

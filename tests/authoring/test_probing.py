@@ -139,6 +139,28 @@ class TestCommand:
         again = self.run("add", "loud@staging", tiny_model, texts, *where)
         assert (again.exit_code, "has these probes already" in again.output) == (1, True)
 
+    def test_a_composition_has_probes_of_its_own(
+        self, store: EditStore, base: BaseModelRef, tiny_model: Path, host: Host
+    ) -> None:
+        """Behind the prompts of its parts' probes; both parts' edits are in them."""
+        for name, seed in (("loud", 1), ("rude", 2)):
+            bundle = random_bundle(name, base, seed=seed)
+            proven = bundle.with_probes(probes_of(host, pairs_of(bundle), PROMPTS, count=3))
+            store.promote(f"{name}@{store.publish(proven)}", tag="prod")
+        where = ("--store", store.url, "--allow-conflicts")
+        plain = CliRunner().invoke(app, ["compose", "loud", "rude", *where, "--json"])
+        assert plain.exit_code == 0, plain.output
+        assert not store.manifest(json.loads(plain.stdout)[0]["version"]).probes
+        done = CliRunner().invoke(app, ["compose", "loud", "rude", *where, "--probes", str(tiny_model), "--json"])
+        assert done.exit_code == 0, done.output
+        both = store.bundle(json.loads(done.stdout)[0]["version"])
+        assert {probe.prompt for probe in both.manifest.probes} & {ids(host, text) for text in PROMPTS}
+        parts = [store.bundle(part.version) for part in both.manifest.parts]
+        again = probes_of(host, [pair for part in parts for pair in pairs_of(part)], PROMPTS)
+        assert {probe.prompt: probe.edited for probe in both.manifest.probes}.items() & {
+            probe.prompt: probe.edited for probe in again
+        }.items()
+
     def test_it_adds_probes_to_a_folder(self, base: BaseModelRef, tiny_model: Path, tmp_path: Path) -> None:
         random_bundle("loud", base, seed=1).save(tmp_path / "loud")
         assert self.run("add", tmp_path / "loud", tiny_model, "--out", tmp_path / "out", "--count", 2).exit_code == 0
