@@ -26,10 +26,10 @@ from vllm_edits.edit_store.cli.common import (
     opened,
     plain,
     show,
+    step_by_step,
 )
 from vllm_edits.edit_store.errors import BundleRefused, EditsError
 from vllm_edits.edit_store.private_folder import cache_folder
-from vllm_edits.edit_store.progress import StepDone
 from vllm_edits.edit_store.protect import Protect
 from vllm_edits.edit_store.refs import is_name
 
@@ -285,12 +285,6 @@ def _hashing() -> Iterator[Callable[[int], None]]:
         yield lambda done: update(advance=done)
 
 
-@contextmanager
-def _steps() -> Iterator[StepDone]:
-    with counted("build") as update:
-        yield lambda what, done, total: update(description=what, completed=done, total=total)
-
-
 def _finish(
     draft: Draft, out: Path | None, publish: str | None, tag: str | None, key: Path | None, *,
     protected: Protect | None, dry_run: bool, as_json: bool,
@@ -312,7 +306,7 @@ def _finish(
             )
             plain(f"  {sized(cost.statistics_bytes)} for statistics, beside the model in float32")
         return
-    with _steps() as step:
+    with step_by_step("build") as step:
         built = draft.make(step)
     if out is not None:
         built.save(out)

@@ -18,7 +18,9 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 from rich.table import Column, Table
 from rich.text import Text
 
+from vllm_edits.edit_store.bundle import MANIFEST_FILE, Bundle
 from vllm_edits.edit_store.errors import EditsError
+from vllm_edits.edit_store.progress import StepDone
 from vllm_edits.edit_store.refs import is_bundle_name, is_digest
 from vllm_edits.edit_store.signing import SigningKey
 from vllm_edits.edit_store.storage.store import EditStore
@@ -95,6 +97,23 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for script
 def opened(url: str, key: Path | None = None) -> EditStore:
     """Open the store. With a key, changes are signed."""
     return EditStore(url, signer=None if key is None else SigningKey.load(key))
+
+
+def bundle_from(given: str, store: str | None) -> Bundle:
+    """A bundle from its folder, or from a store by name, name@tag or name@version."""
+    if (Path(given) / MANIFEST_FILE).is_file():
+        return Bundle.load(Path(given))
+    if store is None:
+        raise EditsError(f"{given} is no folder of a bundle. To take one from a store, add --store STORE")
+    target = opened(store)
+    return target.bundle(target.resolve(given))
+
+
+@contextmanager
+def step_by_step(what: str) -> Iterator[StepDone]:
+    """A progress bar whose text is the step that runs."""
+    with counted(what) as update:
+        yield lambda name, done, total: update(description=name, completed=done, total=total)
 
 
 def explained(command: Callable[..., None]) -> Callable[..., None]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vllm_edits.edit_store.bundle import MANIFEST_FILE, Bundle
+from vllm_edits.edit_store.bundle import Bundle
 from vllm_edits.edit_store.cli.bundles import published, tell_published
 from vllm_edits.edit_store.cli.common import (
     STORE_VARIABLE,
@@ -17,6 +17,7 @@ from vllm_edits.edit_store.cli.common import (
     StoreOption,
     app,
     as_script,
+    bundle_from,
     explained,
     opened,
     plain,
@@ -62,7 +63,7 @@ def add(
       vllm-edits probes add polite@prod ./model texts.jsonl --store ./store --tag staging
       vllm-edits probes add ./polite ./model --out ./polite-with-probes
     """
-    found = _loaded(bundle, store)
+    found = bundle_from(bundle, store)
     if (out is None) == (store is None):
         raise EditsError("expected --out FOLDER, or --store STORE to publish to, and not both")
     made = found.with_probes(made_for(found, model, _texts(texts), count=count, store=store))
@@ -92,20 +93,11 @@ def show_probes(reference: ReferenceArgument, *, store: StoreOption, as_json: Js
     Example:
       vllm-edits probes show polite@prod --store ./store
     """
-    found = _loaded(reference, store)
+    found = bundle_from(reference, store)
     if as_json:
         as_script([each.model_dump(mode="json") for each in found.manifest.probes])
     else:
         _show(found)
-
-
-def _loaded(bundle: str, store: str | None) -> Bundle:
-    if (Path(bundle) / MANIFEST_FILE).is_file():
-        return Bundle.load(Path(bundle))
-    if store is None:
-        raise EditsError(f"{bundle} is no folder of a bundle. To take one from a store, add --store STORE")
-    target = opened(store)
-    return target.bundle(target.resolve(bundle))
 
 
 def _texts(file: Path | None) -> list[str]:
