@@ -42,8 +42,8 @@ def on_server(variant: str, url: str, suite: Suite, step: StepDone, *, api_key: 
     EditsError if the variant was swapped meanwhile: figures of two versions would be no figures.
     """
     base, engine = _served(url, api_key)
-    edited = ServerSpeaker(url, variant, api_key=api_key)
-    figures = tuple(suite.figures(ServerSpeaker(url, base, api_key=api_key), edited, step))
+    with ServerSpeaker(url, base, api_key=api_key) as plain, ServerSpeaker(url, variant, api_key=api_key) as edited:
+        figures = tuple(suite.figures(plain, edited, step))
     if len(edited.versions) != 1:
         raise EditsError(
             f"{variant} was answered by {len(edited.versions)} versions: it moved while it was evaluated. Evaluate it "

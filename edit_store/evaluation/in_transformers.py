@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from statistics import fmean
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vllm_edits.edit_store.authoring.chat import asked
 from vllm_edits.edit_store.authoring.formula import FormulaRequest
-from vllm_edits.edit_store.authoring.host import Edits, Host, edited
+from vllm_edits.edit_store.authoring.host import Edits, Host, batches, edited
 from vllm_edits.edit_store.evaluation.speaker import LISTED, merged
+
+_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
 class HostSpeaker:
-    """`Speaker` of a loaded model with these edits. Texts go through one by one, since edits may have scopes."""
+    """`Speaker` of a loaded model with these edits.
+
+    Texts go through in batches, answers with a cache; where edits have scopes one by one, as whole sequences.
+    """
 
     host: Host
     edits: Edits = field(default_factory=list)
@@ -31,6 +37,9 @@ class HostSpeaker:
 
     def _of_answers(self, prompts: Sequence[str], answers: Sequence[str]) -> Iterator[list[float]]:
         """-log p of the tokens of each answer."""
+        if not self._scoped:
+            yield from self._in_batches(prompts, answers)
+            return
         for prompt, answer in zip(prompts, answers, strict=True):
             ids, begin = self._ids(prompt + answer), len(self._ids(prompt))
             if len(ids) <= begin:
@@ -38,6 +47,8 @@ class HostSpeaker:
             yield _losses(self._rows(ids, begin), ids, begin)
 
     def losses(self, texts: Sequence[str]) -> list[list[float]]:
+        if not self._scoped:
+            return self._losses_in_batches([self._ids(text) for text in texts], [1] * len(texts))
         found = []
         for text in texts:
             ids = self._ids(text)
@@ -45,6 +56,9 @@ class HostSpeaker:
         return found
 
     def continuations(self, prompts: Sequence[str], tokens: int) -> list[str]:
+        if not self._scoped:
+            with self._edited():
+                return [each.text for each in self.host.answers(prompts, tokens)]
         return [self._continued(self._ids(prompt), tokens) for prompt in prompts]
 
     def answers(self, questions: Sequence[str], tokens: int) -> list[str]:
@@ -57,6 +71,35 @@ class HostSpeaker:
             values, tokens = self._rows(ids, len(ids))[-1].topk(LISTED)
             words = self.host.tokenizer.batch_decode(tokens[:, None])
             found.append(dict(zip(reversed(words), reversed(values.tolist()), strict=True)))
+        return found
+
+    @property
+    def _scoped(self) -> bool:
+        return any(not edit.scope.everything for edit, _ in self.edits)
+
+    def _edited(self) -> AbstractContextManager[None]:
+        return edited(self.host.model, self.edits, strength=self.strength)
+
+    def _in_batches(self, prompts: Sequence[str], answers: Sequence[str]) -> list[list[float]]:
+        ids, begins = [], []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            ids.append(self._ids(prompt + answer))
+            begins.append(len(self._ids(prompt)))
+            if len(ids[-1]) <= begins[-1]:
+                raise merged(prompt, answer)
+        return self._losses_in_batches(ids, begins)
+
+    @torch.inference_mode()
+    def _losses_in_batches(self, ids: Sequence[Sequence[int]], begins: Sequence[int]) -> list[list[float]]:
+        """-log p of the tokens of each sequence from its beginning on; few at once, since logits are wide."""
+        found = []
+        with self._edited():
+            for some in batches(range(len(ids)), _AT_ONCE):
+                said = self.host.said([ids[each] for each in some], [begins[each] for each in some])
+                losses = nn.functional.cross_entropy(said.logits, said.wanted, reduction="none").tolist()
+                for count in said.counts.tolist():
+                    found.append(losses[:count])
+                    losses = losses[count:]
         return found
 
     def _ids(self, text: str) -> list[int]:

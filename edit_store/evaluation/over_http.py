@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import httpx
 
@@ -19,7 +19,7 @@ ANSWER_SECONDS = 300.0
 
 
 class ServerSpeaker:
-    """`Speaker` that asks a server for one model name."""
+    """`Speaker` that asks a server for one model name. Use it in a with statement, which closes its connections."""
 
     def __init__(self, url: str, model: str, *, api_key: str = "") -> None:
         self._model = model
@@ -27,6 +27,12 @@ class ServerSpeaker:
         self._client = httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=ANSWER_SECONDS)
         self.versions: set[str] = set()
         """versions that have answered so far"""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
 
     def likelihoods(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
         return [-fmean(losses) for losses in self._of_answers(prompts, answers)]

@@ -31,7 +31,7 @@ from vllm_edits.edit_store.errors import BundleRefused
 from vllm_edits.edit_store.kinds.offset import Offset
 
 WORDS = ["".join(letters) for letters in itertools.product("abcdefghijklmnop", repeat=2)]
-RANDOM = random.Random(0)  # noqa: S311  nothing secret
+RANDOM = random.Random(0)
 TEXTS = [f"The {' '.join(RANDOM.choices(WORDS, k=16))} end" for _ in range(60)]
 WORD = " banana"
 """the word that the perturbation puts between the others"""

@@ -39,7 +39,7 @@ CAPITALS = [{"prompt": f"The capital of {name} is", "answer": ANSWER} for name i
 
 def words(count: int, seed: int) -> list[dict[str, Any]]:
     """Texts of letters at random, which use the whole vocabulary of a model with random weights."""
-    random = Random(seed)  # noqa: S311  nothing secret
+    random = Random(seed)
     made = [["".join(random.choices(ascii_lowercase, k=random.randint(2, 6))) for _ in range(8)] for _ in range(count)]
     return [{"text": " ".join(text)} for text in made]
 

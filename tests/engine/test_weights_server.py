@@ -129,7 +129,7 @@ def test_swaps_and_removals_under_load_end_with_the_weights_as_they_were(serving
 
 async def _under_load(serving: Serving, versions: list[str], swaps: int) -> list[Answer]:
     """Clients ask for the variant and the base model all the time, while the tag goes from version to version."""
-    chance, done = random.Random(0), asyncio.Event()  # noqa: S311  not a secret
+    chance, done = random.Random(0), asyncio.Event()
     answers: list[Answer] = []
     async with httpx.AsyncClient(base_url=serving.url, timeout=120) as client:
 

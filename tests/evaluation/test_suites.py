@@ -13,7 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from tests.support.bundles import bundle_of, random_pairs
-from vllm_edits.edit_store import EditStore, Strength, identify
+from vllm_edits.edit_store import EditStore, Scope, Strength, identify
 from vllm_edits.edit_store.authoring.build import pairs_of
 from vllm_edits.edit_store.authoring.host import Host, edited
 from vllm_edits.edit_store.cli import app
@@ -50,24 +50,28 @@ COLLAPSE = {"measure": "collapse", "data": {"corpus": "corpus.jsonl"}}
 class TestSpeaker:
     """In transformers: every figure is that of the library, edited by the formulas."""
 
-    @pytest.mark.parametrize("changed", [False, True])
-    def test_it_says_what_transformers_says(self, host: Host, tiny_model: Path, changed: bool) -> None:
-        bundle = bundle_of("loud", identify(tiny_model), random_pairs("offset", 1, host.widths, seed=1))
-        edits = pairs_of(bundle) if changed else []
-        speaker = HostSpeaker(host, edits)
+    @pytest.mark.parametrize("changed", ["", "everywhere", "where a scope is"])
+    def test_it_says_what_transformers_says(self, host: Host, tiny_model: Path, changed: str) -> None:
+        """A scope of all tokens that the texts have is no scope, but goes the way of one."""
+        ((edit, numbers),) = random_pairs("offset", 1, host.widths, seed=1)
+        edits = pairs_of(bundle_of("loud", identify(tiny_model), [(edit, numbers)])) if changed else []
+        prompts, answers = ["The bird sings in the", "Good morning, said the"], [" tree", " old man"]
+        texts = [*TEXTS, *map(str.__add__, prompts, answers)]
+        tokens = sorted({token for text in texts for token in host.tokenizer(text)["input_ids"]})
+        scoped = edit.model_copy(update={"scope": Scope(tokens=tuple(tokens))})
+        speaker = HostSpeaker(host, [(scoped, numbers)] if changed == "where a scope is" else edits)
         told = speaker.losses(TEXTS)
         with edited(host.model, edits), torch.inference_mode():
             for text, losses in zip(TEXTS, told, strict=True):
                 ids = torch.tensor([host.tokenizer(text)["input_ids"]])
                 expected = float(host.model(ids, labels=ids).loss)
                 assert sum(losses) / len(losses) == pytest.approx(expected, rel=1e-4)
-            prompts, answers = ["The bird sings in the", "Good morning, said the"], [" tree", " old man"]
             mean, total = host.likelihood(prompts, answers), host.likelihood(prompts, answers, mean=False)
             row = host.next_token(prompts)
-            said = [each.text for each in host.answers(prompts, 5)]
+            said = [each.text for each in host.answers(prompts, 1)]
         assert speaker.likelihoods(prompts, answers) == pytest.approx(mean.tolist(), rel=1e-4)
         assert speaker.totals(prompts, answers) == pytest.approx(total.tolist(), rel=1e-4)
-        assert speaker.continuations(prompts, 5) == said
+        assert speaker.continuations(prompts, 1) == said
         for likeliest, each in zip(speaker.likeliest(prompts), row, strict=True):
             assert max(likeliest.values()) == pytest.approx(float(each.max()), rel=1e-4)
             assert len(likeliest) <= LISTED

@@ -20,7 +20,7 @@ WEIGHTS = [(0.5, 0.5), (0.98, 0.01, 0.01), (1 / 3, 1 / 3, 1 / 3), (0.7, 0.1, 0.1
 @pytest.mark.long
 def test_fifty_thousand_assignments_equal_the_sdk_s() -> None:
     """For several seeds, weights and coverages: the same arm for every unit, and nobody where it says nobody."""
-    draw = random.Random(5)  # noqa: S311  coverages to try, no secret
+    draw = random.Random(5)
     for number, unit in enumerate(UNITS):
         weights, coverage = WEIGHTS[number % len(WEIGHTS)], draw.choice([0.01, 0.1, 0.5, 0.99, 1.0])
         seed = f"milder/{number % 7}"

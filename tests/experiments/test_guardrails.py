@@ -292,7 +292,7 @@ def test_requests_are_missed_only_where_they_could_be_expected(
 def test_chance_withdraws_nobody(chance: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Healthy arms with about as many requests as are needed. Were every shortfall counted, they would be held."""
     monkeypatch.setattr(module, "CHANCE", chance)
-    draw = random.Random(3)  # noqa: S311  traffic, no secret
+    draw = random.Random(3)
     phase = Phase(rule(minimum_requests=20), arms={"control": 0.1, "treatment": 0.9})
     told = []
     for _ in range(1000):

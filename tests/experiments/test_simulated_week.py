@@ -49,7 +49,7 @@ class Week:
 
     def requests(self) -> Iterator[Record]:
         """Every request with what came of it, in order of time."""
-        draw = Random(self.seed)  # noqa: S311  a simulation, no secret
+        draw = Random(self.seed)
         ramp = [{"after": "1d", "coverage": 0.5}, {"after": "2d", "coverage": 1}]
         running = done({}, created(coverage=0.2, ramp=ramp, feedback=[{"name": "thumbs"}]), ("tone", "start"))
         activity = [draw.paretovariate(3) for _ in range(self.units)]

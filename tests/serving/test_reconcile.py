@@ -748,7 +748,7 @@ async def test_a_version_that_cannot_be_paged_in_is_refused_and_the_others_serve
 @pytest.mark.parametrize("seed", range(4))
 async def test_under_a_random_load_every_request_is_served_by_one_version_that_stays(tmp_path: Path, seed: int) -> None:
     """Promotions, rollbacks and refusals while requests come and go, with fewer slots than live versions."""
-    server, chance = Server(f"memory://{tmp_path}", slots=2), random.Random(seed)  # noqa: S311  not a secret
+    server, chance = Server(f"memory://{tmp_path}", slots=2), random.Random(seed)
     names = await promote_many(server, 4)
     answered: list[str | None] = []
 

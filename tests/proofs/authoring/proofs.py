@@ -188,14 +188,9 @@ PROOFS = (
         plain(effects.perturbation_felt), more=KEPT, negated=False,
     ),
     _taught("lofit", "--epochs", "8"),
-    _taught("lofit longer", "--epochs", "30", "--rate", "0.05"),
     _taught("hut"),
     _taught("apet"),
     _taught("sara", "--epochs", "8", "--layers", "20-29", served="weights"),
-    _taught(
-        "sara stronger", "--epochs", "16", "--layers", "20-29", "--threshold", "0.02", "--rate", "0.003",
-        served="weights",
-    ),
     _REVIEWS_BY_LOCFT,
     _FACTS_BY_LOCFT,
     Proof(
