@@ -1,1 +1,1 @@
-"""What a version does to its model: measured by suites, on a transformers model or a running server."""
+"""Evaluation of versions by suites of measures, on a transformers model or a running server."""

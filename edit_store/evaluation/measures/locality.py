@@ -34,7 +34,7 @@ class Harmless(Row):
 
 
 class Locality(Measure):
-    """What stays: neighbouring facts, greedy continuations, and the next token on harmless prompts."""
+    """Neighbouring facts, greedy continuations, and the next token on harmless prompts, which shall stay."""
 
     tables: ClassVar[Mapping[str, Table]] = {
         "neighbours": Table(Neighbour, "facts near the edited ones, with their answers", least=0),

@@ -24,13 +24,16 @@ NOTES, SOCKET, LINE, ONLY_READ = "DOCUMENT_NOTES", "DOCUMENT_SOCKET", "DOCUMENT_
 """Variables: the file for notes, the socket of the process above, the line of a block, and whether nothing is run."""
 ELSEWHERE = (
     ("status",),
+    ("probe",),
+    ("probes", "add"),
+    ("evaluate",),
     ("reserve", "show"),
     ("reserve", "grow"),
     ("experiment", "replay"),
     ("hub", "push"),
     ("hub", "pull"),
 )
-"""Commands of `vllm-edits` that ask a server or the Hub: their words are parsed, and that is all."""
+"""Commands that ask a server or the Hub, or want a trained model: their words are parsed, and that is all."""
 STARTS_VLLM = (("serve",), ("run-batch",))
 BUILD = ("build",)
 """Its methods want a trained model: their words are parsed, and that is all. What lists and explains them is run."""
