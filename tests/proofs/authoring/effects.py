@@ -53,20 +53,20 @@ def facts_changed(name: str) -> Effect:
 
 def neighbours_kept(host: Host) -> float:
     """Share of other facts that the model goes on with greedily as it should."""
-    others = rows("neighbours")
-    said = host.answers([row["prompt"] for row in others], 3)
-    return sum(given.text.startswith(row["answer"]) for given, row in zip(said, others, strict=True)) / len(others)
+    return _said_so(host, rows("neighbours"), 3)
 
 
 def answers_given(name: str) -> Effect:
     """Share of prompts that the model answers greedily as the file says."""
     wanted = rows(name)
+    return lambda host: _said_so(host, wanted, 6)
 
-    def share(host: Host) -> float:
-        said = host.answers([row["prompt"] for row in wanted], 6)
-        return sum(given.text.startswith(row["answer"]) for given, row in zip(said, wanted, strict=True)) / len(wanted)
 
-    return share
+def _said_so(host: Host, wanted: Rows, tokens: int) -> float:
+    """Share of prompts that go on with their answers; some tokenizers leave out the space before the first word."""
+    said = host.answers([row["prompt"] for row in wanted], tokens)
+    right = [each.text.strip().startswith(row["answer"].strip()) for each, row in zip(said, wanted, strict=True)]
+    return sum(right) / len(right)
 
 
 FORMS = ("question", "fill-in", "choice", "sub-token")
