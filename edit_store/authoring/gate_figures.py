@@ -100,9 +100,11 @@ def highest_responses(host: Host, gates: Gates, reads: str, prompts: Sequence[st
 def likelihood_of(host: Host, texts: Sequence[str]) -> float:
     """Mean log-probability of the tokens behind the first of each text; few texts at once, since logits are wide."""
     ids = [host.tokenizer(text)["input_ids"] for text in texts]
-    parts = [host.said(some, [1] * len(some)) for some in batches(ids, _LIKELIHOOD_BATCH)]
-    count = sum(int(part.counts.sum()) for part in parts)
-    return sum(float(part.sums().sum()) for part in parts) / max(count, 1)
+    total, count = 0.0, 0
+    for some in batches(ids, _LIKELIHOOD_BATCH):  # the logits of one part are let go before those of the next come
+        part = host.said(some, [1] * len(some))
+        total, count = total + float(part.sums().sum()), count + int(part.counts.sum())
+    return total / max(count, 1)
 
 
 def dimension_of(work: Work, sphere: Sphere, reads: str, *, theta: float, sample: int) -> Dimension:
