@@ -42,6 +42,10 @@ class Continuing(Protocol):
     def floor(self) -> float:
         """Least noise of log-probabilities, in nats."""
 
+    @property
+    def longest(self) -> int:
+        """Most tokens of a prompt and its continuation."""
+
     async def continued(self, probe: Probe, claim: Claim | None, engine: int) -> Trace:
         """The greedy continuation of a probe's prompt, by the base model if there is no claim. Nothing is cached."""
 
@@ -80,6 +84,7 @@ class _NoEngine:
 
     engines = 1
     floor = 0.0
+    longest = 1 << 30
 
     async def continued(self, probe: Probe, claim: Claim | None, engine: int) -> Trace:
         raise EditsError("no probe is possible, because the server's --logprobs-mode tells no log-probabilities")
@@ -132,8 +137,13 @@ class Prober:
         """Probe a version in its slot now. EditsError if the engine does not answer."""
         manifest, started = self._manifests[version], time.monotonic()
         default = manifest.strength.default if manifest.strength else 1.0
-        # The weights hold the edits at one strength.
-        probes = [probe for probe in manifest.probes if slot != WEIGHTS_SLOT or probe.strength == default]
+        # The weights hold the edits at one strength; and a prompt may be too long for this server.
+        probes = [
+            probe
+            for probe in manifest.probes
+            if (slot != WEIGHTS_SLOT or probe.strength == default)
+            and len(probe.prompt) + probe.places <= self._engine.longest
+        ]
         try:
             engines = range(self._engine.engines) if probes else ()
             reports = [await self._report(version, slot, probes, engine) for engine in engines]

@@ -28,6 +28,7 @@ class EngineContinuing:
         self._listed = listed(config.model_config.max_logprobs)
         self._by_priority = config.scheduler_config.policy == "priority"
         self.floor = floor_of(config)
+        self.longest: int = config.model_config.max_model_len
 
     @property
     def engines(self) -> int:
@@ -54,6 +55,7 @@ class OfflineContinuing:
         config = llm.llm_engine.vllm_config
         self._listed = listed(config.model_config.max_logprobs)
         self.floor = floor_of(config)
+        self.longest: int = config.model_config.max_model_len
 
     engines = 1
 

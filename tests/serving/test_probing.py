@@ -151,6 +151,15 @@ async def test_an_engine_that_does_not_answer_is_tried_again(server: Server, mon
     server.check()
 
 
+async def test_prompts_that_are_too_long_for_the_server_are_left_out(server: Server) -> None:
+    bundle = with_probes(version_of("polite"))
+    long = bundle.manifest.probes[0].model_copy(update={"prompt": (1, 2, 3, 4)})
+    await server.promote(bundle.with_probes([long, bundle.manifest.probes[1]]))
+    assert len(server.status()["variants"][0]["probes"]["probes"]) == 1
+    await server.promote(version_of("rude").with_probes([long]))
+    assert server.metric("probes_total", result="none") == 1
+
+
 async def test_strengths_have_probes_of_their_own(server: Server) -> None:
     bounded = with_probes(version_of("polite"), 1.0, -1.0, 2.0)
     manifest = bounded.manifest.model_copy(update={"strength": Strength(minimum=-1, maximum=2)})

@@ -519,6 +519,7 @@ class FakeEngines:
 
     engines = 2
     floor = 0.01
+    longest = 5
 
     def __init__(self, workers: FakeWorkers) -> None:
         self.applied = {0: 1.0, 1: 1.0}
