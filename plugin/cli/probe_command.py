@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,9 +9,8 @@ import typer
 from vllm_edits.edit_store.cli import JsonOption, app, as_script, explained, plain, show
 from vllm_edits.edit_store.cli.common import NameArgument
 from vllm_edits.edit_store.errors import EditsError
-from vllm_edits.plugin import headers
-from vllm_edits.plugin.cli_client import DEFAULT_URL, ApiKeyOption, UrlOption, answered, authorization
-from vllm_edits.plugin.http import admin_token
+from vllm_edits.plugin.cli.admin_call import TokenFileOption, changed
+from vllm_edits.plugin.cli_client import DEFAULT_URL, ApiKeyOption, UrlOption, authorization
 
 COLUMNS = {"strength": "strength", "effect": "effect", "error": "error", "limit": "limit", "passed": "passed"}
 
@@ -25,9 +23,7 @@ def probe(
     tag: Annotated[str | None, typer.Option("--tag", help="Tag of the variant. Default: the server's.")] = None,
     url: UrlOption = DEFAULT_URL,
     api_key: ApiKeyOption = "",
-    token_file: Annotated[
-        Path | None, typer.Option("--admin-token-file", help="File with the server's admin token.")
-    ] = None,
+    token_file: TokenFileOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Probe a variant on a running server: does it say what its author recorded?
@@ -40,9 +36,8 @@ def probe(
     Example:
       vllm-edits probe polite --url http://127.0.0.1:8000 --admin-token-file token
     """
-    token = {} if token_file is None else {headers.ADMIN_TOKEN: admin_token.read(str(token_file))}
     query = "" if tag is None else f"?tag={tag}"
-    found = answered("POST", f"{url}/v1/edits/{name}/probe{query}", {**authorization(api_key), **token})
+    found = changed(f"{url}/v1/edits/{name}/probe{query}", authorization(api_key), token_file)
     if as_json:
         as_script(found)
     else:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from vllm_edits.edit_store.cli import JsonOption, app, as_script, explained, plain
 from vllm_edits.edit_store.errors import EditsError
-from vllm_edits.plugin import headers
+from vllm_edits.plugin.cli.admin_call import TokenFileOption, changed
 from vllm_edits.plugin.cli_client import DEFAULT_URL, ApiKeyOption, UrlOption, answered, authorization
-from vllm_edits.plugin.http import admin_token
 from vllm_edits.server_config.settings import PROFILES
 
 _POLL_SECONDS = 0.5
@@ -59,9 +57,7 @@ def grow(
     wait: Annotated[bool, typer.Option(help="Wait until the growth has ended.")] = True,
     url: UrlOption = DEFAULT_URL,
     api_key: ApiKeyOption = "",
-    token_file: Annotated[
-        Path | None, typer.Option("--admin-token-file", help="File with the server's admin token.")
-    ] = None,
+    token_file: TokenFileOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make capacity on a running server for versions, profiles or entries.
@@ -80,13 +76,7 @@ def grow(
     if not any(body.values()):
         raise EditsError("nothing to make capacity for: name a version, or give --reserve or --scopes")
     address, sent = f"{url}{_PATH}", authorization(api_key)
-    token = {} if token_file is None else {headers.ADMIN_TOKEN: admin_token.read(str(token_file))}
-    try:
-        found = answered("POST", address, {**sent, **token}, body)
-    except EditsError as error:
-        if token_file is not None or headers.ADMIN_TOKEN not in str(error):
-            raise
-        raise EditsError(f"{error}. Give the file with the token as --admin-token-file") from None
+    found = changed(address, sent, token_file, body)
     wanted = found["wanted"]
     if wait and found["growing"]:
         for phase in _phases(address, sent):
