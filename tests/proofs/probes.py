@@ -4,7 +4,8 @@
 
 A version of every kind at every site gets probes by transformers; one engine holds them all, each in a slot of its own,
 and probes each. Then each is probed at another strength than the recorded one: nothing of it, half of it, its opposite.
-What is applied exactly must pass, and a fault must not, where the probes are not weak. --write writes the table.
+What is applied exactly must pass, and a fault must not, unless the probes say that they cannot tell it: where the
+server's noise allows the share to be that far from 1. --write writes the table.
 """
 
 from __future__ import annotations
@@ -153,8 +154,12 @@ def figures(labels: list[str], told: list[dict[str, Any]]) -> dict[str, Any]:
         "versions": len(told), "weak": len(told) - len(strong),
         "false_alarms": [label for label, report in zip(labels, exact, strict=True) if not report["passed"]],
         "missed": {
-            fault: [label for label, of in zip(labels, told, strict=True) if not of[""]["weak"] and of[fault]["passed"]]
-            for fault in FAULTS
+            fault: [label for label, of in zip(labels, told, strict=True)
+                    if of[""]["allowed"] < abs(1 - strength) and of[fault]["passed"]]
+            for fault, strength in FAULTS.items()
+        },
+        "cannot_tell": {
+            fault: sum(of[""]["allowed"] >= abs(1 - strength) for of in told) for fault, strength in FAULTS.items()
         },
         "noise": median(report["noise"] for report in exact),
         "farthest_share": max(shares, default=0.0),
@@ -168,12 +173,13 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """The page."""
     yield "# Probes: false alarms, and faults that are found\n\n"
     yield "`python -m tests.proofs.probes --write` made this table: what it measures is in that module.\n\n"
-    yield "| way | versions | weak | false alarms | faults missed: nothing, half, opposite | noise, nats "
+    yield "| way | versions | false alarms | faults missed: nothing, half, opposite | cannot be told | noise, nats "
     yield "| farthest share from 1 | largest error of its limit |\n|---|---|---|---|---|---|---|---|\n"
     for name, of in found.items():
         missed = ", ".join(str(len(of["missed"][fault])) for fault in FAULTS)
+        untold = ", ".join(str(of["cannot_tell"][fault]) for fault in FAULTS)
         yield (
-            f"| {name} | {of['versions']} | {of['weak']} | {len(of['false_alarms'])} | {missed} | {of['noise']:.2g} "
+            f"| {name} | {of['versions']} | {len(of['false_alarms'])} | {missed} | {untold} | {of['noise']:.2g} "
             f"| {of['farthest_share']:.2f} | {of['largest_error']:.0%} |\n"
         )
 
