@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from tests.support.documents.commands import Reader, Wrong, settings
 from vllm_edits.edit_store.bundle import Manifest
 from vllm_edits.edit_store.errors import EditsError
+from vllm_edits.edit_store.evaluation.suite import SuiteFile
 from vllm_edits.edit_store.experiments.document import Experiment
 from vllm_edits.edit_store.experiments.state import ExperimentEntry
 from vllm_edits.edit_store.storage.store import TagEntry
@@ -82,6 +83,7 @@ KINDS: Mapping[str, tuple[frozenset[str], Check]] = {
     "an entry of the experiments": (frozenset({"previous_sha256", "experiment"}), _model(ExperimentEntry)),
     "a manifest": (frozenset({"schema_version", "edits", "base"}), _model(Manifest)),
     "a trust file": (frozenset({"schema_version", "keys"}), _model(TrustPolicy)),
+    "a suite": (frozenset({"measures", "name"}), _model(SuiteFile)),
     "settings": (frozenset({KEY}), _settings),
     "flags of vLLM": (frozenset({"load-format"}), _flags_of_vllm),
     "a compose file": (frozenset({"services"}), _compose),
