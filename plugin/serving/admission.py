@@ -11,12 +11,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from vllm_edits.edit_store.errors import EditsError, InstallRefused, Reason, RequestRefused
+from vllm_edits.edit_store.errors import EditsError, InstallRefused, NotFound, Reason, RequestRefused
 from vllm_edits.plugin.experiments.live_experiments import LiveExperiments
 from vllm_edits.plugin.experiments.routing import Route
 from vllm_edits.plugin.metrics import Metrics, VariantsNow
 from vllm_edits.plugin.request import Request
 from vllm_edits.plugin.serving.lease import Lease
+from vllm_edits.plugin.serving.probing import Prober, ProbeRun
 from vllm_edits.plugin.serving.slots import Slots
 from vllm_edits.plugin.serving.variants import BASE, Choice, VariantTable, VersionWanted
 from vllm_edits.plugin.serving.versions import Versions
@@ -33,7 +34,7 @@ class Admission:
 
     def __init__(
         self, table: Callable[[], VariantTable], *, versions: Versions, slots: Slots, experiments: LiveExperiments,
-        weights: WeightsMode, metrics: Metrics,
+        weights: WeightsMode, prober: Prober, metrics: Metrics,
     ) -> None:  # fmt: skip
         """table: returns the present table of names."""
         self.in_flight: Counter[Pair] = Counter()
@@ -44,6 +45,7 @@ class Admission:
         self._slots = slots
         self._experiments = experiments
         self._weights = weights
+        self._prober = prober
         self._metrics = metrics
         metrics.follow_variants(self.variants_now)
 
@@ -66,6 +68,17 @@ class Admission:
             if fallback is None:
                 raise
             return await self._enter(await self._choose(fallback, request))
+
+    async def probe(self, target: str) -> tuple[Choice, ProbeRun]:
+        """Probe what a name means now, where it is served. The weights and its slot stay meanwhile.
+
+        NotFound for the base model, which has no probes; else as `lease`.
+        """
+        choice = await self._choose(Route(target), Request(target=target))
+        if choice.version is None:
+            raise NotFound(f"{target!r} is the base model, which has no probes. Name a variant")
+        with (await self._enter(choice, sound=False)).hold() as lease:
+            return choice, await self._prober.probe(choice.version, lease.slot)
 
     async def renew(self, choice: Choice | None) -> Lease:
         """Lease a slot for an earlier choice: the same version, even if its name has moved. None: the base model.
@@ -113,7 +126,10 @@ class Admission:
             return self._table().choice_of_version(target, name, version)
         return self._table().resolve(target)
 
-    async def _enter(self, choice: Choice) -> Lease:
+    async def _enter(self, choice: Choice, *, sound: bool = True) -> Lease:
+        """A lease. sound: InstallRefused for a version whose probes failed where it is now."""
+        if sound and choice.version and (choice.in_weights or self._slots.residency.is_resident(choice.version)):
+            self._prober.require_sound(choice.version)
         self._count_in(choice)
         try:
             in_slot = choice.version is not None and not choice.in_weights

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from vllm_edits.edit_store.base_ref import BaseModelRef
 from vllm_edits.edit_store.errors import AmbiguousVersion, EditsError, NotFound, NotServed, SettingsError
@@ -26,7 +26,7 @@ from vllm_edits.plugin.request import Request
 from vllm_edits.plugin.serving.admission import Admission
 from vllm_edits.plugin.serving.growth import Growth
 from vllm_edits.plugin.serving.lease import Lease
-from vllm_edits.plugin.serving.probing import WEIGHTS_SLOT, Continuing, Prober, ProbeRun
+from vllm_edits.plugin.serving.probing import WEIGHTS_SLOT, Continuing, Prober
 from vllm_edits.plugin.serving.reconcile import Reconciler
 from vllm_edits.plugin.serving.slots import Slots
 from vllm_edits.plugin.serving.status import status
@@ -37,6 +37,8 @@ from vllm_edits.plugin.serving.workers import Workers, ask
 from vllm_edits.server_config.settings import Grow, ProbePolicy
 
 logger = logging.getLogger("vllm.edits")
+
+T = TypeVar("T")
 
 
 class NotFollowed(EditsError):
@@ -173,7 +175,7 @@ class LocalCoordinator:
         )  # fmt: skip
         self.admission = Admission(
             lambda: self.reconciler.table, versions=self.versions, slots=self.slots, experiments=self.experiments,
-            weights=self.weights, metrics=metrics,
+            weights=self.weights, prober=self.prober, metrics=metrics,
         )  # fmt: skip
 
     async def _follow_again(self, *, grown: bool) -> None:
@@ -181,42 +183,42 @@ class LocalCoordinator:
 
         Versions in slots are probed again, since other code computes them now. One that fails gets no request any more.
         """
-        for version in self.slots.residency.residents() if grown and self.prober.policy != "off" else ():
-            try:
-                await self._probe_again(version)
-            except EditsError as error:
-                logger.warning("could not probe version %s after the growth: %s", version[:12], error)
+        if grown and self.prober.policy != "off":
+            await self._probe_again(self.slots.residency.residents())
         await self.reconciler.sync(retry_refused=grown)
 
-    async def _probe_again(self, version: str) -> ProbeRun | None:
-        """Probe a version that is in a slot; None if it has left by now."""
-        if not self.slots.residency.is_open(version):
-            return None
-        slot = self.slots.residency.acquire(version)
-        try:
-            return await self.prober.probe(version, slot)
-        finally:
-            self.slots.release(version)
+    async def _probe_again(self, versions: Iterable[str]) -> None:
+        """Probe those of the versions that are in the weights or in a slot. What is paged in is probed then."""
+        for version in versions:
+            try:
+                if version == self.weights.version:
+                    await self.prober.probe(version, WEIGHTS_SLOT)
+                elif self.slots.residency.is_open(version):
+                    slot = self.slots.residency.acquire(version)
+                    try:
+                        await self.prober.probe(version, slot)
+                    finally:
+                        self.slots.release(version)
+            except EditsError as error:
+                logger.warning("could not probe version %s again: %s", version[:12], error)
 
     async def probe(self, ref: str) -> Mapping[str, Any]:
-        self.prober.forget_failures()
-        lease = await self.lease(Request(target=ref))
-        with lease.hold():
-            version = lease.choice.version
-            if version is None:
-                raise NotFound(f"{ref!r} is the base model. Name a variant")
-            run = await self.prober.probe(version, WEIGHTS_SLOT if lease.choice.in_weights else lease.slot)
-        return {"name": lease.choice.variant, "version": version, **run.as_json()}
+        choice, run = await self._served(ref, self.admission.probe(ref))
+        return {"name": choice.variant, "version": choice.version, **run.as_json()}
 
     def _inside(self) -> int:
         """The number of requests in flight."""
         return self.admission.in_flight.total()
 
     async def lease(self, request: Request) -> Lease:
+        return await self._served(request.target or request.model, self.admission.lease(request))
+
+    async def _served(self, target: str, found: Awaitable[T]) -> T:
+        """What is found of a name. NotServed with the reason if it is promoted, and refused here."""
         try:
-            return await self.admission.lease(request)
+            return await found
         except (NotFound, AmbiguousVersion) as error:
-            name, _, tag = (request.target or request.model).partition("@")
+            name, _, tag = target.partition("@")
             if refusal := self.reconciler.refusal(name, tag or self.reconciler.table.default_tag):
                 raise NotServed(f"This variant cannot be served: {refusal}") from error
             raise
@@ -236,7 +238,7 @@ class LocalCoordinator:
         )  # fmt: skip
 
     async def sync(self) -> Mapping[str, Any]:
-        self.prober.forget_failures()
+        await self._probe_again(self.prober.failed())
         swaps = await self.reconciler.sync(retry_refused=True, wait_for_weights=True)
         await self.slots.read_firings()
         return {"swaps": [asdict(swap) for swap in swaps], "last_error": self.reconciler.last_error}

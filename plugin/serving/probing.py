@@ -120,18 +120,16 @@ class Prober:
         if run is not None and run.result == "failed":
             raise self._refusal(version, run)
 
-    def forget_failures(self) -> None:
-        """Let versions that failed be probed again at their next request."""
-        self.last = {version: run for version, run in self.last.items() if run.result != "failed"}
+    def failed(self) -> list[str]:
+        """Versions whose last probes failed."""
+        return [version for version, run in self.last.items() if run.result == "failed"]
 
     async def first(self, version: str, slot: int) -> None:
         """Probe a version in its slot, unless it has passed before. InstallRefused if it fails."""
         run = self.last.get(version)
         if self.policy != "off" and (run is None or run.result == "failed"):
-            run = await self.probe(version, slot)
-            if run.result == "failed":
-                del self.last[version]  # it is not in a slot, and the next attempt probes it again
-                raise self._refusal(version, run)
+            await self.probe(version, slot)
+            self.require_sound(version)
 
     async def probe(self, version: str, slot: int) -> ProbeRun:
         """Probe a version in its slot now. EditsError if the engine does not answer."""

@@ -245,11 +245,7 @@ class Slots:
     # -- lending -----------------------------------------------------------------------------------------------------
 
     async def acquire(self, version: str) -> int:
-        """Lend the slot of a version to one more user. Installs the version if needed; waits while no slot is free.
-
-        InstallRefused if its last probes failed.
-        """
-        self._prober.require_sound(version)
+        """Lend the slot of a version to one more user. Installs the version if needed; waits while no slot is free."""
         if self.residency.is_open(version):
             self._metrics.version_lookups.labels("device").inc()
             return self.residency.acquire(version)

@@ -58,7 +58,6 @@ async def test_a_version_that_is_not_applied_is_refused_with_the_figures(server:
     server.check()
     assert not await server.sync(), "it is not tried again by itself"
     server.engines.applied[1] = 1.0
-    server.core.prober.forget_failures()
     (swap,) = await server.sync(retry_refused=True)
     assert not swap.error
     assert await server.ask("polite") == swap.to_version
@@ -183,6 +182,34 @@ async def test_a_probe_on_demand_takes_a_variant_out_and_lets_it_in_again(server
     with pytest.raises(NotFound):
         await server.core.probe("tiny")
     server.check()
+
+
+async def test_what_failed_stays_out_until_its_own_probe_passes(server: Server) -> None:
+    """Neither a probe of another variant nor a sync lets it in unprobed."""
+    polite, rude = await server.promote(with_probes(version_of("polite")), version_of("rude"))
+    server.engines.applied[0] = 0.0
+    assert (await server.core.probe("polite"))["result"] == "failed"
+    assert (await server.core.probe("rude"))["result"] == "none"
+    await server.core.sync()
+    with pytest.raises(InstallRefused, match="0% of the change"):
+        await server.ask("polite")
+    assert await server.ask("rude") == rude
+    server.engines.applied[0] = 1.0
+    await server.core.sync()
+    assert await server.ask("polite") == polite
+
+
+async def test_in_the_weights_a_probe_on_demand_takes_a_variant_out_too(tmp_path: Path) -> None:
+    server = Server(f"memory://{tmp_path}", weights="whole")
+    edit = LowRank(site="layers.0.mlp.out", reads="layers.0.mlp.h", rank=1)
+    (version,) = await server.promote(with_probes(version_of("whole", BASE, edit)))
+    server.engines.applied[1] = 0.5
+    assert (await server.core.probe("whole"))["result"] == "failed"
+    with pytest.raises(InstallRefused, match="50% of the change"):
+        await server.lease("whole")
+    server.engines.applied[1] = 1.0
+    await server.core.sync()
+    assert await server.ask("whole") == version
 
 
 async def test_what_is_in_slots_is_probed_again_after_a_growth(tmp_path: Path) -> None:
