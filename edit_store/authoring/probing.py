@@ -12,8 +12,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from vllm_edits.edit_store.authoring.formula import FormulaRequest
-from vllm_edits.edit_store.authoring.host import Edits, Host, edited
+from vllm_edits.edit_store.authoring.host import Edits, Host
+from vllm_edits.edit_store.authoring.whole_sequences import continued
 from vllm_edits.edit_store.bundle import Strength
 from vllm_edits.edit_store.errors import BundleRefused, Reason
 from vllm_edits.edit_store.probes import DIGITS, LISTED, Probe, Trace, effect_of
@@ -90,21 +90,17 @@ def _probe(host: Host, edits: Edits, prompt: Sequence[int], strength: float, pla
     )  # fmt: skip
 
 
-@torch.inference_mode()
 def _said(host: Host, edits: Edits, strength: float, prompt: Sequence[int], places: int) -> _Said:
-    """The greedy continuation, without a cache, since edits with a scope need whole sequences."""
-    ids, rows = list(prompt), list[Tensor]()
-    for _ in range(places):
-        with edited(host.model, edits, strength=strength, request=FormulaRequest(ids, len(prompt))):
-            logits = host.model(torch.tensor([ids], device=host.device), use_cache=False, logits_to_keep=1).logits
-        rows.append(logits[0, -1].float().log_softmax(-1))
-        if not rows[-1].isfinite().any() or rows[-1].isnan().any():
+    tokens, rows = list[int](), list[Tensor]()
+    for token, row in continued(host, edits, prompt, places, strength=strength):
+        if not row.isfinite().any() or row.isnan().any():
             raise BundleRefused("the probes", [Reason(
                 "not_finite", f"the edited model computes no numbers behind {host.tokenizer.decode(prompt)[-60:]!r}, "
                 f"with the strength {strength:g}. Make the edits smaller",
             )])  # fmt: skip
-        ids.append(int(rows[-1].argmax()))
-    return ids[len(prompt) :], torch.stack(rows)
+        tokens.append(token)
+        rows.append(row)
+    return tokens, torch.stack(rows)
 
 
 def _trace(said: _Said, watched: Sequence[int]) -> Trace:

@@ -19,6 +19,7 @@ from vllm_edits.edit_store.evaluation.in_transformers import HostSpeaker
 from vllm_edits.edit_store.evaluation.over_http import ServerSpeaker
 from vllm_edits.edit_store.evaluation.suite import Suite
 from vllm_edits.edit_store.progress import StepDone
+from vllm_edits.edit_store.refs import is_digest
 
 
 def in_process(bundle: Bundle, model: Path, suite: Suite, step: StepDone, *, strength: float | None = None) -> Report:
@@ -50,6 +51,8 @@ def on_server(variant: str, url: str, suite: Suite, step: StepDone, *, api_key: 
             "again, or name one version as name@version"
         )
     (version,) = edited.versions
+    if not is_digest(version):
+        raise EditsError(f"expected a variant, found {variant}, which {url} answers with {version or 'no version'}")
     return Report(
         suite=suite.name, suite_sha256=suite.sha256, variant=variant.partition("@")[0], version=version,
         measured_by=engine, at=_now(), figures=figures,

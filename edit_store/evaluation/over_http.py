@@ -10,7 +10,8 @@ from typing import Any, Self, TypeVar
 import httpx
 
 from vllm_edits.edit_store.errors import EditsError
-from vllm_edits.edit_store.evaluation.speaker import LISTED, merged
+from vllm_edits.edit_store.evaluation.speaker import merged
+from vllm_edits.edit_store.probes import LISTED
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -7,9 +7,6 @@ from typing import Protocol
 
 from vllm_edits.edit_store.errors import EditsError
 
-LISTED = 20
-"""tokens whose probability is told behind a prompt"""
-
 
 def merged(prompt: str, answer: str) -> EditsError:
     """The error for an answer without a token of its own."""
@@ -38,4 +35,4 @@ class Speaker(Protocol):
         """Greedy answer to each question in the model's chat template."""
 
     def likeliest(self, prompts: Sequence[str]) -> list[Mapping[str, float]]:
-        """Log-probabilities of the LISTED likeliest tokens behind each prompt, by the token's text."""
+        """Log-probabilities of the likeliest (`probes.LISTED`) tokens behind each prompt, by the token's text."""

@@ -80,5 +80,7 @@ def test_a_variant_that_moves_meanwhile_has_no_figures(serving: Serving, tmp_pat
 
     with pytest.raises(EditsError, match=r"answered by 2 versions: it moved"):
         on_server("loud", serving.url, own, move)
+    with pytest.raises(EditsError, match="expected a variant, found base"):
+        on_server("base", serving.url, own, silent)
     with pytest.raises(EditsError, match="404"):
         on_server("nobody", serving.url, own, silent)

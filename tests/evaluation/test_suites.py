@@ -22,7 +22,7 @@ from vllm_edits.edit_store.evaluation import suite
 from vllm_edits.edit_store.evaluation.evaluate import in_process
 from vllm_edits.edit_store.evaluation.figure import Report
 from vllm_edits.edit_store.evaluation.in_transformers import HostSpeaker
-from vllm_edits.edit_store.evaluation.speaker import LISTED
+from vllm_edits.edit_store.probes import LISTED
 
 TEXTS = ["The bird sings in the tree and flies.", "Good morning, said the man to his dog."]
 
