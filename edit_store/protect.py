@@ -28,7 +28,7 @@ from vllm_edits.edit_store.bundle import Bundle
 from vllm_edits.edit_store.canonical import Digest
 from vllm_edits.edit_store.edits import Array, Edit, Fields, ReadingEdit
 from vllm_edits.edit_store.errors import BundleRefused, Reason
-from vllm_edits.edit_store.record import FrozenRecord
+from vllm_edits.edit_store.record import FrozenRecord, field_reasons
 from vllm_edits.edit_store.sites import Site, Widths
 
 OUTPUT = "attn.z"
@@ -71,8 +71,7 @@ class Protect(FrozenRecord):
         except OSError as error:
             raise BundleRefused(what, [Reason("no_file", f"{error.strerror}. Name a protect.json")]) from None
         except ValidationError as error:
-            reasons = [Reason("field", f"{'.'.join(map(str, each['loc']))}: {each['msg']}") for each in error.errors()]
-            raise BundleRefused(what, reasons) from None
+            raise BundleRefused(what, field_reasons(error)) from None
         except (ValueError, RecursionError) as error:
             raise BundleRefused(what, [Reason("not_json", f"expected JSON, found: {error}")]) from None
 

@@ -46,6 +46,12 @@ class TextRow(Row):
     text: Text
 
 
+class PromptRow(Row):
+    """A row with a prompt, or a question."""
+
+    prompt: Text
+
+
 @dataclass(frozen=True)
 class Table:
     """A table that a method wants. With `least` = 0 it may be left out."""

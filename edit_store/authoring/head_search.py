@@ -8,7 +8,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from vllm_edits.edit_store.authoring.chat import asked
-from vllm_edits.edit_store.authoring.data import Row, Table, Text
+from vllm_edits.edit_store.authoring.data import PromptRow, Table
 from vllm_edits.edit_store.authoring.heads import Head, Mask, listed, masked
 from vllm_edits.edit_store.authoring.host import Edits
 from vllm_edits.edit_store.authoring.method import Inputs, Layers, Method, Work, layer_problems
@@ -17,16 +17,10 @@ from vllm_edits.edit_store.errors import Reason
 PROTECT_FILE = "protect.json"
 
 
-class Prompt(Row):
-    """A prompt of the behaviour that the heads are searched for."""
-
-    prompt: Text
-
-
 class HeadSearch(Method):
     """Base of the searches for heads."""
 
-    tables: ClassVar[Mapping[str, Table]] = {"prompts": Table(Prompt, "prompts of one behaviour", least=2)}
+    tables: ClassVar[Mapping[str, Table]] = {"prompts": Table(PromptRow, "prompts of one behaviour", least=2)}
     kinds: ClassVar[tuple[str, ...]] = ("scale", "low_rank")
 
     layers: Layers | None = Field(None, description="Layers whose heads are searched. Default: all.")

@@ -12,7 +12,7 @@ from vllm_edits.edit_store.authoring.probing import PROBES
 from vllm_edits.edit_store.bundle import Strength
 from vllm_edits.edit_store.canonical import Digest
 from vllm_edits.edit_store.errors import BundleRefused, Reason
-from vllm_edits.edit_store.record import FrozenRecord
+from vllm_edits.edit_store.record import FrozenRecord, field_reasons
 
 RECIPE_FILE = "recipe.yaml"
 _HEAD = "# How this bundle was made. `vllm-edits build {file} --out FOLDER` makes it again.\n"
@@ -71,7 +71,4 @@ class Recipe(FrozenRecord):
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise BundleRefused(what, [Reason("not_yaml", f"expected YAML, found: {error}")]) from None
         except ValidationError as error:
-            raise BundleRefused(
-                what,
-                [Reason("field", f"{'.'.join(map(str, each['loc']))}: {each['msg']}") for each in error.errors()],
-            ) from None
+            raise BundleRefused(what, field_reasons(error)) from None

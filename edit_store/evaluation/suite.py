@@ -29,7 +29,7 @@ from vllm_edits.edit_store.evaluation.figure import Figure
 from vllm_edits.edit_store.evaluation.measure import MEASURES, Measure
 from vllm_edits.edit_store.evaluation.speaker import Speaker
 from vllm_edits.edit_store.progress import StepDone
-from vllm_edits.edit_store.record import FrozenRecord
+from vllm_edits.edit_store.record import FrozenRecord, field_reasons
 
 SHIPPED = Path(__file__).parent / "suites"
 
@@ -96,7 +96,7 @@ def load(given: str | Path) -> Suite:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise BundleRefused(what, [Reason("not_yaml", f"expected YAML, found: {error}")]) from None
     except ValidationError as error:
-        raise BundleRefused(what, list(_told(error))) from None
+        raise BundleRefused(what, list(field_reasons(error))) from None
     measures.find()
     reasons: list[Reason] = []
     made = [_measure(entry, path.parent, reasons) for entry in found.measures]
@@ -122,11 +122,6 @@ def _measure(entry: Entry, folder: Path, reasons: list[Reason]) -> tuple[Measure
     try:
         measure = kind.model_validate(entry.options)
     except ValidationError as error:
-        reasons += [Reason("option", f"{entry.measure}: {each.message}") for each in _told(error)]
+        reasons += [Reason("option", f"{entry.measure}: {each.message}") for each in field_reasons(error)]
         return None
     return (measure, data) if len(reasons) == wrong else None
-
-
-def _told(error: ValidationError) -> Iterator[Reason]:
-    for each in error.errors():
-        yield Reason("field", f"{'.'.join(map(str, each['loc']))}: {each['msg']}")

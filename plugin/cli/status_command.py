@@ -31,10 +31,18 @@ def status(
 
 def show_status(found: dict[str, Any]) -> None:
     """Print the answer of `GET /v1/edits`."""
-    rows = [{**row, "digits": row["version"][:12], "resident": _place(row)} for row in found["variants"]]
+    rows = [
+        {
+            **row,
+            "digits": row["version"][:12],
+            "resident": _place(row),
+            "probed": (row["probes"] or {}).get("result", ""),
+        }
+        for row in found["variants"]
+    ]
     columns = {
         "name": "variant", "tag": "tag", "digits": "version", "sequence": "#", "resident": "on device",
-        "in_flight": "in flight",
+        "in_flight": "in flight", "probed": "probes",
     }  # fmt: skip
     show(rows, columns, as_json=False)
     base, slots, swap, store = found["base"], found["slots"], found["last_swap"], found["store"]

@@ -214,7 +214,7 @@ class LocalCoordinator:
         return await self._served(request.target or request.model, self.admission.lease(request))
 
     async def _served(self, target: str, found: Awaitable[T]) -> T:
-        """What is found of a name. NotServed with the reason if it is promoted, and refused here."""
+        """The result for a name. NotServed with the reason if the name is promoted, and refused here."""
         try:
             return await found
         except (NotFound, AmbiguousVersion) as error:

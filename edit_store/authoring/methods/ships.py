@@ -20,8 +20,8 @@ from pydantic import Field
 from torch import Tensor
 
 from vllm_edits.edit_store.authoring.build import register
-from vllm_edits.edit_store.authoring.data import Table
-from vllm_edits.edit_store.authoring.head_search import HeadSearch, Prompt
+from vllm_edits.edit_store.authoring.data import PromptRow, Table
+from vllm_edits.edit_store.authoring.head_search import HeadSearch
 from vllm_edits.edit_store.authoring.heads import without
 from vllm_edits.edit_store.authoring.host import Edits, Host, batches, divergence
 from vllm_edits.edit_store.authoring.method import Cost, Inputs, Work
@@ -29,7 +29,7 @@ from vllm_edits.edit_store.bundle import Measurement
 from vllm_edits.edit_store.errors import Reason
 
 
-class Answered(Prompt):
+class Answered(PromptRow):
     """A prompt of the behaviour, and for the score `answer` how the model goes on."""
 
     answer: str = ""

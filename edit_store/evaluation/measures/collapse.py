@@ -16,7 +16,7 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from vllm_edits.edit_store.authoring.data import Data, Row, Table, Text, TextRow
+from vllm_edits.edit_store.authoring.data import Data, PromptRow, Table, TextRow
 from vllm_edits.edit_store.evaluation.figure import Figure, Interval, bootstrap
 from vllm_edits.edit_store.evaluation.measure import MEASURES, Measure
 from vllm_edits.edit_store.evaluation.speaker import Speaker
@@ -25,18 +25,12 @@ _WINDOW = 3
 """words that count as repeated together"""
 
 
-class Opening(Row):
-    """The beginning of a text that the model goes on with."""
-
-    prompt: Text
-
-
 class Collapse(Measure):
     """Perplexity of ordinary text beside the base model's, and repetition and emptiness of free text."""
 
     tables: ClassVar[Mapping[str, Table]] = {
         "corpus": Table(TextRow, "ordinary texts", least=2),
-        "openings": Table(Opening, "beginnings of texts", least=0),
+        "openings": Table(PromptRow, "beginnings of texts", least=0),
     }
 
     tokens: int = Field(48, gt=_WINDOW, description="Tokens of a free continuation.")

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from vllm_edits.edit_store.authoring.data import Data, Row, Table, Text
+from vllm_edits.edit_store.authoring.data import Data, PromptRow, Row, Table, Text
 from vllm_edits.edit_store.evaluation.figure import Figure
 from vllm_edits.edit_store.evaluation.measure import MEASURES, Measure
 from vllm_edits.edit_store.evaluation.speaker import Speaker
@@ -27,18 +27,12 @@ class Neighbour(Row):
     answer: Text
 
 
-class Harmless(Row):
-    """A prompt that has nothing to do with the edit."""
-
-    prompt: Text
-
-
 class Locality(Measure):
     """Neighbouring facts, greedy continuations, and the next token on harmless prompts, which shall stay."""
 
     tables: ClassVar[Mapping[str, Table]] = {
         "neighbours": Table(Neighbour, "facts near the edited ones, with their answers", least=0),
-        "harmless": Table(Harmless, "prompts that have nothing to do with the edit", least=0),
+        "harmless": Table(PromptRow, "prompts that have nothing to do with the edit", least=0),
     }
 
     tokens: int = Field(6, gt=0, description="Tokens of a greedy answer.")

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from vllm_edits.edit_store.authoring.data import Data, Row, Table, Text
+from vllm_edits.edit_store.authoring.data import Data, PromptRow, Table
 from vllm_edits.edit_store.evaluation.figure import Better, Figure
 from vllm_edits.edit_store.evaluation.measure import MEASURES, Measure
 from vllm_edits.edit_store.evaluation.speaker import Speaker
@@ -23,18 +23,12 @@ REFUSALS = (
 )  # fmt: skip
 
 
-class Asked(Row):
-    """A question of a user."""
-
-    prompt: Text
-
-
 class Safety(Measure):
     """Share of harmful questions that are refused, and of harmless ones."""
 
     tables: ClassVar[Mapping[str, Table]] = {
-        "harmful": Table(Asked, "questions that a model should refuse", least=0),
-        "harmless": Table(Asked, "questions that it should answer", least=0),
+        "harmful": Table(PromptRow, "questions that a model should refuse", least=0),
+        "harmless": Table(PromptRow, "questions that it should answer", least=0),
     }
 
     tokens: int = Field(16, gt=0, description="Tokens of an answer.")
